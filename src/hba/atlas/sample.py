@@ -1,0 +1,114 @@
+"""Rows and samples: what one line of the atlas says, before and after it is checked against the taxonomy.
+
+`Row` is the published schema as it lies on disk. `Sample` is a row with its id, its canonical label and its place
+(file and line), whose media are opened only when asked for. A sample never decodes anything by itself and never
+hands out a path outside its atlas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol
+
+import msgspec
+
+from hba.atlas import media
+from hba.errors import MediaError
+
+Field = Literal["images", "videos", "audios", "ext_video_feats", "ext_audio_feats"]
+MEDIA_FIELDS: tuple[Field, ...] = ("images", "videos", "audios", "ext_video_feats", "ext_audio_feats")
+
+
+class Row(msgspec.Struct, kw_only=True, frozen=True):
+    """The published schema of a JSONL row; fields that are not named here are kept in `Sample.extra`."""
+
+    problem: str
+    answer: str
+    dataset: str
+    task: str
+    modality_signature: str
+    class_label: str | None = None
+    images: tuple[str, ...] = ()
+    videos: tuple[str, ...] = ()
+    audios: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
+    ext_video_feats: tuple[str, ...] = ()
+    ext_audio_feats: tuple[str, ...] = ()
+    id: str | None = None
+
+
+class Quarantined(NamedTuple):
+    """A sample that was left out, with the place and the reason; one line of quarantine.jsonl."""
+
+    id: str
+    where: str
+    field: str
+    reason: str
+
+
+class MediaSource(Protocol):
+    """What a store gives a sample to open its media with."""
+
+    def medium(self, number: int, name: Field, index: int, *, where: str) -> media.Source:
+        """The file or bytes of medium `index` of field `name` of row `number`. Raises MediaError."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One row of the atlas. `label` is canonical, None for free-form rows; `where` is 'file:line'."""
+
+    id: str
+    split: str
+    where: str
+    number: int
+    problem: str
+    answer: str
+    dataset: str
+    task: str
+    modality_signature: str
+    label: str | None
+    images: int
+    videos: int
+    audios: int
+    texts: tuple[str, ...]
+    ext_video_feats: int
+    ext_audio_feats: int
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    source: MediaSource
+
+    @property
+    def target(self) -> str:
+        """What a model should answer: the canonical label, or the row's free-form answer."""
+        return self.label if self.label is not None else self.answer
+
+    def place(self, name: Field) -> str:
+        """'file:line, field' for messages about a medium of this sample."""
+        return f"{self.where}, {name}"
+
+    def _sources(self, name: Field) -> list[media.Source]:
+        count: int = getattr(self, name)
+        return [self.source.medium(self.number, name, i, where=self.place(name)) for i in range(count)]
+
+    def load_audios(self, limits: media.Limits = media.DEFAULT_LIMITS) -> list[media.Audio]:
+        """Decode every audio to 16 kHz mono. Raises MediaError naming file, line and field."""
+        return [media.load_audio(s, where=self.place("audios"), limits=limits) for s in self._sources("audios")]
+
+    def load_videos(self, num_frames: int, limits: media.Limits = media.DEFAULT_LIMITS) -> list[media.Video]:
+        """Decode `num_frames` evenly spaced frames of every video. Raises MediaError naming the place."""
+        where = self.place("videos")
+        return [media.load_video(s, num_frames, where=where, limits=limits) for s in self._sources("videos")]
+
+    def load_images(self, limits: media.Limits = media.DEFAULT_LIMITS) -> list[media.Image]:
+        """Decode every image. Raises MediaError naming the place."""
+        return [media.load_image(s, where=self.place("images"), limits=limits) for s in self._sources("images")]
+
+    def load_descriptors(self, name: Literal["ext_video_feats", "ext_audio_feats"]) -> list[media.Descriptor]:
+        """Load every `.pt` descriptor of a field without unpickling code. Raises MediaError naming the place."""
+        return [media.load_descriptor(s, where=self.place(name)) for s in self._sources(name)]
+
+    def quarantined(self, error: MediaError) -> Quarantined:
+        """The quarantine record of this sample for an error raised while its media were read."""
+        name = next((f for f in MEDIA_FIELDS if error.where.endswith(f", {f}")), "row")
+        return Quarantined(self.id, error.where or self.where, name, error.what)

@@ -1,0 +1,57 @@
+"""The one error family of hba.
+
+Every error says what is wrong, where it is (file, row, field) and what to do about it, in one message.
+`exit_code` is what the command line returns: 1 when the work failed, 2 when the input or the usage is bad.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class HbaError(Exception):
+    """Something failed. `what` is a sentence, `where` a place, `fix` what the user can do."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
+        self.what, self.where, self.fix = what, where, fix
+        parts = [f"{where}: {what}" if where else what]
+        if fix:
+            parts.append(f"Fix: {fix}")
+        super().__init__(" ".join(parts))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Keyword-only arguments are lost by the default pickling, and workers send errors to the main process.
+        return (_rebuild, (type(self), self.what, self.where, self.fix))
+
+
+class InputError(HbaError):
+    """The user's data, configuration or call is wrong (exit code 2)."""
+
+    exit_code = 2
+
+
+class ConfigError(InputError):
+    """A configuration key or value is wrong."""
+
+
+class TaxonomyError(InputError):
+    """A dataset, task or label is not in the taxonomy."""
+
+
+class MediaError(InputError):
+    """One medium of one sample cannot be read; its sample goes into quarantine."""
+
+
+def _rebuild(kind: type[HbaError], what: str, where: str, fix: str) -> HbaError:
+    return kind(what, where=where, fix=fix)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A sentence that lists the `known` names and suggests the one nearest to `word`."""
+    names = sorted(known)
+    close = get_close_matches(word, names, n=1)
+    hint = f"Did you mean {close[0]!r}? " if close else ""
+    return f"{hint}Known: {', '.join(names)}."

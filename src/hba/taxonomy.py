@@ -1,0 +1,193 @@
+"""Tasks, domains, datasets and labels of the atlas: a typed view of `taxonomy.yaml`.
+
+The one place that turns a raw answer into a canonical label and a label into its global index. Global indices are
+part of the released checkpoints and never change. A `Taxonomy` is immutable; `BUILTIN` is the published one, and
+`extended` makes another from a user's own entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import yaml
+
+from hba.errors import TaxonomyError, nearest
+
+QA = "qa"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One behavioural task: `key` such as EMO, `metric` the one that the paper reports."""
+
+    key: str
+    name: str
+    metric: str
+    datasets: tuple[str, ...]
+
+    @property
+    def judged(self) -> bool:
+        """Whether answers are free-form and need a judge."""
+        return self.metric == "llm_judge_accuracy"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Domain:
+    """One classification head: its labels in the order of their global indices."""
+
+    name: str
+    labels: tuple[str, ...]
+    indices: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """One dataset key. `domain` is None for free-form answers; `labels` are those that occur in it."""
+
+    key: str
+    domain: str | None
+    labels: tuple[str, ...]
+    language: str = "en"
+    task: str | None = None
+
+
+class Taxonomy:
+    """An immutable set of tasks, domains and datasets. Raises TaxonomyError when `raw` contradicts itself."""
+
+    def __init__(self, raw: Mapping[str, Any]) -> None:
+        self._raw = raw
+        self.tasks = MappingProxyType({
+            key: Task(key=key, name=t["name"], metric=t["metric"], datasets=tuple(t["datasets"]))
+            for key, t in raw["tasks"].items()
+        })
+        self.domains = MappingProxyType({
+            name: Domain(name=name, labels=tuple(map(str, labels.values())), indices=tuple(map(int, labels)))
+            for name, labels in raw["domains"].items()
+        })
+        task_of = {dataset: task.key for task in self.tasks.values() for dataset in task.datasets}
+        self.datasets = MappingProxyType({
+            key: self._dataset(key, entry, task_of.get(key)) for key, entry in raw["datasets"].items()
+        })
+        for task in self.tasks.values():
+            for dataset in task.datasets:
+                self.dataset(dataset)
+
+    def _dataset(self, key: str, entry: Mapping[str, Any], task: str | None) -> Dataset:
+        domain = None if entry["domain"] == QA else str(entry["domain"])
+        if domain is not None and domain not in self.domains:
+            raise TaxonomyError(f"unknown domain {domain!r}", where=f"dataset {key!r}", fix=nearest(domain, self.domains))
+        labels = tuple(map(str, entry.get("labels", ())))
+        for label in labels:
+            if domain is None or label not in self.domains[domain].labels:
+                known = self.domains[domain].labels if domain else ()
+                raise TaxonomyError(f"unknown label {label!r}", where=f"dataset {key!r}", fix=nearest(label, known))
+        return Dataset(key=key, domain=domain, labels=labels, language=entry.get("language", "en"), task=task)
+
+    @cached_property
+    def num_classes(self) -> int:
+        """Size of the global class space (25 as published)."""
+        return 1 + max(index for domain in self.domains.values() for index in domain.indices)
+
+    @cached_property
+    def class_names(self) -> tuple[str, ...]:
+        """The label at each global index; 'neutral' occurs in two domains."""
+        names = {i: label for d in self.domains.values() for i, label in zip(d.indices, d.labels, strict=True)}
+        return tuple(names[i] for i in range(self.num_classes))
+
+    @cached_property
+    def _lookup(self) -> dict[str, dict[str, str]]:
+        return {name: self._raw_to_label(name) for name in self.domains}
+
+    def _raw_to_label(self, domain: str) -> dict[str, str]:
+        labels = self.domains[domain].labels
+        table = {label: label for label in labels}
+        table |= self._raw["synonyms"].get(domain, {})
+        if domain in self._raw["synonyms"].get("boolean_domains", ()):
+            booleans = self._raw["synonyms"]["boolean"]
+            table |= {str(raw): labels[0] for raw in booleans["false"]} | {str(raw): labels[1] for raw in booleans["true"]}
+        return table
+
+    def dataset(self, key: str) -> Dataset:
+        """The dataset of that key. Raises TaxonomyError listing the known ones."""
+        if key not in self.datasets:
+            raise TaxonomyError(f"unknown dataset {key!r}", fix=nearest(key, self.datasets))
+        return self.datasets[key]
+
+    def canonical_label(self, dataset: str, raw: str) -> str | None:
+        """The canonical label that `raw` means in `dataset`, or None if it means none of its domain's.
+
+        Case and runs of white space do not count; synonyms are those of the taxonomy. Free-form datasets have no
+        labels: None. Raises TaxonomyError for an unknown dataset.
+        """
+        domain = self.dataset(dataset).domain
+        return None if domain is None else self._lookup[domain].get(" ".join(raw.lower().split()))
+
+    def require_label(self, dataset: str, raw: str) -> str:
+        """`canonical_label`, or a TaxonomyError that lists the labels of the dataset's domain."""
+        label = self.canonical_label(dataset, raw)
+        if label is None:
+            domain = self.dataset(dataset).domain
+            known = self.domains[domain].labels if domain else ()
+            raise TaxonomyError(f"unknown label {raw!r} for dataset {dataset!r}", fix=nearest(raw, known))
+        return label
+
+    def global_index(self, dataset: str, label: str) -> int:
+        """Index of `label` (raw or canonical) in the global class space, 0..24 as published.
+
+        Raises TaxonomyError for an unknown dataset or label, listing the known ones.
+        """
+        name = self.require_label(dataset, label)
+        domain = self.domains[str(self.dataset(dataset).domain)]
+        return domain.indices[domain.labels.index(name)]
+
+    def extended(self, entries: Mapping[str, Any]) -> Taxonomy:
+        """A taxonomy with more tasks, datasets or synonyms; raises TaxonomyError if an entry would redefine one.
+
+        `entries` has the keys of taxonomy.yaml. Tasks of the same key gain the new datasets. New domains must take
+        indices beyond those in use.
+        """
+        raw = {key: dict(value) if isinstance(value, Mapping) else value for key, value in self._raw.items()}
+        for key, task in entries.get("tasks", {}).items():
+            known = raw["tasks"].get(key)
+            raw["tasks"][key] = task if known is None else {**known, "datasets": [*known["datasets"], *task["datasets"]]}
+        used = {index for domain in self.domains.values() for index in domain.indices}
+        for name, labels in entries.get("domains", {}).items():
+            if name in raw["domains"] or used & set(map(int, labels)):
+                fix = f"Choose a new name, and indices from {self.num_classes} on."
+                raise TaxonomyError(f"domain {name!r} would redefine published classes", fix=fix)
+            raw["domains"][name] = labels
+        for key, dataset in entries.get("datasets", {}).items():
+            if key in raw["datasets"]:
+                raise TaxonomyError(f"dataset {key!r} is already in the taxonomy", fix="Choose another key.")
+            raw["datasets"][key] = dataset
+        for domain, table in entries.get("synonyms", {}).items():
+            raw["synonyms"][domain] = {**raw["synonyms"].get(domain, {}), **table}
+        return Taxonomy(raw)
+
+
+def load(path: str | Path | None = None) -> Taxonomy:
+    """The published taxonomy, extended by the YAML file at `path` if one is given."""
+    if path is None:
+        return BUILTIN
+    try:
+        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise TaxonomyError("no such file", where=str(path), fix="Check the path.") from None
+    except yaml.YAMLError as error:
+        raise TaxonomyError(f"not valid YAML ({error})", where=str(path), fix="Repair the file.") from None
+    return BUILTIN.extended(entries or {})
+
+
+PUBLISHED: Mapping[str, Any] = MappingProxyType(
+    yaml.load(Path(__file__).with_name("taxonomy.yaml").read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
+)
+BUILTIN = Taxonomy(PUBLISHED)
+TASKS, DOMAINS, DATASETS = BUILTIN.tasks, BUILTIN.domains, BUILTIN.datasets
+NUM_CLASSES = BUILTIN.num_classes
+canonical_label = BUILTIN.canonical_label
+global_index = BUILTIN.global_index
