@@ -1,0 +1,209 @@
+"""Rows to confusion counts: every scored row becomes one integer, and one `bincount` gives every count there is.
+
+A row of a classification dataset becomes the cell (dataset, target, prediction) in the global class space, where one
+more prediction column holds invalid answers. A row of a free-form dataset becomes (dataset, wrong | right | none).
+Scores, intervals, chance levels and paired comparisons are all functions of these cells.
+
+Refused: lengths that differ (InputError), an unknown dataset or a target outside its dataset's domain (TaxonomyError
+naming the index). Never refused: a prediction. None, an unknown word or a class of another domain is a wrong answer.
+
+Shape suffixes: N rows, D classification datasets, C global classes, P = C + 1 predictions, K classes of one domain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hba.errors import InputError, TaxonomyError
+from hba.taxonomy import BUILTIN, Taxonomy
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+WRONG, RIGHT, NO_ANSWER = 0, 1, 2
+
+
+class Layout:
+    """Where each dataset's cells lie for one taxonomy. Immutable."""
+
+    def __init__(self, taxonomy: Taxonomy) -> None:
+        self.taxonomy = taxonomy
+        self.num_classes = taxonomy.num_classes
+        datasets = taxonomy.datasets.values()
+        self.classified = tuple(d.key for d in datasets if d.domain is not None)
+        self.freeform = tuple(d.key for d in datasets if d.domain is None)
+        self.block = self.num_classes * (self.num_classes + 1)
+        self.freeform_start = len(self.classified) * self.block
+        self.size = self.freeform_start + 3 * len(self.freeform)
+        self.code = {key: i for i, key in enumerate(self.classified)}
+        self.freeform_code = {key: i for i, key in enumerate(self.freeform)}
+        names = taxonomy.class_names
+        self.unambiguous = {name: i for i, name in enumerate(names) if names.count(name) == 1}
+        self.indices = tuple(np.array(taxonomy.domains[self.domain(key)].indices) for key in self.classified)
+
+    def domain(self, key: str) -> str:
+        """The domain of a classification dataset."""
+        return str(self.taxonomy.dataset(key).domain)
+
+    def to_local(self, code: int) -> Ints:
+        """Map a global prediction, [C + 1], to its position in the domain of dataset `code`; K for any other."""
+        indices = self.indices[code]
+        local = np.full(self.num_classes + 1, len(indices), dtype=np.int64)
+        local[indices] = np.arange(len(indices))
+        return local
+
+
+@lru_cache(maxsize=8)
+def layout_of(taxonomy: Taxonomy) -> Layout:
+    """The layout of a taxonomy, made once."""
+    return Layout(taxonomy)
+
+
+class _CellTable(dict[tuple[str, str, "str | None"], int]):
+    """(dataset, target, prediction) -> cell; a triple is resolved when it is first met."""
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__()
+        self.layout = layout
+
+    def __missing__(self, row: tuple[str, str, str | None]) -> int:
+        dataset, target, prediction = row
+        if not isinstance(target, str) or not (prediction is None or isinstance(prediction, str)):
+            found = f"target {target!r} ({type(target).__name__}), prediction {prediction!r}"
+            raise InputError(f"{found} ({type(prediction).__name__})", fix="Targets are str, predictions str or None.")
+        layout = self.layout
+        if layout.taxonomy.dataset(dataset).domain is None:
+            cell = layout.freeform_start + 3 * layout.freeform_code[dataset] + _verdict(target, prediction)
+        else:
+            truth = layout.taxonomy.global_index(dataset, target)
+            guess = self._guess(dataset, prediction)
+            cell = (layout.code[dataset] * layout.num_classes + truth) * (layout.num_classes + 1) + guess
+        self[row] = cell
+        return cell
+
+    def _guess(self, dataset: str, prediction: str | None) -> int:
+        invalid = self.layout.num_classes
+        if prediction is None:
+            return invalid
+        label = self.layout.taxonomy.canonical_label(dataset, prediction)
+        if label is not None:
+            return self.layout.taxonomy.global_index(dataset, label)
+        return self.layout.unambiguous.get(" ".join(prediction.lower().split()), invalid)
+
+
+def _verdict(target: str, answer: str | None) -> int:
+    if answer is None:
+        return NO_ANSWER
+    return RIGHT if answer.lower().split() == target.lower().split() else WRONG
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Scored rows as cells. `cells_N` are int64 in [0, layout.size)."""
+
+    layout: Layout
+    cells_N: Ints
+
+    def counts(self) -> Ints:
+        """How many rows lie in each cell, [layout.size]."""
+        return np.bincount(self.cells_N, minlength=self.layout.size)
+
+    def confusion(self) -> Ints:
+        """Counts [D, C, P] of the classification datasets in the order of `layout.classified`."""
+        c = self.layout.num_classes
+        return self.counts()[: self.layout.freeform_start].reshape(-1, c, c + 1)
+
+    def members(self, code: int) -> Ints:
+        """Positions of the rows of classification dataset `code`."""
+        return np.flatnonzero(self.cells_N // self.layout.block == code)
+
+    def local_cells(self, code: int, rows_M: Ints) -> Ints:
+        """target * (K + 1) + prediction within the dataset's domain, for the given rows of dataset `code`."""
+        local = self.layout.to_local(code)
+        target_M, prediction_M = np.divmod(self.cells_N[rows_M] % self.layout.block, self.layout.num_classes + 1)
+        return local[target_M] * (len(self.layout.indices[code]) + 1) + local[prediction_M]
+
+    def scored_codes(self) -> list[int]:
+        """Classification datasets that have rows."""
+        present = np.unique(self.cells_N[self.cells_N < self.layout.freeform_start] // self.layout.block)
+        return [int(code) for code in present]
+
+
+def encode(
+    predictions: Sequence[str | None], targets: Sequence[str], datasets: Sequence[str], taxonomy: Taxonomy = BUILTIN
+) -> Rows:
+    """Turn labels (free-form: answers) into cells. All three have N items.
+
+    A prediction is read within its dataset's domain; a word that is a class of exactly one other domain keeps that
+    class (wrong, and a false positive of that class in the aggregate), everything else is invalid.
+    Raises InputError for unequal lengths or wrong types, TaxonomyError for a target outside its domain or an unknown
+    dataset; both name the index.
+    """
+    check_lengths(predictions=predictions, targets=targets, datasets=datasets)
+    layout = layout_of(taxonomy)
+    table = _CellTable(layout)
+    try:
+        cells = np.fromiter(map(table.__getitem__, zip(datasets, targets, predictions, strict=True)), np.int64, len(targets))
+    except InputError as error:
+        index = next(i for i, row in enumerate(zip(datasets, targets, predictions, strict=True)) if row not in table)
+        raise type(error)(error.what, where=f"index {index}", fix=error.fix) from None
+    return Rows(layout=layout, cells_N=cells)
+
+
+def encode_indices(
+    predictions: Sequence[int], targets: Sequence[int], datasets: Sequence[str], taxonomy: Taxonomy = BUILTIN
+) -> Rows:
+    """`encode` for global class indices; a prediction outside 0..C-1 (such as -1) is invalid.
+
+    Raises InputError for unequal lengths, TaxonomyError for an unknown or free-form dataset or a target outside the
+    dataset's domain, naming the index.
+    """
+    check_lengths(predictions=predictions, targets=targets, datasets=datasets)
+    layout = layout_of(taxonomy)
+    for key in dict.fromkeys(datasets):
+        if taxonomy.dataset(key).domain is None:
+            raise TaxonomyError(f"dataset {key!r} has free-form answers", fix="Score its answers, not class indices.")
+    code_N = np.fromiter(map(layout.code.__getitem__, datasets), np.int64, len(datasets))
+    truth_N, guess_N = np.asarray(targets, dtype=np.int64), np.asarray(predictions, dtype=np.int64)
+    c = layout.num_classes
+    allowed = np.zeros((len(layout.classified), c + 1), dtype=bool)
+    for code, indices in enumerate(layout.indices):
+        allowed[code, indices] = True
+    wrong = ~allowed[code_N, np.where((truth_N < 0) | (truth_N >= c), c, truth_N)]
+    if wrong.any():
+        index = int(wrong.argmax())
+        known = layout.indices[code_N[index]].tolist()
+        what = f"class index {truth_N[index]} is not in the domain of {datasets[index]!r}"
+        raise TaxonomyError(what, where=f"index {index}", fix=f"Known: {known}.")
+    guess_N = np.where((guess_N < 0) | (guess_N >= c), c, guess_N)
+    return Rows(layout=layout, cells_N=(code_N * c + truth_N) * (c + 1) + guess_N)
+
+
+def pooled_confusion(predictions: Sequence[int], targets: Sequence[int], taxonomy: Taxonomy = BUILTIN) -> Ints:
+    """Counts [C, P] of global class indices whatever their dataset; a prediction outside 0..C-1 is invalid.
+
+    Raises InputError for unequal lengths, TaxonomyError for a target that is no class, naming the index.
+    """
+    check_lengths(predictions=predictions, targets=targets)
+    c = taxonomy.num_classes
+    truth_N, guess_N = np.asarray(targets, dtype=np.int64), np.asarray(predictions, dtype=np.int64)
+    wrong = (truth_N < 0) | (truth_N >= c)
+    if wrong.any():
+        index = int(wrong.argmax())
+        raise TaxonomyError(f"no class {truth_N[index]}", where=f"index {index}", fix=f"Classes are 0 to {c - 1}.")
+    guess_N = np.where((guess_N < 0) | (guess_N >= c), c, guess_N)
+    return np.bincount(truth_N * (c + 1) + guess_N, minlength=c * (c + 1)).reshape(c, c + 1)
+
+
+def check_lengths(**sequences: Sequence[Any]) -> None:
+    """Raise InputError naming the lengths unless all are equal."""
+    lengths = {name: len(items) for name, items in sequences.items()}
+    if len(set(lengths.values())) > 1:
+        found = ", ".join(f"{count} {name}" for name, count in lengths.items())
+        raise InputError(f"lengths differ: {found}", fix="Give one item per row.")
