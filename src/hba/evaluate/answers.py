@@ -1,13 +1,14 @@
-"""Answer extraction: from what a model wrote to the answer that is scored, and from there to a canonical label.
+"""Answer extraction: from what a model wrote to the answer that is scored, and from there to a canonical
+label.
 
-The one extractor of the project: rewards, evaluation and the judge all call `extract`. In this order: the last
-complete ``\\boxed{...}``, the last ``[...]``, the last ``<answer>...</answer>``, else the whole text. A box may stand
-anywhere; the other three are looked for outside the reasoning (a closed ``<think>...</think>``), because what a model
-cites while it thinks is not its answer. A box that is never closed is no box, and an empty box is an empty answer.
+The one extractor of the project: rewards, evaluation and the judge all call `extract`. In this order: the
+last complete ``\\boxed{...}``, the last ``[...]``, the last ``<answer>...</answer>``, else the whole text. A
+box may stand anywhere; the other three are looked for outside the reasoning (a closed
+``<think>...</think>``), because what a model cites while it thinks is not its answer. A box that is never
+closed is no box, and an empty box is an empty answer.
 
-It refuses to guess: a text that names no class of the dataset's domain has no label (None) and counts as wrong.
-Invariant: every text gives an answer without an error, in time linear in its length.
-"""
+It refuses to guess: a text that names no class of the dataset's domain has no label (None) and counts as
+wrong. Invariant: every text gives an answer without an error, in time linear in its length."""
 
 from __future__ import annotations
 
@@ -23,16 +24,17 @@ _LATEX_TEXT = re.compile(r"\\(?:text|textbf|textit|texttt|mathrm|mathbf)\s*\{([^
 _DECORATION = " \t\r\n.,;:!?\"'`*_$()。，！？；：“”‘’「」"
 
 _PUBLISHED = tuple(
-    re.compile(pattern, re.DOTALL) for pattern in (r"\\boxed\{([^}]*)\}", r"\[([^\]]*)\]", r"<answer>(.*?)</answer>")
+    re.compile(pattern, re.DOTALL)
+    for pattern in (r"\\boxed\{([^}]*)\}", r"\[([^\]]*)\]", r"<answer>(.*?)</answer>")
 )
 
 
 def extract(text: str, *, published: bool = False) -> str:
     """The answer that `text` gives, lower-cased and stripped; any text is accepted.
 
-    `published=True` reproduces the released reward extraction to the character: the first box and not the last,
-    content cut at the first closing brace, brackets found inside the reasoning too, neither lower-cased nor stripped.
-    """
+    `published=True` reproduces the released reward extraction to the character: the first box and not the
+    last, content cut at the first closing brace, brackets found inside the reasoning too, neither lower-cased
+    nor stripped."""
     if published:
         return _extract_published(text)
     answer = _last_box(text)
@@ -46,10 +48,11 @@ def extract(text: str, *, published: bool = False) -> str:
 
 
 def to_label(dataset: str, text: str, taxonomy: Taxonomy = BUILTIN) -> str | None:
-    """The canonical label that a model's `text` gives for `dataset`, or None if it names no class of its domain.
+    """The canonical label that a model's `text` gives for `dataset`, or None if it names no class of its
+    domain.
 
-    Synonyms are those of the taxonomy; punctuation, quotes, Markdown emphasis and ``\\text{...}`` around the answer do
-    not count. A free-form dataset has no labels: None. Raises TaxonomyError for an unknown dataset.
+    Synonyms are those of the taxonomy; punctuation, quotes, Markdown emphasis and ``\\text{...}`` around the
+    answer do not count. A free-form dataset has no labels: None. Raises TaxonomyError for an unknown dataset.
     """
     answer = extract(text)
     label = taxonomy.canonical_label(dataset, answer)

@@ -1,14 +1,16 @@
-"""Rows to confusion counts: every scored row becomes one integer, and one `bincount` gives every count there is.
+"""Rows to confusion counts: every scored row becomes one integer, and one `bincount` gives every count there
+is.
 
-A row of a classification dataset becomes the cell (dataset, target, prediction) in the global class space, where one
-more prediction column holds invalid answers. A row of a free-form dataset becomes (dataset, wrong | right | none).
-Scores, intervals, chance levels and paired comparisons are all functions of these cells.
+A row of a classification dataset becomes the cell (dataset, target, prediction) in the global class space,
+where one more prediction column holds invalid answers. A row of a free-form dataset becomes (dataset, wrong |
+right | none). Scores, intervals, chance levels and paired comparisons are all functions of these cells.
 
-Refused: lengths that differ (InputError), an unknown dataset or a target outside its dataset's domain (TaxonomyError
-naming the index). Never refused: a prediction. None, an unknown word or a class of another domain is a wrong answer.
+Refused: lengths that differ (InputError), an unknown dataset or a target outside its dataset's domain
+(TaxonomyError naming the index). Never refused: a prediction. None, an unknown word or a class of another
+domain is a wrong answer.
 
-Shape suffixes: N rows, D classification datasets, C global classes, P = C + 1 predictions, K classes of one domain.
-"""
+Shape suffixes: N rows, D classification datasets, C global classes, P = C + 1 predictions, K classes of one
+domain."""
 
 from __future__ import annotations
 
@@ -52,7 +54,8 @@ class Layout:
         return str(self.taxonomy.dataset(key).domain)
 
     def to_local(self, code: int) -> Ints:
-        """Map a global prediction, [C + 1], to its position in the domain of dataset `code`; K for any other."""
+        """Map a global prediction, [C + 1], to its position in the domain of dataset `code`; K for any
+        other."""
         indices = self.indices[code]
         local = np.full(self.num_classes + 1, len(indices), dtype=np.int64)
         local[indices] = np.arange(len(indices))
@@ -76,7 +79,9 @@ class _CellTable(dict[tuple[str, str, "str | None"], int]):
         dataset, target, prediction = row
         if not isinstance(target, str) or not (prediction is None or isinstance(prediction, str)):
             found = f"target {target!r} ({type(target).__name__}), prediction {prediction!r}"
-            raise InputError(f"{found} ({type(prediction).__name__})", fix="Targets are str, predictions str or None.")
+            raise InputError(
+                f"{found} ({type(prediction).__name__})", fix="Targets are str, predictions str or None."
+            )
         layout = self.layout
         if layout.taxonomy.dataset(dataset).domain is None:
             cell = layout.freeform_start + 3 * layout.freeform_code[dataset] + _verdict(target, prediction)
@@ -105,14 +110,14 @@ def _verdict(target: str, answer: str | None) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Scored rows as cells. `cells_N` are int64 in [0, layout.size)."""
+    """Scored rows as cells. `cells` [N] are int64 in [0, layout.size)."""
 
     layout: Layout
-    cells_N: Ints
+    cells: Ints
 
     def counts(self) -> Ints:
         """How many rows lie in each cell, [layout.size]."""
-        return np.bincount(self.cells_N, minlength=self.layout.size)
+        return np.bincount(self.cells, minlength=self.layout.size)
 
     def confusion(self) -> Ints:
         """Counts [D, C, P] of the classification datasets in the order of `layout.classified`."""
@@ -121,39 +126,45 @@ class Rows:
 
     def members(self, code: int) -> Ints:
         """Positions of the rows of classification dataset `code`."""
-        return np.flatnonzero(self.cells_N // self.layout.block == code)
+        return np.flatnonzero(self.cells // self.layout.block == code)
 
     def local_cells(self, code: int, rows_M: Ints) -> Ints:
         """target * (K + 1) + prediction within the dataset's domain, for the given rows of dataset `code`."""
         local = self.layout.to_local(code)
-        target_M, prediction_M = np.divmod(self.cells_N[rows_M] % self.layout.block, self.layout.num_classes + 1)
+        target_M, prediction_M = np.divmod(
+            self.cells[rows_M] % self.layout.block, self.layout.num_classes + 1
+        )
         return local[target_M] * (len(self.layout.indices[code]) + 1) + local[prediction_M]
 
     def scored_codes(self) -> list[int]:
         """Classification datasets that have rows."""
-        present = np.unique(self.cells_N[self.cells_N < self.layout.freeform_start] // self.layout.block)
+        present = np.unique(self.cells[self.cells < self.layout.freeform_start] // self.layout.block)
         return [int(code) for code in present]
 
 
 def encode(
-    predictions: Sequence[str | None], targets: Sequence[str], datasets: Sequence[str], taxonomy: Taxonomy = BUILTIN
+    predictions: Sequence[str | None],
+    targets: Sequence[str],
+    datasets: Sequence[str],
+    taxonomy: Taxonomy = BUILTIN,
 ) -> Rows:
     """Turn labels (free-form: answers) into cells. All three have N items.
 
-    A prediction is read within its dataset's domain; a word that is a class of exactly one other domain keeps that
-    class (wrong, and a false positive of that class in the aggregate), everything else is invalid.
-    Raises InputError for unequal lengths or wrong types, TaxonomyError for a target outside its domain or an unknown
-    dataset; both name the index.
-    """
+    A prediction is read within its dataset's domain; a word that is a class of exactly one other domain keeps
+    that class (wrong, and a false positive of that class in the aggregate), everything else is invalid.
+    Raises InputError for unequal lengths or wrong types, TaxonomyError for a target outside its domain or an
+    unknown dataset; both name the index."""
     check_lengths(predictions=predictions, targets=targets, datasets=datasets)
     layout = layout_of(taxonomy)
     table = _CellTable(layout)
+    triples = zip(datasets, targets, predictions, strict=True)
     try:
-        cells = np.fromiter(map(table.__getitem__, zip(datasets, targets, predictions, strict=True)), np.int64, len(targets))
+        cells = np.fromiter(map(table.__getitem__, triples), np.int64, len(targets))
     except InputError as error:
-        index = next(i for i, row in enumerate(zip(datasets, targets, predictions, strict=True)) if row not in table)
+        triples = zip(datasets, targets, predictions, strict=True)
+        index = next(i for i, row in enumerate(triples) if row not in table)
         raise type(error)(error.what, where=f"index {index}", fix=error.fix) from None
-    return Rows(layout=layout, cells_N=cells)
+    return Rows(layout=layout, cells=cells)
 
 
 def encode_indices(
@@ -161,14 +172,15 @@ def encode_indices(
 ) -> Rows:
     """`encode` for global class indices; a prediction outside 0..C-1 (such as -1) is invalid.
 
-    Raises InputError for unequal lengths, TaxonomyError for an unknown or free-form dataset or a target outside the
-    dataset's domain, naming the index.
-    """
+    Raises InputError for unequal lengths, TaxonomyError for an unknown or free-form dataset or a target
+    outside the dataset's domain, naming the index."""
     check_lengths(predictions=predictions, targets=targets, datasets=datasets)
     layout = layout_of(taxonomy)
     for key in dict.fromkeys(datasets):
         if taxonomy.dataset(key).domain is None:
-            raise TaxonomyError(f"dataset {key!r} has free-form answers", fix="Score its answers, not class indices.")
+            raise TaxonomyError(
+                f"dataset {key!r} has free-form answers", fix="Score its answers, not class indices."
+            )
     code_N = np.fromiter(map(layout.code.__getitem__, datasets), np.int64, len(datasets))
     truth_N, guess_N = np.asarray(targets, dtype=np.int64), np.asarray(predictions, dtype=np.int64)
     c = layout.num_classes
@@ -182,10 +194,12 @@ def encode_indices(
         what = f"class index {truth_N[index]} is not in the domain of {datasets[index]!r}"
         raise TaxonomyError(what, where=f"index {index}", fix=f"Known: {known}.")
     guess_N = np.where((guess_N < 0) | (guess_N >= c), c, guess_N)
-    return Rows(layout=layout, cells_N=(code_N * c + truth_N) * (c + 1) + guess_N)
+    return Rows(layout=layout, cells=(code_N * c + truth_N) * (c + 1) + guess_N)
 
 
-def pooled_confusion(predictions: Sequence[int], targets: Sequence[int], taxonomy: Taxonomy = BUILTIN) -> Ints:
+def pooled_confusion(
+    predictions: Sequence[int], targets: Sequence[int], taxonomy: Taxonomy = BUILTIN
+) -> Ints:
     """Counts [C, P] of global class indices whatever their dataset; a prediction outside 0..C-1 is invalid.
 
     Raises InputError for unequal lengths, TaxonomyError for a target that is no class, naming the index.
@@ -196,7 +210,9 @@ def pooled_confusion(predictions: Sequence[int], targets: Sequence[int], taxonom
     wrong = (truth_N < 0) | (truth_N >= c)
     if wrong.any():
         index = int(wrong.argmax())
-        raise TaxonomyError(f"no class {truth_N[index]}", where=f"index {index}", fix=f"Classes are 0 to {c - 1}.")
+        raise TaxonomyError(
+            f"no class {truth_N[index]}", where=f"index {index}", fix=f"Classes are 0 to {c - 1}."
+        )
     guess_N = np.where((guess_N < 0) | (guess_N >= c), c, guess_N)
     return np.bincount(truth_N * (c + 1) + guess_N, minlength=c * (c + 1)).reshape(c, c + 1)
 

@@ -1,16 +1,18 @@
-"""Published metrics from confusion counts, vectorised over any leading axes (datasets or bootstrap resamples).
+"""Published metrics from confusion counts, vectorised over any leading axes (datasets or bootstrap
+resamples).
 
-Per dataset the classes are those present in the ground truth. precision, recall, F1 per class; macro, support-weighted
-and micro averages; a prediction outside the classes is wrong. Emotion adds the weighted accuracy 0.5 (TP/P + TN/N) per
-class and its mean; sentiment adds accuracy and weighted F1 at 7, 5, 3 and 2 points. A task's score is the mean of its
-datasets' scores in the task's one metric. Names are those of the released scripts.
+Per dataset the classes are those present in the ground truth. precision, recall, F1 per class; macro,
+support-weighted and micro averages; a prediction outside the classes is wrong. Emotion adds the weighted
+accuracy 0.5 (TP/P + TN/N) per class and its mean; sentiment adds accuracy and weighted F1 at 7, 5, 3 and 2
+points. A task's score is the mean of its datasets' scores in the task's one metric. Names are those of the
+released scripts.
 
-Default and `published=True` differ in two places. Micro averages: each wrong answer costs a false positive, so that
-they equal the accuracy; released, a class absent from the ground truth and an invalid answer cost none, which inflates
-precision and F1. Weighted accuracy of a dataset with one class only: N is 0 and TN/N says nothing, so it is TP/P alone;
-released, it is capped at 0.5. A score that is not defined is None, never 0 (released: 0).
-Shape suffixes as in `confusion`: D datasets, C classes, P = C + 1 predictions, K classes of one domain.
-"""
+Default and `published=True` differ in two places. Micro averages: each wrong answer costs a false positive,
+so that they equal the accuracy; released, a class absent from the ground truth and an invalid answer cost
+none, which inflates precision and F1. Weighted accuracy of a dataset with one class only: N is 0 and TN/N
+says nothing, so it is TP/P alone; released, it is capped at 0.5. A score that is not defined is None, never 0
+(released: 0). Shape suffixes as in `confusion`: D datasets, C classes, P = C + 1 predictions, K classes of
+one domain."""
 
 from __future__ import annotations
 
@@ -20,11 +22,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hba.errors import TaxonomyError, nearest
-from hba.evaluate.confusion import NO_ANSWER, RIGHT, Floats, Ints, Layout, Rows, encode, encode_indices, pooled_confusion
+from hba.evaluate.confusion import (
+    NO_ANSWER,
+    RIGHT,
+    Floats,
+    Ints,
+    Layout,
+    Rows,
+    encode,
+    encode_indices,
+    pooled_confusion,
+)
 from hba.taxonomy import BUILTIN, Taxonomy
 
 EMOTION, SENTIMENT = "emotion", "sentiment_intensity"
-# Group of each of the seven points, from highly negative to highly positive; None is left out of the ground truth.
+# Group of each of the seven points, highly negative to highly positive; None: left out of the ground truth.
 SENTIMENT_GROUPS: Mapping[int, tuple[int | None, ...]] = {
     7: (0, 1, 2, 3, 4, 5, 6),
     5: (0, 1, 1, 2, 3, 3, 4),
@@ -39,7 +51,8 @@ PRIMARY_NAMES = {
 
 
 class OneVsRest(NamedTuple):
-    """Counts of each class against all others, each [..., C]: right (TP), support (P), predicted (TP + FP)."""
+    """Counts of each class against all others, each [..., C]: right (TP), support (P), predicted (TP +
+    FP)."""
 
     right: Ints
     support: Ints
@@ -56,7 +69,8 @@ def one_vs_rest(confusion: Ints) -> OneVsRest:
 def _ratio(numerator: Any, denominator: Any, empty: float = 0.0) -> Floats:
     """numerator / denominator, `empty` where the denominator is 0."""
     top, bottom = np.broadcast_arrays(np.asarray(numerator, float), np.asarray(denominator, float))
-    return np.divide(top, bottom, out=np.full(top.shape, empty), where=bottom != 0)
+    quotient: Floats = np.divide(top, bottom, out=np.full(top.shape, empty), where=bottom != 0)
+    return quotient
 
 
 def weighted_f1(confusion: Ints) -> Floats:
@@ -72,7 +86,8 @@ def accuracy(confusion: Ints) -> Floats:
 
 
 def emotion_weighted_accuracy(confusion: Ints, published: bool = False) -> Floats:
-    """0.5 (TP/P + TN/N) per class, [..., C]; NaN for a class without support. With N = 0: TP/P (published: 0.5 TP/P)."""
+    """0.5 (TP/P + TN/N) per class, [..., C]; NaN for a class without support. With N = 0: TP/P (published:
+    0.5 TP/P)."""
     right, support, predicted = one_vs_rest(confusion)
     others = support.sum(-1, keepdims=True) - support
     recall = _ratio(right, support, np.nan)
@@ -91,8 +106,8 @@ def mean_weighted_accuracy(confusion: Ints, published: bool = False) -> Floats:
 def sentiment_points(confusion: Ints, points: int) -> Ints:
     """The 7-point confusion [..., 7, 8] at 7, 5, 3 or 2 points, [..., points, points + 1].
 
-    At 2 points, rows whose target is neutral are left out and a neutral prediction counts as invalid, hence wrong.
-    """
+    At 2 points, rows whose target is neutral are left out and a neutral prediction counts as invalid, hence
+    wrong."""
     groups = SENTIMENT_GROUPS[points]
     of_target = np.zeros((points, 7), dtype=np.int64)
     of_prediction = np.zeros((8, points + 1), dtype=np.int64)
@@ -110,7 +125,8 @@ def binary_weighted_f1(confusion: Ints) -> Floats:
 
 
 def primary(metric: str) -> Callable[[Ints], Floats]:
-    """The function [..., K, K + 1] -> [...] of a task's metric. Raises TaxonomyError for a metric without one."""
+    """The function [..., K, K + 1] -> [...] of a task's metric. Raises TaxonomyError for a metric without
+    one."""
     functions: dict[str, Callable[[Ints], Floats]] = {
         "binary_weighted_f1": binary_weighted_f1,
         "mean_weighted_accuracy": mean_weighted_accuracy,
@@ -122,7 +138,8 @@ def primary(metric: str) -> Callable[[Ints], Floats]:
 
 
 def averages(confusion: Ints, published: bool = False) -> dict[str, float | None]:
-    """The twelve published averages {macro,weighted,micro}_{precision,recall,f1,accuracy} of one confusion [C, P]."""
+    """The twelve published averages {macro,weighted,micro}_{precision,recall,f1,accuracy} of one confusion
+    [C, P]."""
     right, support, predicted = one_vs_rest(confusion)
     present = support > 0
     per_class = {
@@ -133,7 +150,11 @@ def averages(confusion: Ints, published: bool = False) -> dict[str, float | None
     per_class["accuracy"] = per_class["recall"]
     hits, rows = right.sum(), support.sum()
     claimed = predicted[present].sum() if published else rows
-    micro = {"precision": _ratio(hits, claimed), "recall": _ratio(hits, rows), "f1": _ratio(2 * hits, rows + claimed)}
+    micro = {
+        "precision": _ratio(hits, claimed),
+        "recall": _ratio(hits, rows),
+        "f1": _ratio(2 * hits, rows + claimed),
+    }
     micro["accuracy"] = micro["recall"]
     result = {f"macro_{name}": _ratio((x * present).sum(), present.sum()) for name, x in per_class.items()}
     result |= {f"weighted_{name}": _ratio((x * support).sum(), rows) for name, x in per_class.items()}
@@ -153,7 +174,8 @@ def class_report(confusion: Ints) -> list[dict[str, float]]:
 
 
 def local_confusion(layout: Layout, code: int, confusion_CP: Ints) -> Ints:
-    """The confusion [K, K + 1] of dataset `code` in its own domain; the last column holds every other prediction."""
+    """The confusion [K, K + 1] of dataset `code` in its own domain; the last column holds every other
+    prediction."""
     indices = layout.indices[code]
     rows = confusion_CP[indices]
     inside = rows[:, indices]
@@ -187,7 +209,8 @@ def _known(value: Any, published: bool = False) -> float | None:
 
 
 def freeform_metrics(counts_3: Ints) -> dict[str, Any]:
-    """Of one free-form dataset [wrong, right, none]: exact_match (case and spacing aside), n, n_invalid (no answer)."""
+    """Of one free-form dataset [wrong, right, none]: exact_match (case and spacing aside), n, n_invalid (no
+    answer)."""
     total = int(counts_3.sum())
     return {"n": total, "n_invalid": int(counts_3[NO_ANSWER]), "exact_match": int(counts_3[RIGHT]) / total}
 
@@ -205,12 +228,15 @@ def score_rows(rows: Rows, published: bool = False) -> dict[str, Any]:
     aggregate["n"] = sum(entry["n"] for entry in datasets.values())
     aggregate["n_invalid"] = sum(entry["n_invalid"] for entry in datasets.values())
     counts_Q3 = rows.counts()[layout.freeform_start :].reshape(-1, 3)
-    datasets |= {key: freeform_metrics(c) for key, c in zip(layout.freeform, counts_Q3, strict=True) if c.any()}
+    datasets |= {
+        key: freeform_metrics(c) for key, c in zip(layout.freeform, counts_Q3, strict=True) if c.any()
+    }
     return {"tasks": tasks, "datasets": datasets, "aggregate": aggregate}
 
 
 def task_scores(taxonomy: Taxonomy, datasets: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """{task: {score, metric, n, datasets}} for every task with rows that needs no judge; score None if undefined."""
+    """{task: {score, metric, n, datasets}} for every task with rows that needs no judge; score None if
+    undefined."""
     tasks = {}
     for task in taxonomy.tasks.values():
         keys = [key for key in task.datasets if key in datasets]
@@ -237,11 +263,10 @@ def score(
 ) -> dict[str, Any]:
     """metrics.json of N rows, {"tasks", "datasets", "aggregate"}, without the tasks that need a judge.
 
-    `predictions` are labels (raw or canonical, read within the row's dataset), None for an invalid answer; for a
-    free-form dataset they are answers, of which only `exact_match` is reported. Scores lie in [0, 1]; `aggregate`
-    pools the classification rows, its "mean" is over task scores. Raises InputError for unequal lengths and
-    TaxonomyError for an unknown dataset or a target outside its domain, naming the index.
-    """
+    `predictions` are labels (raw or canonical, read within the row's dataset), None for an invalid answer;
+    for a free-form dataset they are answers, of which only `exact_match` is reported. Scores lie in [0, 1];
+    `aggregate` pools the classification rows, its "mean" is over task scores. Raises InputError for unequal
+    lengths and TaxonomyError for an unknown dataset or a target outside its domain, naming the index."""
     return score_rows(encode(predictions, targets, datasets, taxonomy), published)
 
 
@@ -252,7 +277,8 @@ def score_indices(
     published: bool = False,
     taxonomy: Taxonomy = BUILTIN,
 ) -> dict[str, Any]:
-    """`score` of global class indices; a prediction outside 0..C-1, such as -1, is invalid. Raises as `score` does.
+    """`score` of global class indices; a prediction outside 0..C-1, such as -1, is invalid. Raises as `score`
+    does.
 
     With `datasets=None` only the aggregate is given, with the twelve averages and no mean over tasks.
     """

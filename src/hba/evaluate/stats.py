@@ -1,15 +1,14 @@
 """How sure a score is: bootstrap intervals, paired differences of two runs, chance levels.
 
-Rows are resampled within their dataset (stratified), so that every resample has the datasets' own sizes. Rows that
-share a group (a speaker, a video) are drawn together. Both are exact and never touch single rows: clusters with equal
-confusion counts are one type, the number of draws of each type is multinomial, and the metric is computed from the
-resampled counts of all resamples at once.
+Rows are resampled within their dataset (stratified), so that every resample has the datasets' own sizes. Rows
+that share a group (a speaker, a video) are drawn together. Both are exact and never touch single rows:
+clusters with equal confusion counts are one type, the number of draws of each type is multinomial, and the
+metric is computed from the resampled counts of all resamples at once.
 
-Limits: groups are drawn per dataset, so that a speaker who occurs in two datasets is taken for two; a percentile
-interval of a handful of rows is too narrow; a free-form task has no interval without a judge.
+Limits: groups are drawn per dataset, so that a speaker who occurs in two datasets is taken for two; a
+percentile interval of a handful of rows is too narrow; a free-form task has no interval without a judge.
 Invariant: the same rows and seed give the same numbers, and one dataset's draws do not depend on the others.
-Shape suffixes: M rows of one dataset, R resamples, E cells, K classes of a domain.
-"""
+Shape suffixes: M rows of one dataset, R resamples, E cells, K classes of a domain."""
 
 from __future__ import annotations
 
@@ -32,7 +31,8 @@ Score = Callable[[Ints], Floats]
 
 
 class Intervals(NamedTuple):
-    """95 % intervals: per task, of the mean over tasks, and per dataset; None where nothing could be scored."""
+    """95 % intervals: per task, of the mean over tasks, and per dataset; None where nothing could be
+    scored."""
 
     tasks: dict[str, Interval | None]
     mean: Interval | None
@@ -40,7 +40,8 @@ class Intervals(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """b minus a: the point estimate, its 95 % interval and the two-sided bootstrap p-value; None if undefined."""
+    """b minus a: the point estimate, its 95 % interval and the two-sided bootstrap p-value; None if
+    undefined."""
 
     difference: float | None
     ci95: Interval | None
@@ -60,15 +61,14 @@ def bootstrap(
 ) -> Intervals:
     """95 % percentile intervals of every task score and of their mean, `resamples` draws.
 
-    `clusters` gives each row's group key or None (a group of its own). Raises InputError for a wrong length or fewer
-    than 100 resamples.
-    """
+    `clusters` gives each row's group key or None (a group of its own). Raises InputError for a wrong length
+    or fewer than 100 resamples."""
     scores = {}
     for code, score in _scored(rows):
         members_M, cells_M = _cells(rows, code)
-        counts = _resample(cells_M, _size(rows.layout, code), _groups(clusters, members_M, rows), resamples,
-                           _rng(seed, rows.layout.classified[code]))  # fmt: skip
-        scores[rows.layout.classified[code]] = score(_as_confusion(rows.layout, code, counts))
+        key, groups = rows.layout.classified[code], _groups(clusters, members_M, rows)
+        counts = _resample(cells_M, _size(rows.layout, code), groups, resamples, _rng(seed, key))
+        scores[key] = score(_as_confusion(rows.layout, code, counts))
     tasks, mean = _over_tasks(rows.layout, scores)
     return Intervals(
         {key: _interval(values) for key, values in tasks.items()},
@@ -82,9 +82,9 @@ def paired_difference(
 ) -> dict[str, Difference]:
     """Score of `b` minus score of `a` per task, and "mean": a paired bootstrap over the same rows.
 
-    Both runs must hold the same rows in the same order (dataset and target are compared; InputError otherwise). The
-    p-value is 2 min(P(d <= 0), P(d >= 0)) over resamples with one added to both counts, at most 1.
-    """
+    Both runs must hold the same rows in the same order (dataset and target are compared; InputError
+    otherwise). The p-value is 2 min(P(d <= 0), P(d >= 0)) over resamples with one added to both counts, at
+    most 1."""
     _check_paired(a, b)
     drawn: dict[str, Floats] = {}
     point: dict[str, Floats] = {}
@@ -94,7 +94,9 @@ def paired_difference(
         guesses = len(layout.indices[code]) + 1
         size = _size(layout, code)
         pairs_M = cells_a * guesses + b.local_cells(code, members_M) % guesses
-        draws = _resample(pairs_M, size * guesses, _groups(clusters, members_M, a), resamples, _rng(seed, key))
+        draws = _resample(
+            pairs_M, size * guesses, _groups(clusters, members_M, a), resamples, _rng(seed, key)
+        )
         real = np.bincount(pairs_M, minlength=size * guesses)[None]
         drawn[key], point[key] = (
             score(_margin(x, layout, code, 1)) - score(_margin(x, layout, code, 0)) for x in (draws, real)
@@ -108,12 +110,13 @@ def paired_difference(
 
 
 def chance(rows: Rows, *, resamples: int = CHANCE_RESAMPLES, seed: int = 0) -> Chance:
-    """The chance level of each dataset's task metric on these very targets; a task's is the mean of its datasets'.
+    """The chance level of each dataset's task metric on these very targets; a task's is the mean of its
+    datasets'.
 
     Of a dataset, the larger of (a) the expected score of answers drawn at random from the dataset's own label
-    frequencies, independent of the row (mean of `resamples` simulations), and (b) the best score that one constant
-    answer reaches (for weighted F1 the majority label; for mean weighted accuracy every label reaches 0.5).
-    """
+    frequencies, independent of the row (mean of `resamples` simulations), and (b) the best score that one
+    constant answer reaches (for weighted F1 the majority label; for mean weighted accuracy every label
+    reaches 0.5)."""
     levels: dict[str, Floats] = {}
     for code, score in _scored(rows):
         key = rows.layout.classified[code]
@@ -168,22 +171,28 @@ def _as_confusion(layout: Layout, code: int, counts_RE: Ints) -> Ints:
 def _margin(pairs: Ints, layout: Layout, code: int, keep: int) -> Ints:
     """Confusions [R, K, K + 1] of run a (keep 0) or run b (keep 1) from joint counts."""
     classes = len(layout.indices[code])
-    return pairs.reshape(-1, classes, classes + 1, classes + 1).sum(2 if keep else 3)
+    joint = pairs.reshape(-1, classes, classes + 1, classes + 1)
+    margin: Ints = joint.sum(2 if keep else 3)
+    return margin
 
 
 def _groups(clusters: Sequence[str | None] | None, members_M: Ints, rows: Rows) -> Ints | None:
     """Group number of each row, or None when every row stands alone."""
     if clusters is None:
         return None
-    if len(clusters) != len(rows.cells_N):
-        raise InputError(f"{len(clusters)} group keys for {len(rows.cells_N)} rows", fix="Give one key or None a row.")
+    if len(clusters) != len(rows.cells):
+        raise InputError(
+            f"{len(clusters)} group keys for {len(rows.cells)} rows", fix="Give one key or None a row."
+        )
     numbers: dict[Any, int] = {}
     keys = ((row, None) if clusters[row] is None else clusters[row] for row in members_M.tolist())
     groups = np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
     return groups if len(numbers) < len(groups) else None
 
 
-def _resample(cells_M: Ints, size: int, groups_M: Ints | None, resamples: int, rng: np.random.Generator) -> Ints:
+def _resample(
+    cells_M: Ints, size: int, groups_M: Ints | None, resamples: int, rng: np.random.Generator
+) -> Ints:
     """Resampled counts [R, E]: as many clusters as there are, drawn with replacement."""
     if resamples < 100:
         raise InputError(f"{resamples} resamples give no interval", fix="Use 100 or more; 2000 is usual.")
@@ -230,7 +239,8 @@ def _nan_mean(parts: Sequence[Floats]) -> Floats:
     known = ~np.isnan(stacked)
     count = known.sum(0)
     total = np.where(known, stacked, 0.0).sum(0)
-    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+    mean: Floats = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+    return mean
 
 
 def _interval(values_R: Floats) -> Interval | None:
@@ -255,11 +265,11 @@ def _difference(point: Floats, drawn_R: Floats) -> Difference:
 
 def _check_paired(a: Rows, b: Rows) -> None:
     guesses = a.layout.num_classes + 1
-    same = a.layout is b.layout and len(a.cells_N) == len(b.cells_N)
+    same = a.layout is b.layout and len(a.cells) == len(b.cells)
     if same:
         start = a.layout.freeform_start
-        truth_a, truth_b = (np.where(r.cells_N < start, r.cells_N // guesses, -1 - (r.cells_N - start) // 3) for r in (a, b))
-        same = bool((truth_a == truth_b).all())
+        truth = [np.where(r.cells < start, r.cells // guesses, -1 - (r.cells - start) // 3) for r in (a, b)]
+        same = bool((truth[0] == truth[1]).all())
     if not same:
         fix = "Match the two runs by id first and keep the rows that both have."
         raise InputError("the two runs do not hold the same rows in the same order", fix=fix)
