@@ -224,13 +224,12 @@ def score_rows(rows: Rows, published: bool = False) -> dict[str, Any]:
     }
     tasks = task_scores(layout.taxonomy, datasets)
     aggregate: dict[str, Any] = dict(averages(confusion.sum(0), published))
-    aggregate["mean"] = mean_of([task["score"] for task in tasks.values()])
-    aggregate["n"] = sum(entry["n"] for entry in datasets.values())
-    aggregate["n_invalid"] = sum(entry["n_invalid"] for entry in datasets.values())
+    aggregate["mean"] = {"score": mean_of([task["score"] for task in tasks.values()])}
     counts_Q3 = rows.counts()[layout.freeform_start :].reshape(-1, 3)
     datasets |= {
         key: freeform_metrics(c) for key, c in zip(layout.freeform, counts_Q3, strict=True) if c.any()
     }
+    aggregate |= {name: sum(entry[name] for entry in datasets.values()) for name in ("n", "n_invalid")}
     return {"tasks": tasks, "datasets": datasets, "aggregate": aggregate}
 
 
@@ -265,8 +264,9 @@ def score(
 
     `predictions` are labels (raw or canonical, read within the row's dataset), None for an invalid answer;
     for a free-form dataset they are answers, of which only `exact_match` is reported. Scores lie in [0, 1];
-    `aggregate` pools the classification rows, its "mean" is over task scores. Raises InputError for unequal
-    lengths and TaxonomyError for an unknown dataset or a target outside its domain, naming the index."""
+    `aggregate` pools the classification rows, its "mean" {"score"} is over the task scores. Raises InputError
+    for unequal lengths and TaxonomyError for an unknown dataset or a target outside its domain, naming the
+    index."""
     return score_rows(encode(predictions, targets, datasets, taxonomy), published)
 
 

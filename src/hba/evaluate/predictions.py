@@ -1,0 +1,169 @@
+"""predictions.jsonl: one line a sample, append-only, the contract between whoever predicts and whoever
+scores.
+
+Reading checks every line against the schema and the taxonomy and refuses the first that is wrong with file,
+line and field: malformed or truncated JSON, a missing field, a wrong type, an id that occurs twice, an
+unknown dataset, a target or label outside the dataset's domain. Unknown extra fields are ignored.
+
+Invariant: a log holds each id once and only whole lines, so that `done_ids` of a killed run is exactly what
+is on disk."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import msgspec
+
+from hba.errors import InputError, TaxonomyError
+from hba.storage import AppendLog
+from hba.taxonomy import BUILTIN, Taxonomy
+
+_OPTIONAL = ("probs", "group")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What a model said about one sample.
+
+    `target` and `label` are canonical labels; for a free-form row `target` is the row's answer and `label`
+    None. `label` is None if the answer could not be mapped. `error` is None unless the sample failed; with an
+    error and no output it counts as wrong. `latency_s` is in seconds, `tokens_in` and `tokens_out` are
+    counts, None if unknown. `probs` are the heads' probabilities. Rows with one `group` share a speaker or a
+    video and are resampled together."""
+
+    id: str
+    dataset: str
+    task: str
+    split: str
+    target: str
+    output: str | None
+    answer: str | None
+    label: str | None
+    error: str | None
+    latency_s: float | None = None
+    tokens_in: int | None = None
+    tokens_out: int | None = None
+    probs: dict[str, float] | None = None
+    group: str | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the sample ended in an error without any output or answer."""
+        said = (self.output or "").strip() or (self.answer or "").strip()
+        return self.error is not None and self.label is None and not said
+
+    def record(self) -> dict[str, Any]:
+        """The line of predictions.jsonl; `probs` and `group` only where they are known."""
+        return {
+            key: value for key, value in asdict(self).items() if value is not None or key not in _OPTIONAL
+        }
+
+
+_decode = msgspec.json.Decoder(Prediction).decode
+
+
+def read_predictions(path: str | Path, taxonomy: Taxonomy = BUILTIN) -> list[Prediction]:
+    """Every prediction of the file, in its order.
+
+    Raises InputError naming file, line and field for a missing file or a line that is not as the contract
+    says, TaxonomyError (an InputError) for an unknown dataset or a target or label outside the dataset's
+    domain."""
+    path = Path(path)
+    found: list[Prediction] = []
+    line_of: dict[str, int] = {}
+    checked: set[tuple[str, str, str | None]] = set()
+    for number, prediction in _lines(path):
+        first = line_of.setdefault(prediction.id, number)
+        if first != number:
+            what = f"id {prediction.id!r} occurs twice (first in line {first})"
+            raise InputError(what, where=f"{path}:{number}, id", fix="Keep one line per sample.")
+        words = (prediction.dataset, prediction.target, prediction.label)
+        if words not in checked:
+            _check_words(prediction, f"{path}:{number}", taxonomy)
+            checked.add(words)
+        found.append(prediction)
+    return found
+
+
+def _lines(path: Path) -> Any:
+    if not path.is_file():
+        raise InputError("no such file", where=str(path), fix="Run `hba predict` first, or check the path.")
+    with path.open("rb") as handle:
+        for number, raw in enumerate(handle, 1):
+            if raw.strip():
+                yield number, _prediction(raw, f"{path}:{number}")
+
+
+def _prediction(raw: bytes, where: str) -> Prediction:
+    try:
+        return _decode(raw)
+    except msgspec.ValidationError as error:
+        what, _, place = str(error).partition(" - at `$")
+        missing = what.startswith("Object missing required field")
+        field = what.split("`")[1] if missing else place.strip("`.").split("[")[0].split(".")[0]
+        where = f"{where}, {field}" if field else where
+        fix = (
+            "Write every field of the contract; what is unknown is null."
+            if missing
+            else "Write the type it asks for."
+        )
+        raise InputError(what, where=where, fix=fix) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        fix = "Repair the line; if it is the last one, the run was cut off: run `hba predict` again, it resumes."
+        raise InputError(f"not valid JSON ({error})", where=where, fix=fix) from None
+
+
+def _check_words(prediction: Prediction, where: str, taxonomy: Taxonomy) -> None:
+    field = "dataset"
+    try:
+        if taxonomy.dataset(prediction.dataset).domain is None:
+            return
+        field = "target"
+        taxonomy.require_label(prediction.dataset, prediction.target)
+        field = "label"
+        if prediction.label is not None:
+            taxonomy.require_label(prediction.dataset, prediction.label)
+    except TaxonomyError as error:
+        raise TaxonomyError(error.what, where=f"{where}, {field}", fix=error.fix) from None
+
+
+class PredictionLog:
+    """Appends predictions to a file; opened again after a kill it goes on behind the last whole line.
+
+    Raises InputError when the file already holds something that is not a prediction, StorageError on a full
+    disk."""
+
+    def __init__(self, path: str | Path, taxonomy: Taxonomy = BUILTIN) -> None:
+        self._log = AppendLog(path)
+        try:
+            self._done = {prediction.id for prediction in read_predictions(path, taxonomy)}
+        except InputError:
+            self._log.close()
+            raise
+
+    def done_ids(self) -> set[str]:
+        """The ids that are in the file."""
+        return set(self._done)
+
+    def append(self, prediction: Prediction) -> None:
+        """Write one line. Raises InputError if the id is already in the file."""
+        if prediction.id in self._done:
+            fix = "Skip what `done_ids` names."
+            raise InputError(f"id {prediction.id!r} is already predicted", where=str(self._log.path), fix=fix)
+        self._log.append(prediction.record())
+        self._done.add(prediction.id)
+
+    def close(self) -> None:
+        """Flush to the disk and close."""
+        self._log.close()
+
+    def __enter__(self) -> PredictionLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

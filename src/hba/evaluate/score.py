@@ -1,0 +1,212 @@
+"""`hba score`: predictions.jsonl and quarantine.jsonl of a run become its metrics.json.
+
+Every prediction counts. An answer that could not be mapped is wrong (n_invalid); a sample that failed without
+an output is wrong (n_failed); a quarantined sample, whose medium could not be read, is left out and counted
+(n_quarantined). A task whose answers need a judge has score null, never a default verdict.
+
+Refused: a missing or malformed file, and a run without a single row to score. metrics.json is written whole
+or not at all. Invariant: the same predictions in any order and the same seed give the same file apart from
+`created_at`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hba.errors import InputError
+from hba.evaluate.confusion import Rows, encode
+from hba.evaluate.metrics import score_rows
+from hba.evaluate.predictions import Prediction, read_predictions
+from hba.evaluate.stats import bootstrap, chance
+from hba.storage import json_sha256, read_json, read_jsonl, write_json
+from hba.taxonomy import BUILTIN, Taxonomy
+
+JUDGED_NOTE = "not scored: free-form answers need a judge"
+EMPTY_NOTE = "not scored: no row with a defined score"
+PROVENANCE_KEYS = ("hba_version", "data_fingerprint", "split", "model", "seed", "created_at", "synthetic")
+
+
+class _Counts(NamedTuple):
+    """Per dataset: samples that failed, samples in quarantine. `unassigned` are quarantined of unknown
+    dataset."""
+
+    failed: Counter[str]
+    quarantined: Counter[str]
+    unassigned: int
+
+
+def score_run(
+    run: str | Path,
+    *,
+    quarantine: str | Path | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    dataset_of: Mapping[str, str] | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+    published: bool = False,
+    taxonomy: Taxonomy = BUILTIN,
+) -> dict[str, Any]:
+    """Score a run folder, or one predictions file, write metrics.json beside the predictions and return it.
+
+    `quarantine` defaults to quarantine.jsonl of the same folder if it exists. A quarantined row's dataset is
+    taken from its line, from its prediction, or from `dataset_of` (id to dataset); one that is in none of
+    them is counted in the aggregate alone. `provenance` overrides what environment.json of the folder says.
+    Intervals are 95 % bootstrap percentiles over `resamples` draws, clustered where predictions carry a
+    `group`. Raises InputError naming file, line and field for bad input, StorageError for a full disk."""
+    path = _predictions_path(Path(run))
+    folder = path.parent
+    predictions = read_predictions(path, taxonomy)
+    reasons = _quarantine(
+        folder, quarantine, {p.id: p.dataset for p in predictions}, dataset_of or {}, taxonomy
+    )
+    kept = [p for p in predictions if p.id not in reasons]
+    if not kept:
+        left = f"all {len(predictions)} are in quarantine" if predictions else "the file is empty"
+        raise InputError(
+            f"no prediction to score: {left}", where=str(path), fix="Run `hba predict` on a non-empty split."
+        )
+    known = Counter(key for key in reasons.values() if key is not None)
+    counts = _Counts(Counter(p.dataset for p in kept if p.failed), known, len(reasons) - known.total())
+    metrics = score_predictions(kept, resamples=resamples, seed=seed, published=published, taxonomy=taxonomy)
+    _add_counts(metrics, counts, taxonomy)
+    metrics["provenance"] = _provenance(path, kept, provenance or {})
+    metrics["provenance"]["scoring"] = {
+        "resamples": resamples,
+        "seed": seed,
+        "published": published,
+        "level": 0.95,
+    }
+    write_json(folder / "metrics.json", metrics)
+    return metrics
+
+
+def score_predictions(
+    predictions: Sequence[Prediction],
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+    published: bool = False,
+    taxonomy: Taxonomy = BUILTIN,
+) -> dict[str, Any]:
+    """metrics.json of `predictions` without provenance and quarantine: scores, intervals, chance levels."""
+    rows = encode(
+        [_scored_answer(p, taxonomy) for p in predictions],
+        [p.target for p in predictions],
+        [p.dataset for p in predictions],
+        taxonomy,
+    )
+    metrics = score_rows(rows, published)
+    groups = [p.group for p in predictions]
+    _add_statistics(metrics, rows, groups if any(groups) else None, resamples, seed)
+    return metrics
+
+
+def _predictions_path(run: Path) -> Path:
+    return run / "predictions.jsonl" if run.is_dir() else run
+
+
+def _scored_answer(prediction: Prediction, taxonomy: Taxonomy) -> str | None:
+    """The label of a classification row, the answer of a free-form one; None counts as wrong."""
+    if taxonomy.dataset(prediction.dataset).domain is not None:
+        return prediction.label
+    return prediction.answer if (prediction.answer or "").strip() else None
+
+
+def _quarantine(
+    folder: Path,
+    given: str | Path | None,
+    predicted: Mapping[str, str],
+    dataset_of: Mapping[str, str],
+    taxonomy: Taxonomy,
+) -> dict[str, str | None]:
+    """Quarantined ids and their datasets (None if unknown)."""
+    path = Path(given) if given is not None else folder / "quarantine.jsonl"
+    found: dict[str, str | None] = {}
+    if given is None and not path.is_file():
+        return found
+    for number, record in read_jsonl(path):
+        sample, dataset = record.get("id"), record.get("dataset")
+        if not isinstance(sample, str):
+            fix = "Write the id of the sample that was left out."
+            raise InputError(f"expected str, found {sample!r}", where=f"{path}:{number}, id", fix=fix)
+        if dataset is not None and dataset not in taxonomy.datasets:
+            where = f"{path}:{number}, dataset"
+            raise InputError(
+                f"unknown dataset {dataset!r}", where=where, fix="Use a dataset of the taxonomy."
+            )
+        found[sample] = dataset or predicted.get(sample) or dataset_of.get(sample)
+    return found
+
+
+def _add_statistics(
+    metrics: dict[str, Any], rows: Rows, groups: Sequence[str | None] | None, resamples: int, seed: int
+) -> None:
+    intervals = bootstrap(rows, clusters=groups, resamples=resamples, seed=seed)
+    level = chance(rows, seed=seed)
+    for key, task in metrics["tasks"].items():
+        task["ci95"], task["chance"] = _as_list(intervals.tasks.get(key)), level.tasks.get(key)
+    for key, entry in metrics["datasets"].items():
+        entry["chance"] = level.datasets.get(key)
+    metrics["aggregate"]["mean"] |= {"ci95": _as_list(intervals.mean), "chance": level.mean}
+
+
+def _as_list(interval: Iterable[float] | None) -> list[float] | None:
+    return None if interval is None else list(interval)
+
+
+def _add_counts(metrics: dict[str, Any], counts: _Counts, taxonomy: Taxonomy) -> None:
+    """Add what could not be scored, per dataset, task and in all, and the tasks that have no score."""
+    datasets = metrics["datasets"]
+    for key in counts.quarantined:
+        datasets.setdefault(key, {"n": 0, "n_invalid": 0, "chance": None})
+    for key, entry in datasets.items():
+        entry["n_failed"], entry["n_quarantined"] = counts.failed[key], counts.quarantined[key]
+        entry["n_invalid"] -= counts.failed[key]  # a failed sample gave no answer that could be invalid
+    tasks = {}
+    for task in taxonomy.tasks.values():
+        keys = [key for key in task.datasets if key in datasets]
+        if keys:
+            nothing = {"score": None, "metric": task.metric, "ci95": None, "chance": None, "datasets": keys}
+            entry = tasks[task.key] = metrics["tasks"].get(task.key, nothing) | {"datasets": keys}
+            entry |= {
+                name: sum(datasets[key][name] for key in keys)
+                for name in ("n", "n_invalid", "n_failed", "n_quarantined")
+            }
+            if entry["score"] is None:
+                entry["note"] = JUDGED_NOTE if task.judged else EMPTY_NOTE
+    metrics["tasks"] = tasks
+    aggregate = metrics["aggregate"]
+    for name in ("n", "n_invalid", "n_failed", "n_quarantined"):
+        aggregate[name] = sum(entry[name] for entry in datasets.values())
+    aggregate["n_quarantined"] += counts.unassigned
+    aggregate["n_quarantined_unassigned"] = counts.unassigned
+
+
+def _fingerprint(predictions: Sequence[Prediction]) -> str:
+    """Hash of what was scored, whatever the order of the lines and the time they took."""
+    return json_sha256(sorted((p.id, p.dataset, p.target, str(p.label), str(p.answer)) for p in predictions))
+
+
+def _provenance(path: Path, predictions: Sequence[Prediction], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known about the run; the keys of the contract are always there, null if unknown."""
+    file = path.parent / "environment.json"
+    environment = read_json(file) if file.is_file() else {}
+    if not isinstance(environment, dict) or not isinstance(environment.get("data", {}), dict):
+        raise InputError(
+            "expected an object with an object `data`", where=str(file), fix="Restore or remove the file."
+        )
+    data = environment.get("data", {})
+    found = {
+        "hba_version": version("human-behavior-atlas"),
+        "data_fingerprint": data.get("fingerprint"),
+        "split": "+".join(sorted({p.split for p in predictions})),
+        "seed": environment.get("seed"),
+        "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "synthetic": data.get("synthetic"),
+        "answers_sha256": _fingerprint(predictions),
+    }
+    return dict.fromkeys(PROVENANCE_KEYS) | found | dict(given)
