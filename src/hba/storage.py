@@ -1,4 +1,5 @@
-"""Everything that hba writes goes through `atomic_write` or `AppendLog`; every path of a row through `confined_path`.
+"""Everything that hba writes goes through `atomic_write` or `AppendLog`; every path of a row through
+`confined_path`.
 
 Invariants: a file under its final name is whole; a log holds only whole lines, so that a killed run can go on
 where it stopped; no path taken from data leads outside its root.
@@ -19,6 +20,8 @@ from typing import IO, Any, NamedTuple
 
 from hba.errors import HbaError, InputError, MediaError
 
+_TAIL_BYTES = 1 << 16
+
 
 class StorageError(InputError):
     """The disk refused a write (full, read-only, no permission)."""
@@ -34,11 +37,19 @@ def _named_os_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EFBIG,
+        ):  # EFBIG: the file-size limit of a batch system
             free = "Free some space and run the same command again; it resumes from the last whole file."
-            raise StorageError("no space left on the disk; nothing was half-written", where=str(path), fix=free) from error
+            raise StorageError(
+                "no space left on the disk; nothing was half-written", where=str(path), fix=free
+            ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise StorageError(f"cannot write ({error.strerror})", where=str(path), fix="Choose a writable folder.") from error
+            raise StorageError(
+                f"cannot write ({error.strerror})", where=str(path), fix="Choose a writable folder."
+            ) from error
         raise
 
 
@@ -67,8 +78,8 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Fill a temporary neighbour folder that becomes `path` in one rename; removed on failure.
 
-    Raises StorageError when the disk is full. An existing `path` is replaced only after the new folder is whole.
-    """
+    Raises StorageError when the disk is full. An existing `path` is replaced only after the new folder is
+    whole."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with _named_os_errors(path):
@@ -114,15 +125,16 @@ def read_json(path: str | Path) -> Any:
         raise InputError("no such file", where=str(path), fix="Check the path.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise InputError(f"not valid JSON ({error})", where=f"{path}{line}", fix="Repair or rewrite the file.") from None
+        raise InputError(
+            f"not valid JSON ({error})", where=f"{path}{line}", fix="Repair or rewrite the file."
+        ) from None
 
 
 def read_jsonl(path: str | Path, expect: Callable[[dict[str, Any]], None] | None = None) -> Iterator[Line]:
     """Yield the objects of a JSONL file with their 1-based line numbers.
 
-    Raises InputError naming file and line for a missing file, a malformed or truncated line, or a line that is not
-    an object; `expect` may raise for a record that is not as its reader needs it.
-    """
+    Raises InputError naming file and line for a missing file, a malformed or truncated line, or a line that
+    is not an object; `expect` may raise for a record that is not as its reader needs it."""
     path = Path(path)
     if not path.is_file():
         raise InputError("no such file", where=str(path), fix="Check the path.")
@@ -144,59 +156,85 @@ def read_jsonl(path: str | Path, expect: Callable[[dict[str, Any]], None] | None
 
 
 class AppendLog:
-    """An append-only JSONL file that survives kill -9: a torn last line is cut off when the log is opened again."""
+    """An append-only JSONL file that survives kill -9: a torn last line is cut off when the log is opened
+    again.
+
+    A line that the disk refuses is taken back, so that the file holds whole lines at any time but that of a
+    kill. Raises StorageError when the disk is full or read-only."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         with _named_os_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._handle = self.path.open("ab")
+            self._handle = self.path.open(
+                "ab", buffering=0
+            )  # a buffer would write a refused line again later
             self._cut_torn_line()
 
     def _cut_torn_line(self) -> None:
-        data = self.path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
+        with self.path.open("rb") as handle:
+            end = position = handle.seek(0, os.SEEK_END)
+            whole = 0
+            while position > 0 and not whole:
+                start = max(0, position - _TAIL_BYTES)
+                handle.seek(start)
+                newline = handle.read(position - start).rfind(b"\n")
+                position, whole = start, start + newline + 1 if newline >= 0 else 0
+        if whole < end:
             os.truncate(self.path, whole)
 
     def append(self, record: dict[str, Any]) -> None:
         """Add one record as one line and hand it to the operating system. NaN is refused (ValueError)."""
-        line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+        line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
         with _named_os_errors(self.path):
-            self._handle.write(line.encode())
-            self._handle.flush()
+            written = 0
+            try:
+                while written < len(line):
+                    written += self._handle.write(line[written:])
+            except OSError:
+                size = os.fstat(self._handle.fileno()).st_size
+                os.ftruncate(self._handle.fileno(), size - written)
+                raise
 
     def close(self) -> None:
         """Flush to the disk and close."""
         if not self._handle.closed:
             with _named_os_errors(self.path):
-                self._handle.flush()
-                os.fsync(self._handle.fileno())
-                self._handle.close()
+                try:
+                    os.fsync(self._handle.fileno())
+                finally:
+                    self._handle.close()
 
     def __enter__(self) -> AppendLog:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
 def confined_path(root: Path, relative: str, *, where: str) -> Path:
     """The file that `relative` names below `root` (already resolved), links followed.
 
-    `where` names file, row and field in errors. Raises InputError for an absolute path, a '..' or a link that leads
-    outside `root`; raises MediaError when the file does not exist.
-    """
+    `where` names file, row and field in errors. Raises InputError for an absolute path, a '..' or a link that
+    leads outside `root`; raises MediaError when the file does not exist."""
     check_relative(relative, where=where)
     path = root / relative
     try:
         resolved = path.resolve(strict=True)
     except (FileNotFoundError, NotADirectoryError):
-        raise MediaError(f"no such file: {relative}", where=where, fix="Restore the file or remove the row.") from None
+        raise MediaError(
+            f"no such file: {relative}", where=where, fix="Restore the file or remove the row."
+        ) from None
     except (OSError, RuntimeError) as error:
-        raise MediaError(f"cannot open {relative} ({error})", where=where, fix="Restore the file or remove the row.") from None
+        raise MediaError(
+            f"cannot open {relative} ({error})", where=where, fix="Restore the file or remove the row."
+        ) from None
     if not resolved.is_relative_to(root):
-        raise InputError(f"{relative} is a link out of {root}", where=where, fix="Copy the file into the atlas folder.")
+        raise InputError(
+            f"{relative} is a link out of {root}", where=where, fix="Copy the file into the atlas folder."
+        )
     return resolved
 
 
@@ -212,7 +250,11 @@ def check_relative(relative: str, *, where: str) -> None:
 def file_sha256(path: str | Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with Path(path).open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(handle)
+        return (
+            hashlib.file_digest(handle, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _digest(handle)
+        )
 
 
 def _digest(handle: IO[bytes]) -> str:
@@ -227,5 +269,17 @@ def json_sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-__all__ = ["AppendLog", "HbaError", "StorageError", "atomic_folder", "atomic_write", "check_relative", "confined_path",
-           "file_sha256", "json_sha256", "read_json", "read_jsonl", "write_json"]
+__all__ = [
+    "AppendLog",
+    "HbaError",
+    "StorageError",
+    "atomic_folder",
+    "atomic_write",
+    "check_relative",
+    "confined_path",
+    "file_sha256",
+    "json_sha256",
+    "read_json",
+    "read_jsonl",
+    "write_json",
+]
