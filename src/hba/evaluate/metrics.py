@@ -124,12 +124,13 @@ def binary_weighted_f1(confusion: Ints) -> Floats:
     return weighted_f1(sentiment_points(confusion, 2))
 
 
-def primary(metric: str) -> Callable[[Ints], Floats]:
-    """The function [..., K, K + 1] -> [...] of a task's metric. Raises TaxonomyError for a metric without
-    one."""
+def primary(metric: str, published: bool = False) -> Callable[[Ints], Floats]:
+    """The function [..., K, K + 1] -> [...] of a task's metric. TaxonomyError for a metric without one."""
     functions: dict[str, Callable[[Ints], Floats]] = {
-        "binary_weighted_f1": binary_weighted_f1,
-        "mean_weighted_accuracy": mean_weighted_accuracy,
+        "binary_weighted_f1": lambda x: (
+            np.nan_to_num(binary_weighted_f1(x)) if published else binary_weighted_f1(x)
+        ),
+        "mean_weighted_accuracy": lambda x: mean_weighted_accuracy(x, published),
         "weighted_f1": weighted_f1,
     }
     if metric not in functions:

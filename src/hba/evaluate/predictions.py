@@ -105,14 +105,10 @@ def _prediction(raw: bytes, where: str) -> Prediction:
         missing = what.startswith("Object missing required field")
         field = what.split("`")[1] if missing else place.strip("`.").split("[")[0].split(".")[0]
         where = f"{where}, {field}" if field else where
-        fix = (
-            "Write every field of the contract; what is unknown is null."
-            if missing
-            else "Write the type it asks for."
-        )
+        fix = "Write every field; what is unknown is null." if missing else "Write the type it asks for."
         raise InputError(what, where=where, fix=fix) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        fix = "Repair the line; if it is the last one, the run was cut off: run `hba predict` again, it resumes."
+        fix = "Repair the line; if it is the last, run `hba predict` again: it cuts it off and resumes."
         raise InputError(f"not valid JSON ({error})", where=where, fix=fix) from None
 
 

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hba.errors import InputError
-from hba.evaluate.confusion import Rows, encode
+from hba.evaluate.confusion import encode
 from hba.evaluate.metrics import score_rows
 from hba.evaluate.predictions import Prediction, read_predictions
-from hba.evaluate.stats import bootstrap, chance
+from hba.evaluate.stats import Chance, Intervals, bootstrap, chance
 from hba.storage import json_sha256, read_json, read_jsonl, write_json
 from hba.taxonomy import BUILTIN, Taxonomy
 
@@ -101,7 +101,9 @@ def score_predictions(
     )
     metrics = score_rows(rows, published)
     groups = [p.group for p in predictions]
-    _add_statistics(metrics, rows, groups if any(groups) else None, resamples, seed)
+    clusters = groups if any(groups) else None
+    intervals = bootstrap(rows, clusters=clusters, resamples=resamples, seed=seed, published=published)
+    _add_statistics(metrics, intervals, chance(rows, seed=seed, published=published))
     return metrics
 
 
@@ -142,11 +144,7 @@ def _quarantine(
     return found
 
 
-def _add_statistics(
-    metrics: dict[str, Any], rows: Rows, groups: Sequence[str | None] | None, resamples: int, seed: int
-) -> None:
-    intervals = bootstrap(rows, clusters=groups, resamples=resamples, seed=seed)
-    level = chance(rows, seed=seed)
+def _add_statistics(metrics: dict[str, Any], intervals: Intervals, level: Chance) -> None:
     for key, task in metrics["tasks"].items():
         task["ci95"], task["chance"] = _as_list(intervals.tasks.get(key)), level.tasks.get(key)
     for key, entry in metrics["datasets"].items():

@@ -57,14 +57,19 @@ class Chance(NamedTuple):
 
 
 def bootstrap(
-    rows: Rows, *, clusters: Sequence[str | None] | None = None, resamples: int = 2000, seed: int = 0
+    rows: Rows,
+    *,
+    clusters: Sequence[str | None] | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+    published: bool = False,
 ) -> Intervals:
     """95 % percentile intervals of every task score and of their mean, `resamples` draws.
 
-    `clusters` gives each row's group key or None (a group of its own). Raises InputError for a wrong length
-    or fewer than 100 resamples."""
+    `published` scores as the released scripts do; `clusters` gives each row's group key or None (a group of
+    its own). Raises InputError for a wrong length or fewer than 100 resamples."""
     scores = {}
-    for code, score in _scored(rows):
+    for code, score in _scored(rows, published):
         members_M, cells_M = _cells(rows, code)
         key, groups = rows.layout.classified[code], _groups(clusters, members_M, rows)
         counts = _resample(cells_M, _size(rows.layout, code), groups, resamples, _rng(seed, key))
@@ -78,7 +83,13 @@ def bootstrap(
 
 
 def paired_difference(
-    a: Rows, b: Rows, *, clusters: Sequence[str | None] | None = None, resamples: int = 2000, seed: int = 0
+    a: Rows,
+    b: Rows,
+    *,
+    clusters: Sequence[str | None] | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+    published: bool = False,
 ) -> dict[str, Difference]:
     """Score of `b` minus score of `a` per task, and "mean": a paired bootstrap over the same rows.
 
@@ -88,7 +99,7 @@ def paired_difference(
     _check_paired(a, b)
     drawn: dict[str, Floats] = {}
     point: dict[str, Floats] = {}
-    for code, score in _scored(a):
+    for code, score in _scored(a, published):
         layout, key = a.layout, a.layout.classified[code]
         members_M, cells_a = _cells(a, code)
         guesses = len(layout.indices[code]) + 1
@@ -109,7 +120,9 @@ def paired_difference(
     return result
 
 
-def chance(rows: Rows, *, resamples: int = CHANCE_RESAMPLES, seed: int = 0) -> Chance:
+def chance(
+    rows: Rows, *, resamples: int = CHANCE_RESAMPLES, seed: int = 0, published: bool = False
+) -> Chance:
     """The chance level of each dataset's task metric on these very targets; a task's is the mean of its
     datasets'.
 
@@ -118,7 +131,7 @@ def chance(rows: Rows, *, resamples: int = CHANCE_RESAMPLES, seed: int = 0) -> C
     constant answer reaches (for weighted F1 the majority label; for mean weighted accuracy every label
     reaches 0.5)."""
     levels: dict[str, Floats] = {}
-    for code, score in _scored(rows):
+    for code, score in _scored(rows, published):
         key = rows.layout.classified[code]
         guesses = len(rows.layout.indices[code]) + 1
         support_K = np.bincount(_cells(rows, code)[1] // guesses, minlength=guesses - 1)
@@ -138,14 +151,14 @@ def chance(rows: Rows, *, resamples: int = CHANCE_RESAMPLES, seed: int = 0) -> C
     )
 
 
-def _scored(rows: Rows) -> list[tuple[int, Score]]:
+def _scored(rows: Rows, published: bool) -> list[tuple[int, Score]]:
     """The datasets with rows whose task has a metric that needs no judge."""
     taxonomy = rows.layout.taxonomy
     found = []
     for code in rows.scored_codes():
         task = taxonomy.dataset(rows.layout.classified[code]).task
         if task is not None and not taxonomy.tasks[task].judged:
-            found.append((code, primary(taxonomy.tasks[task].metric)))
+            found.append((code, primary(taxonomy.tasks[task].metric, published)))
     return found
 
 
