@@ -1,0 +1,48 @@
+# make demo   train and evaluate on the synthetic mini-atlas, then write a report (installs first)
+# make test   all tests            make check  ruff and mypy          make bench  every file of benchmarks/
+# make clean  caches and builds    make distclean  also .venv         Neither touches runs/ or data.
+#
+# PYTHON=python3.12 chooses the interpreter; WORKERS=4 the number of test processes; ARGS="..." goes to the command.
+
+PYTHON ?= python3
+WORKERS ?= 2
+ARGS ?=
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: install demo test check bench clean distclean
+.DELETE_ON_ERROR:
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints-cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null || { \
+	  echo "hba needs Python 3.10, 3.11 or 3.12, but '$(PYTHON)' is $$($(PYTHON) -V 2>&1 | tail -n 1)." \
+	       "Fix: name one, for example 'make PYTHON=python3.12 $(or $(MAKECMDGOALS),install)'." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints-cpu.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/hba demo $(ARGS)
+
+# One thread a process: with more, torch's threads fight the other test processes for the same cores.
+# A file stays on one process, so that its module fixtures (a trained tiny model) are made once.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	@set -e; for file in benchmarks/*.py; do \
+	  [ -e "$$file" ] || { echo "benchmarks/ holds no benchmark"; exit 1; }; \
+	  echo "== $$file"; $(BIN)/python "$$file" $(ARGS); done
+
+clean:
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv
