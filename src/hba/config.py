@@ -1,0 +1,280 @@
+"""Typed configuration: a frozen, keyword-only dataclass, a YAML file over its defaults, `key=value` on top.
+
+Sections are nested dataclasses and keys are dotted (`train.learning_rate=1e-4`). Values have the types that
+their fields say: nothing is coerced, except that a whole number is a fine float, a list a tuple and a text a
+path. Refused, with file, line and key: unknown, repeated and missing keys, wrong types, numbers that are not
+finite. YAML is read as `hba.yaml_core` says.
+
+Invariant: what `to_yaml` writes loads to an equal config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    overload,
+)
+
+from hba import yaml_core
+from hba.errors import ConfigError, nearest
+
+if TYPE_CHECKING:  # pydantic costs a third of a second, which `hba --help` does not have
+    from pydantic import ValidationError
+
+T = TypeVar("T")
+COMMAND_LINE = "command line"
+
+
+class Key(NamedTuple):
+    """One key of a config, for people. `default` is YAML, or None where the user must choose."""
+
+    key: str
+    type: str
+    default: str | None
+    doc: str
+
+
+class _Field(NamedTuple):
+    field: dataclasses.Field[Any]
+    hint: Any
+    section: type[Any] | None  # the dataclass that this field nests
+
+
+@overload
+def option(default: T, doc: str, *, affects_result: bool = True) -> T: ...
+@overload
+def option(*, doc: str, affects_result: bool = True) -> Any: ...
+def option(default: Any = dataclasses.MISSING, doc: str = "", *, affects_result: bool = True) -> Any:
+    """A config field with one line of documentation, required when it has no default.
+
+    `affects_result=False` marks a key (log interval, worker count) that a resumed run may change. Raises
+    TypeError without `doc`.
+    """
+    if not doc:
+        raise TypeError("a config field needs one line of documentation")
+    metadata = {"doc": doc, "affects_result": affects_result}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def load_config(cls: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T:
+    """The `cls` that the YAML file `path` and then `key=value` overrides describe, over its defaults.
+
+    A section that is given in part keeps the rest of its default. Raises ConfigError naming file, line, key.
+    """
+    data: dict[str, Any] = {}
+    places: dict[str, str] = {"": COMMAND_LINE if path is None else str(path)}
+    if path is not None:
+        data = yaml_core.read(path, places)
+    for override in overrides:
+        _apply(override, data, places)
+    _check_keys(cls, cls, data, places, "")
+    return _validate(cls, _filled(cls, data, {}), places)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config as plain dicts, lists, texts and numbers. Raises ConfigError for a number that is not finite."""
+    from pydantic import TypeAdapter
+
+    plain: dict[str, Any] = TypeAdapter(type(config)).dump_python(config, mode="json")
+    try:
+        json.dumps(plain, allow_nan=False)
+    except ValueError:
+        raise ConfigError("a number is not finite", where=type(config).__name__, fix="Use a finite number.") from None
+    return plain
+
+
+def to_yaml(config: Any) -> str:
+    """The whole config, defaults included, as YAML that `load_config` reads back to an equal config."""
+    return yaml_core.dump(to_dict(config))
+
+
+def describe(cls: type[Any]) -> list[Key]:
+    """Every key of `cls` in its order: dotted name, type, default and documentation."""
+    return list(_describe(cls, {}, ""))
+
+
+def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    leaves: dict[str, Any] = {}
+    for key, value in data.items():
+        nested = isinstance(value, Mapping) and value
+        leaves.update(flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value})
+    return leaves
+
+
+def keys_without_effect(cls: type[Any], prefix: str = "") -> set[str]:
+    """The dotted keys that are marked as not changing a result."""
+    found: set[str] = set()
+    for name, field in _fields(cls).items():
+        if not field.field.metadata.get("affects_result", True):
+            found.add(f"{prefix}{name}")
+        if field.section is not None:
+            found |= keys_without_effect(field.section, f"{prefix}{name}.")
+    return found
+
+
+def _fields(cls: type[Any]) -> dict[str, _Field]:
+    """The fields of a config class. Raises TypeError when it is not a frozen, keyword-only dataclass."""
+    fields = dataclasses.fields(cls)
+    if not cls.__dataclass_params__.frozen or not all(field.kw_only for field in fields):
+        raise TypeError(f"{cls.__name__} is not a frozen, keyword-only dataclass")
+    hints = get_type_hints(cls)
+    return {field.name: _Field(field, hints[field.name], _section(hints[field.name])) for field in fields}
+
+
+def _section(hint: Any) -> type[Any] | None:
+    if get_origin(hint) in (Union, UnionType):
+        return next((section for arg in get_args(hint) if (section := _section(arg)) is not None), None)
+    return hint if isinstance(hint, type) and dataclasses.is_dataclass(hint) else None
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    """The default of a field as a plain value, MISSING when it is required."""
+    value = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+    return to_dict(value) if dataclasses.is_dataclass(value) else value
+
+
+def _apply(override: str, data: dict[str, Any], places: dict[str, str]) -> None:
+    """Put the value of one `key=value` into `data`."""
+    where = f"{COMMAND_LINE}, {override!r}"
+    key, equals, text = override.partition("=")
+    *sections, name = parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError("expected key=value", where=where, fix="For example train.learning_rate=1e-4.")
+    for depth, section in enumerate(sections, 1):
+        inner = data.get(section)
+        data[section] = inner = {} if inner is None else inner
+        places.setdefault(".".join(sections[:depth]), where)
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{section!r} has no keys of its own", where=where, fix="Check the key.")
+        data = inner
+    try:
+        data[name] = yaml_core.loads(text)
+    except ValueError as error:
+        fix = "Quote the value: key='\"text: with special characters\"'."
+        raise ConfigError(f"the value is not valid YAML ({error})", where=where, fix=fix) from None
+    for inside in [place for place in places if place.startswith(f"{key.strip()}.")]:
+        del places[inside]  # a section given whole here no longer comes from the file
+    places[key.strip()] = where
+
+
+def _place(key: str, places: Mapping[str, str]) -> str:
+    """Where `key`, or the section nearest around it, was given."""
+    while key not in places and key:
+        key = key.rpartition(".")[0]
+    return places[key]
+
+
+def _check_keys(
+    root: type[Any], cls: type[Any], data: Mapping[str, Any], places: Mapping[str, str], prefix: str
+) -> None:
+    fields = _fields(cls)
+    for name, value in data.items():
+        key = f"{prefix}{name}"
+        where = _place(key, places)
+        if name not in fields:
+            alike = [known.key for known in describe(root) if known.key.rpartition(".")[2] == name]
+            raise ConfigError(
+                f"unknown key {key!r}", where=where, fix=nearest(key, [*alike, *(prefix + f for f in fields)])
+            )
+        section = fields[name].section
+        if section is None:
+            continue
+        if isinstance(value, Mapping):
+            _check_keys(root, section, value, places, f"{key}.")
+        elif value is not None or type(None) not in get_args(fields[name].hint):
+            fix = f"Set its keys, such as {key}.{next(iter(_fields(section)))}."
+            raise ConfigError(f"{key!r} is a section, found {_found(value)}", where=where, fix=fix)
+
+
+def _filled(cls: type[Any], data: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    """`data` over `base`; a section in part is laid over the default that its parent gives it, not its class's."""
+    filled = dict(base)
+    for name, value in data.items():
+        field = _fields(cls)[name]
+        if field.section is not None and isinstance(value, Mapping):
+            start = base[name] if name in base else _default(field.field)
+            filled[name] = _filled(field.section, value, start if isinstance(start, Mapping) else {})
+        else:
+            filled[name] = value
+    return filled
+
+
+def _validate(cls: type[T], data: dict[str, Any], places: Mapping[str, str]) -> T:
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        # Strict JSON is the mode in which a list is a tuple and a text a path, and nothing else is converted.
+        return TypeAdapter(cls).validate_json(json.dumps(data, allow_nan=False), strict=True)
+    except ValidationError as error:
+        raise _translated(cls, error, places) from None
+    except ValueError as error:
+        fix = "Use finite numbers and no aliases."
+        raise ConfigError(f"not a plain value ({error})", where=places[""], fix=fix) from None
+
+
+def _translated(cls: type[Any], error: ValidationError, places: Mapping[str, str]) -> ConfigError:
+    """The first wrong key, as expected and found."""
+    details = error.errors(include_url=False)
+    first = details[0]
+    key = _key(cls, first["loc"])
+    where = _place(key, places)
+    doc = next((f"{known.key} ({known.type}): {known.doc}." for known in describe(cls) if known.key == key), "")
+    if first["type"].startswith("missing"):
+        return ConfigError(f"required key {key!r} is missing", where=where, fix=f"Set it. {doc}".strip())
+    if first["type"] == "value_error":
+        return ConfigError(f"key {key!r}: {first['ctx']['error']}", where=where, fix=doc)
+    messages = dict.fromkeys(detail["msg"] for detail in details if _key(cls, detail["loc"]) == key)
+    expected = " or ".join(message.removeprefix("Input should be ") for message in messages)
+    return ConfigError(f"key {key!r}: expected {expected}, found {_found(first['input'])}", where=where, fix=doc)
+
+
+def _key(cls: type[Any], loc: Sequence[int | str]) -> str:
+    """The dotted key in a pydantic location, without the union members and indices behind it."""
+    names: list[str] = []
+    current: type[Any] | None = cls
+    for part in loc:
+        if current is None or part not in (fields := _fields(current)):
+            break
+        names.append(str(part))
+        current = fields[str(part)].section
+    return ".".join(names)
+
+
+def _found(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def _describe(cls: type[Any], base: Mapping[str, Any], prefix: str) -> Iterator[Key]:
+    for name, (field, hint, section) in _fields(cls).items():
+        default = base[name] if name in base else _default(field)
+        if section is not None:
+            yield from _describe(section, default if isinstance(default, Mapping) else {}, f"{prefix}{name}.")
+            continue
+        shown = None if default is dataclasses.MISSING else yaml_core.dump_inline(default)
+        yield Key(f"{prefix}{name}", _type_name(hint), shown, field.metadata.get("doc", ""))
+
+
+def _type_name(hint: Any) -> str:
+    arguments = get_args(hint)
+    if get_origin(hint) is Literal:
+        return " | ".join(map(str, arguments))
+    if get_origin(hint) in (Union, UnionType):
+        return " | ".join(map(_type_name, arguments))
+    name = "none" if hint is type(None) else getattr(hint, "__name__", str(hint))
+    inner = ", ".join("..." if argument is Ellipsis else _type_name(argument) for argument in arguments)
+    return f"{name}[{inner}]" if inner else name
