@@ -79,7 +79,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Fill a temporary neighbour folder that becomes `path` in one rename; removed on failure.
 
     Raises StorageError when the disk is full. An existing `path` is replaced only after the new folder is
-    whole."""
+    whole.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with _named_os_errors(path):
@@ -134,7 +135,8 @@ def read_jsonl(path: str | Path, expect: Callable[[dict[str, Any]], None] | None
     """Yield the objects of a JSONL file with their 1-based line numbers.
 
     Raises InputError naming file and line for a missing file, a malformed or truncated line, or a line that
-    is not an object; `expect` may raise for a record that is not as its reader needs it."""
+    is not an object; `expect` may raise for a record that is not as its reader needs it.
+    """
     path = Path(path)
     if not path.is_file():
         raise InputError("no such file", where=str(path), fix="Check the path.")
@@ -155,23 +157,29 @@ def read_jsonl(path: str | Path, expect: Callable[[dict[str, Any]], None] | None
             yield Line(number, record)
 
 
+def _is_object(raw: bytes) -> bool:
+    try:
+        return isinstance(json.loads(raw), dict)
+    except ValueError:
+        return False
+
+
 class AppendLog:
-    """An append-only JSONL file that survives kill -9: a torn last line is cut off when the log is opened
-    again.
+    """An append-only JSONL file that survives kill -9: a torn last line is cut off when the log is opened again.
 
     A line that the disk refuses is taken back, so that the file holds whole lines at any time but that of a
-    kill. Raises StorageError when the disk is full or read-only."""
+    kill. Raises StorageError when the disk is full or read-only.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         with _named_os_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._handle = self.path.open(
-                "ab", buffering=0
-            )  # a buffer would write a refused line again later
-            self._cut_torn_line()
+            self._handle = self.path.open("ab", buffering=0)  # a buffer would write a refused line again later
+            self._mend_last_line()
 
-    def _cut_torn_line(self) -> None:
+    def _mend_last_line(self) -> None:
+        """Cut a last line that was torn off; end one that is whole and lacks only its newline."""
         with self.path.open("rb") as handle:
             end = position = handle.seek(0, os.SEEK_END)
             whole = 0
@@ -180,8 +188,13 @@ class AppendLog:
                 handle.seek(start)
                 newline = handle.read(position - start).rfind(b"\n")
                 position, whole = start, start + newline + 1 if newline >= 0 else 0
+            handle.seek(whole)
+            tail = handle.read()
         if whole < end:
-            os.truncate(self.path, whole)
+            if _is_object(tail):
+                self._handle.write(b"\n")
+            else:
+                os.truncate(self.path, whole)
 
     def append(self, record: dict[str, Any]) -> None:
         """Add one record as one line and hand it to the operating system. NaN is refused (ValueError)."""
@@ -218,23 +231,20 @@ def confined_path(root: Path, relative: str, *, where: str) -> Path:
     """The file that `relative` names below `root` (already resolved), links followed.
 
     `where` names file, row and field in errors. Raises InputError for an absolute path, a '..' or a link that
-    leads outside `root`; raises MediaError when the file does not exist."""
+    leads outside `root`; raises MediaError when the file does not exist.
+    """
     check_relative(relative, where=where)
     path = root / relative
     try:
         resolved = path.resolve(strict=True)
     except (FileNotFoundError, NotADirectoryError):
-        raise MediaError(
-            f"no such file: {relative}", where=where, fix="Restore the file or remove the row."
-        ) from None
+        raise MediaError(f"no such file: {relative}", where=where, fix="Restore the file or remove the row.") from None
     except (OSError, RuntimeError) as error:
         raise MediaError(
             f"cannot open {relative} ({error})", where=where, fix="Restore the file or remove the row."
         ) from None
     if not resolved.is_relative_to(root):
-        raise InputError(
-            f"{relative} is a link out of {root}", where=where, fix="Copy the file into the atlas folder."
-        )
+        raise InputError(f"{relative} is a link out of {root}", where=where, fix="Copy the file into the atlas folder.")
     return resolved
 
 
@@ -250,11 +260,7 @@ def check_relative(relative: str, *, where: str) -> None:
 def file_sha256(path: str | Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with Path(path).open("rb") as handle:
-        return (
-            hashlib.file_digest(handle, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _digest(handle)
-        )
+        return hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(handle)
 
 
 def _digest(handle: IO[bytes]) -> str:

@@ -1,5 +1,4 @@
-"""Answer extraction: from what a model wrote to the answer that is scored, and from there to a canonical
-label.
+"""Answer extraction: from what a model wrote to the answer that is scored, and from there to a canonical label.
 
 The one extractor of the project: rewards, evaluation and the judge all call `extract`. In this order: the
 last complete ``\\boxed{...}``, the last ``[...]``, the last ``<answer>...</answer>``, else the whole text. A
@@ -8,7 +7,8 @@ box may stand anywhere; the other three are looked for outside the reasoning (a 
 closed is no box, and an empty box is an empty answer.
 
 It refuses to guess: a text that names no class of the dataset's domain has no label (None) and counts as
-wrong. Invariant: every text gives an answer without an error, in time linear in its length."""
+wrong. Invariant: every text gives an answer without an error, in time linear in its length.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ _LATEX_TEXT = re.compile(r"\\(?:text|textbf|textit|texttt|mathrm|mathbf)\s*\{([^
 _DECORATION = " \t\r\n.,;:!?\"'`*_$()。，！？；：“”‘’「」"
 
 _PUBLISHED = tuple(
-    re.compile(pattern, re.DOTALL)
-    for pattern in (r"\\boxed\{([^}]*)\}", r"\[([^\]]*)\]", r"<answer>(.*?)</answer>")
+    re.compile(pattern, re.DOTALL) for pattern in (r"\\boxed\{([^}]*)\}", r"\[([^\]]*)\]", r"<answer>(.*?)</answer>")
 )
 
 
@@ -34,7 +33,8 @@ def extract(text: str, *, published: bool = False) -> str:
 
     `published=True` reproduces the released reward extraction to the character: the first box and not the
     last, content cut at the first closing brace, brackets found inside the reasoning too, neither lower-cased
-    nor stripped."""
+    nor stripped.
+    """
     if published:
         return _extract_published(text)
     answer = _last_box(text)
@@ -48,8 +48,7 @@ def extract(text: str, *, published: bool = False) -> str:
 
 
 def to_label(dataset: str, text: str, taxonomy: Taxonomy = BUILTIN) -> str | None:
-    """The canonical label that a model's `text` gives for `dataset`, or None if it names no class of its
-    domain.
+    """The canonical label that a model's `text` gives for `dataset`, or None if it names no class of its domain.
 
     Synonyms are those of the taxonomy; punctuation, quotes, Markdown emphasis and ``\\text{...}`` around the
     answer do not count. A free-form dataset has no labels: None. Raises TaxonomyError for an unknown dataset.

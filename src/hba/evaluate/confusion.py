@@ -1,5 +1,4 @@
-"""Rows to confusion counts: every scored row becomes one integer, and one `bincount` gives every count there
-is.
+"""Rows to confusion counts: every scored row becomes one integer, and one `bincount` gives every count there is.
 
 A row of a classification dataset becomes the cell (dataset, target, prediction) in the global class space,
 where one more prediction column holds invalid answers. A row of a free-form dataset becomes (dataset, wrong |
@@ -10,7 +9,8 @@ Refused: lengths that differ (InputError), an unknown dataset or a target outsid
 domain is a wrong answer.
 
 Shape suffixes: N rows, D classification datasets, C global classes, P = C + 1 predictions, K classes of one
-domain."""
+domain.
+"""
 
 from __future__ import annotations
 
@@ -54,8 +54,7 @@ class Layout:
         return str(self.taxonomy.dataset(key).domain)
 
     def to_local(self, code: int) -> Ints:
-        """Map a global prediction, [C + 1], to its position in the domain of dataset `code`; K for any
-        other."""
+        """Map a global prediction, [C + 1], to its position in the domain of dataset `code`; K for any other."""
         indices = self.indices[code]
         local = np.full(self.num_classes + 1, len(indices), dtype=np.int64)
         local[indices] = np.arange(len(indices))
@@ -79,9 +78,7 @@ class _CellTable(dict[tuple[str, str, "str | None"], int]):
         dataset, target, prediction = row
         if not isinstance(target, str) or not (prediction is None or isinstance(prediction, str)):
             found = f"target {target!r} ({type(target).__name__}), prediction {prediction!r}"
-            raise InputError(
-                f"{found} ({type(prediction).__name__})", fix="Targets are str, predictions str or None."
-            )
+            raise InputError(f"{found} ({type(prediction).__name__})", fix="Targets are str, predictions str or None.")
         layout = self.layout
         if layout.taxonomy.dataset(dataset).domain is None:
             cell = layout.freeform_start + 3 * layout.freeform_code[dataset] + _verdict(target, prediction)
@@ -131,9 +128,7 @@ class Rows:
     def local_cells(self, code: int, rows_M: Ints) -> Ints:
         """target * (K + 1) + prediction within the dataset's domain, for the given rows of dataset `code`."""
         local = self.layout.to_local(code)
-        target_M, prediction_M = np.divmod(
-            self.cells[rows_M] % self.layout.block, self.layout.num_classes + 1
-        )
+        target_M, prediction_M = np.divmod(self.cells[rows_M] % self.layout.block, self.layout.num_classes + 1)
         return local[target_M] * (len(self.layout.indices[code]) + 1) + local[prediction_M]
 
     def scored_codes(self) -> list[int]:
@@ -153,7 +148,8 @@ def encode(
     A prediction is read within its dataset's domain; a word that is a class of exactly one other domain keeps
     that class (wrong, and a false positive of that class in the aggregate), everything else is invalid.
     Raises InputError for unequal lengths or wrong types, TaxonomyError for a target outside its domain or an
-    unknown dataset; both name the index."""
+    unknown dataset; both name the index.
+    """
     check_lengths(predictions=predictions, targets=targets, datasets=datasets)
     layout = layout_of(taxonomy)
     table = _CellTable(layout)
@@ -173,14 +169,13 @@ def encode_indices(
     """`encode` for global class indices; a prediction outside 0..C-1 (such as -1) is invalid.
 
     Raises InputError for unequal lengths, TaxonomyError for an unknown or free-form dataset or a target
-    outside the dataset's domain, naming the index."""
+    outside the dataset's domain, naming the index.
+    """
     check_lengths(predictions=predictions, targets=targets, datasets=datasets)
     layout = layout_of(taxonomy)
     for key in dict.fromkeys(datasets):
         if taxonomy.dataset(key).domain is None:
-            raise TaxonomyError(
-                f"dataset {key!r} has free-form answers", fix="Score its answers, not class indices."
-            )
+            raise TaxonomyError(f"dataset {key!r} has free-form answers", fix="Score its answers, not class indices.")
     code_N = np.fromiter(map(layout.code.__getitem__, datasets), np.int64, len(datasets))
     truth_N, guess_N = np.asarray(targets, dtype=np.int64), np.asarray(predictions, dtype=np.int64)
     c = layout.num_classes
@@ -197,9 +192,7 @@ def encode_indices(
     return Rows(layout=layout, cells=(code_N * c + truth_N) * (c + 1) + guess_N)
 
 
-def pooled_confusion(
-    predictions: Sequence[int], targets: Sequence[int], taxonomy: Taxonomy = BUILTIN
-) -> Ints:
+def pooled_confusion(predictions: Sequence[int], targets: Sequence[int], taxonomy: Taxonomy = BUILTIN) -> Ints:
     """Counts [C, P] of global class indices whatever their dataset; a prediction outside 0..C-1 is invalid.
 
     Raises InputError for unequal lengths, TaxonomyError for a target that is no class, naming the index.
@@ -210,9 +203,7 @@ def pooled_confusion(
     wrong = (truth_N < 0) | (truth_N >= c)
     if wrong.any():
         index = int(wrong.argmax())
-        raise TaxonomyError(
-            f"no class {truth_N[index]}", where=f"index {index}", fix=f"Classes are 0 to {c - 1}."
-        )
+        raise TaxonomyError(f"no class {truth_N[index]}", where=f"index {index}", fix=f"Classes are 0 to {c - 1}.")
     guess_N = np.where((guess_N < 0) | (guess_N >= c), c, guess_N)
     return np.bincount(truth_N * (c + 1) + guess_N, minlength=c * (c + 1)).reshape(c, c + 1)
 

@@ -1,5 +1,4 @@
-"""Published metrics from confusion counts, vectorised over any leading axes (datasets or bootstrap
-resamples).
+"""Published metrics from confusion counts, vectorised over any leading axes (datasets or bootstrap resamples).
 
 Per dataset the classes are those present in the ground truth. precision, recall, F1 per class; macro,
 support-weighted and micro averages; a prediction outside the classes is wrong. Emotion adds the weighted
@@ -12,7 +11,8 @@ so that they equal the accuracy; released, a class absent from the ground truth 
 none, which inflates precision and F1. Weighted accuracy of a dataset with one class only: N is 0 and TN/N
 says nothing, so it is TP/P alone; released, it is capped at 0.5. A score that is not defined is None, never 0
 (released: 0). Shape suffixes as in `confusion`: D datasets, C classes, P = C + 1 predictions, K classes of
-one domain."""
+one domain.
+"""
 
 from __future__ import annotations
 
@@ -51,8 +51,7 @@ PRIMARY_NAMES = {
 
 
 class OneVsRest(NamedTuple):
-    """Counts of each class against all others, each [..., C]: right (TP), support (P), predicted (TP +
-    FP)."""
+    """Counts of each class against all others, each [..., C]: right (TP), support (P), predicted (TP + FP)."""
 
     right: Ints
     support: Ints
@@ -87,7 +86,8 @@ def accuracy(confusion: Ints) -> Floats:
 
 def emotion_weighted_accuracy(confusion: Ints, published: bool = False) -> Floats:
     """0.5 (TP/P + TN/N) per class, [..., C]; NaN for a class without support. With N = 0: TP/P (published:
-    0.5 TP/P)."""
+    0.5 TP/P).
+    """
     right, support, predicted = one_vs_rest(confusion)
     others = support.sum(-1, keepdims=True) - support
     recall = _ratio(right, support, np.nan)
@@ -107,7 +107,8 @@ def sentiment_points(confusion: Ints, points: int) -> Ints:
     """The 7-point confusion [..., 7, 8] at 7, 5, 3 or 2 points, [..., points, points + 1].
 
     At 2 points, rows whose target is neutral are left out and a neutral prediction counts as invalid, hence
-    wrong."""
+    wrong.
+    """
     groups = SENTIMENT_GROUPS[points]
     of_target = np.zeros((points, 7), dtype=np.int64)
     of_prediction = np.zeros((8, points + 1), dtype=np.int64)
@@ -127,9 +128,7 @@ def binary_weighted_f1(confusion: Ints) -> Floats:
 def primary(metric: str, published: bool = False) -> Callable[[Ints], Floats]:
     """The function [..., K, K + 1] -> [...] of a task's metric. TaxonomyError for a metric without one."""
     functions: dict[str, Callable[[Ints], Floats]] = {
-        "binary_weighted_f1": lambda x: (
-            np.nan_to_num(binary_weighted_f1(x)) if published else binary_weighted_f1(x)
-        ),
+        "binary_weighted_f1": lambda x: np.nan_to_num(binary_weighted_f1(x)) if published else binary_weighted_f1(x),
         "mean_weighted_accuracy": lambda x: mean_weighted_accuracy(x, published),
         "weighted_f1": weighted_f1,
     }
@@ -139,8 +138,7 @@ def primary(metric: str, published: bool = False) -> Callable[[Ints], Floats]:
 
 
 def averages(confusion: Ints, published: bool = False) -> dict[str, float | None]:
-    """The twelve published averages {macro,weighted,micro}_{precision,recall,f1,accuracy} of one confusion
-    [C, P]."""
+    """The twelve published averages {macro,weighted,micro}_{precision,recall,f1,accuracy} of one confusion [C, P]."""
     right, support, predicted = one_vs_rest(confusion)
     present = support > 0
     per_class = {
@@ -175,8 +173,7 @@ def class_report(confusion: Ints) -> list[dict[str, float]]:
 
 
 def local_confusion(layout: Layout, code: int, confusion_CP: Ints) -> Ints:
-    """The confusion [K, K + 1] of dataset `code` in its own domain; the last column holds every other
-    prediction."""
+    """The confusion [K, K + 1] of dataset `code` in its own domain; the last column holds every other prediction."""
     indices = layout.indices[code]
     rows = confusion_CP[indices]
     inside = rows[:, indices]
@@ -210,8 +207,7 @@ def _known(value: Any, published: bool = False) -> float | None:
 
 
 def freeform_metrics(counts_3: Ints) -> dict[str, Any]:
-    """Of one free-form dataset [wrong, right, none]: exact_match (case and spacing aside), n, n_invalid (no
-    answer)."""
+    """Of one free-form dataset [wrong, right, none]: exact_match (case and spacing aside), n, n_invalid (no answer)."""
     total = int(counts_3.sum())
     return {"n": total, "n_invalid": int(counts_3[NO_ANSWER]), "exact_match": int(counts_3[RIGHT]) / total}
 
@@ -227,16 +223,13 @@ def score_rows(rows: Rows, published: bool = False) -> dict[str, Any]:
     aggregate: dict[str, Any] = dict(averages(confusion.sum(0), published))
     aggregate["mean"] = {"score": mean_of([task["score"] for task in tasks.values()])}
     counts_Q3 = rows.counts()[layout.freeform_start :].reshape(-1, 3)
-    datasets |= {
-        key: freeform_metrics(c) for key, c in zip(layout.freeform, counts_Q3, strict=True) if c.any()
-    }
+    datasets |= {key: freeform_metrics(c) for key, c in zip(layout.freeform, counts_Q3, strict=True) if c.any()}
     aggregate |= {name: sum(entry[name] for entry in datasets.values()) for name in ("n", "n_invalid")}
     return {"tasks": tasks, "datasets": datasets, "aggregate": aggregate}
 
 
 def task_scores(taxonomy: Taxonomy, datasets: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """{task: {score, metric, n, datasets}} for every task with rows that needs no judge; score None if
-    undefined."""
+    """{task: {score, metric, n, datasets}} for every task with rows that needs no judge; score None if undefined."""
     tasks = {}
     for task in taxonomy.tasks.values():
         keys = [key for key in task.datasets if key in datasets]
@@ -267,7 +260,8 @@ def score(
     for a free-form dataset they are answers, of which only `exact_match` is reported. Scores lie in [0, 1];
     `aggregate` pools the classification rows, its "mean" {"score"} is over the task scores. Raises InputError
     for unequal lengths and TaxonomyError for an unknown dataset or a target outside its domain, naming the
-    index."""
+    index.
+    """
     return score_rows(encode(predictions, targets, datasets, taxonomy), published)
 
 
@@ -278,8 +272,7 @@ def score_indices(
     published: bool = False,
     taxonomy: Taxonomy = BUILTIN,
 ) -> dict[str, Any]:
-    """`score` of global class indices; a prediction outside 0..C-1, such as -1, is invalid. Raises as `score`
-    does.
+    """`score` of global class indices; a prediction outside 0..C-1, such as -1, is invalid. Raises as `score` does.
 
     With `datasets=None` only the aggregate is given, with the twelve averages and no mean over tasks.
     """

@@ -1,12 +1,12 @@
-"""predictions.jsonl: one line a sample, append-only, the contract between whoever predicts and whoever
-scores.
+"""predictions.jsonl: one line a sample, append-only, the contract between whoever predicts and whoever scores.
 
 Reading checks every line against the schema and the taxonomy and refuses the first that is wrong with file,
 line and field: malformed or truncated JSON, a missing field, a wrong type, an id that occurs twice, an
 unknown dataset, a target or label outside the dataset's domain. Unknown extra fields are ignored.
 
 Invariant: a log holds each id once and only whole lines, so that `done_ids` of a killed run is exactly what
-is on disk."""
+is on disk.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ class Prediction:
     None. `label` is None if the answer could not be mapped. `error` is None unless the sample failed; with an
     error and no output it counts as wrong. `latency_s` is in seconds, `tokens_in` and `tokens_out` are
     counts, None if unknown. `probs` are the heads' probabilities. Rows with one `group` share a speaker or a
-    video and are resampled together."""
+    video and are resampled together.
+    """
 
     id: str
     dataset: str
@@ -57,9 +58,7 @@ class Prediction:
 
     def record(self) -> dict[str, Any]:
         """The line of predictions.jsonl; `probs` and `group` only where they are known."""
-        return {
-            key: value for key, value in asdict(self).items() if value is not None or key not in _OPTIONAL
-        }
+        return {key: value for key, value in asdict(self).items() if value is not None or key not in _OPTIONAL}
 
 
 _decode = msgspec.json.Decoder(Prediction).decode
@@ -70,7 +69,8 @@ def read_predictions(path: str | Path, taxonomy: Taxonomy = BUILTIN) -> list[Pre
 
     Raises InputError naming file, line and field for a missing file or a line that is not as the contract
     says, TaxonomyError (an InputError) for an unknown dataset or a target or label outside the dataset's
-    domain."""
+    domain.
+    """
     path = Path(path)
     found: list[Prediction] = []
     line_of: dict[str, int] = {}
@@ -130,7 +130,8 @@ class PredictionLog:
     """Appends predictions to a file; opened again after a kill it goes on behind the last whole line.
 
     Raises InputError when the file already holds something that is not a prediction, StorageError on a full
-    disk."""
+    disk.
+    """
 
     def __init__(self, path: str | Path, taxonomy: Taxonomy = BUILTIN) -> None:
         self._log = AppendLog(path)

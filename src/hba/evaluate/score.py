@@ -6,17 +6,18 @@ an output is wrong (n_failed); a quarantined sample, whose medium could not be r
 
 Refused: a missing or malformed file, and a run without a single row to score. metrics.json is written whole
 or not at all. Invariant: the same predictions in any order and the same seed give the same file apart from
-`created_at`."""
+`created_at`.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hba import __version__
 from hba.errors import InputError
 from hba.evaluate.confusion import encode
 from hba.evaluate.metrics import score_rows
@@ -31,8 +32,7 @@ PROVENANCE_KEYS = ("hba_version", "data_fingerprint", "split", "model", "seed", 
 
 
 class _Counts(NamedTuple):
-    """Per dataset: samples that failed, samples in quarantine. `unassigned` are quarantined of unknown
-    dataset."""
+    """Per dataset: samples that failed, samples in quarantine. `unassigned` are quarantined of unknown dataset."""
 
     failed: Counter[str]
     quarantined: Counter[str]
@@ -56,13 +56,12 @@ def score_run(
     taken from its line, from its prediction, or from `dataset_of` (id to dataset); one that is in none of
     them is counted in the aggregate alone. `provenance` overrides what environment.json of the folder says.
     Intervals are 95 % bootstrap percentiles over `resamples` draws, clustered where predictions carry a
-    `group`. Raises InputError naming file, line and field for bad input, StorageError for a full disk."""
+    `group`. Raises InputError naming file, line and field for bad input, StorageError for a full disk.
+    """
     path = _predictions_path(Path(run))
     folder = path.parent
     predictions = read_predictions(path, taxonomy)
-    reasons = _quarantine(
-        folder, quarantine, {p.id: p.dataset for p in predictions}, dataset_of or {}, taxonomy
-    )
+    reasons = _quarantine(folder, quarantine, {p.id: p.dataset for p in predictions}, dataset_of or {}, taxonomy)
     kept = [p for p in predictions if p.id not in reasons]
     if not kept:
         left = f"all {len(predictions)} are in quarantine" if predictions else "the file is empty"
@@ -137,9 +136,7 @@ def _quarantine(
             raise InputError(f"expected str, found {sample!r}", where=f"{path}:{number}, id", fix=fix)
         if dataset is not None and dataset not in taxonomy.datasets:
             where = f"{path}:{number}, dataset"
-            raise InputError(
-                f"unknown dataset {dataset!r}", where=where, fix="Use a dataset of the taxonomy."
-            )
+            raise InputError(f"unknown dataset {dataset!r}", where=where, fix="Use a dataset of the taxonomy.")
         found[sample] = dataset or predicted.get(sample) or dataset_of.get(sample)
     return found
 
@@ -194,12 +191,10 @@ def _provenance(path: Path, predictions: Sequence[Prediction], given: Mapping[st
     file = path.parent / "environment.json"
     environment = read_json(file) if file.is_file() else {}
     if not isinstance(environment, dict) or not isinstance(environment.get("data", {}), dict):
-        raise InputError(
-            "expected an object with an object `data`", where=str(file), fix="Restore or remove the file."
-        )
+        raise InputError("expected an object with an object `data`", where=str(file), fix="Restore or remove the file.")
     data = environment.get("data", {})
     found = {
-        "hba_version": version("human-behavior-atlas"),
+        "hba_version": __version__,
         "data_fingerprint": data.get("fingerprint"),
         "split": "+".join(sorted({p.split for p in predictions})),
         "seed": environment.get("seed"),

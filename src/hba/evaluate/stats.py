@@ -8,7 +8,8 @@ metric is computed from the resampled counts of all resamples at once.
 Limits: groups are drawn per dataset, so that a speaker who occurs in two datasets is taken for two; a
 percentile interval of a handful of rows is too narrow; a free-form task has no interval without a judge.
 Invariant: the same rows and seed give the same numbers, and one dataset's draws do not depend on the others.
-Shape suffixes: M rows of one dataset, R resamples, E cells, K classes of a domain."""
+Shape suffixes: M rows of one dataset, R resamples, E cells, K classes of a domain.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +32,7 @@ Score = Callable[[Ints], Floats]
 
 
 class Intervals(NamedTuple):
-    """95 % intervals: per task, of the mean over tasks, and per dataset; None where nothing could be
-    scored."""
+    """95 % intervals: per task, of the mean over tasks, and per dataset; None where nothing could be scored."""
 
     tasks: dict[str, Interval | None]
     mean: Interval | None
@@ -40,8 +40,7 @@ class Intervals(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """b minus a: the point estimate, its 95 % interval and the two-sided bootstrap p-value; None if
-    undefined."""
+    """b minus a: the point estimate, its 95 % interval and the two-sided bootstrap p-value; None if undefined."""
 
     difference: float | None
     ci95: Interval | None
@@ -67,7 +66,8 @@ def bootstrap(
     """95 % percentile intervals of every task score and of their mean, `resamples` draws.
 
     `published` scores as the released scripts do; `clusters` gives each row's group key or None (a group of
-    its own). Raises InputError for a wrong length or fewer than 100 resamples."""
+    its own). Raises InputError for a wrong length or fewer than 100 resamples.
+    """
     scores = {}
     for code, score in _scored(rows, published):
         members_M, cells_M = _cells(rows, code)
@@ -95,7 +95,8 @@ def paired_difference(
 
     Both runs must hold the same rows in the same order (dataset and target are compared; InputError
     otherwise). The p-value is 2 min(P(d <= 0), P(d >= 0)) over resamples with one added to both counts, at
-    most 1."""
+    most 1.
+    """
     _check_paired(a, b)
     drawn: dict[str, Floats] = {}
     point: dict[str, Floats] = {}
@@ -105,9 +106,7 @@ def paired_difference(
         guesses = len(layout.indices[code]) + 1
         size = _size(layout, code)
         pairs_M = cells_a * guesses + b.local_cells(code, members_M) % guesses
-        draws = _resample(
-            pairs_M, size * guesses, _groups(clusters, members_M, a), resamples, _rng(seed, key)
-        )
+        draws = _resample(pairs_M, size * guesses, _groups(clusters, members_M, a), resamples, _rng(seed, key))
         real = np.bincount(pairs_M, minlength=size * guesses)[None]
         drawn[key], point[key] = (
             score(_margin(x, layout, code, 1)) - score(_margin(x, layout, code, 0)) for x in (draws, real)
@@ -120,16 +119,14 @@ def paired_difference(
     return result
 
 
-def chance(
-    rows: Rows, *, resamples: int = CHANCE_RESAMPLES, seed: int = 0, published: bool = False
-) -> Chance:
-    """The chance level of each dataset's task metric on these very targets; a task's is the mean of its
-    datasets'.
+def chance(rows: Rows, *, resamples: int = CHANCE_RESAMPLES, seed: int = 0, published: bool = False) -> Chance:
+    """The chance level of each dataset's task metric on these very targets; a task's is the mean of its datasets'.
 
     Of a dataset, the larger of (a) the expected score of answers drawn at random from the dataset's own label
     frequencies, independent of the row (mean of `resamples` simulations), and (b) the best score that one
     constant answer reaches (for weighted F1 the majority label; for mean weighted accuracy every label
-    reaches 0.5)."""
+    reaches 0.5).
+    """
     levels: dict[str, Floats] = {}
     for code, score in _scored(rows, published):
         key = rows.layout.classified[code]
@@ -194,18 +191,14 @@ def _groups(clusters: Sequence[str | None] | None, members_M: Ints, rows: Rows) 
     if clusters is None:
         return None
     if len(clusters) != len(rows.cells):
-        raise InputError(
-            f"{len(clusters)} group keys for {len(rows.cells)} rows", fix="Give one key or None a row."
-        )
+        raise InputError(f"{len(clusters)} group keys for {len(rows.cells)} rows", fix="Give one key or None a row.")
     numbers: dict[Any, int] = {}
     keys = ((row, None) if clusters[row] is None else clusters[row] for row in members_M.tolist())
     groups = np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
     return groups if len(numbers) < len(groups) else None
 
 
-def _resample(
-    cells_M: Ints, size: int, groups_M: Ints | None, resamples: int, rng: np.random.Generator
-) -> Ints:
+def _resample(cells_M: Ints, size: int, groups_M: Ints | None, resamples: int, rng: np.random.Generator) -> Ints:
     """Resampled counts [R, E]: as many clusters as there are, drawn with replacement."""
     if resamples < 100:
         raise InputError(f"{resamples} resamples give no interval", fix="Use 100 or more; 2000 is usual.")
