@@ -1,0 +1,307 @@
+"""Writing that is whole or not there, logs that survive a kill, paths that stay inside their root."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from hba.errors import InputError, MediaError
+from hba.storage import (
+    AppendLog,
+    StorageError,
+    atomic_folder,
+    atomic_write,
+    check_relative,
+    confined_path,
+    file_sha256,
+    json_sha256,
+    read_json,
+    read_jsonl,
+    write_json,
+)
+
+CAN_MOUNT = (
+    shutil.which("unshare") is not None
+    and subprocess.run(
+        ["unshare", "--user", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "none", "/mnt"],
+        capture_output=True,
+    ).returncode
+    == 0
+)
+
+
+def limited(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """Run `code` in `folder` in a process whose files may not grow beyond 64 KiB."""
+    head = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))\n"
+    return subprocess.run(
+        [sys.executable, "-c", head + textwrap.dedent(code)], cwd=folder, capture_output=True, text=True, timeout=60
+    )
+
+
+def on_a_full_disk(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a 64 KiB file system of its own, mounted over `folder`."""
+    script = folder.with_suffix(".py")
+    script.write_text(textwrap.dedent(code))
+    mounted = f"mount -t tmpfs -o size=64k none '{folder}' && cd '{folder}' && '{sys.executable}' '{script}'"
+    unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mounted]
+    return subprocess.run(unshare, capture_output=True, text=True, timeout=60)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+WRITE_TOO_MUCH = """
+    import os
+    from hba.storage import StorageError, atomic_folder, atomic_write, write_json
+    write_json("kept.json", {"old": 1})
+    def refused(action):
+        try:
+            action()
+        except StorageError as error:
+            assert "no space left" in str(error) and "Fix:" in str(error) and error.exit_code == 2, error
+            return
+        raise SystemExit("not refused")
+    def text():
+        with atomic_write("kept.json") as handle:
+            handle.write("x" * 200_000)
+    def data():
+        with atomic_write("new.bin", "wb") as handle:
+            handle.write(bytes(200_000))
+    def folder():
+        with atomic_folder("checkpoint") as path:
+            (path / "small").write_text("x")
+            (path / "weights").write_bytes(bytes(200_000))
+    for action in (text, data, folder):
+        refused(action)
+    assert os.listdir() == ["kept.json"], os.listdir()
+    assert open("kept.json").read().split() == ["{", '"old":', "1", "}"]
+    print("whole")
+"""
+
+APPEND_TOO_MUCH = """
+    import json
+    from hba.storage import AppendLog, StorageError
+    count = 0
+    log = AppendLog("log.jsonl")
+    try:
+        while True:
+            log.append({"id": count, "text": "y" * 997})
+            count += 1
+    except StorageError as error:
+        assert "log.jsonl" in error.where
+    lines = open("log.jsonl").read()
+    assert lines.endswith("\\n") and [json.loads(x)["id"] for x in lines.splitlines()] == list(range(count))
+    log.close()
+    assert open("log.jsonl").read() == lines
+    assert 30 < count < 66
+    print("whole")
+"""
+
+
+@pytest.mark.parametrize("code", [WRITE_TOO_MUCH, APPEND_TOO_MUCH], ids=["atomic", "append"])
+def test_nothing_is_half_written_at_the_file_size_limit(tmp_path: Path, code: str) -> None:
+    done = limited(tmp_path, code)
+    assert (done.stdout, done.returncode) == ("whole\n", 0), done.stderr
+
+
+@pytest.mark.skipif(not CAN_MOUNT, reason="this system does not let a user mount a file system of their own")
+@pytest.mark.parametrize("code", [WRITE_TOO_MUCH, APPEND_TOO_MUCH], ids=["atomic", "append"])
+def test_nothing_is_half_written_on_a_full_disk(tmp_path: Path, code: str) -> None:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = on_a_full_disk(folder, code)
+    assert (done.stdout, done.returncode) == ("whole\n", 0), done.stderr
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    with pytest.raises(OSError, match="file"), atomic_write(blocked / "x.json"):
+        pass
+    if os.geteuid() != 0:
+        tmp_path.chmod(0o500)
+        with pytest.raises(StorageError, match="cannot write"), atomic_write(tmp_path / "x"):
+            pass
+        tmp_path.chmod(0o700)
+
+
+def test_a_failing_writer_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"old": 1})
+    with pytest.raises(ZeroDivisionError), atomic_write(path) as handle:
+        handle.write("half")
+        raise ZeroDivisionError
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, {"score": float("nan")})
+    assert read_json(path) == {"old": 1}
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_a_folder_is_replaced_only_by_a_whole_one(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    for step in (1, 2):
+        with atomic_folder(path) as folder:
+            (folder / "step").write_text(str(step))
+    assert (path / "step").read_text() == "2"
+    with pytest.raises(ZeroDivisionError), atomic_folder(path) as folder:
+        (folder / "step").write_text("3")
+        raise ZeroDivisionError
+    assert (path / "step").read_text() == "2"
+    assert names(tmp_path) == ["checkpoint"]
+
+
+def test_a_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"old": 1})
+    code = f"""
+        import os, signal
+        from hba.storage import atomic_write
+        with atomic_write({str(path)!r}) as handle:
+            handle.write("half")
+            handle.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)]).returncode == -9
+    assert read_json(path) == {"old": 1}
+
+
+def test_log_goes_on_behind_its_last_whole_line(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "log.jsonl"
+    with AppendLog(path) as log:
+        log.append({"a": "ü"})
+    with path.open("ab") as handle:
+        handle.write(b'{"a": "torn')
+    with AppendLog(path) as log:
+        log.append({"a": 2})
+    assert [line.record for line in read_jsonl(path)] == [{"a": "ü"}, {"a": 2}]
+
+
+@pytest.mark.parametrize("size", [0, 1, 65_535, 65_536, 65_537, 200_000])
+def test_a_torn_line_of_any_length_is_cut(tmp_path: Path, size: int) -> None:
+    for whole in (b"", b'{"a": 1}\n', b'{"a": "' + b"x" * 70_000 + b'"}\n'):
+        path = tmp_path / "log.jsonl"
+        path.write_bytes(whole + b"{" * size)
+        AppendLog(path).close()
+        assert path.read_bytes() == whole
+
+
+def test_a_whole_line_without_its_newline_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"a": 1}\n{"a": 2}')
+    with AppendLog(path) as log:
+        log.append({"a": 3})
+    assert [line.record["a"] for line in read_jsonl(path)] == [1, 2, 3]
+
+
+def test_a_log_refuses_nan_and_keeps_nothing_of_it(tmp_path: Path) -> None:
+    with AppendLog(tmp_path / "log.jsonl") as log:
+        log.append({"a": 1})
+        with pytest.raises(ValueError, match="JSON"):
+            log.append({"a": float("nan")})
+    assert len(list(read_jsonl(tmp_path / "log.jsonl"))) == 1
+
+
+def test_five_kills_in_the_middle_of_writing_leave_whole_lines(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    code = f"""
+        from hba.storage import AppendLog, read_jsonl
+        log = AppendLog({str(path)!r})
+        start = sum(1 for _ in read_jsonl({str(path)!r}))
+        for i in range(start, 10**9):
+            log.append({{"i": i, "text": "z" * (i * 7919 % 5000)}})
+    """
+    for kill in range(5):
+        target = (path.stat().st_size if path.exists() else 0) + 200_000 + 77_777 * kill
+        with subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)]) as writer:
+            while not path.exists() or path.stat().st_size < target:
+                assert writer.poll() is None
+            writer.kill()
+    AppendLog(path).close()
+    numbers = [line.record["i"] for line in read_jsonl(path)]
+    assert numbers == list(range(len(numbers)))
+    assert len(numbers) > 100
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "message"),
+    [
+        (b'{"a": 1}\n{"a": \n', 2, "not valid JSON"),
+        (b'{"a": 1}\n\n[1]\n', 3, "expected a JSON object, found list"),
+        (b"\xff\xfe\n", 1, "not valid JSON"),
+        (b'{"a": 1}\n{"a"', 2, "cut off"),
+    ],
+)
+def test_a_wrong_line_is_named(tmp_path: Path, content: bytes, line: int, message: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message) as caught:
+        list(read_jsonl(path))
+    assert caught.value.where == f"{path}:{line}"
+
+
+def test_a_reader_may_refuse_a_record(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n{"b": 1}\n')
+
+    def expect(record: dict[str, object]) -> None:
+        if "a" not in record:
+            raise InputError("field 'a' is missing")
+
+    with pytest.raises(InputError, match="is missing"):
+        list(read_jsonl(path, expect))
+
+
+def test_missing_and_malformed_json_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file"):
+        read_json(tmp_path / "x.json")
+    with pytest.raises(InputError, match="no such file"):
+        list(read_jsonl(tmp_path))
+    (tmp_path / "x.json").write_text('{\n"a": }')
+    with pytest.raises(InputError, match=r"x\.json:2"):
+        read_json(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "../x", "a/../../x", "a\\..\\x", "C:\\x", "c:/x", "\\\\host\\x", "", "a\0b"]
+)
+def test_a_path_that_leaves_its_folder_is_refused(tmp_path: Path, path: str) -> None:
+    with pytest.raises(InputError, match=r"rows.jsonl:3, audios: .*leaves the atlas folder"):
+        check_relative(path, where="rows.jsonl:3, audios")
+    with pytest.raises(InputError, match="leaves the atlas folder"):
+        confined_path(tmp_path.resolve(), path, where="x")
+
+
+def test_links_may_point_inside_their_root_only(tmp_path: Path) -> None:
+    root = (tmp_path / "atlas").resolve()
+    (root / "media").mkdir(parents=True)
+    (tmp_path / "secret").write_text("s")
+    (root / "media" / "a.wav").write_text("a")
+    (root / "inside").symlink_to("media/a.wav")
+    (root / "outside").symlink_to("../secret")
+    (root / "folder").symlink_to(tmp_path)
+    (root / "loop").symlink_to("loop")
+    assert confined_path(root, "media/a.wav", where="x") == root / "media" / "a.wav"
+    assert confined_path(root, "inside", where="x") == root / "media" / "a.wav"
+    for path in ("outside", "folder/secret"):
+        with pytest.raises(InputError, match=r"row 2: .*link out of"):
+            confined_path(root, path, where="row 2")
+    for path in ("loop", "none", "media/a.wav/x"):
+        with pytest.raises(MediaError, match="row 2: "):
+            confined_path(root, path, where="row 2")
+
+
+def test_hashes(tmp_path: Path) -> None:
+    data = os.urandom(3_000_000)
+    (tmp_path / "x").write_bytes(data)
+    assert file_sha256(tmp_path / "x") == hashlib.sha256(data).hexdigest()
+    assert json_sha256({"b": 1, "a": [1]}) == json_sha256(json.loads('{"a":[1],  "b":1}'))
+    assert json_sha256({"a": 1}) != json_sha256({"a": 2})
