@@ -67,7 +67,8 @@ def refused(path: Path | None, *overrides: str, cls: type = Settings) -> str:
 
 def test_file_and_overrides_lie_over_the_defaults(tmp_path: Path) -> None:
     path = write(tmp_path, "train:\n  steps: 5\n  warm: true\nnote: from the file\n")
-    loaded = load_config(Settings, path, ["train.optimiser.learning_rate=1e-4", "datasets=[a, b]", "folder=out", "note=x"])
+    overrides = ["train.optimiser.learning_rate=1e-4", "datasets=[a, b]", "folder=out", "note=x"]
+    loaded = load_config(Settings, path, overrides)
     optimiser = Optimiser(name="sgd", learning_rate=1e-4)
     train = Train(steps=5, warm=True, optimiser=optimiser)
     assert loaded == Settings(train=train, datasets=("a", "b"), folder=Path("out"), note="x")
@@ -225,7 +226,9 @@ finite = st.floats(allow_nan=False, allow_infinity=False)
 optimisers = st.builds(
     Optimiser, name=st.sampled_from(["adamw", "sgd"]), learning_rate=finite, betas=st.tuples(finite, finite)
 )
-awkward = st.sampled_from(["no", "1e-4", "010", "12:30", "~", "", " x ", "a: b", "# c", "- d", "0x1F", "null", "\x00", "é\n"])
+awkward = st.sampled_from(
+    ["no", "1e-4", "010", "12:30", "~", "", " x ", "a: b", "# c", "- d", "0x1F", "null", "\x00", "é\n"]
+)
 configs = st.builds(
     Settings,
     train=st.builds(Train, steps=st.integers(), optimiser=optimisers, warm=st.booleans()),

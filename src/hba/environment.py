@@ -1,0 +1,117 @@
+"""What a run ran on: versions, commit, hardware. Facts for environment.json, for a reader who repeats the run.
+
+Refuses to record secrets: no environment variable, user or host name is read into it. Imports nothing heavy: package
+versions come from their metadata, GPUs from the driver's own tool, so that opening a run folder costs milliseconds.
+
+Invariant: everything here can be written as JSON; what cannot be found out is None or left out, never guessed.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+DISTRIBUTION = "human-behavior-atlas"
+PACKAGES = (
+    *("torch", "torchvision", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "huggingface_hub"),
+    *("numpy", "scipy", "scikit-learn", "pyarrow", "msgspec", "av", "soundfile", "soxr", "pillow", "pydantic"),
+    *("tensorboard", "wandb", "vllm", "verl", "ray", "opensmile", "mediapipe"),
+)
+COMMAND_SECONDS = 10.0
+
+
+def environment(*, command: str, seed: int) -> dict[str, Any]:
+    """The content of environment.json, without the data."""
+    return {
+        "hba_version": hba_version(),
+        "git_commit": git_commit(),
+        "command": command,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": cpu_model(),
+        "cpu_cores": usable_cores(),
+        "gpus": gpus(),
+        "packages": package_versions(),
+        "seed": seed,
+        "data": None,
+        "started_at": now(),
+    }
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def hba_version() -> str | None:
+    """The installed version of this package, None when it runs without being installed."""
+    return installed_version(DISTRIBUTION)
+
+
+def installed_version(distribution: str) -> str | None:
+    """The version of an installed distribution, from its metadata, or None."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of those of PACKAGES that are installed; none of them is imported."""
+    found = {name: installed_version(name) for name in PACKAGES}
+    return {name: version for name, version in found.items() if version is not None}
+
+
+def git_commit() -> str | None:
+    """The commit that this package is checked out at, '-dirty' behind it when files were changed, else None."""
+    checkout = Path(__file__).resolve().parents[2]
+    if not (checkout / ".git").exists():
+        return None
+    lines = _output("git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    return lines[0] if lines else None
+
+
+def gpus() -> list[str]:
+    """Name and memory of each NVIDIA GPU, such as 'NVIDIA A100-SXM4-40GB, 40960 MiB'."""
+    return _output("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
+
+
+def cpu_model() -> str | None:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, None) or platform.processor() or None
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on; fewer than the machine has under taskset or a batch system."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_bytes() -> int:
+    """Main memory that this process may use: the machine's, or its container's limit where that is lower."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text(encoding="ascii").strip() if limit.is_file() else "max"
+    return min(total, int(text)) if text.isdigit() else total
+
+
+def _output(name: str, *arguments: str) -> list[str]:
+    """The lines that a command prints; none when it is not installed or fails: the fact is then unknown."""
+    program = shutil.which(name)
+    if program is None:
+        return []
+    try:
+        done = subprocess.run(  # noqa: S603 -- a fixed command, no shell, no input of a user
+            [program, *arguments], capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []

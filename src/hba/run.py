@@ -1,0 +1,246 @@
+"""The run folder: where a command leaves its config, its logs and its results, and finds them again to go on.
+
+`RunFolder.open` makes the folder or resumes it. It refuses a folder that another process uses, and one that holds a
+run with another config, seed or data: going on there would mix two experiments. Under `accelerate launch` the first
+rank alone locks and records; other ranks only add to the quarantine.
+
+Invariants: config.yaml and environment.json are those of the run's start; after `truncate_log(step)` the log holds
+what an uninterrupted run had logged by that step; a sample stands in quarantine.jsonl once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from hba import yaml_core
+from hba.config import flat, keys_without_effect, to_dict, to_yaml
+from hba.environment import environment, now
+from hba.errors import ConfigError, HbaError
+from hba.storage import AppendLog, StorageError, atomic_write, read_json, read_jsonl, write_json
+
+MACHINE_FACTS = ("hba_version", "git_commit", "python", "platform", "cpu", "cpu_cores", "gpus", "packages")
+ELSEWHERE = "Use another run folder, or give the old values to resume this one."
+
+
+class RunFolder:
+    """A run folder that is open in this process: made by `open`, used as a context manager."""
+
+    def __init__(self, path: Path, lock: _Lock | None) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.environment = path / "environment.json"
+        self.checkpoints = path / "checkpoints"
+        self.predictions = path / "predictions.jsonl"
+        self.metrics = path / "metrics.json"
+        self.report = path / "report.html"
+        self._log_path = path / "log.jsonl"
+        self._quarantine_path = path / "quarantine.jsonl"
+        self._lock = lock
+        self._log: AppendLog | None = None
+        self._quarantine: AppendLog | None = None
+        self._quarantined_ids: set[str] = set()
+
+    @classmethod
+    def open(
+        cls, path: str | Path, *, config: Any, command: str, seed: int, data: Mapping[str, Any] | None = None
+    ) -> RunFolder:
+        """Make the folder with config.yaml and environment.json, or resume the run that it holds.
+
+        `config` is a config dataclass. Raises ConfigError naming the keys in which the folder's config differs (keys
+        that change no result may), HbaError when another process uses the folder, StorageError when it cannot be
+        written.
+        """
+        path = Path(path)
+        if int(os.environ.get("RANK", "0")) != 0:
+            return cls(path, None)
+        run = cls(path, _Lock(_made(path) / ".lock"))
+        try:
+            run._start_or_resume(config, command, seed)
+            if data is not None:
+                run.record_data(data)
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process keeps the folder's records: the first rank, while the folder is open."""
+        return self._lock is not None
+
+    @property
+    def quarantined(self) -> list[dict[str, Any]]:
+        """The records of quarantine.jsonl, those of other ranks and earlier sessions included."""
+        path = self._quarantine_path
+        return [line.record for line in read_jsonl(path)] if path.is_file() else []
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Add a line to log.jsonl; nothing on ranks other than the first. NaN is refused (ValueError)."""
+        if self.is_main:
+            self._log = self._log or AppendLog(self._log_path)
+            self._log.append(dict(record))
+
+    def truncate_log(self, step: int) -> None:
+        """Drop the log lines of later steps than `step`, that of the checkpoint from which a run goes on.
+
+        Lines of `step` itself stay: log them before the checkpoint is written. Lines without a step stay, too.
+        """
+        if not self.is_main or not self._log_path.is_file():
+            return
+        self._close_log()
+        lines = [line.record for line in read_jsonl(self._log_path)]
+        kept = [record for record in lines if record.get("step", step) <= step]
+        if len(kept) < len(lines):
+            with atomic_write(self._log_path) as handle:
+                handle.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+
+    def quarantine(self, record: Mapping[str, Any]) -> None:
+        """Add a record (id, where, field, reason) to quarantine.jsonl unless its id stands there already."""
+        if self._quarantine is None:
+            # Lines are appended whole, so that ranks which see different samples can share the file.
+            self._quarantine = AppendLog(self._quarantine_path)
+            self._quarantined_ids = {known["id"] for known in self.quarantined}
+        if record["id"] not in self._quarantined_ids:
+            self._quarantine.append(dict(record))
+            self._quarantined_ids.add(record["id"])
+
+    def record_data(self, data: Mapping[str, Any]) -> None:
+        """Write the data's record (path, fingerprint, synthetic) into environment.json; nothing on other ranks.
+
+        Raises ConfigError when the run was started on data with another fingerprint.
+        """
+        if not self.is_main:
+            return
+        recorded = read_json(self.environment)
+        before = recorded.get("data")
+        if before is None:
+            write_json(self.environment, {**recorded, "data": dict(data)})
+        elif before.get("fingerprint") != data.get("fingerprint"):
+            what = f"the run was started on other data ({before.get('path')}, now {data.get('path')})"
+            raise ConfigError(what, where=str(self.environment), fix="Use another run folder, or restore the data.")
+
+    def close(self) -> None:
+        """Close the logs and let other processes have the folder."""
+        self._close_log()
+        if self._quarantine is not None:
+            self._quarantine.close()
+            self._quarantine = None
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _close_log(self) -> None:
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def _start_or_resume(self, config: Any, command: str, seed: int) -> None:
+        here = environment(command=command, seed=seed)
+        if self.config.is_file():
+            self._require_same(config, seed)
+        if self.environment.is_file():
+            self._note_resume(here)
+        else:
+            write_json(self.environment, here)
+        if not self.config.is_file():
+            with atomic_write(self.config) as handle:
+                handle.write(to_yaml(config))
+        for log in (self._log_path, self._quarantine_path):
+            if log.is_file():
+                AppendLog(log).close()  # cuts off a line that a kill left torn, before anyone reads it
+
+    def _require_same(self, config: Any, seed: int) -> None:
+        recorded = flat(yaml_core.read(self.config))
+        given = flat(to_dict(config))
+        if self.environment.is_file():
+            recorded["seed (of the run)"] = read_json(self.environment)["seed"]
+            given["seed (of the run)"] = seed
+        changed = [
+            f"{key} was {_shown(recorded, key)}, is {_shown(given, key)}"
+            for key in sorted({*recorded, *given} - keys_without_effect(type(config)))
+            if _shown(recorded, key) != _shown(given, key)
+        ]
+        if changed:
+            what = f"the folder holds a run with another config: {'; '.join(changed)}"
+            raise ConfigError(what, where=str(self.config), fix=ELSEWHERE)
+
+    def _note_resume(self, here: dict[str, Any]) -> None:
+        """Add when the run was resumed, and what of the machine or its packages had changed since it began."""
+        recorded = read_json(self.environment)
+        changed = {fact: here[fact] for fact in MACHINE_FACTS if recorded.get(fact) != here[fact]}
+        resumed = [*recorded.get("resumed", []), {"started_at": now(), "changed": changed}]
+        write_json(self.environment, {**recorded, "resumed": resumed})
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    return yaml_core.dump_inline(values[key]) if key in values else "not there"
+
+
+def _made(path: Path) -> Path:
+    if path.exists() and not path.is_dir():
+        raise ConfigError("the run folder is a file", where=str(path), fix="Name a folder.")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"cannot make the run folder ({error.strerror})", where=str(path), fix="Choose a writable place."
+        ) from None
+    return path
+
+
+class _Lock:
+    """An flock on a file: the system releases it when its process ends, kill -9 included."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor: int | None = None
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise StorageError(
+                f"cannot write ({error.strerror})", where=str(path.parent), fix="Choose a writable folder."
+            ) from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
+            os.close(descriptor)
+            if not isinstance(error, BlockingIOError):
+                fix = "Choose a folder on a file system with locks."
+                raise StorageError(f"cannot lock ({error.strerror})", where=str(path), fix=fix) from None
+            fix = "Wait for it to end, end it, or use another run folder."
+            raise HbaError(
+                f"another process (id {holder}) uses this run folder", where=str(path.parent), fix=fix
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        self._descriptor = descriptor
+        # A forked worker shares the lock and may outlive a killed parent: it must not keep the folder.
+        own = weakref.ref(self)
+        os.register_at_fork(after_in_child=lambda: _drop(own()))
+
+    def release(self) -> None:
+        if self._descriptor is not None:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            _drop(self)
+
+
+def _drop(lock: _Lock | None) -> None:
+    """Close this process's copy of the lock; in a forked child the parent keeps holding it."""
+    if lock is not None and lock._descriptor is not None:
+        os.close(lock._descriptor)
+        lock._descriptor = None
