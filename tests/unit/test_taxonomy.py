@@ -1,0 +1,125 @@
+"""The taxonomy: published facts, one lookup from raw answer to index, extension without redefinition."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hba.errors import TaxonomyError
+from hba.taxonomy import BUILTIN, DATASETS, DOMAINS, NUM_CLASSES, TASKS, canonical_label, global_index, load
+
+CLASSIFIED = sorted(key for key, dataset in DATASETS.items() if dataset.domain)
+IEMOCAP = {"datasets": {"iemocap": {"domain": "emotion", "labels": ["anger", "sad"]}}}
+
+
+def test_ten_tasks_seven_domains_sixteen_datasets() -> None:
+    assert list(TASKS) == ["SEN", "EMO", "HUM", "SAR", "ANX", "DEP", "PTSD", "SOC", "INT", "NVC"]
+    assert (len(DOMAINS), len(DATASETS), NUM_CLASSES) == (7, 16, 25)
+    assert [task.key for task in TASKS.values() if task.judged] == ["SOC", "INT", "NVC"]
+    assert sorted(key for task in TASKS.values() for key in task.datasets) == sorted(DATASETS)
+    assert all(DATASETS[key].task == task.key for task in TASKS.values() for key in task.datasets)
+    assert DATASETS["chsimsv2"].language == "zh"
+    assert DATASETS["cremad"].language == "en"
+
+
+@pytest.mark.parametrize("dataset", CLASSIFIED)
+def test_every_label_leads_to_its_own_index(dataset: str) -> None:
+    domain = DOMAINS[str(DATASETS[dataset].domain)]
+    for label, index in zip(domain.labels, domain.indices, strict=True):
+        assert canonical_label(dataset, f"  {label.upper().replace(' ', '   ')}\n") == label
+        assert global_index(dataset, label) == index
+        assert BUILTIN.class_names[index] == label
+    assert set(DATASETS[dataset].labels) <= set(domain.labels)
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.sampled_from(sorted(DATASETS)), st.text())
+def test_any_text_is_a_label_of_the_domain_or_none(dataset: str, raw: str) -> None:
+    label = canonical_label(dataset, raw)
+    domain = DATASETS[dataset].domain
+    assert label is None or label in DOMAINS[str(domain)].labels
+    assert domain is not None or label is None
+
+
+def test_booleans_mean_a_label_only_where_the_release_uses_them() -> None:
+    assert [canonical_label("mmsd", raw) for raw in ("true", "No", "1", "f")] == [
+        "sarcasm", "not sarcasm", "sarcasm", "not sarcasm",
+    ]  # fmt: skip
+    assert canonical_label("daicwoz", "Y") == "depression"
+    for dataset in ("ptsd_in_the_wild", "mmpsy_anxiety", "cremad", "mosei_senti"):
+        assert canonical_label(dataset, "true") is None
+
+
+def test_neutral_has_one_index_per_domain() -> None:
+    assert (global_index("cremad", "neutral"), global_index("meld_senti", "neutral")) == (11, 3)
+
+
+def test_unknown_names_are_refused_with_what_is_known() -> None:
+    with pytest.raises(TaxonomyError, match=r"unknown dataset 'cremat'.*Did you mean 'cremad'.*urfunny"):
+        canonical_label("cremat", "anger")
+    with pytest.raises(TaxonomyError, match=r"unknown label 'angre' for dataset 'cremad'.*Did you mean 'anger'"):
+        global_index("cremad", "angre")
+    with pytest.raises(TaxonomyError, match="unknown label"):
+        global_index("siq2", "anger")
+
+
+def test_the_published_tables_cannot_be_changed() -> None:
+    with pytest.raises(TypeError):
+        DATASETS["mine"] = DATASETS["cremad"]  # type: ignore[index]
+    with pytest.raises(AttributeError):
+        DATASETS["cremad"].domain = "humour"  # type: ignore[misc]
+
+
+def test_extension_adds_and_leaves_the_published_one_alone() -> None:
+    task = {"name": "emotion recognition", "metric": "mean_weighted_accuracy", "datasets": ["iemocap"]}
+    extended = BUILTIN.extended(
+        IEMOCAP
+        | {"tasks": {"EMO": task}, "synonyms": {"emotion": {"excited": "happy"}}}
+        | {"domains": {"stress": {25: "no stress", 26: "stress"}}}
+    )
+    assert extended.tasks["EMO"].datasets == (*TASKS["EMO"].datasets, "iemocap")
+    assert extended.canonical_label("iemocap", "Excited") == "happy"
+    assert extended.canonical_label("iemocap", "joy") == "happy"
+    assert extended.num_classes == 27
+    assert extended.class_names[:25] == BUILTIN.class_names
+    assert "iemocap" not in DATASETS
+    assert canonical_label("cremad", "excited") is None
+    assert BUILTIN.num_classes == 25
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"datasets": {"cremad": {"domain": "emotion", "labels": ["anger"]}}}, "already in the taxonomy"),
+        ({"domains": {"emotion": {30: "x"}}}, "would redefine"),
+        ({"domains": {"stress": {7: "stress"}}}, "indices from 25 on"),
+        ({"datasets": {"new": {"domain": "emotions", "labels": []}}}, "Did you mean 'emotion'"),
+        ({"datasets": {"new": {"domain": "emotion", "labels": ["angry"]}}}, "unknown label 'angry'"),
+        ({"tasks": {"NEW": {"name": "x", "metric": "weighted_f1", "datasets": ["none"]}}}, "unknown dataset 'none'"),
+    ],
+)
+def test_an_extension_that_contradicts_is_refused(entries: dict[str, Any], message: str) -> None:
+    with pytest.raises(TaxonomyError, match=message):
+        BUILTIN.extended(entries)
+
+
+def test_a_file_extends_the_published_taxonomy(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("datasets:\n  iemocap: {domain: emotion, labels: [anger, sad]}\n")
+    assert load(path).dataset("iemocap").labels == ("anger", "sad")
+    assert load() is BUILTIN
+    path.write_text("datasets: [\n")
+    with pytest.raises(TaxonomyError, match=r"mine\.yaml: not valid YAML"):
+        load(path)
+    with pytest.raises(TaxonomyError, match="no such file"):
+        load(tmp_path / "none.yaml")
+
+
+def test_tasks_and_datasets_can_be_sent_to_workers() -> None:
+    for value in (DATASETS["cremad"], TASKS["EMO"], DOMAINS["emotion"]):
+        assert pickle.loads(pickle.dumps(value)) == value
