@@ -221,6 +221,9 @@ def test_an_extended_taxonomy_is_scored_the_same_way() -> None:
         ((["sad"], ["sarcasm"], ["cremad"]), TaxonomyError, "index 0: unknown label 'sarcasm'"),
         (([3], ["sad"], ["cremad"]), InputError, r"index 0: .*\(int\)"),
         ((["sad"], [None], ["cremad"]), InputError, "index 0: .*NoneType"),
+        ((["sad", ["sad"]], ["sad"] * 2, ["cremad"] * 2), InputError, "index 1: not a word"),
+        ((["sad"], ["sad"], [["cremad"]]), InputError, "index 0: not a word"),
+        ((["sad"], ["sad"], [7]), InputError, "index 0: "),
     ],
 )
 def test_wrong_input_is_refused_with_its_place(arguments: Any, kind: type[Exception], message: str) -> None:

@@ -14,7 +14,7 @@ domain.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -28,6 +28,7 @@ from hba.taxonomy import BUILTIN, Taxonomy
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
+_WORDS = "Datasets and targets are str, predictions str or None."
 WRONG, RIGHT, NO_ANSWER = 0, 1, 2
 
 
@@ -78,14 +79,14 @@ class _CellTable(dict[tuple[str, str, "str | None"], int]):
         dataset, target, prediction = row
         if not isinstance(target, str) or not (prediction is None or isinstance(prediction, str)):
             found = f"target {target!r} ({type(target).__name__}), prediction {prediction!r}"
-            raise InputError(f"{found} ({type(prediction).__name__})", fix="Targets are str, predictions str or None.")
+            raise InputError(f"{found} ({type(prediction).__name__})", fix=_WORDS)
         layout = self.layout
-        if layout.taxonomy.dataset(dataset).domain is None:
-            cell = layout.freeform_start + 3 * layout.freeform_code[dataset] + _verdict(target, prediction)
-        else:
-            truth = layout.taxonomy.global_index(dataset, target)
-            guess = self._guess(dataset, prediction)
-            cell = (layout.code[dataset] * layout.num_classes + truth) * (layout.num_classes + 1) + guess
+        freeform = layout.freeform_code.get(dataset)
+        if freeform is not None:  # not kept: free-form answers rarely repeat
+            return layout.freeform_start + 3 * freeform + _verdict(target, prediction)
+        truth = layout.taxonomy.global_index(dataset, target)
+        guess = self._guess(dataset, prediction)
+        cell = (layout.code[dataset] * layout.num_classes + truth) * (layout.num_classes + 1) + guess
         self[row] = cell
         return cell
 
@@ -99,10 +100,21 @@ class _CellTable(dict[tuple[str, str, "str | None"], int]):
         return self.layout.unambiguous.get(" ".join(prediction.lower().split()), invalid)
 
 
+def _first_refused(triples: Iterable[Any], table: _CellTable) -> int:
+    """Index of the row at which encoding stopped."""
+    for index, row in enumerate(triples):
+        try:
+            table[row]
+        except (TypeError, InputError):
+            return index
+    raise AssertionError("encoding stopped at a row that can be encoded")
+
+
 def _verdict(target: str, answer: str | None) -> int:
     if answer is None:
         return NO_ANSWER
-    return RIGHT if answer.lower().split() == target.lower().split() else WRONG
+    same = answer == target or answer.lower().split() == target.lower().split()
+    return RIGHT if same else WRONG
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,12 +167,13 @@ def encode(
     table = _CellTable(layout)
     triples = zip(datasets, targets, predictions, strict=True)
     try:
-        cells = np.fromiter(map(table.__getitem__, triples), np.int64, len(targets))
+        return Rows(layout=layout, cells=np.fromiter(map(table.__getitem__, triples), np.int64, len(targets)))
+    except TypeError as error:  # a list or dict, which no table can look up
+        problem = InputError(f"not a word ({error})", fix=_WORDS)
     except InputError as error:
-        triples = zip(datasets, targets, predictions, strict=True)
-        index = next(i for i, row in enumerate(triples) if row not in table)
-        raise type(error)(error.what, where=f"index {index}", fix=error.fix) from None
-    return Rows(layout=layout, cells=cells)
+        problem = error
+    index = _first_refused(zip(datasets, targets, predictions, strict=True), table)
+    raise type(problem)(problem.what, where=f"index {index}", fix=problem.fix)
 
 
 def encode_indices(

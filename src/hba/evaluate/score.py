@@ -22,7 +22,7 @@ from hba.errors import InputError
 from hba.evaluate.confusion import encode
 from hba.evaluate.metrics import score_rows
 from hba.evaluate.predictions import Prediction, read_predictions
-from hba.evaluate.stats import Chance, Intervals, bootstrap, chance
+from hba.evaluate.stats import LEVEL, Chance, Intervals, bootstrap, chance
 from hba.storage import json_sha256, read_json, read_jsonl, write_json
 from hba.taxonomy import BUILTIN, Taxonomy
 
@@ -61,24 +61,14 @@ def score_run(
     path = _predictions_path(Path(run))
     folder = path.parent
     predictions = read_predictions(path, taxonomy)
-    reasons = _quarantine(folder, quarantine, {p.id: p.dataset for p in predictions}, dataset_of or {}, taxonomy)
-    kept = [p for p in predictions if p.id not in reasons]
-    if not kept:
-        left = f"all {len(predictions)} are in quarantine" if predictions else "the file is empty"
-        raise InputError(
-            f"no prediction to score: {left}", where=str(path), fix="Run `hba predict` on a non-empty split."
-        )
-    known = Counter(key for key in reasons.values() if key is not None)
-    counts = _Counts(Counter(p.dataset for p in kept if p.failed), known, len(reasons) - known.total())
+    quarantined = _quarantine(folder, quarantine, {p.id: p.dataset for p in predictions}, dataset_of or {}, taxonomy)
+    kept = _kept(predictions, quarantined, path)
+    known = Counter(key for key in quarantined.values() if key is not None)
+    counts = _Counts(Counter(p.dataset for p in kept if p.failed), known, len(quarantined) - known.total())
     metrics = score_predictions(kept, resamples=resamples, seed=seed, published=published, taxonomy=taxonomy)
     _add_counts(metrics, counts, taxonomy)
-    metrics["provenance"] = _provenance(path, kept, provenance or {})
-    metrics["provenance"]["scoring"] = {
-        "resamples": resamples,
-        "seed": seed,
-        "published": published,
-        "level": 0.95,
-    }
+    how = {"resamples": resamples, "seed": seed, "published": published, "level": LEVEL}
+    metrics["provenance"] = _provenance(path, kept, provenance or {}) | {"scoring": how}
     write_json(folder / "metrics.json", metrics)
     return metrics
 
@@ -108,6 +98,15 @@ def score_predictions(
 
 def _predictions_path(run: Path) -> Path:
     return run / "predictions.jsonl" if run.is_dir() else run
+
+
+def _kept(predictions: Sequence[Prediction], quarantined: Mapping[str, Any], path: Path) -> list[Prediction]:
+    kept = [p for p in predictions if p.id not in quarantined]
+    if not kept:
+        left = f"all {len(predictions)} are in quarantine" if predictions else "the file is empty"
+        fix = "Run `hba predict` on a non-empty split."
+        raise InputError(f"no prediction to score: {left}", where=str(path), fix=fix)
+    return kept
 
 
 def _scored_answer(prediction: Prediction, taxonomy: Taxonomy) -> str | None:
