@@ -1,0 +1,192 @@
+"""Puts the parts of a report together and writes it as one HTML file.
+
+The page loads nothing: style and charts are inline, media are data: URIs, there is no script, and a content security
+policy forbids the rest. Every text from the run and the atlas is escaped by the template. The same run folder and
+atlas give the same bytes: the page carries no time or path of its own making.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from hba.report import words
+from hba.report.confusion import matrices
+from hba.report.curves import curves
+from hba.report.embed import Budget
+from hba.report.load import Metrics, Run, load_run
+from hba.report.plots import Reference, bar
+from hba.report.samples import choose, gather
+from hba.storage import atomic_write
+from hba.taxonomy import BUILTIN, Taxonomy
+
+HERE = Path(__file__).parent
+MAX_QUARANTINE_ROWS = 200
+PUBLISHED_TABLE = "hba_iclr2026"
+PUBLISHED_SOURCE = "arXiv 2510.04899, multi-task table"
+DATASET_FIGURES = (
+    *("weighted_f1", "macro_f1", "micro_accuracy", "emotion_weighted_accuracy_mean"),
+    *("ACC2", "F1w2", "ACC3", "ACC5", "ACC7", "F1w7"),
+)
+SECRETS = re.compile(r"(?im)^(\s*(?:[\w.-]*_)?(?:api_?key|secret|password|token)\s*:[ \t]*)(?!null\b|~)\S.*$")
+CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """The counts of the one-line verdict. `num_compared` tasks have score, interval and chance."""
+
+    num_tasks: int
+    num_scored: int
+    num_compared: int
+    num_above: int
+    num_samples: int
+    num_quarantined: int
+    num_invalid: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """Published figures for the tasks of a run: `rows` maps a model to its score by task, in [0, 1]."""
+
+    source: str
+    tasks: tuple[str, ...]
+    rows: Mapping[str, Mapping[str, float]]
+
+    def references(self, task: str) -> list[Reference]:
+        """The published figures of one task."""
+        return [Reference(model, scores[task]) for model, scores in self.rows.items() if task in scores]
+
+
+def write_report(
+    run: Path, atlas_root: Path | None = None, out: Path | None = None, *, taxonomy: Taxonomy = BUILTIN
+) -> Path:
+    """Write the report of the run folder `run` to `out` (default: report.html in it) and return its path.
+
+    Prompts and media come from the atlas at `atlas_root`, by default from where the run says that its atlas lies.
+    Raises InputError for a folder without metrics.json, for a malformed file (naming line and field), and for an
+    `atlas_root` that is no atlas; StorageError when the disk is full. Nothing is written then.
+    """
+    loaded = load_run(run, taxonomy)
+    html = render(loaded, atlas_root, taxonomy)
+    path = out if out is not None else run / "report.html"
+    with atomic_write(path) as handle:
+        handle.write(html)
+    return path
+
+
+def render(run: Run, atlas_root: Path | None = None, taxonomy: Taxonomy = BUILTIN) -> str:
+    """The page of a run as text; see `write_report`."""
+    predictions = run.predictions
+    recorded = Path(run.atlas_path) if run.atlas_path else None
+    samples = confused = None
+    if predictions is not None:
+        confused = matrices(predictions, taxonomy)
+        root, required = (atlas_root, True) if atlas_root is not None else (recorded, False)
+        samples = gather(choose(predictions, taxonomy), root, required=required, budget=Budget(), taxonomy=taxonomy)
+    published = None if run.synthetic is not False else published_results(run.metrics)
+    return (
+        _environment()
+        .get_template("page.html.jinja")
+        .render(
+            style=Markup((HERE / "style.css").read_text(encoding="utf-8")),  # noqa: S704  our own file
+            run=run,
+            metrics=run.metrics,
+            verdict=verdict(run),
+            bars={
+                key: bar(
+                    task,
+                    name=f"{key} {words.task_name(key)}",
+                    references=published.references(key) if published else (),
+                )
+                for key, task in run.metrics.tasks.items()
+                if task.score is not None
+            },
+            published=published,
+            dataset_figures=[name for name in DATASET_FIGURES if any(name in d for d in run.metrics.datasets.values())],
+            confused=confused,
+            curves=curves(run.events, run.metrics.tasks) if run.events else None,
+            samples=samples,
+            quarantine=(run.quarantine or ())[:MAX_QUARANTINE_ROWS],
+            config=SECRETS.sub(r"\1(hidden)", run.config) if run.config is not None else None,
+            environment_text=json.dumps(run.environment, indent=2, ensure_ascii=False, sort_keys=True),
+            facts=facts(run),
+        )
+    )
+
+
+def _environment() -> Environment:
+    """Jinja with escaping always on; a name that the template misspells is an error."""
+    environment = Environment(
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_clean,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.globals["words"] = words
+    return environment
+
+
+def _clean(value: Any) -> Any:
+    """Replace what no HTML file may hold (control characters, lone surrogates), so that any data can be shown."""
+    if isinstance(value, str) and CONTROL.search(value):
+        return type(value)(CONTROL.sub("\ufffd", value))
+    return value
+
+
+def verdict(run: Run) -> Verdict:
+    """The counts of the headline, from metrics.json; the quarantine file where metrics.json gives no count."""
+    tasks, counts = run.metrics.tasks.values(), run.metrics.counts
+    compared = [task.above_chance for task in tasks if task.above_chance is not None]
+    return Verdict(
+        num_tasks=len(tasks),
+        num_scored=sum(task.score is not None for task in tasks),
+        num_compared=len(compared),
+        num_above=sum(compared),
+        num_samples=counts.get("n", sum(task.n for task in tasks)),
+        num_quarantined=counts.get("n_quarantined", len(run.quarantine or ())),
+        num_invalid=counts.get("n_invalid", sum(task.n_invalid or 0 for task in tasks)),
+    )
+
+
+def published_results(metrics: Metrics) -> Published:
+    """The paper's figures for the tasks of `metrics`."""
+    path = HERE.parent / "published_results.yaml"
+    table = yaml.safe_load(path.read_text(encoding="utf-8"))[PUBLISHED_TABLE]
+    columns = table["columns"]
+    rows = {name: dict(zip(columns, row, strict=True)) for name, row in table.items() if name != "columns"}
+    tasks = tuple(key for key in metrics.tasks if key in columns)
+    return Published(source=PUBLISHED_SOURCE, tasks=tasks, rows=rows)
+
+
+def facts(run: Run) -> list[tuple[str, str]]:
+    """What made the run, as (name, value) pairs; what is not recorded is left out."""
+    said, environment = run.metrics.provenance, run.environment or {}
+    pairs = [
+        ("Command", said.get("command") or environment.get("command")),
+        ("Model", said.get("model")),
+        ("Split", said.get("split")),
+        ("Seed", said.get("seed") if said.get("seed") is not None else environment.get("seed")),
+        ("Data", run.atlas_path),
+        ("Data fingerprint", said.get("data_fingerprint") or run.data_fingerprint),
+        ("hba", said.get("hba_version") or environment.get("hba_version")),
+        ("Git commit", environment.get("git_commit")),
+        ("Python", environment.get("python")),
+        ("Platform", environment.get("platform")),
+        ("CPU", environment.get("cpu")),
+        ("GPUs", ", ".join(map(str, environment.get("gpus") or ())) or None),
+        ("Started", environment.get("started_at")),
+        ("Scored", said.get("created_at")),
+    ]
+    return [(name, str(value)) for name, value in pairs if value not in (None, "")]

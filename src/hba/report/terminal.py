@@ -1,0 +1,51 @@
+"""The score table for the terminal: the summary of the page as a rich table.
+
+A task that was not scored says so, with the reason; no figure is made up. Every text from data is printed as it is,
+never read as rich markup.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from hba.report.load import Score, TaskScore, parse_metrics
+from hba.report.words import count, figure, interval, metric_name, not_scored, task_name
+
+CHANCE_STYLES = {True: "green", False: "yellow", None: ""}
+
+
+def metrics_table(metrics: Mapping[str, Any]) -> Table:
+    """The tasks of a metrics.json as a table, with the mean over tasks last. A score is in [0, 1].
+
+    Raises InputError naming the field when `metrics` is not of the shape of metrics.json.
+    """
+    parsed = parse_metrics(dict(metrics), where="metrics.json")
+    synthetic = parsed.provenance.get("synthetic") is True
+    table = Table(title="Scores on synthetic data" if synthetic else "Scores", title_justify="left")
+    for name in ("task", "metric"):
+        table.add_column(name, overflow="fold")
+    for name in ("score", "95% interval", "chance", "n", "invalid", "quarantined"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for key, task in parsed.tasks.items():
+        metric = (
+            metric_name(task.metric) if task.score is not None else f"{metric_name(task.metric)}: {not_scored(task)}"
+        )
+        table.add_row(Text(f"{key} {task_name(key)}"), Text(metric), *_figures(task))
+    table.add_section()
+    mean, counts = parsed.mean, parsed.counts
+    totals = [count(counts.get(name)) for name in ("n", "n_invalid", "n_quarantined")]
+    table.add_row(Text("mean over scored tasks", style="bold"), "", *_score(mean, "bold"), "", *totals)
+    return table
+
+
+def _figures(task: TaskScore) -> list[Text]:
+    counts = [count(value) for value in (task.n, task.n_invalid, task.n_quarantined)]
+    return [*_score(task, CHANCE_STYLES[task.above_chance]), *map(Text, (figure(task.chance), *counts))]
+
+
+def _score(score: Score, style: str) -> list[Text]:
+    return [Text(figure(score.score), style=style), Text(interval(score.ci95))]

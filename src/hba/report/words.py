@@ -1,0 +1,54 @@
+"""How figures and names are put into words, the same on the page and in the terminal.
+
+A missing figure is a dash, never a zero.
+"""
+
+from __future__ import annotations
+
+from hba.report.load import TaskScore
+from hba.taxonomy import TASKS
+
+DASH = "–"
+METRIC_NAMES = {
+    "binary_weighted_f1": "weighted F1, 2 classes",
+    "mean_weighted_accuracy": "mean weighted accuracy",
+    "weighted_f1": "weighted F1",
+    "llm_judge_accuracy": "judge accuracy",
+}
+
+
+def figure(value: float | None, decimals: int = 3) -> str:
+    """A figure with fixed decimals."""
+    return DASH if value is None else f"{value:.{decimals}f}"
+
+
+def interval(ci95: tuple[float, float] | None, decimals: int = 3) -> str:
+    """An interval as 'low–high'."""
+    return DASH if ci95 is None else f"{ci95[0]:.{decimals}f}–{ci95[1]:.{decimals}f}"
+
+
+def count(value: int | None) -> str:
+    """A count with thousands separators."""
+    return DASH if value is None else f"{value:,}"
+
+
+def plural(number: int, noun: str) -> str:
+    """'1 sample', '2 samples'."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def metric_name(metric: str) -> str:
+    """The metric of metrics.json in words; a metric that is not the paper's keeps its own name."""
+    return METRIC_NAMES.get(metric, metric.replace("_", " "))
+
+
+def task_name(key: str) -> str:
+    """The task's name in the taxonomy, empty for a task of the user's own."""
+    return TASKS[key].name if key in TASKS else ""
+
+
+def not_scored(task: TaskScore) -> str:
+    """Why a task has no score."""
+    if task.metric == "llm_judge_accuracy":
+        return "not scored (needs a judge)"
+    return task.note or "not scored"
