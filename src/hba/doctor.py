@@ -58,10 +58,7 @@ class Check:
 
 
 def diagnose(*, online: bool = False, folder: Path = Path()) -> list[Check]:
-    """All checks, in the order to read them. `folder` is where runs will be written.
-
-    `online=True` also tries to reach the hub (at most 5 s).
-    """
+    """All checks, in reading order. Runs go below `folder`; `online` also tries to reach the hub, for at most 5 s."""
     checks = [check_python(), check_requirements(), check_torch(), check_torchvision(), check_transformers()]
     checks += [check_video(), check_audio(), check_gpu(), check_cores(), check_memory(), check_disk(folder)]
     return [*checks, *map(check_extra, extras()), check_token(), *([check_hub()] if online else [])]

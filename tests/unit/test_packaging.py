@@ -1,0 +1,152 @@
+"""The build: what a wheel holds, what the constraints pin, and what the Makefile and CI run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from hba.doctor import declared
+
+ROOT = Path(__file__).resolve().parents[2]
+CONSTRAINTS = ROOT / "constraints-cpu.txt"
+PYTHONS = ("3.10", "3.11", "3.12")
+
+
+def pins(python: str) -> dict[str, str]:
+    """name: version of the constraints that hold on Linux x86_64 for a Python release."""
+    where = {
+        "python_version": python,
+        "python_full_version": f"{python}.9",
+        "sys_platform": "linux",
+        "platform_system": "Linux",
+        "platform_machine": "x86_64",
+        "implementation_name": "cpython",
+        "platform_python_implementation": "CPython",
+    }
+    found: dict[str, str] = {}
+    for line in CONSTRAINTS.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#"):
+            continue
+        requirement = Requirement(line)
+        if requirement.marker is None or requirement.marker.evaluate(where):
+            name = canonicalize_name(requirement.name)
+            assert name not in found, f"{name} has two pins for {python}"
+            (specifier,) = requirement.specifier
+            assert specifier.operator == "=="
+            found[name] = specifier.version
+    return found
+
+
+def closure(requirements: list[Requirement]) -> set[str]:
+    """Every distribution that the requirements bring in this environment."""
+    found: set[str] = set()
+    todo = [(r.name, extra) for r in requirements for extra in ("", *r.extras)]
+    seen = set(todo)
+    while todo:
+        name, extra = todo.pop()
+        found.add(canonicalize_name(name))
+        for line in metadata.requires(name) or []:
+            requirement = Requirement(line)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                new = {(requirement.name, inner) for inner in ("", *requirement.extras)} - seen
+                seen |= new
+                todo += new
+    return found
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_torch_and_torchvision_are_the_pair_that_works(python: str) -> None:
+    assert (pins(python)["torch"], pins(python)["torchvision"]) == ("2.14.1", "0.29.1")
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_every_declared_dependency_is_pinned_within_its_range(python: str) -> None:
+    pinned = pins(python)
+    for requirement in [*declared(), *declared("dev")]:
+        assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), requirement.name
+
+
+def test_every_transitive_dependency_is_pinned() -> None:
+    pinned = pins(f"{sys.version_info.major}.{sys.version_info.minor}")
+    assert closure([*declared(), *declared("dev")]) - set(pinned) == set()
+
+
+def test_the_constraints_name_no_host() -> None:
+    text = CONSTRAINTS.read_text(encoding="utf-8")
+    assert "://" not in text
+    assert not re.search(r"^\s*-", text, re.MULTILINE)
+
+
+def test_the_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / "src", source / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "-w", str(tmp_path), str(source)], check=True)
+    (wheel,) = tmp_path.glob("human_behavior_atlas-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        held = set(archive.namelist())
+    sources = {
+        path.relative_to(ROOT / "src").as_posix()
+        for path in (ROOT / "src" / "hba").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert sources - held == set()
+    assert any(name.endswith("licenses/LICENSE") for name in held)
+
+
+def test_every_folder_with_code_is_a_package() -> None:
+    # setuptools leaves a folder without __init__.py out of the wheel; an editable install hides that.
+    folders = {path.parent for path in (ROOT / "src" / "hba").rglob("*.py")}
+    assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
+
+
+def make(*arguments: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PATH": path or os.environ["PATH"]}
+    env.pop("MAKEFLAGS", None)
+    command = [shutil.which("make") or "make", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("target", ["demo", "test", "check", "bench", "clean"])
+def test_the_makefile_has_its_targets(target: str) -> None:
+    done = make("--dry-run", target)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("version", ["3.9.18", "3.13.0", "none"])
+def test_a_python_that_does_not_fit_is_one_clear_message(tmp_path: Path, version: str) -> None:
+    python = tmp_path / "python-of-test"
+    if version != "none":
+        python.write_text(f'#!/bin/sh\n[ "$1" = -V ] && echo "Python {version}" && exit 0\nexit 1\n')
+        python.chmod(0o755)
+    for name in ("Makefile", "pyproject.toml", "constraints-cpu.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    done = make("-C", str(tmp_path), "demo", f"PYTHON={python}")
+    assert done.returncode != 0
+    assert "hba needs Python 3.10, 3.11 or 3.12" in done.stderr
+    assert "make PYTHON=python3.12 demo" in done.stderr
+    if version != "none":
+        assert version in done.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_ci_runs_the_checks_and_the_tests_and_nothing_else() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    lines = [line for line in script.read_text().splitlines() if line and not line.startswith("#")]
+    assert lines == ["set -euo pipefail", 'cd "$(dirname "${BASH_SOURCE[0]}")/.."', "make check", "make test"]
