@@ -112,29 +112,28 @@ def test_a_failed_sample_is_wrong_and_counted(tmp_path: Path) -> None:
     assert entry["micro_accuracy"] == 0.8
 
 
-def test_a_quarantined_sample_is_left_out_and_counted(tmp_path: Path) -> None:
-    predictions = rows(40)
+def test_quarantined_samples_are_counted_where_they_belong(tmp_path: Path) -> None:
     quarantined = [
-        {"id": "test/0"},  # has a prediction
-        {"id": "test/777", "dataset": "mmsd"},  # says its dataset
-        {"id": "test/778"},  # known to the caller
-        {"id": "test/779"},  # known to nobody
+        {"id": "test/0", "dataset": "cremad", "split": "test"},  # read and predicted by now
+        {"id": "test/777", "dataset": "mmsd", "split": "test"},
+        {"id": "test/778", "dataset": "cremad"},
+        {"id": "train/3", "dataset": "cremad", "split": "train"},  # left out of training
+        {"id": "test/779"},  # of an unknown dataset
     ]
-    run = run_folder(tmp_path / "run", predictions, quarantined)
-    metrics = score_run(run, dataset_of={"test/778": "cremad"})
-    assert metrics["datasets"]["cremad"]["n"] == 39
-    assert metrics["datasets"]["cremad"]["n_quarantined"] == 2
+    metrics = score_run(run_folder(tmp_path / "run", rows(40), quarantined))
+    assert metrics["datasets"]["cremad"]["n"] == 40
+    assert metrics["datasets"]["cremad"]["n_quarantined"] == 1
     assert metrics["datasets"]["mmsd"]["n_quarantined"] == 1
-    assert metrics["tasks"]["SAR"]["score"] is None
-    assert metrics["tasks"]["SAR"]["n"] == 0
-    assert metrics["aggregate"]["n_quarantined"] == 4
+    assert (metrics["tasks"]["SAR"]["score"], metrics["tasks"]["SAR"]["n"]) == (None, 0)
+    assert metrics["tasks"]["SAR"]["note"] == "not scored: no row with a defined score"
+    assert metrics["aggregate"]["n_quarantined"] == 3
     assert metrics["aggregate"]["n_quarantined_unassigned"] == 1
 
 
 def test_the_quarantine_may_lie_elsewhere(tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run", rows(40))
     other = tmp_path / "left_out.jsonl"
-    other.write_text('{"id": "test/1"}\n')
+    other.write_text('{"id": "test/99"}\n')
     assert score_run(run, quarantine=other)["aggregate"]["n_quarantined"] == 1
     with pytest.raises(InputError, match="no such file"):
         score_run(run, quarantine=tmp_path / "none.jsonl")
@@ -155,6 +154,15 @@ def test_environment_of_the_run_gives_the_provenance(tmp_path: Path) -> None:
     (run / "environment.json").write_text(json.dumps(environment))
     provenance = score_run(run, provenance={"seed": 4})["provenance"]
     assert (provenance["data_fingerprint"], provenance["synthetic"], provenance["seed"]) == ("ab12", True, 4)
+    model = tmp_path / "backbone"
+    model.mkdir()
+    predict = {"model": str(model), "backend": "heads", "data": {"fingerprint": "cd34", "synthetic": False}}
+    (run / "predict.json").write_text(json.dumps(predict))
+    provenance = score_run(run)["provenance"]
+    assert (provenance["model"], provenance["backend"], provenance["seed"]) == ("backbone", "heads", 3)
+    assert (provenance["data_fingerprint"], provenance["synthetic"]) == ("cd34", False)
+    (run / "predict.json").write_text('{"model": "Qwen/Qwen2.5-Omni-7B", "data": null}')
+    assert score_run(run)["provenance"]["model"] == "Qwen/Qwen2.5-Omni-7B"
     (run / "environment.json").write_text("[]")
     with pytest.raises(InputError, match=r"environment\.json"):
         score_run(run)
@@ -183,7 +191,6 @@ def test_published_figures_on_request(tmp_path: Path) -> None:
     ("predictions", "quarantined", "message"),
     [
         ([], None, "no prediction to score: the file is empty"),
-        (rows(2), [{"id": "test/0"}, {"id": "test/1"}], "all 2 are in quarantine"),
         (rows(2), [{"id": 5}], "quarantine.jsonl:1, id: expected str, found 5"),
         (rows(2), [{"id": "a", "dataset": "x"}], "quarantine.jsonl:1, dataset: unknown dataset 'x'"),
     ],

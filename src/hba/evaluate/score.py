@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from hba import __version__
 from hba.errors import InputError
@@ -31,20 +31,11 @@ EMPTY_NOTE = "not scored: no row with a defined score"
 PROVENANCE_KEYS = ("hba_version", "data_fingerprint", "split", "model", "seed", "created_at", "synthetic")
 
 
-class _Counts(NamedTuple):
-    """Per dataset: samples that failed, samples in quarantine. `unassigned` are quarantined of unknown dataset."""
-
-    failed: Counter[str]
-    quarantined: Counter[str]
-    unassigned: int
-
-
 def score_run(
     run: str | Path,
     *,
     quarantine: str | Path | None = None,
     provenance: Mapping[str, Any] | None = None,
-    dataset_of: Mapping[str, str] | None = None,
     resamples: int = 2000,
     seed: int = 0,
     published: bool = False,
@@ -52,23 +43,23 @@ def score_run(
 ) -> dict[str, Any]:
     """Score a run folder, or one predictions file, write metrics.json beside the predictions and return it.
 
-    `quarantine` defaults to quarantine.jsonl of the same folder if it exists. A quarantined row's dataset is
-    taken from its line, from its prediction, or from `dataset_of` (id to dataset); one that is in none of
-    them is counted in the aggregate alone. `provenance` overrides what environment.json of the folder says.
-    Intervals are 95 % bootstrap percentiles over `resamples` draws, clustered where predictions carry a
-    `group`. Raises InputError naming file, line and field for bad input, StorageError for a full disk.
+    `quarantine` defaults to quarantine.jsonl of the same folder if it exists. `provenance` overrides what
+    predict.json and environment.json of the folder say. Intervals are 95 % bootstrap percentiles over `resamples`
+    draws, clustered where predictions carry a `group`.
+    Raises InputError naming file, line and field for bad input, StorageError for a full disk.
     """
     path = _predictions_path(Path(run))
     folder = path.parent
     predictions = read_predictions(path, taxonomy)
-    quarantined = _quarantine(folder, quarantine, {p.id: p.dataset for p in predictions}, dataset_of or {}, taxonomy)
-    kept = _kept(predictions, quarantined, path)
-    known = Counter(key for key in quarantined.values() if key is not None)
-    counts = _Counts(Counter(p.dataset for p in kept if p.failed), known, len(quarantined) - known.total())
-    metrics = score_predictions(kept, resamples=resamples, seed=seed, published=published, taxonomy=taxonomy)
-    _add_counts(metrics, counts, taxonomy)
+    if not predictions:
+        fix = "Run `hba predict` on a split that has rows."
+        raise InputError("no prediction to score: the file is empty", where=str(path), fix=fix)
+    left_out = Path(quarantine) if quarantine is not None else folder / "quarantine.jsonl"
+    quarantined = _quarantine(left_out, quarantine is not None, predictions, taxonomy)
+    metrics = score_predictions(predictions, resamples=resamples, seed=seed, published=published, taxonomy=taxonomy)
+    _add_counts(metrics, Counter(p.dataset for p in predictions if p.failed), quarantined, taxonomy)
     how = {"resamples": resamples, "seed": seed, "published": published, "level": LEVEL}
-    metrics["provenance"] = _provenance(path, kept, provenance or {}) | {"scoring": how}
+    metrics["provenance"] = _provenance(folder, predictions, provenance or {}) | {"scoring": how}
     write_json(folder / "metrics.json", metrics)
     return metrics
 
@@ -100,15 +91,6 @@ def _predictions_path(run: Path) -> Path:
     return run / "predictions.jsonl" if run.is_dir() else run
 
 
-def _kept(predictions: Sequence[Prediction], quarantined: Mapping[str, Any], path: Path) -> list[Prediction]:
-    kept = [p for p in predictions if p.id not in quarantined]
-    if not kept:
-        left = f"all {len(predictions)} are in quarantine" if predictions else "the file is empty"
-        fix = "Run `hba predict` on a non-empty split."
-        raise InputError(f"no prediction to score: {left}", where=str(path), fix=fix)
-    return kept
-
-
 def _scored_answer(prediction: Prediction, taxonomy: Taxonomy) -> str | None:
     """The label of a classification row, the answer of a free-form one; None counts as wrong."""
     if taxonomy.dataset(prediction.dataset).domain is not None:
@@ -116,28 +98,27 @@ def _scored_answer(prediction: Prediction, taxonomy: Taxonomy) -> str | None:
     return prediction.answer if (prediction.answer or "").strip() else None
 
 
-def _quarantine(
-    folder: Path,
-    given: str | Path | None,
-    predicted: Mapping[str, str],
-    dataset_of: Mapping[str, str],
-    taxonomy: Taxonomy,
-) -> dict[str, str | None]:
-    """Quarantined ids and their datasets (None if unknown)."""
-    path = Path(given) if given is not None else folder / "quarantine.jsonl"
-    found: dict[str, str | None] = {}
-    if given is None and not path.is_file():
-        return found
+def _quarantine(path: Path, required: bool, predictions: Sequence[Prediction], taxonomy: Taxonomy) -> Counter[str]:
+    """Quarantined samples per dataset, "" for a dataset that the line does not name.
+
+    Training may have written to the same file: only samples of the predicted splits count. A sample that has a
+    prediction is no longer in quarantine.
+    """
+    found: dict[str, str] = {}
+    if not required and not path.is_file():
+        return Counter()
+    predicted, splits = {p.id for p in predictions}, {p.split for p in predictions}
     for number, record in read_jsonl(path):
-        sample, dataset = record.get("id"), record.get("dataset")
+        sample, dataset, split = record.get("id"), record.get("dataset", ""), record.get("split")
         if not isinstance(sample, str):
             fix = "Write the id of the sample that was left out."
             raise InputError(f"expected str, found {sample!r}", where=f"{path}:{number}, id", fix=fix)
-        if dataset is not None and dataset not in taxonomy.datasets:
+        if dataset and dataset not in taxonomy.datasets:
             where = f"{path}:{number}, dataset"
             raise InputError(f"unknown dataset {dataset!r}", where=where, fix="Use a dataset of the taxonomy.")
-        found[sample] = dataset or predicted.get(sample) or dataset_of.get(sample)
-    return found
+        if sample not in predicted and (split is None or split in splits):
+            found[sample] = dataset
+    return Counter(found.values())
 
 
 def _add_statistics(metrics: dict[str, Any], intervals: Intervals, level: Chance) -> None:
@@ -152,14 +133,14 @@ def _as_list(interval: Iterable[float] | None) -> list[float] | None:
     return None if interval is None else list(interval)
 
 
-def _add_counts(metrics: dict[str, Any], counts: _Counts, taxonomy: Taxonomy) -> None:
+def _add_counts(metrics: dict[str, Any], failed: Counter[str], quarantined: Counter[str], taxonomy: Taxonomy) -> None:
     """Add what could not be scored, per dataset, task and in all, and the tasks that have no score."""
     datasets = metrics["datasets"]
-    for key in counts.quarantined:
+    for key in filter(None, quarantined):
         datasets.setdefault(key, {"n": 0, "n_invalid": 0, "chance": None})
     for key, entry in datasets.items():
-        entry["n_failed"], entry["n_quarantined"] = counts.failed[key], counts.quarantined[key]
-        entry["n_invalid"] -= counts.failed[key]  # a failed sample gave no answer that could be invalid
+        entry["n_failed"], entry["n_quarantined"] = failed[key], quarantined[key]
+        entry["n_invalid"] -= failed[key]  # a failed sample gave no answer that could be invalid
     tasks = {}
     for task in taxonomy.tasks.values():
         keys = [key for key in task.datasets if key in datasets]
@@ -176,8 +157,8 @@ def _add_counts(metrics: dict[str, Any], counts: _Counts, taxonomy: Taxonomy) ->
     aggregate = metrics["aggregate"]
     for name in ("n", "n_invalid", "n_failed", "n_quarantined"):
         aggregate[name] = sum(entry[name] for entry in datasets.values())
-    aggregate["n_quarantined"] += counts.unassigned
-    aggregate["n_quarantined_unassigned"] = counts.unassigned
+    aggregate["n_quarantined"] += quarantined[""]
+    aggregate["n_quarantined_unassigned"] = quarantined[""]
 
 
 def _fingerprint(predictions: Sequence[Prediction]) -> str:
@@ -185,20 +166,29 @@ def _fingerprint(predictions: Sequence[Prediction]) -> str:
     return json_sha256(sorted((p.id, p.dataset, p.target, str(p.label), str(p.answer)) for p in predictions))
 
 
-def _provenance(path: Path, predictions: Sequence[Prediction], given: Mapping[str, Any]) -> dict[str, Any]:
+def _provenance(folder: Path, predictions: Sequence[Prediction], given: Mapping[str, Any]) -> dict[str, Any]:
     """What is known about the run; the keys of the contract are always there, null if unknown."""
-    file = path.parent / "environment.json"
-    environment = read_json(file) if file.is_file() else {}
-    if not isinstance(environment, dict) or not isinstance(environment.get("data", {}), dict):
-        raise InputError("expected an object with an object `data`", where=str(file), fix="Restore or remove the file.")
-    data = environment.get("data", {})
+    environment, predict = (_facts(folder / name) for name in ("environment.json", "predict.json"))
+    data = predict.get("data") or environment.get("data") or {}
+    model = predict.get("model")
     found = {
         "hba_version": __version__,
         "data_fingerprint": data.get("fingerprint"),
         "split": "+".join(sorted({p.split for p in predictions})),
+        # A local model by its folder's name: where a run lies must not change its metrics.json.
+        "model": Path(model).name if isinstance(model, str) and Path(model).is_dir() else model,
+        "backend": predict.get("backend"),
         "seed": environment.get("seed"),
         "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "synthetic": data.get("synthetic"),
         "answers_sha256": _fingerprint(predictions),
     }
     return dict.fromkeys(PROVENANCE_KEYS) | found | dict(given)
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """environment.json or predict.json of the run, empty without one."""
+    facts = read_json(path) if path.is_file() else {}
+    if not isinstance(facts, dict) or not isinstance(facts.get("data") or {}, dict):
+        raise InputError("expected an object with an object `data`", where=str(path), fix="Restore or remove the file.")
+    return facts
