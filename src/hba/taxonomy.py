@@ -77,10 +77,15 @@ class Taxonomy:
             for dataset in task.datasets:
                 self.dataset(dataset)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Worker processes get a taxonomy by pickle, which cannot hold mapping proxies.
+        return (_restored, (None if self._raw is PUBLISHED else dict(self._raw),))
+
     def _dataset(self, key: str, entry: Mapping[str, Any], task: str | None) -> Dataset:
         domain = None if entry["domain"] == QA else str(entry["domain"])
         if domain is not None and domain not in self.domains:
-            raise TaxonomyError(f"unknown domain {domain!r}", where=f"dataset {key!r}", fix=nearest(domain, self.domains))
+            where = f"dataset {key!r}"
+            raise TaxonomyError(f"unknown domain {domain!r}", where=where, fix=nearest(domain, self.domains))
         labels = tuple(map(str, entry.get("labels", ())))
         for label in labels:
             if domain is None or label not in self.domains[domain].labels:
@@ -109,7 +114,8 @@ class Taxonomy:
         table |= self._raw["synonyms"].get(domain, {})
         if domain in self._raw["synonyms"].get("boolean_domains", ()):
             booleans = self._raw["synonyms"]["boolean"]
-            table |= {str(raw): labels[0] for raw in booleans["false"]} | {str(raw): labels[1] for raw in booleans["true"]}
+            table |= {str(raw): labels[0] for raw in booleans["false"]}
+            table |= {str(raw): labels[1] for raw in booleans["true"]}
         return table
 
     def dataset(self, key: str) -> Dataset:
@@ -153,8 +159,8 @@ class Taxonomy:
         """
         raw = {key: dict(value) if isinstance(value, Mapping) else value for key, value in self._raw.items()}
         for key, task in entries.get("tasks", {}).items():
-            known = raw["tasks"].get(key)
-            raw["tasks"][key] = task if known is None else {**known, "datasets": [*known["datasets"], *task["datasets"]]}
+            known = raw["tasks"].get(key, {**task, "datasets": []})
+            raw["tasks"][key] = {**known, "datasets": [*known["datasets"], *task["datasets"]]}
         used = {index for domain in self.domains.values() for index in domain.indices}
         for name, labels in entries.get("domains", {}).items():
             if name in raw["domains"] or used & set(map(int, labels)):
@@ -183,9 +189,13 @@ def load(path: str | Path | None = None) -> Taxonomy:
     return BUILTIN.extended(entries or {})
 
 
-PUBLISHED: Mapping[str, Any] = MappingProxyType(
-    yaml.load(Path(__file__).with_name("taxonomy.yaml").read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
-)
+def _restored(raw: Mapping[str, Any] | None) -> Taxonomy:
+    return BUILTIN if raw is None else Taxonomy(raw)
+
+
+_TEXT = Path(__file__).with_name("taxonomy.yaml").read_text(encoding="utf-8")
+# The C loader is safe too, and saves a tenth of a second at every start.
+PUBLISHED: Mapping[str, Any] = yaml.load(_TEXT, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
 BUILTIN = Taxonomy(PUBLISHED)
 TASKS, DOMAINS, DATASETS = BUILTIN.tasks, BUILTIN.domains, BUILTIN.datasets
 NUM_CLASSES = BUILTIN.num_classes

@@ -15,9 +15,11 @@ import soundfile
 from hba.evaluate.score import score_run
 from hba.taxonomy import BUILTIN
 
-HOSTILE = '<script>document.title = "owned"</script><img src=x onerror="document.title=1"> & "quoted" \x00\ud800'
+HOSTILE = '<script>document.title = "owned"</script><img src=x onerror="document.title=1"> & "quoted" \x00'
 DATASETS = ("cremad", "meld_emotion", "mosei_senti", "urfunny", "mmsd", "daicwoz", "mmpsy_anxiety", "ptsd_in_the_wild")
 ROWS_EACH = 24
+QUARANTINED = (7, 30, 90)
+CLIPS = {"ptsd_in_the_wild": "plain.mp4", "cremad": "old.avi", "meld_emotion": "cut.mp4", "daicwoz": "gone.mp4"}
 
 
 class Built(NamedTuple):
@@ -59,11 +61,9 @@ def _rows() -> list[dict[str, Any]]:
             rows.append({"problem": f"<audio>\nWhat does the speaker of clip {i} express?", "answer": label, "dataset": key,
                          "task": f"{key}_cls", "class_label": label, "modality_signature": "text_audio",
                          "images": [], "videos": [], "audios": ["media/adpcm.wav"], "texts": []})  # fmt: skip
-    clips = ("media/plain.mp4", "media/old.avi", "media/cut.mp4", "media/gone.mp4")
     for row in rows:
-        number = rows.index(row)
-        if row["dataset"] == "meld_emotion":
-            row |= {"videos": [clips[number % 4]], "modality_signature": "text_video_audio"}
+        if row["dataset"] in CLIPS:
+            row |= {"videos": [f"media/{CLIPS[row['dataset']]}"], "modality_signature": "text_video_audio"}
         if row["dataset"] == "urfunny":
             row |= {"problem": f"<audio>\n{HOSTILE}"}
         if row["dataset"] == "mmsd":
@@ -75,6 +75,8 @@ def _predictions(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     draw = random.Random(0)
     found = []
     for number, row in enumerate(rows, 1):
+        if number in QUARANTINED:
+            continue
         dataset = BUILTIN.datasets[row["dataset"]]
         labels = BUILTIN.domains[str(dataset.domain)].labels
         logits = {label: draw.gauss(2.0 if label == row["answer"] else 0.0, 1.0) for label in labels}
@@ -92,8 +94,8 @@ def _predictions(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _quarantine(atlas: Path) -> list[dict[str, Any]]:
     return [
         {"id": f"test/{n}", "where": f"{atlas / 'test.jsonl'}:{n}, audios", "field": "audios", "split": "test",
-         "reason": "is empty (0 bytes)"}
-        for n in (7, 30, 90)
+         "reason": "is empty (0 bytes) \ud800<b>"}
+        for n in QUARANTINED
     ]  # fmt: skip
 
 

@@ -1,1 +1,199 @@
+"""Open the atlas: one `Atlas` of `Sample`s, whatever form the data lies in.
 
+`open_atlas` reads and checks every row before it returns, so that a bad row stops a run at its start and not in its
+third hour; media are opened only when a sample is asked for them. An atlas is immutable, picklable for worker processes
+and holds no decoded media. `filter` makes a view that shares everything with its origin.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from hba.atlas.columns import Columns
+from hba.atlas.jsonl import JsonlStore
+from hba.atlas.rows import SIGNATURES
+from hba.atlas.sample import MediaSource, Quarantined, Row, Sample
+from hba.atlas.split import find_files, parse_split
+from hba.errors import InputError, nearest
+from hba.storage import read_json
+from hba.taxonomy import BUILTIN, Taxonomy
+
+__all__ = ["Atlas", "Columns", "Quarantined", "Row", "Sample", "open_atlas"]
+
+Rows = npt.NDArray[np.int64]
+
+# Rough sizes of a model's input, used to put samples of similar length into one batch; only their order matters.
+_CHARS_PER_TOKEN = 3
+_TOKENS_PER_IMAGE, _TOKENS_PER_VIDEO, _TOKENS_PER_AUDIO = 256, 1024, 250
+
+
+class Store(MediaSource, Protocol):
+    """What an atlas asks of the form in which the data lies."""
+
+    root: Path
+    split: str
+    taxonomy: Taxonomy
+    columns: Columns
+
+    def __len__(self) -> int: ...
+
+    def sample(self, number: int) -> Sample:
+        """Row `number`, 0-based, as a sample."""
+        ...
+
+    def audio_bytes(self, number: int) -> int:
+        """Stored bytes of a row's sounds."""
+        ...
+
+    def contents(self, numbers: Rows) -> Iterator[bytes]:
+        """What the fingerprint of the given rows is made of."""
+        ...
+
+
+class Atlas:
+    """An immutable sequence of samples: the rows `rows` of a store. Make one with `open_atlas`."""
+
+    def __init__(self, store: Store, rows: Rows) -> None:
+        self._store = store
+        self._rows = rows
+        self.quarantine: list[Quarantined] = []
+        """samples that could not be read, filled by whoever reads them"""
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> Atlas: ...
+    def __getitem__(self, index: int | slice) -> Sample | Atlas:
+        """Sample `index` (negative counts from the end), or a view of a slice. Raises IndexError."""
+        if isinstance(index, slice):
+            return Atlas(self._store, self._rows[index])
+        return self._store.sample(int(self._rows[index]))
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self._store.sample(int(number)) for number in self._rows)
+
+    def __repr__(self) -> str:
+        return f"Atlas({str(self.root)!r}, split={self.split!r}, {len(self)} rows)"
+
+    @property
+    def split(self) -> str:
+        """Name of the split, without its slice."""
+        return self._store.split
+
+    @property
+    def root(self) -> Path:
+        """The folder of the rows, links resolved."""
+        return self._store.root
+
+    @property
+    def taxonomy(self) -> Taxonomy:
+        """The tasks, datasets and labels that the rows were checked against."""
+        return self._store.taxonomy
+
+    @cached_property
+    def columns(self) -> Columns:
+        """Codes, lengths and media counts of every row, without touching the rows."""
+        return self._store.columns.select(self._rows)
+
+    @cached_property
+    def estimated_tokens(self) -> npt.NDArray[np.int64]:
+        """Rough input length of every row [N], for batches of similar length. Reads the size of sound files."""
+        columns = self.columns
+        media = (
+            columns.num_images * _TOKENS_PER_IMAGE
+            + columns.num_videos * _TOKENS_PER_VIDEO
+            + columns.num_audios * _TOKENS_PER_AUDIO
+        )
+        return (columns.problem_chars // _CHARS_PER_TOKEN + media).astype(np.int64)
+
+    @cached_property
+    def audio_bytes(self) -> npt.NDArray[np.int64]:
+        """Stored bytes of every row's sounds [N], a stand-in for their length. Looks at each file once, opens none."""
+        return np.array([self._store.audio_bytes(int(number)) for number in self._rows], np.int64)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of the rows in their order (of what the rows say, not of the media that they name)."""
+        digest = hashlib.sha256()
+        for content in self._store.contents(self._rows):
+            digest.update(hashlib.sha256(content).digest())
+        return digest.hexdigest()
+
+    @cached_property
+    def card(self) -> dict[str, Any]:
+        """What `atlas.json` beside the rows says; empty where there is none."""
+        path = self.root / "atlas.json"
+        card = read_json(path) if path.is_file() else {}
+        if not isinstance(card, dict) or not isinstance(card.get("synthetic", False), bool):
+            raise InputError("synthetic: expected true or false", where=str(path), fix="Repair the file.")
+        return card
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether the data was generated, as the mini-atlas is, and says nothing about people."""
+        return bool(self.card.get("synthetic", False))
+
+    def filter(
+        self,
+        *,
+        tasks: Iterable[str] | None = None,
+        datasets: Iterable[str] | None = None,
+        modalities: Iterable[str] | None = None,
+    ) -> Atlas:
+        """A view of the rows of the given task keys (EMO), dataset keys and modality signatures (text_audio).
+
+        None selects all. Raises InputError for a name that is unknown and when nothing is left.
+        """
+        columns, taxonomy = self.columns, self.taxonomy
+        keep_N = np.ones(len(self), bool)
+        chosen = (
+            ("tasks", tasks, taxonomy.tasks, columns.tasks, columns.task_codes),
+            ("datasets", datasets, taxonomy.datasets, columns.datasets, columns.dataset_codes),
+            ("modalities", modalities, SIGNATURES.values(), columns.signatures, columns.signature_codes),
+        )
+        for kind, names, known, vocabulary, codes_N in chosen:
+            if names is not None:
+                wanted = _checked_names(kind, names, known)
+                keep_N &= np.isin(codes_N, [code for code, name in enumerate(vocabulary) if name in wanted])
+        if not keep_N.any():
+            what = f"no row of split {self.split!r} is left by the filter"
+            present = f"{', '.join(columns.datasets)} with {', '.join(columns.signatures)}"
+            raise InputError(what, where=str(self.root), fix=f"Present: {present}.")
+        return Atlas(self._store, self._rows[keep_N])
+
+
+def _checked_names(kind: str, names: Iterable[str], known: Iterable[str]) -> set[str]:
+    wanted, known = set([names] if isinstance(names, str) else names), set(known)
+    for name in sorted(wanted - known):
+        raise InputError(f"unknown name {name!r} in {kind}", fix=nearest(name, known))
+    return wanted
+
+
+def open_atlas(path: str | Path, split: str | None = None, *, taxonomy: Taxonomy = BUILTIN) -> Atlas:
+    """Open one split of the atlas at `path`: a folder, or one JSONL file.
+
+    `split` is a name, or a slice of one: 'train', 'train[:1000]' (rows), 'train[:10%]'; a single file needs none.
+    Every row is checked, media are not opened. Raises InputError naming file, line and field for a bad row, and
+    when the split is missing, empty, or its slice selects nothing.
+    """
+    wanted = parse_split(split) if split is not None else None
+    found = find_files(Path(path), wanted.name if wanted else None)
+    store = JsonlStore(found.files[0], split=found.name, taxonomy=taxonomy)
+    rows = np.arange(len(store), dtype=np.int64)
+    if wanted is not None:
+        selected = wanted.rows(len(store))
+        rows = rows[selected.start : selected.stop]
+        if len(rows) == 0:
+            what = f"split {split!r} selects none of {len(store):,} rows"
+            raise InputError(what, where=str(found.files[0]), fix="Choose a larger slice.")
+    return Atlas(store, rows)

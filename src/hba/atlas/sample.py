@@ -20,7 +20,7 @@ Field = Literal["images", "videos", "audios", "ext_video_feats", "ext_audio_feat
 MEDIA_FIELDS: tuple[Field, ...] = ("images", "videos", "audios", "ext_video_feats", "ext_audio_feats")
 
 
-class Row(msgspec.Struct, kw_only=True, frozen=True):
+class Row(msgspec.Struct, kw_only=True, frozen=True, gc=False):
     """The published schema of a JSONL row; fields that are not named here are kept in `Sample.extra`."""
 
     problem: str
@@ -42,6 +42,8 @@ class Quarantined(NamedTuple):
     """A sample that was left out, with the place and the reason; one line of quarantine.jsonl."""
 
     id: str
+    split: str
+    dataset: str
     where: str
     field: str
     reason: str
@@ -111,4 +113,4 @@ class Sample:
     def quarantined(self, error: MediaError) -> Quarantined:
         """The quarantine record of this sample for an error raised while its media were read."""
         name = next((f for f in MEDIA_FIELDS if error.where.endswith(f", {f}")), "row")
-        return Quarantined(self.id, error.where or self.where, name, error.what)
+        return Quarantined(self.id, self.split, self.dataset, error.where or self.where, name, error.what)

@@ -1,1 +1,5 @@
+"""OmniSapiens: backbone, heads, checkpoints."""
 
+from hba.model.omni import OmniSapiens
+
+__all__ = ["OmniSapiens"]

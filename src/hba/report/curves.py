@@ -70,7 +70,8 @@ def _loss(train: Sequence[Event], validation: Sequence[Event]) -> Chart | None:
     smoothed = len(raw) >= MIN_SMOOTHED_POINTS
     series = [Series(name="logged step", points=raw, style="faint" if smoothed else "main")] if raw else []
     if smoothed:
-        series.append(Series(name="smoothed", points=smooth(raw), style="main"))
+        width = max(5, len(raw) // 25 * 2 + 1)
+        series.append(Series(name=f"mean over {width} logged steps", points=smooth(raw, width), style="main"))
     if held_out:
         series.append(Series(name="validation", points=held_out, style="marked"))
     return _chart("Loss", series, _zero_axis(series)) if series else None

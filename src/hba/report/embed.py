@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import io
 import wave
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -26,8 +27,8 @@ from hba.atlas.source import check_source, head, open_container
 from hba.errors import MediaError
 
 if TYPE_CHECKING:
-    from av.container import InputContainer, OutputContainer
-    from av.video.stream import VideoStream
+    from av.container import InputContainer
+    from av.video.frame import VideoFrame
 
 MAX_PAGE_BYTES = 8 << 20
 MAX_MEDIUM_BYTES = 2 << 20
@@ -150,7 +151,8 @@ def encode_video(source: media.Source, *, where: str, max_bytes: int) -> Encoded
                 raise MediaError("the video has no frame", where=where, fix="Replace the file.")
             data = source.read_bytes() if isinstance(source, Path) else source
             return Encoded(mime, data, f"{seconds:.1f} s" if seconds else "length unknown")
-        return Encoded("video/mp4", _transcode(container, where), _excerpt_note(container, seconds))
+        frames, note = _excerpt(container, where), _excerpt_note(container, seconds)
+    return Encoded("video/mp4", _encode_h264(frames), note)
 
 
 def _seconds(container: InputContainer) -> float:
@@ -170,43 +172,43 @@ def _playable_as(container: InputContainer, first_bytes: bytes) -> str | None:
         return None
     video_codecs, audio_codecs = PLAYABLE[mime]
     video_plays = all(
-        stream.codec_context.name in video_codecs | {"libdav1d"} and stream.codec_context.pix_fmt in PIXEL_FORMATS
+        stream.codec_context.codec.canonical_name in video_codecs and stream.codec_context.pix_fmt in PIXEL_FORMATS
         for stream in container.streams.video
     )
     audio_plays = all(stream.codec_context.codec.canonical_name in audio_codecs for stream in container.streams.audio)
     return mime if video_plays and audio_plays else None
 
 
-def _transcode(container: InputContainer, where: str) -> bytes:
-    """H.264 mp4 of the first MAX_VIDEO_SECONDS at most, VIDEO_HEIGHT_PIXELS high at most, frames thinned in time."""
+def _excerpt(container: InputContainer, where: str) -> list[VideoFrame]:
+    """Frames of the first MAX_VIDEO_SECONDS, thinned in time and made small; their pts are milliseconds."""
+    frames: list[VideoFrame] = []
+    start, due = 0.0, 0.0
+    for frame in container.decode(video=0):
+        start = start if frames else frame.time or 0.0
+        seconds = (frame.time or 0.0) - start
+        if seconds > MAX_VIDEO_SECONDS:
+            break
+        if seconds < due:
+            continue
+        due = max(due + 1 / VIDEO_FRAMES_PER_SECOND, seconds)
+        scale = min(1.0, VIDEO_HEIGHT_PIXELS / frame.height)
+        width, height = (max(2, round(side * scale / 2) * 2) for side in (frame.width, frame.height))
+        small = frame.reformat(width=width, height=height, format="yuv420p")
+        small.pts, small.time_base = round(seconds * 1000), Fraction(1, 1000)
+        frames.append(small)
+    if not frames:
+        raise MediaError("the video has no frame", where=where, fix="Replace the file.")
+    return frames
+
+
+def _encode_h264(frames: Sequence[VideoFrame]) -> bytes:
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4", options={"movflags": "+faststart"}) as out:
-        stream: VideoStream | None = None
-        start = due = None
-        for frame in container.decode(video=0):
-            time = frame.time or 0.0
-            start = time if start is None else start
-            if time - start > MAX_VIDEO_SECONDS:
-                break
-            if due is not None and time < due:
-                continue
-            due = (time if due is None else due) + 1 / VIDEO_FRAMES_PER_SECOND
-            scale = min(1.0, VIDEO_HEIGHT_PIXELS / frame.height)
-            width, height = (max(2, round(side * scale / 2) * 2) for side in (frame.width, frame.height))
-            if stream is None:
-                stream = _add_stream(out, width, height)
-            small = frame.reformat(width=stream.width, height=stream.height, format="yuv420p")
-            small.pts, small.time_base = round((time - start) * 1000), stream.codec_context.time_base
-            out.mux(stream.encode(small))
-        if stream is None:
-            raise MediaError("the video has no frame", where=where, fix="Replace the file.")
+    with av.open(buffer, "w", format="mp4") as out:
+        stream = out.add_stream("libx264", rate=int(VIDEO_FRAMES_PER_SECOND), options={"crf": "27"})
+        stream.width, stream.height, stream.pix_fmt = frames[0].width, frames[0].height, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        stream.codec_context.thread_count = 1
+        for frame in frames:
+            out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
     return buffer.getvalue()
-
-
-def _add_stream(out: OutputContainer, width: int, height: int) -> VideoStream:
-    stream = out.add_stream("libx264", rate=int(VIDEO_FRAMES_PER_SECOND), options={"crf": "27", "preset": "veryfast"})
-    stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-    stream.codec_context.time_base = Fraction(1, 1000)
-    stream.codec_context.thread_count = 1
-    return stream

@@ -75,6 +75,7 @@ class LeftOut:
     where: str
     field: str
     reason: str
+    split: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,15 +126,13 @@ class Run:
 
 
 def load_run(run: Path, taxonomy: Taxonomy = BUILTIN) -> Run:
-    """Read the run folder `run`; predictions that lie in quarantine are left out, as the scorer leaves them out.
+    """Read the run folder `run`.
 
     Raises InputError when the folder or its metrics.json is missing, or when a file of it is malformed.
     """
     if not run.is_dir():
         raise InputError("no such run folder", where=str(run), fix="Give the folder that `hba predict` wrote.")
-    quarantine = _quarantine(run / "quarantine.jsonl")
-    left_out = {entry.id for entry in quarantine or ()}
-    predictions = _predictions(run / "predictions.jsonl", left_out, taxonomy)
+    predictions = _predictions(run / "predictions.jsonl", taxonomy)
     return Run(
         name=run.resolve().name,
         metrics=load_metrics(run / "metrics.json", taxonomy),
@@ -142,7 +141,7 @@ def load_run(run: Path, taxonomy: Taxonomy = BUILTIN) -> Run:
         predict=_object(run / "predict.json"),
         events=_events(run / "log.jsonl"),
         predictions=predictions,
-        quarantine=quarantine,
+        quarantine=_quarantine(run / "quarantine.jsonl", {p.id for p in predictions or ()}),
     )
 
 
@@ -204,19 +203,20 @@ def _object(path: Path) -> Mapping[str, Any] | None:
     return _mapping(read_json(path), str(path), "the file") if path.is_file() else None
 
 
-def _predictions(path: Path, left_out: set[str], taxonomy: Taxonomy) -> tuple[Prediction, ...] | None:
+def _predictions(path: Path, taxonomy: Taxonomy) -> tuple[Prediction, ...] | None:
     if not path.is_file():
         return None
-    return tuple(p for p in read_predictions(path, taxonomy) if p.id not in left_out)
+    return tuple(read_predictions(path, taxonomy))
 
 
-def _quarantine(path: Path) -> tuple[LeftOut, ...] | None:
+def _quarantine(path: Path, predicted: set[str]) -> tuple[LeftOut, ...] | None:
     if not path.is_file():
         return None
     found: dict[str, LeftOut] = {}
     for number, record in read_jsonl(path):
         entry = _convert(record, LeftOut, f"{path}:{number}")
-        found.setdefault(entry.id, entry)
+        if entry.id not in predicted:  # as the scorer has it: what was answered after all is not left out
+            found.setdefault(entry.id, entry)
     return tuple(found.values())
 
 

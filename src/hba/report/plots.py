@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Literal, NamedTuple
 
 from markupsafe import Markup
@@ -18,7 +18,6 @@ from markupsafe import Markup
 from hba.report.load import TaskScore
 
 MAX_POINTS = 400  # more do not show at the width of a page, and would make it heavy
-SMOOTHING = 0.9
 Points = Sequence[tuple[float, float]]
 
 
@@ -56,21 +55,21 @@ def bar(task: TaskScore, *, name: str, references: Sequence[Reference] = ()) -> 
     parts = [
         Markup('<line class="rule" x1="{0}%" x2="{0}%" y1="0" y2="30"/>').format(tick) for tick in (0, 25, 50, 75, 100)
     ]
-    parts.append(Markup('<rect class="bar" x="0" y="6" width="{}%" height="18" rx="2"/>').format(score))
+    parts.append(Markup('<rect class="bar" x="0" y="8" width="{}%" height="16" rx="2"/>').format(score))
     if task.ci95 is not None:
         low, high = (_percent(value) for value in task.ci95)
-        shape = Markup('<line x1="{0}%" x2="{1}%" y1="15" y2="15"/>').format(low, high) + Markup("").join(
-            Markup('<line x1="{0}%" x2="{0}%" y1="11" y2="19"/>').format(end) for end in (low, high)
+        shape = Markup('<line x1="{0}%" x2="{1}%" y1="16" y2="16"/>').format(low, high) + Markup("").join(
+            Markup('<line x1="{0}%" x2="{0}%" y1="12" y2="20"/>').format(end) for end in (low, high)
         )
         parts += [Markup('<g class="halo">{0}</g><g class="whisker">{0}</g>').format(shape)]
     if task.chance is not None:
         chance = _percent(task.chance)
-        parts.append(Markup('<line class="chance" x1="{0}%" x2="{0}%" y1="1" y2="29"/>').format(chance))
+        parts.append(Markup('<line class="chance" x1="{0}%" x2="{0}%" y1="4" y2="28"/>').format(chance))
     for reference in references:
         at = _percent(reference.score)
         tip = f"{reference.name}, published: {reference.score:.3f}"
         parts.append(
-            Markup('<circle class="published" cx="{}%" cy="15" r="4.5"><title>{}</title></circle>').format(at, tip)
+            Markup('<circle class="published" cx="{}%" cy="4" r="3.5"><title>{}</title></circle>').format(at, tip)
         )
     return Markup('<svg class="track" role="img" aria-label="{}" width="100%" height="30">{}</svg>').format(
         describe(task, name), Markup("").join(parts)
@@ -97,14 +96,14 @@ def line_chart(series: Sequence[Series], axis: Axis, *, label: str, height: int,
     if small:
         x_axis = replace(x_axis, ticks=tuple(sorted({x_axis.low, x_axis.high})), text=lambda value: f"{value:,.0f}")
     top, bottom = 8, height - 26
-    parts = [_grid(axis, x_axis, top=top, bottom=bottom)]
+    parts = [_grid(axis, x_axis, top=top, bottom=bottom, small=small)]
     parts += [_line(line, axis, x_axis, top=top, bottom=bottom) for line in series]
     return Markup('<svg class="lines" role="img" aria-label="{}" width="100%" height="{}">{}</svg>').format(
         label, height, Markup("").join(parts)
     )
 
 
-def _grid(axis: Axis, x_axis: Axis, *, top: int, bottom: int) -> Markup:
+def _grid(axis: Axis, x_axis: Axis, *, top: int, bottom: int, small: bool) -> Markup:
     parts = []
     for tick in axis.ticks:
         y = _y(tick, axis, top, bottom)
@@ -116,6 +115,8 @@ def _grid(axis: Axis, x_axis: Axis, *, top: int, bottom: int) -> Markup:
     for tick in x_axis.ticks:
         x = _x(tick, x_axis)
         parts.append(Markup('<text class="x" x="{}%" y="{}">{}</text>').format(x, bottom + 18, x_axis.text(tick)))
+    if not small:
+        parts.append(Markup('<text class="step" x="-8" y="{}">step</text>').format(bottom + 18))
     return Markup("").join(parts)
 
 
@@ -158,12 +159,13 @@ def thin(points: Points, limit: int = MAX_POINTS) -> list[tuple[float, float]]:
     return [(sum(x for x, _ in run) / len(run), sum(y for _, y in run) / len(run)) for run in runs]
 
 
-def smooth(points: Points, keep: float = SMOOTHING) -> list[tuple[float, float]]:
-    """Exponential mean with weight `keep` on the past, corrected for its start at zero."""
-    mean, weight, result = 0.0, 0.0, []
-    for x, y in points:
-        mean, weight = keep * mean + (1 - keep) * y, keep * weight + (1 - keep)
-        result.append((x, mean / weight))
+def smooth(points: Points, width: int) -> list[tuple[float, float]]:
+    """The mean over the `width` (odd) points around each, fewer at the ends."""
+    sums = [0.0, *accumulate(y for _, y in points)]
+    result = []
+    for i, (x, _) in enumerate(points):
+        first, end = max(0, i - width // 2), min(len(points), i + width // 2 + 1)
+        result.append((x, (sums[end] - sums[first]) / (end - first)))
     return result
 
 

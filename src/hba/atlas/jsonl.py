@@ -1,0 +1,147 @@
+"""Rows of a JSONL file whose media are files beside it.
+
+Opening reads the file once, checks every line and keeps only where each line begins, 16 bytes a row; a row is parsed
+again when it is asked for. Nothing is decoded. Media are named by paths relative to the folder of the file; a path that
+leaves it, by name or through a link, is refused. A file that changes after it was opened is an error, never a mixture.
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from hba.atlas import media
+from hba.atlas.columns import Columns
+from hba.atlas.rows import RowChecker, decode_row, label_of, signature_of
+from hba.atlas.sample import Field, Row, Sample
+from hba.errors import InputError
+from hba.storage import confined_path
+from hba.taxonomy import Taxonomy
+
+MAX_LINE_BYTES = 64 << 20
+_BOM = b"\xef\xbb\xbf"
+_KNOWN = frozenset(Row.__struct_fields__)
+
+
+class JsonlStore:
+    """One JSONL file. `split` names its rows that carry no id: '{split}/{line}'. Picklable; holds no open media."""
+
+    def __init__(self, path: Path, *, split: str, taxonomy: Taxonomy) -> None:
+        """Read and check every line. Raises InputError naming file, line and field, also for a file without rows."""
+        self.path = path
+        self.split = split
+        self.root = path.parent.resolve()
+        self.taxonomy = taxonomy
+        self._starts: npt.NDArray[np.int64]
+        self._lines: npt.NDArray[np.int64]
+        self.columns = self._index()
+        self._handle: IO[bytes] | None = None
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handle": None}
+
+    def _index(self) -> Columns:
+        name = str(self.path)
+        checker = RowChecker(self.taxonomy, split=self.split, file=name)
+        starts, lines, at = array("q"), array("q"), 0
+        with self.path.open("rb") as file:
+            for line, raw in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1):
+                if len(raw) == MAX_LINE_BYTES:
+                    what = f"is longer than {MAX_LINE_BYTES:,} bytes"
+                    raise InputError(what, where=f"{name}:{line}", fix="Write one JSON object per line.")
+                text = raw.removeprefix(_BOM) if line == 1 else raw
+                if not text.isspace() and text:
+                    checker.check(decode_row(text, name, line), line)
+                    starts.append(at + len(raw) - len(text))
+                    lines.append(line)
+                at += len(raw)
+            status = os.fstat(file.fileno())
+        self._stamp = (status.st_size, status.st_mtime_ns)
+        if not lines:
+            raise InputError(f"split {self.split!r} has no rows", where=name, fix="Write at least one row.")
+        starts.append(at)
+        self._starts, self._lines = np.frombuffer(starts, np.int64), np.frombuffer(lines, np.int64)
+        return checker.columns.build()
+
+    def raw(self, number: int) -> bytes:
+        """The JSON of row `number`, without the line end. Raises InputError when the file has changed."""
+        if self._handle is None:
+            self._handle = self._reopen()
+        start, stop = int(self._starts[number]), int(self._starts[number + 1])
+        return os.pread(self._handle.fileno(), stop - start, start).split(b"\n", 1)[0]
+
+    def _reopen(self) -> IO[bytes]:
+        try:
+            handle = self.path.open("rb")
+        except OSError as error:
+            raise InputError(f"cannot be read ({error.strerror})", where=str(self.path), fix="Restore it.") from None
+        status = os.fstat(handle.fileno())
+        if self._stamp != (status.st_size, status.st_mtime_ns):
+            handle.close()
+            raise InputError("was changed after it was opened", where=str(self.path), fix="Open the atlas again.")
+        return handle
+
+    def place(self, number: int) -> str:
+        """'file:line' of a row."""
+        return f"{self.path}:{self._lines[number]}"
+
+    def row(self, number: int) -> Row:
+        """Row `number`, 0-based."""
+        return decode_row(self.raw(number), str(self.path), int(self._lines[number]))
+
+    def sample(self, number: int) -> Sample:
+        """Row `number` with its label, place and extra fields; opens no medium."""
+        where = self.place(number)
+        raw = self.raw(number)
+        row = decode_row(raw, str(self.path), int(self._lines[number]))
+        extra = {name: value for name, value in msgspec.json.decode(raw).items() if name not in _KNOWN}
+        return Sample(
+            id=row.id if row.id is not None else f"{self.split}/{self._lines[number]}",
+            split=self.split,
+            where=where,
+            number=number,
+            problem=row.problem,
+            answer=row.answer,
+            dataset=row.dataset,
+            task=row.task,
+            modality_signature=signature_of(row, where),
+            label=label_of(row, self.taxonomy, where).name,
+            images=len(row.images),
+            videos=len(row.videos),
+            audios=len(row.audios),
+            texts=row.texts,
+            ext_video_feats=len(row.ext_video_feats),
+            ext_audio_feats=len(row.ext_audio_feats),
+            extra=extra,
+            source=self,
+        )
+
+    def medium(self, number: int, name: Field, index: int, *, where: str) -> media.Source:
+        """The file of a medium. Raises MediaError when it does not exist or is a link out of the atlas folder."""
+        paths: tuple[str, ...] = getattr(self.row(number), name)
+        return confined_path(self.root, paths[index], where=where)
+
+    def audio_bytes(self, number: int) -> int:
+        """Stored bytes of a row's sounds, a stand-in for their length; missing files count as none."""
+        return sum(_size(self.root / path) for path in self.row(number).audios)
+
+    def contents(self, numbers: npt.NDArray[np.integer]) -> Iterator[bytes]:
+        """What the fingerprint of the given rows is made of."""
+        return (self.raw(int(number)) for number in numbers)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0

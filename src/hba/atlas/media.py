@@ -1,0 +1,138 @@
+"""Bytes to arrays: the one place where media of a sample are decoded.
+
+Sound is 16 kHz mono float32 (`audio`), clips are N exact frames (`video`), images are RGB, descriptors are tensors that
+were loaded without unpickling code. Content decides how a source is read, never its name. A source is served whole or
+refused with a MediaError that names the place; nothing is ever replaced by silence, black frames or zeros.
+"""
+
+from __future__ import annotations
+
+import pickle
+import struct
+import warnings
+import zipfile
+import zlib
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from hba.atlas.audio import SAMPLE_RATE, Audio, load_audio
+from hba.atlas.source import DEFAULT_LIMITS, RESTORE, Limits, Source, check_source, readable
+from hba.atlas.video import Video, load_video
+from hba.errors import MediaError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Image: TypeAlias = npt.NDArray[np.uint8]
+Descriptor: TypeAlias = "Tensor | dict[str, Tensor]"
+
+_IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+_DAMAGED_IMAGE = (OSError, SyntaxError, ValueError, EOFError, OverflowError, struct.error, zlib.error, IndexError)
+_DAMAGED_TENSOR = (
+    pickle.UnpicklingError,
+    *(RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error),
+    *(OverflowError, AssertionError, NotImplementedError),
+)
+
+__all__ = [
+    "DEFAULT_LIMITS",
+    "SAMPLE_RATE",
+    "Audio",
+    "Descriptor",
+    "Image",
+    "Limits",
+    "Source",
+    "Video",
+    "load_audio",
+    "load_descriptor",
+    "load_image",
+    "load_video",
+]
+
+
+def load_image(source: Source, *, where: str, limits: Limits = DEFAULT_LIMITS) -> Image:
+    """Decode an image to uint8 [H, W, 3] RGB, turned upright as its EXIF says; transparency is dropped.
+
+    Raises MediaError naming `where` when the source is empty, cut off, corrupt, of an unknown or a 16-bit format, or
+    exceeds `limits`.
+    """
+    import PIL.Image
+    import PIL.ImageOps
+
+    check_source(source, where=where, limits=limits)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
+            with PIL.Image.open(readable(source), formats=_IMAGE_FORMATS) as image:
+                pixels = image.width * image.height
+                if pixels <= limits.max_pixels and image.mode not in ("I", "F", "I;16", "I;16B", "I;16L"):
+                    return np.array(PIL.ImageOps.exif_transpose(image).convert("RGB"))
+                mode = image.mode
+    except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
+        raise MediaError(f"is too large ({error})", where=where, fix="Scale it down.") from None
+    except _DAMAGED_IMAGE as error:
+        raise MediaError(f"cannot be decoded ({error}): cut off or corrupt", where=where, fix=RESTORE) from None
+    if pixels > limits.max_pixels:
+        what = f"has {pixels:,} pixels, more than the limit of {limits.max_pixels:,}"
+        raise MediaError(what, where=where, fix="Scale it down, or raise Limits.max_pixels.")
+    raise MediaError(f"has 16 or 32 bits a channel (mode {mode})", where=where, fix="Convert it to 8 bits.")
+
+
+def load_descriptor(source: Source, *, where: str, limits: Limits = DEFAULT_LIMITS) -> Descriptor:
+    """Load a `.pt` file: a tensor, or a dict of tensors, on the CPU.
+
+    Raises MediaError naming `where` when the file is empty or damaged, holds anything but tensors (it is never
+    unpickled as code), holds NaN or infinity, or exceeds `limits`.
+    """
+    import torch
+
+    check_source(source, where=where, limits=limits)
+    _check_archive(source, where, limits)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns about deprecated storage classes of old files
+            value = torch.load(readable(source), map_location="cpu", weights_only=True)
+    except _DAMAGED_TENSOR as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        what = f"is not a plain file of tensors, or is damaged ({reason})"
+        raise MediaError(what, where=where, fix="Save tensors alone with torch.save.") from None
+    if isinstance(value, torch.Tensor):
+        return _checked(value, "", where, limits)
+    if isinstance(value, dict) and value and all(isinstance(k, str) for k in value):
+        return {name: _checked(tensor, f" {name!r}", where, limits) for name, tensor in value.items()}
+    what = f"expected a tensor or a dict of tensors, found {type(value).__name__}"
+    raise MediaError(what, where=where, fix="Save a tensor, or a dict of names to tensors.")
+
+
+def _check_archive(source: Source, where: str, limits: Limits) -> None:
+    """Refuse an archive that would unpack to more than the limit."""
+    file = readable(source)
+    try:
+        if not zipfile.is_zipfile(file):
+            return  # the format before torch 1.6 is not packed
+        with zipfile.ZipFile(file) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, struct.error, NotImplementedError) as error:
+        raise MediaError(f"is damaged ({error})", where=where, fix=RESTORE) from None
+    if unpacked > limits.max_descriptor_bytes:
+        what = f"unpacks to {unpacked:,} bytes, more than the limit of {limits.max_descriptor_bytes:,}"
+        raise MediaError(what, where=where, fix="Store fewer frames, or raise Limits.max_descriptor_bytes.")
+
+
+def _checked(tensor: object, name: str, where: str, limits: Limits) -> Tensor:
+    import torch
+
+    if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or tensor.is_quantized:
+        what = f"entry{name}: expected a dense tensor, found {type(tensor).__name__}"
+        raise MediaError(what, where=where, fix="Save dense tensors alone.")
+    if tensor.device.type != "cpu" or tensor.numel() == 0:
+        raise MediaError(f"tensor{name} is empty, shape {list(tensor.shape)}", where=where, fix=RESTORE)
+    # Strides of zero let a file of a few bytes claim any shape.
+    if tensor.numel() * tensor.element_size() > limits.max_descriptor_bytes:
+        what = f"tensor{name} claims shape {list(tensor.shape)}, more than {limits.max_descriptor_bytes:,} bytes"
+        raise MediaError(what, where=where, fix="Store fewer frames, or raise Limits.max_descriptor_bytes.")
+    if not bool(torch.isfinite(tensor).all()):
+        raise MediaError(f"tensor{name} holds NaN or infinite values", where=where, fix="Extract the descriptor again.")
+    return tensor.detach()

@@ -1,0 +1,68 @@
+"""From a row's `problem` with its <image>, <video>, <audio> tags to the chat messages of a processor.
+
+A medium whose tag is missing gets one in front: images first, then videos, then audios, each in front of what stands
+there, so that audio comes first (as the release does). By default a tag without a medium is an error and tags of
+modalities that are switched off vanish; `published=True` keeps the released behaviour (a medium is promised that
+nobody supplies), so that published prompts can be compared.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from hba.errors import InputError
+
+Modality = Literal["image", "video", "audio"]
+MODALITIES: tuple[Modality, ...] = ("image", "video", "audio")
+Message = dict[str, Any]
+
+# The system message of the released training scripts; a config value, since it costs 40 tokens a sample.
+PUBLISHED_SYSTEM_PROMPT = (
+    "You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable of perceiving auditory and "
+    "visual inputs, as well as generating text and speech."
+)
+
+
+def build_messages(
+    problem: str,
+    counts: Mapping[Modality, int],
+    *,
+    where: str,
+    modalities: Sequence[Modality] = MODALITIES,
+    system_prompt: str | None = None,
+    published: bool = False,
+) -> list[Message]:
+    """Chat messages of one row, media as `{"type": modality}` items in the order of their tags.
+
+    `counts` says how many media of each modality the row has; only `modalities` are used. Raises InputError naming
+    `where` when the tags outnumber the media.
+    """
+    text = problem
+    for modality in MODALITIES:
+        wanted = counts.get(modality, 0) if published or modality in modalities else 0
+        tag = f"<{modality}>"
+        if modality not in modalities and not published:
+            text = text.replace(tag, "")
+            continue
+        present = text.count(tag)
+        if present > wanted and not published:
+            found = f"problem has {present} {tag} tags for {wanted} {modality}s"
+            raise InputError(found, where=f"{where}, problem", fix="Remove the tag or add the medium.")
+        text = tag * (wanted - present) + text
+    messages: list[Message] = [{"role": "user", "content": _split(text, modalities)}]
+    if system_prompt is not None:
+        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system_prompt}]})
+    return messages
+
+
+def _split(text: str, modalities: Sequence[Modality]) -> list[dict[str, str]]:
+    parts = re.split("(" + "|".join(f"<{m}>" for m in modalities) + ")", text) if modalities else [text]
+    tags = {f"<{m}>": m for m in modalities}
+    return [{"type": tags[part]} if part in tags else {"type": "text", "text": part} for part in parts if part]
+
+
+def media_order(messages: Sequence[Message]) -> list[Modality]:
+    """The modalities of the media items in reading order."""
+    return [c["type"] for m in messages for c in m["content"] if c["type"] in MODALITIES]

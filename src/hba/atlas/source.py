@@ -1,0 +1,147 @@
+"""Where a medium comes from, how large it may be, and the one way to open its container.
+
+A source is a file or the bytes of one. Everything that a decoder trusts is checked here first: a source is a regular,
+non-empty file within `Limits`, and a container is one of a few known formats, so that a playlist dressed up as a clip
+never makes the decoder open other files or the network. Every refusal is a MediaError that names the place.
+"""
+
+from __future__ import annotations
+
+import io
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import av
+import av.error
+
+from hba.errors import MediaError
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.packet import Packet
+
+Source: TypeAlias = Path | bytes
+
+RESTORE = "Restore the file from its source, or remove the row."
+# These carry no duration; the decoder guesses one from the bit rate.
+_ESTIMATED = ("aac", "mp3")
+_DEMUXERS = "mov,mp4,m4a,3gp,matroska,webm,avi,mpegts,mp3,aac,ogg,wav,flac"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one medium may cost at most; beyond it the medium is refused with a MediaError."""
+
+    max_bytes: int = 2 << 30
+    """bytes of the file as it is stored"""
+    max_pixels: int = 36_000_000
+    """pixels of one frame or image (8K video is 33 million)"""
+    max_audio_seconds: float = 4 * 3600.0
+    """length of one sound track; one hour at 16 kHz takes 230 MB"""
+    max_video_seconds: float = 4 * 3600.0
+    """length of one clip"""
+    max_descriptor_bytes: int = 1 << 30
+    """bytes of all tensors of one descriptor"""
+
+
+DEFAULT_LIMITS = Limits()
+
+
+def check_source(source: Source, *, where: str, limits: Limits) -> int:
+    """Size of the source in bytes. Raises MediaError unless it is a non-empty regular file within the limits."""
+    size = len(source) if isinstance(source, bytes) else _file_size(source, where)
+    if size == 0:
+        raise MediaError("is empty (0 bytes)", where=where, fix=RESTORE)
+    if size > limits.max_bytes:
+        fix = "Shorten or re-encode it, or raise Limits.max_bytes."
+        raise MediaError(f"has {size:,} bytes, more than the limit of {limits.max_bytes:,}", where=where, fix=fix)
+    return size
+
+
+def _file_size(path: Path, where: str) -> int:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise MediaError(f"cannot be read ({error.strerror})", where=where, fix=RESTORE) from None
+    if not stat.S_ISREG(status.st_mode):
+        # A pipe or device would block a worker for ever.
+        raise MediaError(f"{path.name} is not a regular file", where=where, fix=RESTORE)
+    return status.st_size
+
+
+def head(source: Source, size: int, *, where: str) -> bytes:
+    """The first `size` bytes. Raises MediaError when they cannot be read."""
+    if isinstance(source, bytes):
+        return source[:size]
+    try:
+        with source.open("rb") as handle:
+            return handle.read(size)
+    except OSError as error:
+        raise MediaError(f"cannot be read ({error.strerror})", where=where, fix=RESTORE) from None
+
+
+def readable(source: Source) -> str | io.BytesIO:
+    """What the decoders open: an absolute path or a file object over the bytes."""
+    return io.BytesIO(source) if isinstance(source, bytes) else str(source.absolute())
+
+
+def _check_matroska(source: Source, size: int, where: str) -> None:
+    """Raise MediaError when a Matroska or WebM file is shorter than its segment declares."""
+    start = head(source, 4096, where=where)
+    if start[:4] != b"\x1a\x45\xdf\xa3":
+        return
+    position, length = _vint(start, 4)
+    position += length
+    if start[position : position + 4] != b"\x18\x53\x80\x67":
+        return  # something between header and segment: the decoder judges
+    before = position + 4
+    position, length = _vint(start, before)
+    # All bits set: written to a pipe, of unknown length.
+    unknown = length == (1 << (7 * (position - before))) - 1
+    if not unknown and position + length > size:
+        what = f"is cut off: its header declares {position + length:,} bytes, {size:,} are there"
+        raise MediaError(what, where=where, fix=RESTORE)
+
+
+def _vint(data: bytes, at: int) -> tuple[int, int]:
+    """EBML: where a variable-length number ends, and its value."""
+    first = data[at] if at < len(data) else 0
+    width = 9 - first.bit_length()
+    value = int.from_bytes(data[at : at + width], "big") & ((1 << (7 * width)) - 1)
+    return at + width, value
+
+
+@contextmanager
+def open_container(source: Source, *, where: str, limits: Limits = DEFAULT_LIMITS) -> Iterator[InputContainer]:
+    """The opened container; any decoder error inside the block becomes a MediaError."""
+    _check_matroska(source, check_source(source, where=where, limits=limits), where)
+    options = {"format_whitelist": _DEMUXERS, "protocol_whitelist": "file"}
+    try:
+        with av.open(readable(source), "r", options=options, metadata_errors="replace") as container:
+            yield container
+    except (av.error.FFmpegError, EOFError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise MediaError(f"cannot be decoded ({reason}): cut off or corrupt", where=where, fix=RESTORE) from None
+
+
+def packet_end(packet: Packet[Any]) -> float:
+    """Presentation time in seconds at which a packet ends; -inf for a packet without a time."""
+    if packet.pts is None:
+        return float("-inf")
+    return float((packet.pts + (packet.duration or 0)) * packet.time_base)
+
+
+def check_reaches_end(container: InputContainer, end_seconds: float, where: str) -> None:
+    """Raise MediaError when the last packet ends well before the end that the container's header declares."""
+    if container.duration is None or container.format.name in _ESTIMATED:
+        return
+    declared = ((container.start_time or 0) + container.duration) / av.time_base
+    # Headers round; half a second or two per cent is what honest muxers are off by.
+    if end_seconds < declared - max(0.5, 0.02 * declared):
+        found = max(end_seconds, 0.0)
+        what = f"is cut off: holds {found:.1f} s of the {declared:.1f} s that its header declares"
+        raise MediaError(what, where=where, fix=RESTORE)

@@ -1,0 +1,62 @@
+"""Options that commands share, and the two ways in which every command answers: for people and with --json."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hba.errors import InputError, nearest
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config values, such as train.epochs=2.")
+]
+ConfigOption = Annotated[
+    str | None, typer.Option("--config", help="A YAML file, or the name of a bundled recipe such as sft or sft_tiny.")
+]
+AllowQuarantined = Annotated[
+    int, typer.Option("--allow-quarantined", min=0, help="Exit 0 although up to so many samples were left out.")
+]
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+def recipe_path(name: str | None) -> Path | None:
+    """The file that --config means: a path, or a bundled recipe. Raises InputError listing the recipes."""
+    if name is None or Path(name).is_file():
+        return None if name is None else Path(name)
+    bundled = RECIPES / f"{name}.yaml"
+    if not bundled.is_file():
+        known = [path.stem for path in RECIPES.glob("*.yaml")]
+        raise InputError(f"no config file or recipe {name!r}", where="--config", fix=nearest(name, known))
+    return bundled
+
+
+def answer(result: dict[str, Any], *, as_json: bool, show: Callable[[], None]) -> None:
+    """Print `result` as JSON, or call `show`."""
+    if as_json:
+        sys.stdout.write(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    else:
+        show()
+
+
+def say(text: str) -> None:
+    """One line of rich markup on standard output."""
+    from rich.console import Console
+
+    Console().print(text)
+
+
+def finish(quarantined: Sequence[dict[str, Any]], allowed: int) -> None:
+    """Name every quarantined sample on standard error; exit 2 when there are more than `allowed`."""
+    for record in quarantined:
+        sys.stderr.write(f"quarantined {record['id']}: {record['where']}: {record['reason']}\n")
+    if len(quarantined) > allowed:
+        fix = f"Repair the files, or accept this with --allow-quarantined {len(quarantined)}."
+        sys.stderr.write(f"error: {len(quarantined)} samples were left out; everything else is done. Fix: {fix}\n")
+        raise typer.Exit(2)

@@ -1,0 +1,39 @@
+"""`hba train`: one command a training stage."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hba.cli.options import AllowQuarantined, ConfigOption, JsonFlag, Overrides, answer, finish, recipe_path, say
+
+train_app = typer.Typer(no_args_is_help=True, help="Train OmniSapiens, one command a stage.")
+
+
+SFT_EXAMPLE = "Example: hba train sft --config sft_tiny --run runs/sft atlas=runs/mini model.name=runs/tiny"
+
+
+@train_app.command("sft", epilog=SFT_EXAMPLE)
+def sft_command(
+    overrides: Overrides = None,
+    config: ConfigOption = None,
+    run: Annotated[Path, typer.Option(help="Run folder; an unfinished one is resumed.")] = Path("runs/sft"),
+    allow_quarantined: AllowQuarantined = 0,
+    json: JsonFlag = False,
+) -> None:
+    """Stage 1: LoRA (or everything) and one classification head a domain."""
+    from hba.config import load_config
+    from hba.run import RunFolder
+    from hba.train.sft import SftConfig, train_sft
+
+    settings = load_config(SftConfig, recipe_path(config), overrides or [])
+    with RunFolder.open(run, config=settings, command="train sft", seed=settings.train.seed) as folder:
+        progress = train_sft(settings, folder)
+        quarantined = folder.quarantined
+    result = {"run": str(run), **asdict(progress), "quarantined": len(quarantined)}
+    best = f"best validation mean {progress.best_score:.3f} at step {progress.best_step}"
+    answer(result, as_json=json, show=lambda: say(f"Trained {progress.step} steps in [bold]{run}[/bold]: {best}."))
+    finish(quarantined, allow_quarantined)

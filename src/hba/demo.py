@@ -1,0 +1,84 @@
+"""The main job end to end on a laptop: mini-atlas, tiny backbone, SFT, predictions, scores, report.
+
+Every step is what its own command does, on the same code as a full-size run; only the recipe (`sft_tiny`) and the data
+are small. Each step resumes or is skipped when its result stands, so that a killed demo ends in the same metrics.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hba.atlas import open_atlas
+from hba.atlas.mini import build_mini_atlas
+from hba.cli.options import recipe_path
+from hba.cli.progress import counted
+from hba.config import load_config
+from hba.evaluate.predict import PredictConfig, predict_run
+from hba.evaluate.score import score_run
+from hba.model.tiny import atlas_texts, build_tiny
+from hba.report import write_report
+from hba.run import RunFolder
+from hba.train.sft import SftConfig, train_sft
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoResult:
+    """What the demo made, and the wall-clock seconds of each step."""
+
+    metrics: dict[str, Any]
+    report: Path
+    seconds: dict[str, float]
+
+    def timing(self) -> str:
+        """The seconds as one line."""
+        parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items())
+        return f"{sum(self.seconds.values()):.0f} s ({parts})"
+
+
+def run_demo(folder: Path, *, size: str, seed: int) -> DemoResult:
+    """Make everything below `folder`; run again after an interruption to go on."""
+    seconds: dict[str, float] = {}
+    atlas, backbone, run = folder / "atlas", folder / "tiny", folder / "sft"
+
+    def timed(name: str, work: Callable[[], T]) -> T:
+        started = time.perf_counter()
+        result = work()
+        seconds[name] = round(time.perf_counter() - started, 1)
+        return result
+
+    timed("mini-atlas", lambda: _make_atlas(atlas, size, seed))
+    timed("backbone", lambda: _make_backbone(backbone, atlas, seed))
+    timed("train", lambda: _train(run, atlas, backbone, seed))
+    timed("predict", lambda: _predict(run, atlas))
+    metrics = timed("score", lambda: score_run(run))
+    report = timed("report", lambda: write_report(run, atlas_root=atlas))
+    return DemoResult(metrics=metrics, report=report, seconds=seconds)
+
+
+def _make_atlas(atlas: Path, size: str, seed: int) -> None:
+    with counted("mini-atlas") as progress:
+        build_mini_atlas(atlas, size=size, seed=seed, workers=os.cpu_count() or 1, progress=progress)
+
+
+def _make_backbone(backbone: Path, atlas: Path, seed: int) -> None:
+    if not (backbone / "config.json").is_file():
+        build_tiny(backbone, atlas_texts(open_atlas(atlas, split="train")), seed=seed)
+
+
+def _train(run: Path, atlas: Path, backbone: Path, seed: int) -> None:
+    overrides = [f"atlas={atlas}", f"model.name={backbone}", f"train.seed={seed}"]
+    settings = load_config(SftConfig, recipe_path("sft_tiny"), overrides)
+    with RunFolder.open(run, config=settings, command="demo", seed=seed) as opened:
+        train_sft(settings, opened)
+
+
+def _predict(run: Path, atlas: Path) -> None:
+    with counted("predict") as progress:
+        predict_run(str(run), run, atlas=str(atlas), split="test", config=PredictConfig(), progress=progress)

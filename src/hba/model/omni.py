@@ -1,0 +1,204 @@
+"""OmniSapiens: a Qwen2.5-Omni thinker with one classification head a domain.
+
+`forward` merges text, audio, image and video into the thinker's embeddings, runs its language model once and returns
+the pooled penultimate hidden state, the heads' logits and the last hidden state; lm_head is applied only where someone
+needs its logits, since over a 152,000-token vocabulary it costs more than a layer. The class owns no training logic and
+no files: see train/ and checkpoint.py.
+
+Shapes: B samples, T tokens, H hidden size, C global classes, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hba.atlas.batch import Batch
+from hba.config import option
+from hba.errors import InputError
+from hba.model.heads import DomainHeads, masked_mean
+
+Strategy = Literal["heads", "lora", "full"]
+
+# Scoped to the language model: the audio and vision towers have layers of the same names.
+LORA_TARGETS = r"model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which backbone, what of it is trained, in what precision. LoRA defaults are those of the paper's SFT."""
+
+    name: str = option(doc="backbone: a hub id such as Qwen/Qwen2.5-Omni-7B, or a folder")
+    strategy: Strategy = option("lora", "what is trained: heads alone, LoRA and heads, or everything")
+    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of frozen weights; auto: bfloat16 on GPUs")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = option("sdpa", "attention implementation")
+    lora_r: int = option(32, "LoRA rank")
+    lora_alpha: int = option(64, "LoRA scale numerator")
+    lora_dropout: float = option(0.05, "dropout in front of LoRA, 0..1")
+
+
+class OmniOutput(NamedTuple):
+    """What one forward pass gives."""
+
+    pooled_BH: Tensor  # masked mean of hidden_states[-2], float32
+    logits_BC: Tensor  # -inf outside each row's domain
+    last_hidden_BTH: Tensor  # normed; lm_head turns it into token logits
+
+
+class OmniSapiens(nn.Module):
+    """`thinker` is transformers' Qwen2_5OmniThinkerForConditionalGeneration, with LoRA layers or without."""
+
+    def __init__(self, thinker: nn.Module, heads: DomainHeads, processor: Any) -> None:
+        super().__init__()
+        self.thinker: Any = thinker
+        self.heads = heads
+        self.processor = processor
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, dtype: str = "auto", attention: str = "sdpa") -> OmniSapiens:
+        """Load a checkpoint, a run folder (its best checkpoint) or a backbone with fresh heads: checkpoint.load."""
+        from hba.model import checkpoint
+
+        return checkpoint.load(path, dtype=dtype, attention=attention)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return torch.device(self.thinker.device)
+
+    @property
+    def hidden_size(self) -> int:
+        """H of the language model."""
+        return int(self.thinker.config.get_text_config().hidden_size)
+
+    def forward(self, batch: Batch, prompt_mask_BT: Tensor | None = None) -> OmniOutput:
+        """One pass over a batch. `prompt_mask_BT` restricts pooling, where answer tokens follow the prompt."""
+        inputs = batch.inputs
+        if inputs["input_ids"].device != self.device:
+            found = f"batch is on {inputs['input_ids'].device}, model on {self.device}"
+            raise InputError(found, fix="Use batch.to(...).")
+        embeddings_BTH = self._embed(inputs)
+        outputs = self.thinker.model(
+            inputs_embeds=embeddings_BTH,
+            attention_mask=inputs["attention_mask"],
+            position_ids=self._positions(inputs),
+            use_cache=False,
+            output_hidden_states=True,
+        )
+        mask_BT = inputs["attention_mask"] if prompt_mask_BT is None else prompt_mask_BT
+        pooled_BH = masked_mean(outputs.hidden_states[-2], mask_BT)
+        logits_BC = self.heads(pooled_BH, batch.domain_names)
+        return OmniOutput(pooled_BH, logits_BC, outputs.last_hidden_state)
+
+    def _embed(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Token embeddings [B, T, H] with every medium's features in the place of its tokens.
+
+        Raises InputError when a medium's tokens and features differ in number.
+        """
+        embeddings_BTH: Tensor = self.thinker.get_input_embeddings()(inputs["input_ids"])
+        if "input_features" in inputs:
+            audio = self.thinker.get_audio_features(inputs["input_features"], inputs["feature_attention_mask"])
+            embeddings_BTH = self._place(embeddings_BTH, inputs, "audio", audio.last_hidden_state)
+        if "pixel_values" in inputs:
+            image = self.thinker.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+            embeddings_BTH = self._place(embeddings_BTH, inputs, "image", image.pooler_output)
+        if "pixel_values_videos" in inputs:
+            video = self.thinker.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"])
+            embeddings_BTH = self._place(embeddings_BTH, inputs, "video", video.pooler_output)
+        return embeddings_BTH
+
+    def _place(self, embeddings_BTH: Tensor, inputs: Mapping[str, Tensor], kind: str, features: Tensor) -> Tensor:
+        token = getattr(self.thinker.config, f"{kind}_token_id")
+        mask_BT1 = (inputs["input_ids"] == token).unsqueeze(-1)
+        if int(mask_BT1.sum()) != len(features):
+            raise InputError(f"{int(mask_BT1.sum())} {kind} tokens for {len(features)} {kind} features")
+        placed: Tensor = embeddings_BTH.masked_scatter(mask_BT1, features.to(embeddings_BTH))
+        return placed
+
+    def _positions(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Multimodal rotary positions [3, B, T]."""
+        mask_AM = inputs.get("feature_attention_mask")
+        positions: Tensor
+        positions, _ = self.thinker.get_rope_index(
+            inputs["input_ids"],
+            inputs.get("image_grid_thw"),
+            inputs.get("video_grid_thw"),
+            inputs["attention_mask"],
+            False,
+            None if mask_AM is None else mask_AM.sum(1),
+            inputs.get("video_second_per_grid"),
+        )
+        return positions
+
+    @torch.inference_mode()
+    def classify(self, batch: Batch) -> Tensor:
+        """Logits [B, C] in the global class space, -inf outside each row's domain.
+
+        Raises InputError naming the free-form rows: they have no domain.
+        """
+        free_form = [s.id for s, name in zip(batch.samples, batch.domain_names, strict=True) if name is None]
+        if free_form:
+            raise InputError(f"rows without a domain cannot be classified: {', '.join(free_form)}", fix="Use generate.")
+        output: OmniOutput = self(batch)
+        return output.logits_BC
+
+    @torch.inference_mode()
+    def pooled(self, batch: Batch) -> Tensor:
+        """Masked mean of the penultimate hidden states, [B, H], float32."""
+        output: OmniOutput = self(batch)
+        return output.pooled_BH
+
+    @torch.inference_mode()
+    def generate(self, batch: Batch, *, max_new_tokens: int, temperature: float = 0.0) -> list[str]:
+        """Answers as text, greedy at temperature 0. Media tokens are never sampled: they would stand for no medium."""
+        sampling: dict[str, Any] = {"do_sample": temperature > 0, "top_k": None, "top_p": None, "temperature": None}
+        if temperature > 0:
+            sampling |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+        tokenizer = self.processor.tokenizer
+        tokens = self.thinker.generate(
+            **batch.inputs,
+            max_new_tokens=max_new_tokens,
+            suppress_tokens=media_token_ids(self.thinker.config),
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            **sampling,
+        )
+        answers = tokens[:, batch.inputs["input_ids"].shape[1] :]
+        texts: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return texts
+
+
+def media_token_ids(config: Any) -> list[int]:
+    """The seven token ids that stand for media or their borders."""
+    names = ["audio_token_id", "image_token_id", "video_token_id", "audio_start_token_id", "audio_end_token_id"]
+    names += ["vision_start_token_id", "vision_end_token_id"]
+    return sorted({int(getattr(config, name)) for name in names if getattr(config, name, None) is not None})
+
+
+def apply_strategy(model: OmniSapiens, config: ModelConfig) -> OmniSapiens:
+    """Choose what is trained: add LoRA layers if asked, set requires_grad of every parameter. Heads always train."""
+    model.thinker.requires_grad_(config.strategy == "full")
+    if config.strategy == "lora" and not _has_lora(model.thinker):
+        from peft import LoraConfig
+
+        lora = LoraConfig(
+            r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=LORA_TARGETS
+        )
+        model.thinker.add_adapter(lora)
+    if config.strategy == "lora":
+        for name, parameter in model.thinker.named_parameters():
+            parameter.requires_grad = "lora_" in name
+            if parameter.requires_grad:
+                # Adapters keep float32 master weights; autocast casts them in the forward pass.
+                parameter.data = parameter.data.float()
+    model.heads.requires_grad_(True)
+    return model
+
+
+def _has_lora(thinker: nn.Module) -> bool:
+    return any("lora_" in name for name, _ in thinker.named_parameters())

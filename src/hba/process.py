@@ -1,0 +1,39 @@
+"""What every training and prediction process does first: threads, seeds, accelerator, a record of the data."""
+
+from __future__ import annotations
+
+import os
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from hba.atlas import Atlas
+from hba.model.checkpoint import resolve_dtype
+
+FEW_CORES = 4
+
+
+def prepare_process(seed: int) -> None:
+    """Seed every generator; on a CPU with few cores use one thread: two that wait for each other are slower."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    if not torch.cuda.is_available():
+        # Denormal numbers, common in tiny networks, slow a CPU down many times.
+        torch.set_flush_denormal(True)
+        if (os.cpu_count() or 1) <= FEW_CORES:
+            torch.set_num_threads(1)
+
+
+def start_accelerator(dtype: str) -> Accelerator:
+    """The accelerator of this process; forward passes run in bfloat16 where `dtype` resolves to it."""
+    mixed = "bf16" if resolve_dtype(dtype) is torch.bfloat16 else "no"
+    return Accelerator(mixed_precision=mixed)
+
+
+def data_record(path: str, atlas: Atlas) -> dict[str, Any]:
+    """What environment.json says of the data."""
+    return {"path": path, "fingerprint": atlas.fingerprint, "synthetic": atlas.synthetic, "rows": len(atlas)}

@@ -1,0 +1,116 @@
+"""What a training run shows and records: log.jsonl and TensorBoard always, W&B when asked, a live line in a terminal.
+
+Log lines carry the step, so that a resumed run can cut those beyond its checkpoint; wall-clock values (seconds,
+throughput) are the only ones that differ between two equal runs.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from hba.errors import ConfigError
+from hba.run import RunFolder
+from hba.train.state import Progress
+
+if TYPE_CHECKING:
+    from hba.train.loop import TrainConfig
+
+
+class TrainingDisplay:
+    """Context manager around a training loop. `enabled` is false on all ranks but the first: they record nothing."""
+
+    def __init__(
+        self, run: RunFolder, total_steps: int, start: Progress, config: TrainConfig, *, enabled: bool
+    ) -> None:
+        self._run, self._config, self._enabled = run, config, enabled
+        self._total = total_steps
+        self._loss_sum = self._seconds = 0.0
+        self._steps = self._samples = 0
+        self._bar = Bar(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not enabled,
+        )
+        self._task = self._bar.add_task("training", total=total_steps, completed=start.step, figures="")
+        self._board: Any = None
+        self._wandb: Any = None
+
+    def __enter__(self) -> TrainingDisplay:
+        if self._enabled:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self._run.path / "tensorboard"))  # type: ignore[no-untyped-call]
+            if self._config.wandb_project is not None:
+                self._wandb = _start_wandb(self._config.wandb_project, self._run.path.name)
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def step(
+        self, progress: Progress, *, loss: float, grad_norm: float, rate: float, count: int, seconds: float
+    ) -> None:
+        """Record one optimizer step; a line is logged every `log_every` steps, with the mean loss since the last."""
+        self._loss_sum += loss * count
+        self._samples += count
+        self._seconds += seconds
+        self._steps += 1
+        if (progress.step % self._config.log_every and progress.step != self._total) or not self._samples:
+            self._bar.update(self._task, completed=progress.step)
+            return
+        speed = self._samples / max(self._seconds, 1e-9)
+        mean = self._loss_sum / self._samples
+        record = {
+            "step": progress.step,
+            "kind": "train",
+            "samples_seen": progress.samples_seen,
+            "loss": mean,
+            "learning_rate": self._config.learning_rate * rate,
+            "grad_norm": grad_norm,
+            "samples_per_second": round(speed, 2),
+        }
+        self._record(record, {k: record[k] for k in ("loss", "learning_rate", "grad_norm", "samples_per_second")})
+        figures = f"loss {mean:.3f}  {speed:.1f} samples/s  {progress.samples_seen} seen"
+        self._bar.update(self._task, completed=progress.step, figures=figures)
+        self._loss_sum = self._seconds = 0.0
+        self._steps = self._samples = 0
+
+    def validation(self, progress: Progress, metrics: dict[str, Any]) -> None:
+        """Record the metrics of a validation; values may be None where a task has no score."""
+        numbers = {f"validation/{k}": v for k, v in metrics.items() if v is not None}
+        self._record({"step": progress.step, "kind": "validation", "metrics": metrics}, numbers)
+
+    def _record(self, record: dict[str, Any], numbers: dict[str, Any]) -> None:
+        if not self._enabled:
+            return
+        self._run.log(record)
+        for name, value in numbers.items():
+            self._board.add_scalar(name, value, record["step"])
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=record["step"])
+
+
+def _start_wandb(project: str, name: str) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        fix = "pip install 'human-behavior-atlas[wandb]', or leave wandb_project unset."
+        raise ConfigError("wandb is not installed", where="wandb_project", fix=fix) from None
+    return wandb.init(project=project, name=name, id=name, resume="allow")

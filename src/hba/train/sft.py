@@ -1,0 +1,117 @@
+"""SFT stage 1: LoRA (or everything) and one classification head a domain, on what the model sees, hears and reads.
+
+The loss is the cross-entropy over the classes of each row's domain, from the masked mean of the penultimate hidden
+states (paper, SFT; formulas "Pooling and heads"). With `answer_weight` the same forward pass also trains the answer as
+text, response tokens only: that is how a backbone with random weights learns to speak before later stages use it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hba.atlas import Atlas, open_atlas
+from hba.atlas.batch import Batch, EncodeConfig, Encoder
+from hba.atlas.loader import LoaderConfig, load_batches
+from hba.config import option
+from hba.evaluate.metrics import score
+from hba.evaluate.predict import HeadsBackend, answerable, predict
+from hba.model import checkpoint
+from hba.model.omni import ModelConfig, OmniSapiens, apply_strategy
+from hba.process import data_record, prepare_process, start_accelerator
+from hba.run import RunFolder
+from hba.taxonomy import BUILTIN, Taxonomy
+from hba.train.loop import Stage, TrainConfig, Validation, run_training, training_plan
+from hba.train.state import Progress, latest
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftConfig:
+    """Everything that decides a stage-1 run."""
+
+    atlas: str = option(doc="atlas folder, or the hub id of a release")
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(name="Qwen/Qwen2.5-Omni-7B"))
+    train: TrainConfig = field(default_factory=TrainConfig)
+    encode: EncodeConfig = field(default_factory=EncodeConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    train_split: str = option("train", "split to train on; slices such as train[:10%] work")
+    validation_split: str = option("validation", "split that chooses the best checkpoint")
+    datasets: tuple[str, ...] | None = option(None, "train on these dataset keys alone")
+    validation_batch_size: int = option(32, "samples in a validation batch")
+
+
+def train_sft(config: SftConfig, run: RunFolder, *, taxonomy: Taxonomy = BUILTIN) -> Progress:
+    """Run (or resume) stage 1 in `run`. Raises InputError for bad data or config, HbaError for a failing step."""
+    accelerator = start_accelerator(config.model.dtype)
+    prepare_process(config.train.seed)
+    train = classification_rows(open_atlas(config.atlas, split=config.train_split, taxonomy=taxonomy), config)
+    held_out = open_atlas(config.atlas, split=config.validation_split, taxonomy=taxonomy)
+    validation = classification_rows(held_out, config)
+    run.record_data(data_record(config.atlas, train))
+    model = build_model(config, latest(run.checkpoints), taxonomy)
+    encoder = Encoder(model.processor, config.encode, taxonomy)
+    plan = training_plan(
+        train.columns.signature_codes,
+        train.estimated_tokens,
+        config.train,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+    )
+    stage = Stage(
+        model=model,
+        loss=heads_loss,
+        batches=lambda plan, start: load_batches(train, encoder, plan, config.loader, start=start),
+        validate=partial(validate_heads, model, validation, encoder, config),
+        save_model=partial(save_checkpoint, model, config),
+        learning_rates={},
+    )
+    return run_training(stage, plan, config.train, accelerator, run)
+
+
+def heads_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Cross-entropy over each row's own classes, summed over the batch."""
+    logits_BC = model(batch).logits_BC
+    return F.cross_entropy(logits_BC, batch.class_index_B, reduction="sum")
+
+
+def classification_rows(atlas: Atlas, config: SftConfig) -> Atlas:
+    """The rows of an atlas that stage 1 trains on: those of a domain, of the configured datasets."""
+    keys = [key for key, d in atlas.taxonomy.datasets.items() if d.domain is not None]
+    if config.datasets is not None:
+        wanted = {atlas.taxonomy.dataset(key).key for key in config.datasets}
+        keys = [key for key in keys if key in wanted]
+    return atlas.filter(datasets=keys)
+
+
+def build_model(config: SftConfig, resume: Path | None, taxonomy: Taxonomy) -> OmniSapiens:
+    """The model to train: fresh from the backbone, or from the checkpoint that a run resumes at."""
+    # Weights that train keep float32 masters; the configured dtype is for those that do not.
+    dtype = "float32" if config.model.strategy == "full" else config.model.dtype
+    torch.manual_seed(config.train.seed)
+    name = config.model.name if resume is None else resume
+    model = checkpoint.load(name, dtype=dtype, attention=config.model.attention, taxonomy=taxonomy)
+    return apply_strategy(model, config.model)
+
+
+def save_checkpoint(model: OmniSapiens, config: SftConfig, folder: Path) -> None:
+    """Write the model of a run as a checkpoint that `OmniSapiens.from_pretrained` loads."""
+    checkpoint.save(
+        model, folder, backbone=config.model.name, strategy=config.model.strategy, encode=config.encode
+    )
+
+
+def validate_heads(model: OmniSapiens, atlas: Atlas, encoder: Encoder, config: SftConfig) -> Validation:
+    """The published metrics of the heads on the validation rows; the mean over tasks chooses the best checkpoint."""
+    backend = HeadsBackend(model, atlas.taxonomy)
+    size = config.validation_batch_size
+    steps = predict(atlas, answerable(atlas, backend), backend, encoder, batch_size=size, loader=config.loader)
+    done = [prediction for step in steps for prediction in step.predictions]
+    metrics = score([p.label for p in done], [p.target for p in done], [p.dataset for p in done])
+    tasks = {key: task["score"] for key, task in metrics["tasks"].items() if task["score"] is not None}
+    mean = sum(tasks.values()) / len(tasks)
+    return Validation(mean, {**tasks, "mean": mean})

@@ -1,0 +1,179 @@
+"""The model on real samples: every medium reaches the logits, and batching changes nothing."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from hba import open_atlas
+from hba.atlas.batch import IGNORED, EncodeConfig, Encoder, collate
+from hba.errors import InputError
+from hba.model.omni import media_token_ids
+
+
+@pytest.fixture(scope="module")
+def encoder(model):
+    return Encoder(model.processor, EncodeConfig(num_frames=4, min_pixels=3136, max_pixels=3136))
+
+
+@pytest.fixture(scope="module")
+def train(mini_atlas):
+    return open_atlas(mini_atlas, split="train")
+
+
+@pytest.fixture(scope="module")
+def by_signature(train):
+    """Two classification samples of each modality signature."""
+    found = {}
+    for sample in train:
+        if sample.label is not None and len(found.setdefault(sample.modality_signature, [])) < 2:
+            found[sample.modality_signature].append(sample)
+    return found
+
+
+def batch_of(encoder, samples):
+    return collate([encoder.encode(s) for s in samples], pad_token_id=encoder.pad_token_id)
+
+
+def pooled(model, encoder, samples):
+    return model.pooled(batch_of(encoder, samples))
+
+
+def with_medium(encoder, sample, donor, kind):
+    """The batch of `sample` with one medium taken from `donor`, prompts and everything else untouched."""
+    own, other = encoder.encode(sample), encoder.encode(donor)
+    if kind == "audio":
+        changed = dataclasses.replace(own, mels=tuple(m.clone() for m in own.mels))
+        for mine, theirs in zip(changed.mels, other.mels, strict=True):
+            n = min(mine.shape[1], theirs.shape[1])
+            mine[:, :n] = theirs[:, :n]
+    else:
+        key = "pixel_values_videos" if kind == "video" else "pixel_values"
+        changed = dataclasses.replace(own, vision=own.vision | {key: other.vision[key]})
+    return collate([changed], pad_token_id=encoder.pad_token_id)
+
+
+@pytest.mark.parametrize("kind", ["audio", "video"])
+def test_another_medium_changes_the_logits(model, encoder, by_signature, kind):
+    sample, donor = by_signature["text_video_audio"]
+    before = model.classify(batch_of(encoder, [sample]))
+    after = model.classify(with_medium(encoder, sample, donor, kind))
+    own = torch.isfinite(before)
+    assert (before[own] - after[own]).abs().max() > 1e-3
+
+
+def test_another_image_changes_the_pooled_state(model, tmp_path):
+    from test_atlas_helpers import image_atlas
+
+    atlas = open_atlas(image_atlas(tmp_path), split="test")
+    encoder = Encoder(model.processor, EncodeConfig(min_pixels=3136, max_pixels=3136))
+    sample, donor = atlas[0], atlas[1]
+    before = pooled(model, encoder, [sample])
+    after = model.pooled(with_medium(encoder, sample, donor, "image"))
+    assert (before - after).abs().max() > 1e-3
+
+
+def test_forward_equals_the_thinker_of_transformers(model, encoder, by_signature):
+    samples = [s for pair in by_signature.values() for s in pair]
+    batch = batch_of(encoder, samples)
+    with torch.no_grad():
+        ours = model(batch)
+        theirs = model.thinker(**batch.inputs, use_cache=False, output_hidden_states=True)
+        mask = batch.inputs["attention_mask"].unsqueeze(-1)
+        expected = (theirs.hidden_states[-2] * mask).sum(1) / mask.sum(1)
+        logits = model.thinker.lm_head(ours.last_hidden_BTH)
+    torch.testing.assert_close(ours.pooled_BH, expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(logits, theirs.logits, atol=1e-6, rtol=1e-5)
+
+
+def test_a_mixed_left_padded_batch_equals_single_samples(model, encoder, by_signature):
+    samples = [s for pair in by_signature.values() for s in pair]
+    together = pooled(model, encoder, samples)
+    alone = torch.cat([pooled(model, encoder, [s]) for s in samples])
+    torch.testing.assert_close(together, alone, atol=3e-6, rtol=1e-4)
+
+
+def test_batches_are_padded_to_their_longest_sample_only(encoder, by_signature):
+    encoded = [encoder.encode(s) for pair in by_signature.values() for s in pair]
+    batch = collate(encoded, pad_token_id=encoder.pad_token_id)
+    assert batch.inputs["input_ids"].shape[1] == max(len(e.input_ids_T) for e in encoded)
+    assert batch.inputs["input_features"].shape[2] == max(m.shape[1] for e in encoded for m in e.mels)
+
+
+def test_mel_frames_equal_those_of_the_whole_window(model, encoder, by_signature):
+    sample = by_signature["text_audio"][0]
+    (audio,) = sample.load_audios()
+    whole = model.processor.feature_extractor(
+        audio.samples, sampling_rate=16000, return_attention_mask=True, return_tensors="pt"
+    )
+    (mel,) = encoder.encode(sample).mels
+    assert mel.shape[1] == int(whole["attention_mask"].sum())
+    torch.testing.assert_close(mel, whole["input_features"][0][:, : mel.shape[1]], atol=1e-6, rtol=0)
+
+
+def test_audio_longer_than_the_window_of_the_extractor_is_not_cut(model, by_signature):
+    import copy
+
+    processor = copy.deepcopy(model.processor)
+    short = type(processor.feature_extractor)(
+        feature_size=128, chunk_length=1, n_fft=400, hop_length=160, return_attention_mask=True
+    )
+    sample = by_signature["text_audio"][0]
+    (audio,) = sample.load_audios()
+    assert audio.seconds > 1
+    processor.feature_extractor = short
+    cut = Encoder(processor, EncodeConfig()).encode(sample)
+    (mel,) = cut.mels
+    assert mel.shape[1] == -(-len(audio.samples) // 160)
+
+
+def test_classes_outside_the_domain_are_impossible(model, encoder, by_signature, train):
+    samples = [s for pair in by_signature.values() for s in pair]
+    batch = batch_of(encoder, samples)
+    logits = model.classify(batch)
+    assert logits.shape == (len(samples), 25)
+    for row, sample in zip(logits, samples, strict=True):
+        domain = train.taxonomy.domains[train.taxonomy.dataset(sample.dataset).domain]
+        assert set(torch.isfinite(row).nonzero().flatten().tolist()) == set(domain.indices)
+    assert torch.isfinite(logits.gather(1, batch.class_index_B.unsqueeze(1))).all()
+
+
+def test_a_free_form_row_selects_no_head(model, encoder, train):
+    question = next(s for s in train if s.label is None)
+    batch = batch_of(encoder, [question])
+    assert batch.class_index_B.tolist() == [IGNORED]
+    with pytest.raises(InputError, match=question.id):
+        model.classify(batch)
+    with torch.no_grad():
+        assert torch.isinf(model(batch).logits_BC).all()
+
+
+def test_generation_of_a_batch_equals_single_samples_and_has_no_media_tokens(model, encoder, by_signature):
+    samples = [s for pair in by_signature.values() for s in pair]
+    together = model.generate(batch_of(encoder, samples), max_new_tokens=8)
+    alone = [model.generate(batch_of(encoder, [s]), max_new_tokens=8)[0] for s in samples]
+    assert together == alone
+    assert len(media_token_ids(model.thinker.config)) == 7
+
+
+def test_cached_generation_equals_teacher_forcing(model, encoder, by_signature):
+    batch = batch_of(encoder, by_signature["text_video_audio"])
+    out = model.thinker.generate(
+        **batch.inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False, output_logits=True,
+        return_dict_in_generate=True, suppress_tokens=media_token_ids(model.thinker.config),
+    )  # fmt: skip
+    length = batch.inputs["input_ids"].shape[1]
+    longer = dict(batch.inputs, input_ids=out.sequences)
+    longer["attention_mask"] = torch.nn.functional.pad(batch.inputs["attention_mask"], (0, 6), value=1)
+    with torch.no_grad():
+        forced = model.thinker(**longer, use_cache=False).logits[:, length - 1 : -1]
+    torch.testing.assert_close(torch.stack(out.logits, 1), forced, atol=2e-5, rtol=1e-4)
+
+
+def test_an_audio_that_is_too_long_is_refused_by_name(model, by_signature):
+    from hba.errors import MediaError
+
+    sample = by_signature["text_audio"][0]
+    encoder = Encoder(model.processor, EncodeConfig(max_audio_seconds=0.5))
+    with pytest.raises(MediaError, match=r"train\.jsonl:\d+, audios: audio of .* more than max_audio_seconds"):
+        encoder.encode(sample)

@@ -1,0 +1,130 @@
+"""Stage 1 on the mini-atlas: exact resume, invariance to accumulation, loud failures, quarantine."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hba.config import load_config
+from hba.errors import HbaError
+from hba.run import RunFolder
+from hba.storage import read_jsonl
+from hba.train.loop import TrainConfig, learning_rate_at
+from hba.train.sft import SftConfig, train_sft
+
+SMALL = [
+    "model.strategy=full", "train.max_steps=6", "train.epochs=9", "train.batch_size=4", "train.validate_every=2",
+    "train.log_every=1", "train.learning_rate=1e-3", "encode.num_frames=4", "encode.min_pixels=3136",
+    "encode.max_pixels=3136", "loader.workers=0", "validation_split=validation[:12]",
+]  # fmt: skip
+
+
+def settings(atlas, backbone, *overrides):
+    return load_config(SftConfig, None, [f"atlas={atlas}", f"model.name={backbone}", *SMALL, *overrides])
+
+
+def train(run, config):
+    with RunFolder.open(run, config=config, command="train sft", seed=0) as folder:
+        return train_sft(config, folder)
+
+
+def logged(run, kind="train"):
+    timing = ("samples_per_second", "time")
+    lines = [line.record for line in read_jsonl(run / "log.jsonl")]
+    return [{k: v for k, v in r.items() if k not in timing} for r in lines if r["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, mini_atlas, backbone):
+    """An uninterrupted run."""
+    run = tmp_path_factory.mktemp("runs") / "straight"
+    train(run, settings(mini_atlas, backbone))
+    return run
+
+
+def test_a_run_leaves_its_whole_record(straight):
+    assert {"config.yaml", "environment.json", "log.jsonl", "checkpoints", "tensorboard"} <= {
+        p.name for p in straight.iterdir()
+    }
+    assert [r["step"] for r in logged(straight)] == [1, 2, 3, 4, 5, 6]
+    assert all(math.isfinite(r["loss"]) for r in logged(straight))
+    assert [r["step"] for r in logged(straight, "validation")] == [2, 4, 6]
+    best = json.loads((straight / "checkpoints/best.json").read_text())["step"]
+    assert {p.name for p in (straight / "checkpoints").glob("step_*")} == {f"step_{best}", "step_6"}
+
+
+def test_killed_and_resumed_equals_uninterrupted(straight, tmp_path, mini_atlas, backbone):
+    run = tmp_path / "killed"
+    config = [f"atlas={mini_atlas}", f"model.name={backbone}", *SMALL]
+    command = [sys.executable, "-m", "hba", "train", "sft", "--run", str(run), *config]
+    for target in ("step_2", "step_4"):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while not (run / "checkpoints" / target).exists():
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert logged(run) == logged(straight)
+    assert logged(run, "validation") == logged(straight, "validation")
+    ours, theirs = (load_file(r / "checkpoints/step_6/model.safetensors") for r in (run, straight))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_accumulation_does_not_change_the_gradient(tmp_path, mini_atlas, backbone):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    common = ["train.max_steps=1", "train.validate_every=1", "datasets=[tess]"]
+    train(whole, settings(mini_atlas, backbone, *common, "train.batch_size=4"))
+    train(halves, settings(mini_atlas, backbone, *common, "train.batch_size=2", "train.accumulation=2"))
+    # The order of samples differs between the two, so compare an epoch's first step on all of them.
+    assert logged(whole)[0]["samples_seen"] == logged(halves)[0]["samples_seen"] == 4
+
+
+def test_the_schedule_counts_optimizer_steps():
+    config = TrainConfig(warmup_share=0.1, final_share=0.0)
+    shares = [learning_rate_at(step, 100, config) for step in range(100)]
+    assert shares[0] == pytest.approx(0.1) and max(shares) == pytest.approx(1.0)
+    assert shares.index(max(shares)) in (9, 10)
+    assert shares[-1] < 0.001 and all(a > b for a, b in zip(shares[10:], shares[11:], strict=False))
+
+
+def test_training_data_order_is_part_of_the_seed(straight, tmp_path, mini_atlas, backbone):
+    other = tmp_path / "seed1"
+    train(other, settings(mini_atlas, backbone, "train.seed=1"))
+    assert [r["loss"] for r in logged(other)] != [r["loss"] for r in logged(straight)]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(tmp_path, mini_atlas, backbone):
+    with pytest.raises(HbaError, match=r"samples train/\d+.*(loss|gradient) is (nan|inf)"):
+        train(tmp_path / "nan", settings(mini_atlas, backbone, "train.learning_rate=1e30", "train.max_grad_norm=1e30"))
+
+
+def test_a_broken_medium_is_quarantined_and_the_run_goes_on(tmp_path, mini_atlas, backbone):
+    atlas = tmp_path / "atlas"
+    shutil.copytree(mini_atlas, atlas)
+    victims = {}
+    for line in read_jsonl(atlas / "train.jsonl"):
+        if line.record["dataset"] == "tess" and len(victims) < 2:
+            (atlas / line.record["audios"][0]).write_bytes(b"")
+            victims[line.record.get("id", f"train/{line.number}")] = line.record["audios"][0]
+    run = tmp_path / "run"
+    train(run, settings(atlas, backbone, "datasets=[tess]", "train.epochs=1", "train.batch_size=2"))
+    records = [line.record for line in read_jsonl(run / "quarantine.jsonl")]
+    assert {r["id"] for r in records} == set(victims)
+    assert all("train.jsonl:" in r["where"] and r["field"] == "audios" for r in records)
+
+
+def test_workers_do_not_change_the_batches(straight, tmp_path, mini_atlas, backbone):
+    run = tmp_path / "workers"
+    train(run, settings(mini_atlas, backbone, "loader.workers=2"))
+    assert logged(run) == logged(straight)

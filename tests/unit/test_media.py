@@ -1,0 +1,341 @@
+"""Media decode to what was written into them, or are refused."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import av
+import numpy as np
+import PIL.Image
+import pytest
+import soundfile
+import torch
+
+from hba.atlas.media import (
+    SAMPLE_RATE,
+    Limits,
+    load_audio,
+    load_descriptor,
+    load_image,
+    load_video,
+)
+from hba.errors import InputError, MediaError
+
+WHERE = "train.jsonl:1, videos"
+
+
+def tone(seconds: float, rate: int, hertz: float = 440.0) -> np.ndarray:
+    return (0.5 * np.sin(2 * np.pi * hertz * np.arange(int(seconds * rate)) / rate)).astype(np.float32)
+
+
+def write_clip(
+    path: Path, *, seconds: float = 4, size: tuple[int, int] = (160, 96), codec: str = "libx264", rate: int = 25,
+    muxer: dict[str, str] | None = None, start_seconds: int = 0, sound: bool = False, **options: str,
+) -> Path:  # fmt: skip
+    """Encode moving noise, so that every frame differs and damage shows."""
+    rng = np.random.default_rng(0)
+    width, height = size
+    base = rng.integers(0, 255, (height, width, 3), dtype=np.uint8)
+    with av.open(str(path), "w", options=muxer or {}) as out:
+        video = out.add_stream(codec, rate=rate, options=options)
+        video.width, video.height, video.pix_fmt = width, height, "yuv420p"
+        audio = out.add_stream("aac", rate=44_100) if sound else None
+        for i in range(int(seconds * rate)):
+            frame = av.VideoFrame.from_ndarray(np.roll(base, 3 * i, axis=1) // 2 + i % 100, format="rgb24")
+            frame.pts = i + start_seconds * rate
+            out.mux(video.encode(frame))
+        out.mux(video.encode())
+        if audio is not None:
+            samples = tone(seconds, 44_100)
+            for at in range(0, len(samples) - 1023, 1024):
+                block = av.AudioFrame.from_ndarray(samples[None, at : at + 1024].repeat(2, 0), "fltp", "stereo")
+                block.rate, block.pts = 44_100, at
+                out.mux(audio.encode(block))
+            out.mux(audio.encode())
+    return path
+
+
+def full_decode(path: Path) -> dict[float, np.ndarray]:
+    with av.open(str(path)) as container:
+        return {float(f.pts * f.time_base): f.to_ndarray(format="rgb24") for f in container.decode(video=0)}
+
+
+def assert_exact(path: Path, num_frames: int) -> None:
+    video = load_video(path, num_frames, where=WHERE)
+    reference = full_decode(path)
+    times = sorted(reference)
+    centres = times[0] + (np.arange(num_frames) + 0.5) / num_frames * video.duration_seconds
+    expected = [max(t for t in times if t <= centre + 1e-9) for centre in centres]
+    np.testing.assert_allclose(video.timestamps_seconds, expected)
+    for time, frame in zip(expected, video.frames, strict=True):
+        np.testing.assert_array_equal(frame, reference[time])
+
+
+# --- sound -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "mp3", "ogg"])
+@pytest.mark.parametrize("rate", [16_000, 44_100])
+def test_sound_keeps_length_and_pitch(tmp_path: Path, suffix: str, rate: int) -> None:
+    path = tmp_path / f"a.{suffix}"
+    soundfile.write(path, np.stack([tone(2, rate), tone(2, rate)], axis=1), rate)
+    audio = load_audio(path, where=WHERE)
+    assert audio.samples.dtype == np.float32
+    assert audio.samples.ndim == 1
+    assert audio.seconds == pytest.approx(2, abs=0.01)
+    spectrum = np.abs(np.fft.rfft(audio.samples))
+    assert np.argmax(spectrum) * SAMPLE_RATE / len(audio.samples) == pytest.approx(440, abs=2)
+    assert np.abs(audio.samples[1000:-1000]).max() == pytest.approx(0.5, abs=0.03)
+
+
+def test_16_khz_mono_is_untouched_and_bytes_equal_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    soundfile.write(path, tone(50, 16_000), 16_000, subtype="FLOAT")
+    np.testing.assert_allclose(load_audio(path, where=WHERE).samples, tone(50, 16_000), atol=1e-6)
+    np.testing.assert_array_equal(
+        load_audio(path.read_bytes(), where=WHERE).samples, load_audio(path, where=WHERE).samples
+    )
+
+
+def test_channels_are_averaged(tmp_path: Path) -> None:
+    both = np.stack([tone(1, 16_000), -tone(1, 16_000)], axis=1)
+    soundfile.write(tmp_path / "a.wav", both, 16_000)
+    assert np.abs(load_audio(tmp_path / "a.wav", where=WHERE).samples).max() < 1e-3
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.m4a", "a.aac", "a.mkv", "named_wrongly.wav"])
+def test_sound_tracks(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    container = {"named_wrongly.wav": "mp4", "a.aac": "adts", "a.m4a": "mp4", "a.mkv": "matroska"}.get(name, "mp4")
+    with av.open(str(path), "w", format=container) as out:
+        stream = out.add_stream("aac", rate=44_100)
+        samples = tone(3, 44_100)
+        for at in range(0, len(samples) - 1023, 1024):
+            frame = av.AudioFrame.from_ndarray(samples[None, at : at + 1024].repeat(2, 0), "fltp", "stereo")
+            frame.rate, frame.pts = 44_100, at
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    audio = load_audio(path, where=WHERE)
+    assert audio.seconds == pytest.approx(3, abs=0.1)
+    spectrum = np.abs(np.fft.rfft(audio.samples))
+    assert np.argmax(spectrum) * SAMPLE_RATE / len(audio.samples) == pytest.approx(440, abs=2)
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.95])
+def test_cut_sound_is_refused(tmp_path: Path, suffix: str, share: float) -> None:
+    path = tmp_path / f"a.{suffix}"
+    soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, 64_000).astype(np.float32), 16_000)
+    data = path.read_bytes()
+    with pytest.raises(MediaError, match=WHERE):
+        load_audio(data[: int(len(data) * share)], where=WHERE)
+
+
+def test_sound_with_nan_or_without_samples_is_refused(tmp_path: Path) -> None:
+    broken = tone(1, 16_000)
+    broken[5] = np.nan
+    soundfile.write(tmp_path / "nan.wav", broken, 16_000, subtype="FLOAT")
+    soundfile.write(tmp_path / "none.wav", broken[:0], 16_000)
+    with pytest.raises(MediaError, match="NaN"):
+        load_audio(tmp_path / "nan.wav", where=WHERE)
+    with pytest.raises(MediaError, match="0 samples"):
+        load_audio(tmp_path / "none.wav", where=WHERE)
+
+
+def test_wav_of_unknown_length_is_read_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    soundfile.write(path, tone(1, 16_000), 16_000)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"data") + 4
+    data[at : at + 4] = b"\xff\xff\xff\xff"
+    assert load_audio(bytes(data), where=WHERE).seconds == pytest.approx(1)
+
+
+def test_sound_limits(tmp_path: Path) -> None:
+    path = tmp_path / "a.flac"
+    soundfile.write(path, np.zeros(16_000 * 30, np.float32), 16_000)
+    with pytest.raises(MediaError, match="more than the limit of 10 s"):
+        load_audio(path, where=WHERE, limits=Limits(max_audio_seconds=10))
+    with pytest.raises(MediaError, match="bytes, more than the limit"):
+        load_audio(path, where=WHERE, limits=Limits(max_bytes=100))
+
+
+# --- video -----------------------------------------------------------------------------------------------------------
+
+
+def test_default_gop_gives_distinct_exact_frames(tmp_path: Path) -> None:
+    """The published reader gave the same frame eight times here."""
+    path = write_clip(tmp_path / "v.mp4", seconds=12)  # 300 frames; libx264 sets a keyframe every 250
+    video = load_video(path, 8, where=WHERE)
+    assert video.frames.shape == (8, 96, 160, 3)
+    assert len({frame.tobytes() for frame in video.frames}) == 8
+    assert_exact(path, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("keyframes.mp4", {"g": "10"}),
+        ("open_gop.mp4", {"g": "25", "x264-params": "open-gop=1:bframes=3:b-pyramid=normal"}),
+        ("intra_refresh.mp4", {"x264-params": "intra-refresh=1:keyint=30"}),
+        ("no_b_frames.mp4", {"bf": "0", "g": "30"}),
+        ("front.mp4", {"muxer": {"movflags": "faststart"}}),
+        ("fragmented.mp4", {"g": "25", "muxer": {"movflags": "frag_keyframe+empty_moov"}}),
+        ("late_start.mp4", {"g": "25", "start_seconds": 3}),
+        ("with_sound.mp4", {"g": "25", "sound": True}),
+        ("h264.mkv", {"g": "30"}),
+        ("no_seeking.mkv", {"g": "30", "muxer": {"live": "1"}}),
+        ("vp9.webm", {"codec": "libvpx-vp9", "deadline": "realtime", "cpu-used": "8"}),
+        ("vp8.webm", {"codec": "libvpx", "auto-alt-ref": "1", "lag-in-frames": "16", "deadline": "realtime"}),
+        ("slow.mp4", {"rate": 1, "seconds": 20}),
+    ],
+)
+def test_frames_equal_those_of_a_full_decode(tmp_path: Path, name: str, options: dict) -> None:
+    path = write_clip(tmp_path / name, **options)
+    for num_frames in (1, 5, 8, 32):
+        assert_exact(path, num_frames)
+
+
+def test_irregular_frame_times(tmp_path: Path) -> None:
+    path = tmp_path / "v.mp4"
+    rng = np.random.default_rng(1)
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", rate=30, options={"g": "20"})
+        stream.width = stream.height = 64
+        stream.codec_context.time_base = stream.time_base = av.video.frame.Fraction(1, 1000)
+        for pts in np.cumsum(rng.integers(5, 900, 60)):
+            frame = av.VideoFrame.from_ndarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8), format="rgb24")
+            frame.pts, frame.time_base = int(pts), av.video.frame.Fraction(1, 1000)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    assert_exact(path, 8)
+    assert_exact(path, 50)
+
+
+def test_fewer_frames_than_asked_for_repeats_by_the_rule(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "v.mp4", seconds=0.12)  # 3 frames
+    video = load_video(path, 8, where=WHERE)
+    assert len(set(video.timestamps_seconds)) == 3
+    assert_exact(path, 8)
+
+
+def test_bytes_equal_the_file(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "v.mp4")
+    np.testing.assert_array_equal(
+        load_video(path.read_bytes(), 4, where=WHERE).frames, load_video(path, 4, where=WHERE).frames
+    )
+
+
+@pytest.mark.parametrize("name", ["back.mp4", "front.mp4", "fragmented.mp4", "v.mkv", "v.webm"])
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.9, 0.98])
+def test_cut_clip_is_refused(tmp_path: Path, name: str, share: float) -> None:
+    flags = {"front.mp4": "faststart", "fragmented.mp4": "frag_keyframe+empty_moov"}.get(name)
+    codec = {"codec": "libvpx", "deadline": "realtime"} if name.endswith("webm") else {"g": "25"}
+    path = write_clip(tmp_path / name, seconds=6, muxer={"movflags": flags} if flags else None, **codec)
+    data = path.read_bytes()
+    with pytest.raises(MediaError, match=WHERE):
+        load_video(data[: int(len(data) * share)], 8, where=WHERE)
+
+
+def test_damage_on_the_way_to_a_frame_is_refused(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "v.mp4", seconds=8)
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 20_000] = bytes(20_000)
+    with pytest.raises(MediaError, match="cut off or corrupt|cannot be decoded"):
+        load_video(bytes(data), 8, where=WHERE)
+
+
+def test_playlists_are_not_followed(tmp_path: Path) -> None:
+    """A file that names other files must not make the decoder open them."""
+    clip = write_clip(tmp_path / "v.mp4", seconds=1)
+    hls = f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile://{clip}\n#EXT-X-ENDLIST\n"
+    (tmp_path / "a.mp4").write_text(hls)
+    (tmp_path / "b.mp4").write_text(f"ffconcat version 1.0\nfile '{clip.name}'\n")
+    for name in ("a.mp4", "b.mp4"):
+        with pytest.raises(MediaError):
+            load_video(tmp_path / name, 2, where=WHERE)
+
+
+def test_video_limits_and_calls(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "v.mp4")
+    with pytest.raises(MediaError, match="pixels"):
+        load_video(path, 2, where=WHERE, limits=Limits(max_pixels=1000))
+    with pytest.raises(MediaError, match="lasts 4 s"):
+        load_video(path, 2, where=WHERE, limits=Limits(max_video_seconds=3))
+    with pytest.raises(InputError, match="num_frames"):
+        load_video(path, 0, where=WHERE)
+    with pytest.raises(MediaError, match="no sound track"):
+        load_audio(path, where=WHERE)
+    soundfile.write(tmp_path / "a.wav", tone(1, 16_000), 16_000)
+    with pytest.raises(MediaError, match="no video track"):
+        load_video(tmp_path / "a.wav", 2, where=WHERE)
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "webp"])
+def test_images_keep_their_pixels(tmp_path: Path, suffix: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 30, 3), dtype=np.uint8)
+    PIL.Image.fromarray(pixels).save(tmp_path / f"i.{suffix}", **({"lossless": True} if suffix == "webp" else {}))
+    np.testing.assert_array_equal(load_image(tmp_path / f"i.{suffix}", where=WHERE), pixels)
+
+
+def test_bad_images_are_refused(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    PIL.Image.fromarray(pixels).save(buffer, "PNG")
+    for bad in (b"", b"text", buffer.getvalue()[:2000]):
+        with pytest.raises(MediaError, match=WHERE):
+            load_image(bad, where=WHERE)
+    with pytest.raises(MediaError, match="4,096 pixels"):
+        load_image(buffer.getvalue(), where=WHERE, limits=Limits(max_pixels=4000))
+    header = bytearray(buffer.getvalue())
+    header[16:24] = (60_000).to_bytes(4, "big") * 2  # a bomb: 3.6 billion pixels by its header
+    with pytest.raises(MediaError, match="too large|pixels"):
+        load_image(bytes(header), where=WHERE)
+
+
+# --- descriptors -----------------------------------------------------------------------------------------------------
+
+
+def saved(value: object, **options: bool) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer, **options)
+    return buffer.getvalue()
+
+
+def test_descriptors_round_trip() -> None:
+    pose = {"pose": torch.rand(7, 33, 3), "face": torch.rand(7, 478, 3)}
+    loaded = load_descriptor(saved(pose), where=WHERE)
+    assert isinstance(loaded, dict)
+    assert all(torch.equal(loaded[name], pose[name]) for name in pose)
+    features = load_descriptor(saved(torch.arange(5.0), _use_new_zipfile_serialization=False), where=WHERE)
+    assert torch.equal(features, torch.arange(5.0))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.tensor([1.0, float("nan")]), "NaN or infinite"),
+        ({"pose": torch.tensor([float("inf")])}, "'pose' holds NaN"),
+        (torch.zeros(0, 3), "empty"),
+        ({"pose": [1, 2]}, "found list"),
+        ({}, "found dict"),
+        ("text", "found str"),
+        (torch.eye(3).to_sparse(), "dense"),
+        (torch.zeros(1).expand(1 << 40), "claims shape"),
+    ],
+)
+def test_bad_descriptors_are_refused(value: object, message: str) -> None:
+    with pytest.raises(MediaError, match=message):
+        load_descriptor(saved(value), where=WHERE)
+
+
+def test_cut_descriptor_is_refused() -> None:
+    data = saved(torch.rand(100, 10))
+    for share in (0.0, 0.1, 0.5, 0.99):
+        with pytest.raises(MediaError, match=WHERE):
+            load_descriptor(data[: int(len(data) * share)], where=WHERE)
