@@ -72,6 +72,9 @@ def load_image(source: Source, *, where: str, limits: Limits = DEFAULT_LIMITS) -
                 mode = image.mode
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
         raise MediaError(f"is too large ({error})", where=where, fix="Scale it down.") from None
+    except PIL.UnidentifiedImageError:
+        known = ", ".join(_IMAGE_FORMATS)
+        raise MediaError(f"is not an image of a known format ({known})", where=where, fix=RESTORE) from None
     except _DAMAGED_IMAGE as error:
         raise MediaError(f"cannot be decoded ({error}): cut off or corrupt", where=where, fix=RESTORE) from None
     if pixels > limits.max_pixels:
