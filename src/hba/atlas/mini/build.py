@@ -6,9 +6,12 @@ It refuses to write over anything but nothing; a folder that already is this ver
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import multiprocessing
+import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -28,7 +31,7 @@ from hba.atlas.mini.functionals import functionals
 from hba.atlas.mini.plan import LENGTHS, SPLITS, Clip, Plan, make_plan
 from hba.atlas.mini.scenes import CARRIED_BY, SIZES
 from hba.errors import InputError, nearest
-from hba.storage import atomic_folder, read_json, write_json
+from hba.storage import StorageError, read_json, write_json
 
 VERSION = 1  # of the content: raise it whenever the same seed gives other bytes
 NOTE = "Synthetic: generated voices, stick figures and sentences. Scores on it say nothing about human behaviour."
@@ -72,7 +75,7 @@ def build_mini_atlas(
     if same is not None:
         return same
     plan = make_plan(size, seed)
-    with atomic_folder(out) as folder:
+    with _fresh_folder(out) as folder:
         with _mapper(workers) as apply:
             for done, described in enumerate(apply(partial(_record, folder), plan.clips), 1):
                 for path, arrays in described.items():
@@ -91,8 +94,30 @@ def _existing(out: Path, size: str, seed: int) -> MiniAtlasSummary | None:
     wanted = {"name": "mini-atlas", "size": size, "seed": seed, "version": VERSION}
     if isinstance(about, dict) and all(about.get(key) == value for key, value in wanted.items()):
         return _summary(out, reused=True)
-    fix = "Choose a new folder, or remove this one first."
-    raise InputError(f"already holds something other than the mini-atlas of size {size}, seed {seed}", where=str(out), fix=fix)
+    found = f"already holds something other than the mini-atlas of size {size}, seed {seed}, version {VERSION}"
+    raise InputError(found, where=str(out), fix="Choose a new folder, or remove this one first.")
+
+
+@contextmanager
+def _fresh_folder(out: Path) -> Iterator[Path]:
+    """A temporary neighbour that becomes `out` in one rename; removed on failure.
+
+    One sync of the disk before the rename, where a sync of each of the thousands of files takes most of a minute.
+    """
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        os.sync()
+        temporary.replace(out)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        fix = "Choose a writable folder on a disk with 50 MB to spare."
+        raise StorageError(f"cannot write the mini-atlas ({error.strerror})", where=str(out), fix=fix) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
@@ -117,13 +142,15 @@ def _record(folder: Path, clip: Clip) -> dict[str, Arrays]:
     if clip.voice is not None:
         wav = wav_bytes(_sound(clip, blocks * ADPCM_BLOCK_SAMPLES, sound))
         _write(folder / clip.path("audios"), wav)
-        heard, _ = soundfile.read(io.BytesIO(wav), dtype="float64")
-        described[clip.path("opensmile")] = {"features": functionals(heard)}
+        if clip.described:
+            heard, _ = soundfile.read(io.BytesIO(wav), dtype="float64")
+            described[clip.path("opensmile")] = {"features": functionals(heard)}
     if clip.motion is not None:
         person = figure.animate(clip.motion, num_frames, sight)
         _write(folder / clip.path("videos"), mp4_bytes(render.frames(person, sight)))
-        described[clip.path("pose")] = dict(render.landmarks(person, sight))
-    return described if clip.described else {}
+        if clip.described:
+            described[clip.path("pose")] = dict(render.landmarks(person, sight))
+    return described
 
 
 def _sound(clip: Clip, num_samples: int, rng: np.random.Generator) -> voice.Samples:
@@ -168,13 +195,18 @@ def _count(rows: Sequence[dict[str, Any]], key: str) -> dict[str, int]:
 
 
 def _readme(size: str, seed: int) -> str:
+    height = width = figure.SIZE
     carried = "\n".join(f"  {dataset:17} {how}" for dataset, how in CARRIED_BY.items())
     return (
         f"Mini-atlas of hba, size {size}, seed {seed}, version {VERSION}\n\n{NOTE}\n"
-        "It has the schema, dataset keys, tasks and modality signatures of the Human Behavior Atlas, and none of its data.\n\n"
+        "It has the schema, dataset keys, tasks and modality signatures of the Human Behavior Atlas,\n"
+        "and none of its data.\n\n"
         f"What carries each label (nothing else does):\n{carried}\n\n"
-        f"Files: {', '.join(f'{split}.jsonl' for split in SPLITS)}; media beside them, .wav 8 kHz mono IMA ADPCM, .mp4 H.264\n"
-        "56x56 at 6 frames a second; opensmile/ and pose/ hold .pt descriptors. Every file of a kind and length has one size.\n"
+        f"Rows: {', '.join(f'{split}.jsonl' for split in SPLITS)}, with paths relative to this folder.\n"
+        "Media: .wav, 8 kHz mono, IMA ADPCM (some players need it converted);\n"
+        f".mp4, H.264, {width}x{height}, {figure.FRAMES_PER_SECOND} frames a second.\n"
+        "Descriptors: opensmile/<media path>.pt and pose/<media path>.pt.\n"
+        "Every file of one kind and length has the same size.\n"
     )
 
 

@@ -21,7 +21,7 @@ from hba.atlas.mini.voice import SAMPLE_RATE
 from hba.errors import HbaError
 
 ADPCM_BLOCK_SAMPLES = 505  # of libsndfile at 8 kHz; whole blocks leave no padding behind the last sample
-MP4_BYTES = 3072
+MP4_BYTES = 2560
 _QUALITIES = (24, 28, 32, 36, 40, 44)
 
 
@@ -33,13 +33,14 @@ def wav_bytes(samples: NDArray[np.float64]) -> bytes:
 
 
 def mp4_bytes(frames: NDArray[np.uint8]) -> bytes:
-    """An MP4 file (H.264, 6 frames a second) of frames [T, H, W, 3], always MP4_BYTES long."""
+    """An MP4 file (H.264) of frames [T, H, W, 3], always MP4_BYTES long."""
     for quality in _QUALITIES:
         raw = _h264_mp4(frames, quality)
         room = MP4_BYTES - len(raw)
         if room >= 8:
             return raw + room.to_bytes(4, "big") + b"free" + bytes(room - 8)
-    raise HbaError(f"{len(frames)} frames do not fit {MP4_BYTES} bytes", where="mini-atlas video", fix="Draw fewer frames.")
+    found = f"{len(frames)} frames do not fit {MP4_BYTES} bytes"
+    raise HbaError(found, where="mini-atlas video", fix="Draw fewer frames.")
 
 
 def pt_bytes(arrays: dict[str, NDArray[Any]]) -> bytes:
@@ -71,5 +72,5 @@ def _h264_mp4(frames: NDArray[np.uint8], quality: int) -> bytes:
                 container.mux(keep.filter(packet))
         for packet in stream.encode():
             container.mux(keep.filter(packet))
-        container.mux(keep.filter())
+        container.mux(keep.filter(None))
     return target.getvalue()

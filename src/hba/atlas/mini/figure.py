@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SIZE = 56
-FRAMES_PER_SECOND = 6
+FRAMES_PER_SECOND = 7
 Array = NDArray[np.float64]
 
 
@@ -197,7 +197,7 @@ class Figure:
 
 
 def animate(motion: str, num_frames: int, rng: np.random.Generator) -> Figure:
-    """The figure of a person who makes `motion` (a key of MOTIONS) for `num_frames` frames at 6 a second."""
+    """The figure of a person who makes `motion` (a key of MOTIONS) for `num_frames` frames at 7 a second."""
     t = np.arange(num_frames) / FRAMES_PER_SECOND
     person = Tempo(rng.uniform(0, 6.28), rng.uniform(0.85, 1.15), rng.uniform(0.3, 0.8), rng)
     m = Motion(t)
@@ -205,7 +205,10 @@ def animate(motion: str, num_frames: int, rng: np.random.Generator) -> Figure:
     centre, scale = rng.uniform(0.44, 0.56), rng.uniform(0.88, 1.05)
     grey = int(rng.integers(0, 60))
     look = [tuple(int(v) for v in rng.integers(low, 256, 3)) for low in (170, 110)]
-    points = {name: np.stack([centre + scale * x, 0.47 + scale * (y + m.bob)], axis=1) for name, (x, y) in _skeleton(m).items()}
+    points = {
+        name: np.stack([centre + scale * x, 0.47 + scale * (y + m.bob)], axis=1)
+        for name, (x, y) in _skeleton(m).items()
+    }
     for name, y in (("ankle_l", 0.42), ("ankle_r", 0.42)):  # the feet stay on the floor
         points[name][:, 1] = 0.47 + scale * y
     return Figure(points, 0.085 * scale, (grey, grey, grey + 20), look[0], look[1])  # type: ignore[arg-type]

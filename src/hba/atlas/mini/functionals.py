@@ -26,8 +26,10 @@ def functionals(samples: Array) -> NDArray[np.float32]:
     spectrum = np.abs(np.fft.rfft(frames, 2 * _FRAME)) ** 2 + 1e-12
     contours = np.stack([*_energy(samples, starts), *_pitch(spectrum), *_shape(spectrum), *_cepstra(spectrum)])
     change = np.abs(np.diff(contours, axis=1))
-    summary = [contours.mean(1), contours.std(1), np.percentile(contours, 10, axis=1), np.percentile(contours, 90, axis=1)]
-    summary += [change.mean(1), contours[:, -len(starts) // 3 :].mean(1) - contours[:, : len(starts) // 3].mean(1)]
+    third = len(starts) // 3
+    low, high = np.percentile(contours, (10, 90), axis=1)
+    summary = [contours.mean(1), contours.std(1), low, high, change.mean(1)]
+    summary.append(contours[:, -third:].mean(1) - contours[:, :third].mean(1))
     vector = np.concatenate([*summary, _rhythm(contours[0])])
     return vector.astype(np.float32)
 

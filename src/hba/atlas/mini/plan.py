@@ -18,8 +18,9 @@ from hba.atlas.mini import words
 from hba.taxonomy import BUILTIN
 
 SPLITS = ("train", "validation", "test")
-LENGTHS = ((21, 8), (24, 9), (27, 10))  # (blocks of 505 samples, frames): 1.33 s, 1.52 s, 1.70 s
-_ANSWERS = {"sarcasm": "true", "not sarcasm": "false", "humour": "true", "not humour": "false", "ptsd": "PTSD", "no ptsd": "no PTSD"}
+LENGTHS = ((18, 8), (20, 9), (23, 10))  # (blocks of 505 samples, frames): 1.14 s, 1.26 s, 1.45 s
+_ANSWERS = {"sarcasm": "true", "not sarcasm": "false", "humour": "true", "not humour": "false"}
+_ANSWERS |= {"ptsd": "PTSD", "no ptsd": "no PTSD"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,8 @@ class Clip:
         """The file of `kind` audios, videos, opensmile or pose, relative to the atlas."""
         folder, name = self.stem
         audio, video = f"{folder}/audios/{name}.wav", f"{folder}/videos/{name}.mp4"
-        return {"audios": audio, "videos": video, "opensmile": f"opensmile/{audio}.pt", "pose": f"pose/{video}.pt"}[kind]
+        paths = {"audios": audio, "videos": video, "opensmile": f"opensmile/{audio}.pt", "pose": f"pose/{video}.pt"}
+        return paths[kind]
 
 
 @dataclass(frozen=True)

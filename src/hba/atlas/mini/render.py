@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from hba.atlas.mini.figure import SIZE, Figure
 
-POSE = ("nose", "shoulder_l", "shoulder_r", "elbow_l", "elbow_r", "wrist_l", "wrist_r", "hip_l", "hip_r", "ankle_l", "ankle_r")
+POSE = ("nose", *(f"{joint}_{side}" for joint in ("shoulder", "elbow", "wrist", "hip", "ankle") for side in ("l", "r")))
 FACE = ("nose", "eye_l", "eye_r", "mouth_l", "mouth_r", "mouth_top", "mouth_bottom")
 HANDS = {"left_hand": ("wrist_l", "index_l", "thumb_l"), "right_hand": ("wrist_r", "index_r", "thumb_r")}
 GROUPS: dict[str, tuple[str, ...]] = {"pose": POSE, "face": FACE, **HANDS}

@@ -21,22 +21,22 @@ Rows = Iterator[dict[str, Any]]
 SIZES: dict[str, dict[str, tuple[int, int, int]]] = {
     "small": {
         "cremad": (110, 8, 40),
-        "tess": (120, 8, 40),
+        "tess": (100, 8, 40),
         "meld": (110, 8, 40),
         "mosei": (110, 8, 40),
         "mosei_text": (40, 4, 12),
         "chsimsv2": (100, 8, 40),
-        "mmpsy": (200, 24, 80),
+        "mmpsy": (190, 24, 80),
         "daicwoz": (100, 10, 40),
-        "ptsd": (160, 24, 80),
+        "ptsd": (150, 24, 80),
         "urfunny": (160, 24, 80),
-        "mmsd": (200, 24, 80),
-        "siq2": (130, 24, 80),
-        "intentqa": (130, 24, 80),
-        "mimeqa": (130, 24, 80),
+        "mmsd": (180, 24, 80),
+        "siq2": (110, 24, 80),
+        "intentqa": (120, 24, 80),
+        "mimeqa": (120, 24, 80),
     },
 }
-SIZES["tiny"] = {source: (8, 2, 4) for source in SIZES["small"]}
+SIZES["tiny"] = dict.fromkeys(SIZES["small"], (8, 2, 3))
 
 CARRIED_BY: dict[str, str] = {
     "cremad": "voice (pitch, energy, tempo, timbre) and movement of the figure",
@@ -111,7 +111,8 @@ def _opinions(emotion_set: str, sentiment_set: str) -> Callable[[Studio, int], R
 def _written_opinions(studio: Studio, count: int) -> Rows:
     rng = studio.rng
     for sentiment in balanced(BUILTIN.dataset("mosei_senti").labels, count, rng):
-        yield row("mosei_senti", "sentiment", sentiment, rng=rng, transcript=words.opinion(_SENTIMENT_LEVELS[sentiment], rng))
+        said = words.opinion(_SENTIMENT_LEVELS[sentiment], rng)
+        yield row("mosei_senti", "sentiment", sentiment, rng=rng, transcript=said)
 
 
 def _chinese_opinions(studio: Studio, count: int) -> Rows:
@@ -119,7 +120,7 @@ def _chinese_opinions(studio: Studio, count: int) -> Rows:
     levels = dict(zip(BUILTIN.dataset("chsimsv2").labels, (-2, -1, 0, 1, 2), strict=True))
     for sentiment in balanced(list(levels), count, rng):
         manner = words.pick(_MANNERS, rng)
-        clip = studio.clip(manner, "talk") if rng.random() < 0.3 else None
+        clip = studio.clip(manner, "talk", described=False) if rng.random() < 0.25 else None
         said = words.opinion_zh(levels[sentiment], rng)
         yield row("chsimsv2", "sentiment zh", sentiment, rng=rng, transcript=said, video=clip, audio=clip)
 

@@ -9,6 +9,7 @@ It refuses nothing and knows no labels: the names of `VOICES` are manners of spe
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,14 @@ from scipy.signal import lfilter
 SAMPLE_RATE = 8000
 Samples = NDArray[np.float64]
 
-_FORMANTS_HZ = ((730, 1090, 2440), (270, 2290, 3010), (300, 870, 2240), (530, 1840, 2480), (570, 840, 2410), (440, 1020, 2240))
+_FORMANTS_HZ = (
+    (730, 1090, 2440),
+    (270, 2290, 3010),
+    (300, 870, 2240),
+    (530, 1840, 2480),
+    (570, 840, 2410),
+    (440, 1020, 2240),
+)
 _BANDWIDTHS_HZ = (80, 100, 140)
 _GAINS = (1.0, 0.6, 0.3)
 _ROOM_NOISE = 0.0015
@@ -75,13 +83,14 @@ def speak(voice: Voice, num_samples: int, rng: np.random.Generator) -> Samples:
     source = _glottal(pitch, voice.open_quotient) + rng.normal(0, voice.breath, num_samples)
     shaped = _vowels(source, num_syllables, rng) * envelope
     shaped *= 0.09 * voice.level / (shaped.std() + 1e-9)
-    return np.tanh(shaped * 1.2) / 1.2 + rng.normal(0, _ROOM_NOISE, num_samples)
+    spoken: Samples = np.tanh(shaped * 1.2) / 1.2 + rng.normal(0, _ROOM_NOISE, num_samples)
+    return spoken
 
 
 def add_tail(speech: Samples, laughter: bool, rng: np.random.Generator) -> Samples:
-    """The same number of samples whose last third carries an audience: bursts of laughter, or steady murmur."""
+    """The same number of samples whose last two fifths carry an audience: bursts of laughter, or steady murmur."""
     n = len(speech)
-    start = n - n // 3
+    start = n - 2 * n // 5
     t = np.arange(n - start) / SAMPLE_RATE
     level = 0.06 * np.exp(rng.normal(0, 0.2))
     if laughter:
@@ -102,7 +111,8 @@ def ambience(num_samples: int, rng: np.random.Generator) -> Samples:
     t = np.arange(num_samples) / SAMPLE_RATE
     hum = np.sin(2 * np.pi * rng.uniform(90, 130) * t + rng.uniform(0, 6.28))
     hiss = lfilter([1], [1, -rng.uniform(0.5, 0.95)], rng.normal(0, 1, num_samples))
-    return rng.uniform(0.002, 0.01) * hum + rng.uniform(0.003, 0.01) * hiss / hiss.std()
+    room: Samples = rng.uniform(0.002, 0.01) * hum + rng.uniform(0.003, 0.01) * hiss / hiss.std()
+    return room
 
 
 def _jittered(voice: Voice, rng: np.random.Generator) -> Voice:
@@ -144,7 +154,7 @@ def _glottal(pitch_hz: Samples, open_quotient: float) -> Samples:
 def _vowels(source: Samples, num_syllables: int, rng: np.random.Generator) -> Samples:
     out = np.zeros_like(source)
     bounds = np.linspace(0, len(source), num_syllables + 1).astype(int)
-    for first, last in zip(bounds[:-1], bounds[1:], strict=True):
+    for first, last in pairwise(bounds):
         formants = _FORMANTS_HZ[int(rng.integers(len(_FORMANTS_HZ)))]
         for hertz, bandwidth, gain in zip(formants, _BANDWIDTHS_HZ, _GAINS, strict=True):
             r = np.exp(-np.pi * bandwidth / SAMPLE_RATE)

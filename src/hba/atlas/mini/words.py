@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-NOUNS = tuple("movie book dinner trip game song meeting phone car show party hotel".split())
-_GOOD = tuple("great wonderful lovely excellent amazing".split())
-_BAD = tuple("terrible awful horrible boring disappointing".split())
-_PLAIN = tuple("usual ordinary local standard typical".split())
+NOUNS = ("movie", "book", "dinner", "trip", "game", "song", "meeting", "phone", "car", "show", "party", "hotel")
+_GOOD = ("great", "wonderful", "lovely", "excellent", "amazing")
+_BAD = ("terrible", "awful", "horrible", "boring", "disappointing")
+_PLAIN = ("usual", "ordinary", "local", "standard", "typical")
 _GRADES = {3: ("extremely", "absolutely"), 1: ("slightly", "a bit"), 2: ("",), 0: ("", "quite")}
 _OPINIONS = (
     "i think the {noun} was {word} today",
@@ -32,29 +32,46 @@ _SMALL_TALK = (
     "they said it is near the station",
     "the {noun} begins at nine",
 )
-_ANIMALS = tuple("dog cat horse fish cow".split())
-_PEOPLE = tuple("waiter teacher driver doctor friend".split())
-_SETUPS = ("after the {noun} i had no money", "we were late for the {noun}", "nobody liked the {noun}", "i lost my {noun} again")
+_ANIMALS = ("dog", "cat", "horse", "fish", "cow")
+_PEOPLE = ("waiter", "teacher", "driver", "doctor", "friend")
+_SETUPS = (
+    "after the {noun} i had no money",
+    "we were late for the {noun}",
+    "nobody liked the {noun}",
+    "i lost my {noun} again",
+)
 _TWISTS = ("paid the bill", "drove us home", "gave a talk", "made the coffee", "called the police")
 
-_ZH_NOUNS = tuple("电影 晚饭 旅行 会议 手机 酒店".split())
-_ZH_GOOD = tuple("精彩 满意 开心".split())
-_ZH_BAD = tuple("糟糕 失望 难受".split())
-_ZH_PLAIN = tuple("普通 一般 平常".split())
+_ZH_NOUNS = ("电影", "晚饭", "旅行", "会议", "手机", "酒店")
+_ZH_GOOD = ("精彩", "满意", "开心")
+_ZH_BAD = ("糟糕", "失望", "难受")
+_ZH_PLAIN = ("普通", "一般", "平常")
 _ZH_GRADES = {2: ("非常", "极其"), 1: ("有点", "稍微"), 0: ("比较", "很")}
 _ZH_OPINIONS = ("我觉得这次{noun}{word}", "今天的{noun}{word}", "说到{noun}，真是{word}", "大家都说{noun}{word}")
 
 _QUESTIONS: dict[str, tuple[str, ...]] = {
     "emotion": ("What emotion does the speaker show?", "Which emotion is expressed?", "How does this person feel?"),
-    "sentiment": ("What is the sentiment of the speaker?", "How positive or negative is this?", "Which sentiment is expressed?"),
+    "sentiment": (
+        "What is the sentiment of the speaker?",
+        "How positive or negative is this?",
+        "Which sentiment is expressed?",
+    ),
     "sentiment zh": ("说话人的情感倾向是什么？", "这段话表达了怎样的情感？"),
     "humour": ("Is this humour?", "Does the audience find this funny?", "Is the speaker making a joke?"),
-    "sarcasm": ("Is this sarcasm?", "Is the speaker sarcastic?", "Does the speaker mean the words, or is this sarcasm?"),
+    "sarcasm": (
+        "Is this sarcasm?",
+        "Is the speaker sarcastic?",
+        "Does the speaker mean the words, or is this sarcasm?",
+    ),
     "anxiety": ("Does the speaker show signs of anxiety?", "Is anxiety present?"),
     "depression": ("Does the speaker show signs of depression?", "Is depression present?"),
     "ptsd": ("Does the speaker show signs of PTSD?", "Is PTSD present?"),
     "social": ("How does the person feel about the {noun}?", "What does this person feel about the {noun}?"),
-    "intent": ("Why does the person move like this?", "What is the goal of the person?", "What does the person want to do?"),
+    "intent": (
+        "Why does the person move like this?",
+        "What is the goal of the person?",
+        "What does the person want to do?",
+    ),
     "nonverbal": ("What does the person mime?", "Which action is the person acting out?", "What is the person doing?"),
 }
 
