@@ -22,7 +22,7 @@ from hba.errors import HbaError
 
 ADPCM_BLOCK_SAMPLES = 505  # of libsndfile at 8 kHz; whole blocks leave no padding behind the last sample
 MP4_BYTES = 2560
-_QUALITIES = (24, 28, 32, 36, 40, 44)
+_QUALITIES = (28, 32, 36, 40, 44)
 
 
 def wav_bytes(samples: NDArray[np.float64]) -> bytes:

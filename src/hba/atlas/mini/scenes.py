@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from hba.atlas.mini import words
-from hba.atlas.mini.plan import LENGTHS, Clip, Studio, balanced, row
+from hba.atlas.mini.plan import Clip, Studio, balanced, row
 from hba.taxonomy import BUILTIN
 
 Rows = Iterator[dict[str, Any]]
@@ -180,17 +180,18 @@ def _feelings(studio: Studio, count: int) -> Rows:
 def _silent_actions(dataset: str, question: str, answers: dict[str, str]) -> Callable[[Studio, int], Rows]:
     def scene(studio: Studio, count: int) -> Rows:
         rng = studio.rng
-        rooms = {n: [_room(studio, n) for _ in range(3)] for n in range(len(LENGTHS))}
+        rooms: dict[tuple[int, int], Clip] = {}
         for motion in balanced(list(answers), count, rng):
             clip = studio.clip(None, motion, described=False)
-            room = rooms[clip.length][int(rng.integers(3))]
-            yield row(dataset, question, answers[motion], rng=rng, video=clip, audio=room)
+            place = (
+                clip.length,
+                int(rng.integers(3)),
+            )  # three rooms of each length, so that picture and sound last alike
+            if place not in rooms:
+                rooms[place] = studio.clip("ambience", None, described=False, length=clip.length)
+            yield row(dataset, question, answers[motion], rng=rng, video=clip, audio=rooms[place])
 
     return scene
-
-
-def _room(studio: Studio, length: int) -> Clip:
-    return studio.clip("ambience", None, described=False, length=length)
 
 
 SOURCES: dict[str, Callable[[Studio, int], Rows]] = {
