@@ -1,8 +1,12 @@
 """Fixtures that many tests share: one tiny mini-atlas and one tiny backbone a session."""
 
+import os
+
 import pytest
 import torch
 
+# Tests need no hub; offline, a wrong name fails at once instead of after retries.
+os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
 
 

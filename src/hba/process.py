@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from transformers.utils import logging as transformers_logging
 
 from hba.atlas import Atlas
 from hba.model.checkpoint import resolve_dtype
@@ -18,6 +19,8 @@ FEW_CORES = 4
 
 def prepare_process(seed: int) -> None:
     """Seed every generator; on a CPU with few cores use one thread: two that wait for each other are slower."""
+    # Its bars for weights and shards would mix with the command's own progress.
+    transformers_logging.disable_progress_bar()
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -1,9 +1,11 @@
 """The model on real samples: every medium reaches the logits, and batching changes nothing."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
+from PIL import Image
 
 from hba import open_atlas
 from hba.atlas.batch import IGNORED, EncodeConfig, Encoder, collate
@@ -63,9 +65,13 @@ def test_another_medium_changes_the_logits(model, encoder, by_signature, kind):
 
 
 def test_another_image_changes_the_pooled_state(model, tmp_path):
-    from test_atlas_helpers import image_atlas
-
-    atlas = open_atlas(image_atlas(tmp_path), split="test")
+    rows = []
+    for i, colour in enumerate(("red", "blue")):
+        Image.new("RGB", (80, 60), colour).save(tmp_path / f"{i}.png")
+        rows.append({"problem": "<image>How does the person feel?", "answer": "happy", "dataset": "cremad",
+                     "task": "emotion_cls", "modality_signature": "text_image", "images": [f"{i}.png"]})  # fmt: skip
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    atlas = open_atlas(tmp_path, split="test")
     encoder = Encoder(model.processor, EncodeConfig(min_pixels=3136, max_pixels=3136))
     sample, donor = atlas[0], atlas[1]
     before = pooled(model, encoder, [sample])

@@ -6,10 +6,11 @@ import json
 import math
 import random
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import av
 import numpy as np
+import pytest
 import soundfile
 
 from hba.evaluate.score import score_run
@@ -25,6 +26,24 @@ CLIPS = {"ptsd_in_the_wild": "plain.mp4", "cremad": "old.avi", "meld_emotion": "
 class Built(NamedTuple):
     run: Path
     atlas: Path
+
+
+class Build(Protocol):
+    """`build` as the tests see it."""
+
+    def __call__(self, root: Path, *, synthetic: bool = True, media: bool = True) -> Built: ...
+
+
+@pytest.fixture(scope="session")
+def build_run() -> Build:
+    """Builds an atlas and a scored run below a folder."""
+    return build
+
+
+@pytest.fixture(scope="session")
+def hostile() -> str:
+    """The text in the prompts of one dataset."""
+    return HOSTILE
 
 
 def build(root: Path, *, synthetic: bool = True, media: bool = True) -> Built:
@@ -58,8 +77,8 @@ def _rows() -> list[dict[str, Any]]:
         labels = BUILTIN.datasets[key].labels
         for i in range(ROWS_EACH):
             label = labels[i % len(labels)]
-            rows.append({"problem": f"<audio>\nWhat does the speaker of clip {i} express?", "answer": label, "dataset": key,
-                         "task": f"{key}_cls", "class_label": label, "modality_signature": "text_audio",
+            rows.append({"problem": f"<audio>\nWhat does the speaker of clip {i} express?", "answer": label,
+                         "dataset": key, "task": f"{key}_cls", "class_label": label, "modality_signature": "text_audio",
                          "images": [], "videos": [], "audios": ["media/adpcm.wav"], "texts": []})  # fmt: skip
     for row in rows:
         if row["dataset"] in CLIPS:
@@ -105,8 +124,8 @@ def _log() -> list[dict[str, Any]]:
     for step in range(10, 901, 10):
         rate = 2e-3 * min(1.0, step / 50) * 0.5 * (1 + math.cos(math.pi * step / 900))
         loss = 0.25 + 1.9 * math.exp(-step / 220) + draw.gauss(0, 0.08)
-        records.append({"step": step, "epoch": step / 300, "samples_seen": step * 16, "kind": "train", "loss": loss,
-                        "learning_rate": rate, "grad_norm": 0.4 + draw.random(), "samples_per_second": 80.0})  # fmt: skip
+        records.append({"step": step, "epoch": step / 300, "samples_seen": step * 16, "kind": "train",
+                        "loss": loss, "learning_rate": rate, "grad_norm": 0.4 + draw.random()})  # fmt: skip
         if step % 100 == 0:
             scores = {key: 0.9 - 0.6 * math.exp(-step / (150 + 40 * i)) + draw.gauss(0, 0.02)
                       for i, key in enumerate(("SEN", "EMO", "HUM", "SAR", "ANX", "DEP", "PTSD"))}  # fmt: skip
