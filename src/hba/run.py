@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,8 @@ from hba.errors import ConfigError, HbaError
 from hba.storage import AppendLog, StorageError, atomic_write, read_json, read_jsonl, write_json
 
 MACHINE_FACTS = ("hba_version", "git_commit", "python", "platform", "cpu", "cpu_cores", "gpus", "packages")
+# A killed process holds its lock until it is torn down, and a worker forked in that moment until it starts.
+LOCK_GRACE_SECONDS = 1.0
 ELSEWHERE = "Use another run folder, or give the old values to resume this one."
 
 
@@ -215,17 +218,10 @@ class _Lock:
                 f"cannot write ({error.strerror})", where=str(path.parent), fix="Choose a writable folder."
             ) from None
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
+            _acquire(descriptor, path)
+        except HbaError:
             os.close(descriptor)
-            if not isinstance(error, BlockingIOError):
-                fix = "Choose a folder on a file system with locks."
-                raise StorageError(f"cannot lock ({error.strerror})", where=str(path), fix=fix) from None
-            fix = "Wait for it to end, end it, or use another run folder."
-            raise HbaError(
-                f"another process (id {holder}) uses this run folder", where=str(path.parent), fix=fix
-            ) from None
+            raise
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         self._descriptor = descriptor
@@ -237,6 +233,24 @@ class _Lock:
         if self._descriptor is not None:
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
             _drop(self)
+
+
+def _acquire(descriptor: int, path: Path) -> None:
+    deadline = time.monotonic() + LOCK_GRACE_SECONDS
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() < deadline:
+                time.sleep(0.02)
+                continue
+            holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
+            what = f"another process (id {holder}) uses this run folder"
+            fix = "Wait for it to end, end it, or use another run folder."
+            raise HbaError(what, where=str(path.parent), fix=fix) from None
+        except OSError as error:
+            fix = "Choose a folder on a file system with locks."
+            raise StorageError(f"cannot lock ({error.strerror})", where=str(path), fix=fix) from None
 
 
 def _drop(lock: _Lock | None) -> None:

@@ -47,12 +47,11 @@ from tests_settings import Settings
 from hba.run import RunFolder
 run = RunFolder.open(Path(sys.argv[1]), config=Settings(), command="train sft", seed=0)
 run.log({"step": 1, "loss": 0.5})
-if sys.argv[2:] == ["fork"] and os.fork() == 0:
-    print("child", os.getpid(), flush=True)
-    time.sleep(60)
-    os._exit(0)
-print("open", flush=True)
+child = os.fork() if sys.argv[2:] == ["fork"] else -1
+if child != 0:
+    os.write(1, f"open {child}\\n".encode())
 time.sleep(60)
+os._exit(0)
 """
 
 
@@ -158,7 +157,7 @@ def test_a_folder_in_use_is_refused_and_free_after_kill_9(tmp_path: Path) -> Non
     holder = holding_process(tmp_path, path)
     assert holder.stdout is not None
     try:
-        assert holder.stdout.readline() == "open\n"
+        assert holder.stdout.readline() == "open -1\n"
         with pytest.raises(HbaError, match=rf"another process \(id {holder.pid}\) uses this run folder"):
             open_run(path)
     finally:
@@ -174,14 +173,15 @@ def test_a_worker_that_outlives_its_killed_parent_does_not_keep_the_folder(tmp_p
     path = tmp_path / "run"
     holder = holding_process(tmp_path, path, "fork")
     assert holder.stdout is not None
-    said = {holder.stdout.readline() for _ in range(2)}
-    child = next(int(line.split()[1]) for line in said if line.startswith("child"))
+    child = int(holder.stdout.readline().removeprefix("open "))
     try:
         holder.send_signal(signal.SIGKILL)
         holder.wait()
         os.kill(child, 0)  # still alive
         open_run(path).close()
     finally:
+        holder.kill()
+        holder.wait()
         os.kill(child, signal.SIGKILL)
         holder.stdout.close()
 
