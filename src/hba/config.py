@@ -186,10 +186,10 @@ def _check_keys(
         key = f"{prefix}{name}"
         where = _place(key, places)
         if name not in fields:
-            alike = [known.key for known in describe(root) if known.key.rpartition(".")[2] == name]
-            raise ConfigError(
-                f"unknown key {key!r}", where=where, fix=nearest(key, [*alike, *(prefix + f for f in fields)])
-            )
+            elsewhere = [known.key for known in describe(root) if known.key.rpartition(".")[2] == name]
+            # Compared without the prefix, whose letters would make any key of the section look near.
+            fix = f"Did you mean {elsewhere[0]!r}?" if elsewhere else nearest(name, fields)
+            raise ConfigError(f"unknown key {key!r}", where=where, fix=fix)
         section = fields[name].section
         if section is None:
             continue
