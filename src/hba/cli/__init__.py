@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 bad usage or bad input (a quarantined sample tha
 
 from __future__ import annotations
 
+import errno
 import sys
 
 import typer
@@ -13,8 +14,11 @@ import typer
 from hba.cli.atlas import atlas_app
 from hba.cli.evaluate import predict_command, report_command, score_command
 from hba.cli.start import demo_command, doctor_command, tiny_command
-from hba.cli.train import train_app
-from hba.errors import HbaError
+from hba.cli.train import SFT_EXAMPLE, train_app
+from hba.errors import HbaError, InputError
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+INTERRUPTED = 130  # what typer makes of Ctrl-C
 
 app = typer.Typer(
     name="hba",
@@ -25,8 +29,8 @@ app = typer.Typer(
     epilog="Example: hba demo",
 )
 app.command("demo", epilog="Example: hba demo --run runs/demo")(demo_command)
-app.add_typer(atlas_app, name="atlas")
-app.add_typer(train_app, name="train")
+app.add_typer(atlas_app, name="atlas", epilog="Example: hba atlas mini runs/mini")
+app.add_typer(train_app, name="train", epilog=SFT_EXAMPLE)
 app.command("predict", epilog="Example: hba predict runs/demo/sft --atlas runs/demo/atlas")(predict_command)
 app.command("score", epilog="Example: hba score runs/demo/sft")(score_command)
 app.command("report", epilog="Example: hba report runs/demo/sft")(report_command)
@@ -41,6 +45,14 @@ def main() -> None:
     except HbaError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; run the same command again to resume\n")
-        raise SystemExit(130) from None
+    except OSError as error:
+        # A file that cannot be read or written for a reason that no module foresaw: the user's disk, not a bug.
+        if error.filename is None and error.errno not in NO_SPACE:
+            raise
+        place = f"{error.filename}: " if error.filename is not None else ""
+        sys.stderr.write(f"error: {place}{error.strerror}. Fix: Check the path, its permissions and the free space.\n")
+        raise SystemExit(InputError.exit_code) from None
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            sys.stderr.write("interrupted; run the same command again to resume\n")
+        raise

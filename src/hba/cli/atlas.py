@@ -29,4 +29,5 @@ def mini_command(
 
     with counted("mini-atlas") as progress:
         summary = build_mini_atlas(out, size=size, seed=seed, workers=workers, progress=progress)
-    answer(asdict(summary), as_json=json, show=lambda: say(f"Made the synthetic mini-atlas in [bold]{out}[/bold]."))
+    values = asdict(summary) | {"path": str(out)}
+    answer(values, as_json=json, show=lambda: say(f"Made the synthetic mini-atlas in [bold]{out}[/bold]."))

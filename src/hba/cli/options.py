@@ -14,7 +14,7 @@ from hba.errors import InputError, nearest
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config values, such as train.epochs=2.")
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Config values, such as train.epochs=2.")
 ]
 ConfigOption = Annotated[
     str | None, typer.Option("--config", help="A YAML file, or the name of a bundled recipe such as sft or sft_tiny.")
