@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -109,16 +109,24 @@ def answerable(atlas: Atlas, backend: Backend) -> Indices:
     return np.flatnonzero(labelled_N | backend.free_form)
 
 
-def without(atlas: Atlas, rows: Indices, done: set[str]) -> Indices:
-    """The `rows` whose sample ids are not `done`."""
-    return rows if not done else np.array([i for i in rows if atlas[int(i)].id not in done], dtype=np.int64)
-
-
 def predict(
-    atlas: Atlas, rows: Indices, backend: Backend, encoder: Encoder, *, batch_size: int, loader: LoaderConfig
+    atlas: Atlas,
+    rows: Indices,
+    backend: Backend,
+    encoder: Encoder,
+    *,
+    batch_size: int,
+    loader: LoaderConfig,
+    done: Set[str] = frozenset(),
 ) -> Iterator[Predicted]:
-    """Yield the predictions of `rows`, a batch at a time."""
+    """Yield the predictions of `rows`, a batch at a time, but for the samples whose ids are `done`.
+
+    A batch that is done in part is computed whole: its padding, and with it the last bits of every probability, are
+    then those of an uninterrupted run.
+    """
     plan = evaluation_plan(atlas, rows, batch_size)
+    if done:
+        plan = [batch for batch in plan if any(atlas[int(row)].id not in done for row in batch)]
     for batch in load_batches(atlas, encoder, plan, loader):
         started = time.perf_counter()
         outputs = backend.predict(batch) if len(batch) else []
@@ -127,6 +135,7 @@ def predict(
         predictions = [
             _prediction(sample, output, tokens, seconds)
             for sample, output, tokens in zip(batch.samples, outputs, tokens_B, strict=True)
+            if sample.id not in done
         ]
         yield Predicted(predictions, batch.quarantined)
 
@@ -169,9 +178,13 @@ def predict_run(
 ) -> PredictSummary:
     """Predict a split into `folder` (predictions.jsonl, predict.json, quarantine.jsonl), going on where it stopped.
 
-    Raises InputError when the folder holds predictions of another model, atlas or split.
+    Raises InputError when the model has no trained heads, and when the folder holds predictions of another model, atlas
+    or split.
     """
     prepare_process(seed=0)
+    if checkpoint.resolve(model_name) is None:
+        fix = "Give a checkpoint, or the run folder of `hba train sft`."
+        raise InputError("a backbone without trained heads: its answers would be random", where=model_name, fix=fix)
     opened = open_atlas(atlas, split=split, taxonomy=taxonomy)
     model = checkpoint.load(model_name, dtype=config.dtype, attention=config.attention, taxonomy=taxonomy).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -187,19 +200,19 @@ def predict_run(
     }
     start_predictions(folder, json.loads(json.dumps(settings)))
     with PredictionLog(folder / "predictions.jsonl", taxonomy) as log, QuarantineLog(folder) as quarantine:
-        everything = answerable(opened, backend)
-        rows = without(opened, everything, log.done_ids())
-        finished = len(everything) - len(rows)
+        rows, done = answerable(opened, backend), log.done_ids()
+        finished = len(done)
         encoder = Encoder(model.processor, encode, taxonomy)
-        for step in predict(opened, rows, backend, encoder, batch_size=config.batch_size, loader=config.loader):
+        options: dict[str, Any] = {"batch_size": config.batch_size, "loader": config.loader, "done": done}
+        for step in predict(opened, rows, backend, encoder, **options):
             for prediction in step.predictions:
                 log.append(prediction)
             for record in step.quarantined:
                 quarantine.add(record)
             finished += len(step.predictions) + len(step.quarantined)
-            progress(finished, len(everything))
+            progress(finished, len(rows))
         left_out = [r for r in quarantine.records(opened.split) if r["id"] not in log.done_ids()]
-        return PredictSummary(len(log.done_ids()), len(opened) - len(everything), left_out)
+        return PredictSummary(len(log.done_ids()), len(opened) - len(rows), left_out)
 
 
 def start_predictions(folder: Path, settings: dict[str, Any]) -> None:
