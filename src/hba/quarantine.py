@@ -1,7 +1,7 @@
 """quarantine.jsonl: the samples that a run left out, each once, with the place and the reason.
 
 A sample is quarantined, never replaced. The log is append-only and deduplicated by id, so that a resumed run names the
-same samples as an uninterrupted one.
+same samples as an uninterrupted one. Lines are appended whole, so that the ranks of a run can share the file.
 """
 
 from __future__ import annotations
@@ -15,22 +15,32 @@ from hba.storage import AppendLog, read_jsonl
 
 
 class QuarantineLog:
-    """The quarantine of one run folder. Use as a context manager."""
+    """The quarantine of one run folder; the file is made with the first sample."""
 
     def __init__(self, folder: Path) -> None:
-        path = folder / "quarantine.jsonl"
-        self._log = AppendLog(path)
-        self._records = {line.record["id"]: line.record for line in read_jsonl(path)}
+        self.path = folder / "quarantine.jsonl"
+        self._log: AppendLog | None = None
+        self._known: set[str] = set()
 
     def add(self, sample: Quarantined) -> None:
-        """Record a sample unless it is there already."""
-        if sample.id not in self._records:
-            self._records[sample.id] = sample._asdict()
+        """Record a sample unless it is there already. Raises StorageError on a full disk."""
+        if self._log is None:
+            self._log = AppendLog(self.path)
+            self._known = {record["id"] for record in self.records()}
+        if sample.id not in self._known:
             self._log.append(sample._asdict())
+            self._known.add(sample.id)
 
     def records(self, split: str | None = None) -> list[dict[str, Any]]:
-        """What has been left out so far, in one split or in all."""
-        return [r for r in self._records.values() if split is None or r["split"] == split]
+        """What has been left out so far, in one split or in all, other ranks and earlier sessions included."""
+        lines = read_jsonl(self.path) if self.path.is_file() else ()
+        return [line.record for line in lines if split is None or line.record["split"] == split]
+
+    def close(self) -> None:
+        """Flush to the disk and close."""
+        if self._log is not None:
+            self._log.close()
+            self._log = None
 
     def __enter__(self) -> QuarantineLog:
         return self
@@ -38,4 +48,4 @@ class QuarantineLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._log.close()
+        self.close()

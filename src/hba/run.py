@@ -24,6 +24,7 @@ from hba import yaml_core
 from hba.config import flat, keys_without_effect, to_dict, to_yaml
 from hba.environment import environment, now
 from hba.errors import ConfigError, HbaError
+from hba.quarantine import QuarantineLog
 from hba.storage import AppendLog, StorageError, atomic_write, read_json, read_jsonl, write_json
 
 MACHINE_FACTS = ("hba_version", "git_commit", "python", "platform", "cpu", "cpu_cores", "gpus", "packages")
@@ -44,11 +45,9 @@ class RunFolder:
         self.metrics = path / "metrics.json"
         self.report = path / "report.html"
         self._log_path = path / "log.jsonl"
-        self._quarantine_path = path / "quarantine.jsonl"
         self._lock = lock
         self._log: AppendLog | None = None
-        self._quarantine: AppendLog | None = None
-        self._quarantined_ids: set[str] = set()
+        self.quarantine = QuarantineLog(path)
 
     @classmethod
     def open(
@@ -78,12 +77,6 @@ class RunFolder:
         """Whether this process keeps the folder's records: the first rank, while the folder is open."""
         return self._lock is not None
 
-    @property
-    def quarantined(self) -> list[dict[str, Any]]:
-        """The records of quarantine.jsonl, those of other ranks and earlier sessions included."""
-        path = self._quarantine_path
-        return [line.record for line in read_jsonl(path)] if path.is_file() else []
-
     def log(self, record: Mapping[str, Any]) -> None:
         """Add a line to log.jsonl; nothing on ranks other than the first. NaN is refused (ValueError)."""
         if self.is_main:
@@ -104,16 +97,6 @@ class RunFolder:
             with atomic_write(self._log_path) as handle:
                 handle.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
 
-    def quarantine(self, record: Mapping[str, Any]) -> None:
-        """Add a record (id, where, field, reason) to quarantine.jsonl unless its id stands there already."""
-        if self._quarantine is None:
-            # Lines are appended whole, so that ranks which see different samples can share the file.
-            self._quarantine = AppendLog(self._quarantine_path)
-            self._quarantined_ids = {known["id"] for known in self.quarantined}
-        if record["id"] not in self._quarantined_ids:
-            self._quarantine.append(dict(record))
-            self._quarantined_ids.add(record["id"])
-
     def record_data(self, data: Mapping[str, Any]) -> None:
         """Write the data's record (path, fingerprint, synthetic) into environment.json; nothing on other ranks.
 
@@ -132,9 +115,7 @@ class RunFolder:
     def close(self) -> None:
         """Close the logs and let other processes have the folder."""
         self._close_log()
-        if self._quarantine is not None:
-            self._quarantine.close()
-            self._quarantine = None
+        self.quarantine.close()
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -163,7 +144,7 @@ class RunFolder:
         if not self.config.is_file():
             with atomic_write(self.config) as handle:
                 handle.write(to_yaml(config))
-        for log in (self._log_path, self._quarantine_path):
+        for log in (self._log_path, self.quarantine.path):
             if log.is_file():
                 AppendLog(log).close()  # cuts off a line that a kill left torn, before anyone reads it
 

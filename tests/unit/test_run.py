@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from hba.atlas.sample import Quarantined
 from hba.config import load_config, option
 from hba.environment import environment
 from hba.errors import ConfigError, HbaError, InputError
@@ -229,17 +230,20 @@ def test_a_log_refuses_nan(tmp_path: Path) -> None:
         run.log({"step": 1, "loss": float("nan")})
 
 
+LOST = Quarantined("train/3", "train", "tess", "train.jsonl:3, audios", "audios", "no such file")
+
+
 def test_a_sample_stands_in_the_quarantine_once(tmp_path: Path) -> None:
-    record = {"id": "train/3", "where": "train.jsonl:3", "field": "audios", "reason": "no such file"}
     with open_run(tmp_path) as run:
-        assert run.quarantined == []
-        run.quarantine(record)
-        run.quarantine(record)
+        assert run.quarantine.records() == []
+        run.quarantine.add(LOST)
+        run.quarantine.add(LOST)
     with open_run(tmp_path) as run:
-        run.quarantine({**record, "reason": "still not there"})
-        run.quarantine({**record, "id": "train/4"})
-        assert [entry["id"] for entry in run.quarantined] == ["train/3", "train/4"]
-    assert lines(tmp_path / "quarantine.jsonl")[0] == record
+        run.quarantine.add(LOST._replace(reason="still not there"))
+        run.quarantine.add(LOST._replace(id="test/4", split="test"))
+        assert [entry["id"] for entry in run.quarantine.records()] == ["train/3", "test/4"]
+        assert [entry["id"] for entry in run.quarantine.records("test")] == ["test/4"]
+    assert lines(tmp_path / "quarantine.jsonl")[0] == LOST._asdict()
 
 
 def test_other_ranks_share_the_folder_and_only_quarantine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,8 +254,8 @@ def test_other_ranks_share_the_folder_and_only_quarantine(tmp_path: Path, monkey
             other.log({"step": 1})
             other.truncate_log(0)
             other.record_data(DATA)
-            other.quarantine({"id": "train/9", "where": "w", "field": "audios", "reason": "r"})
-        assert [entry["id"] for entry in main.quarantined] == ["train/9"]
+            other.quarantine.add(LOST)
+        assert [entry["id"] for entry in main.quarantine.records()] == ["train/3"]
     assert not (tmp_path / "log.jsonl").exists()
     assert json.loads((tmp_path / "environment.json").read_text())["data"] is None
 

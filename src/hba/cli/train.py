@@ -32,7 +32,7 @@ def sft_command(
     settings = load_config(SftConfig, recipe_path(config), overrides or [])
     with RunFolder.open(run, config=settings, command="train sft", seed=settings.train.seed) as folder:
         progress = train_sft(settings, folder)
-        quarantined = folder.quarantined
+        quarantined = folder.quarantine.records()
     result = {"run": str(run), **asdict(progress), "quarantined": len(quarantined)}
     best = f"best validation mean {progress.best_score:.3f} at step {progress.best_step}"
     answer(result, as_json=json, show=lambda: say(f"Trained {progress.step} steps in [bold]{run}[/bold]: {best}."))

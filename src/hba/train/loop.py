@@ -127,7 +127,7 @@ def run_training(
             progress = replace(progress, step=progress.step + 1, samples_seen=progress.samples_seen + count)
             for batch in micro_batches:
                 for sample in batch.quarantined:
-                    run.quarantine(sample._asdict())
+                    run.quarantine.add(sample)
             seconds = time.perf_counter() - started
             display.step(progress, loss=loss, grad_norm=grad_norm, rate=rate, count=count, seconds=seconds)
             if progress.step % config.validate_every == 0 or progress.step == total:
@@ -173,7 +173,7 @@ def _require_finite(value: Tensor, name: str, batches: Sequence[Batch]) -> None:
     if not bool(torch.isfinite(value)):
         ids = ", ".join(s.id for b in batches for s in b.samples)
         fix = "Look at these samples; lower the learning rate; the last checkpoint is good."
-        raise HbaError(f"{name} is {float(value)}", where=f"samples {ids}", fix=fix)
+        raise HbaError(f"{name} is {float(value.detach())}", where=f"samples {ids}", fix=fix)
 
 
 def _validate_and_save(
