@@ -20,7 +20,7 @@ from hba.atlas.columns import Columns
 from hba.atlas.jsonl import JsonlStore
 from hba.atlas.rows import SIGNATURES
 from hba.atlas.sample import MediaSource, Quarantined, Row, Sample
-from hba.atlas.split import find_files, parse_split
+from hba.atlas.split import SplitFiles, find_files, parse_split
 from hba.errors import InputError, nearest
 from hba.storage import read_json
 from hba.taxonomy import BUILTIN, Taxonomy
@@ -46,6 +46,10 @@ class Store(MediaSource, Protocol):
 
     def sample(self, number: int) -> Sample:
         """Row `number`, 0-based, as a sample."""
+        ...
+
+    def row(self, number: int) -> Row:
+        """Row `number` as published; where media are embedded, a placeholder stands for each path."""
         ...
 
     def audio_bytes(self, number: int) -> int:
@@ -81,6 +85,10 @@ class Atlas:
 
     def __iter__(self) -> Iterator[Sample]:
         return (self._store.sample(int(number)) for number in self._rows)
+
+    def row(self, index: int) -> Row:
+        """Row `index` with the published fields as they are stored."""
+        return self._store.row(int(self._rows[index]))
 
     def __repr__(self) -> str:
         return f"Atlas({str(self.root)!r}, split={self.split!r}, {len(self)} rows)"
@@ -179,8 +187,16 @@ def _checked_names(kind: str, names: Iterable[str], known: Iterable[str]) -> set
     return wanted
 
 
+def _open_store(found: SplitFiles, taxonomy: Taxonomy) -> Store:
+    if found.files[0].suffix == ".jsonl":
+        return JsonlStore(found.files[0], split=found.name, taxonomy=taxonomy)
+    from hba.atlas.parquet import ParquetStore  # pyarrow takes as long to load as a small atlas to open
+
+    return ParquetStore(found.files, split=found.name, taxonomy=taxonomy)
+
+
 def open_atlas(path: str | Path, split: str | None = None, *, taxonomy: Taxonomy = BUILTIN) -> Atlas:
-    """Open one split of the atlas at `path`: a folder, or one JSONL file.
+    """Open one split of the atlas at `path`: a folder, one JSONL file or one parquet shard.
 
     `split` is a name, or a slice of one: 'train', 'train[:1000]' (rows), 'train[:10%]'; a single file needs none.
     Every row is checked, media are not opened. Raises InputError naming file, line and field for a bad row, and
@@ -188,7 +204,7 @@ def open_atlas(path: str | Path, split: str | None = None, *, taxonomy: Taxonomy
     """
     wanted = parse_split(split) if split is not None else None
     found = find_files(Path(path), wanted.name if wanted else None)
-    store = JsonlStore(found.files[0], split=found.name, taxonomy=taxonomy)
+    store = _open_store(found, taxonomy)
     rows = np.arange(len(store), dtype=np.int64)
     if wanted is not None:
         selected = wanted.rows(len(store))

@@ -7,6 +7,7 @@ tuple of names beside them.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -74,6 +75,14 @@ class ColumnsBuilder:
                 *media,
             )
         )
+
+    def extend(self, datasets: Sequence[str], signatures: Sequence[str], *numbers: Sequence[int]) -> None:
+        """Add many rows; `numbers` are labels, problem and answer lengths, counts of images, videos, audios."""
+        codes = [
+            [vocabulary.setdefault(name, len(vocabulary)) for name in names]
+            for vocabulary, names in ((self._datasets, datasets), (self._signatures, signatures))
+        ]
+        self._flat.extend(np.array([*codes, *numbers], np.int32).T.ravel().tolist())
 
     def build(self) -> Columns:
         """The finished columns."""

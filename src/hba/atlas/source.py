@@ -7,13 +7,15 @@ never makes the decoder open other files or the network. Every refusal is a Medi
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeAlias, cast
 
 import av
 import av.error
@@ -24,7 +26,16 @@ if TYPE_CHECKING:
     from av.container import InputContainer
     from av.packet import Packet
 
-Source: TypeAlias = Path | bytes
+
+class Slice(NamedTuple):
+    """`size` bytes of the file `path` from byte `offset` on, read when needed: a medium embedded in a larger file."""
+
+    path: Path
+    offset: int
+    size: int
+
+
+Source: TypeAlias = Path | bytes | Slice
 
 RESTORE = "Restore the file from its source, or remove the row."
 # These carry no duration; the decoder guesses one from the bit rate.
@@ -53,7 +64,13 @@ DEFAULT_LIMITS = Limits()
 
 def check_source(source: Source, *, where: str, limits: Limits) -> int:
     """Size of the source in bytes. Raises MediaError unless it is a non-empty regular file within the limits."""
-    size = len(source) if isinstance(source, bytes) else _file_size(source, where)
+    if isinstance(source, Slice):
+        size = source.size
+        if source.offset < 0 or size < 0 or source.offset + size > _file_size(source.path, where):
+            what = f"lies beyond the end of {source.path.name}"
+            raise MediaError(what, where=where, fix="Restore the shard, or index it again.")
+    else:
+        size = len(source) if isinstance(source, bytes) else _file_size(source, where)
     if size == 0:
         raise MediaError("is empty (0 bytes)", where=where, fix=RESTORE)
     if size > limits.max_bytes:
@@ -78,15 +95,60 @@ def head(source: Source, size: int, *, where: str) -> bytes:
     if isinstance(source, bytes):
         return source[:size]
     try:
-        with source.open("rb") as handle:
-            return handle.read(size)
+        with source.path.open("rb") if isinstance(source, Slice) else source.open("rb") as handle:
+            handle.seek(source.offset if isinstance(source, Slice) else 0)
+            return handle.read(min(size, source.size) if isinstance(source, Slice) else size)
     except OSError as error:
         raise MediaError(f"cannot be read ({error.strerror})", where=where, fix=RESTORE) from None
 
 
-def readable(source: Source) -> str | io.BytesIO:
-    """What the decoders open: an absolute path or a file object over the bytes."""
+class _SliceFile(io.RawIOBase):
+    """A read-only file over a slice; only what a decoder asks for is read."""
+
+    def __init__(self, part: Slice) -> None:
+        self._part, self._at = part, 0
+        self._file = part.path.open("rb", buffering=0)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._part.size}[whence]
+        if base + offset < 0:
+            raise OSError(errno.EINVAL, "seek before the start")
+        self._at = base + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = max(min(len(buffer), self._part.size - self._at), 0)
+        data = os.pread(self._file.fileno(), wanted, self._part.offset + self._at)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def readable(source: Source) -> str | BinaryIO:
+    """What the decoders open: an absolute path, or a file object over the bytes."""
+    if isinstance(source, Slice):
+        return cast(BinaryIO, io.BufferedReader(_SliceFile(source), 1 << 16))
     return io.BytesIO(source) if isinstance(source, bytes) else str(source.absolute())
+
+
+def read_bytes(source: Source) -> bytes:
+    """All bytes of a source. Raises OSError when its file cannot be read."""
+    if isinstance(source, bytes):
+        return source
+    if isinstance(source, Path):
+        return source.read_bytes()
+    with source.path.open("rb") as handle:
+        return os.pread(handle.fileno(), source.size, source.offset)
 
 
 def _check_matroska(source: Source, size: int, where: str) -> None:

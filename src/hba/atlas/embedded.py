@@ -1,0 +1,136 @@
+"""Where the media embedded in a parquet shard lie, so that one row costs the bytes of one row.
+
+Parquet cannot be read by row: a reader decodes a whole column chunk, often gigabytes, to serve one clip. But a column
+that is neither compressed nor dictionary-encoded holds each value as it is, in one piece. An index part beside a shard
+(`index/<name of the shard>`) holds the rows without their media, and for each medium its offset and size in the shard.
+Every offset was found by reading the shard back and comparing the bytes; a part carries a stamp of its shard, and one
+that does not fit is an error. A value that lies in pieces (a compressed column) has the offset -1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hba.atlas.sample import MEDIA_FIELDS
+from hba.errors import InputError
+from hba.storage import atomic_write
+
+_VERSION = 1
+_TAIL_BYTES = 1 << 16
+_META = b"hba"
+
+
+def index_path(shard: Path) -> Path:
+    """The index part of a shard."""
+    return shard.parent / "index" / shard.name
+
+
+def open_shard(shard: Path) -> pq.ParquetFile:
+    """The opened shard. Raises InputError when it is not a whole parquet file."""
+    try:
+        return pq.ParquetFile(shard, memory_map=False, pre_buffer=False)
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        what = f"is not a whole parquet file ({reason})"
+        raise InputError(what, where=str(shard), fix="Download or convert the shard again.") from None
+
+
+def stamp(shard: Path) -> str:
+    """What tells a shard from another: its size and a hash of its end, which holds the places of everything in it."""
+    size = shard.stat().st_size
+    with shard.open("rb") as file:
+        file.seek(max(0, size - _TAIL_BYTES))
+        return f"{size}:{hashlib.sha256(file.read()).hexdigest()}"
+
+
+def write_index(shard: Path) -> Path:
+    """Read a shard once, row group by row group, and write its index part. Raises InputError for a damaged shard."""
+    with open_shard(shard) as file, shard.open("rb") as raw:
+        with mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            try:
+                tables = [_group_index(file, group, data) for group in range(file.num_row_groups)]
+            except (pa.ArrowException, OSError) as error:
+                raise InputError(f"is damaged ({error})", where=str(shard), fix="Restore the shard.") from None
+        schema = file.schema_arrow
+    if not tables:
+        light = [field for field in schema if field.name not in MEDIA_FIELDS]
+        tables = [pa.schema(light).empty_table()]
+    table = pa.concat_tables(tables)
+    table = table.replace_schema_metadata({_META: json.dumps({"version": _VERSION, "stamp": stamp(shard)})})
+    path = index_path(shard)
+    with atomic_write(path, "wb") as handle:
+        pq.write_table(table, handle, compression="zstd")
+    return path
+
+
+def read_index(shard: Path) -> pa.Table | None:
+    """The index part of a shard, None when there is none. Raises InputError when it belongs to another shard."""
+    path = index_path(shard)
+    if not path.is_file():
+        return None
+    try:
+        table = pq.read_table(path, use_threads=False)
+        meta = json.loads((table.schema.metadata or {}).get(_META, b"{}"))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        what = f"is damaged ({type(error).__name__})"
+        raise InputError(what, where=str(path), fix="Delete it; the shard can be indexed again.") from None
+    if meta.get("version") != _VERSION or meta.get("stamp") != stamp(shard):
+        what = f"was not made from {shard.name} as it is now"
+        raise InputError(what, where=str(path), fix="Delete it; the shard can be indexed again.")
+    return table
+
+
+def _group_index(file: pq.ParquetFile, group: int, data: mmap.mmap) -> pa.Table:
+    names = file.schema_arrow.names
+    light = file.read_row_group(group, columns=[n for n in names if n not in MEDIA_FIELDS], use_threads=False)
+    for name in MEDIA_FIELDS:
+        if name in names:
+            start, stop = _chunk(file, group, name)
+            offsets: list[list[int]] = []
+            sizes: list[list[int]] = []
+            at = start
+            # One batch of a few rows at a time: a group may hold gigabytes.
+            for batch in file.iter_batches(batch_size=8, row_groups=[group], columns=[name], use_threads=False):
+                for values in batch.column(0).to_pylist():
+                    places, at = _locate(values or (), data, at, stop)
+                    offsets.append(places)
+                    sizes.append([len(value or b"") for value in values or ()])
+            light = light.append_column(f"{name}_offsets", pa.array(offsets, pa.list_(pa.int64())))
+            light = light.append_column(f"{name}_sizes", pa.array(sizes, pa.list_(pa.int64())))
+    return light
+
+
+def _chunk(file: pq.ParquetFile, group: int, name: str) -> tuple[int, int]:
+    """First and last byte of a column's data in a row group; an empty range when it is compressed."""
+    metadata = file.metadata.row_group(group)
+    for number in range(metadata.num_columns):
+        column = metadata.column(number)
+        if column.path_in_schema.split(".")[0] == name and column.compression == "UNCOMPRESSED":
+            start = column.data_page_offset
+            if column.has_dictionary_page and column.dictionary_page_offset:
+                start = min(start, column.dictionary_page_offset)
+            return start, start + column.total_compressed_size
+    return 0, 0
+
+
+def _locate(values: Sequence[bytes | None], data: mmap.mmap, at: int, stop: int) -> tuple[list[int], int]:
+    """Offsets of values that follow each other from `at` on, each compared byte by byte; -1 where not found."""
+    places: list[int] = []
+    for value in values:
+        if not value:
+            places.append(-1)
+            continue
+        sign = len(value).to_bytes(4, "little")  # parquet's plain encoding: length, then the bytes
+        found = data.find(sign + value[:256], at, stop)
+        while found >= 0 and data[found + 4 : found + 4 + len(value)] != value:
+            found = data.find(sign + value[:256], found + 1, stop)
+        places.append(found + 4 if found >= 0 else -1)
+        at = found + 4 + len(value) if found >= 0 else at
+    return places, at

@@ -1,0 +1,253 @@
+"""Parquet shards with embedded media serve the samples of the JSONL form, and bad shards are refused by name."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+import torch
+
+from hba.atlas import Atlas, open_atlas
+from hba.atlas.convert import convert_to_parquet
+from hba.atlas.embedded import index_path, write_index
+from hba.atlas.media import Limits, load_audio
+from hba.atlas.source import Slice, read_bytes
+from hba.errors import InputError, MediaError
+
+
+def _write_media(folder: Path, number: int) -> None:
+    rng = np.random.default_rng(number)
+    soundfile.write(folder / f"{number}.wav", rng.normal(0, 0.1, 16_000), 16_000)
+    torch.save({"pose": torch.rand(5, 3)}, folder / f"{number}.pt")
+    with av.open(str(folder / f"{number}.mp4"), "w") as out:
+        stream = out.add_stream("libx264", rate=10)
+        stream.width = stream.height = 64
+        for _ in range(12):
+            pixels = rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        out.mux(stream.encode())
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("jsonl")
+    lines = []
+    for number in range(6):
+        _write_media(folder, number)
+        row: dict[str, Any] = {"problem": f"Question {number}?", "answer": "anger", "dataset": "cremad"}
+        row |= {"task": "emotion_cls", "class_label": "anger", "modality_signature": "text_audio"}
+        row["audios"] = [f"{number}.wav"]
+        if number % 3 == 1:
+            row |= {"videos": [f"{number}.mp4"], "modality_signature": "text_video_audio", "speaker": {"age": number}}
+            row["ext_video_feats"] = [f"{number}.pt"]
+        if number % 3 == 2:
+            row |= {
+                "audios": [],
+                "modality_signature": "text",
+                "dataset": "siq2",
+                "task": "x_qa",
+                "answer": f"A{number}",
+            }
+            row["class_label"] = ""
+        if number == 4:
+            row |= {"id": "named", "audios": ["0.wav", "1.wav"]}
+        lines.append(json.dumps(row))
+    (folder / "train.jsonl").write_text("\n".join([*lines[:2], "", *lines[2:]]) + "\n")  # ids are line numbers
+    return folder
+
+
+@pytest.fixture(scope="module")
+def converted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("parquet")
+    shards = convert_to_parquet(open_atlas(source, "train"), out, shard_bytes=80_000)
+    assert len(shards) > 1
+    return out
+
+
+def without_index(source: Path, out: Path, **options: Any) -> Path:
+    """One shard as another tool writes it."""
+    opened = open_atlas(source, "train")
+    records = []
+    for number, sample in enumerate(opened):
+        record = {name: getattr(opened.row(number), name) for name in ("problem", "answer", "dataset", "task")}
+        record |= {"class_label": opened.row(number).class_label, "id": sample.id}
+        record["modality_signature"] = sample.modality_signature
+        for name in ("images", "videos", "audios", "ext_video_feats", "ext_audio_feats"):
+            paths = [sample.source.medium(sample.number, name, i, where="") for i in range(getattr(sample, name))]
+            record[name] = [read_bytes(path) for path in paths]
+        records.append(record)
+    media = [
+        pa.field(n, pa.list_(pa.binary())) for n in ("images", "videos", "audios", "ext_video_feats", "ext_audio_feats")
+    ]
+    text = [pa.field(n, pa.string()) for n in records[0] if n not in {field.name for field in media}]
+    path = out / "train.parquet"
+    pq.write_table(pa.Table.from_pylist(records, pa.schema(text + media)), path, **options)
+    return path
+
+
+def assert_same(one: Atlas, other: Atlas, *, extra: bool = True) -> None:
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        for name in ("id", "problem", "answer", "dataset", "task", "label", "modality_signature", "texts"):
+            assert getattr(a, name) == getattr(b, name), name
+        for name in ("images", "videos", "audios", "ext_video_feats", "ext_audio_feats"):
+            assert getattr(a, name) == getattr(b, name), name
+        assert not extra or a.extra == b.extra
+        for x, y in zip(a.load_audios(), b.load_audios(), strict=True):
+            np.testing.assert_array_equal(x.samples, y.samples)
+        for x, y in zip(a.load_videos(4), b.load_videos(4), strict=True):
+            np.testing.assert_array_equal(x.frames, y.frames)
+        for x, y in zip(a.load_descriptors("ext_video_feats"), b.load_descriptors("ext_video_feats"), strict=True):
+            assert torch.equal(x["pose"], y["pose"])
+    for name in ("dataset_codes", "signature_codes", "task_codes", "label_codes", "problem_chars", "num_videos"):
+        np.testing.assert_array_equal(getattr(one.columns, name), getattr(other.columns, name))
+
+
+def test_converted_atlas_is_the_same(source: Path, converted: Path) -> None:
+    one, other = open_atlas(source, "train"), open_atlas(converted, "train")
+    assert [s.id for s in other] == ["train/1", "train/2", "train/4", "train/5", "named", "train/7"]
+    assert_same(one, other)
+    np.testing.assert_array_equal(one.audio_bytes, other.audio_bytes)
+    np.testing.assert_array_equal(one.columns.num_audios, other.columns.num_audios)
+    assert other[1].extra == {"speaker": {"age": 1}}
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "none"}, {"compression": "zstd", "row_group_size": 2}])
+def test_shards_of_other_writers(source: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    shard = without_index(source, tmp_path, **options)
+    one = open_atlas(source, "train")
+    assert_same(one, open_atlas(tmp_path, "train"), extra=False)
+    write_index(shard)
+    assert_same(one, open_atlas(shard), extra=False)
+
+
+def test_media_of_an_indexed_shard_are_slices(converted: Path) -> None:
+    opened = open_atlas(converted, "train")
+    sample = opened[1]
+    medium = sample.source.medium(sample.number, "videos", 0, where="")
+    assert isinstance(medium, Slice)
+    assert read_bytes(medium)[4:8] == b"ftyp"
+
+
+def test_any_parquet_reader_opens_the_shards(converted: Path, source: Path) -> None:
+    table = pa.concat_tables([pq.read_table(shard) for shard in sorted(converted.glob("train-*.parquet"))])
+    assert table["audios"].to_pylist()[0] == [(source / "0.wav").read_bytes()]
+
+
+def test_pickled_and_filtered(converted: Path) -> None:
+    opened = pickle.loads(pickle.dumps(open_atlas(converted, "train[1:]"))).filter(tasks=["EMO"])
+    assert [s.id for s in opened] == ["train/2", "train/5", "named"]
+    assert opened[0].load_audios()
+    assert opened.fingerprint == open_atlas(converted, "train[1:]").filter(tasks=["EMO"]).fingerprint
+
+
+def test_conversion_resumes_and_repeats_identically(source: Path, converted: Path, tmp_path: Path) -> None:
+    atlas = open_atlas(source, "train")
+    shards = convert_to_parquet(atlas, tmp_path, shard_bytes=80_000)
+    assert [s.read_bytes() for s in shards] == [(converted / s.name).read_bytes() for s in shards]
+    kept = shards[0].stat().st_mtime_ns
+    index_path(shards[1]).unlink()  # as if killed before the second shard was done
+    shards[1].write_bytes(b"half")
+    assert convert_to_parquet(atlas, tmp_path, shard_bytes=80_000) == shards
+    assert shards[0].stat().st_mtime_ns == kept
+    assert_same(atlas, open_atlas(tmp_path, "train"))
+    with pytest.raises(InputError, match="holds other shards"):
+        convert_to_parquet(atlas, tmp_path, shard_bytes=1 << 30)
+
+
+def test_conversion_in_processes(source: Path, tmp_path: Path) -> None:
+    atlas = open_atlas(source, "train")
+    convert_to_parquet(atlas, tmp_path, shard_bytes=80_000, workers=2)
+    assert_same(atlas, open_atlas(tmp_path, "train"))
+
+
+# --- bad shards -------------------------------------------------------------------------------------------------------
+
+
+def text_shard(folder: Path, **columns: Any) -> Path:
+    """A shard of three text rows with some columns replaced, or left out where None."""
+    good: dict[str, Any] = {
+        "problem": ["Is it a joke?"] * 3,
+        "answer": ["yes", "no", "yes"],
+        "dataset": ["urfunny"] * 3,
+        "task": ["humour_cls"] * 3,
+        "modality_signature": ["text"] * 3,
+    }
+    table = {name: values for name, values in (good | columns).items() if values is not None}
+    pq.write_table(pa.table(table), folder / "test.parquet")
+    return folder / "test.parquet"
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"modality_signature": None}, "test.parquet: column 'modality_signature': is missing"),
+        ({"answer": [1, 2, 3]}, "test.parquet: column 'answer': expected string, found int64"),
+        ({"audios": [["a.wav"]] * 3}, "column 'audios': expected list of binary"),
+        ({"answer": ["yes", "no", "perhaps"]}, "test.parquet:3: field 'answer': unknown label 'perhaps'"),
+        ({"answer": ["yes", None, "no"]}, "test.parquet:2: field 'answer': is missing"),
+        ({"dataset": ["urfunny", "ur", "urfunny"]}, "test.parquet:2: field 'dataset': unknown dataset 'ur'"),
+        ({"modality_signature": ["text", "text", "smell"]}, "test.parquet:3: field 'modality_signature': unknown"),
+        ({"id": ["a", "b", "a"]}, "test.parquet:3: field 'id': 'a' is also the id of"),
+        (
+            {name: [] for name in ("problem", "answer", "dataset", "task", "modality_signature")},
+            "has no rows|found null",
+        ),
+    ],
+)
+def test_bad_rows_are_named(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        open_atlas(text_shard(tmp_path, **columns))
+
+
+def test_good_text_shard_opens(tmp_path: Path) -> None:
+    assert [s.label for s in open_atlas(text_shard(tmp_path))] == ["humour", "not humour", "humour"]
+
+
+def test_cut_stale_and_missing_shards(converted: Path, tmp_path: Path) -> None:
+    for file in converted.rglob("*.parquet"):
+        target = tmp_path / file.relative_to(converted)
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(file.read_bytes())
+    first, last = sorted(tmp_path.glob("*.parquet"))[0], sorted(tmp_path.glob("*.parquet"))[-1]
+    data = first.read_bytes()
+    first.write_bytes(data[: len(data) // 2])
+    with pytest.raises(InputError, match="was not made from"):
+        open_atlas(tmp_path, "train")
+    index_path(first).unlink()
+    with pytest.raises(InputError, match="not a whole parquet file"):
+        open_atlas(tmp_path, "train")
+    first.write_bytes(data)
+    last.unlink()
+    with pytest.raises(InputError, match="missing"):
+        open_atlas(tmp_path, "train")
+
+
+def test_shard_that_shrinks_after_opening(source: Path, tmp_path: Path) -> None:
+    shard = convert_to_parquet(open_atlas(source, "train"), tmp_path)[0]
+    opened = open_atlas(tmp_path, "train")
+    shard.write_bytes(shard.read_bytes()[:1000])
+    with pytest.raises(MediaError, match="lies beyond the end"):
+        opened[1].load_videos(4)
+
+
+def test_slices_respect_their_ends(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", np.zeros(1000, np.float32), 16_000)
+    sound = (tmp_path / "a.wav").read_bytes()
+    (tmp_path / "shard").write_bytes(b"x" * 100 + sound + b"y" * 100)
+    inner = Slice(tmp_path / "shard", 100, len(sound))
+    assert len(load_audio(inner, where="w").samples) == 1000
+    with pytest.raises(MediaError, match="cut off"):
+        load_audio(inner._replace(size=len(sound) - 10), where="w")
+    with pytest.raises(MediaError, match="more than the limit"):
+        load_audio(inner, where="w", limits=Limits(max_bytes=100))
+    with pytest.raises(MediaError, match="is empty"):
+        load_audio(inner._replace(size=0), where="w")
