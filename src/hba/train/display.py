@@ -6,6 +6,7 @@ throughput) are the only ones that differ between two equal runs.
 
 from __future__ import annotations
 
+from contextlib import nullcontext, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -60,15 +61,20 @@ class TrainingDisplay:
     ) -> None:
         self._bar.stop()
         if self._board is not None:
-            self._board.close()
+            # What the board cannot write any more must not hide the error that is on its way.
+            with suppress(OSError) if error is not None else nullcontext():
+                self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
 
     def step(
         self, progress: Progress, *, loss: float, grad_norm: float, rate: float, count: int, seconds: float
     ) -> None:
-        """Record one optimizer step; a line is logged every `log_every` steps, with the mean loss since the last."""
-        self._loss_sum += loss * count
+        """Record one optimizer step; a line is logged every `log_every` steps, with the mean loss since the last.
+
+        A step of which every sample was quarantined has count 0 and adds nothing; its NaN stays out of the log.
+        """
+        self._loss_sum += loss * count if count else 0.0
         self._samples += count
         self._seconds += seconds
         self._steps += 1
@@ -83,10 +89,11 @@ class TrainingDisplay:
             "samples_seen": progress.samples_seen,
             "loss": mean,
             "learning_rate": self._config.learning_rate * rate,
-            "grad_norm": grad_norm,
+            "grad_norm": grad_norm if count else None,
             "samples_per_second": round(speed, 2),
         }
-        self._record(record, {k: record[k] for k in ("loss", "learning_rate", "grad_norm", "samples_per_second")})
+        drawn = ("loss", "learning_rate", "grad_norm", "samples_per_second")
+        self._record(record, {k: record[k] for k in drawn if record[k] is not None})
         figures = f"loss {mean:.3f}  {speed:.1f} samples/s  {progress.samples_seen} seen"
         self._bar.update(self._task, completed=progress.step, figures=figures)
         self._loss_sum = self._seconds = 0.0

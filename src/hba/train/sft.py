@@ -19,6 +19,7 @@ from hba.atlas import Atlas, open_atlas
 from hba.atlas.batch import Batch, EncodeConfig, Encoder
 from hba.atlas.loader import LoaderConfig, load_batches
 from hba.config import option
+from hba.errors import InputError
 from hba.evaluate.metrics import score
 from hba.evaluate.predict import HeadsBackend, answerable, predict
 from hba.model import checkpoint
@@ -66,7 +67,7 @@ def train_sft(config: SftConfig, run: RunFolder, *, taxonomy: Taxonomy = BUILTIN
         model=model,
         loss=heads_loss,
         batches=lambda plan, start: load_batches(train, encoder, plan, config.loader, start=start),
-        validate=partial(validate_heads, model, validation, encoder, config),
+        validate=partial(validate_heads, model, validation, encoder, config, run),
         save_model=partial(save_checkpoint, model, config),
         learning_rates={},
     )
@@ -105,12 +106,24 @@ def save_checkpoint(model: OmniSapiens, config: SftConfig, folder: Path) -> None
     )
 
 
-def validate_heads(model: OmniSapiens, atlas: Atlas, encoder: Encoder, config: SftConfig) -> Validation:
-    """The published metrics of the heads on the validation rows; the mean over tasks chooses the best checkpoint."""
+def validate_heads(
+    model: OmniSapiens, atlas: Atlas, encoder: Encoder, config: SftConfig, run: RunFolder
+) -> Validation:
+    """The published metrics of the heads on the validation rows; the mean over tasks chooses the best checkpoint.
+
+    Samples that cannot be read go into the run's quarantine. Raises InputError when none is left to score.
+    """
     backend = HeadsBackend(model, atlas.taxonomy)
     size = config.validation_batch_size
     steps = predict(atlas, answerable(atlas, backend), backend, encoder, batch_size=size, loader=config.loader)
-    done = [prediction for step in steps for prediction in step.predictions]
+    done = []
+    for step in steps:
+        done += step.predictions
+        for sample in step.quarantined if run.is_main else ():
+            run.quarantine.add(sample)
+    if not done:
+        fix = "Repair the media named in quarantine.jsonl."
+        raise InputError(f"no sample of split {atlas.split!r} can be read", where=str(atlas.root), fix=fix)
     metrics = score([p.label for p in done], [p.target for p in done], [p.dataset for p in done])
     tasks = {key: task["score"] for key, task in metrics["tasks"].items() if task["score"] is not None}
     mean = sum(tasks.values()) / len(tasks)

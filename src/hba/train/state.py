@@ -7,14 +7,17 @@ be found. `best.json` names the best step; folders that are neither last nor bes
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from hba.storage import atomic_folder, read_json, write_json
 
@@ -42,15 +45,45 @@ def save_state(
 
     Raises StorageError when the disk is full; the earlier checkpoints then still stand.
     """
-    with atomic_folder(folder / f"step_{progress.step}") as new:
+    remove_debris(folder)
+    with atomic_folder(folder / f"step_{progress.step}") as new, _writers_raise_os_errors():
         save_model(new)
-        torch.save({"optimizer": optimizer.state_dict(), "rng": _rng_state(device)}, new / "optimizer.pt")
+        with (new / "optimizer.pt").open("wb") as file:
+            torch.save({"optimizer": optimizer.state_dict(), "rng": _rng_state(device)}, file)
         write_json(new / "trainer_state.json", asdict(progress))
     if progress.best_step == progress.step:
         write_json(folder / "best.json", {"step": progress.step, "score": progress.best_score})
     for step, path in steps(folder):
         if step not in (progress.step, progress.best_step):
             shutil.rmtree(path)
+
+
+@contextmanager
+def _writers_raise_os_errors() -> Iterator[None]:
+    """torch and safetensors tell of a full disk in errors of their own; raise the OSError behind them."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        code = _errno(error)
+        if code is None:
+            raise
+        raise OSError(code, os.strerror(code)) from error
+
+
+def _errno(error: BaseException | None) -> int | None:
+    while error is not None:
+        if isinstance(error, OSError):
+            return error.errno
+        if isinstance(error, SafetensorError) and (match := re.search(r"os error (\d+)", str(error))):
+            return int(match[1])
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def remove_debris(folder: Path) -> None:
+    """Remove what a killed process had begun to write into `folder`, which this process alone writes to."""
+    for begun in folder.glob(".*.tmp"):
+        shutil.rmtree(begun) if begun.is_dir() else begun.unlink()
 
 
 def steps(folder: Path) -> list[tuple[int, Path]]:
