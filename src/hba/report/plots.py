@@ -172,6 +172,7 @@ def smooth(points: Points, width: int) -> list[tuple[float, float]]:
 def nice_axis(low: float, high: float, *, count: int = 4, tight: bool = False) -> Axis:
     """An axis over [low, high] with about `count` round ticks; `tight` keeps the ends, else they move to ticks."""
     span = (high - low) or abs(high) or 1.0
+    high = high if tight else low + span
     rough = span / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)

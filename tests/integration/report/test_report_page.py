@@ -117,7 +117,7 @@ def test_the_page_says_what_the_run_found(built, page: Page) -> None:
     assert "over 7 scored tasks; 7 of 7 wholly above chance ; 3 samples quarantined" in words.replace(
         "chance;", "chance ;"
     )
-    assert "Synthetic data." in words and "published" not in words.replace("published results", "")
+    assert "Synthetic data." in words and "not measured here" not in words
     assert "not scored (needs a judge)" in words
     for key, task in metrics["tasks"].items():
         if task["score"] is not None:
