@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+from functools import cache
 
 import av
 import numpy as np
@@ -93,6 +94,7 @@ def tokens(text):
     return re.findall(r"[a-z]+|<\w+>", text.lower()) + re.findall(r"(?=([\u4e00-\u9fff]{2}))", text)
 
 
+@cache
 def sound_of(file):
     if file is None:
         return {}, 0
@@ -100,6 +102,7 @@ def sound_of(file):
     return {f"voice {k}": value for k, value in enumerate(functionals(samples))}, len(samples) / rate
 
 
+@cache
 def sight_of(file):
     """Where there is light, and where it changes, in 14 x 14 cells; and the number of frames."""
     if file is None:

@@ -12,6 +12,7 @@ import pytest
 import soundfile
 import torch
 
+from hba import open_atlas
 from hba.atlas.mini import CARRIED_BY, VERSION, build_mini_atlas
 from hba.errors import InputError
 from hba.taxonomy import BUILTIN
@@ -208,3 +209,16 @@ def test_progress_is_told_and_an_interruption_leaves_nothing(tmp_path):
     assert [done for done, _ in calls] == [1, 2, 3, 4, 5]
     assert calls[0][1] > 100
     assert not list(Path(tmp_path).iterdir())
+
+
+def test_the_atlas_opens_and_every_medium_decodes(atlas):
+    for split in SPLITS:
+        opened = open_atlas(atlas, split=split)
+        assert len(opened) == len(rows_of(atlas, split))
+        assert not opened.quarantine
+    for number in range(len(opened)):
+        sample = opened[number]
+        assert all(0.9 < audio.seconds < 1.6 for audio in sample.load_audios())
+        assert all(video.frames.shape == (8, 56, 56, 3) for video in sample.load_videos(8))
+        assert len(sample.load_descriptors("ext_audio_feats")) == sample.ext_audio_feats
+        assert len(sample.load_descriptors("ext_video_feats")) == sample.ext_video_feats
