@@ -43,6 +43,7 @@ CHANNELS = {
     "intentqa": {"movement"},
     "mimeqa": {"movement"},
 }
+pytestmark = pytest.mark.slow
 SAID = re.compile(r'The speaker says: "([^"]*)"|说话人说：“([^”]*)”')
 LUCK = 0.002  # of a test by luck; some forty probes are made, with one fixed seed
 BEYOND_LUCK = 1e-3
