@@ -42,16 +42,17 @@ def curves(events: Sequence[Event], tasks: Mapping[str, TaskScore]) -> Curves:
     """The charts of a log; `tasks` gives the chance levels of the small ones."""
     train = [event for event in events if event.kind == "train"]
     validation = [event for event in events if event.kind == "validation"]
+    last_step = max((event.step for event in events), default=0)
     charts = [
-        _loss(train, validation),
-        _validation_mean(validation),
-        _single(train, "Learning rate", lambda event: event.learning_rate),
-        _single(train, "Gradient norm", lambda event: event.grad_norm),
+        _loss(train, validation, last_step),
+        _validation_mean(validation, last_step),
+        _single(train, last_step, "Learning rate", lambda event: event.learning_rate),
+        _single(train, last_step, "Gradient norm", lambda event: event.grad_norm),
     ]
     keys = sorted({key for event in validation for key in event.metrics} - {"mean"}, key=_task_order)
     return Curves(
         charts=tuple(chart for chart in charts if chart),
-        tasks=tuple(chart for key in keys if (chart := _task(key, validation, tasks.get(key)))),
+        tasks=tuple(chart for key in keys if (chart := _task(key, validation, tasks.get(key), last_step))),
         num_not_finite=sum(event.loss is None for event in train),
     )
 
@@ -64,7 +65,7 @@ def _points(events: Sequence[Event], value: Callable[[Event], float | None]) -> 
     return [(float(event.step), y) for event in events if (y := value(event)) is not None]
 
 
-def _loss(train: Sequence[Event], validation: Sequence[Event]) -> Chart | None:
+def _loss(train: Sequence[Event], validation: Sequence[Event], last_step: int) -> Chart | None:
     raw = _points(train, lambda event: event.loss)
     held_out = _points(validation, lambda event: event.loss)
     smoothed = len(raw) >= MIN_SMOOTHED_POINTS
@@ -74,34 +75,35 @@ def _loss(train: Sequence[Event], validation: Sequence[Event]) -> Chart | None:
         series.append(Series(name=f"mean over {width} logged steps", points=smooth(raw, width), style="main"))
     if held_out:
         series.append(Series(name="validation", points=held_out, style="marked"))
-    return _chart("Loss", series, _zero_axis(series)) if series else None
+    return _chart("Loss", series, _zero_axis(series), last_step) if series else None
 
 
-def _validation_mean(validation: Sequence[Event]) -> Chart | None:
+def _validation_mean(validation: Sequence[Event], last_step: int) -> Chart | None:
     points = _points(validation, lambda event: event.metrics.get("mean"))
     if not points:
         return None
-    return _chart("Validation score, mean over tasks", [Series(name="mean", points=points, style="marked")], UNIT_AXIS)
+    series = [Series(name="mean", points=points, style="marked")]
+    return _chart("Validation score, mean over tasks", series, UNIT_AXIS, last_step)
 
 
-def _single(train: Sequence[Event], title: str, value: Callable[[Event], float | None]) -> Chart | None:
+def _single(train: Sequence[Event], last_step: int, title: str, value: Callable[[Event], float | None]) -> Chart | None:
     points = _points(train, value)
     if not points:
         return None
     series = [Series(name=title.lower(), points=points, style="main")]
-    return _chart(title, series, _zero_axis(series))
+    return _chart(title, series, _zero_axis(series), last_step)
 
 
-def _task(key: str, validation: Sequence[Event], task: TaskScore | None) -> Chart | None:
+def _task(key: str, validation: Sequence[Event], task: TaskScore | None, last_step: int) -> Chart | None:
     points = _points(validation, lambda event: event.metrics.get(key))
     if not points:
         return None
     series = [Series(name=key, points=points, style="marked")]
     if task is not None and task.chance is not None:
-        ends = [(points[0][0], task.chance), (points[-1][0], task.chance)]
+        ends = [(0.0, task.chance), (float(last_step), task.chance)]
         series.append(Series(name="chance", points=ends, style="chance"))
     label = f"{key} on validation, {_course(points)}"
-    svg = line_chart(series, SMALL_UNIT_AXIS, label=label, height=120, small=True)
+    svg = line_chart(series, SMALL_UNIT_AXIS, last_step=last_step, label=label, height=120, small=True)
     return Chart(title=key, note=f"{points[-1][1]:.2f}", svg=svg, legend=())
 
 
@@ -110,9 +112,9 @@ def _zero_axis(series: Sequence[Series]) -> Axis:
     return nice_axis(min(0.0, *values), max(values))
 
 
-def _chart(title: str, series: Sequence[Series], axis: Axis) -> Chart:
+def _chart(title: str, series: Sequence[Series], axis: Axis, last_step: int) -> Chart:
     label = f"{title} over training steps: " + "; ".join(f"{line.name}, {_course(line.points)}" for line in series)
-    svg = line_chart(series, axis, label=label, height=230)
+    svg = line_chart(series, axis, last_step=last_step, label=label, height=230, small=False)
     return Chart(title=title, note="", svg=svg, legend=tuple(series) if len(series) > 1 else ())
 
 

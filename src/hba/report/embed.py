@@ -14,7 +14,6 @@ import wave
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import av
@@ -145,12 +144,12 @@ def encode_video(source: media.Source, *, where: str, max_bytes: int) -> Encoded
             raise MediaError("the file has no video stream", where=where, fix="Replace the file.")
         seconds = _seconds(container)
         mime = _playable_as(container, head(source, 64, where=where))
-        if mime is not None and check_source(source, where=where, limits=media.DEFAULT_LIMITS) <= max_bytes:
+        size = check_source(source, where=where, limits=media.DEFAULT_LIMITS)
+        if mime is not None and size <= max_bytes:
             # A header alone can look sound in a file that is cut off.
             if next(container.decode(video=0), None) is None:
                 raise MediaError("the video has no frame", where=where, fix="Replace the file.")
-            data = source.read_bytes() if isinstance(source, Path) else source
-            return Encoded(mime, data, f"{seconds:.1f} s" if seconds else "length unknown")
+            return Encoded(mime, head(source, size, where=where), f"{seconds:.1f} s" if seconds else "length unknown")
         frames, note = _excerpt(container, where), _excerpt_note(container, seconds)
     return Encoded("video/mp4", _encode_h264(frames), note)
 

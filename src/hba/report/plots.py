@@ -85,16 +85,14 @@ def describe(task: TaskScore, name: str) -> str:
     return f"{name}: {task.score:.2f}{interval}{chance}"
 
 
-def line_chart(series: Sequence[Series], axis: Axis, *, label: str, height: int, small: bool = False) -> Markup:
-    """A chart of lines over training steps, `height` pixels high and as wide as its place; `label` says it
-    in words. A `small` chart names only the first and the last step.
+def line_chart(series: Sequence[Series], axis: Axis, *, last_step: int, label: str, height: int, small: bool) -> Markup:
+    """A chart of lines over training steps 0 to `last_step`, `height` pixels high and as wide as its place.
 
-    `series` must hold at least one point.
+    `label` says it in words. A `small` chart names only the first and the last step.
     """
-    steps = [x for line in series for x, _ in line.points]
-    x_axis = nice_axis(min(steps), max(steps), count=5, tight=True)
+    x_axis = nice_axis(0.0, float(last_step), count=5, tight=True)
     if small:
-        x_axis = replace(x_axis, ticks=tuple(sorted({x_axis.low, x_axis.high})), text=lambda value: f"{value:,.0f}")
+        x_axis = replace(x_axis, ticks=(0.0, x_axis.high), text=lambda value: f"{value:,.0f}")
     top, bottom = 8, height - 26
     parts = [_grid(axis, x_axis, top=top, bottom=bottom, small=small)]
     parts += [_line(line, axis, x_axis, top=top, bottom=bottom) for line in series]

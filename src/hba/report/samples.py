@@ -116,7 +116,7 @@ def gather(
         except InputError as error:
             if required:
                 raise
-            note = f"The atlas could not be opened: {error.what}."
+            note = f"The atlas {root} could not be opened ({error.what}); name its folder with --atlas."
     # Worst and best take turns, so that the bytes of the page do not all go to one side.
     turns = [p for pair in zip_longest(chosen.worst, chosen.best) for p in pair if p is not None]
     cards = {p.id: _card(p, rows.get(p.id), note, budget, taxonomy) for p in turns}

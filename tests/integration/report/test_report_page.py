@@ -188,7 +188,7 @@ def test_a_recorded_atlas_that_is_gone_is_a_note_and_a_given_one_an_error(built,
     environment["data"]["path"] = str(tmp_path / "gone")
     (run / "environment.json").write_text(json.dumps(environment))
     page = Page(write_report(run).read_text(encoding="utf-8"))
-    assert "The atlas could not be opened" in page.words() and not page.all("audio")
+    assert f"The atlas {tmp_path / 'gone'} could not be opened" in page.words() and not page.all("audio")
     assert page.words().count("Answered") == 12
     with pytest.raises(InputError):
         write_report(run, atlas_root=tmp_path / "gone", out=tmp_path / "other.html")
