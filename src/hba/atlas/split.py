@@ -99,6 +99,18 @@ def find_files(path: Path, name: str | None) -> SplitFiles:
     return SplitFiles(name, files)
 
 
+def present_splits(path: Path) -> tuple[str, ...]:
+    """The splits at `path`, a folder or one file: the published ones in their order, then others by name.
+
+    Raises InputError when there is none.
+    """
+    names = [find_files(path, None).name] if not path.is_dir() else sorted(_present(path))
+    if not names:
+        raise InputError("holds no split", where=str(path), fix="Name a folder with .jsonl or .parquet files.")
+    published = list(PUBLISHED["splits_jsonl"])
+    return tuple(sorted(names, key=lambda name: (published.index(name) if name in published else len(published), name)))
+
+
 def split_of(file: Path) -> str | None:
     """The split whose rows a file holds, by its name; None for files of other kinds."""
     if file.suffix == ".jsonl":
