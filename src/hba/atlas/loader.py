@@ -1,27 +1,34 @@
 """Batches of an atlas in the order of a plan, prepared by worker processes while the model computes.
 
 The loader is a function of (atlas, plan, start): the same plan gives the same batches with any number of workers;
-`start` continues in mid-epoch without decoding what came before. A sample whose medium cannot be read is left out of
-its batch and named in `Batch.quarantined`; any other error ends the run.
+`start` continues in mid-epoch without decoding what came before. A sample whose medium cannot be read, or whose
+decoding ends or hangs its worker (see `workers`), is left out of its batch and named in `Batch.quarantined`; any other
+error is raised when the turn of its batch comes. Encoded samples are kept for the next epoch as far as memory allows.
 """
 
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+import sys
+from collections import Counter, OrderedDict, deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch.utils.data import DataLoader, Dataset
+from itertools import chain, islice
+from typing import TypeAlias
 
 from hba.atlas import Atlas
 from hba.atlas.batch import Batch, Encoded, Encoder, collate
 from hba.atlas.sample import Quarantined
 from hba.atlas.sampler import Indices
+from hba.atlas.workers import Failure, Outcome, WorkerPool, encode_row, raise_failure
 from hba.config import option
-from hba.errors import MediaError
+from hba.errors import ConfigError
+
+Outcomes: TypeAlias = Generator[Outcome, None, None]
+
+# Each finished row holds a file descriptor on its way, and processes may have few.
+MAX_ROWS_AHEAD = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,35 +39,28 @@ class LoaderConfig:
         -1, "worker processes; 0 prepares in the main process, -1 is one a spare core, at most 8", affects_result=False
     )
     prefetch: int = option(4, "batches that each worker prepares ahead", affects_result=False)
-    cache_megabytes: int = option(256, "encoded samples that a worker keeps, 0 for none", affects_result=False)
+    cache_megabytes: int = option(
+        256, "encoded samples that are kept for the next epoch, 0 for none", affects_result=False
+    )
+    decode_timeout_seconds: float = option(
+        60.0, "a sample whose decoding takes longer twice is quarantined; needs workers", affects_result=False
+    )
+
+    def __post_init__(self) -> None:
+        for name, least in (("workers", -1), ("prefetch", 1), ("cache_megabytes", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"loader.{name} is {getattr(self, name)}", fix=f"Use at least {least}.")
+        if not self.decode_timeout_seconds > 0:
+            what = f"loader.decode_timeout_seconds is {self.decode_timeout_seconds}"
+            raise ConfigError(what, fix="Use a positive number of seconds.")
 
     def resolved_workers(self) -> int:
-        """Number of worker processes on this machine."""
+        """Number of worker processes on this machine. Raises ConfigError for workers elsewhere than on Linux."""
+        if sys.platform != "linux":
+            if self.workers > 0:
+                raise ConfigError("worker processes need Linux", where="loader.workers", fix="Use loader.workers=0.")
+            return 0
         return min(8, max(0, (os.cpu_count() or 1) - 1)) if self.workers < 0 else self.workers
-
-
-class _Batches(Dataset[Batch]):
-    """Item k is batch k of the plan, encoded and collated."""
-
-    def __init__(self, atlas: Atlas, encoder: Encoder, plan: Sequence[Indices], cache: _Cache) -> None:
-        self.atlas, self.encoder, self.plan, self.cache = atlas, encoder, plan, cache
-
-    def __len__(self) -> int:
-        return len(self.plan)
-
-    def __getitem__(self, number: int) -> Batch:
-        encoded: list[Encoded] = []
-        quarantined: list[Quarantined] = []
-        for row in map(int, self.plan[number]):
-            sample = self.atlas[row]
-            try:
-                encoded.append(self.cache.get(row) or self.cache.put(row, self.encoder.encode(sample)))
-            except MediaError as error:
-                quarantined.append(sample.quarantined(error))
-        encoder = self.encoder
-        return collate(
-            encoded, pad_token_id=encoder.pad_token_id, taxonomy=encoder.taxonomy, quarantined=quarantined
-        )
 
 
 class _Cache:
@@ -76,39 +76,81 @@ class _Cache:
             self._items.move_to_end(row)
         return self._items.get(row)
 
-    def put(self, row: int, encoded: Encoded) -> Encoded:
-        if encoded.num_bytes <= self._limit:
-            self._items[row] = encoded
-            self._held += encoded.num_bytes
+    def put(self, row: int, outcome: Outcome) -> None:
+        if isinstance(outcome, Encoded) and outcome.num_bytes <= self._limit and row not in self._items:
+            self._items[row] = outcome
+            self._held += outcome.num_bytes
             while self._held > self._limit:
                 _, oldest = self._items.popitem(last=False)
                 self._held -= oldest.num_bytes
-        return encoded
-
-
-def _start_worker(_: int) -> None:
-    torch.set_num_threads(1)
-
-
-def _single(batches: list[Batch]) -> Batch:
-    return batches[0]
 
 
 def load_batches(
     atlas: Atlas, encoder: Encoder, plan: Sequence[Indices], config: LoaderConfig, *, start: int = 0
 ) -> Iterator[Batch]:
-    """Yield the batches of `plan` from number `start` on, in order."""
-    workers = min(config.resolved_workers(), max(0, len(plan) - start))
-    options: dict[str, Any] = {"prefetch_factor": config.prefetch} if workers else {}
-    dataset = _Batches(atlas, encoder, plan, _Cache(config.cache_megabytes))
-    loader = DataLoader(
-        dataset,
-        batch_size=1,
-        sampler=range(start, len(plan)),
-        num_workers=workers,
-        collate_fn=_single,
-        worker_init_fn=_start_worker,
-        pin_memory=False,
-        **options,
-    )
-    yield from loader
+    """Yield the batches of `plan` from number `start` on, in order.
+
+    Raises ConfigError for workers elsewhere than on Linux, HbaError when workers die whatever they decode, and any
+    error other than MediaError that encoding raises.
+    """
+    rows = map(int, chain.from_iterable(islice(plan, start, None)))
+    workers = min(config.resolved_workers(), sum(map(len, islice(plan, start, None))))
+    cache = _Cache(config.cache_megabytes)
+    if workers:
+        ahead = min(MAX_ROWS_AHEAD, workers * config.prefetch * max(map(len, plan)))
+        pool = WorkerPool(atlas, encoder, workers=workers, timeout_seconds=config.decode_timeout_seconds)
+        outcomes = _prefetched(rows, pool, cache, ahead)
+    else:
+        outcomes = _in_turn(rows, atlas, encoder, cache)
+    with closing(outcomes):
+        for batch in islice(plan, start, None):
+            yield _assemble(islice(outcomes, len(batch)), encoder)
+
+
+def _in_turn(rows: Iterator[int], atlas: Atlas, encoder: Encoder, cache: _Cache) -> Outcomes:
+    """The outcomes of `rows`, each encoded in this process when it is asked for."""
+    for row in rows:
+        outcome = cache.get(row) or encode_row(atlas, encoder, row)
+        cache.put(row, outcome)
+        yield outcome
+
+
+def _prefetched(rows: Iterator[int], pool: WorkerPool, cache: _Cache, ahead: int) -> Outcomes:
+    """The outcomes of `rows` in their order, while workers are up to `ahead` rows further."""
+    coming: deque[int] = deque()
+    wanted: Counter[int] = Counter()  # how often each row stands in `coming`, since a plan may repeat rows
+    ready: dict[int, Outcome] = {}
+    with pool:
+        while True:
+            ready.update(pool.finished())
+            for row in islice(rows, ahead - len(coming)):
+                coming.append(row)
+                wanted[row] += 1
+                if wanted[row] == 1:
+                    known = cache.get(row) or pool.request(row)
+                    if known is not None:
+                        ready[row] = known
+            if not coming:
+                return
+            row = coming.popleft()
+            while row not in ready:
+                ready.update(pool.results())
+            outcome = ready[row]
+            wanted[row] -= 1
+            if not wanted[row]:
+                del wanted[row], ready[row]
+                cache.put(row, outcome)
+            yield outcome
+
+
+def _assemble(outcomes: Iterable[Outcome], encoder: Encoder) -> Batch:
+    encoded: list[Encoded] = []
+    quarantined: list[Quarantined] = []
+    for outcome in outcomes:
+        if isinstance(outcome, Failure):
+            raise_failure(outcome)
+        elif isinstance(outcome, Quarantined):
+            quarantined.append(outcome)
+        else:
+            encoded.append(outcome)
+    return collate(encoded, pad_token_id=encoder.pad_token_id, taxonomy=encoder.taxonomy, quarantined=quarantined)
