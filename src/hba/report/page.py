@@ -15,20 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from hba.report import words
 from hba.report.confusion import matrices
 from hba.report.curves import curves
 from hba.report.embed import Budget
+from hba.report.html import HERE, environment, style
 from hba.report.load import Metrics, Run, load_run
 from hba.report.plots import Reference, bar
 from hba.report.samples import choose, gather
 from hba.storage import atomic_write
 from hba.taxonomy import BUILTIN, Taxonomy
 
-HERE = Path(__file__).parent
 MAX_QUARANTINE_ROWS = 200
 PUBLISHED_TABLE = "hba_iclr2026"
 PUBLISHED_SOURCE = "arXiv 2510.04899, multi-task table"
@@ -37,7 +35,6 @@ DATASET_FIGURES = (
     *("ACC2", "F1w2", "ACC3", "ACC5", "ACC7", "F1w7"),
 )
 SECRETS = re.compile(r"(?im)^(\s*(?:[\w.-]*_)?(?:api_?key|secret|password|token)\s*:[ \t]*)(?!null\b|~)\S.*$")
-CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,10 +91,10 @@ def render(run: Run, atlas_root: Path | None = None, taxonomy: Taxonomy = BUILTI
         samples = gather(choose(predictions, taxonomy), root, required=required, budget=Budget(), taxonomy=taxonomy)
     published = None if run.synthetic is not False else published_results(run.metrics)
     return (
-        _environment()
+        environment()
         .get_template("page.html.jinja")
         .render(
-            style=Markup((HERE / "style.css").read_text(encoding="utf-8")),  # noqa: S704  our own file
+            style=style("style.css"),
             run=run,
             metrics=run.metrics,
             verdict=verdict(run),
@@ -121,28 +118,6 @@ def render(run: Run, atlas_root: Path | None = None, taxonomy: Taxonomy = BUILTI
             facts=facts(run),
         )
     )
-
-
-def _environment() -> Environment:
-    """Jinja with escaping always on; a name that the template misspells is an error."""
-    environment = Environment(
-        loader=FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=_clean,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.globals["words"] = words
-    return environment
-
-
-def _clean(value: Any) -> Any:
-    """Replace what no HTML file may hold (control characters, lone surrogates), so that any data can be shown."""
-    if isinstance(value, str) and CONTROL.search(value):
-        return type(value)(CONTROL.sub("\ufffd", value))
-    return value
 
 
 def verdict(run: Run) -> Verdict:

@@ -14,6 +14,8 @@ METRIC_NAMES = {
     "mean_weighted_accuracy": "mean weighted accuracy",
     "weighted_f1": "weighted F1",
     "llm_judge_accuracy": "judge accuracy",
+    "emotion_weighted_accuracy_mean": "weighted accuracy",
+    "macro_f1": "macro F1",
 }
 
 
