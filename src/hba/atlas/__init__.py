@@ -31,7 +31,8 @@ Rows = npt.NDArray[np.int64]
 
 # Rough sizes of a model's input, used to put samples of similar length into one batch; only their order matters.
 _CHARS_PER_TOKEN = 3
-_TOKENS_PER_IMAGE, _TOKENS_PER_VIDEO, _TOKENS_PER_AUDIO = 256, 1024, 250
+_TOKENS_PER_IMAGE, _TOKENS_PER_VIDEO = 256, 1024
+_AUDIO_BYTES_PER_TOKEN = 1280  # 25 tokens for a second of 16 kHz, 16-bit sound
 
 
 class Store(MediaSource, Protocol):
@@ -115,13 +116,11 @@ class Atlas:
 
     @cached_property
     def estimated_tokens(self) -> npt.NDArray[np.int64]:
-        """Rough input length of every row [N], for batches of similar length. Reads the size of sound files."""
+        """Rough input length of every row [N], for batches of similar length. Looks at the size of every sound."""
         columns = self.columns
-        media = (
-            columns.num_images * _TOKENS_PER_IMAGE
-            + columns.num_videos * _TOKENS_PER_VIDEO
-            + columns.num_audios * _TOKENS_PER_AUDIO
-        )
+        media = columns.num_images * _TOKENS_PER_IMAGE + columns.num_videos * _TOKENS_PER_VIDEO
+        if columns.num_audios.any():
+            media = media + self.audio_bytes // _AUDIO_BYTES_PER_TOKEN
         return (columns.problem_chars // _CHARS_PER_TOKEN + media).astype(np.int64)
 
     @cached_property
