@@ -26,11 +26,11 @@ def sft_command(
 ) -> None:
     """Stage 1: LoRA (or everything) and one classification head a domain."""
     from hba.config import load_config
-    from hba.run import RunFolder
     from hba.train.sft import SftConfig, train_sft
+    from hba.train.start import training_run
 
     settings = load_config(SftConfig, recipe_path(config), overrides or [])
-    with RunFolder.open(run, config=settings, command="train sft", seed=settings.train.seed) as folder:
+    with training_run(run, config=settings, command="train sft", seed=settings.train.seed) as folder:
         progress = train_sft(settings, folder)
         quarantined = folder.quarantine.records()
     result = {"run": str(run), **asdict(progress), "quarantined": len(quarantined)}

@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from hba.atlas import Atlas, open_atlas
 from hba.atlas.batch import Batch, EncodeConfig, Encoder
@@ -37,7 +38,7 @@ from hba.taxonomy import BUILTIN, Taxonomy
 class PredictConfig:
     """How predictions are made. Samples are encoded as in the checkpoint's training unless `encode` is given."""
 
-    batch_size: int = option(16, "samples in a batch")
+    batch_size: Annotated[int, Field(ge=1)] = option(16, "samples in a batch")
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of the weights")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = option("sdpa", "attention implementation")
     loader: LoaderConfig = field(default_factory=LoaderConfig)

@@ -15,10 +15,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from pydantic import Field
 from torch import Tensor, nn
 
 from hba.atlas.batch import Batch
@@ -29,24 +30,28 @@ from hba.run import RunFolder
 from hba.train.display import TrainingDisplay
 from hba.train.state import Progress, latest, read_progress, restore_optimizer, save_state
 
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(gt=0)]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How a stage is trained."""
 
-    epochs: int = option(5, "passes over the training rows")
-    max_steps: int | None = option(None, "stop after so many optimizer steps, even in mid-epoch")
-    batch_size: int = option(8, "samples in a micro-batch on one device")
-    accumulation: int = option(1, "micro-batches in one optimizer step on each device")
-    learning_rate: float = option(1e-4, "peak learning rate")
-    warmup_share: float = option(0.05, "share of the steps with a rising learning rate, 0..1")
-    final_share: float = option(0.05, "learning rate at the end of the cosine, as a share of the peak")
+    epochs: Count = option(5, "passes over the training rows")
+    max_steps: Count | None = option(None, "stop after so many optimizer steps, even in mid-epoch")
+    batch_size: Count = option(8, "samples in a micro-batch on one device")
+    accumulation: Count = option(1, "micro-batches in one optimizer step on each device")
+    learning_rate: Rate = option(1e-4, "peak learning rate")
+    warmup_share: Share = option(0.05, "share of the steps with a rising learning rate, 0..1")
+    final_share: Share = option(0.05, "learning rate at the end of the cosine, as a share of the peak")
     weight_decay: float = option(0.01, "AdamW weight decay of matrices; biases and norms have none")
-    beta1: float = option(0.9, "AdamW first-moment decay")
-    beta2: float = option(0.98, "AdamW second-moment decay")
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
-    validate_every: int = option(200, "optimizer steps between validations; each writes a checkpoint")
-    log_every: int = option(10, "optimizer steps between log lines", affects_result=False)
+    beta1: Share = option(0.9, "AdamW first-moment decay")
+    beta2: Share = option(0.98, "AdamW second-moment decay")
+    max_grad_norm: Rate = option(1.0, "gradients are scaled down to this norm")
+    validate_every: Count = option(200, "optimizer steps between validations; each writes a checkpoint")
+    log_every: Count = option(10, "optimizer steps between log lines", affects_result=False)
     seed: int = option(0, "orders the samples, starts fresh weights and dropout")
     wandb_project: str | None = option(None, "also log to this Weights & Biases project", affects_result=False)
 

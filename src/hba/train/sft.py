@@ -27,7 +27,7 @@ from hba.model.omni import ModelConfig, OmniSapiens, apply_strategy
 from hba.process import data_record, prepare_process, start_accelerator
 from hba.run import RunFolder
 from hba.taxonomy import BUILTIN, Taxonomy
-from hba.train.loop import Stage, TrainConfig, Validation, run_training, training_plan
+from hba.train.loop import Count, Stage, TrainConfig, Validation, run_training, training_plan
 from hba.train.state import Progress, latest
 
 
@@ -43,7 +43,7 @@ class SftConfig:
     train_split: str = option("train", "split to train on; slices such as train[:10%] work")
     validation_split: str = option("validation", "split that chooses the best checkpoint")
     datasets: tuple[str, ...] | None = option(None, "train on these dataset keys alone")
-    validation_batch_size: int = option(32, "samples in a validation batch")
+    validation_batch_size: Count = option(32, "samples in a validation batch")
 
 
 def train_sft(config: SftConfig, run: RunFolder, *, taxonomy: Taxonomy = BUILTIN) -> Progress:
