@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from hba.cli.options import AllowQuarantined, JsonFlag, Overrides, answer, finish, say
+from hba.errors import InputError
 
 
 def predict_command(
@@ -25,7 +26,7 @@ def predict_command(
     from hba.evaluate.predict import PredictConfig, predict_run
 
     settings = load_config(PredictConfig, None, overrides or [])
-    folder = run or Path(model)
+    folder = run or _run_folder(model)
     with counted("predict") as progress:
         summary = predict_run(model, folder, atlas=atlas, split=split, config=settings, progress=progress)
     text = f"{summary.predicted} predictions in [bold]{folder}[/bold]; {summary.skipped} rows have no head."
@@ -37,6 +38,14 @@ def predict_command(
     }
     answer(result, as_json=json, show=lambda: say(text))
     finish(summary.quarantined, allow_quarantined)
+
+
+def _run_folder(model: str) -> Path:
+    """Where predictions go without --run: the model's own run folder, and no other place is guessed."""
+    if not (Path(model) / "checkpoints").is_dir():
+        fix = "Check the path, or say with --run where the predictions go."
+        raise InputError("no run folder of a training", where=model, fix=fix)
+    return Path(model)
 
 
 def score_command(

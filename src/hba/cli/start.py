@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from hba.cli.options import JsonFlag, answer, say
+from hba.cli.options import JsonFlag, Overrides, answer, finish, say
 
 
 def demo_command(
+    overrides: Overrides = None,
     run: Annotated[Path, typer.Option(help="Folder for everything that the demo makes.")] = Path("runs/demo"),
     size: Annotated[str, typer.Option(help="Size of the mini-atlas: tiny or small.")] = "small",
     seed: Annotated[int, typer.Option(help="Seed of data, weights and order.")] = 0,
@@ -19,7 +20,7 @@ def demo_command(
     """Make a synthetic mini-atlas, train a tiny OmniSapiens on it, score it, write a report. Resumes when killed."""
     from hba.demo import run_demo
 
-    result = run_demo(run, size=size, seed=seed)
+    result = run_demo(run, size=size, seed=seed, overrides=overrides or [])
 
     def show() -> None:
         from rich.console import Console
@@ -32,6 +33,7 @@ def demo_command(
 
     values = {"metrics": result.metrics, "report": str(result.report), "seconds": result.seconds}
     answer(values, as_json=json, show=show)
+    finish(result.quarantined, allowed=0)
 
 
 def tiny_command(
@@ -43,7 +45,9 @@ def tiny_command(
     """Make a tiny backbone: the real Qwen2.5-Omni classes with small dimensions and random weights."""
     from hba.atlas import open_atlas
     from hba.model.tiny import atlas_texts, build_tiny
+    from hba.process import prepare_process
 
+    prepare_process(seed)
     build_tiny(out, atlas_texts(open_atlas(atlas, split="train")), seed=seed)
     answer({"model": str(out)}, as_json=json, show=lambda: say(f"Made a tiny backbone in [bold]{out}[/bold]."))
 
