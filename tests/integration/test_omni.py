@@ -183,3 +183,36 @@ def test_an_audio_that_is_too_long_is_refused_by_name(model, by_signature):
     encoder = Encoder(model.processor, EncodeConfig(max_audio_seconds=0.5))
     with pytest.raises(MediaError, match=r"train\.jsonl:\d+, audios: audio of .* more than max_audio_seconds"):
         encoder.encode(sample)
+
+
+def test_the_answer_loss_is_that_of_the_thinker_and_includes_the_end_token(model, train):
+    from hba.model.heads import answer_loss
+
+    encoder = Encoder(model.processor, EncodeConfig(num_frames=4, min_pixels=3136, max_pixels=3136), answers=True)
+    questions = [s for s in train if s.label is None][:3] + [s for s in train if s.label is not None][:2]
+    for sample in questions:
+        batch = collate([encoder.encode(sample)], pad_token_id=encoder.pad_token_id)
+        with torch.no_grad():
+            ours = answer_loss(model(batch).answer_logits_NV, batch.labels_BT)
+            theirs = model.thinker(**batch.inputs, labels=batch.labels_BT, use_cache=False).loss
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+        labelled = batch.labels_BT[batch.labels_BT != IGNORED]
+        assert labelled[-1] == model.processor.tokenizer.eos_token_id
+        assert model.processor.tokenizer.decode(labelled[:-1]) == sample.target
+
+
+def test_answers_behind_the_prompt_do_not_touch_the_pooled_state(model, encoder, by_signature):
+    samples = [s for pair in by_signature.values() for s in pair]
+    answering = Encoder(model.processor, encoder.config, answers=True)
+    with_answers = model.pooled(batch_of(answering, samples))
+    torch.testing.assert_close(with_answers, pooled(model, encoder, samples), atol=3e-6, rtol=1e-4)
+
+
+def test_free_form_rows_leave_a_finite_gradient(model, train):
+    from hba.train.sft import sft_loss
+
+    encoder = Encoder(model.processor, EncodeConfig(num_frames=4, min_pixels=3136, max_pixels=3136), answers=True)
+    mixed = [next(s for s in train if s.label is None), next(s for s in train if s.label is not None)]
+    loss = sft_loss(model, batch_of(encoder, mixed), answer_weight=1.0)
+    grads = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+    assert torch.isfinite(loss) and all(torch.isfinite(g).all() for g in grads if g is not None)

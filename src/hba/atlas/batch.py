@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -49,26 +49,38 @@ class Encoded:
     input_ids_T: Tensor
     mels: tuple[Tensor, ...] = ()  # each [F, M]
     vision: dict[str, Tensor] = field(default_factory=dict)  # patches [P, D] and grids [n, 3], named as the model does
+    answer_ids_T: Tensor | None = None  # the target and the end token, where the answer is trained as text
 
     @property
     def num_bytes(self) -> int:
         """Memory held by the tensors."""
-        tensors = (self.input_ids_T, *self.mels, *self.vision.values())
-        return sum(t.numel() * t.element_size() for t in tensors)
+        tensors = (self.input_ids_T, *self.mels, *self.vision.values(), self.answer_ids_T)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Samples ready for the model. `inputs` are its keyword arguments, left-padded, attention_mask [B, T] included."""
+    """Samples ready for the model. `inputs` are its keyword arguments, left-padded, attention_mask [B, T] included.
+
+    With answers, each row is its prompt and then its answer; `labels_BT` holds the answer's tokens at their own
+    positions (no shift) and IGNORED everywhere else.
+    """
 
     samples: tuple[Sample, ...]
     inputs: dict[str, Tensor]
     class_index_B: Tensor  # global class index of the label, IGNORED for free-form rows
     domain_names: tuple[str | None, ...]
+    labels_BT: Tensor | None = None
     quarantined: tuple[Quarantined, ...] = ()
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    @property
+    def prompt_mask(self) -> Tensor:
+        """1 at the prompt's tokens, 0 at padding and answers, [B, T]."""
+        mask_BT = self.inputs["attention_mask"]
+        return mask_BT if self.labels_BT is None else mask_BT * (self.labels_BT == IGNORED)
 
     @property
     def num_tokens(self) -> int:
@@ -78,20 +90,22 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
-        return Batch(
-            samples=self.samples,
+        return replace(
+            self,
             inputs=moved,
             class_index_B=self.class_index_B.to(device, non_blocking=True),
-            domain_names=self.domain_names,
-            quarantined=self.quarantined,
+            labels_BT=None if self.labels_BT is None else self.labels_BT.to(device, non_blocking=True),
         )
 
 
 class Encoder:
     """Applies a Qwen2.5-Omni processor to one sample at a time. Picklable, so that worker processes can hold it."""
 
-    def __init__(self, processor: Any, config: EncodeConfig, taxonomy: Taxonomy = BUILTIN) -> None:
-        self.processor, self.config, self.taxonomy = processor, config, taxonomy
+    def __init__(
+        self, processor: Any, config: EncodeConfig, taxonomy: Taxonomy = BUILTIN, *, answers: bool = False
+    ) -> None:
+        """With `answers`, every sample carries its target as text behind the prompt, to be trained on."""
+        self.processor, self.config, self.taxonomy, self.answers = processor, config, taxonomy, answers
 
     @property
     def pad_token_id(self) -> int:
@@ -137,7 +151,14 @@ class Encoder:
         if len(input_ids_T) > self.config.max_tokens:
             found = f"the prompt has {len(input_ids_T)} tokens, more than max_tokens={self.config.max_tokens}"
             raise MediaError(found, where=f"{sample.where}, problem", fix="Raise max_tokens or lower max_pixels.")
-        return Encoded(sample=sample, input_ids_T=input_ids_T, mels=_valid_mels(features), vision=vision)
+        answer = self._answer(sample) if self.answers else None
+        mels = _valid_mels(features)
+        return Encoded(sample=sample, input_ids_T=input_ids_T, mels=mels, vision=vision, answer_ids_T=answer)
+
+    def _answer(self, sample: Sample) -> Tensor:
+        tokenizer = self.processor.tokenizer
+        ids: list[int] = tokenizer(sample.target, add_special_tokens=False)["input_ids"]
+        return torch.tensor([*ids, tokenizer.eos_token_id], dtype=torch.long)
 
     def _media(self, sample: Sample) -> tuple[list[np.ndarray[Any, Any]], list[Any], list[Any]]:
         wanted = self.config.modalities
@@ -177,7 +198,8 @@ def collate(
 ) -> Batch:
     """Pad encoded samples on the left to the longest. An empty list gives an empty batch that carries `quarantined`."""
     samples = tuple(e.sample for e in encoded)
-    inputs = _pad_text([e.input_ids_T for e in encoded], pad_token_id) if encoded else {}
+    rows = [e.input_ids_T if e.answer_ids_T is None else torch.cat([e.input_ids_T, e.answer_ids_T]) for e in encoded]
+    inputs = _pad_text(rows, pad_token_id) if rows else {}
     mels = [mel for e in encoded for mel in e.mels]
     if mels:
         inputs |= _pad_mels(mels)
@@ -189,6 +211,7 @@ def collate(
         inputs=inputs,
         class_index_B=torch.tensor(indices, dtype=torch.long),
         domain_names=tuple(taxonomy.dataset(s.dataset).domain for s in samples),
+        labels_BT=_labels(encoded, inputs["input_ids"]) if encoded and encoded[0].answer_ids_T is not None else None,
         quarantined=tuple(quarantined),
     )
 
@@ -201,6 +224,14 @@ def _pad_text(ids: Sequence[Tensor], pad_token_id: int) -> dict[str, Tensor]:
         input_ids_BT[i, longest - len(row_T) :] = row_T
         attention_mask_BT[i, longest - len(row_T) :] = 1
     return {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT}
+
+
+def _labels(encoded: Sequence[Encoded], input_ids_BT: Tensor) -> Tensor:
+    labels_BT = torch.full_like(input_ids_BT, IGNORED)
+    for row, each in enumerate(encoded):
+        if each.answer_ids_T is not None:
+            labels_BT[row, -len(each.answer_ids_T) :] = each.answer_ids_T
+    return labels_BT
 
 
 def _pad_mels(mels: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from hba.errors import InputError
 from hba.taxonomy import Taxonomy
@@ -55,6 +56,18 @@ class DomainHeads(nn.Module):
                 raise InputError(f"no head for domain {name!r}", fix=f"Heads exist for {', '.join(self.columns)}.")
             mask_BC[row, list(self.columns[name])] = True
         return mask_BC.to(device)
+
+
+def answer_loss(answer_logits_NV: Tensor, labels_BT: Tensor) -> Tensor:
+    """Next-token cross-entropy of the answers: the mean over each row's tokens, summed over the rows.
+
+    `answer_logits_NV` are the logits that predict the labelled tokens, in row order; the end token is one of them.
+    """
+    labelled_BT = labels_BT != -100
+    losses_N = functional.cross_entropy(answer_logits_NV.float(), labels_BT[labelled_BT], reduction="none")
+    tokens_B = labelled_BT.sum(1)
+    weights_N = (1.0 / tokens_B.clamp_min(1)).repeat_interleave(tokens_B)
+    return (losses_N * weights_N).sum()
 
 
 def masked_mean(hidden_BTH: Tensor, mask_BT: Tensor) -> Tensor:

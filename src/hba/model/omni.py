@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hba.atlas.batch import Batch
+from hba.atlas.batch import IGNORED, Batch
 from hba.config import option
 from hba.errors import InputError
 from hba.model.heads import DomainHeads, masked_mean
@@ -48,6 +48,8 @@ class OmniOutput(NamedTuple):
     pooled_BH: Tensor  # masked mean of hidden_states[-2], float32
     logits_BC: Tensor  # -inf outside each row's domain
     last_hidden_BTH: Tensor  # normed; lm_head turns it into token logits
+    answer_hidden_NH: Tensor | None  # last hidden states that predict the N answer tokens of the batch, in row order
+    answer_logits_NV: Tensor | None  # lm_head on these alone
 
 
 class OmniSapiens(nn.Module):
@@ -76,8 +78,8 @@ class OmniSapiens(nn.Module):
         """H of the language model."""
         return int(self.thinker.config.get_text_config().hidden_size)
 
-    def forward(self, batch: Batch, prompt_mask_BT: Tensor | None = None) -> OmniOutput:
-        """One pass over a batch. `prompt_mask_BT` restricts pooling, where answer tokens follow the prompt."""
+    def forward(self, batch: Batch) -> OmniOutput:
+        """One pass over a batch; pooling covers the prompt alone. Token logits exist where the batch has answers."""
         inputs = batch.inputs
         if inputs["input_ids"].device != self.device:
             found = f"batch is on {inputs['input_ids'].device}, model on {self.device}"
@@ -90,10 +92,14 @@ class OmniSapiens(nn.Module):
             use_cache=False,
             output_hidden_states=True,
         )
-        mask_BT = inputs["attention_mask"] if prompt_mask_BT is None else prompt_mask_BT
-        pooled_BH = masked_mean(outputs.hidden_states[-2], mask_BT)
+        pooled_BH = masked_mean(outputs.hidden_states[-2], batch.prompt_mask)
         logits_BC = self.heads(pooled_BH, batch.domain_names)
-        return OmniOutput(pooled_BH, logits_BC, outputs.last_hidden_state)
+        last_BTH = outputs.last_hidden_state
+        if batch.labels_BT is None:
+            return OmniOutput(pooled_BH, logits_BC, last_BTH, None, None)
+        # The state at a position predicts the token behind it.
+        answer_NH = last_BTH[:, :-1][batch.labels_BT[:, 1:] != IGNORED]
+        return OmniOutput(pooled_BH, logits_BC, last_BTH, answer_NH, self.thinker.lm_head(answer_NH))
 
     def _embed(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Token embeddings [B, T, H] with every medium's features in the place of its tokens.

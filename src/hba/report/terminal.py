@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from hba.report.load import Score, TaskScore, parse_metrics
-from hba.report.words import count, figure, interval, metric_name, not_scored, task_name
+from hba.report.words import count, figure, interval, not_scored, task_name
 
 CHANCE_STYLES = {True: "green", False: "yellow", None: ""}
 
@@ -25,20 +26,19 @@ def metrics_table(metrics: Mapping[str, Any]) -> Table:
     """
     parsed = parse_metrics(dict(metrics), where="metrics.json")
     synthetic = parsed.provenance.get("synthetic") is True
-    table = Table(title="Scores on synthetic data" if synthetic else "Scores", title_justify="left")
-    for name in ("task", "metric"):
-        table.add_column(name, overflow="fold")
-    for name in ("score", "95% interval", "chance", "n", "invalid", "quarantined"):
+    title = "Scores on synthetic data" if synthetic else "Scores"
+    # 80 columns hold a task's name and its figures; the metrics' names are in the page and in metrics.json.
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("task", overflow="fold")
+    for name in ("score", "95% interval", "chance", "n", "invalid", "left out"):
         table.add_column(name, justify="right", no_wrap=True)
     for key, task in parsed.tasks.items():
-        metric = (
-            metric_name(task.metric) if task.score is not None else f"{metric_name(task.metric)}: {not_scored(task)}"
-        )
-        table.add_row(Text(f"{key} {task_name(key)}"), Text(metric), *_figures(task))
+        reason = "" if task.score is not None else f", {not_scored(task)}"
+        table.add_row(Text(f"{key:4} {task_name(key)}{reason}"), *_figures(task))
     table.add_section()
     mean, counts = parsed.mean, parsed.counts
     totals = [count(counts.get(name)) for name in ("n", "n_invalid", "n_quarantined")]
-    table.add_row(Text("mean over scored tasks", style="bold"), "", *_score(mean, "bold"), "", *totals)
+    table.add_row(Text("mean over scored tasks", style="bold"), *_score(mean, "bold"), "", *totals)
     return table
 
 

@@ -60,7 +60,9 @@ def pt_bytes(arrays: dict[str, NDArray[Any]]) -> bytes:
 def _h264_mp4(frames: NDArray[np.uint8], quality: int) -> bytes:
     target = io.BytesIO()
     with av.open(target, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-        options = {"crf": str(quality), "preset": "medium", "flags": "+bitexact", "bf": "0"}
+        # Macroblock trees differ by a few bits between two encodings of the same frames, even on one thread.
+        same = {"x264-params": "mbtree=0", "flags": "+bitexact", "bf": "0"}
+        options = {"crf": str(quality), "preset": "medium", **same}
         stream = container.add_stream("libx264", rate=Fraction(FRAMES_PER_SECOND), options=options)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
