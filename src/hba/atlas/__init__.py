@@ -53,8 +53,8 @@ class Store(MediaSource, Protocol):
         """Row `number` as published; where media are embedded, a placeholder stands for each path."""
         ...
 
-    def audio_bytes(self, number: int) -> int:
-        """Stored bytes of a row's sounds."""
+    def audio_bytes(self, numbers: Rows) -> Rows:
+        """Stored bytes of the sounds of each of the given rows."""
         ...
 
     def contents(self, numbers: Rows) -> Iterator[bytes]:
@@ -126,7 +126,7 @@ class Atlas:
     @cached_property
     def audio_bytes(self) -> npt.NDArray[np.int64]:
         """Stored bytes of every row's sounds [N], a stand-in for their length. Looks at each file once, opens none."""
-        return np.array([self._store.audio_bytes(int(number)) for number in self._rows], np.int64)
+        return self._store.audio_bytes(self._rows)
 
     @cached_property
     def fingerprint(self) -> str:

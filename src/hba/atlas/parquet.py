@@ -220,9 +220,15 @@ class ParquetStore:
                 raise MediaError(what, where=f"{self.place(number)}, {name}", fix="Restore the shard.") from None
         raise MediaError("is cut off", where=f"{self.place(number)}, {name}", fix="Restore the shard.")
 
-    def audio_bytes(self, number: int) -> int:
-        """Stored bytes of a row's sounds; 0 from a shard without an index."""
-        return sum(self._values(number).get("audios_sizes") or ())
+    def audio_bytes(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Stored bytes of the sounds of each row; 0 from a shard without an index."""
+        sizes_N = np.zeros(len(self), np.int64)
+        for first, table in zip(self._first[:-1], self._tables, strict=True):
+            if "audios_sizes" in table.schema.names:
+                sizes = table["audios_sizes"].combine_chunks()
+                rows = pc.list_parent_indices(sizes).to_numpy()
+                np.add.at(sizes_N, int(first) + rows, pc.list_flatten(sizes).to_numpy())
+        return sizes_N[numbers]
 
     def contents(self, numbers: npt.NDArray[np.integer]) -> Iterator[bytes]:
         """What the fingerprint of the given rows is made of: everything but media and their places."""
