@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hba.atlas import Atlas, open_atlas
-from hba.atlas.batch import Batch, EncodeConfig, Encoder
+from hba.atlas.batch import IGNORED, Batch, EncodeConfig, Encoder
 from hba.atlas.loader import LoaderConfig, load_batches
 from hba.config import option
 from hba.errors import InputError
 from hba.evaluate.metrics import score
 from hba.evaluate.predict import HeadsBackend, answerable, predict
 from hba.model import checkpoint
-from hba.model.omni import ModelConfig, OmniSapiens, apply_strategy
+from hba.model.heads import answer_loss
+from hba.model.omni import ModelConfig, OmniOutput, OmniSapiens, apply_strategy
 from hba.process import data_record, prepare_process, start_accelerator
 from hba.run import RunFolder
 from hba.taxonomy import BUILTIN, Taxonomy
@@ -44,18 +45,20 @@ class SftConfig:
     validation_split: str = option("validation", "split that chooses the best checkpoint")
     datasets: tuple[str, ...] | None = option(None, "train on these dataset keys alone")
     validation_batch_size: Count = option(32, "samples in a validation batch")
+    answer_weight: float = option(0.0, "weight of the answer's token loss; above 0, free-form rows train too")
 
 
 def train_sft(config: SftConfig, run: RunFolder, *, taxonomy: Taxonomy = BUILTIN) -> Progress:
     """Run (or resume) stage 1 in `run`. Raises InputError for bad data or config, HbaError for a failing step."""
     accelerator = start_accelerator(config.model.dtype)
     prepare_process(config.train.seed)
-    train = classification_rows(open_atlas(config.atlas, split=config.train_split, taxonomy=taxonomy), config)
+    train = training_rows(open_atlas(config.atlas, split=config.train_split, taxonomy=taxonomy), config)
     held_out = open_atlas(config.atlas, split=config.validation_split, taxonomy=taxonomy)
-    validation = classification_rows(held_out, config)
+    validation = classification_rows(held_out, config.datasets)
     run.record_data(data_record(config.atlas, train))
     model = build_model(config, latest(run.checkpoints), taxonomy)
     encoder = Encoder(model.processor, config.encode, taxonomy)
+    train_encoder = Encoder(model.processor, config.encode, taxonomy, answers=config.answer_weight > 0)
     plan = training_plan(
         train.columns.signature_codes,
         train.estimated_tokens,
@@ -65,8 +68,8 @@ def train_sft(config: SftConfig, run: RunFolder, *, taxonomy: Taxonomy = BUILTIN
     )
     stage = Stage(
         model=model,
-        loss=heads_loss,
-        batches=lambda plan, start: load_batches(train, encoder, plan, config.loader, start=start),
+        loss=partial(sft_loss, answer_weight=config.answer_weight),
+        batches=lambda plan, start: load_batches(train, train_encoder, plan, config.loader, start=start),
         validate=partial(validate_heads, model, validation, encoder, config, run),
         save_model=partial(save_checkpoint, model, config),
         learning_rates={},
@@ -74,19 +77,28 @@ def train_sft(config: SftConfig, run: RunFolder, *, taxonomy: Taxonomy = BUILTIN
     return run_training(stage, plan, config.train, accelerator, run)
 
 
-def heads_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy over each row's own classes, summed over the batch."""
-    logits_BC = model(batch).logits_BC
-    return F.cross_entropy(logits_BC, batch.class_index_B, reduction="sum")
+def sft_loss(model: nn.Module, batch: Batch, *, answer_weight: float) -> Tensor:
+    """Cross-entropy over each row's own classes plus the weighted answer loss, summed over the batch."""
+    output: OmniOutput = model(batch)
+    # Free-form rows have no classes: every logit of theirs is -inf, and not even their gradient may be touched.
+    rows_B = batch.class_index_B != IGNORED
+    loss = F.cross_entropy(output.logits_BC[rows_B], batch.class_index_B[rows_B], reduction="sum")
+    if batch.labels_BT is None or output.answer_logits_NV is None:
+        return loss
+    return loss + answer_weight * answer_loss(output.answer_logits_NV, batch.labels_BT)
 
 
-def classification_rows(atlas: Atlas, config: SftConfig) -> Atlas:
-    """The rows of an atlas that stage 1 trains on: those of a domain, of the configured datasets."""
-    keys = [key for key, d in atlas.taxonomy.datasets.items() if d.domain is not None]
-    if config.datasets is not None:
-        wanted = {atlas.taxonomy.dataset(key).key for key in config.datasets}
-        keys = [key for key in keys if key in wanted]
-    return atlas.filter(datasets=keys)
+def training_rows(atlas: Atlas, config: SftConfig) -> Atlas:
+    """The rows that stage 1 trains on: those of a domain, and free-form ones where answers are trained as text."""
+    if config.answer_weight > 0:
+        return atlas if config.datasets is None else atlas.filter(datasets=config.datasets)
+    return classification_rows(atlas, config.datasets)
+
+
+def classification_rows(atlas: Atlas, datasets: tuple[str, ...] | None) -> Atlas:
+    """The rows that have a domain, hence a head, of the given datasets or of all."""
+    keys = {key for key, dataset in atlas.taxonomy.datasets.items() if dataset.domain is not None}
+    return atlas.filter(datasets=keys if datasets is None else keys & {atlas.taxonomy.dataset(k).key for k in datasets})
 
 
 def build_model(config: SftConfig, resume: Path | None, taxonomy: Taxonomy) -> OmniSapiens:
