@@ -15,7 +15,9 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import TypeAlias
+from typing import Annotated, TypeAlias
+
+from pydantic import Field
 
 from hba.atlas import Atlas
 from hba.atlas.batch import Batch, Encoded, Encoder, collate
@@ -35,24 +37,16 @@ MAX_ROWS_AHEAD = 256
 class LoaderConfig:
     """Where batches are prepared."""
 
-    workers: int = option(
+    workers: Annotated[int, Field(ge=-1)] = option(
         -1, "worker processes; 0 prepares in the main process, -1 is one a spare core, at most 8", affects_result=False
     )
-    prefetch: int = option(4, "batches that each worker prepares ahead", affects_result=False)
-    cache_megabytes: int = option(
+    prefetch: Annotated[int, Field(ge=1)] = option(4, "batches that each worker prepares ahead", affects_result=False)
+    cache_megabytes: Annotated[int, Field(ge=0)] = option(
         256, "encoded samples that are kept for the next epoch, 0 for none", affects_result=False
     )
-    decode_timeout_seconds: float = option(
+    decode_timeout_seconds: Annotated[float, Field(gt=0)] = option(
         60.0, "a sample whose decoding takes longer twice is quarantined; needs workers", affects_result=False
     )
-
-    def __post_init__(self) -> None:
-        for name, least in (("workers", -1), ("prefetch", 1), ("cache_megabytes", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"loader.{name} is {getattr(self, name)}", fix=f"Use at least {least}.")
-        if not self.decode_timeout_seconds > 0:
-            what = f"loader.decode_timeout_seconds is {self.decode_timeout_seconds}"
-            raise ConfigError(what, fix="Use a positive number of seconds.")
 
     def resolved_workers(self) -> int:
         """Number of worker processes on this machine. Raises ConfigError for workers elsewhere than on Linux."""

@@ -75,6 +75,7 @@ class _Worker:
         self.process, self.connection = process, connection
         self.rows: deque[int] = deque()
         self.since = time.monotonic()  # the start of the first row, as far as the main process can know
+        self._exit_code: int | None = None
 
     def send(self, row: int) -> None:
         if not self.rows:
@@ -87,12 +88,13 @@ class _Worker:
 
     def end(self) -> int:
         """Kill the process if it lives; its exit code."""
-        self.process.kill()
-        self.process.join()
-        self.connection.close()
-        code = self.process.exitcode
-        self.process.close()
-        return code if code is not None else 0
+        if self._exit_code is None:
+            self.process.kill()
+            self.process.join()
+            self._exit_code = self.process.exitcode or 0
+            self.process.close()
+            self.connection.close()
+        return self._exit_code
 
 
 class WorkerPool:
