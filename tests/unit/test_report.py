@@ -208,8 +208,8 @@ def test_the_terminal_table_says_what_is_not_scored_and_reads_no_markup() -> Non
     console.print(metrics_table(raw))
     text = console.export_text()
     assert "synthetic" in text
-    assert re.search(r"SOC social reasoning .*not scored \(needs a judge\)", text)
-    assert re.search(r"EMO emotion recognition .* 0\.900 .* 0\.800–0\.950 .* 0\.500 .* 80 .* 2 .* 1 ", text)
+    assert re.search(r"SOC  social reasoning.*not scored \(needs a judge\)", text)
+    assert re.search(r"EMO  emotion recognition .* 0\.900 .* 0\.800–0\.950 .* 0\.500 .* 80 .* 2 .* 1 ", text)
     assert "[red]MINE[/red]" in text
 
 
