@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from hba.cli.options import JsonFlag, answer, say
+from hba.cli.options import JsonFlag, answer, bold, say
 
 atlas_app = typer.Typer(no_args_is_help=True, help="Make, open and check atlases.")
 
@@ -30,4 +30,4 @@ def mini_command(
     with counted("mini-atlas") as progress:
         summary = build_mini_atlas(out, size=size, seed=seed, workers=workers, progress=progress)
     values = asdict(summary) | {"path": str(out)}
-    answer(values, as_json=json, show=lambda: say(f"Made the synthetic mini-atlas in [bold]{out}[/bold]."))
+    answer(values, as_json=json, show=lambda: say(f"Made the synthetic mini-atlas in {bold(out)}."))

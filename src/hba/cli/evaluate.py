@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hba.cli.options import AllowQuarantined, JsonFlag, Overrides, answer, finish, say
+from hba.cli.options import AllowQuarantined, JsonFlag, Overrides, answer, bold, finish, say
 from hba.errors import InputError
 
 
@@ -29,7 +29,7 @@ def predict_command(
     folder = run or _run_folder(model)
     with counted("predict") as progress:
         summary = predict_run(model, folder, atlas=atlas, split=split, config=settings, progress=progress)
-    text = f"{summary.predicted} predictions in [bold]{folder}[/bold]; {summary.skipped} rows have no head."
+    text = f"{summary.predicted} predictions in {bold(folder)}; {summary.skipped} rows have no head."
     result = {
         "run": str(folder),
         "predicted": summary.predicted,
@@ -79,4 +79,4 @@ def report_command(
     from hba.report import write_report
 
     page = write_report(run, atlas_root=atlas, out=out)
-    answer({"report": str(page)}, as_json=json, show=lambda: say(f"Wrote [bold]{page}[/bold]."))
+    answer({"report": str(page)}, as_json=json, show=lambda: say(f"Wrote {bold(page)}."))

@@ -49,7 +49,14 @@ def say(text: str) -> None:
     """One line of rich markup on standard output."""
     from rich.console import Console
 
-    Console().print(text)
+    Console(soft_wrap=True, highlight=False).print(text)
+
+
+def bold(value: object) -> str:
+    """Rich markup for a path or name, whatever brackets it has."""
+    from rich.markup import escape
+
+    return f"[bold]{escape(str(value))}[/bold]"
 
 
 def finish(quarantined: Sequence[dict[str, Any]], allowed: int) -> None:

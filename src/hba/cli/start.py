@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hba.cli.options import JsonFlag, Overrides, answer, finish, say
+from hba.cli.options import JsonFlag, Overrides, answer, bold, finish, say
 
 
 def demo_command(
@@ -29,7 +29,7 @@ def demo_command(
 
         Console().print(metrics_table(result.metrics))
         say("The mini-atlas is synthetic: these scores say that the system works, not how well people are understood.")
-        say(f"Report: [bold]{result.report}[/bold]   Time: {result.timing()}")
+        say(f"Report: {bold(result.report)}   Time: {result.timing()}")
 
     values = {"metrics": result.metrics, "report": str(result.report), "seconds": result.seconds}
     answer(values, as_json=json, show=show)
@@ -49,7 +49,7 @@ def tiny_command(
 
     prepare_process(seed)
     build_tiny(out, atlas_texts(open_atlas(atlas, split="train")), seed=seed)
-    answer({"model": str(out)}, as_json=json, show=lambda: say(f"Made a tiny backbone in [bold]{out}[/bold]."))
+    answer({"model": str(out)}, as_json=json, show=lambda: say(f"Made a tiny backbone in {bold(out)}."))
 
 
 def doctor_command(

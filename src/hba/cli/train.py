@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from hba.cli.options import AllowQuarantined, ConfigOption, JsonFlag, Overrides, answer, finish, recipe_path, say
+from hba.cli.options import AllowQuarantined, ConfigOption, JsonFlag, Overrides, answer, bold, finish, recipe_path, say
 
 train_app = typer.Typer(no_args_is_help=True, help="Train OmniSapiens, one command a stage.")
 
@@ -35,5 +35,5 @@ def sft_command(
         quarantined = folder.quarantine.records()
     result = {"run": str(run), **asdict(progress), "quarantined": len(quarantined)}
     best = f"best validation mean {progress.best_score:.3f} at step {progress.best_step}"
-    answer(result, as_json=json, show=lambda: say(f"Trained {progress.step} steps in [bold]{run}[/bold]: {best}."))
+    answer(result, as_json=json, show=lambda: say(f"Trained {progress.step} steps in {bold(run)}: {best}."))
     finish(quarantined, allow_quarantined)

@@ -1,0 +1,200 @@
+"""The command line: what it offers is pinned, help is light, --json leaves nothing but JSON on standard output."""
+
+import json
+import resource
+import subprocess
+import sys
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from hba.cli import app, main
+
+# Every command with its arguments and options, `!` behind what is required. A change here is a change for users.
+COMMANDS = {
+    "demo": "overrides --run --size --seed --json",
+    "atlas mini": "out! --size --seed --workers --json",
+    "train sft": "overrides --config --run --allow-quarantined --json",
+    "predict": "model! overrides --atlas! --split --run --allow-quarantined --json",
+    "score": "run! --resamples --seed --json",
+    "report": "run! --atlas --out --json",
+    "tiny": "out! --atlas! --seed --json",
+    "doctor": "--online --json",
+}
+GROUPS = ("", "atlas", "train")
+# Not pydantic: typer itself imports it when a command has parameters.
+HEAVY = {"torch", "transformers", "accelerate", "peft", "torchvision", "sklearn", "av", "numpy", "rich.live"}
+SMALL = ["train.max_steps=2", "train.batch_size=4", "train.validate_every=1", "encode.num_frames=2", "loader.workers=0"]
+
+
+def commands(command, path=()):
+    if not hasattr(command, "commands"):
+        shown = [f"{p.opts[0]}{'!' if p.required else ''}" for p in command.params]
+        return {" ".join(path): " ".join(shown)}
+    found = {}
+    for name, inner in command.commands.items():
+        found |= commands(inner, (*path, name))
+    return found
+
+
+@pytest.fixture
+def hba(monkeypatch, capfd):
+    """Call the entry point in this process: exit code, standard output, standard error."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["hba", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        out, err = capfd.readouterr()
+        return stop.value.code, out, err
+
+    return call
+
+
+def python(*arguments):
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120)
+
+
+def test_commands_and_flags_are_those_of_the_table():
+    assert commands(typer.main.get_command(app)) == COMMANDS
+
+
+@pytest.mark.parametrize("name", [*GROUPS, *COMMANDS])
+def test_help_has_an_example_that_calls_the_command(name):
+    result = CliRunner().invoke(app, [*name.split(), "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
+    assert result.exit_code == 0
+    assert f"Example: hba {name}".strip() in " ".join(result.stdout.split())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_says_what_it_does(name):
+    command = typer.main.get_command(app)
+    for part in name.split():
+        command = command.commands[part]
+    assert command.help
+    assert [p.name for p in command.params if not p.help] == []
+
+
+def test_help_imports_nothing_heavy():
+    code = f"""
+import sys
+from typer.testing import CliRunner
+from hba.cli import app
+for name in {[*GROUPS, *COMMANDS]!r}:
+    assert CliRunner().invoke(app, [*name.split(), "--help"]).exit_code == 0
+print(*sorted({HEAVY!r} & set(sys.modules)))
+"""
+    assert python("-c", code).stdout.split() == []
+
+
+def test_help_is_there_at_once():
+    """CPU seconds, since the wall clock of a test machine measures its neighbours; alone it takes 0.2."""
+
+    def seconds():
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert python("-m", "hba", "--help").returncode == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(seconds() for _ in range(3)) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["nope"], "nope"),
+        (["train", "nope"], "nope"),
+        (["demo", "--nope"], "--nope"),
+        (["score"], "RUN"),
+        (["predict", "x"], "--atlas"),
+        (["atlas", "mini", "x", "--seed", "one"], "--seed"),
+        (["score", "x", "--resamples", "1"], "100"),
+    ],
+)
+def test_wrong_usage_exits_with_2_and_names_what_is_wrong(hba, arguments, named):
+    code, out, err = hba(*arguments)
+    assert (code, out) == (2, "")
+    assert named.lower() in err.lower()
+    assert "Traceback" not in err
+
+
+def test_no_command_shows_the_help(hba):
+    code, out, err = hba()
+    assert code == 2
+    assert "Commands" in out + err
+
+
+def test_ctrl_c_says_how_to_go_on(hba, monkeypatch):
+    def interrupt(**_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hba.doctor.diagnose", interrupt)
+    code, out, err = hba("doctor")
+    assert (code, out) == (130, "")
+    assert "run the same command again to resume" in err
+
+
+# --- --json ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("cli")
+
+
+@pytest.fixture
+def trained(place, mini_atlas, backbone, hba):
+    """A run folder of two steps, and what `train sft --json` said."""
+    run = place / "run"
+    common = [f"atlas={mini_atlas}", f"model.name={backbone}"]
+    answer = hba("train", "sft", "--config", "sft_tiny", "--run", run, "--json", *common, *SMALL)
+    return run, answer
+
+
+def test_json_of_training_alone_is_on_standard_output(trained):
+    run, (code, out, _) = trained
+    assert code == 0
+    said = json.loads(out)
+    assert said["run"] == str(run)
+    assert said["step"] == 2
+    assert said["quarantined"] == 0
+
+
+def test_json_from_predictions_to_report(trained, mini_atlas, hba):
+    run, _ = trained
+    code, out, _ = hba("predict", run, "--atlas", mini_atlas, "--split", "test[:8]", "loader.workers=1", "--json")
+    predicted = json.loads(out)
+    assert (code, predicted["predicted"] + predicted["skipped"], predicted["quarantined"]) == (0, 8, 0)
+    code, out, _ = hba("score", run, "--json")
+    assert code == 0
+    assert json.loads(out) == json.loads((run / "metrics.json").read_text())
+    code, out, _ = hba("report", run, "--atlas", mini_atlas, "--json")
+    assert (code, json.loads(out)) == (0, {"report": str(run / "report.html")})
+
+
+def test_json_of_the_others(place, mini_atlas, hba):
+    code, out, _ = hba("atlas", "mini", mini_atlas, "--size", "tiny", "--json")
+    made = json.loads(out)
+    assert (code, made["path"], made["size"], made["reused"]) == (0, str(mini_atlas), "tiny", True)
+    code, out, _ = hba("tiny", place / "tiny", "--atlas", mini_atlas, "--json")
+    assert (code, json.loads(out)) == (0, {"model": str(place / "tiny")})
+    code, out, _ = hba("doctor", "--json")
+    assert code == 0
+    assert json.loads(out)
+
+
+def test_libraries_stay_silent(place, mini_atlas):
+    """In a process of its own, where no test has silenced anything before."""
+    command = ["-m", "hba", "tiny", str(place / "silent"), "--atlas", str(mini_atlas), "--json"]
+    done = python(*command)
+    assert json.loads(done.stdout) == {"model": str(place / "silent")}
+    assert done.stderr == ""
+
+
+def test_markup_in_a_path_is_shown_as_it_is(place, mini_atlas, hba):
+    out_folder = place / "[red]name[/red] [0]"
+    code, out, _ = hba("tiny", out_folder, "--atlas", mini_atlas)
+    assert code == 0
+    assert "[red]name[/red] [0]" in out
