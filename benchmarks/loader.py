@@ -1,0 +1,215 @@
+"""What worker processes that survive a crash cost: start-up, handing over a sample, batches a second, one crash.
+
+    python benchmarks/loader.py [ATLAS MODEL]
+
+Prints lines of JSON, medians of five. ATLAS and MODEL are a mini-atlas and a tiny backbone (`hba atlas mini`,
+`hba tiny`); made in a temporary folder when they are not given. Start-up is measured from a process that holds the
+atlas, the encoder and a model, until the first answer of a new process; the alternatives to fork import and unpickle.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.multiprocessing
+from torch.utils.data import DataLoader
+
+from hba.atlas import Atlas, Sample, open_atlas
+from hba.atlas.batch import EncodeConfig, Encoded, Encoder, collate
+from hba.atlas.handover import pack, unpack
+from hba.atlas.loader import LoaderConfig, load_batches
+from hba.model import OmniSapiens
+
+TRIALS = 5
+SHAPE = (1024, 1176)  # the patches of a clip of 8 frames: 4.8 MB
+
+
+def median(measure: Callable[[], float]) -> float:
+    """Median of TRIALS runs."""
+    return statistics.median(measure() for _ in range(TRIALS))
+
+
+def answer(connection: Any, atlas: Atlas, encoder: Encoder) -> None:
+    """A worker that says that it is there."""
+    connection.send((len(atlas), encoder.pad_token_id))
+
+
+def start_up(method: str, atlas: Atlas, encoder: Encoder) -> float:
+    """Seconds from the start of a process to its first answer."""
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload(["torch", "transformers", "hba.atlas.batch", "transformers.processing_utils"])
+    ours, theirs = context.Pipe()
+    started = time.perf_counter()
+    process = context.Process(target=answer, args=(theirs, atlas, encoder))
+    process.start()
+    ours.recv()
+    seconds = time.perf_counter() - started
+    process.join()
+    return seconds
+
+
+def by_memory_file(connection: socket.socket) -> None:
+    """Hands over a tensor for each message, in an anonymous file."""
+    value = {"pixel_values": torch.rand(SHAPE)}
+    while message := connection.recv(8):
+        descriptor = pack(value, None)
+        socket.send_fds(connection, [message], [descriptor])
+        os.close(descriptor)
+
+
+def by_pipe(connection: Any) -> None:
+    """Hands over a tensor for each message, through the pipe."""
+    value = torch.rand(SHAPE).numpy()
+    while connection.recv_bytes():
+        buffers: list[pickle.PickleBuffer] = []
+        connection.send_bytes(pickle.dumps(value, protocol=5, buffer_callback=buffers.append))
+        connection.send_bytes(buffers[0].raw())
+
+
+def by_torch(requests: Any, answers: Any) -> None:
+    """Hands over a tensor for each message, in torch's shared memory."""
+    value = torch.rand(SHAPE)
+    while requests.get():
+        answers.put({"pixel_values": value.clone()})
+
+
+def hand_over(way: str, rounds: int = 40) -> float:
+    """Milliseconds to get one tensor from another process and to read it."""
+    context = torch.multiprocessing.get_context("fork")
+    if way == "memory file":
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        process = context.Process(target=by_memory_file, args=(theirs,), daemon=True)
+
+        def once() -> Any:
+            ours.send(b"12345678")
+            descriptor = socket.recv_fds(ours, 8, 1)[1][0]
+            value = unpack(descriptor, None)
+            os.close(descriptor)
+            return value["pixel_values"]
+    elif way == "pipe":
+        pipe, other = context.Pipe()
+        process = context.Process(target=by_pipe, args=(other,), daemon=True)
+
+        def once() -> Any:
+            pipe.send_bytes(b"12345678")
+            return torch.from_numpy(pickle.loads(pipe.recv_bytes(), buffers=[bytearray(pipe.recv_bytes())]))
+    else:
+        requests, answers = context.Queue(), context.Queue()
+        process = context.Process(target=by_torch, args=(requests, answers), daemon=True)
+
+        def once() -> Any:
+            requests.put(1)
+            return answers.get()["pixel_values"]
+
+    process.start()
+    once().sum()
+    started = time.perf_counter()
+    for _ in range(rounds):
+        once().sum()
+    milliseconds = (time.perf_counter() - started) / rounds * 1000
+    process.kill()
+    process.join()
+    return milliseconds
+
+
+class TorchBatches(torch.utils.data.Dataset[Any]):
+    """The plain way: item k is batch k."""
+
+    def __init__(self, atlas: Atlas, encoder: Encoder, plan: list[Any]) -> None:
+        self.atlas, self.encoder, self.plan = atlas, encoder, plan
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, k: int) -> Any:
+        encoded = [self.encoder.encode(self.atlas[int(row)]) for row in self.plan[k]]
+        return collate(encoded, pad_token_id=self.encoder.pad_token_id)
+
+
+def throughput(atlas: Atlas, encoder: Encoder, way: str, workers: int) -> float:
+    """Samples a second through one pass over the atlas."""
+    plan = [np.arange(k, min(k + 8, len(atlas))) for k in range(0, len(atlas), 8)]
+    if way == "torch":
+        batches: Any = DataLoader(
+            TorchBatches(atlas, encoder, plan), batch_size=None, num_workers=workers, prefetch_factor=4
+        )
+    else:
+        batches = load_batches(atlas, encoder, plan, LoaderConfig(workers=workers, cache_megabytes=0))
+    started = time.perf_counter()
+    count = sum(len(batch) for batch in batches)
+    return count / (time.perf_counter() - started)
+
+
+class Crashing(Encoder):
+    """Ends its process at row 0 alone."""
+
+    def encode(self, sample: Sample) -> Encoded:
+        if sample.number == 0:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return Encoded(sample=sample, input_ids_T=torch.zeros(4, dtype=torch.long))
+
+
+def crash(atlas: Atlas, encoder: Encoder) -> float:
+    """Milliseconds that one deadly sample adds to an epoch: two deaths, two fresh workers."""
+    crashing = Crashing(encoder.processor, encoder.config)
+
+    def epoch(first: int) -> float:
+        started = time.perf_counter()
+        list(load_batches(atlas, crashing, [np.arange(first, first + 8)], LoaderConfig(workers=1)))
+        return time.perf_counter() - started
+
+    return (epoch(0) - epoch(1)) * 1000
+
+
+def main() -> None:
+    """Run everything."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, backbone = map(Path, sys.argv[1:3]) if len(sys.argv) > 2 else made(Path(temporary))
+        atlas = open_atlas(folder, split="train")
+        model = OmniSapiens.from_pretrained(backbone)
+        encoder = Encoder(model.processor, EncodeConfig(max_pixels=3136))
+        for method in ("fork", "forkserver", "spawn"):
+            first = start_up(method, atlas, encoder)
+            again = median(lambda method=method: start_up(method, atlas, encoder))
+            show(measured="start of a worker", method=method, first_seconds=first, seconds=again)
+        for way in ("memory file", "pipe", "torch shared memory"):
+            show(measured="hand over 4.8 MB", way=way, milliseconds=median(lambda way=way: hand_over(way)))
+        for way, workers in (("hba", 0), ("hba", 1), ("torch", 1), ("hba", 2), ("torch", 2)):
+            speed = median(lambda way=way, workers=workers: throughput(atlas, encoder, way, workers))
+            show(measured="one pass", loader=way, workers=workers, samples_per_second=speed)
+        show(measured="one deadly sample", milliseconds=median(lambda: crash(atlas, encoder)))
+
+
+def made(folder: Path) -> tuple[Path, Path]:
+    """A mini-atlas and a tiny backbone."""
+    from hba.atlas.mini import build_mini_atlas
+    from hba.model.tiny import atlas_texts, build_tiny
+
+    build_mini_atlas(folder / "atlas", size="tiny", seed=0, workers=1)
+    texts = atlas_texts(open_atlas(folder / "atlas", split="train"))
+    return folder / "atlas", build_tiny(folder / "tiny", texts, seed=0)
+
+
+def show(**record: Any) -> None:
+    """One line of JSON."""
+    print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in record.items()}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
