@@ -47,9 +47,10 @@ def main() -> None:
         raise SystemExit(error.exit_code) from None
     except OSError as error:
         # A file that cannot be read or written for a reason that no module foresaw: the user's disk, not a bug.
-        if error.filename is None and error.errno not in NO_SPACE:
+        name = error.filename2 or error.filename  # the second is where a finished file should have gone
+        if name is None and error.errno not in NO_SPACE:
             raise
-        place = f"{error.filename}: " if error.filename is not None else ""
+        place = "" if name is None else f"{name}: "
         sys.stderr.write(f"error: {place}{error.strerror}. Fix: Check the path, its permissions and the free space.\n")
         raise SystemExit(InputError.exit_code) from None
     except SystemExit as stop:

@@ -21,20 +21,21 @@ RECORDS = {".lock", "config.yaml", "environment.json"}
 @contextmanager
 def training_run(path: Path, *, config: Any, command: str, seed: int) -> Iterator[RunFolder]:
     """`RunFolder.open`; on an InputError before training began, what this command made is removed again."""
-    new = not (path / "config.yaml").exists()
+    before = {file.name for file in path.iterdir()} if path.is_dir() else set()
     made = next((parent for parent in [*reversed(path.parents), path] if not parent.exists()), None)
     with RunFolder.open(path, config=config, command=command, seed=seed) as run:
         try:
             yield run
         except InputError:
-            if new and run.is_main and {file.name for file in path.iterdir()} <= RECORDS:
-                _remove(path, made)
+            added = {file.name for file in path.iterdir()} - before
+            if run.is_main and "config.yaml" in added and added <= RECORDS:
+                _remove([path / name for name in added], path, made)
             raise
 
 
-def _remove(path: Path, made: Path | None) -> None:
-    for name in RECORDS:
-        (path / name).unlink(missing_ok=True)
+def _remove(files: list[Path], path: Path, made: Path | None) -> None:
+    for file in files:
+        file.unlink()
     if made is not None:
         for folder in [path, *path.parents]:
             with suppress(OSError):  # another process may have put something there meanwhile
