@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
+import msgspec
 import yaml
 
 from hba.errors import TaxonomyError, nearest
+from hba.storage import atomic_write
 
 QA = "qa"
+FILE = "taxonomy.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +62,10 @@ class Dataset:
 class Taxonomy:
     """An immutable set of tasks, domains and datasets. Raises TaxonomyError when `raw` contradicts itself."""
 
-    def __init__(self, raw: Mapping[str, Any]) -> None:
+    def __init__(self, raw: Mapping[str, Any], added: Mapping[str, Any] | None = None) -> None:
+        """`raw` has the keys of taxonomy.yaml; `added` are those of its entries that are not the published ones."""
         self._raw = raw
+        self.added = added or {}
         self.tasks = MappingProxyType({
             key: Task(key=key, name=t["name"], metric=t["metric"], datasets=tuple(t["datasets"]))
             for key, t in raw["tasks"].items()
@@ -79,7 +84,7 @@ class Taxonomy:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Worker processes get a taxonomy by pickle, which cannot hold mapping proxies.
-        return (_restored, (None if self._raw is PUBLISHED else dict(self._raw),))
+        return (_restored, (self.added,))
 
     def _dataset(self, key: str, entry: Mapping[str, Any], task: str | None) -> Dataset:
         domain = None if entry["domain"] == QA else str(entry["domain"])
@@ -155,7 +160,7 @@ class Taxonomy:
         """A taxonomy with more tasks, datasets or synonyms; raises TaxonomyError if an entry would redefine one.
 
         `entries` has the keys of taxonomy.yaml. Tasks of the same key gain the new datasets. New domains must take
-        indices beyond those in use.
+        indices beyond those in use, without a gap.
         """
         raw = {key: dict(value) if isinstance(value, Mapping) else value for key, value in self._raw.items()}
         for key, task in entries.get("tasks", {}).items():
@@ -165,32 +170,72 @@ class Taxonomy:
         for name, labels in entries.get("domains", {}).items():
             if name in raw["domains"] or used & set(map(int, labels)):
                 fix = f"Choose a new name, and indices from {self.num_classes} on."
-                raise TaxonomyError(f"domain {name!r} would redefine published classes", fix=fix)
+                raise TaxonomyError("would redefine published classes", where=f"domain {name!r}", fix=fix)
             raw["domains"][name] = labels
+            used |= set(map(int, labels))
+        if used != set(range(len(used))):
+            fix = f"Number new classes from {self.num_classes} on, without a gap."
+            raise TaxonomyError("class indices have a gap", where="domains", fix=fix)
         for key, dataset in entries.get("datasets", {}).items():
             if key in raw["datasets"]:
-                raise TaxonomyError(f"dataset {key!r} is already in the taxonomy", fix="Choose another key.")
+                raise TaxonomyError("is already in the taxonomy", where=f"dataset {key!r}", fix="Choose another key.")
             raw["datasets"][key] = dataset
         for domain, table in entries.get("synonyms", {}).items():
+            if domain not in raw["domains"]:
+                fix = nearest(domain, raw["domains"])
+                raise TaxonomyError("is not a domain", where=f"synonyms of {domain!r}", fix=fix)
             raw["synonyms"][domain] = {**raw["synonyms"].get(domain, {}), **table}
-        return Taxonomy(raw)
+        return Taxonomy(raw, added=entries)
 
 
-def load(path: str | Path | None = None) -> Taxonomy:
-    """The published taxonomy, extended by the YAML file at `path` if one is given."""
-    if path is None:
+def of_folder(folder: str | Path) -> Taxonomy:
+    """The published taxonomy, extended by `taxonomy.yaml` of an atlas or run folder if there is one.
+
+    Raises TaxonomyError naming file and entry when it is malformed or would redefine something published.
+    """
+    path = Path(folder) / FILE
+    if not path.is_file():
         return BUILTIN
     try:
-        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise TaxonomyError("no such file", where=str(path), fix="Check the path.") from None
-    except yaml.YAMLError as error:
-        raise TaxonomyError(f"not valid YAML ({error})", where=str(path), fix="Repair the file.") from None
-    return BUILTIN.extended(entries or {})
+        entries = msgspec.yaml.decode(path.read_bytes(), type=_Entries)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise TaxonomyError(f"not a taxonomy ({error})", where=str(path), fix="See docs/extend.md.") from None
+    try:
+        return BUILTIN.extended(msgspec.to_builtins(entries))
+    except TaxonomyError as error:
+        raise TaxonomyError(error.what, where=f"{path}, {error.where}".rstrip(", "), fix=error.fix) from None
 
 
-def _restored(raw: Mapping[str, Any] | None) -> Taxonomy:
-    return BUILTIN if raw is None else Taxonomy(raw)
+class _TaskEntry(msgspec.Struct, forbid_unknown_fields=True):
+    datasets: list[str]
+    name: str = ""
+    metric: Literal["weighted_f1", "mean_weighted_accuracy", "binary_weighted_f1", "llm_judge_accuracy"] = "weighted_f1"
+
+
+class _DatasetEntry(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    domain: str
+    labels: list[str] = []
+    language: str = "en"
+
+
+class _Entries(msgspec.Struct, forbid_unknown_fields=True):
+    """What a user's taxonomy.yaml may hold; the same keys as the published one."""
+
+    tasks: dict[str, _TaskEntry] = {}
+    domains: dict[str, dict[int, str]] = {}
+    datasets: dict[str, _DatasetEntry] = {}
+    synonyms: dict[str, dict[str, str]] = {}
+
+
+def save_beside(taxonomy: Taxonomy, folder: Path) -> None:
+    """Write what `taxonomy` adds to the published one into `folder`, so that `of_folder` gives it again."""
+    if taxonomy.added:
+        with atomic_write(folder / FILE) as handle:
+            yaml.safe_dump(dict(taxonomy.added), handle, sort_keys=False, allow_unicode=True)
+
+
+def _restored(added: Mapping[str, Any]) -> Taxonomy:
+    return BUILTIN.extended(added) if added else BUILTIN
 
 
 _TEXT = Path(__file__).with_name("taxonomy.yaml").read_text(encoding="utf-8")

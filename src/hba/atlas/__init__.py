@@ -23,7 +23,7 @@ from hba.atlas.sample import MediaSource, Quarantined, Row, Sample
 from hba.atlas.split import SplitFiles, find_files, parse_split
 from hba.errors import InputError, nearest
 from hba.storage import read_json
-from hba.taxonomy import BUILTIN, Taxonomy
+from hba.taxonomy import Taxonomy, of_folder
 
 __all__ = ["Atlas", "Columns", "Quarantined", "Row", "Sample", "open_atlas"]
 
@@ -194,16 +194,17 @@ def _open_store(found: SplitFiles, taxonomy: Taxonomy) -> Store:
     return ParquetStore(found.files, split=found.name, taxonomy=taxonomy)
 
 
-def open_atlas(path: str | Path, split: str | None = None, *, taxonomy: Taxonomy = BUILTIN) -> Atlas:
+def open_atlas(path: str | Path, split: str | None = None, *, taxonomy: Taxonomy | None = None) -> Atlas:
     """Open one split of the atlas at `path`: a folder, one JSONL file or one parquet shard.
 
     `split` is a name, or a slice of one: 'train', 'train[:1000]' (rows), 'train[:10%]'; a single file needs none.
+    Rows are checked against `taxonomy`; by default the published one with what `taxonomy.yaml` beside the rows adds.
     Every row is checked, media are not opened. Raises InputError naming file, line and field for a bad row, and
     when the split is missing, empty, or its slice selects nothing.
     """
     wanted = parse_split(split) if split is not None else None
     found = find_files(Path(path), wanted.name if wanted else None)
-    store = _open_store(found, taxonomy)
+    store = _open_store(found, taxonomy or of_folder(found.files[0].parent))
     rows = np.arange(len(store), dtype=np.int64)
     if wanted is not None:
         selected = wanted.rows(len(store))

@@ -30,8 +30,8 @@ from hba.model import checkpoint
 from hba.model.omni import OmniSapiens
 from hba.process import data_record, prepare_process
 from hba.quarantine import QuarantineLog
-from hba.storage import read_json, write_json
-from hba.taxonomy import BUILTIN, Taxonomy
+from hba.storage import file_sha256, read_json, write_json
+from hba.taxonomy import Taxonomy, save_beside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +175,6 @@ def predict_run(
     split: str,
     config: PredictConfig,
     progress: Callable[[int, int], None],
-    taxonomy: Taxonomy = BUILTIN,
 ) -> PredictSummary:
     """Predict a split into `folder` (predictions.jsonl, predict.json, quarantine.jsonl), going on where it stopped.
 
@@ -183,10 +182,12 @@ def predict_run(
     or split.
     """
     prepare_process(seed=0)
-    if checkpoint.resolve(model_name) is None:
+    trained = checkpoint.resolve(model_name)
+    if trained is None:
         fix = "Give a checkpoint, or the run folder of `hba train sft`."
         raise InputError("a backbone without trained heads: its answers would be random", where=model_name, fix=fix)
-    opened = open_atlas(atlas, split=split, taxonomy=taxonomy)
+    opened = open_atlas(atlas, split=split)
+    taxonomy = opened.taxonomy
     model = checkpoint.load(model_name, dtype=config.dtype, attention=config.attention, taxonomy=taxonomy).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     encode = config.encode or checkpoint.encode_config(model_name) or EncodeConfig()
@@ -194,12 +195,14 @@ def predict_run(
     settings = {
         "model": model_name,
         "checkpoint": checkpoint.describe(model_name),
+        "heads_sha256": file_sha256(trained / "heads.safetensors"),
         "backend": backend.name,
         "split": split,
         "data": data_record(atlas, opened),
         "encode": asdict(encode),
     }
     start_predictions(folder, json.loads(json.dumps(settings)))
+    save_beside(taxonomy, folder)
     with PredictionLog(folder / "predictions.jsonl", taxonomy) as log, QuarantineLog(folder) as quarantine:
         rows, done = answerable(opened, backend), log.done_ids()
         finished = len(done)
@@ -217,13 +220,23 @@ def predict_run(
 
 
 def start_predictions(folder: Path, settings: dict[str, Any]) -> None:
-    """Write predict.json, or check that it says the same. Raises InputError naming the keys that differ."""
+    """Write predict.json, or check that it says the same. Raises InputError naming what differs.
+
+    Where model and atlas lie may differ, their content may not.
+    """
     path = folder / "predict.json"
     if path.is_file():
-        before = read_json(path)
-        differing = [key for key in settings if before.get(key) != settings[key]]
+        before, now = _identity(read_json(path)), _identity(settings)
+        differing = [key for key in now if before.get(key) != now[key]]
         if differing:
             fix = "Choose another --run, or remove predictions.jsonl and predict.json."
             raise InputError(f"holds predictions with another {', '.join(differing)}", where=str(folder), fix=fix)
     else:
         write_json(path, settings)
+
+
+def _identity(settings: dict[str, Any]) -> dict[str, Any]:
+    """What decides the predictions, under the names that a message uses."""
+    kept = {key: settings.get(key) for key in ("checkpoint", "backend", "split", "encode")}
+    data = settings.get("data") or {}
+    return {"model": settings.get("heads_sha256"), **kept, "data": data.get("fingerprint")}

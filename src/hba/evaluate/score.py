@@ -24,7 +24,7 @@ from hba.evaluate.metrics import score_rows
 from hba.evaluate.predictions import Prediction, read_predictions
 from hba.evaluate.stats import LEVEL, Chance, Intervals, bootstrap, chance
 from hba.storage import json_sha256, read_json, read_jsonl, write_json
-from hba.taxonomy import BUILTIN, Taxonomy
+from hba.taxonomy import BUILTIN, Taxonomy, of_folder
 
 JUDGED_NOTE = "not scored: free-form answers need a judge"
 EMPTY_NOTE = "not scored: no row with a defined score"
@@ -39,17 +39,19 @@ def score_run(
     resamples: int = 2000,
     seed: int = 0,
     published: bool = False,
-    taxonomy: Taxonomy = BUILTIN,
+    taxonomy: Taxonomy | None = None,
 ) -> dict[str, Any]:
     """Score a run folder, or one predictions file, write metrics.json beside the predictions and return it.
 
     `quarantine` defaults to quarantine.jsonl of the same folder if it exists. `provenance` overrides what
     predict.json and environment.json of the folder say. Intervals are 95 % bootstrap percentiles over `resamples`
-    draws, clustered where predictions carry a `group`.
+    draws, clustered where predictions carry a `group`. Labels are those of `taxonomy`, by default the published one
+    with what `taxonomy.yaml` of the folder adds.
     Raises InputError naming file, line and field for bad input, StorageError for a full disk.
     """
     path = _predictions_path(Path(run))
     folder = path.parent
+    taxonomy = taxonomy or of_folder(folder)
     predictions = read_predictions(path, taxonomy)
     if not predictions:
         fix = "Run `hba predict` on a split that has rows."

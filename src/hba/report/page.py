@@ -24,7 +24,7 @@ from hba.report.load import Metrics, Run, load_run
 from hba.report.plots import Reference, bar
 from hba.report.samples import choose, gather
 from hba.storage import atomic_write
-from hba.taxonomy import BUILTIN, Taxonomy
+from hba.taxonomy import BUILTIN, Taxonomy, of_folder
 
 MAX_QUARANTINE_ROWS = 200
 PUBLISHED_TABLE = "hba_iclr2026"
@@ -63,7 +63,7 @@ class Published:
 
 
 def write_report(
-    run: Path, atlas_root: Path | None = None, out: Path | None = None, *, taxonomy: Taxonomy = BUILTIN
+    run: Path, atlas_root: Path | None = None, out: Path | None = None, *, taxonomy: Taxonomy | None = None
 ) -> Path:
     """Write the report of the run folder `run` to `out` (default: report.html in it) and return its path.
 
@@ -71,6 +71,7 @@ def write_report(
     Raises InputError for a folder without metrics.json, for a malformed file (naming line and field), and for an
     `atlas_root` that is no atlas; StorageError when the disk is full. Nothing is written then.
     """
+    taxonomy = taxonomy or of_folder(run)
     loaded = load_run(run, taxonomy)
     html = render(loaded, atlas_root, taxonomy)
     path = out if out is not None else run / "report.html"

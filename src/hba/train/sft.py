@@ -27,7 +27,7 @@ from hba.model.heads import answer_loss
 from hba.model.omni import ModelConfig, OmniOutput, OmniSapiens, apply_strategy
 from hba.process import data_record, prepare_process, start_accelerator
 from hba.run import RunFolder
-from hba.taxonomy import BUILTIN, Taxonomy
+from hba.taxonomy import Taxonomy
 from hba.train.loop import Count, Stage, TrainConfig, Validation, run_training, training_plan
 from hba.train.state import Progress, latest
 
@@ -48,11 +48,12 @@ class SftConfig:
     answer_weight: float = option(0.0, "weight of the answer's token loss; above 0, free-form rows train too")
 
 
-def train_sft(config: SftConfig, run: RunFolder, *, taxonomy: Taxonomy = BUILTIN) -> Progress:
+def train_sft(config: SftConfig, run: RunFolder) -> Progress:
     """Run (or resume) stage 1 in `run`. Raises InputError for bad data or config, HbaError for a failing step."""
     accelerator = start_accelerator(config.model.dtype)
     prepare_process(config.train.seed)
-    train = training_rows(open_atlas(config.atlas, split=config.train_split, taxonomy=taxonomy), config)
+    train = training_rows(open_atlas(config.atlas, split=config.train_split), config)
+    taxonomy = train.taxonomy
     held_out = open_atlas(config.atlas, split=config.validation_split, taxonomy=taxonomy)
     validation = classification_rows(held_out, config.datasets)
     run.record_data(data_record(config.atlas, train))
@@ -136,7 +137,8 @@ def validate_heads(
     if not done:
         fix = "Repair the media named in quarantine.jsonl."
         raise InputError(f"no sample of split {atlas.split!r} can be read", where=str(atlas.root), fix=fix)
-    metrics = score([p.label for p in done], [p.target for p in done], [p.dataset for p in done])
+    labels, targets, keys = zip(*((p.label, p.target, p.dataset) for p in done), strict=True)
+    metrics = score(labels, targets, keys, taxonomy=atlas.taxonomy)
     tasks = {key: task["score"] for key, task in metrics["tasks"].items() if task["score"] is not None}
     mean = sum(tasks.values()) / len(tasks)
     return Validation(mean, {**tasks, "mean": mean})
