@@ -89,11 +89,9 @@ def _quartiles(x_TD: _Doubles, published: bool) -> list[_Doubles]:
 
 
 def _normed(f_F: _Doubles, norm: str | None) -> _Doubles:
-    if norm == "l2":
-        return f_F / max(float(np.linalg.norm(f_F)), _SMALLEST_NORM)
-    if norm == "zscore":
-        return (f_F - f_F.mean()) / max(float(f_F.std()), _SMALLEST_NORM)
-    return f_F
+    centred_F = f_F - f_F.mean() if norm == "zscore" else f_F
+    size = {None: 1.0, "l2": float(np.linalg.norm(f_F)), "zscore": float(f_F.std())}[norm]
+    return np.asarray(centred_F / max(size, _SMALLEST_NORM), np.float64)
 
 
 def _single(f_F: _Doubles) -> Vector:
