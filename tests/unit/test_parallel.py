@@ -1,0 +1,117 @@
+"""Processes that crash, raise or hang cost one item each, never the run. `eval` does whatever an item says."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hba.parallel import Died, each
+
+CRASH = "__import__('os').kill(__import__('os').getpid(), {})"
+
+
+def run(items: list[str], workers: int = 1, seconds: float = 60.0) -> dict[str, object]:
+    done = list(each(eval, items, workers=workers, patience=lambda _: seconds))
+    assert sorted(item for item, _ in done) == sorted(items), "every item comes back exactly once"
+    return dict(done)
+
+
+def test_results_belong_to_their_items() -> None:
+    assert run([f"{i} * 2" for i in range(30)], workers=2) == {f"{i} * 2": 2 * i for i in range(30)}
+    assert run([]) == {}
+
+
+def test_a_crash_costs_one_item() -> None:
+    crash, kill = CRASH.format(int(signal.SIGSEGV)), CRASH.format(int(signal.SIGKILL))
+    found = run(["1", crash, "2", "3", kill, "4", "5", "6", "7"])
+    assert found[crash] == Died("crashed (SIGSEGV)")
+    assert isinstance(found[kill], Died)
+    assert "SIGKILL" in found[kill].reason
+    assert [found[str(i)] for i in range(1, 8)] == list(range(1, 8))
+
+
+def test_what_an_item_raises_or_leaves_with_is_its_result() -> None:
+    found = run(["1 / 0", "__import__('os')._exit(3)", "5"])
+    assert found == {
+        "1 / 0": Died("raised ZeroDivisionError: division by zero"),
+        "__import__('os')._exit(3)": Died("ended (exit code 3)"),
+        "5": 5,
+    }
+
+
+def test_an_item_that_hangs_is_given_up() -> None:
+    hang = "__import__('time').sleep(600)"
+    started = time.monotonic()
+    found = run([hang, "1"], seconds=1.0)
+    assert found == {hang: Died("took more than 1 s"), "1": 1}
+    assert time.monotonic() - started < 60
+
+
+def test_items_are_drawn_as_they_are_needed() -> None:
+    drawn: list[int] = []
+
+    def items() -> object:
+        for i in range(100):
+            drawn.append(i)
+            yield str(i)
+
+    results = each(eval, items(), workers=1, patience=lambda _: 60.0)  # type: ignore[arg-type]
+    next(iter(results))
+    assert len(drawn) < 20
+    results.close()  # type: ignore[attr-defined]
+
+
+def test_a_process_that_cannot_start_is_an_error(tmp_path: Path) -> None:
+    script = tmp_path / "broken.py"
+    script.write_text(
+        "import os\n"
+        "if __name__ != '__main__': os._exit(7)\n"
+        "from hba.parallel import each\n"
+        "from hba.errors import HbaError\n"
+        "try: list(each(abs, [1], workers=1, patience=lambda _: 60.0))\n"
+        "except HbaError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=True)
+    assert "could not start: it ended (exit code 7)" in done.stdout
+
+
+def test_workers_end_with_the_one_that_started_them(tmp_path: Path) -> None:
+    script, pids = tmp_path / "parent.py", tmp_path / "pids"
+    script.write_text(
+        "import sys\n"
+        "from hba.parallel import each\n"
+        "if __name__ == '__main__':\n"
+        "    code = f\"open({sys.argv[1]!r}, 'a').write(str(__import__('os').getpid()) + chr(10))\"\n"
+        "    items = [code, '__import__(\\'time\\').sleep(1)'] * 500\n"
+        "    list(each(eval, items, workers=2, patience=lambda _: 60.0))\n"
+    )
+    parent = subprocess.Popen([sys.executable, str(script), str(pids)])
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and (not pids.is_file() or len(set(pids.read_text().split())) < 2):
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    workers = set(map(int, pids.read_text().split()))
+    assert len(workers) == 2
+    while time.monotonic() < deadline and any(_lives(pid) for pid in workers):
+        time.sleep(0.05)
+    assert not any(_lives(pid) for pid in workers)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_more_workers_than_items(workers: int) -> None:
+    assert run(["1"], workers=workers) == {"1": 1}
+    assert os.getpid() not in run(["__import__('os').getpid()"], workers=workers).values()
