@@ -1,0 +1,121 @@
+"""The demo end to end at size tiny: what it leaves, that a second call repeats nothing, that a seed decides it all."""
+
+import copy
+import json
+import re
+import shutil
+import sys
+from html.parser import HTMLParser
+
+import pytest
+
+from hba.cli import main
+from hba.demo import run_demo
+from hba.errors import ConfigError
+
+FEW_STEPS = ["train.max_steps=6", "train.validate_every=3", "train.batch_size=8", "encode.num_frames=4"]
+TASKS = {"SEN", "EMO", "HUM", "SAR", "ANX", "DEP", "PTSD"}
+
+
+def without_times(metrics):
+    metrics = copy.deepcopy(metrics)
+    assert metrics["provenance"].pop("created_at")
+    return metrics
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory, mini_atlas):
+    """A demo folder and its result; the mini-atlas is the shared one, which the demo finds and keeps."""
+    folder = tmp_path_factory.mktemp("demo") / "demo"
+    shutil.copytree(mini_atlas, folder / "atlas")
+    return folder, run_demo(folder, size="tiny", seed=0, overrides=FEW_STEPS)
+
+
+class References(HTMLParser):
+    """Every address that a page would load or link to."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attributes):
+        self.found += [value for name, value in attributes if name in ("src", "href", "poster", "srcset", "action")]
+
+
+def test_the_demo_leaves_every_file_of_the_contract(demo):
+    folder, result = demo
+    run = folder / "sft"
+    assert result.report == run / "report.html"
+    expected = {
+        *("config.yaml", "environment.json", "log.jsonl", "checkpoints", "tensorboard"),
+        *("predictions.jsonl", "predict.json", "metrics.json", "report.html"),
+    }
+    assert {path.name for path in run.iterdir()} - {".lock", "quarantine.jsonl", "taxonomy.yaml"} == expected
+    assert result.quarantined == []
+    assert set(result.seconds) == {"mini-atlas", "backbone", "train", "predict", "score", "report"}
+    assert not [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
+
+
+def test_metrics_are_as_the_contract_says(demo):
+    folder, result = demo
+    metrics = json.loads((folder / "sft" / "metrics.json").read_text())
+    assert metrics == result.metrics
+    assert set(metrics) >= {"tasks", "datasets", "aggregate", "provenance"}
+    scored = {key: task for key, task in metrics["tasks"].items() if task["score"] is not None}
+    assert set(scored) >= TASKS
+    for task in scored.values():
+        low, high = task["ci95"]
+        assert 0 <= low <= task["score"] <= high <= 1
+        assert 0 <= task["chance"] <= 1
+        assert task["n"] > 0
+        assert task["n_quarantined"] == 0
+    said = metrics["provenance"]
+    assert said["synthetic"] is True
+    assert (said["seed"], said["split"], said["model"]) == (0, "test", "sft")
+    lines = (folder / "sft" / "predictions.jsonl").read_text().splitlines()
+    assert len(lines) == metrics["aggregate"]["n"]
+
+
+def test_the_report_needs_nothing_but_itself(demo):
+    page = demo[1].report.read_text()
+    references = References()
+    references.feed(page)
+    assert references.found
+    assert [address[:60] for address in references.found if not address.startswith(("data:", "#"))] == []
+    assert not re.search(r"<script|@import|url\((?!['\"]?(data:|#))", page)
+    assert "synthetic" in page.lower()
+
+
+def test_a_second_call_trains_and_predicts_nothing(demo):
+    folder, first = demo
+    log, predictions = ((folder / "sft" / name).read_bytes() for name in ("log.jsonl", "predictions.jsonl"))
+    again = run_demo(folder, size="tiny", seed=0, overrides=FEW_STEPS)
+    assert without_times(again.metrics) == without_times(first.metrics)
+    assert [(folder / "sft" / name).read_bytes() for name in ("log.jsonl", "predictions.jsonl")] == [log, predictions]
+
+
+def test_one_seed_gives_one_result_wherever_it_runs(demo, tmp_path, mini_atlas, monkeypatch, capfd):
+    """The second demo runs through the command line, in another folder, named by a relative path."""
+    shutil.copytree(mini_atlas, tmp_path / "again" / "atlas")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["hba", "demo", *FEW_STEPS, "--run", "again", "--size", "tiny", "--json"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code
+    said = json.loads(capfd.readouterr().out)
+    assert without_times(said["metrics"]) == without_times(demo[1].metrics)
+    page = (tmp_path / said["report"]).read_text()
+    assert len(page) == pytest.approx(len(demo[1].report.read_text()), rel=0.05)
+
+    def losses(folder):
+        lines = map(json.loads, (folder / "sft" / "log.jsonl").read_text().splitlines())
+        return [line["loss"] for line in lines if line["kind"] == "train"]
+
+    assert losses(tmp_path / "again") == losses(demo[0])
+
+
+def test_what_the_demo_sets_cannot_be_overridden(tmp_path):
+    for key in ("atlas=x", "model.name=x", "train.seed=1"):
+        with pytest.raises(ConfigError, match="the demo itself sets"):
+            run_demo(tmp_path / "new", size="tiny", seed=0, overrides=[key])
+    assert not (tmp_path / "new").exists()
