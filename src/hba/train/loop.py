@@ -23,6 +23,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from hba.atlas.batch import Batch
+from hba.atlas.columns import Columns
+from hba.atlas.mixing import MixConfig, epoch_rows
 from hba.atlas.sampler import Indices, plan_batches
 from hba.config import option
 from hba.errors import ConfigError, HbaError
@@ -75,14 +77,15 @@ class Stage(NamedTuple):
 
 
 def training_plan(
-    signature_codes_N: Any, lengths_N: Any, config: TrainConfig, *, rank: int, world: int
+    columns: Columns, lengths_N: Indices, mix: MixConfig, config: TrainConfig, *, rank: int, world: int
 ) -> list[Indices]:
     """This rank's micro-batches of the whole run, all epochs in a row; every global batch is split over the ranks."""
     plan: list[Indices] = []
     for epoch in range(config.epochs):
-        plan += plan_batches(
-            signature_codes_N, lengths_N, batch_size=config.batch_size * world, seed=config.seed, epoch=epoch
-        )
+        rows = epoch_rows(columns, mix, seed=config.seed, epoch=epoch)
+        codes_M, size = columns.signature_codes[rows], config.batch_size * world
+        batches = plan_batches(codes_M, lengths_N[rows], batch_size=size, seed=config.seed, epoch=epoch)
+        plan += [rows[batch] for batch in batches]
     smallest = min(map(len, plan))
     if smallest < world:
         fix = "Use fewer processes or a batch size that does not leave so small a rest."

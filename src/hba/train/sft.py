@@ -12,12 +12,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hba.atlas import Atlas, open_atlas
 from hba.atlas.batch import IGNORED, Batch, EncodeConfig, Encoder
 from hba.atlas.loader import LoaderConfig, load_batches
+from hba.atlas.mixing import MixConfig
 from hba.config import option
 from hba.errors import InputError
 from hba.evaluate.metrics import score
@@ -41,6 +44,7 @@ class SftConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     encode: EncodeConfig = field(default_factory=EncodeConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
+    mix: MixConfig = field(default_factory=MixConfig)
     train_split: str = option("train", "split to train on; slices such as train[:10%] work")
     validation_split: str = option("validation", "split that chooses the best checkpoint")
     datasets: tuple[str, ...] | None = option(None, "train on these dataset keys alone")
@@ -61,8 +65,9 @@ def train_sft(config: SftConfig, run: RunFolder) -> Progress:
     encoder = Encoder(model.processor, config.encode, taxonomy)
     train_encoder = Encoder(model.processor, config.encode, taxonomy, answers=config.answer_weight > 0)
     plan = training_plan(
-        train.columns.signature_codes,
+        train.columns,
         train.estimated_tokens,
+        config.mix,
         config.train,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
@@ -71,7 +76,7 @@ def train_sft(config: SftConfig, run: RunFolder) -> Progress:
         model=model,
         loss=partial(sft_loss, answer_weight=config.answer_weight),
         batches=lambda plan, start: load_batches(train, train_encoder, plan, config.loader, start=start),
-        validate=partial(validate_heads, model, validation, encoder, config, run),
+        validate=partial(validate_heads, model, validation, encoder, config, run, accelerator),
         save_model=partial(save_checkpoint, model, config),
         learning_rates={},
     )
@@ -120,24 +125,31 @@ def save_checkpoint(model: OmniSapiens, config: SftConfig, folder: Path) -> None
 
 
 def validate_heads(
-    model: OmniSapiens, atlas: Atlas, encoder: Encoder, config: SftConfig, run: RunFolder
+    model: OmniSapiens,
+    atlas: Atlas,
+    encoder: Encoder,
+    config: SftConfig,
+    run: RunFolder,
+    accelerator: Accelerator,
 ) -> Validation:
     """The published metrics of the heads on the validation rows; the mean over tasks chooses the best checkpoint.
 
-    Samples that cannot be read go into the run's quarantine. Raises InputError when none is left to score.
+    Every rank answers its share of the rows and gets the score of all. Samples that cannot be read go into the run's quarantine. Raises InputError when none is left to score.
     """
     backend = HeadsBackend(model, atlas.taxonomy)
-    size = config.validation_batch_size
-    steps = predict(atlas, answerable(atlas, backend), backend, encoder, batch_size=size, loader=config.loader)
-    done = []
-    for step in steps:
-        done += step.predictions
-        for sample in step.quarantined if run.is_main else ():
+    own = answerable(atlas, backend)[accelerator.process_index :: accelerator.num_processes]
+    said: list[tuple[str | None, str, str]] = []
+    for step in predict(
+        atlas, own, backend, encoder, batch_size=config.validation_batch_size, loader=config.loader
+    ):
+        said += [(p.label, p.target, p.dataset) for p in step.predictions]
+        for sample in step.quarantined:
             run.quarantine.add(sample)
+    done = gather_object(said)
     if not done:
         fix = "Repair the media named in quarantine.jsonl."
         raise InputError(f"no sample of split {atlas.split!r} can be read", where=str(atlas.root), fix=fix)
-    labels, targets, keys = zip(*((p.label, p.target, p.dataset) for p in done), strict=True)
+    labels, targets, keys = zip(*done, strict=True)
     metrics = score(labels, targets, keys, taxonomy=atlas.taxonomy)
     tasks = {key: task["score"] for key, task in metrics["tasks"].items() if task["score"] is not None}
     mean = sum(tasks.values()) / len(tasks)
