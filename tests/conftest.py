@@ -37,3 +37,10 @@ def model(backbone):
 
     torch.manual_seed(0)
     return OmniSapiens.from_pretrained(backbone).eval()
+
+
+@pytest.fixture(autouse=True)
+def ordinary_floats():
+    """Commands flush denormal numbers for the whole process; hypothesis refuses to work then."""
+    yield
+    torch.set_flush_denormal(False)

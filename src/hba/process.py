@@ -1,20 +1,25 @@
-"""What every training and prediction process does first: threads, seeds, accelerator, a record of the data."""
+"""What every training and prediction process does first: threads, seeds, accelerator, a record of the data, and the
+removal of what killed processes had begun to write."""
 
 from __future__ import annotations
 
 import os
 import random
+import re
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from transformers.utils import logging as transformers_logging
 
 from hba.atlas import Atlas
 from hba.model.checkpoint import resolve_dtype
 
 FEW_CORES = 4
+_BEGUN = re.compile(r"\..+\.(\d+)\.tmp")  # as storage names what is not yet whole
 
 
 def prepare_process(seed: int) -> None:
@@ -34,9 +39,29 @@ def prepare_process(seed: int) -> None:
 def start_accelerator(dtype: str) -> Accelerator:
     """The accelerator of this process; forward passes run in bfloat16 where `dtype` resolves to it."""
     mixed = "bf16" if resolve_dtype(dtype) is torch.bfloat16 else "no"
-    return Accelerator(mixed_precision=mixed)
+    # A batch without video leaves the vision tower without gradients, and heads alone leave the last layer so.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return Accelerator(mixed_precision=mixed, kwargs_handlers=[unused])
 
 
 def data_record(path: str, atlas: Atlas) -> dict[str, Any]:
     """What environment.json says of the data."""
     return {"path": path, "fingerprint": atlas.fingerprint, "synthetic": atlas.synthetic, "rows": len(atlas)}
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove files and folders that a process which no longer lives had begun to write into `folder`."""
+    for begun in folder.glob(".*.tmp"):
+        match = _BEGUN.fullmatch(begun.name)
+        if match and not _lives(int(match[1])):
+            shutil.rmtree(begun) if begun.is_dir() else begun.unlink()
+
+
+def _lives(process_id: int) -> bool:
+    try:
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        return True
+    return True

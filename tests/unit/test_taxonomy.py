@@ -11,7 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hba.errors import TaxonomyError
-from hba.taxonomy import BUILTIN, DATASETS, DOMAINS, NUM_CLASSES, TASKS, canonical_label, global_index, load
+from hba.taxonomy import (
+    BUILTIN,
+    DATASETS,
+    DOMAINS,
+    NUM_CLASSES,
+    TASKS,
+    canonical_label,
+    global_index,
+    of_folder,
+    save_beside,
+)
 
 CLASSIFIED = sorted(key for key, dataset in DATASETS.items() if dataset.domain)
 IEMOCAP = {"datasets": {"iemocap": {"domain": "emotion", "labels": ["anger", "sad"]}}}
@@ -108,16 +118,19 @@ def test_an_extension_that_contradicts_is_refused(entries: dict[str, Any], messa
         BUILTIN.extended(entries)
 
 
-def test_a_file_extends_the_published_taxonomy(tmp_path: Path) -> None:
-    path = tmp_path / "mine.yaml"
+def test_a_file_beside_the_rows_extends_the_published_taxonomy(tmp_path: Path) -> None:
+    assert of_folder(tmp_path) is BUILTIN
+    path = tmp_path / "taxonomy.yaml"
     path.write_text("datasets:\n  iemocap: {domain: emotion, labels: [anger, sad]}\n")
-    assert load(path).dataset("iemocap").labels == ("anger", "sad")
-    assert load() is BUILTIN
+    extended = of_folder(tmp_path)
+    assert extended.dataset("iemocap").labels == ("anger", "sad")
+    copy = tmp_path / "run"
+    save_beside(extended, copy)
+    for same in (of_folder(copy), pickle.loads(pickle.dumps(extended))):
+        assert same.datasets == extended.datasets and same.added == extended.added
     path.write_text("datasets: [\n")
-    with pytest.raises(TaxonomyError, match=r"mine\.yaml: not valid YAML"):
-        load(path)
-    with pytest.raises(TaxonomyError, match="no such file"):
-        load(tmp_path / "none.yaml")
+    with pytest.raises(TaxonomyError, match=r"taxonomy\.yaml: not a taxonomy"):
+        of_folder(tmp_path)
 
 
 def test_tasks_and_datasets_can_be_sent_to_workers() -> None:

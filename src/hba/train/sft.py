@@ -134,7 +134,8 @@ def validate_heads(
 ) -> Validation:
     """The published metrics of the heads on the validation rows; the mean over tasks chooses the best checkpoint.
 
-    Every rank answers its share of the rows and gets the score of all. Samples that cannot be read go into the run's quarantine. Raises InputError when none is left to score.
+    Every rank answers its share of the rows and gets the score of all. Samples that cannot be read go into the run's
+    quarantine. Raises InputError when none is left to score.
     """
     backend = HeadsBackend(model, atlas.taxonomy)
     own = answerable(atlas, backend)[accelerator.process_index :: accelerator.num_processes]
