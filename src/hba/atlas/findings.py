@@ -18,6 +18,7 @@ MAX_PLACES = 20
 
 CODES = {
     "split-unreadable": "A split cannot be read at all.",
+    "card-broken": "atlas.json is no card of an atlas.",
     "row-json": "A line is no JSON object.",
     "row-schema": "A field is missing or of another type than published.",
     "row-dataset": "A dataset is not in the taxonomy.",

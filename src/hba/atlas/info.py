@@ -79,6 +79,7 @@ class AtlasInfo:
 
     root: Path
     synthetic: bool
+    taxonomy: Taxonomy
     splits: tuple[SplitCounts, ...]
     durations: Durations | None
 
@@ -158,6 +159,7 @@ def atlas_info(
     return AtlasInfo(
         root=path,
         synthetic=any(atlas.synthetic for atlas in opened),
+        taxonomy=opened[0].taxonomy,
         splits=tuple(_count(atlas, spec) for spec, atlas in zip(specs, opened, strict=True)),
         durations=lasting,
     )

@@ -237,7 +237,8 @@ class Catalogue:
 def read_catalogue(path: Path, splits: Sequence[str] | None, taxonomy: Taxonomy | None) -> Catalogue:
     """The rows of whole splits at `path` (a folder, or one file); `splits` None takes all that are there.
 
-    Raises InputError when there is no atlas, a split is not there, or its files lie in several folders.
+    `taxonomy` None is the published one with what `taxonomy.yaml` beside the rows adds. Raises InputError when
+    there is no atlas, a split is not there, or its files lie in several folders.
     """
     for spec in splits or ():
         if parse_split(spec) != (spec, None, None):

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -19,12 +19,13 @@ from hba.atlas.checks import count_findings, count_signatures, media_findings, s
 from hba.atlas.findings import LEVELS, Finding, in_order
 from hba.atlas.leaks import find_leaks, to_hash
 from hba.atlas.probe import Facts
-from hba.atlas.rowscan import Use, read_catalogue
+from hba.atlas.rowscan import Catalogue, Use, read_catalogue
 from hba.atlas.sample import MEDIA_FIELDS
 from hba.atlas.survey import Medium, Outcome, locate, survey
 from hba.environment import hba_version
+from hba.errors import InputError
 from hba.storage import read_json, write_json
-from hba.taxonomy import Taxonomy
+from hba.taxonomy import BUILTIN, Taxonomy
 
 LOG, RESULT = "media.jsonl", "validate.json"
 OnProgress = Callable[[int, int], None]
@@ -126,21 +127,22 @@ def validate_atlas(
         log.unlink(missing_ok=True)
     media = to_hash(media, catalogue.uses)
     outcomes |= survey(media, log=log, quick=quick, workers=workers, progress=progress)
-    synthetic = _is_synthetic(catalogue.root)
+    card = _read_card(catalogue.root)
     findings = [
+        *card.findings,
         *catalogue.findings,
         *catalogue.oddities(),
         *media_findings(catalogue, outcomes),
         *shape_findings(catalogue, outcomes),
         *find_leaks(catalogue, outcomes),
     ]
-    if release or not synthetic:
+    if release or (not card.synthetic and _has_published(catalogue)):
         findings += count_findings(catalogue, complete=splits is None, release=release)
     result = Validation(
         root=path,
         quick=quick,
         release=release,
-        synthetic=synthetic,
+        synthetic=card.synthetic,
         rows={split.name: split.num_rows for split in catalogue.splits},
         bad_rows={split.name: split.num_bad for split in catalogue.splits},
         signatures=dict(sorted(count_signatures(catalogue).items())),
@@ -152,9 +154,31 @@ def validate_atlas(
     return result
 
 
-def _is_synthetic(root: Path) -> bool:
-    card = read_json(root / "atlas.json") if (root / "atlas.json").is_file() else {}
-    return isinstance(card, dict) and card.get("synthetic") is True
+def _has_published(catalogue: Catalogue) -> bool:
+    """Whether any dataset is a published one; a user's own are not compared with the release."""
+    return any(key in BUILTIN.datasets for split in catalogue.splits for c in split.columns for key in c.datasets)
+
+
+class _Card(NamedTuple):
+    """What atlas.json says of the data, and what is wrong with it."""
+
+    synthetic: bool
+    findings: tuple[Finding, ...] = ()
+
+
+def _read_card(root: Path) -> _Card:
+    path = root / "atlas.json"
+    if not path.is_file():
+        return _Card(synthetic=False)
+    what = "'synthetic': expected true or false"
+    try:
+        card = read_json(path)
+        if isinstance(card, dict) and isinstance(card.get("synthetic", False), bool):
+            return _Card(synthetic=card.get("synthetic", False))
+    except InputError as error:
+        what = error.what
+    fix = "Repair the file; commands that need to know refuse the atlas."
+    return _Card(False, (Finding(level="error", code="card-broken", where=path.name, message=what, fix=fix),))
 
 
 def _summaries(

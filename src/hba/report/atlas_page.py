@@ -20,7 +20,6 @@ from hba.report import counts, words
 from hba.report.counts import Part, size, span, stacked
 from hba.report.html import environment, style
 from hba.storage import atomic_write
-from hba.taxonomy import BUILTIN, Taxonomy
 
 MAX_FINDINGS = 200  # of one code on the page; validate.json has them all
 MAX_KINDS = 3
@@ -80,9 +79,9 @@ def write_validation(result: Validation, path: Path) -> Path:
     return _write(path, render_validation(result))
 
 
-def write_info(info: AtlasInfo, path: Path, *, taxonomy: Taxonomy = BUILTIN) -> Path:
+def write_info(info: AtlasInfo, path: Path) -> Path:
     """Write the page of what an atlas holds to `path` and return it. Raises StorageError when the disk refuses."""
-    return _write(path, render_info(info, taxonomy))
+    return _write(path, render_info(info))
 
 
 def _write(path: Path, html: str) -> Path:
@@ -149,9 +148,9 @@ def _drawn(seconds: Sequence[float], title: str) -> Markup:
     return counts.histogram(shape.edges, shape.counts, text=span, label=label)
 
 
-def render_info(info: AtlasInfo, taxonomy: Taxonomy = BUILTIN) -> str:
+def render_info(info: AtlasInfo) -> str:
     """The page of what an atlas holds as text."""
-    tasks = _bars(info, "tasks", taxonomy)
+    tasks = _bars(info, "tasks")
     durations = info.durations
     together = float(durations.all.sum()) if durations else 0.0
     return (
@@ -163,9 +162,9 @@ def render_info(info: AtlasInfo, taxonomy: Taxonomy = BUILTIN) -> str:
             info=info,
             tasks=tasks,
             num_tasks=sum(entry.key != "" for entry in tasks),
-            datasets=_bars(info, "datasets", taxonomy),
+            datasets=_bars(info, "datasets"),
             num_datasets=len(info.totals("datasets")),
-            signatures=_bars(info, "signatures", taxonomy),
+            signatures=_bars(info, "signatures"),
             labels=[_label_card(name, labels) for name, labels in info.labels().items()],
             durations=durations,
             hours=span(together) if together else "",
@@ -176,18 +175,18 @@ def render_info(info: AtlasInfo, taxonomy: Taxonomy = BUILTIN) -> str:
     )
 
 
-def _bars(info: AtlasInfo, kind: str, taxonomy: Taxonomy) -> list[Bar]:
+def _bars(info: AtlasInfo, kind: str) -> list[Bar]:
     totals = info.totals(kind)
     largest = max(totals.values(), default=0)
     made = []
     for name, count in totals.items():
         parts = [Part(split.name, getattr(split, kind).get(name, 0), i) for i, split in enumerate(info.splits)]
         task = kind == "tasks" and name != NO_TASK
-        dataset = taxonomy.datasets.get(name) if kind == "datasets" else None
+        dataset = info.taxonomy.datasets.get(name) if kind == "datasets" else None
         made.append(
             Bar(
                 key=name if task else "",
-                name=taxonomy.tasks[name].name if task else name.replace("_", " + ") if kind == "signatures" else name,
+                name=_said(info, kind, name),
                 task=(dataset.task or "") if dataset else "",
                 count=count,
                 share=f"{100 * count / info.rows:.1f} %",
@@ -195,6 +194,13 @@ def _bars(info: AtlasInfo, kind: str, taxonomy: Taxonomy) -> list[Bar]:
             )
         )
     return made
+
+
+def _said(info: AtlasInfo, kind: str, name: str) -> str:
+    """The name of a task in words, a signature with its modalities apart, anything else as it is."""
+    if kind == "tasks" and name in info.taxonomy.tasks:
+        return info.taxonomy.tasks[name].name
+    return name.replace("_", " + ") if kind == "signatures" else name
 
 
 def _label_card(name: str, labels: Mapping[str, int]) -> LabelCard:
