@@ -17,10 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from hba.atlas.columns import Columns
+from hba.atlas.hub_id import hub_id_of
 from hba.atlas.jsonl import JsonlStore
 from hba.atlas.rows import SIGNATURES
 from hba.atlas.sample import MediaSource, Quarantined, Row, Sample
-from hba.atlas.split import SplitFiles, find_files, parse_split
+from hba.atlas.split import Split, find_files, parse_split
 from hba.errors import InputError, nearest
 from hba.storage import read_json
 from hba.taxonomy import Taxonomy, of_folder
@@ -186,7 +187,14 @@ def _checked_names(kind: str, names: Iterable[str], known: Iterable[str]) -> set
     return wanted
 
 
-def _open_store(found: SplitFiles, taxonomy: Taxonomy) -> Store:
+def _open_store(path: str | Path, wanted: Split | None, taxonomy: Taxonomy | None) -> Store:
+    hub_id = hub_id_of(path)
+    if hub_id is not None:
+        from hba.atlas.hub import open_hub
+
+        return open_hub(hub_id, wanted, taxonomy)
+    found = find_files(Path(path), wanted.name if wanted else None)
+    taxonomy = taxonomy or of_folder(found.files[0].parent)
     if found.files[0].suffix == ".jsonl":
         return JsonlStore(found.files[0], split=found.name, taxonomy=taxonomy)
     from hba.atlas.parquet import ParquetStore  # pyarrow takes as long to load as a small atlas to open
@@ -195,7 +203,9 @@ def _open_store(found: SplitFiles, taxonomy: Taxonomy) -> Store:
 
 
 def open_atlas(path: str | Path, split: str | None = None, *, taxonomy: Taxonomy | None = None) -> Atlas:
-    """Open one split of the atlas at `path`: a folder, one JSONL file or one parquet shard.
+    """Open one split of the atlas at `path`: a folder, one JSONL file, one parquet shard, or a data set on the hub.
+
+    A data set on the Hugging Face hub is named 'org/name' or 'org/name@revision' (see `hub`).
 
     `split` is a name, or a slice of one: 'train', 'train[:1000]' (rows), 'train[:10%]'; a single file needs none.
     Rows are checked against `taxonomy`; by default the published one with what `taxonomy.yaml` beside the rows adds.
@@ -203,13 +213,12 @@ def open_atlas(path: str | Path, split: str | None = None, *, taxonomy: Taxonomy
     when the split is missing, empty, or its slice selects nothing.
     """
     wanted = parse_split(split) if split is not None else None
-    found = find_files(Path(path), wanted.name if wanted else None)
-    store = _open_store(found, taxonomy or of_folder(found.files[0].parent))
+    store = _open_store(path, wanted, taxonomy)
     rows = np.arange(len(store), dtype=np.int64)
     if wanted is not None:
         selected = wanted.rows(len(store))
         rows = rows[selected.start : selected.stop]
         if len(rows) == 0:
             what = f"split {split!r} selects none of {len(store):,} rows"
-            raise InputError(what, where=str(found.files[0]), fix="Choose a larger slice.")
+            raise InputError(what, where=str(store.root), fix="Choose a larger slice.")
     return Atlas(store, rows)
