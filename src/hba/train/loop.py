@@ -155,8 +155,7 @@ def _step(
     """One optimizer step. Returns the mean loss over all ranks, the gradient norm before clipping, and the samples."""
     model.train()
     full = [batch for batch in micro_batches if len(batch)]
-    counted = torch.tensor([sum(map(len, full))], device=accelerator.device)
-    count = int(accelerator.reduce(counted, reduction="sum").sum())
+    count = _count_samples(full, accelerator)
     if not count:
         return math.nan, math.nan, 0
     summed = torch.zeros((), device=accelerator.device)
@@ -175,6 +174,17 @@ def _step(
     optimizer.zero_grad(set_to_none=True)
     mean = float(accelerator.reduce(summed, reduction="sum")) / count
     return mean, float(grad_norm), count
+
+
+def _count_samples(full: Sequence[Batch], accelerator: Accelerator) -> int:
+    """Samples of a step on all ranks. Raises HbaError on every rank when one has fewer batches to run than another."""
+    own = torch.tensor([[sum(map(len, full)), len(full)]], device=accelerator.device)
+    counted = accelerator.gather(own)
+    if len(set(counted[:, 1].tolist())) > 1:
+        # Ranks exchange gradients in every backward pass: one that has none to run would keep the others waiting.
+        what = "every sample of one process's batch is quarantined, while other processes have samples"
+        raise HbaError(what, where="quarantine.jsonl", fix="Repair the media, or use larger batches.")
+    return int(counted[:, 0].sum())
 
 
 def _require_finite(value: Tensor, name: str, batches: Sequence[Batch]) -> None:
