@@ -22,6 +22,7 @@ import soundfile
 import torch
 
 from hba.atlas import open_atlas
+from hba.atlas.convert import convert_to_parquet
 from hba.atlas.findings import CODES, LEVELS
 from hba.atlas.probe import probe
 from hba.atlas.validate import validate_atlas
@@ -402,3 +403,33 @@ def test_a_long_list_is_cut_on_the_page_and_says_so(tmp_path: Path) -> None:
     assert page.count("train.jsonl:") == 200
     assert "and 50 more in validate.json" in page
     assert "\x07" not in page
+
+
+def test_shards_give_the_same_findings(mini_atlas: Path, tmp_path: Path) -> None:
+    """JSONL, shards with an index, and shards without one, whose media are found by reading up to them."""
+    source, shards = tmp_path / "jsonl", tmp_path / "shards"
+    rows = read_rows(mini_atlas)
+    chosen = {name: [row for row in rows[name] if row["audios"] and not row["videos"]][:4] for name in rows}
+    for row in (row for lines in chosen.values() for row in lines):
+        row |= {"ext_audio_feats": []}
+        (source / row["audios"][0]).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(mini_atlas / row["audios"][0], source / row["audios"][0])
+    broken, copied = source / chosen["train"][1]["audios"][0], source / chosen["test"][2]["audios"][0]
+    broken.write_bytes(broken.read_bytes()[:500])
+    shutil.copyfile(source / chosen["train"][3]["audios"][0], copied)
+    write_rows(source, chosen)
+    for name in chosen:
+        convert_to_parquet(open_atlas(source, split=name), shards)
+
+    def said(atlas: Path) -> list[tuple[str, str, str]]:
+        return [
+            (level, code, re.sub(r"-00000-of-00001\.parquet", ".jsonl", where))
+            for level, code, where in found(validate_atlas(atlas))
+            if level != "note"
+        ]
+
+    expected = [("error", "media-broken", "train.jsonl:2, audios"), ("error", "media-leak", "train.jsonl:4, audios")]
+    assert said(source) == expected
+    assert said(shards) == expected
+    shutil.rmtree(shards / "index")
+    assert said(shards) == expected

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from hba.atlas.findings import Finding, Level, at_places
+from hba.atlas.findings import Finding, at_places
 from hba.atlas.probe import Facts
 from hba.atlas.rowfiles import MediumName
 from hba.atlas.rowscan import Catalogue
@@ -27,8 +27,7 @@ def media_findings(catalogue: Catalogue, outcomes: Mapping[int, Outcome]) -> Ite
         use = catalogue.uses[number]
         places = [catalogue.where(place, use.field) for place in use.places]
         if isinstance(outcome, Refused):
-            level: Level = "warning" if outcome.code == "media-unchecked" else "error"
-            yield at_places(level, outcome.code, places, _named(use.name, outcome.what), outcome.fix)
+            yield at_places("error", outcome.code, places, _named(use.name, outcome.what), outcome.fix)
         elif outcome.blank:
             what = "is silent from end to end" if use.field == "audios" else "is of one colour throughout"
             fix = "Look at its source: undecodable media are sometimes stored so."

@@ -35,7 +35,6 @@ CODES = {
     "media-crash": "A file crashes or stalls its decoder.",
     "media-leak": "Files of the same content lie in more than one split.",
     "media-blank": "A sound is silent, or a picture of one colour, from end to end.",
-    "media-unchecked": "Media could not be opened one by one.",
     "descriptor-shape": "A descriptor has another shape than most of its dataset's.",
     "label-unlisted": "A label is in the domain, but not among those that the taxonomy lists for the dataset.",
     "label-absent": "A label that the taxonomy lists for a dataset never occurs.",

@@ -15,7 +15,7 @@ from hba.atlas.findings import Finding, Level, at_places
 from hba.atlas.probe import Facts
 from hba.atlas.rowfiles import MediumName
 from hba.atlas.rowscan import Asked, Catalogue, Place, Use
-from hba.atlas.survey import Medium, Outcome
+from hba.atlas.survey import UNKNOWN, Medium, Outcome
 
 TRAINING = "train"
 _FIX = "Remove the rows from one of the splits."
@@ -28,8 +28,9 @@ def to_hash(media: Iterable[Medium], uses: Sequence[Use]) -> list[Medium]:
     for medium in media:
         if not medium.field.startswith("ext_"):
             splits_of[medium.num_bytes].update(place.split for place in uses[medium.number].places)
+    unknown = any(medium.num_bytes == UNKNOWN for medium in media)
     several = {size for size, splits in splits_of.items() if len(splits) > 1}
-    return [m._replace(hashed=m.num_bytes in several and not m.field.startswith("ext_")) for m in media]
+    return [m._replace(hashed=(unknown or m.num_bytes in several) and not m.field.startswith("ext_")) for m in media]
 
 
 def find_leaks(catalogue: Catalogue, outcomes: Mapping[int, Outcome]) -> Iterator[Finding]:

@@ -7,7 +7,7 @@ one set of checks serves both; its embedded media come as slices of the shard, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -26,15 +26,16 @@ _BATCH_ROWS = 1024
 EMBEDDED = "-"  # stands for the path of an embedded medium
 
 
-class Unreachable(NamedTuple):
-    """A medium embedded in a shard that has no index part, or in a compressed column."""
+class Embedded(NamedTuple):
+    """A medium of a shard without an index part, or in a compressed column: it is found by reading up to it."""
 
     shard: Path
     row: int
+    name: Field
     entry: int
 
 
-MediumName: TypeAlias = str | Slice | Unreachable
+MediumName: TypeAlias = str | Slice | Embedded
 """a path relative to the folder of the rows, or where a medium lies in a shard"""
 
 
@@ -95,6 +96,31 @@ def _shard_rows(shard: Path) -> Iterator[RawRow]:
             raise InputError(f"is damaged ({error})", where=str(shard), fix="Restore the shard.") from None
 
 
+def stream_media(shard: Path, wanted: Collection[Embedded]) -> Iterator[tuple[Embedded, bytes | None]]:
+    """Yield the bytes of the wanted media of one shard in the order of its rows; None stands for a null.
+
+    The shard is read once, a few rows at a time. Raises InputError when it is damaged, after what lies before.
+    """
+    import pyarrow as pa
+
+    from hba.atlas import embedded
+
+    names = sorted({medium.name for medium in wanted})
+    with embedded.open_shard(shard) as file:
+        row = 0
+        try:
+            for batch in file.iter_batches(batch_size=4, columns=names, use_threads=False):
+                for local in range(batch.num_rows):
+                    for name in names:
+                        for entry, value in enumerate(batch.column(name)[local].as_py() or ()):
+                            medium = Embedded(shard, row + local, name, entry)
+                            if medium in wanted:
+                                yield medium, value
+                row += batch.num_rows
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"is damaged ({error})", where=str(shard), fix="Restore the shard.") from None
+
+
 def _encoded(table: pa.Table | pa.RecordBatch, shard: Path, first: int) -> Iterator[RawRow]:
     for start in range(0, table.num_rows, _BATCH_ROWS):
         for local, values in enumerate(table.slice(start, _BATCH_ROWS).to_pylist(), first + start):
@@ -107,8 +133,8 @@ def _encoded(table: pa.Table | pa.RecordBatch, shard: Path, first: int) -> Itera
 def _places(values: dict[str, Any], name: Field, shard: Path, row: int) -> list[MediumName]:
     sizes, offsets = values.get(f"{name}_sizes"), values.get(f"{name}_offsets")
     if sizes is None or offsets is None:
-        return [Unreachable(shard, row, index) for index in range(len(values.get(name) or ()))]
+        return [Embedded(shard, row, name, index) for index in range(len(values.get(name) or ()))]
     return [
-        Slice(shard, offset, size) if offset >= 0 else Unreachable(shard, row, index)
+        Slice(shard, offset, size) if offset >= 0 else Embedded(shard, row, name, index)
         for index, (offset, size) in enumerate(zip(offsets, sizes, strict=True))
     ]

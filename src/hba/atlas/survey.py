@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeAlias
 import msgspec
 
 from hba.atlas.probe import Facts, probe
-from hba.atlas.rowfiles import MediumName, Unreachable
+from hba.atlas.rowfiles import Embedded, MediumName, stream_media
 from hba.atlas.rowscan import Catalogue
 from hba.atlas.sample import Field
 from hba.atlas.source import RESTORE, Slice, Source
@@ -29,6 +29,7 @@ from hba.storage import AppendLog, confined_path
 VERSION = 1  # of the facts: raise it whenever the same file gives others
 LEAST_SECONDS = 120.0  # before a file counts as stalled; long clips get more
 BYTES_PER_SECOND = 200_000  # slower than any decoder that is still at work
+UNKNOWN = -1
 
 
 class Refused(msgspec.Struct, frozen=True, gc=False):
@@ -42,14 +43,20 @@ class Refused(msgspec.Struct, frozen=True, gc=False):
 Outcome: TypeAlias = Facts | Refused
 
 
+class Lost(NamedTuple):
+    """Stands for the bytes of a medium that its shard does not give."""
+
+    what: str
+
+
 class Medium(NamedTuple):
     """A medium that is there, with what tells whether it has changed."""
 
     number: int
     field: Field
-    source: Source
+    source: Source | Embedded | Lost
     key: str
-    num_bytes: int
+    num_bytes: int  # UNKNOWN for embedded media that are found only by reading up to them
     mtime_ns: int
     hashed: bool = False
 
@@ -73,17 +80,16 @@ class Locator:
         self.root = root.resolve()
         self._prefix = f"{self.root}{os.sep}"
         self._folders: dict[str, str | None] = {}
-        self._shards: dict[Path, os.stat_result] = {}
+        self._times: dict[Path, int] = {}
 
     def locate(self, number: int, field: Field, name: MediumName, where: str) -> Medium | Refused:
         """The medium, or why it cannot be reached."""
-        if isinstance(name, Unreachable):
-            what = "is embedded in a shard without an index part, or in a compressed column"
-            return Refused("media-unchecked", what, "Convert the atlas, then validate the result.")
         if isinstance(name, Slice):
-            status = self._shards.get(name.path) or self._shards.setdefault(name.path, name.path.stat())
             key = f"{name.path}[{name.offset}:{name.offset + name.size}]"
-            return Medium(number, field, name, key, name.size, status.st_mtime_ns)
+            return Medium(number, field, name, key, name.size, self._shard_time(name.path))
+        if isinstance(name, Embedded):
+            key = f"{name.shard}[{name.row}, {name.name}, {name.entry}]"
+            return Medium(number, field, name, key, UNKNOWN, self._shard_time(name.shard))
         try:
             path, status = self._plain(name) or self._careful(name, where)
         except MediaError as error:
@@ -94,6 +100,11 @@ class Locator:
             what = "is empty (0 bytes)" if stat.S_ISREG(status.st_mode) else "is not a regular file"
             return Refused("media-missing", what, RESTORE)
         return Medium(number, field, path, str(path), status.st_size, status.st_mtime_ns)
+
+    def _shard_time(self, shard: Path) -> int:
+        if shard not in self._times:
+            self._times[shard] = shard.stat().st_mtime_ns
+        return self._times[shard]
 
     def _plain(self, name: str) -> tuple[Path, os.stat_result] | None:
         """The file, when its folder is in the atlas and it is no link; else None."""
@@ -157,7 +168,7 @@ def survey(
         if progress is not None:
             progress(len(found), len(media))
         count = min(workers, len(todo))
-        for medium, result in each(partial(_probe, quick=quick), todo, workers=count, patience=_patience):
+        for medium, result in each(partial(_probe, quick=quick), _supplied(todo), workers=count, patience=_patience):
             if isinstance(result, Died):
                 result = Refused("media-crash", f"{result.reason} while it was decoded", RESTORE)
             found[medium.number] = result
@@ -168,15 +179,37 @@ def survey(
     return found
 
 
+def _supplied(media: Sequence[Medium]) -> Iterator[Medium]:
+    """The media, those that are embedded without a known place with their bytes, shard by shard."""
+    shards: dict[Path, dict[Embedded, Medium]] = {}
+    for medium in media:
+        if isinstance(medium.source, Embedded):
+            shards.setdefault(medium.source.shard, {})[medium.source] = medium
+        else:
+            yield medium
+    for shard, wanted in shards.items():
+        lost = "is not in its shard"
+        try:
+            for name, value in stream_media(shard, wanted.copy()):
+                yield wanted.pop(name)._replace(source=Lost("is null") if value is None else value)
+        except InputError as error:
+            lost = f"cannot be read: its shard {error.what}"
+        yield from (medium._replace(source=Lost(lost)) for medium in wanted.values())
+
+
 def _probe(medium: Medium, *, quick: bool) -> Outcome:
+    source = medium.source
+    if isinstance(source, Lost | Embedded):
+        return Refused("media-missing", source.what if isinstance(source, Lost) else "is not in its shard", RESTORE)
     try:
-        return probe(medium.source, medium.field, where="", quick=quick, hashed=medium.hashed)
+        return probe(source, medium.field, where="", quick=quick, hashed=medium.hashed)
     except MediaError as error:
         return Refused("media-broken", error.what, error.fix)
 
 
 def _patience(medium: Medium) -> float:
-    return LEAST_SECONDS + medium.num_bytes / BYTES_PER_SECOND
+    num_bytes = len(medium.source) if isinstance(medium.source, bytes) else max(medium.num_bytes, 0)
+    return LEAST_SECONDS + num_bytes / BYTES_PER_SECOND
 
 
 def _record(medium: Medium, facts: Facts, quick: bool) -> _Record:

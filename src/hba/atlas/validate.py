@@ -196,7 +196,7 @@ def _summaries(
             made[field] = MediaSummary(
                 num_files=len(numbers),
                 num_refused=len(numbers) - len(facts),
-                num_bytes=sum(there[number].num_bytes for number in numbers if number in there),
+                num_bytes=sum(max(there[number].num_bytes, 0) for number in numbers if number in there),
                 seconds=round(sum(lengths), 1),
                 lengths=tuple(lengths),
                 sample_rates=dict(sorted(Counter(f"{f.sample_rate} Hz" for f in facts if f.sample_rate).items())),
