@@ -92,8 +92,17 @@ class Atlas:
         """Row `index` with the published fields as they are stored."""
         return self._store.row(int(self._rows[index]))
 
+    def select(self, rows: Rows) -> Atlas:
+        """A view of the given row numbers of this atlas, in their order, such as `mixing.subsample` gives."""
+        return Atlas(self._store, self._rows[rows])
+
     def __repr__(self) -> str:
         return f"Atlas({str(self.root)!r}, split={self.split!r}, {len(self)} rows)"
+
+    @property
+    def numbers(self) -> Rows:
+        """The number of every row in the whole split [N], 0-based."""
+        return self._rows.copy()
 
     @property
     def split(self) -> str:

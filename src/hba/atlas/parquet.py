@@ -30,6 +30,7 @@ _TEXT = ("problem", "answer", "dataset", "task", "modality_signature")
 _OPTIONAL = ("class_label", "id")
 _PLACES = tuple(f"{name}_{what}" for name in MEDIA_FIELDS for what in ("offsets", "sizes"))
 EXTRA = "extra_json"
+MEDIA_PATHS = "media_paths"  # what embedded media were called as files; for a conversion back
 _FIX_SCHEMA = "Write the published schema; see the schema of a row in docs."
 
 
@@ -237,7 +238,7 @@ class ParquetStore:
             yield msgspec.json.encode(values, order="sorted")
 
 
-_KNOWN = frozenset((*Row.__struct_fields__, *_PLACES, EXTRA))
+_KNOWN = frozenset((*Row.__struct_fields__, *_PLACES, EXTRA, MEDIA_PATHS))
 
 
 def _lengths(table: pa.Table, name: str) -> npt.NDArray[np.int64] | None:
