@@ -95,7 +95,7 @@ def find_files(path: Path, name: str | None) -> SplitFiles:
     if len(files) > 1 and any(file.suffix != ".parquet" or "-of-" not in file.name for file in files):
         listed = ", ".join(file.name for file in files)
         raise InputError(f"split {name!r} is ambiguous: {listed}", where=str(path), fix="Name one of the files.")
-    _check_shards(files)
+    check_shards(files)
     return SplitFiles(name, files)
 
 
@@ -129,7 +129,8 @@ def _present(folder: Path) -> dict[str, tuple[Path, ...]]:
     return found
 
 
-def _check_shards(files: tuple[Path, ...]) -> None:
+def check_shards(files: tuple[Path, ...]) -> None:
+    """Raise InputError unless shards that are numbered are all there, in order."""
     for number, file in enumerate(files):
         match = re.search(r"-(\d+)-of-(\d+)\.parquet$", file.name)
         if match and (int(match[1]) != number or int(match[2]) != len(files)):

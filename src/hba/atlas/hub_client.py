@@ -1,0 +1,218 @@
+"""A data set on the Hugging Face hub at one commit: what files it has, and getting them.
+
+The revision is resolved to a commit once; everything after is asked for at that commit, so that files of two revisions
+never mix. What may pass by itself (a dropped connection, an overloaded server) is tried again; everything else is one
+InputError with a fix, which never repeats what the server or the library said, since that may hold a token. Offline
+(HF_HUB_OFFLINE=1) the commit and the list of files are those of the last time; without that, no old answer is used.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+from urllib.parse import quote
+
+import httpx
+from huggingface_hub import HfApi, cached_assets_path, constants, hf_hub_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.hf_api import RepoFile, RepoFolder
+
+from hba.atlas.hub_id import HubId
+from hba.errors import InputError
+from hba.storage import StorageError, read_json, write_json
+
+T = TypeVar("T")
+
+_PAUSES = (1.0, 2.0, 4.0)
+_LONGEST_PAUSE = 300.0
+_TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
+# The hub may leave files out of the list in a data set's description when there are more than this.
+_SURELY_LISTED = 40_000
+_FOLDERS = ("", "data", "index", "data/index")
+_PATHS_A_QUESTION = 500
+_FIX_AGAIN = "Run the same again: what is complete is kept."
+
+
+class NotInRepoError(InputError):
+    """The data set has no such file at this commit."""
+
+
+class FileInfo(NamedTuple):
+    """Size of a file in bytes, and what identifies its contents."""
+
+    size: int
+    blob: str
+
+
+@dataclass(frozen=True)
+class Repo:
+    """A data set at one commit. Picklable; opens a connection only when it is asked for something."""
+
+    id: str
+    commit: str
+
+    def __str__(self) -> str:
+        return f"{self.id}@{self.commit[:12]}"
+
+    def fetch(self, name: str, folder: Path | None = None) -> Path:
+        """The file `name` on this machine: below `folder`, or in the cache that all programs share.
+
+        A file that is there already costs no request. Raises NotInRepoError, InputError, StorageError (full disk).
+        """
+
+        def download() -> str:
+            return hf_hub_download(self.id, name, repo_type="dataset", revision=self.commit, local_dir=folder)
+
+        return Path(_ask(download, f"{self}/{name}", self.id))
+
+    def infos(self, names: Iterable[str]) -> dict[str, FileInfo]:
+        """Size and identity of those of the files that the data set has. Raises InputError."""
+        wanted, found = list(names), dict[str, FileInfo]()
+        for start in range(0, len(wanted), _PATHS_A_QUESTION):
+            part = wanted[start : start + _PATHS_A_QUESTION]
+            for entry in _ask(partial(self._paths_info, part), str(self), self.id):
+                if isinstance(entry, RepoFile):
+                    lfs = entry.lfs.sha256 if entry.lfs is not None else None
+                    found[entry.path] = FileInfo(entry.size, lfs or entry.blob_id)
+        return found
+
+    def _paths_info(self, names: list[str]) -> list[RepoFile | RepoFolder]:
+        return list(HfApi().get_paths_info(self.id, names, revision=self.commit, repo_type="dataset"))
+
+    def home(self, part: str) -> Path:
+        """A folder of the assets cache for what is made from this data set."""
+        return _home(self.id, part)
+
+
+class Listing(NamedTuple):
+    """A data set at one commit and the files that it has."""
+
+    repo: Repo
+    names: frozenset[str]
+
+
+def list_repo(wanted: HubId) -> Listing:
+    """Resolve the revision and list the files; of a very large data set, those in the folders that hold rows.
+
+    Raises InputError when the data set or revision does not exist, needs permission, or the hub cannot be reached.
+    """
+    revision = wanted.revision or constants.DEFAULT_REVISION
+    saved = _home(wanted.repo, "listings") / f"{quote(revision, safe='')}.json"
+    pinned = len(revision) == 40 and all(c in "0123456789abcdef" for c in revision)
+    if saved.is_file() and (pinned or _is_offline()):
+        known = read_json(saved)
+        return Listing(Repo(wanted.repo, known["commit"]), frozenset(known["names"]))
+    api = HfApi()
+    info = _ask(lambda: api.dataset_info(wanted.repo, revision=revision), str(wanted), wanted.repo)
+    repo = Repo(wanted.repo, str(info.sha))
+    names = {file.rfilename for file in info.siblings or ()}
+    if len(names) > _SURELY_LISTED:
+        names |= set(_names_in_folders(repo))
+    write_json(saved, {"commit": repo.commit, "names": sorted(names)})
+    return Listing(repo, frozenset(names))
+
+
+def _names_in_folders(repo: Repo) -> list[str]:
+    found: list[str] = []
+    seen = {""}
+    for folder in _FOLDERS:
+        if folder in seen:
+            entries = _ask(partial(_entries, repo, folder), str(repo), repo.id)
+            found += [entry.path for entry in entries if isinstance(entry, RepoFile)]
+            seen |= {entry.path for entry in entries if not isinstance(entry, RepoFile)}
+    return found
+
+
+def _entries(repo: Repo, folder: str) -> list[RepoFile | RepoFolder]:
+    return list(HfApi().list_repo_tree(repo.id, folder or None, revision=repo.commit, repo_type="dataset"))
+
+
+def _home(repo_id: str, part: str) -> Path:
+    return Path(cached_assets_path("hba", repo_id, part, assets_dir=constants.HF_ASSETS_CACHE))
+
+
+def _is_offline() -> bool:
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def _ask(call: Callable[[], T], where: str, repo: str) -> T:
+    """What `call` gives, tried again after what may pass by itself. Raises InputError."""
+    for pause in (*_PAUSES, None):
+        try:
+            return call()
+        except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+            cause = _cause(error)
+            if pause is None or not _may_pass(cause):
+                raise _explained(cause, where, repo) from None
+            wait = max(pause, _asked_to_wait(cause))
+        time.sleep(wait)
+    raise AssertionError("unreachable")
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong below the library's 'not found in the cache either'."""
+    kinds = (HfHubHTTPError, httpx.HTTPError, OfflineModeIsEnabled)
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, kinds):
+        cause = cause.__cause__
+    return cause or error
+
+
+def _status(error: BaseException) -> int | None:
+    return error.response.status_code if isinstance(error, HfHubHTTPError) else None
+
+
+def _may_pass(error: BaseException) -> bool:
+    if isinstance(error, HfHubHTTPError):
+        return _status(error) in _TRANSIENT
+    if isinstance(error, httpx.TransportError):
+        return not isinstance(error, httpx.ConnectError)
+    # A size that is not the announced one is an OSError without a number.
+    return isinstance(error, OSError) and error.errno is None and not isinstance(error, OfflineModeIsEnabled)
+
+
+def _asked_to_wait(error: BaseException) -> float:
+    told = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
+    return min(float(told), _LONGEST_PAUSE) if told.isdigit() else 0.0
+
+
+def _explained(error: BaseException, where: str, repo: str) -> InputError:
+    page, status = f"{constants.ENDPOINT}/datasets/{repo}", _status(error)
+    if isinstance(error, RemoteEntryNotFoundError):
+        return NotInRepoError("no such file in the data set", where=where, fix=f"See {page}/tree/main for what it has.")
+    if isinstance(error, RevisionNotFoundError):
+        return InputError("no such revision", where=where, fix=f"Choose a branch, tag or commit of {page}/commits.")
+    if isinstance(error, GatedRepoError) or status == 403:
+        fix = f"Accept the terms at {page}, then run `hf auth login` with a token of that account."
+        return InputError("the data set asks for its terms to be accepted", where=where, fix=fix)
+    if status in (401, 404):
+        what = f"neither a path on this machine nor a data set that the hub shows you (status {status})"
+        fix = "Check the path or the name; if the data set is private, run `hf auth login`."
+        return InputError(what, where=where, fix=fix)
+    if status is not None:
+        return InputError(f"the hub answered with status {status}", where=where, fix=f"Wait a little. {_FIX_AGAIN}")
+    if isinstance(error, OfflineModeIsEnabled):
+        fix = "Unset HF_HUB_OFFLINE, or check the path."
+        return InputError("is not on this machine, and the hub may not be asked", where=where, fix=fix)
+    if isinstance(error, httpx.HTTPError):
+        fix = f"Check the path and the network. {_FIX_AGAIN} With HF_HUB_OFFLINE=1 what was downloaded before is used."
+        what = f"is not on this machine, and the hub at {constants.ENDPOINT} cannot be reached"
+        return InputError(what, where=where, fix=fix)
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        fix = f"Free some space, or set HF_HOME to a larger disk. {_FIX_AGAIN}"
+        return StorageError("no space left on the disk", where=where, fix=fix)
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return StorageError("the download folder cannot be written", where=where, fix="Set HF_HOME to another folder.")
+    return InputError(f"the download broke off ({type(error).__name__})", where=where, fix=_FIX_AGAIN)

@@ -1,0 +1,51 @@
+"""Names of data sets on the Hugging Face hub: `org/name`, `org/name@revision`, `hf://datasets/org/name@revision`.
+
+What exists on this machine is never taken for a name on the hub, and neither is a path below a folder that exists, so
+that a mistyped path is reported as one; the form with `hf://` is always a name. Nothing is asked of the network here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from hba.errors import InputError
+
+_SCHEME = re.compile(r"hf:/{1,2}datasets/")  # a Path keeps one slash of the two
+_NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
+_FILES = (".jsonl", ".json", ".parquet", ".yaml", ".git")
+
+
+class HubId(NamedTuple):
+    """A data set on the hub; without a revision, the newest commit of its main branch."""
+
+    repo: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
+
+
+def hub_id_of(path: str | Path) -> HubId | None:
+    """The data set that `path` names, None when it is, or is meant to be, a path on this machine."""
+    text = os.fspath(path)
+    if not _SCHEME.match(text) and (Path(text).exists() or Path(text).parent.is_dir()):
+        return None
+    return _parsed(text)
+
+
+def parse_hub_id(text: str) -> HubId:
+    """The data set that `text` names, whatever lies on this machine. Raises InputError when it is no such name."""
+    found = _parsed(text)
+    if found is None:
+        raise InputError(f"{text!r} is not a data set on the hub", fix="Write org/name or org/name@revision.")
+    return found
+
+
+def _parsed(text: str) -> HubId | None:
+    match = _NAME.fullmatch(_SCHEME.sub("", text, count=1))
+    if match is None or match["repo"].endswith(_FILES) or "--" in match["repo"] or ".." in match["repo"]:
+        return None
+    return HubId(match["repo"], match["revision"])
