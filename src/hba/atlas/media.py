@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hba.atlas.audio import SAMPLE_RATE, Audio, load_audio
-from hba.atlas.source import DEFAULT_LIMITS, RESTORE, Limits, Source, check_source, readable
+from hba.atlas.source import DEFAULT_LIMITS, RESTORE, Limits, Source, check_source, head, read_bytes, readable
 from hba.atlas.video import Video, load_video
 from hba.errors import MediaError
 
@@ -84,14 +84,17 @@ def load_image(source: Source, *, where: str, limits: Limits = DEFAULT_LIMITS) -
 
 
 def load_descriptor(source: Source, *, where: str, limits: Limits = DEFAULT_LIMITS) -> Descriptor:
-    """Load a `.pt` file: a tensor, or a dict of tensors, on the CPU.
+    """Load a `.pt` or safetensors file: a tensor, or a dict of tensors, on the CPU.
 
     Raises MediaError naming `where` when the file is empty or damaged, holds anything but tensors (it is never
     unpickled as code), holds NaN or infinity, or exceeds `limits`.
     """
     import torch
 
-    check_source(source, where=where, limits=limits)
+    size = check_source(source, where=where, limits=limits)
+    start = head(source, 9, where=where)
+    if start[8:] == b"{" and int.from_bytes(start[:8], "little") < size:  # no .pt of any release begins like this
+        return _load_safetensors(source, where, limits)
     _check_archive(source, where, limits)
     try:
         with warnings.catch_warnings():
@@ -107,6 +110,20 @@ def load_descriptor(source: Source, *, where: str, limits: Limits = DEFAULT_LIMI
         return {name: _checked(tensor, f" {name!r}", where, limits) for name, tensor in value.items()}
     what = f"expected a tensor or a dict of tensors, found {type(value).__name__}"
     raise MediaError(what, where=where, fix="Save a tensor, or a dict of names to tensors.")
+
+
+def _load_safetensors(source: Source, where: str, limits: Limits) -> Descriptor:
+    import safetensors
+    import safetensors.torch
+
+    try:
+        value = safetensors.torch.load(read_bytes(source))
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise MediaError(f"is not whole safetensors ({reason})", where=where, fix=RESTORE) from None
+    if not value:
+        raise MediaError("holds no tensors", where=where, fix=RESTORE)
+    return {name: _checked(tensor, f" {name!r}", where, limits) for name, tensor in value.items()}
 
 
 def _check_archive(source: Source, where: str, limits: Limits) -> None:

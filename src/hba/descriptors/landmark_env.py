@@ -1,0 +1,84 @@
+"""The environment of its own in which MediaPipe runs, and the script that runs there.
+
+mediapipe 0.10.21 is the last release whose wheel carries the models; it declares numpy < 2 and protobuf < 5, which
+hba's own environment cannot meet. `set_up` makes a venv below the user's cache with exact versions (landmarks.txt),
+installed without their declared dependencies: those bring jax, a second OpenCV that needs X libraries, and 600 MB.
+The last file written marks an environment as whole; one without it is made anew. docs/decisions.md gives the reasons.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hba.errors import HbaError
+from hba.storage import file_sha256, read_json, write_json
+
+if TYPE_CHECKING:
+    from hba.doctor import Check
+
+MEDIAPIPE = "0.10.21"
+REQUIREMENTS = Path(__file__).with_name("landmarks.txt")
+SCRIPT = Path(__file__).with_name("holistic_script.py")
+SET_UP = "Run `hba atlas describe --setup` (400 MB, once), or pass --video none."
+_MARK = "hba.json"
+
+
+def cache_folder() -> Path:
+    """Where hba keeps what it installs: $HBA_CACHE, else hba below $XDG_CACHE_HOME, else ~/.cache/hba."""
+    own, shared = os.environ.get("HBA_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    return Path(own) if own else (Path(shared) if shared else Path.home() / ".cache") / "hba"
+
+
+def environment_folder() -> Path:
+    """The folder of the environment for this Python and these requirements, there or not."""
+    major, minor = sys.version_info[:2]
+    return cache_folder() / f"mediapipe-{MEDIAPIPE}-py{major}.{minor}-{file_sha256(REQUIREMENTS)[:8]}"
+
+
+def python_of_environment() -> Path:
+    """The interpreter that has MediaPipe. Raises HbaError when the environment is not set up."""
+    folder = environment_folder()
+    python = folder / "bin" / "python"
+    if not (folder / _MARK).is_file() or not python.exists():
+        raise HbaError("the environment for MediaPipe landmarks is not set up", where=str(folder), fix=SET_UP)
+    return python
+
+
+def set_up() -> Path:
+    """Make the environment unless it stands, and return its folder. Raises HbaError with the installer's last words."""
+    folder = environment_folder()
+    if (folder / _MARK).is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    python = folder / "bin" / "python"
+    pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-deps"]
+    _run([sys.executable, "-m", "venv", "--clear", str(folder)], "Install the venv module of this Python.")
+    _run([*pip, "-r", str(REQUIREMENTS)], "Check the network or the package index; wheels are needed.")
+    _run([str(python), "-I", str(SCRIPT), "--check"], "mediapipe has wheels for Linux x86-64 and macOS only.")
+    write_json(folder / _MARK, {"mediapipe": MEDIAPIPE, "requirements": file_sha256(REQUIREMENTS)})
+    return folder
+
+
+def _run(command: list[str], fix: str) -> None:
+    # PYTHONPATH and the like belong to the caller's environment.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)  # noqa: S603
+    if done.returncode != 0:
+        said = " ".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-3:])
+        what = f"cannot set up the environment for landmarks: {said or f'exit code {done.returncode}'}"
+        raise HbaError(what, where=" ".join(command[:4]), fix=fix)
+
+
+def check_landmarks() -> Check:
+    """What `hba doctor` says of the environment."""
+    from hba.doctor import Check
+
+    name, folder = "landmarks", environment_folder()
+    if not (folder / _MARK).is_file():
+        return Check(name=name, status="missing", detail="not set up", fix=SET_UP, required=False)
+    version = read_json(folder / _MARK)["mediapipe"]
+    return Check(name=name, status="ok", detail=f"mediapipe {version} in {folder}", required=False)

@@ -1,0 +1,121 @@
+"""MediaPipe's holistic landmarks of a clip: pose, face and hands of one person, frame by frame.
+
+MediaPipe runs in an environment of its own (`landmark_env`), as a child process that lives as long as its owner and is
+told where a clip begins, so that no clip's result depends on the one before. Saved as published: {pose, face,
+left_hand, right_hand}, each [T, P, (x, y, confidence)]. In a frame where a part is not seen its points are (0, 0) with
+confidence 0, which says so; a clip in which nobody is seen at all is a MediaError and gets no file.
+
+Shapes: T frames, P points (33 pose, 468 face, 21 for each hand).
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+import threading
+from collections import deque
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hba.atlas.media import Image
+from hba.descriptors.landmark_env import MEDIAPIPE, SCRIPT, SET_UP, python_of_environment
+from hba.errors import HbaError, MediaError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+POINTS = {"pose": 33, "face": 468, "left_hand": 21, "right_hand": 21}
+_NUM_POINTS = sum(POINTS.values())
+_FRAME_BYTES = _NUM_POINTS * 3 * 4
+_HEADER = struct.Struct("<II")
+_END_SECONDS = 5.0
+
+
+def extractor_id(frames_per_second: float | None) -> str:
+    """What the manifest calls this extractor."""
+    rate = "every frame" if frames_per_second is None else f"{frames_per_second:g} frames a second"
+    return f"mediapipe {MEDIAPIPE} holistic complexity 1, {rate}"
+
+
+class Holistic:
+    """The child process with MediaPipe. Raises HbaError when its environment is missing or it does not start."""
+
+    def __init__(self) -> None:
+        python = python_of_environment()
+        env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        self._process = subprocess.Popen(  # noqa: S603
+            [str(python), "-I", str(SCRIPT)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=env,
+        )
+        self._said: deque[bytes] = deque(maxlen=20)
+        threading.Thread(target=self._listen, daemon=True).start()
+        assert self._process.stdin and self._process.stdout
+        self._in, self._out = self._process.stdin, self._process.stdout
+        version = self._out.readline().decode(errors="replace").strip()
+        if version != MEDIAPIPE:
+            self.close()
+            what = f"MediaPipe does not start in its environment: {version or self._last_words()}"
+            raise HbaError(what, where=str(python), fix=f"Remove its folder. {SET_UP}")
+
+    def _listen(self) -> None:
+        assert self._process.stderr
+        self._said.extend(self._process.stderr)
+
+    def _last_words(self) -> str:
+        said = [line.decode(errors="replace").strip() for line in self._said]
+        return next((line for line in reversed(said) if line), "without a word")[:300]
+
+    def extract(self, frames: Iterable[Image], *, where: str) -> dict[str, Tensor]:
+        """The landmarks of `frames` (uint8 [H, W, 3] RGB), float32 [T, P, 3] by part, x and y in 0..1 of the frame.
+
+        Raises MediaError when nobody is seen in any frame or MediaPipe fails on one; it can then not be used again.
+        """
+        import torch
+
+        points_T = [self._ask(frame, first=number == 0, where=where) for number, frame in enumerate(frames)]
+        if not points_T:
+            raise MediaError("holds no frames", where=where, fix="Restore the file, or leave the sample out.")
+        points_TPC = np.stack(points_T)
+        if not np.isfinite(points_TPC).all():
+            raise MediaError("MediaPipe gave NaN or infinite values", where=where, fix="Leave the sample out.")
+        if not points_TPC[:, :, 2].any():
+            what = f"MediaPipe sees nobody in any of {len(points_TPC):,} frames"
+            raise MediaError(what, where=where, fix="Leave the sample out, or pass --video none.")
+        split = np.split(points_TPC, np.cumsum(list(POINTS.values()))[:-1], axis=1)
+        return {name: torch.from_numpy(part.copy()) for name, part in zip(POINTS, split, strict=True)}
+
+    def _ask(self, frame: Image, *, first: bool, where: str) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+        height, width, _ = frame.shape
+        try:
+            if first:
+                self._in.write(_HEADER.pack(0, 0))
+            self._in.write(_HEADER.pack(height, width))
+            self._in.write(np.ascontiguousarray(frame, np.uint8).tobytes())
+            self._in.flush()
+            data = self._out.read(_FRAME_BYTES)
+        except (BrokenPipeError, ConnectionResetError):
+            data = b""
+        if len(data) < _FRAME_BYTES:
+            self.close()
+            raise MediaError(f"MediaPipe ended: {self._last_words()}", where=where, fix="Leave the sample out.")
+        return np.frombuffer(data, "<f4").reshape(_NUM_POINTS, 3)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process can take another clip."""
+        return self._process.poll() is None
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.wait(_END_SECONDS)
+        with suppress(BrokenPipeError):  # what lay ready for it is lost with it
+            self._in.close()
+        self._out.close()
