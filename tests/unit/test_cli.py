@@ -15,6 +15,8 @@ from hba.cli import app, main
 COMMANDS = {
     "demo": "overrides --run --size --seed --json",
     "atlas mini": "out! --size --seed --workers --json",
+    "atlas describe": "root --split --audio --video --transcripts --frames-per-second --workers --executor --out-format"
+    " --replace --allow-failed --setup --json",
     "train sft": "overrides --config --run --allow-quarantined --json",
     "predict": "model! overrides --atlas! --split --run --allow-quarantined --json",
     "score": "run! --resamples --seed --json",

@@ -11,6 +11,7 @@ Shapes: T frames, P points (33 pose, 468 face, 21 for each hand).
 from __future__ import annotations
 
 import os
+import re
 import struct
 import subprocess
 import threading
@@ -32,6 +33,7 @@ POINTS = {"pose": 33, "face": 468, "left_hand": 21, "right_hand": 21}
 _NUM_POINTS = sum(POINTS.values())
 _FRAME_BYTES = _NUM_POINTS * 3 * 4
 _HEADER = struct.Struct("<II")
+_WARNING = re.compile(r"[IW]\d{4} |(INFO|WARNING): ")
 _END_SECONDS = 5.0
 
 
@@ -60,17 +62,25 @@ class Holistic:
         self._in, self._out = self._process.stdin, self._process.stdout
         version = self._out.readline().decode(errors="replace").strip()
         if version != MEDIAPIPE:
-            self.close()
+            self._wait()
             what = f"MediaPipe does not start in its environment: {version or self._last_words()}"
             raise HbaError(what, where=str(python), fix=f"Remove its folder. {SET_UP}")
+
+    def _wait(self) -> None:
+        """Let it end by itself, so that its exit code tells why."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_END_SECONDS)
+        self.close()
 
     def _listen(self) -> None:
         assert self._process.stderr
         self._said.extend(self._process.stderr)
 
     def _last_words(self) -> str:
-        said = [line.decode(errors="replace").strip() for line in self._said]
-        return next((line for line in reversed(said) if line), "without a word")[:300]
+        """How it ended, and its last line that is no mere warning of its libraries."""
+        said = [line.decode(errors="replace").strip() for line in list(self._said)]
+        last = next((line for line in reversed(said) if line and not _WARNING.match(line)), "without a word")
+        return f"exit code {self._process.poll()}, {last[:300]}"
 
     def extract(self, frames: Iterable[Image], *, where: str) -> dict[str, Tensor]:
         """The landmarks of `frames` (uint8 [H, W, 3] RGB), float32 [T, P, 3] by part, x and y in 0..1 of the frame.
@@ -103,7 +113,7 @@ class Holistic:
         except (BrokenPipeError, ConnectionResetError):
             data = b""
         if len(data) < _FRAME_BYTES:
-            self.close()
+            self._wait()
             raise MediaError(f"MediaPipe ended: {self._last_words()}", where=where, fix="Leave the sample out.")
         return np.frombuffer(data, "<f4").reshape(_NUM_POINTS, 3)
 
