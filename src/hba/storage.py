@@ -33,7 +33,8 @@ class Line(NamedTuple):
 
 
 @contextmanager
-def _named_os_errors(path: Path) -> Iterator[None]:
+def named_os_errors(path: Path) -> Iterator[None]:
+    """Raise StorageError naming `path` for a disk that is full or read-only; other errors stay as they are."""
     try:
         yield
     except OSError as error:
@@ -62,7 +63,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     encoding = None if "b" in mode else "utf-8"
-    with _named_os_errors(path):
+    with named_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open(mode, encoding=encoding) as handle:
@@ -83,7 +84,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with _named_os_errors(path):
+    with named_os_errors(path):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
@@ -173,7 +174,7 @@ class AppendLog:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        with _named_os_errors(self.path):
+        with named_os_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._handle = self.path.open("ab", buffering=0)  # a buffer would write a refused line again later
             self._mend_last_line()
@@ -199,7 +200,7 @@ class AppendLog:
     def append(self, record: dict[str, Any]) -> None:
         """Add one record as one line and hand it to the operating system. NaN is refused (ValueError)."""
         line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
-        with _named_os_errors(self.path):
+        with named_os_errors(self.path):
             written = 0
             try:
                 while written < len(line):
@@ -212,7 +213,7 @@ class AppendLog:
     def close(self) -> None:
         """Flush to the disk and close."""
         if not self._handle.closed:
-            with _named_os_errors(self.path):
+            with named_os_errors(self.path):
                 try:
                     os.fsync(self._handle.fileno())
                 finally:
