@@ -22,7 +22,7 @@ from hba.errors import ConfigError
 from hba.evaluate.predict import PredictConfig, predict_run
 from hba.evaluate.score import score_run
 from hba.model.tiny import atlas_texts, build_tiny
-from hba.process import prepare_process
+from hba.process import prepare_process, remove_abandoned
 from hba.quarantine import QuarantineLog
 from hba.report import write_report
 from hba.train.sft import SftConfig, train_sft
@@ -57,6 +57,7 @@ def run_demo(folder: Path, *, size: str, seed: int, overrides: Sequence[str] = (
     atlas, backbone, run = folder / "atlas", folder / "tiny", folder / "sft"
     settings = _settings(atlas, backbone, seed, overrides)
     prepare_process(seed)
+    remove_abandoned(folder)
 
     def timed(name: str, work: Callable[[], T]) -> T:
         started = time.perf_counter()

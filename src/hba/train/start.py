@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hba.errors import InputError
+from hba.process import remove_abandoned
 from hba.run import RunFolder
 
 RECORDS = {".lock", "config.yaml", "environment.json"}
@@ -24,6 +25,7 @@ def training_run(path: Path, *, config: Any, command: str, seed: int) -> Iterato
     before = {file.name for file in path.iterdir()} if path.is_dir() else set()
     made = next((parent for parent in [*reversed(path.parents), path] if not parent.exists()), None)
     with RunFolder.open(path, config=config, command=command, seed=seed) as run:
+        remove_abandoned(path)
         try:
             yield run
         except InputError:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from hba.process import remove_abandoned
 from hba.storage import atomic_folder, read_json, write_json
 
 STEP_FOLDER = re.compile(r"step_(\d+)")
@@ -45,7 +46,7 @@ def save_state(
 
     Raises StorageError when the disk is full; the earlier checkpoints then still stand.
     """
-    remove_debris(folder)
+    remove_abandoned(folder)
     with atomic_folder(folder / f"step_{progress.step}") as new, _writers_raise_os_errors():
         save_model(new)
         with (new / "optimizer.pt").open("wb") as file:
@@ -78,12 +79,6 @@ def _errno(error: BaseException | None) -> int | None:
             return int(match[1])
         error = error.__cause__ or error.__context__
     return None
-
-
-def remove_debris(folder: Path) -> None:
-    """Remove what a killed process had begun to write into `folder`, which this process alone writes to."""
-    for begun in folder.glob(".*.tmp"):
-        shutil.rmtree(begun) if begun.is_dir() else begun.unlink()
 
 
 def steps(folder: Path) -> list[tuple[int, Path]]:

@@ -1,0 +1,94 @@
+"""kill -9 of the whole demo, workers included, at moments spread over its life: it ends as if nothing had happened.
+
+Each round starts the demo, waits for a phase (seen by the files that are there) and a seeded random time more, and
+kills its process group. After the last one it runs to its end and must equal an uninterrupted run: metrics.json apart
+from times, every probability, every logged loss.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+import pytest
+
+STEPS = ["train.max_steps=12", "train.validate_every=3", "train.log_every=1", "train.batch_size=8"]
+SEED = 20
+ROUND_SECONDS = 150
+
+# What is there when a phase has begun, and up to how many seconds later the kill comes.
+PHASES = {
+    "synthesis": (".atlas.*.tmp/*", 1.5),
+    "backbone": ("atlas/atlas.json", 1.0),
+    "training": ("sft/environment.json", 1.5),
+    "checkpoint": ("sft/checkpoints/.step_*.tmp/*", 0.05),
+    "prediction": ("sft/predict.json", 0.6),
+    "score and report": ("sft/metrics.json", 0.1),
+}
+
+
+def command(folder):
+    return [sys.executable, "-m", "hba", "demo", "--run", str(folder), "--size", "tiny", *STEPS]
+
+
+def there(folder, pattern):
+    with suppress(FileNotFoundError):  # a folder that vanished while it was searched
+        return any(folder.glob(pattern))
+
+
+def kill_in(folder, pattern, delay):
+    """Start the demo, kill its process group `delay` seconds after `pattern` is there; False if it ended before."""
+    log = folder.with_suffix(".err")
+    with log.open("wb") as err:
+        process = subprocess.Popen(command(folder), stdout=err, stderr=err, start_new_session=True)
+    deadline = time.monotonic() + ROUND_SECONDS
+    while process.poll() is None and not there(folder, pattern) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    time.sleep(delay)
+    if process.poll() is not None:
+        assert process.returncode == 0, log.read_text()
+        return False
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert time.monotonic() < deadline, log.read_text()
+    return True
+
+
+def finished(folder):
+    """Run the demo to its end; everything that must not depend on interruptions."""
+    done = subprocess.run(command(folder), capture_output=True, text=True, timeout=ROUND_SECONDS)
+    assert done.returncode == 0, done.stderr
+    run = folder / "sft"
+    metrics = json.loads((run / "metrics.json").read_text())
+    del metrics["provenance"]["created_at"]
+    predictions = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return {
+        "metrics": metrics,
+        "predictions": sorted((p["id"], p["label"], p["tokens_in"], sorted(p["probs"].items())) for p in predictions),
+        "log": [{key: value for key, value in line.items() if key != "samples_per_second"} for line in log],
+        "files": sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if _lasting(path)),
+    }
+
+
+def _lasting(path):
+    # TensorBoard writes a file for every start.
+    return path.is_file() and path.parent.name != "tensorboard"
+
+
+@pytest.mark.slow
+def test_a_demo_that_is_killed_again_and_again_ends_in_the_same_metrics(tmp_path):
+    rng = random.Random(SEED)
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    kills = sum(kill_in(folder, pattern, rng.uniform(0, longest)) for pattern, longest in PHASES.values())
+    assert kills >= 5, f"{kills} of {len(PHASES)} rounds were killed; the others had ended before"
+    killed = finished(folder)
+    straight = finished(tmp_path / "straight")
+    assert straight["log"][-1]["step"] == 12
+    for part, value in straight.items():
+        assert killed[part] == value, part
