@@ -104,7 +104,8 @@ def present_splits(path: Path) -> tuple[str, ...]:
 
     Raises InputError when there is none.
     """
-    names = [find_files(path, None).name] if not path.is_dir() else sorted(_present(path))
+    found = [find_files(path, None).name] if not path.is_dir() else sorted(_present(path))
+    names = [name for name in found if _SPEC.fullmatch(name)]  # others ('train (copy)') are no split
     if not names:
         raise InputError("holds no split", where=str(path), fix="Name a folder with .jsonl or .parquet files.")
     published = list(PUBLISHED["splits_jsonl"])
