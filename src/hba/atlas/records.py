@@ -18,9 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hba.atlas import Atlas
-from hba.atlas.parquet import EXTRA, MEDIA_PATHS, ParquetStore
+from hba.atlas.parquet import EXTRA, ParquetStore
 from hba.atlas.sample import MEDIA_FIELDS, Field, Quarantined, Row, Sample
 from hba.atlas.source import DEFAULT_LIMITS, RESTORE, Source, check_source, read_bytes
+from hba.atlas.tables import MEDIA_PATHS
 from hba.errors import InputError, MediaError
 
 TEXT_FIELDS = ("problem", "answer", "dataset", "task", "class_label", "modality_signature")

@@ -17,10 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hba.atlas.embedded import index_path, read_index, write_index
-from hba.atlas.parquet import EXTRA, MEDIA_PATHS
+from hba.atlas.parquet import EXTRA
 from hba.atlas.records import TEXT_FIELDS, Record
 from hba.atlas.sample import MEDIA_FIELDS, Quarantined
 from hba.atlas.source import Slice, read_bytes
+from hba.atlas.tables import MEDIA_PATHS
 from hba.errors import HbaError
 from hba.storage import atomic_write, file_sha256, read_json, write_json
 
