@@ -67,7 +67,7 @@ def found(result: Any) -> list[tuple[str, str, str]]:
 QA = {"dataset": "siq2", "task": "social_qa", "answer": "Because he won."}
 BAD_ROWS: dict[str, tuple[Any, Planted]] = {
     "cut line": (json.dumps(text_row())[:50], {("error", "row-json", ":2")}),
-    "array": ("[1]", {("error", "row-schema", ":2")}),
+    "array": ("[1]", {("error", "row-json", ":2")}),
     "type": (text_row(answer=3), {("error", "row-schema", ":2")}),
     "missing": (text_row(modality_signature=...), {("error", "row-schema", ":2")}),
     "dataset": (text_row(dataset="urfunn"), {("error", "row-dataset", ":2")}),

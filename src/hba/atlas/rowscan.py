@@ -117,7 +117,8 @@ class Catalogue:
         try:
             row = decode_row(raw.text, self.files[place.file], raw.line)
         except InputError as error:
-            code = "row-json" if error.what.startswith("not valid JSON") else "row-schema"
+            no_object = error.what.startswith(("not valid JSON", "expected a JSON object"))
+            code = "row-json" if no_object else "row-schema"
             self._report(code, error.where, error.what, error.fix)
             return False
         try:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from hba.atlas.findings import CODES
+from hba.atlas.findings import CODES, LEVELS
 from hba.atlas.info import NO_TASK, AtlasInfo, Durations, histogram, summary
 from hba.atlas.validate import MediaSummary, Validation
 from hba.environment import hba_version
@@ -101,6 +101,7 @@ def render_validation(result: Validation) -> str:
             style=style("style.css", "atlas.css"),
             name=_name(result.root),
             result=result,
+            said=counted(result),
             codes=result.codes(),
             meanings=CODES,
             max_rows=MAX_FINDINGS,
@@ -122,6 +123,12 @@ def render_validation(result: Validation) -> str:
             version=hba_version(),
         )
     )
+
+
+def counted(result: Validation) -> str:
+    """'2 errors and 1 warning'."""
+    levels = [words.plural(result.count(level), level) for level in LEVELS if result.count(level)]
+    return " and ".join([", ".join(levels[:-1]), levels[-1]] if len(levels) > 1 else levels)
 
 
 def _name(root: Path) -> str:

@@ -12,9 +12,9 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hba.atlas.findings import LEVELS
 from hba.atlas.info import AtlasInfo, Durations, Seconds, histogram, summary
 from hba.atlas.validate import Validation
+from hba.report.atlas_page import counted
 from hba.report.counts import size, span
 from hba.report.words import count, plural
 
@@ -67,8 +67,7 @@ def _verdict(result: Validation) -> Text:
     how = " Headers only: nothing was decoded." if result.quick else ""
     if not result.findings:
         return Text(f"Nothing is wrong with {checked}.{how}", style="green")
-    found = ", ".join(plural(result.count(level), level) for level in LEVELS if result.count(level))
-    return Text(f"{found} in {checked}.{how}", style="green" if result.ok else "bold red")
+    return Text(f"{counted(result)} in {checked}.{how}", style="green" if result.ok else "bold red")
 
 
 def show_info(info: AtlasInfo) -> Iterator[RenderableType]:

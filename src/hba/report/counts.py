@@ -87,7 +87,10 @@ def span(seconds: float) -> str:
     """A length in the unit that suits it: '0.5 s', '12 s', '3 min', '2 h'."""
     if seconds < 60:
         return f"{seconds:.3g} s"
-    return f"{seconds / 60:.3g} min" if seconds < 3600 else f"{seconds / 3600:,.4g} h"
+    if seconds < 3600:
+        return f"{seconds / 60:.3g} min"
+    hours = seconds / 3600
+    return f"{hours:.3g} h" if hours < 100 else f"{hours:,.0f} h"
 
 
 def size(num_bytes: int) -> str:
