@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from hba.cli.describe import DESCRIBE_EXAMPLE, describe_command
 from hba.cli.convert import CONVERT_EXAMPLE, convert_command
+from hba.cli.describe import DESCRIBE_EXAMPLE, describe_command
 from hba.cli.options import JsonFlag, answer, bold, say
 
 atlas_app = typer.Typer(no_args_is_help=True, help="Make, open and check atlases.")
