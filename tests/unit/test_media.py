@@ -352,3 +352,87 @@ def test_descriptor_that_unpacks_to_a_bomb() -> None:
     assert len(buffer.getvalue()) < 1 << 14
     with pytest.raises(MediaError, match="unpacks to"):
         load_descriptor(buffer.getvalue(), where=WHERE, limits=Limits(max_descriptor_bytes=1 << 20))
+
+
+# --- damage that a decoder passes over -------------------------------------------------------------------------------
+
+
+def picture(form: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    PIL.Image.fromarray(pixels).save(file, form, **options)
+    return file.getvalue()
+
+
+def test_png_whose_last_bytes_differ_is_refused() -> None:
+    data = bytearray(picture("PNG"))
+    end = data.rindex(b"IEND") - 8  # the last chunk of pixels ends here, in a checksum of the pixels and one of its own
+    assert load_image(bytes(data), where=WHERE).shape == (64, 64, 3)
+    for at in (end - 5, end, end + 2):
+        damaged = bytes(data[:at]) + bytes([data[at] ^ 4]) + bytes(data[at + 1 :])
+        with pytest.raises(MediaError, match="cannot be decoded"):
+            load_image(damaged, where=WHERE)
+
+
+def test_jpeg_of_fewer_pixels_than_it_declares_is_refused() -> None:
+    data = picture("JPEG")
+    at = data.index(b"\xff\xc0") + 5
+    with pytest.raises(MediaError, match="cannot be decoded"):
+        load_image(data[:at] + b"\x04\x00\x04\x00" + data[at + 4 :], where=WHERE)  # libjpeg pads it with grey
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 3}, {"subsampling": 2}])
+def test_jpegs_of_all_kinds_are_served_as_pillow_does(mode: str, options: dict[str, object]) -> None:
+    file = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 255, (33, 17, 3), dtype=np.uint8)
+    PIL.Image.fromarray(pixels).convert(mode).save(file, "JPEG", quality=50, **options)
+    expected = np.array(PIL.Image.open(file).convert("RGB"))
+    np.testing.assert_array_equal(load_image(file.getvalue() + bytes(100), where=WHERE), expected)
+
+
+def test_descriptor_with_a_wrong_checksum_is_refused() -> None:
+    file = io.BytesIO()
+    torch.save(torch.ones(1000), file)
+    data = bytearray(file.getvalue())
+    at = data.index(np.ones(1000, np.float32).tobytes()) + 2002
+    data[at] ^= 1
+    assert not torch.equal(torch.load(io.BytesIO(data)), torch.ones(1000))  # torch does not look at the checksum
+    with pytest.raises(MediaError, match="is damaged"):
+        load_descriptor(bytes(data), where=WHERE)
+
+
+def test_track_of_unknown_codec_is_refused(tmp_path: Path) -> None:
+    data = write_clip(tmp_path / "v.mkv", seconds=1, sound=True).read_bytes()
+    for codec, load, kind in ((b"V_MPEG4/ISO/AVC", load_clip, "video"), (b"A_AAC", load_audio, "sound")):
+        unknown = data.replace(codec, codec[:2] + b"X" + codec[3:])
+        with pytest.raises(MediaError, match=f"{kind} track of an unknown codec"):
+            load(unknown, where=WHERE)
+
+
+def load_clip(source: bytes, *, where: str) -> object:
+    return load_video(source, 4, where=where)
+
+
+def test_mp3_behind_garbage_is_refused() -> None:
+    file = io.BytesIO()
+    soundfile.write(file, tone(1, 16_000), 16_000, format="MP3")
+    with pytest.raises(MediaError, match="begins with bytes that are no mp3"):
+        load_audio(b"garbage" + file.getvalue(), where=WHERE)  # it would come with the padding of its encoder
+
+
+def test_matroska_parts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    data = write_clip(tmp_path / "v.mkv", seconds=4, g="25", sound=True).read_bytes()
+    assert load_audio(data, where=WHERE).seconds == pytest.approx(4, abs=0.1)
+    with pytest.raises(MediaError, match="several files joined"):
+        load_audio(data + data, where=WHERE)  # a demuxer reads on and takes the sound of both
+    cluster = data.index(b"\x1f\x43\xb6\x75") + 4
+    with pytest.raises(MediaError, match="a part ends at byte"):
+        load_clip(data[:cluster] + b"\x01\x00\x00\x00\x7f\xff\xff\xff" + data[cluster + 8 :], where=WHERE)
+
+
+def test_clip_that_lasts_far_longer_than_declared_is_refused(tmp_path: Path) -> None:
+    data = write_clip(tmp_path / "v.mp4", bf="2", g="8").read_bytes()
+    at = data.index(b"mdhd") + 16
+    with pytest.raises(MediaError, match="corrupt header: declares 4"):
+        load_clip(data[:at] + bytes(4) + data[at + 4 :], where=WHERE)  # a second has no ticks

@@ -132,6 +132,10 @@ def _track_blocks(source: Source, where: str, limits: Limits) -> Iterator[Sample
         if not container.streams.audio:
             raise MediaError("has no sound track", where=where, fix="Remove the entry, or restore the file.")
         stream = container.streams.audio[0]
+        if stream.codec_context is None:
+            raise MediaError("has a sound track of an unknown codec", where=where, fix=RESTORE)
+        if container.format.name == "mp3":  # one that begins as mp3 does went to libsndfile
+            raise MediaError("begins with bytes that are no mp3", where=where, fix=RESTORE)
         rate = stream.codec_context.sample_rate
         _check_rate(rate, stream.codec_context.channels, where)
         resampler, frames = _resampler(rate), 0

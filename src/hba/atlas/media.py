@@ -30,6 +30,7 @@ Descriptor: TypeAlias = "Tensor | dict[str, Tensor]"
 
 _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 _DAMAGED_IMAGE = (OSError, SyntaxError, ValueError, EOFError, OverflowError, struct.error, zlib.error, IndexError)
+_DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, struct.error, NotImplementedError)
 _DAMAGED_TENSOR = (
     pickle.UnpicklingError,
     *(RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error),
@@ -66,8 +67,13 @@ def load_image(source: Source, *, where: str, limits: Limits = DEFAULT_LIMITS) -
         with warnings.catch_warnings():
             warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
             with PIL.Image.open(readable(source), formats=_IMAGE_FORMATS) as image:
+                form = image.format
+                image.verify()  # the checksums of a PNG, which decoding ignores
+            with PIL.Image.open(readable(source), formats=_IMAGE_FORMATS) as image:
                 pixels = image.width * image.height
                 if pixels <= limits.max_pixels and image.mode not in ("I", "F", "I;16", "I;16B", "I;16L"):
+                    if form == "JPEG":
+                        _check_jpeg(source, where, limits)
                     return np.array(PIL.ImageOps.exif_transpose(image).convert("RGB"))
                 mode = image.mode
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
@@ -81,6 +87,22 @@ def load_image(source: Source, *, where: str, limits: Limits = DEFAULT_LIMITS) -
         what = f"has {pixels:,} pixels, more than the limit of {limits.max_pixels:,}"
         raise MediaError(what, where=where, fix="Scale it down, or raise Limits.max_pixels.")
     raise MediaError(f"has 16 or 32 bits a channel (mode {mode})", where=where, fix="Convert it to 8 bits.")
+
+
+def _check_jpeg(source: Source, where: str, limits: Limits) -> None:
+    """Refuse a JPEG whose coded data are damaged or too few: libjpeg fills the rest with grey and tells nobody."""
+    import av
+    import av.error
+
+    try:
+        decoder = av.CodecContext.create("mjpeg", "r")
+        decoder.options = {"err_detect": "explode", "max_pixels": str(limits.max_pixels)}
+        for packet in (av.Packet(read_bytes(source)), None):
+            decoder.decode(packet)
+    except av.error.InvalidDataError:
+        raise MediaError("cannot be decoded: cut off or corrupt", where=where, fix=RESTORE) from None
+    except (av.error.PatchWelcomeError, NotImplementedError):
+        return  # a rare kind of JPEG that only libjpeg reads
 
 
 def load_descriptor(source: Source, *, where: str, limits: Limits = DEFAULT_LIMITS) -> Descriptor:
@@ -134,8 +156,12 @@ def _check_archive(source: Source, where: str, limits: Limits) -> None:
             return  # the format before torch 1.6 is not packed
         with zipfile.ZipFile(file) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
-    except (zipfile.BadZipFile, OSError, ValueError, struct.error, NotImplementedError) as error:
+            # torch does not check the checksums that it writes.
+            damaged = archive.testzip() if unpacked <= limits.max_descriptor_bytes else None
+    except (*_DAMAGED_ZIP, RuntimeError) as error:  # RuntimeError: claims to be encrypted
         raise MediaError(f"is damaged ({error})", where=where, fix=RESTORE) from None
+    if damaged is not None:
+        raise MediaError(f"is damaged (checksum of {damaged})", where=where, fix=RESTORE)
     if unpacked > limits.max_descriptor_bytes:
         what = f"unpacks to {unpacked:,} bytes, more than the limit of {limits.max_descriptor_bytes:,}"
         raise MediaError(what, where=where, fix="Store fewer frames, or raise Limits.max_descriptor_bytes.")

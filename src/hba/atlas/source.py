@@ -141,6 +141,11 @@ def readable(source: Source) -> str | BinaryIO:
     return io.BytesIO(source) if isinstance(source, bytes) else str(source.absolute())
 
 
+def _opened(source: Source) -> BinaryIO:
+    file = readable(source)
+    return Path(file).open("rb") if isinstance(file, str) else file
+
+
 def read_bytes(source: Source) -> bytes:
     """All bytes of a source. Raises OSError when its file cannot be read."""
     if isinstance(source, bytes):
@@ -152,7 +157,7 @@ def read_bytes(source: Source) -> bytes:
 
 
 def _check_matroska(source: Source, size: int, where: str) -> None:
-    """Raise MediaError when a Matroska or WebM file is shorter than its segment declares."""
+    """Raise MediaError when parts of a Matroska or WebM file are longer than the file, or another file follows."""
     start = head(source, 4096, where=where)
     if start[:4] != b"\x1a\x45\xdf\xa3":
         return
@@ -164,9 +169,25 @@ def _check_matroska(source: Source, size: int, where: str) -> None:
     position, length = _vint(start, before)
     # All bits set: written to a pipe, of unknown length.
     unknown = length == (1 << (7 * (position - before))) - 1
-    if not unknown and position + length > size:
-        what = f"is cut off: its header declares {position + length:,} bytes, {size:,} are there"
+    end = size if unknown else position + length
+    if end > size:
+        what = f"is cut off: its header declares {end:,} bytes, {size:,} are there"
         raise MediaError(what, where=where, fix=RESTORE)
+    with _opened(source) as file:
+        file.seek(end)
+        if file.read(4) == start[:4]:
+            raise MediaError("holds several files joined together", where=where, fix="Cut it into its parts.")
+        while position < end:  # clusters and other parts, a few seconds of media each
+            file.seek(position)
+            part = file.read(12)
+            width, _ = _vint(part, 0)
+            body, length = _vint(part, width)
+            if length == (1 << (7 * (body - width))) - 1:
+                return  # a part of unknown length ends where the next begins, which only a decoder finds
+            position += body + length
+            if position > end:
+                what = f"is cut off or corrupt: a part ends at byte {position:,} of {end:,}"
+                raise MediaError(what, where=where, fix=RESTORE)
 
 
 def _vint(data: bytes, at: int) -> tuple[int, int]:
@@ -198,7 +219,7 @@ def packet_end(packet: Packet[Any]) -> float:
 
 
 def check_reaches_end(container: InputContainer, end_seconds: float, where: str) -> None:
-    """Raise MediaError when the last packet ends well before the end that the container's header declares."""
+    """Raise MediaError when the last packet ends well before the end that the header declares, or far beyond it."""
     if container.duration is None or container.format.name in _ESTIMATED:
         return
     declared = ((container.start_time or 0) + container.duration) / av.time_base
@@ -206,4 +227,7 @@ def check_reaches_end(container: InputContainer, end_seconds: float, where: str)
     if end_seconds < declared - max(0.5, 0.02 * declared):
         found = max(end_seconds, 0.0)
         what = f"is cut off: holds {found:.1f} s of the {declared:.1f} s that its header declares"
+        raise MediaError(what, where=where, fix=RESTORE)
+    if end_seconds > 2 * declared + 60:
+        what = f"has a corrupt header: declares {declared:.1f} s, holds {end_seconds:,.1f} s"
         raise MediaError(what, where=where, fix=RESTORE)

@@ -84,6 +84,8 @@ def _stream(container: InputContainer, where: str, limits: Limits) -> VideoStrea
     if not container.streams.video:
         raise MediaError("has no video track", where=where, fix="Remove the entry, or restore the file.")
     stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise MediaError("has a video track of an unknown codec", where=where, fix=RESTORE)
     pixels = stream.codec_context.width * stream.codec_context.height
     if pixels > limits.max_pixels:
         what = f"has frames of {pixels:,} pixels, more than the limit of {limits.max_pixels:,}"
