@@ -12,18 +12,18 @@ from typing import Any
 
 from hba.atlas.audio import Audio
 from hba.errors import HbaError, InputError, MediaError
-from hba.storage import json_sha256
+from hba.storage import file_sha256, json_sha256
 
 WINDOW_SECONDS = 30
 _WEIGHTS = (".safetensors", ".json", ".bin", ".model", ".txt")
 
 
 def extractor_id(model: str) -> str:
-    """What the manifest calls this recogniser: a hub id, or a folder by the names and sizes of its files."""
+    """What the manifest calls this recogniser: a hub id, or a folder by the content of its files."""
     folder = Path(model)
     if not folder.is_dir():
         return f"transformers asr {model}"
-    files = sorted((file.name, file.stat().st_size) for file in folder.iterdir() if file.suffix in _WEIGHTS)
+    files = sorted((file.name, file_sha256(file)) for file in folder.iterdir() if file.suffix in _WEIGHTS)
     return f"transformers asr {folder.name} {json_sha256(files)[:12]}"
 
 
@@ -36,6 +36,9 @@ class Transcriber:
     def __init__(self, model: str) -> None:
         import torch
         from transformers import pipeline
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # it would mix with the command's own
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.float16 if device == "cuda" else torch.float32

@@ -1,0 +1,122 @@
+"""Transcripts through transformers' pipeline, with the real classes at tiny size and random weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import AddedToken
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    GenerationConfig,
+    Wav2Vec2Config,
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForCTC,
+    Wav2Vec2Processor,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperProcessor,
+    WhisperTokenizer,
+)
+
+from hba.atlas.audio import Audio
+from hba.descriptors.transcribe import Transcriber, extractor_id
+from hba.errors import InputError, MediaError
+
+CONTROL = ("endoftext", "startoftranscript", "en", "translate", "transcribe", "startofprev", "nospeech", "notimestamps")
+
+
+def noise(seconds: float) -> Audio:
+    return Audio(np.random.default_rng(0).normal(0, 0.1, round(16_000 * seconds)).astype(np.float32))
+
+
+@pytest.fixture(scope="module")
+def whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Whisper whose letters are likelier than its control tokens."""
+    folder = tmp_path_factory.mktemp("asr") / "whisper"
+    letters = {letter: number for number, letter in enumerate(sorted(ByteLevel.alphabet()))}
+    tokenizer = WhisperTokenizer(vocab=letters, merges=[])
+    tokenizer.add_tokens([AddedToken(f"<|{name}|>", special=True) for name in CONTROL])
+    tokenizer.add_tokens([AddedToken(f"<|{i * 0.02:.2f}|>", special=False) for i in range(1501)])
+    number = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in CONTROL}
+    special = {"eos_token_id": number["endoftext"], "pad_token_id": number["endoftext"]}
+    special |= {"bos_token_id": number["endoftext"], "decoder_start_token_id": number["startoftranscript"]}
+    torch.manual_seed(0)
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    sizes = {"d_model": 16, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_target_positions": 64}
+    config = WhisperConfig(vocab_size=len(tokenizer), **layers, **sizes, **special)
+    model = WhisperForConditionalGeneration(config)
+    model.model.decoder.embed_tokens.weight.data[len(letters) :] *= 0.01
+    model.generation_config = GenerationConfig(
+        **special,
+        is_multilingual=True,
+        lang_to_id={"<|en|>": number["en"]},
+        task_to_id={"transcribe": number["transcribe"], "translate": number["translate"]},
+        no_timestamps_token_id=number["notimestamps"],
+        prev_sot_token_id=number["startofprev"],
+        max_initial_timestamp_index=50,
+        alignment_heads=[[0, 0]],
+        max_length=16,
+    )
+    model.save_pretrained(folder)
+    WhisperProcessor(WhisperFeatureExtractor(feature_size=80), tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wav2vec(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("asr") / "wav2vec"
+    folder.mkdir()
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "|": 4, **{c: 5 + i for i, c in enumerate("abcdefgh")}}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    torch.manual_seed(0)
+    convolutions = {"conv_dim": (8, 8), "conv_stride": (16, 20), "conv_kernel": (16, 20), "num_conv_pos_embeddings": 4}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    groups = {"num_conv_pos_embedding_groups": 2, "vocab_size": len(vocabulary), "pad_token_id": 0}
+    Wav2Vec2ForCTC(Wav2Vec2Config(**convolutions, **sizes, **groups)).save_pretrained(folder)
+    tokenizer = Wav2Vec2CTCTokenizer(str(folder / "vocab.json"))
+    Wav2Vec2Processor(Wav2Vec2FeatureExtractor(), tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("seconds", [1.0, 33.0])
+@pytest.mark.parametrize("kind", ["whisper", "wav2vec"])
+def test_any_recognition_model_transcribes_sounds_of_any_length(
+    kind: str, seconds: float, request: pytest.FixtureRequest
+) -> None:
+    heard = Transcriber(str(request.getfixturevalue(kind))).extract(noise(seconds), where="row 1")
+    assert heard
+    assert heard == " ".join(heard.split())
+
+
+def test_no_words_are_an_error_and_no_empty_transcript(wav2vec: Path) -> None:
+    transcriber = Transcriber(str(wav2vec))
+    head = transcriber._pipeline.model.lm_head
+    head.weight.data.zero_()
+    head.bias.data.copy_(torch.eye(len(head.bias))[0])  # nothing but blanks
+    with pytest.raises(MediaError, match="row 7: no speech was recognised"):
+        transcriber.extract(noise(1), where="row 7")
+
+
+def test_other_weights_are_another_extractor(whisper: Path, wav2vec: Path, tmp_path: Path) -> None:
+    assert extractor_id(str(whisper)) == extractor_id(str(whisper)) != extractor_id(str(wav2vec))
+    other = tmp_path / wav2vec.name
+    shutil.copytree(wav2vec, other)
+    assert extractor_id(str(other)) == extractor_id(str(wav2vec))
+    weights = other / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    assert extractor_id(str(other)) != extractor_id(str(wav2vec))
+    assert extractor_id("openai/whisper-large-v3") == "transformers asr openai/whisper-large-v3"
+
+
+def test_what_is_no_recognition_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot load a recognition model"):
+        Transcriber(str(tmp_path))
