@@ -8,6 +8,7 @@ be found. `best.json` names the best step; folders that are neither last nor bes
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from hba.errors import InputError
 from hba.process import remove_abandoned
 from hba.storage import atomic_folder, read_json, write_json
 
@@ -99,8 +101,16 @@ def read_progress(checkpoint: Path) -> Progress:
 
 
 def restore_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Put optimizer and random state back as they were at `checkpoint`."""
-    state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+    """Put optimizer and random state back as they were at `checkpoint`.
+
+    Raises InputError when the file is damaged or holds anything but tensors; nothing of it is executed.
+    """
+    path = checkpoint / "optimizer.pt"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        fix = f"Remove {checkpoint.name}; the run then goes on from the checkpoint before, or from its start."
+        raise InputError("not the optimizer state of a run, or damaged", where=str(path), fix=fix) from error
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"]["cpu"])
     if device.type == "cuda":
