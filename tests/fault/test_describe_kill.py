@@ -1,0 +1,124 @@
+"""kill -9 of `hba atlas describe` at random points: nothing lost, nothing doubled, the same bytes as without."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+pytest.importorskip("opensmile", reason="opensmile is not installed: pip install 'human-behavior-atlas[descriptors]'")
+NUM_SOUNDS, NUM_ROWS, KILLS = 60, 90, 5
+
+
+def make_atlas(root: Path) -> Path:
+    rng = np.random.default_rng(0)
+    (root / "a").mkdir(parents=True)
+    for i in range(NUM_SOUNDS):
+        soundfile.write(root / "a" / f"{i}.wav", rng.normal(0, 0.1, 6000), 16_000)
+    about = {"problem": "How?", "answer": "anger", "dataset": "cremad", "task": "x_cls"}
+    rows = [
+        {**about, "modality_signature": "text_audio", "audios": [f"a/{i % NUM_SOUNDS}.wav"], "id": f"r{i}"}
+        for i in range(NUM_ROWS)
+    ]
+    (root / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def start(root: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "hba", "atlas", "describe", str(root), "--video", "none", "--workers", "2"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen([*command, "--audio", "egemaps"], start_new_session=True, **quiet)
+
+
+def entries(root: Path) -> list[dict[str, Any]]:
+    """The whole lines of the manifest, which may be torn at its end while nobody works on it."""
+    manifest = root / "describe" / "manifest.jsonl"
+    data = manifest.read_bytes() if manifest.is_file() else b""
+    return [json.loads(line) for line in data.split(b"\n")[:-1]]
+
+
+def num_done(root: Path) -> int:
+    return sum(entry["state"] == "done" for entry in entries(root))
+
+
+def digests(root: Path) -> dict[str, str]:
+    files = [p for p in sorted((root / "opensmile_egemaps").rglob("*")) if p.is_file()]
+    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def kill_after(root: Path, new_items: int, moment: float, *, everyone: bool) -> bool:
+    """Start a run and kill it `moment` seconds after so many more items are done; False when it ended before."""
+    aim, process = num_done(root) + new_items, start(root)
+    while process.poll() is None and num_done(root) < aim:
+        time.sleep(0.002)
+    time.sleep(moment)
+    if process.poll() is not None:
+        return False
+    if everyone:
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()  # its workers are left to find out by themselves
+    process.wait()
+    return True
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_points(tmp_path: Path) -> None:
+    undisturbed, root = make_atlas(tmp_path / "undisturbed"), make_atlas(tmp_path / "atlas")
+    assert start(undisturbed).wait() == 0
+    before = (root / "train.jsonl").read_bytes()
+    chance, kills = random.Random(1), 0
+    for attempt in range(KILLS):
+        kills += kill_after(root, chance.randint(0, 12), chance.uniform(0, 0.1), everyone=attempt % 2 == 0)
+        assert (root / "train.jsonl").read_bytes() == before  # rows are written last
+        done = {entry["output"] for entry in entries(root) if entry["state"] == "done"}
+        assert done <= set(digests(root))  # what is entered as done stands whole under its name
+        for name in digests(root):
+            if not Path(name).name.startswith("."):
+                assert torch.load(root / name, weights_only=True)["features"].shape == (88,)
+    assert kills >= 3
+    assert start(root).wait() == 0
+    assert digests(root) == digests(undisturbed)  # every file, once, and no leftovers
+    assert (root / "train.jsonl").read_bytes() == (undisturbed / "train.jsonl").read_bytes()
+    rows = [json.loads(line) for line in (root / "train.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == [f"r{i}" for i in range(NUM_ROWS)]
+    assert all(len(row["ext_audio_feats"]) == 1 for row in rows)
+    times = Counter(entry["output"] for entry in entries(root) if entry["state"] == "done")
+    assert set(times.values()) == {1}  # no finished item was worked on again
+    assert len(times) == NUM_SOUNDS
+    (kept,) = (root / "describe").glob("train.*.jsonl")
+    assert kept.read_bytes() == before
+
+
+def test_a_crash_of_the_extractor_costs_one_item(tmp_path: Path) -> None:
+    """A worker killed in the middle of an item: the item is recorded, the others are done."""
+    root = make_atlas(tmp_path / "atlas")
+    process = start(root)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while num_done(root) < 5 and process.poll() is None:
+        time.sleep(0.002)
+    workers = [int(number) for number in children.read_text().split()]
+    spawned = [pid for pid in workers if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(spawned[0], signal.SIGKILL)
+    assert process.wait() == 2
+    lines = (root / "describe" / "describe_failures.jsonl").read_text().splitlines()
+    (failed,) = [json.loads(line) for line in lines]
+    assert "was killed (SIGKILL)" in failed["reason"]
+    linked = [json.loads(line).get("ext_audio_feats") for line in (root / "train.jsonl").read_text().splitlines()]
+    assert linked.count(None) in (1, 2)  # a sound stands in one or two rows
+    assert start(root).wait() == 0
+    assert len(digests(root)) == NUM_SOUNDS
+    assert (root / "describe" / "describe_failures.jsonl").read_text() == ""
