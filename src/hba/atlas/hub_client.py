@@ -108,7 +108,8 @@ def list_repo(wanted: HubId) -> Listing:
     Raises InputError when the data set or revision does not exist, needs permission, or the hub cannot be reached.
     """
     revision = wanted.revision or constants.DEFAULT_REVISION
-    saved = _home(wanted.repo, "listings") / f"{quote(revision, safe='')}.json"
+    home = _home(wanted.repo, "listings")
+    saved = home / f"{quote(revision, safe='')}.json"
     pinned = len(revision) == 40 and all(c in "0123456789abcdef" for c in revision)
     if saved.is_file() and (pinned or _is_offline()):
         known = read_json(saved)
@@ -119,7 +120,8 @@ def list_repo(wanted: HubId) -> Listing:
     names = {file.rfilename for file in info.siblings or ()}
     if len(names) > _SURELY_LISTED:
         names |= set(_names_in_folders(repo))
-    write_json(saved, {"commit": repo.commit, "names": sorted(names)})
+    for path in {saved, home / f"{repo.commit}.json"}:
+        write_json(path, {"commit": repo.commit, "names": sorted(names)})
     return Listing(repo, frozenset(names))
 
 

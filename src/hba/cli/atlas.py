@@ -10,11 +10,13 @@ import typer
 
 from hba.cli.convert import CONVERT_EXAMPLE, convert_command
 from hba.cli.describe import DESCRIBE_EXAMPLE, describe_command
+from hba.cli.download import DOWNLOAD_EXAMPLE, download_command
 from hba.cli.options import JsonFlag, answer, bold, say
 
 atlas_app = typer.Typer(no_args_is_help=True, help="Make, open and check atlases.")
 atlas_app.command("convert", epilog=CONVERT_EXAMPLE)(convert_command)
 atlas_app.command("describe", epilog=DESCRIBE_EXAMPLE)(describe_command)
+atlas_app.command("download", epilog=DOWNLOAD_EXAMPLE)(download_command)
 
 
 @atlas_app.command("mini", epilog="Example: hba atlas mini runs/mini --size small --seed 0")
