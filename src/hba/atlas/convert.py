@@ -13,9 +13,10 @@ import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import pairwise
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -31,6 +32,7 @@ from hba.atlas.split import present_splits
 from hba.atlas.unpack import Part, read_part, write_part
 from hba.environment import now
 from hba.errors import HbaError, InputError
+from hba.lifeline import die_with_parent
 from hba.parallel import Died, each
 from hba.storage import atomic_write, json_sha256, write_json
 from hba.taxonomy import FILE as TAXONOMY_FILE
@@ -96,8 +98,10 @@ def convert_atlas(
     if out.exists() and any(atlas.root == out.resolve() for atlas in opened):
         raise InputError("is the source itself", where=str(out), fix="Name another folder.")
     with _locked(out):
-        _copy_beside(opened[0].root, out)
         plans = [_plan(atlas, shard_bytes) for atlas in opened]
+        for atlas, plan in zip(opened, plans, strict=True):
+            _refuse_others(atlas, out, to, plan)
+        _copy_beside(opened[0].root, out)
         total, before = sum(map(len, plans)), 0
         converted = []
         for atlas, plan in zip(opened, plans, strict=True):
@@ -107,7 +111,7 @@ def convert_atlas(
         for atlas, result in zip(opened, converted, strict=True):
             if to == "jsonl":
                 _join(out, result)
-            _compare(atlas, open_atlas(out, atlas.split, taxonomy=atlas.taxonomy))
+            _compare(atlas, open_atlas(out, atlas.split, taxonomy=atlas.taxonomy), result)
         _write_manifest(path, out, to, opened, converted)
         shutil.rmtree(out / STAGING)
     return converted
@@ -127,7 +131,9 @@ def convert_to_parquet(
     """
     out = Path(out)
     with _locked(out):
-        converted = _convert(atlas, out, "parquet", _plan(atlas, shard_bytes), workers, progress)
+        plan = _plan(atlas, shard_bytes)
+        _refuse_others(atlas, out, "parquet", plan)
+        converted = _convert(atlas, out, "parquet", plan, workers, progress)
         shutil.rmtree(out / STAGING)
     return [out / part.file for part in converted.parts]
 
@@ -149,6 +155,8 @@ def _locked(out: Path) -> Iterator[None]:
         raise HbaError("another process converts into this folder", where=str(out), fix=fix) from None
     finally:
         os.close(descriptor)
+        with suppress(OSError):  # not empty: the work is not done
+            (out / STAGING).rmdir()
 
 
 def _plan(atlas: Atlas, shard_bytes: int) -> list[_Job]:
@@ -172,7 +180,6 @@ def _convert(
     atlas: Atlas, out: Path, to: Form, plan: Sequence[_Job], workers: int, progress: OnProgress | None
 ) -> Converted:
     function = partial(_to_parquet if to == "parquet" else _to_jsonl, atlas, out)
-    _refuse_others(atlas, out, to, plan)
     parts: dict[int, Summary] = {}
     for job, summary in _each(function, plan, workers):
         parts[job.number] = summary
@@ -202,6 +209,7 @@ def _patience(job: _Job) -> float:
 
 
 def _to_parquet(atlas: Atlas, out: Path, job: _Job) -> Summary | HbaError:
+    _end_with_main()
     path = out / f"{atlas.split}-{job.number:05d}-of-{job.total:05d}.parquet"
     try:
         done = read_summary(path, job.origin)
@@ -211,12 +219,20 @@ def _to_parquet(atlas: Atlas, out: Path, job: _Job) -> Summary | HbaError:
 
 
 def _to_jsonl(atlas: Atlas, out: Path, job: _Job) -> Summary | HbaError:
+    _end_with_main()
     part = Part(out, atlas.split, job.number, job.total)
     try:
         done = read_part(part, job.origin)
         return done or write_part(part, read_records(atlas, job.start, job.stop), job.origin, job.start + 1)
     except HbaError as error:  # as above
         return error
+
+
+def _end_with_main() -> None:
+    """Leave nothing that still writes when the main process is killed."""
+    main = parent_process()
+    if main is not None and main.pid is not None:
+        die_with_parent(main.pid)
 
 
 def _refuse_others(atlas: Atlas, out: Path, to: Form, plan: Sequence[_Job]) -> None:
@@ -244,10 +260,13 @@ def _join(out: Path, converted: Converted) -> None:
             handle.write((out / STAGING / part.file).read_bytes())
 
 
-def _compare(before: Atlas, after: Atlas) -> None:
-    """Raise HbaError unless the two say the same of every row."""
-    ours, theirs = _named(before.columns), _named(after.columns)
-    if not all(map(np.array_equal, ours, theirs)):
+def _compare(before: Atlas, after: Atlas, converted: Converted) -> None:
+    """Raise HbaError unless the two say the same of every row; media without a path have got one."""
+    if any(part.named for part in converted.parts):
+        same = all(map(np.array_equal, _named(before.columns), _named(after.columns)))
+    else:
+        same = before.fingerprint == after.fingerprint
+    if not same:
         what = f"split {before.split!r} reads back differently"
         raise HbaError(what, where=str(after.root), fix="Convert into an empty folder; this is a defect.")
 

@@ -1,8 +1,9 @@
 """Whole rows with the bytes of their media, in order, whatever form they come from: what a conversion moves.
 
 Media files are read as they are, embedded media by streaming their shards, which costs the same with any compression
-and with any row groups, one row in memory at a time. Nothing is decoded and nothing is judged: an empty file is
-handed on as one. A medium whose bytes cannot be had is None, and the row says why.
+and with any row groups, one row in memory at a time. Nothing is decoded and nothing is judged (an empty file is handed
+on as one), but a shard whose checksums differ is refused. A medium whose bytes cannot be had is None, and the row says
+why.
 """
 
 from __future__ import annotations
@@ -167,7 +168,8 @@ class _ShardStream:
 def _rows_from(shard: Path, first: int, number: int) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows of a shard, whose first row has the number `first`, from the row group of `number` on."""
     try:
-        with pq.ParquetFile(shard, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
+        options = {"buffer_size": _BUFFER_BYTES, "pre_buffer": False, "page_checksum_verification": True}
+        with pq.ParquetFile(shard, **options) as file:
             groups = range(file.num_row_groups)
             sizes = [file.metadata.row_group(group).num_rows for group in groups]
             starts = [first + sum(sizes[:group]) for group in groups]

@@ -8,6 +8,7 @@ by medium, and only then renamed to its place, after its index part and its summ
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,11 @@ _SCHEMA = pa.schema(
 _COMPRESSION = dict.fromkeys(_TEXT, "zstd") | {"texts.list.element": "zstd"}
 _COMPRESSION |= {f"{MEDIA_PATHS}.{name}.list.element": "zstd" for name in MEDIA_FIELDS}
 _COMPRESSION |= {f"{name}.list.element": "none" for name in MEDIA_FIELDS}
+_OPTIONS: dict[str, Any] = {
+    "compression": _COMPRESSION,
+    "use_dictionary": ["dataset", "task"],
+    "write_page_checksum": True,  # so that a conversion from these shards notices bytes that have changed
+}
 
 
 class Summary(msgspec.Struct, kw_only=True, frozen=True):
@@ -49,6 +55,8 @@ class Summary(msgspec.Struct, kw_only=True, frozen=True):
     rows: int
     media: int
     media_bytes: int
+    named: int = 0
+    """media that had no path and were given one"""
     sha256: str
     """of the file; the media of JSONL are files of their own"""
     unreadable: list[dict[str, Any]]
@@ -88,12 +96,9 @@ def read_summary(path: Path, origin: str) -> Summary | None:
 
 def write_shard(path: Path, records: Iterable[Record], origin: str) -> Summary:
     """Write, check and place one shard. Raises HbaError when it reads back differently, StorageError on a full disk."""
-    staged = path.parent / STAGING / path.name
+    staged = path.parent / STAGING / str(os.getpid()) / path.name
     tally = _Tally()
-    with (
-        atomic_write(staged, "wb") as handle,
-        pq.ParquetWriter(handle, _SCHEMA, compression=_COMPRESSION, use_dictionary=["dataset", "task"]) as writer,
-    ):
+    with atomic_write(staged, "wb") as handle, pq.ParquetWriter(handle, _SCHEMA, **_OPTIONS) as writer:
         rows: list[dict[str, Any]] = []
         written = 0
         for record in records:

@@ -62,11 +62,12 @@ def write_part(part: Part, records: Iterable[Record], origin: str, first_line: i
     HbaError when a file reads back differently; StorageError when the disk is full.
     """
     lines: list[bytes] = []
-    count = size = 0
+    count = size = named = 0
     unreadable: dict[str, dict[str, Any]] = {}
     for line, record in enumerate(records, first_line):
         for name in MEDIA_FIELDS:
             for index, medium in enumerate(record.media[name]):
+                named += record.paths[name][index] is None
                 path = record.paths[name][index] = _path(part, record, name, index)
                 count += 1
                 if medium is not None:
@@ -84,6 +85,7 @@ def write_part(part: Part, records: Iterable[Record], origin: str, first_line: i
         rows=len(lines),
         media=count,
         media_bytes=size,
+        named=named,
         sha256=file_sha256(part.lines),
         unreadable=list(unreadable.values()),
     )
@@ -92,11 +94,14 @@ def write_part(part: Part, records: Iterable[Record], origin: str, first_line: i
 
 
 def _line(record: Record, *, implied: str) -> bytes:
-    """The row as JSON; what is empty or implied is left out, as the published rows do."""
+    """The row as JSON with the fields and in the order of the published rows; an id that is implied is left out."""
+    fields = dict(record.fields)
+    label = fields.pop("class_label")
+    lists: dict[str, Any] = {name: record.paths[name] for name in MEDIA_FIELDS}
     row: dict[str, Any] = {} if record.id == implied else {"id": record.id}
-    row |= {name: value for name, value in record.fields.items() if value is not None}
-    row |= {name: record.paths[name] for name in MEDIA_FIELDS if record.paths[name]}
-    row |= {"texts": record.texts} if record.texts else {}
+    row |= {"problem": fields.pop("problem"), "answer": fields.pop("answer")}
+    row |= {name: lists.pop(name) for name in ("images", "videos", "audios")} | {"texts": record.texts}
+    row |= fields | lists | ({} if label is None else {"class_label": label})
     return msgspec.json.encode(row | record.extra) + b"\n"
 
 

@@ -12,7 +12,6 @@ and its row is tried again. Workers die with the thread that started them, `kill
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import gc
 import multiprocessing
@@ -38,11 +37,11 @@ from hba.atlas.batch import Encoded, Encoder
 from hba.atlas.handover import pack, unpack
 from hba.atlas.sample import MEDIA_FIELDS, Quarantined, Sample
 from hba.errors import HbaError, MediaError
+from hba.lifeline import die_with_parent
 
 ATTEMPTS = 2
 DEATHS_WITHOUT_RESULT = 20
 _ROW_BYTES = 8
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -262,9 +261,7 @@ def _work(
 
 def _settle(parent: int) -> None:
     """Make a forked copy of the main process a worker: it dies with its parent and keeps its hands off what it got."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)  # the parent died before the line above
+    die_with_parent(parent)
     gc.freeze()  # no finalizer of the parent's objects may run here
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process, which gets the same ctrl-C, ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
