@@ -14,6 +14,7 @@ import torch
 
 from hba import open_atlas
 from hba.atlas.mini import CARRIED_BY, VERSION, build_mini_atlas
+from hba.atlas.mini.plan import make_plan
 from hba.errors import InputError
 from hba.taxonomy import BUILTIN
 
@@ -222,3 +223,15 @@ def test_the_atlas_opens_and_every_medium_decodes(atlas):
         assert all(video.frames.shape == (8, 56, 56, 3) for video in sample.load_videos(8))
         assert len(sample.load_descriptors("ext_audio_feats")) == sample.ext_audio_feats
         assert len(sample.load_descriptors("ext_video_feats")) == sample.ext_video_feats
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_no_prompt_without_media_stands_in_two_splits(seed: int) -> None:
+    plan = make_plan("small", seed)
+    written = {
+        split: {row["problem"] for row in rows if not row["videos"] and not row["audios"]}
+        for split, rows in plan.rows.items()
+    }
+    assert all(written.values())
+    assert not written["train"] & written["test"] and not written["train"] & written["validation"]
+    assert not written["validation"] & written["test"]

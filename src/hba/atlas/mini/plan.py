@@ -8,17 +8,19 @@ label; the rows of a split are shuffled together; a clip belongs to one split on
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from hba.atlas.mini import words
+from hba.errors import HbaError
 from hba.taxonomy import BUILTIN
 
 SPLITS = ("train", "validation", "test")
 LENGTHS = ((18, 8), (20, 9), (23, 10))  # (blocks of 505 samples, frames): 1.14 s, 1.26 s, 1.45 s
+MOST_DRAWS = 1000  # of one prompt without media, until it is new
 _ANSWERS = {"sarcasm": "true", "not sarcasm": "false", "humour": "true", "not humour": "false"}
 _ANSWERS |= {"ptsd": "PTSD", "no ptsd": "no PTSD"}
 
@@ -57,9 +59,11 @@ class Plan:
 class Studio:
     """Hands out clips of one source and split: their names, their lengths and their random numbers."""
 
-    def __init__(self, seed: int, source: str, split: str, rng: np.random.Generator) -> None:
+    def __init__(self, seed: int, source: str, split: str, rng: np.random.Generator, written: set[str]) -> None:
+        """`written` holds the prompts without media of all splits; it grows as rows are made."""
         self.seed, self.source, self.split, self.rng = seed, source, split, rng
         self.clips: list[Clip] = []
+        self._written = written
 
     def clip(
         self,
@@ -85,6 +89,16 @@ class Studio:
         )
         self.clips.append(made)
         return made
+
+
+    def fresh(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """A row without media from `make`, drawn again while its prompt stands in the atlas already."""
+        for _ in range(MOST_DRAWS):
+            made = make()
+            if made["problem"] not in self._written:
+                self._written.add(made["problem"])
+                return made
+        raise HbaError(f"no new prompt in {MOST_DRAWS} draws", where=self.source, fix="Make fewer rows.")
 
 
 def balanced(options: Sequence[Any], count: int, rng: np.random.Generator) -> list[Any]:
@@ -133,11 +147,12 @@ def make_plan(size: str, seed: int) -> Plan:
 
     clips: list[Clip] = []
     rows: dict[str, list[dict[str, Any]]] = {}
+    written: set[str] = set()
     for s, split in enumerate(SPLITS):
         gathered: list[dict[str, Any]] = []
         for source, count in _counts(SIZES[size], s):
             number = int(hashlib.sha256(source.encode()).hexdigest()[:8], 16)
-            studio = Studio(seed, source, split, np.random.default_rng([seed, number, s]))
+            studio = Studio(seed, source, split, np.random.default_rng([seed, number, s]), written)
             gathered.extend(SOURCES[source](studio, count))
             clips.extend(studio.clips)
         order = np.random.default_rng([seed, 7, s]).permutation(len(gathered))

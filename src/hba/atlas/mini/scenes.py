@@ -9,7 +9,10 @@ training a humour or sarcasm clip serves two transcripts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
+
+import numpy as np
 
 from hba.atlas.mini import words
 from hba.atlas.mini.plan import Clip, Studio, balanced, row
@@ -111,8 +114,9 @@ def _opinions(emotion_set: str, sentiment_set: str) -> Callable[[Studio, int], R
 def _written_opinions(studio: Studio, count: int) -> Rows:
     rng = studio.rng
     for sentiment in balanced(BUILTIN.dataset("mosei_senti").labels, count, rng):
-        said = words.opinion(_SENTIMENT_LEVELS[sentiment], rng)
-        yield row("mosei_senti", "sentiment", sentiment, rng=rng, transcript=said)
+        level = _SENTIMENT_LEVELS[sentiment]
+        # Two splits with one written sentence would be a leak: there is no medium to tell the rows apart.
+        yield studio.fresh(partial(_written_opinion, sentiment, level, rng))
 
 
 def _chinese_opinions(studio: Studio, count: int) -> Rows:
@@ -121,8 +125,17 @@ def _chinese_opinions(studio: Studio, count: int) -> Rows:
     for sentiment in balanced(list(levels), count, rng):
         manner = words.pick(_MANNERS, rng)
         clip = studio.clip(manner, "talk", described=False) if rng.random() < 0.25 else None
-        said = words.opinion_zh(levels[sentiment], rng)
-        yield row("chsimsv2", "sentiment zh", sentiment, rng=rng, transcript=said, video=clip, audio=clip)
+        make = partial(_chinese_opinion, sentiment, levels[sentiment], rng, clip)
+        yield make() if clip else studio.fresh(make)
+
+
+def _written_opinion(sentiment: str, level: int, rng: np.random.Generator) -> dict[str, Any]:
+    return row("mosei_senti", "sentiment", sentiment, rng=rng, transcript=words.opinion(level, rng))
+
+
+def _chinese_opinion(sentiment: str, level: int, rng: np.random.Generator, clip: Clip | None) -> dict[str, Any]:
+    said = words.opinion_zh(level, rng)
+    return row("chsimsv2", "sentiment zh", sentiment, rng=rng, transcript=said, video=clip, audio=clip)
 
 
 def _phone_calls(studio: Studio, count: int) -> Rows:
