@@ -15,6 +15,10 @@ from hba.cli import app, main
 COMMANDS = {
     "demo": "overrides --run --size --seed --json",
     "atlas mini": "out! --size --seed --workers --json",
+    "atlas validate": "atlas! --split --out --quick --release --fresh --workers --json",
+    "atlas info": "atlas! --split --durations --out --cache --workers --json",
+    "atlas download": "repo! out! --split --revision --workers --json",
+    "atlas convert": "source! out! --to! --split --shard-megabytes --workers --allow-quarantined --json",
     "atlas describe": "root --split --audio --video --transcripts --frames-per-second --workers --executor --out-format"
     " --replace --allow-failed --setup --json",
     "train sft": "overrides --config --run --allow-quarantined --json",
@@ -60,7 +64,9 @@ def python(*arguments):
 
 
 def test_commands_and_flags_are_those_of_the_table():
-    assert commands(typer.main.get_command(app)) == COMMANDS
+    found = commands(typer.main.get_command(app))
+    assert found == COMMANDS
+    assert [name for name, flags in found.items() if not flags.endswith("--json")] == []
 
 
 @pytest.mark.parametrize("name", [*GROUPS, *COMMANDS])
