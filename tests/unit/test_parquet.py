@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,41 @@ def test_converted_atlas_is_the_same(source: Path, converted: Path) -> None:
     assert other[1].extra == {"speaker": {"age": 1}}
 
 
+def test_fingerprint_is_that_of_the_rows_in_any_form(source: Path, converted: Path, tmp_path: Path) -> None:
+    expected = open_atlas(source, "train").fingerprint
+    assert open_atlas(converted, "train").fingerprint == expected
+    assert open_atlas(converted, "train[1:]").fingerprint == open_atlas(source, "train[1:]").fingerprint != expected
+    paths = [open_atlas(converted, "train").row(number).audios for number in (0, 4)]
+    assert paths == [("0.wav",), ("0.wav", "1.wav")]
+    rows = [json.loads(line) for line in (source / "train.jsonl").read_text().split("\n") if line]
+    rows[1]["speaker"]["age"] += 1
+    for order, (name, rewritten) in enumerate((("same", rows[:1]), ("other", rows[:2]))):
+        # Other spelling of the same JSON, keys in another order.
+        lines = [json.dumps(dict(reversed(row.items())), indent=None, separators=(" ,", " : ")) for row in rewritten]
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "train.jsonl").write_text("\n".join(lines))
+        same = open_atlas(folder, "train").fingerprint == open_atlas(source, f"train[:{len(lines)}]").fingerprint
+        assert same == (order == 0)
+
+
+def test_an_index_does_not_change_the_fingerprint(source: Path, tmp_path: Path) -> None:
+    shard = without_index(source, tmp_path)
+    before = open_atlas(shard).fingerprint
+    write_index(shard)
+    assert open_atlas(shard).fingerprint == before
+
+
+@pytest.mark.parametrize("at", [0.1, 0.5, 0.999])
+def test_a_flipped_bit_in_the_index_is_refused(source: Path, tmp_path: Path, at: float) -> None:
+    index = index_path(convert_to_parquet(open_atlas(source, "train"), tmp_path)[0])
+    data = bytearray(index.read_bytes())
+    data[int(at * len(data))] ^= 4
+    index.write_bytes(data)
+    with pytest.raises(InputError, match=r"\.arrow: is damaged"):
+        open_atlas(tmp_path, "train")
+
+
 @pytest.mark.parametrize("options", [{}, {"compression": "none"}, {"compression": "zstd", "row_group_size": 2}])
 def test_shards_of_other_writers(source: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     shard = without_index(source, tmp_path, **options)
@@ -213,10 +249,7 @@ def test_good_text_shard_opens(tmp_path: Path) -> None:
 
 
 def test_cut_stale_and_missing_shards(converted: Path, tmp_path: Path) -> None:
-    for file in converted.rglob("*.parquet"):
-        target = tmp_path / file.relative_to(converted)
-        target.parent.mkdir(exist_ok=True)
-        target.write_bytes(file.read_bytes())
+    shutil.copytree(converted, tmp_path, dirs_exist_ok=True)
     first, last = sorted(tmp_path.glob("*.parquet"))[0], sorted(tmp_path.glob("*.parquet"))[-1]
     data = first.read_bytes()
     first.write_bytes(data[: len(data) // 2])

@@ -7,7 +7,6 @@ tuple of names beside them.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -76,33 +75,31 @@ class ColumnsBuilder:
             )
         )
 
-    def extend(self, datasets: Sequence[str], signatures: Sequence[str], *numbers: Sequence[int]) -> None:
-        """Add many rows; `numbers` are labels, problem and answer lengths, counts of images, videos, audios."""
-        codes = [
-            [vocabulary.setdefault(name, len(vocabulary)) for name in names]
-            for vocabulary, names in ((self._datasets, datasets), (self._signatures, signatures))
-        ]
-        self._flat.extend(np.array([*codes, *numbers], np.int32).T.ravel().tolist())
-
     def build(self) -> Columns:
         """The finished columns."""
         values_KN = np.ascontiguousarray(np.frombuffer(self._flat, np.int32).reshape(-1, 8).T)
-        dataset_codes, signature_codes, label_codes = values_KN[:3].astype(np.int16)
-        datasets = tuple(self._datasets)
-        task_of = [self._taxonomy.dataset(key).task or NO_TASK for key in datasets]
-        tasks = tuple(dict.fromkeys(task_of))
-        task_codes = np.array([tasks.index(task) for task in task_of], np.int16)[dataset_codes]
-        return Columns(
-            datasets=datasets,
-            tasks=tasks,
-            signatures=tuple(self._signatures),
-            task_codes=task_codes,
-            dataset_codes=dataset_codes,
-            signature_codes=signature_codes,
-            label_codes=label_codes,
-            problem_chars=values_KN[3],
-            answer_chars=values_KN[4],
-            num_images=values_KN[5],
-            num_videos=values_KN[6],
-            num_audios=values_KN[7],
-        )
+        return make_columns(self._taxonomy, tuple(self._datasets), tuple(self._signatures), values_KN)
+
+
+def make_columns(
+    taxonomy: Taxonomy, datasets: tuple[str, ...], signatures: tuple[str, ...], values_KN: npt.NDArray[np.int32]
+) -> Columns:
+    """Columns of N rows from [8, N]: codes of `datasets` and `signatures`, label codes, characters of problem and
+    answer, counts of images, videos, audios."""
+    dataset_codes, signature_codes, label_codes = values_KN[:3].astype(np.int16)
+    task_of = [taxonomy.dataset(key).task or NO_TASK for key in datasets]
+    tasks = tuple(dict.fromkeys(task_of))
+    return Columns(
+        datasets=datasets,
+        tasks=tasks,
+        signatures=signatures,
+        task_codes=np.array([tasks.index(task) for task in task_of], np.int16)[dataset_codes],
+        dataset_codes=dataset_codes,
+        signature_codes=signature_codes,
+        label_codes=label_codes,
+        problem_chars=values_KN[3],
+        answer_chars=values_KN[4],
+        num_images=values_KN[5],
+        num_videos=values_KN[6],
+        num_audios=values_KN[7],
+    )

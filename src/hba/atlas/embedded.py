@@ -2,9 +2,10 @@
 
 Parquet cannot be read by row: a reader decodes a whole column chunk, often gigabytes, to serve one clip. But a column
 that is neither compressed nor dictionary-encoded holds each value as it is, in one piece. An index part beside a shard
-(`index/<name of the shard>`) holds the rows without their media, and for each medium its offset and size in the shard.
-Every offset was found by reading the shard back and comparing the bytes; a part carries a stamp of its shard, and one
-that does not fit is an error. A value that lies in pieces (a compressed column) has the offset -1.
+(`index/<name of the shard>.arrow`) holds the rows without their media, and for each medium its offset and size in the
+shard: an Arrow stream, which opens ten times as fast as parquet, and its CRC-32. Every offset was found by reading the
+shard back and comparing the bytes; a part carries a stamp of its shard, and one that does not fit, or is damaged, is an
+error. A value that lies in pieces (a compressed column) has the offset -1.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,14 +24,15 @@ from hba.atlas.sample import MEDIA_FIELDS
 from hba.errors import InputError
 from hba.storage import atomic_write
 
-_VERSION = 1
+_VERSION = 2
+_CRC_BYTES = 4
 _TAIL_BYTES = 1 << 16
 _META = b"hba"
 
 
 def index_path(shard: Path) -> Path:
     """The index part of a shard."""
-    return shard.parent / "index" / shard.name
+    return shard.parent / "index" / f"{shard.name}.arrow"
 
 
 def open_shard(shard: Path) -> pq.ParquetFile:
@@ -60,30 +63,44 @@ def write_index(shard: Path) -> Path:
                 raise InputError(f"is damaged ({error})", where=str(shard), fix="Restore the shard.") from None
         schema = file.schema_arrow
     if not tables:
-        light = [field for field in schema if field.name not in MEDIA_FIELDS]
-        tables = [pa.schema(light).empty_table()]
+        tables = [pa.schema([field for field in schema if field.name not in MEDIA_FIELDS]).empty_table()]
     table = pa.concat_tables(tables)
     table = table.replace_schema_metadata({_META: json.dumps({"version": _VERSION, "stamp": stamp(shard)})})
     path = index_path(shard)
+    stream = pa.BufferOutputStream()
+    with pa.ipc.new_stream(stream, table.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
+        writer.write_table(table.combine_chunks())
+    content = stream.getvalue()
     with atomic_write(path, "wb") as handle:
-        pq.write_table(table, handle, compression="zstd")
+        handle.write(content)
+        handle.write(zlib.crc32(content).to_bytes(_CRC_BYTES, "little"))
     return path
 
 
-def read_index(shard: Path) -> pa.Table | None:
-    """The index part of a shard, None when there is none. Raises InputError when it belongs to another shard."""
+def read_index(shard: Path, shard_stamp: str | None = None) -> pa.Table | None:
+    """The index part of a shard, None when there is none. `shard_stamp`: the stamp of the shard, if it is known.
+
+    Raises InputError when the part is damaged, or belongs to another shard than the one that is there.
+    """
     path = index_path(shard)
-    if not path.is_file():
-        return None
+    fix = "Delete it; the shard can be indexed again."
     try:
-        table = pq.read_table(path, use_threads=False)
+        data = memoryview(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", where=str(path), fix=fix) from None
+    content, crc = data[:-_CRC_BYTES], data[-_CRC_BYTES:]
+    try:
+        if zlib.crc32(content) != int.from_bytes(crc, "little"):
+            raise ValueError("its checksum differs")
+        table = pa.ipc.open_stream(pa.py_buffer(content)).read_all()
+        table.validate(full=True)
         meta = json.loads((table.schema.metadata or {}).get(_META, b"{}"))
     except (pa.ArrowException, OSError, ValueError) as error:
-        what = f"is damaged ({type(error).__name__})"
-        raise InputError(what, where=str(path), fix="Delete it; the shard can be indexed again.") from None
-    if meta.get("version") != _VERSION or meta.get("stamp") != stamp(shard):
-        what = f"was not made from {shard.name} as it is now"
-        raise InputError(what, where=str(path), fix="Delete it; the shard can be indexed again.")
+        raise InputError(f"is damaged ({error})", where=str(path), fix=fix) from None
+    if meta.get("version") != _VERSION or meta.get("stamp") != (shard_stamp or stamp(shard)):
+        raise InputError(f"was not made from {shard.name} as it is now", where=str(path), fix=fix)
     return table
 
 
@@ -92,19 +109,26 @@ def _group_index(file: pq.ParquetFile, group: int, data: mmap.mmap) -> pa.Table:
     light = file.read_row_group(group, columns=[n for n in names if n not in MEDIA_FIELDS], use_threads=False)
     for name in MEDIA_FIELDS:
         if name in names:
-            start, stop = _chunk(file, group, name)
-            offsets: list[list[int]] = []
-            sizes: list[list[int]] = []
-            at = start
-            # One batch of a few rows at a time: a group may hold gigabytes.
-            for batch in file.iter_batches(batch_size=8, row_groups=[group], columns=[name], use_threads=False):
-                for values in batch.column(0).to_pylist():
-                    places, at = _locate(values or (), data, at, stop)
-                    offsets.append(places)
-                    sizes.append([len(value or b"") for value in values or ()])
-            light = light.append_column(f"{name}_offsets", pa.array(offsets, pa.list_(pa.int64())))
-            light = light.append_column(f"{name}_sizes", pa.array(sizes, pa.list_(pa.int64())))
+            offsets, sizes = _places(file, group, name, data)
+        else:
+            offsets = sizes = [[]] * light.num_rows
+        light = light.append_column(f"{name}_offsets", pa.array(offsets, pa.list_(pa.int64())))
+        light = light.append_column(f"{name}_sizes", pa.array(sizes, pa.list_(pa.int64())))
     return light
+
+
+def _places(file: pq.ParquetFile, group: int, name: str, data: mmap.mmap) -> tuple[list[list[int]], list[list[int]]]:
+    """Offsets and sizes of the media of a field, by row of the group."""
+    at, stop = _chunk(file, group, name)
+    offsets: list[list[int]] = []
+    sizes: list[list[int]] = []
+    # One batch of a few rows at a time: a group may hold gigabytes.
+    for batch in file.iter_batches(batch_size=8, row_groups=[group], columns=[name], use_threads=False):
+        for values in batch.column(0).to_pylist():
+            places, at = _locate(values or (), data, at, stop)
+            offsets.append(places)
+            sizes.append([len(value or b"") for value in values or ()])
+    return offsets, sizes
 
 
 def _chunk(file: pq.ParquetFile, group: int, name: str) -> tuple[int, int]:

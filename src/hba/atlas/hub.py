@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from hba.atlas.embedded import index_path
 from hba.atlas.hub_client import Listing, NotInRepoError, Repo, list_repo
 from hba.atlas.hub_id import HubId
 from hba.atlas.jsonl import JsonlStore
@@ -72,7 +73,7 @@ def layout_of(listing: Listing, split: str | None) -> Layout:
     beside = tuple(name for name in (str(folder / name) for name in BESIDE) if name in names)
     if shards:
         check_shards(tuple(Path(str(repo)) / name for name in shards))
-        indexed = (str(folder / "index" / PurePosixPath(name).name) for name in shards)
+        indexed = (index_path(Path(name)).as_posix() for name in shards)
         return Layout(split, "parquet", tuple(shards), (*beside, *(name for name in indexed if name in names)))
     tars = tuple(sorted(name for name in names if name.endswith(_TARS) and not _is_of_other_split(name, split)))
     return Layout(split, "tar" if tars else "jsonl", tuple(rows), beside, tars)

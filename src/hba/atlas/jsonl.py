@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from hba.atlas import media
 from hba.atlas.columns import Columns
-from hba.atlas.rows import RowChecker, decode_row, label_of, signature_of
+from hba.atlas.rows import KNOWN_FIELDS, RowChecker, canonical, decode_fields, decode_row, label_of, signature_of
 from hba.atlas.sample import Field, Row, Sample
 from hba.errors import InputError
 from hba.storage import confined_path
@@ -27,7 +27,6 @@ from hba.taxonomy import Taxonomy
 
 MAX_LINE_BYTES = 64 << 20
 _BOM = b"\xef\xbb\xbf"
-_KNOWN = frozenset(Row.__struct_fields__)
 
 
 class JsonlStore:
@@ -95,6 +94,9 @@ class JsonlStore:
         """'file:line' of a row."""
         return f"{self.path}:{self._lines[number]}"
 
+    def _id(self, number: int, given: str | None) -> str:
+        return given if given is not None else f"{self.split}/{self._lines[number]}"
+
     def row(self, number: int) -> Row:
         """Row `number`, 0-based."""
         return decode_row(self.raw(number), str(self.path), int(self._lines[number]))
@@ -104,9 +106,9 @@ class JsonlStore:
         where = self.place(number)
         raw = self.raw(number)
         row = decode_row(raw, str(self.path), int(self._lines[number]))
-        extra = {name: value for name, value in msgspec.json.decode(raw).items() if name not in _KNOWN}
+        fields = decode_fields(raw, where)
         return Sample(
-            id=row.id if row.id is not None else f"{self.split}/{self._lines[number]}",
+            id=self._id(number, row.id),
             split=self.split,
             where=where,
             number=number,
@@ -122,7 +124,7 @@ class JsonlStore:
             texts=row.texts,
             ext_video_feats=len(row.ext_video_feats),
             ext_audio_feats=len(row.ext_audio_feats),
-            extra=extra,
+            extra={name: value for name, value in fields.items() if name not in KNOWN_FIELDS},
             source=self,
         )
 
@@ -141,7 +143,10 @@ class JsonlStore:
 
     def contents(self, numbers: npt.NDArray[np.integer]) -> Iterator[bytes]:
         """What the fingerprint of the given rows is made of."""
-        return (self.raw(int(number)) for number in numbers)
+        for number in map(int, numbers):
+            fields = decode_fields(self.raw(number), self.place(number))
+            extra = {name: value for name, value in fields.items() if name not in KNOWN_FIELDS}
+            yield canonical(self._id(number, fields.get("id")), fields, extra)
 
 
 class _Sounds(msgspec.Struct):

@@ -1,14 +1,16 @@
 """Rows of parquet shards whose media are embedded as bytes.
 
-Opening reads the columns without media (from the index parts where there are some, see `embedded`), checks every row.
-A medium of an indexed shard is a slice of the shard: a decoder reads the bytes that it needs, and no more. Without an
-index, or from a compressed column, a row group is streamed up to the row, which is slow but takes little memory.
-Ids, order and samples are those of the JSONL form; a shard that is cut off or of another schema is an InputError.
+Opening reads the columns without media (from the index parts where there are some, see `embedded`) and checks every row
+(see `tables`). A medium of an indexed shard is a slice of the shard: a decoder reads the bytes that it needs, and no
+more. Without an index, or from a compressed column, a row group is streamed up to the row, which is slow but takes
+little memory. Ids, order, samples and fingerprint are those of the JSONL form that the shards were made from; a shard
+that is cut off, of another schema or changed after it was opened is an InputError.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +21,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hba.atlas import embedded, media
-from hba.atlas.columns import Columns, ColumnsBuilder
-from hba.atlas.rows import label_of, signature_kinds, signature_of
+from hba.atlas.rows import canonical, check_paths, label_of, signature_of
 from hba.atlas.sample import MEDIA_FIELDS, Field, Row, Sample
 from hba.atlas.source import Slice
+from hba.atlas.tables import MEDIA_PATHS, OPTIONAL, TEXT, Places, check_schema, check_tables, uniform
 from hba.errors import InputError, MediaError
 from hba.taxonomy import Taxonomy
 
-_TEXT = ("problem", "answer", "dataset", "task", "modality_signature")
-_OPTIONAL = ("class_label", "id")
-_PLACES = tuple(f"{name}_{what}" for name in MEDIA_FIELDS for what in ("offsets", "sizes"))
 EXTRA = "extra_json"
-MEDIA_PATHS = "media_paths"  # what embedded media were called as files; for a conversion back
-_FIX_SCHEMA = "Write the published schema; see the schema of a row in docs."
+UNNAMED = "-"
+"""stands for the path of a medium whose shard does not tell it"""
+_PLACES = tuple(f"{name}_{what}" for name in MEDIA_FIELDS for what in ("offsets", "sizes"))
+_KNOWN = frozenset((*Row.__struct_fields__, *_PLACES, EXTRA, MEDIA_PATHS))
+_BLOCK_ROWS = 4096
 
 
 class ParquetStore:
@@ -43,96 +45,42 @@ class ParquetStore:
         self.split = split
         self.root = shards[0].parent.resolve()
         self.taxonomy = taxonomy
-        tables = [self._light(shard) for shard in shards]
+        self._stamps = [embedded.stamp(shard) for shard in shards]
+        tables = self._tables
         self._first = np.cumsum([0, *(table.num_rows for table in tables)])
-        self._tables = [_uniform(table) for table in tables]
         if len(self) == 0:
             raise InputError(f"split {split!r} has no rows", where=str(shards[0]), fix="Write at least one row.")
-        self.columns = self._checked()
+        self.columns = check_tables(tables, Places(self.place, self.row, self._id), taxonomy)
 
     def __len__(self) -> int:
         return int(self._first[-1])
 
-    def _light(self, shard: Path) -> pa.Table:
-        table = embedded.read_index(shard)
+    def __getstate__(self) -> dict[str, Any]:
+        # A process that gets the atlas reads the rows again: faster than to send them, and only when it needs them.
+        return {name: value for name, value in self.__dict__.items() if name != "_tables"}
+
+    @cached_property
+    def _tables(self) -> list[pa.Table]:
+        return [self._light(shard, stamp) for shard, stamp in zip(self.shards, self._stamps, strict=True)]
+
+    def _light(self, shard: Path, stamp: str) -> pa.Table:
+        """The columns of a shard without its media. Raises InputError when it is damaged or is not as it was."""
+        table = embedded.read_index(shard, stamp)
         if table is None:
             with embedded.open_shard(shard) as file:
-                _check_schema(file.schema_arrow, shard)
+                check_schema(file.schema_arrow, shard)
                 names = [name for name in file.schema_arrow.names if name not in MEDIA_FIELDS]
                 try:
                     table = file.read(columns=names, use_threads=False)
                 except (pa.ArrowException, OSError) as error:
                     raise InputError(f"is damaged ({error})", where=str(shard), fix="Restore the shard.") from None
-        _check_schema(table.schema, shard)
-        return table
-
-    def _checked(self) -> Columns:
-        builder = ColumnsBuilder(self.taxonomy)
-        for shard, table in enumerate(self._tables):
-            self._check_table(shard, table, builder)
-        self._check_ids()
-        return builder.build()
-
-    def _check_table(self, shard: int, table: pa.Table, builder: ColumnsBuilder) -> None:
-        """Check the distinct values of each column; almost all rows say what another said before."""
-        first = int(self._first[shard])
-        for name in _TEXT:
-            missing = pc.index(pc.is_null(table[name]), True).as_py()
-            if missing >= 0:
-                where = self.place(first + missing)
-                raise InputError(f"field {name!r}: is missing", where=where, fix=_FIX_SCHEMA)
-        label_codes, signatures = self._labels(first, table), self._signatures(first, table)
-        counts = {name: _lengths(table, f"{name}_sizes") for name in ("images", "videos", "audios")}
-        kinds = {"images": "image", "videos": "video", "audios": "audio"}
-        columns: list[Any] = [table["dataset"].to_pylist(), signatures, label_codes.tolist()]
-        chars = [pc.fill_null(pc.utf8_length(table[name]), 0).to_pylist() for name in ("problem", "answer")]
-        numbers: list[list[int]] = []
-        for name, values in counts.items():
-            # An unindexed shard tells how many only when the row is read; the signature tells whether there are any.
-            guess = [int(kinds[name] in signature_kinds(s)) for s in signatures] if values is None else values.tolist()
-            numbers.append(guess)
-        builder.extend(*columns, *chars, *numbers)
-
-    def _labels(self, first: int, table: pa.Table) -> npt.NDArray[np.int16]:
-        label = pc.fill_null(table["class_label"], "")
-        free = [key for key, dataset in self.taxonomy.datasets.items() if dataset.domain is None]
-        answer = pc.if_else(pc.is_in(table["dataset"], pa.array(free, pa.string())), "", table["answer"])
-        said = pc.binary_join_element_wise(table["dataset"], label, answer, "\x1f").combine_chunks().dictionary_encode()
-        codes_N = said.indices.to_numpy(zero_copy_only=False)
-        examples = np.unique(codes_N, return_index=True)[1]
-        labels = [label_of(self.row(first + int(i)), self.taxonomy, self.place(first + int(i))) for i in examples]
-        class_codes: npt.NDArray[np.int16] = np.array([label.code for label in labels], np.int16)[codes_N]
-        return class_codes
-
-    def _signatures(self, first: int, table: pa.Table) -> list[str]:
-        keys, sizes = [table["modality_signature"]], []
-        for name in ("images", "videos", "audios"):
-            lengths = _lengths(table, f"{name}_sizes")
-            sizes.append(None if lengths is None else lengths > 0)
-            if lengths is not None:
-                keys.append(pa.array(np.where(lengths > 0, "1", "0")))
-        said = pc.binary_join_element_wise(*[_flat(key) for key in keys], "\x1f").dictionary_encode()
-        codes_N = said.indices.to_numpy(zero_copy_only=False)
-        examples = np.unique(codes_N, return_index=True)[1]
-        known = all(size is not None for size in sizes)
-        names = [
-            signature_of(self.row(first + int(i)), self.place(first + int(i)), check_media=known) for i in examples
-        ]
-        return [names[code] for code in codes_N]
-
-    def _check_ids(self) -> None:
-        ids = pa.chunked_array([chunk for table in self._tables for chunk in table["id"].chunks], pa.string())
-        if ids.null_count == len(ids):
-            return
-        identities = [self._id(number, value) for number, value in enumerate(ids.to_pylist())]
-        if len(set(identities)) == len(identities):
-            return
-        seen: dict[str, int] = {}
-        for number, identity in enumerate(identities):
-            first = seen.setdefault(identity, number)
-            if first != number:
-                what = f"field 'id': {identity!r} is also the id of {self.place(first)}"
-                raise InputError(what, where=self.place(number), fix="Give every row its own id.")
+                for name in set(MEDIA_FIELDS) - set(file.schema_arrow.names):
+                    none = pa.array([[]] * table.num_rows, pa.list_(pa.int64()))
+                    table = table.append_column(f"{name}_sizes", none)
+            if embedded.stamp(shard) != stamp:
+                raise InputError("was changed after it was opened", where=str(shard), fix="Open the atlas again.")
+        check_schema(table.schema, shard)
+        return uniform(table)
 
     def _id(self, number: int, given: str | None) -> str:
         return given if given is not None else f"{self.split}/{number + 1}"
@@ -149,25 +97,49 @@ class ParquetStore:
 
     def _values(self, number: int) -> dict[str, Any]:
         shard, local = self._at(number)
-        values: dict[str, Any] = self._tables[shard].slice(local, 1).to_pylist()[0]
-        return values
+        table = self._tables[shard]
+        names = [name for name in table.schema.names if not name.endswith("_offsets")]
+        return {name: table[name][local].as_py() for name in names}
 
     def row(self, number: int) -> Row:
-        """Row `number`, 0-based, with one placeholder path for each medium that the index knows of."""
-        return self._row(self._values(number))
+        """Row `number`, 0-based; '-' stands for the path of a medium whose shard does not tell it."""
+        return self._row(number, self._values(number))
 
-    def _row(self, values: dict[str, Any]) -> Row:
-        media_lists: dict[str, Any] = {
-            name: tuple("-" for _ in values.get(f"{name}_sizes") or ()) for name in MEDIA_FIELDS
+    def _row(self, number: int, values: dict[str, Any]) -> Row:
+        paths = self._paths(number, values)
+        lists: dict[str, Any] = {
+            name: paths.get(name, tuple(UNNAMED for _ in values[f"{name}_sizes"] or ())) for name in MEDIA_FIELDS
         }
-        said: dict[str, Any] = {name: values[name] for name in (*_TEXT, *_OPTIONAL)}
-        return Row(**said, **media_lists, texts=tuple(values.get("texts") or ()))
+        said: dict[str, Any] = {name: values[name] for name in (*TEXT, *OPTIONAL)}
+        row = Row(**said, **lists, texts=tuple(values.get("texts") or ()))
+        check_paths(row, self.place(number))
+        return row
+
+    def _paths(self, number: int, values: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+        """The paths that the media of a row had as files, by field, where the shard tells all of them."""
+        paths: dict[str, tuple[str, ...]] = {}
+        for name, said in (values.get(MEDIA_PATHS) or {}).items():
+            if said and None not in said:
+                paths[name] = tuple(said)
+                sizes = values.get(f"{name}_sizes")
+                if sizes is not None and len(sizes) != len(said):
+                    what = f"names {len(said)} {name}, but the row has {len(sizes)}"
+                    where = f"{self.place(number)}, {MEDIA_PATHS}"
+                    raise InputError(what, where=where, fix="Convert the shard again.")
+        return paths
+
+    def _extra(self, number: int, values: dict[str, Any]) -> dict[str, Any]:
+        said = {name: value for name, value in values.items() if name not in _KNOWN and value is not None}
+        try:
+            return said | msgspec.json.decode(values.get(EXTRA) or "{}", type=dict[str, Any])
+        except (msgspec.DecodeError, TypeError) as error:
+            where = f"{self.place(number)}, {EXTRA}"
+            raise InputError(f"cannot be read ({error})", where=where, fix="Convert the shard again.") from None
 
     def sample(self, number: int) -> Sample:
         """Row `number` with its label, place and extra fields. Reads media only from a shard without an index."""
         where, values = self.place(number), self._values(number)
-        row = self._row(values)
-        extra = {name: value for name, value in values.items() if name not in _KNOWN and value is not None}
+        row = self._row(number, values)
         counts = {name: self._count(number, name, values) for name in MEDIA_FIELDS}
         return Sample(
             id=self._id(number, row.id),
@@ -181,21 +153,23 @@ class ParquetStore:
             modality_signature=signature_of(row, where, check_media=False),
             label=label_of(row, self.taxonomy, where).name,
             texts=row.texts,
-            extra=extra | msgspec.json.decode(values.get(EXTRA) or "{}"),
+            extra=self._extra(number, values),
             source=self,
             **counts,
         )
 
     def _count(self, number: int, name: Field, values: dict[str, Any]) -> int:
-        sizes = values.get(f"{name}_sizes")
+        sizes = values[f"{name}_sizes"]
         return len(sizes) if sizes is not None else len(self._streamed(number, name))
 
     def medium(self, number: int, name: Field, index: int, *, where: str) -> media.Source:
         """A medium as a slice of its shard, or as bytes. Raises MediaError when it is null."""
-        shard, values = self._at(number)[0], self._values(number)
-        offsets = values.get(f"{name}_offsets")
-        if offsets is not None and offsets[index] >= 0:
-            return Slice(self.shards[shard], offsets[index], values[f"{name}_sizes"][index])
+        shard, local = self._at(number)
+        table = self._tables[shard]
+        if f"{name}_offsets" in table.schema.names:
+            offset = table[f"{name}_offsets"][local][index].as_py()
+            if offset >= 0:
+                return Slice(self.shards[shard], offset, table[f"{name}_sizes"][local][index].as_py())
         value = self._streamed(number, name)[index]
         if value is None:
             raise MediaError("is null", where=where, fix="Restore the medium, or remove the row.")
@@ -225,58 +199,20 @@ class ParquetStore:
         """Stored bytes of the sounds of each row; 0 from a shard without an index."""
         sizes_N = np.zeros(len(self), np.int64)
         for first, table in zip(self._first[:-1], self._tables, strict=True):
-            if "audios_sizes" in table.schema.names:
-                sizes = table["audios_sizes"].combine_chunks()
-                rows = pc.list_parent_indices(sizes).to_numpy()
-                np.add.at(sizes_N, int(first) + rows, pc.list_flatten(sizes).to_numpy())
+            sizes = table["audios_sizes"].combine_chunks()
+            rows = pc.list_parent_indices(sizes).to_numpy()
+            np.add.at(sizes_N, int(first) + rows, pc.list_flatten(sizes).to_numpy())
         return sizes_N[numbers]
 
     def contents(self, numbers: npt.NDArray[np.integer]) -> Iterator[bytes]:
-        """What the fingerprint of the given rows is made of: everything but media and their places."""
-        for number in numbers:
-            values = {k: v for k, v in self._values(int(number)).items() if not k.endswith("_offsets")}
-            yield msgspec.json.encode(values, order="sorted")
+        """What the fingerprint of the given rows is made of; media whose paths are not told are left out."""
+        shard_N = np.searchsorted(self._first, numbers, side="right") - 1
+        for block in np.array_split(np.arange(len(numbers)), max(1, len(numbers) // _BLOCK_ROWS)):
+            for part in np.split(block, np.flatnonzero(np.diff(shard_N[block])) + 1):
+                yield from self._contents(int(shard_N[part[0]]), numbers[part]) if len(part) else ()
 
-
-_KNOWN = frozenset((*Row.__struct_fields__, *_PLACES, EXTRA, MEDIA_PATHS))
-
-
-def _lengths(table: pa.Table, name: str) -> npt.NDArray[np.int64] | None:
-    if name not in table.schema.names:
-        return None
-    lengths: npt.NDArray[np.int64] = pc.fill_null(pc.list_value_length(table[name]), 0).to_numpy()
-    return lengths
-
-
-def _flat(column: Any) -> Any:
-    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-
-
-def _uniform(table: pa.Table) -> pa.Table:
-    """The table with plain string columns, and nulls where optional ones are absent."""
-    for name in (*_TEXT, *_OPTIONAL):
-        if name in table.schema.names:
-            table = table.set_column(table.schema.get_field_index(name), name, table[name].cast(pa.string()))
-        else:
-            table = table.append_column(name, pa.nulls(table.num_rows, pa.string()))
-    return table.combine_chunks()
-
-
-def _check_schema(schema: pa.Schema, shard: Path) -> None:
-    for name in (*_TEXT, *_OPTIONAL, *MEDIA_FIELDS):
-        position = schema.get_field_index(name)
-        if position < 0:
-            if name in _TEXT:
-                raise InputError(f"column {name!r}: is missing", where=str(shard), fix=_FIX_SCHEMA)
-            continue
-        kind = schema.field(position).type
-        if name in MEDIA_FIELDS:
-            is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_null(kind)
-            inner = kind.value_type if is_list and not pa.types.is_null(kind) else pa.binary()
-            good = is_list and (pa.types.is_binary(inner) or pa.types.is_large_binary(inner) or pa.types.is_null(inner))
-            expected = "list of binary"
-        else:
-            good = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_dictionary(kind)
-            good, expected = good or (name in _OPTIONAL and pa.types.is_null(kind)), "string"
-        if not good:
-            raise InputError(f"column {name!r}: expected {expected}, found {kind}", where=str(shard), fix=_FIX_SCHEMA)
+    def _contents(self, shard: int, numbers: npt.NDArray[np.integer]) -> Iterator[bytes]:
+        table = self._tables[shard].drop_columns([n for n in self._tables[shard].schema.names if n in _PLACES])
+        for number, values in zip(map(int, numbers), table.take(numbers - self._first[shard]).to_pylist(), strict=True):
+            said = {**values, **dict.fromkeys(MEDIA_FIELDS), **self._paths(number, values)}
+            yield canonical(self._id(number, values["id"]), said, self._extra(number, values))

@@ -8,8 +8,9 @@ that names file and line, the field, what was expected, what was found, and a fi
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -29,7 +30,9 @@ SIGNATURES: dict[frozenset[str], str] = {
     for mask in product((False, True), repeat=3)
 }
 PATH_FIELDS = (*MEDIA_FIELDS, "texts")
+KNOWN_FIELDS = frozenset(Row.__struct_fields__)
 _decoder = msgspec.json.Decoder(Row, strict=True)
+_canonical_encoder = msgspec.json.Encoder(order="sorted", enc_hook=repr)
 
 
 class Label(NamedTuple):
@@ -47,6 +50,26 @@ def decode_row(raw: bytes, file: str, line: int) -> Row:
         raise _schema_error(str(error), f"{file}:{line}") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"not valid JSON ({error})", where=f"{file}:{line}", fix=_FIX_JSON) from None
+
+
+def canonical(identity: str, said: Mapping[str, Any], extra: Mapping[str, Any]) -> bytes:
+    """What a row says, in the same bytes whatever form it is stored in; media are named by their paths.
+
+    `said` holds the published fields of a row with the id `identity`; those that may be left out may be left out.
+    """
+    get = said.get
+    text = (said["problem"], said["answer"], said["dataset"], said["task"], said["modality_signature"])
+    paths = [get(name) or () for name in PATH_FIELDS]
+    return _canonical_encoder.encode((identity, *text, get("class_label") or None, paths, extra))
+
+
+def decode_fields(raw: bytes, where: str) -> dict[str, Any]:
+    """All fields of a JSON line. Raises InputError naming the place for a number that no computer holds."""
+    try:
+        fields: dict[str, Any] = msgspec.json.decode(raw)
+    except msgspec.DecodeError as error:
+        raise InputError(f"an extra field cannot be read ({error})", where=where, fix=_FIX_JSON) from None
+    return fields
 
 
 def _schema_error(message: str, where: str) -> InputError:
@@ -90,7 +113,7 @@ class RowChecker:
             if label.name is not None:  # free-form answers hardly ever repeat
                 self._labels[said] = label
         if _is_suspect(row):
-            _check_paths(row, self._where(line))
+            check_paths(row, self._where(line))
         self._check_id(row, line)
         self.columns.add(row.dataset, signature, label.code, row.problem, row.answer, (images, videos, audios))
 
@@ -161,7 +184,8 @@ def _is_suspect(row: Row) -> bool:
     return begins or ".." in joined or ":" in joined or "\\" in joined or "\0" in joined
 
 
-def _check_paths(row: Row, where: str) -> None:
+def check_paths(row: Row, where: str) -> None:
+    """Raise InputError for a path of the row that leaves the atlas folder."""
     for field in PATH_FIELDS:
         for path in getattr(row, field):
             check_relative(path, where=f"{where}, {field}")

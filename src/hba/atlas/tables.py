@@ -1,0 +1,195 @@
+"""The checks of rows that lie in Arrow tables, column by column.
+
+They are those of `rows`: strict types, known dataset, label and signature, ids that occur once, paths that stay in the
+atlas. Almost every row says what another said before, so that only one example of each combination is looked at; the
+row that an error names is the first of its kind. A null in `{field}_sizes` says that the media of a row are not known
+before they are read; its signature is then trusted for their number, and checked when they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from hba.atlas.columns import Columns, make_columns
+from hba.atlas.rows import check_paths, label_of, signature_kinds, signature_of
+from hba.atlas.sample import MEDIA_FIELDS, Row
+from hba.errors import InputError
+from hba.taxonomy import Taxonomy
+
+TEXT = ("problem", "answer", "dataset", "task", "modality_signature")
+OPTIONAL = ("class_label", "id")
+MEDIA_PATHS = "media_paths"
+"""what embedded media were called as files: a struct of field to list of paths"""
+_KINDS = {"images": "image", "videos": "video", "audios": "audio"}
+_SUSPECT = r"^/|^$|\.\.|[:\\\x00\n]"
+FIX_SCHEMA = "Write the published schema; see the schema of a row in docs."
+
+_STRINGS = (pa.string(), pa.large_string(), pa.null())
+_BINARIES = (pa.binary(), pa.large_binary(), pa.null())
+
+Integers = npt.NDArray[np.integer[Any]]
+
+
+class Places(NamedTuple):
+    """How the checks name a row and look at it, by its number."""
+
+    place: Callable[[int], str]
+    row: Callable[[int], Row]
+    identity: Callable[[int, str | None], str]
+
+
+def check_schema(schema: pa.Schema, shard: Path) -> None:
+    """Raise InputError naming the column when one is missing or of another type than the published schema says."""
+    for name in (*TEXT, *OPTIONAL, *MEDIA_FIELDS, "texts", MEDIA_PATHS):
+        position = schema.get_field_index(name)
+        if position < 0 and name in TEXT:
+            raise InputError(f"column {name!r}: is missing", where=str(shard), fix=FIX_SCHEMA)
+        if position >= 0:
+            kind = schema.field(position).type
+            expected, good = _expected(name, kind)
+            if not good:
+                what = f"column {name!r}: expected {expected}, found {kind}"
+                raise InputError(what, where=str(shard), fix=FIX_SCHEMA)
+
+
+def _expected(name: str, kind: pa.DataType) -> tuple[str, bool]:
+    types = pa.types
+    if name in TEXT or name in OPTIONAL:
+        good = types.is_string(kind) or types.is_large_string(kind) or types.is_dictionary(kind)
+        return "string", good or (name in OPTIONAL and types.is_null(kind))
+    if types.is_null(kind):
+        return "", True
+    if name == MEDIA_PATHS:
+        return "lists of string by field", types.is_struct(kind) and all(_is_list(f.type, _STRINGS) for f in kind)
+    if name == "texts":
+        return "list of string", _is_list(kind, _STRINGS)
+    return "list of binary", _is_list(kind, _BINARIES)
+
+
+def _is_list(kind: pa.DataType, inner: tuple[pa.DataType, ...]) -> bool:
+    return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and kind.value_type in inner
+
+
+def _null(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_null(kind))
+
+
+def uniform(table: pa.Table) -> pa.Table:
+    """The table with plain string columns, and nulls where optional columns and sizes are absent."""
+    for name in (*TEXT, *OPTIONAL):
+        position = table.schema.get_field_index(name)
+        if position < 0:
+            table = table.append_column(name, pa.nulls(table.num_rows, pa.string()))
+        elif table.schema.field(position).type != pa.string():
+            table = table.set_column(position, name, table[name].cast(pa.string()))
+    for name in MEDIA_FIELDS:
+        if f"{name}_sizes" not in table.schema.names:
+            table = table.append_column(f"{name}_sizes", pa.nulls(table.num_rows, pa.list_(pa.int64())))
+    return table
+
+
+def check_tables(tables: list[pa.Table], places: Places, taxonomy: Taxonomy) -> Columns:
+    """Check the rows of tables made by `uniform`, in order. Raises InputError naming the row and the field."""
+    names = [*TEXT, *OPTIONAL, *(f"{name}_sizes" for name in _KINDS)]
+    table = pa.concat_tables([each.select(names) for each in tables])
+    for name in TEXT:
+        if table[name].null_count:
+            where = places.place(pc.index(pc.is_null(table[name]), True).as_py())
+            raise InputError(f"field {name!r}: is missing", where=where, fix=FIX_SCHEMA)
+    label_codes_N = _labels(table, places, taxonomy)
+    counts_KN = [_counts(table, name) for name in _KINDS]
+    signatures, signature_codes_N = _signatures(table, counts_KN, places)
+    for kind, counts_N in zip(_KINDS.values(), counts_KN, strict=True):
+        there = np.array([kind in signature_kinds(signature) for signature in signatures], np.int64)
+        np.copyto(counts_N, there[signature_codes_N], where=counts_N < 0)
+    _check_ids(table["id"], places)
+    _check_texts(tables, places)
+    datasets, dataset_codes_N = _encoded(table["dataset"])
+    chars_KN = [pc.utf8_length(table[name]).to_numpy() for name in ("problem", "answer")]
+    codes_KN = [dataset_codes_N, signature_codes_N, label_codes_N]
+    values_KN = np.stack([np.asarray(each, np.int32) for each in (*codes_KN, *chars_KN, *counts_KN)])
+    return make_columns(taxonomy, tuple(datasets), tuple(signatures), values_KN)
+
+
+def _encoded(column: pa.ChunkedArray) -> tuple[list[str], Integers]:
+    """Distinct values in the order of first sight, and the code of each row."""
+    codes = column.combine_chunks().dictionary_encode()
+    return codes.dictionary.to_pylist(), codes.indices.to_numpy(zero_copy_only=False)
+
+
+def _examples(codes_N: Integers) -> tuple[Integers, Integers]:
+    """The first row of each distinct code, ascending, and for each row the number of its example."""
+    _, first, inverse_N = np.unique(codes_N, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return first[order], rank[inverse_N]
+
+
+def _counts(table: pa.Table, name: str) -> npt.NDArray[np.int64]:
+    """Media of a field in each row, -1 where that is not known."""
+    lengths = pc.fill_null(pc.list_value_length(table[f"{name}_sizes"]), -1)
+    return np.array(lengths.to_numpy(), np.int64)
+
+
+def _labels(table: pa.Table, places: Places, taxonomy: Taxonomy) -> Integers:
+    free = [key for key, dataset in taxonomy.datasets.items() if dataset.domain is None]
+    answer = pc.if_else(pc.is_in(table["dataset"], pa.array(free, pa.string())), "", table["answer"])
+    label = pc.fill_null(table["class_label"], "")
+    _, codes_N = _encoded(pc.binary_join_element_wise(table["dataset"], label, answer, "\x1f"))
+    examples, codes_N = _examples(codes_N)
+    labels = [label_of(places.row(int(i)), taxonomy, places.place(int(i))).code for i in examples]
+    class_codes_N: Integers = np.array(labels, np.int16)[codes_N]
+    return class_codes_N
+
+
+def _signatures(
+    table: pa.Table, counts_KN: list[npt.NDArray[np.int64]], places: Places
+) -> tuple[list[str], Integers]:
+    """The distinct signatures in the order of first sight, and the code of each row."""
+    _, said_N = _encoded(table["modality_signature"])
+    key_N = said_N.astype(np.int64)
+    for counts_N in counts_KN:
+        key_N = key_N * 3 + np.sign(counts_N) + 1
+    examples, codes_N = _examples(key_N)
+    names = []
+    for i in map(int, examples):
+        known = all(counts_N[i] >= 0 for counts_N in counts_KN)
+        names.append(signature_of(places.row(i), places.place(i), check_media=known))
+    signatures = list(dict.fromkeys(names))
+    return signatures, np.array([signatures.index(name) for name in names], np.int16)[codes_N]
+
+
+def _check_ids(ids: pa.ChunkedArray, places: Places) -> None:
+    if ids.null_count == len(ids):
+        return
+    blank = pc.index(pc.equal(pc.utf8_trim_whitespace(ids), ""), True).as_py()
+    if blank >= 0:
+        raise InputError("field 'id': is empty", where=places.place(blank), fix="Remove it, or give every row its own.")
+    if ids.null_count == 0 and pc.count_distinct(ids).as_py() == len(ids):
+        return
+    seen: dict[str, int] = {}
+    for number, given in enumerate(ids.to_pylist()):
+        identity = places.identity(number, given)
+        first = seen.setdefault(identity, number)
+        if first != number:
+            what = f"field 'id': {identity!r} is also the id of {places.place(first)}"
+            raise InputError(what, where=places.place(number), fix="Give every row its own id.")
+
+
+def _check_texts(tables: list[pa.Table], places: Places) -> None:
+    first = 0
+    for table in tables:
+        if "texts" in table.schema.names and not _null(table.schema.field("texts").type):
+            texts = table["texts"].combine_chunks()
+            suspect = pc.match_substring_regex(pc.list_flatten(texts), _SUSPECT)
+            for local in pc.filter(pc.list_parent_indices(texts), pc.fill_null(suspect, True)).to_pylist():
+                check_paths(places.row(first + local), places.place(first + local))
+        first += table.num_rows
