@@ -130,7 +130,8 @@ class _Worker(Generic[Item, Result]):
 
     def _died(self, reason: str) -> Iterator[Done[Item, Result]]:
         if not self.started:
-            raise HbaError(f"a worker process could not start: it {reason}", fix="Try --workers 1, or free memory.")
+            fix = "Free memory; in a script of your own, call it below `if __name__ == '__main__':`."
+            raise HbaError(f"a worker process could not start: it {reason}", fix=fix)
         item = self.queue.popleft()
         self._start()
         for left in self.queue:

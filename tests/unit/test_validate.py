@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -25,12 +25,21 @@ from hba.atlas import open_atlas
 from hba.atlas.convert import convert_to_parquet
 from hba.atlas.findings import CODES, LEVELS
 from hba.atlas.probe import probe
-from hba.atlas.validate import validate_atlas
+from hba.atlas.validate import Validation, validate_atlas
 from hba.cli import main
 from hba.errors import InputError, MediaError
 from hba.report.atlas_page import render_validation
 
 Rows = dict[str, list[Any]]
+
+
+class Checked(NamedTuple):
+    """The folder of a check, and what it returned."""
+
+    out: Path
+    result: Validation
+
+
 Planted = set[tuple[str, str, str]]  # level, code, where
 
 
@@ -246,15 +255,14 @@ def faulty(mini_atlas: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 
 @pytest.fixture(scope="module")
-def checked(faulty: tuple[Path, Planted], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an uninterrupted check of the faulty atlas."""
+def checked(faulty: tuple[Path, Planted], tmp_path_factory: pytest.TempPathFactory) -> Checked:
+    """An uninterrupted check of the faulty atlas."""
     out = tmp_path_factory.mktemp("checked")
-    validate_atlas(faulty[0], out=out, workers=2)
-    return out
+    return Checked(out, validate_atlas(faulty[0], out=out, workers=2))
 
 
-def test_planted_faults_are_found_and_nothing_else(faulty: tuple[Path, Planted], checked: Path) -> None:
-    said = json.loads((checked / "validate.json").read_text())
+def test_planted_faults_are_found_and_nothing_else(faulty: tuple[Path, Planted], checked: Checked) -> None:
+    said = json.loads((checked.out / "validate.json").read_text())
     places = [(f["level"], f["code"], f["where"]) for f in said["findings"]]
     assert sorted(places) == sorted(faulty[1])
     assert said["ok"] is False
@@ -265,7 +273,7 @@ def test_planted_faults_are_found_and_nothing_else(faulty: tuple[Path, Planted],
 
 
 def test_a_killed_check_resumes_and_ends_with_the_same(
-    faulty: tuple[Path, Planted], checked: Path, tmp_path: Path
+    faulty: tuple[Path, Planted], checked: Checked, tmp_path: Path
 ) -> None:
     command = [sys.executable, "-m", "hba", "atlas", "validate", str(faulty[0]), "--out", str(tmp_path), "--json"]
     log = tmp_path / "media.jsonl"
@@ -276,12 +284,12 @@ def test_a_killed_check_resumes_and_ends_with_the_same(
     process.send_signal(signal.SIGKILL)
     process.wait()
     lines = log.read_bytes().splitlines(keepends=True)
-    whole = (checked / "media.jsonl").read_bytes().count(b"\n")
+    whole = (checked.out / "media.jsonl").read_bytes().count(b"\n")
     assert 30 <= len(lines) < whole, "killed in the middle"
     log.write_bytes(b"".join(lines)[:-20])  # a torn last line
     done = subprocess.run([*command, "--workers", "1"], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 1, done.stderr
-    assert (tmp_path / "validate.json").read_bytes() == (checked / "validate.json").read_bytes()
+    assert (tmp_path / "validate.json").read_bytes() == (checked.out / "validate.json").read_bytes()
     assert json.loads(done.stdout) == json.loads((tmp_path / "validate.json").read_text())
     keys = [json.loads(line)["key"] for line in log.read_text().splitlines()]
     assert len(keys) == whole, "what was found before the kill was not done again"
@@ -383,8 +391,8 @@ def test_a_clean_atlas_exits_0_without_findings(
     assert said["summary"]["media"]["audios"]["sample_rates"] == {"8000 Hz": 156}
 
 
-def test_the_page_stands_alone_and_escapes(faulty: tuple[Path, Planted], checked: Path) -> None:
-    page = render_validation(validate_atlas(faulty[0], out=checked, workers=1))
+def test_the_page_stands_alone_and_escapes(faulty: tuple[Path, Planted], checked: Checked) -> None:
+    page = render_validation(checked.result)
     assert "<script" not in page
     assert "at<b>las" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page

@@ -8,7 +8,7 @@ nothing in the atlas is written. Equal data give an equal result, with any numbe
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -128,16 +128,8 @@ def validate_atlas(
     media = to_hash(media, catalogue.uses)
     outcomes |= survey(media, log=log, quick=quick, workers=workers, progress=progress)
     card = _read_card(catalogue.root)
-    findings = [
-        *card.findings,
-        *catalogue.findings,
-        *catalogue.oddities(),
-        *media_findings(catalogue, outcomes),
-        *shape_findings(catalogue, outcomes),
-        *find_leaks(catalogue, outcomes),
-    ]
-    if release or (not card.synthetic and _has_published(catalogue)):
-        findings += count_findings(catalogue, complete=splits is None, release=release)
+    compared = release or (not card.synthetic and _has_published(catalogue))
+    counts = count_findings(catalogue, complete=splits is None, release=release) if compared else ()
     result = Validation(
         root=path,
         quick=quick,
@@ -147,11 +139,19 @@ def validate_atlas(
         bad_rows={split.name: split.num_bad for split in catalogue.splits},
         signatures=dict(sorted(count_signatures(catalogue).items())),
         media=_summaries(media, outcomes, catalogue.uses),
-        findings=in_order(findings),
+        findings=in_order([*card.findings, *counts, *_findings(catalogue, outcomes)]),
     )
     if out is not None:
         write_json(out / RESULT, result.to_json())
     return result
+
+
+def _findings(catalogue: Catalogue, outcomes: Mapping[int, Outcome]) -> Iterator[Finding]:
+    yield from catalogue.findings
+    yield from catalogue.oddities()
+    yield from media_findings(catalogue, outcomes)
+    yield from shape_findings(catalogue, outcomes)
+    yield from find_leaks(catalogue, outcomes)
 
 
 def _has_published(catalogue: Catalogue) -> bool:

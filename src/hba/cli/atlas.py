@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -62,17 +63,9 @@ def validate_command(
     from hba.atlas.validate import validate_atlas
     from hba.cli.progress import counted
 
+    check = partial(validate_atlas, atlas, splits=split, out=out, workers=workers)
     with counted("validate") as progress:
-        result = validate_atlas(
-            atlas,
-            splits=split,
-            out=out,
-            quick=quick,
-            release=release,
-            fresh=fresh,
-            workers=workers,
-            progress=progress,
-        )
+        result = check(quick=quick, release=release, fresh=fresh, progress=progress)
 
     def show() -> None:
         from rich.console import Console
@@ -113,9 +106,7 @@ def info_command(
     if durations:
         folder = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hba"
         with counted("durations") as progress:
-            info = atlas_info(
-                atlas, splits=split, durations=True, cache=folder, workers=workers, progress=progress
-            )
+            info = atlas_info(atlas, splits=split, durations=True, cache=folder, workers=workers, progress=progress)
     else:
         info = atlas_info(atlas, splits=split)
 
