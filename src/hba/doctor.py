@@ -61,7 +61,8 @@ def diagnose(*, online: bool = False, folder: Path = Path()) -> list[Check]:
     """All checks, in reading order. Runs go below `folder`; `online` also tries to reach the hub, for at most 5 s."""
     checks = [check_python(), check_requirements(), check_torch(), check_torchvision(), check_transformers()]
     checks += [check_video(), check_audio(), check_gpu(), check_cores(), check_memory(), check_disk(folder)]
-    return [*checks, *map(check_extra, extras()), check_token(), *([check_hub()] if online else [])]
+    landmarks = probe("landmarks", "hba.descriptors.landmark_env", lambda module: module.check_landmarks())
+    return [*checks, *map(check_extra, extras()), landmarks, check_token(), *([check_hub()] if online else [])]
 
 
 def healthy(checks: Iterable[Check]) -> bool:

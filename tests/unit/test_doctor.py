@@ -69,7 +69,7 @@ def test_every_check_is_there_and_the_hub_is_not_asked(here: list[Check]) -> Non
         "memory",
     ]
     assert names[: len(expected)] == expected
-    assert {"disk", "hub token", *(f"extra [{extra}]" for extra in extras())} <= set(names)
+    assert {"disk", "landmarks", "hub token", *(f"extra [{extra}]" for extra in extras())} <= set(names)
     assert "hub" not in names
 
 
