@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +103,7 @@ def test_samples_and_batches_are_those_of_the_folder(hub, releases, mini_atlas, 
 @pytest.mark.parametrize("form", FORMS)
 def test_only_the_split_is_asked_for(hub, releases, form):
     serve(hub, releases, form)
-    atlas = open_atlas(REPO, split="test")
+    atlas = open_atlas(REPO, split="test[-20:]")
     [contents(sample) for sample in atlas]
     others = set(media_of(releases / "jsonl", "train")) - set(media_of(releases / "jsonl", "test"))
     fetched = hub.fetched()
@@ -209,9 +210,9 @@ def test_what_passes_is_tried_again(hub, releases, mini_atlas, form, fault, monk
     if "cut_at" not in fault:
         hub.fail("GET", "/revision/main", **fault)
         hub.fail("HEAD", target, **fault)
-    atlas = open_atlas(REPO, split="test")
+    atlas = open_atlas(REPO, split="test[:5]")
     assert all(fault.times == 0 for fault in hub.faults)
-    assert [contents(s) for s in atlas] == [contents(s) for s in open_atlas(mini_atlas, split="test")]
+    assert [contents(s) for s in atlas] == [contents(s) for s in open_atlas(mini_atlas, split="test[:5]")]
     if "cut_at" in fault and form == "tar":
         assert ("GET", target, 206) in hub.requests  # went on where it was cut
     assert repo.commit in str(atlas.root)
@@ -262,10 +263,10 @@ def test_no_hub_to_be_reached(hub, releases):
 def test_a_medium_that_is_not_there_is_the_samples_fault(hub, releases, tmp_path):
     folder = tmp_path / "holes"
     shutil.copytree(releases / "jsonl", folder)
-    gone = sorted(set(media_of(folder, "test")) - set(media_of(folder, "train")))[0]
+    gone = media_of(folder, "test")[0]
     (folder / gone).unlink()
     hub.add(REPO, folder)
-    atlas = open_atlas(REPO, split="test")
+    atlas = open_atlas(REPO, split="test[:8]")
     broken = []
     for sample in atlas:
         try:
@@ -274,7 +275,7 @@ def test_a_medium_that_is_not_there_is_the_samples_fault(hub, releases, tmp_path
             broken.append(str(error))
     assert broken
     assert all(gone in message for message in broken)
-    assert atlas.estimated_tokens.tolist() == open_atlas(folder, split="test").estimated_tokens.tolist()
+    assert atlas.estimated_tokens.tolist() == open_atlas(folder, split="test[:8]").estimated_tokens.tolist()
     assert download_atlas(REPO, tmp_path / "out", splits=["test"]).missing == (gone,)
 
 
@@ -335,14 +336,22 @@ def test_a_refused_tar_leaves_nothing_outside(hub, releases, tmp_path):
     for _ in range(2):  # it is not taken for unpacked the second time
         with pytest.raises(InputError, match="leads outside the folder"):
             open_atlas(REPO, split="test")
-    assert not [path for path in tmp_path.rglob("escaped*")]
+    assert not list(tmp_path.rglob("escaped*"))
+
+
+def test_two_at_once_unpack_once(hub, releases):
+    serve(hub, releases, "tar")
+    with ThreadPoolExecutor(3) as pool:
+        atlases = list(pool.map(lambda _: open_atlas(REPO, split="test"), range(3)))
+    assert hub.fetched().count("test_media.tar.gz") == 1
+    assert len({atlas.fingerprint for atlas in atlases}) == 1
 
 
 def test_splits_and_names(hub, releases, tmp_path, monkeypatch):
     serve(hub, releases, "jsonl")
-    with pytest.raises(InputError, match="has no split 'dev'.*train, validation, test"):
+    with pytest.raises(InputError, match=r"has no split 'dev'.*train, validation, test"):
         open_atlas(REPO, split="dev")
-    with pytest.raises(InputError, match="no split was named.*train, validation, test"):
+    with pytest.raises(InputError, match=r"no split was named.*train, validation, test"):
         open_atlas(REPO)
     with pytest.raises(InputError, match="selects none"):
         open_atlas(REPO, split="test[:0]")
@@ -367,8 +376,8 @@ def test_published_names_and_a_list_of_files_that_is_too_long(hub, releases, tmp
     hub.add(REPO, folder)
     hub.page = 2
     monkeypatch.setattr(hub_client, "_SURELY_LISTED", 1)
-    wanted = open_atlas(folder, split="test")
-    assert [contents(s) for s in open_atlas(REPO, split="test")] == [contents(s) for s in wanted]
+    wanted = open_atlas(folder, split="test[:5]")
+    assert [contents(s) for s in open_atlas(REPO, split="test[:5]")] == [contents(s) for s in wanted]
 
 
 def test_batch_plan_of_an_unfetched_atlas_asks_for_sizes_alone(hub, releases):

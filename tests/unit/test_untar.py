@@ -138,7 +138,7 @@ def test_cut_off_anywhere_or_corrupt(place, packed):
     whole = 5 * (512 + 1024) + 512 if not packed else len(data)
     for size in range(0, whole, 97):
         (place / name).write_bytes(data[:size])
-        with pytest.raises(InputError, match="damaged|cut off"):
+        with pytest.raises(InputError, match=r"damaged|cut off"):
             unpack(place / name, place / "out")
     if not packed:
         for block in range(5):

@@ -89,31 +89,30 @@ def download_atlas(
 
 def unpacked_split(listing: Listing, layout: Layout, wanted: Split | None, taxonomy: Taxonomy | None) -> Path:
     """The JSONL of a split of a tar release in the cache, with at least the media of the wanted rows beside it."""
-    folder = _cache_folder(listing)
+    repo = _unpacked_as(listing)
+    folder = repo.home(repo.commit)
     with _locked(folder):
-        paths = [listing.repo.fetch(name, folder) for name in (*layout.beside, *layout.rows)]
+        paths = [repo.fetch(name, folder) for name in (*layout.beside, *layout.rows)]
         store = JsonlStore(paths[-1], split=layout.split, taxonomy=taxonomy or of_folder(paths[-1].parent))
         rows = wanted.rows(len(store)) if wanted else range(len(store))
-        _fetch_media(listing, layout, store, rows, folder, WORKERS, None)
+        _fetch_media(Listing(repo, listing.names), layout, store, rows, folder, WORKERS, None)
     return paths[-1]
 
 
-def _cache_folder(listing: Listing) -> Path:
-    """The folder of this commit, or of an earlier one that had the same files but for its description."""
+def _unpacked_as(listing: Listing) -> Repo:
+    """The commit in whose folder the media go: this one, or an earlier one that had the same files."""
     repo, names = listing
-    folder = repo.home(repo.commit)
-    note = folder / _OWN / "files.json"
+    note = repo.home(repo.commit) / _OWN / "files.json"
     if note.is_file():
-        known = read_json(note)
-        return folder if known["same_as"] is None else repo.home(known["same_as"])
+        return Repo(repo.id, read_json(note)["commit"])
     matters = sorted(name for name in names if not name.startswith(".") and not name.endswith(".md"))
     if len(matters) > _FEW:
-        return folder
+        return repo
     key = json_sha256({name: info.blob for name, info in repo.infos(matters).items()})
-    others = [path.parent.parent for path in sorted(folder.parent.glob(f"*/{_OWN}/files.json"))]
-    same = [path.name for path in others if read_json(path / _OWN / "files.json") == {"key": key, "same_as": None}]
-    write_json(note, {"key": key, "same_as": same[0] if same else None})
-    return repo.home(same[0]) if same else folder
+    earlier = [read_json(path) for path in sorted(note.parent.parent.parent.glob(f"*/{_OWN}/{note.name}"))]
+    commit = next((known["commit"] for known in earlier if known["key"] == key), repo.commit)
+    write_json(note, {"key": key, "commit": commit})
+    return Repo(repo.id, commit)
 
 
 def _begun(out: Path, wanted: HubId) -> str | None:
@@ -142,9 +141,7 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _fetch_all(
-    repo: Repo, names: Sequence[str], folder: Path, workers: int, progress: OnProgress | None
-) -> list[Path]:
+def _fetch_all(repo: Repo, names: Sequence[str], folder: Path, workers: int, progress: OnProgress | None) -> list[Path]:
     def fetch(name: str) -> Path:
         return repo.fetch(name, folder)
 
