@@ -26,7 +26,7 @@ from hba.atlas.tables import MEDIA_PATHS
 from hba.errors import HbaError
 from hba.storage import atomic_write, file_sha256, read_json, write_json
 
-GROUP_BYTES = 64 << 20
+GROUP_BYTES = 16 << 20  # what a reader without the index part reads to serve a row
 STAGING = ".convert"
 _TEXT = ("id", *TEXT_FIELDS, EXTRA)
 _SCHEMA = pa.schema(
