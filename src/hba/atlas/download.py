@@ -7,7 +7,6 @@ with and goes on with that one. One process works on a folder at a time; another
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple, TypeVar
 
 from hba.atlas.hub import Layout, layout_of, media_paths, splits_of
-from hba.atlas.hub_client import Listing, NotInRepoError, Repo, list_repo
+from hba.atlas.hub_client import Listing, NotInRepoError, Repo, alone, list_repo
 from hba.atlas.hub_id import HubId, parse_hub_id
 from hba.atlas.jsonl import JsonlStore
 from hba.atlas.parquet import ParquetStore
@@ -89,7 +88,8 @@ def download_atlas(
 
 def unpacked_split(listing: Listing, layout: Layout, wanted: Split | None, taxonomy: Taxonomy | None) -> Path:
     """The JSONL of a split of a tar release in the cache, with at least the media of the wanted rows beside it."""
-    repo = _unpacked_as(listing)
+    with alone(listing.repo.home("listings") / "lock"):
+        repo = _unpacked_as(listing)
     folder = repo.home(repo.commit)
     with _locked(folder):
         paths = [repo.fetch(name, folder) for name in (*layout.beside, *layout.rows)]
@@ -132,9 +132,7 @@ def _begun(out: Path, wanted: HubId) -> str | None:
 def _locked(folder: Path) -> Iterator[None]:
     """Alone in `folder`; what a killed process left half-downloaded is gone."""
     own = folder / _OWN
-    own.mkdir(parents=True, exist_ok=True)
-    with (own / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel frees it when the process ends, however it ends
+    with alone(own / "lock"):
         for place in (folder, own):
             for torn in (place / ".cache" / "huggingface").rglob("*.incomplete"):
                 torn.unlink()

@@ -9,8 +9,10 @@ InputError with a fix, which never repeats what the server or the library said, 
 from __future__ import annotations
 
 import errno
+import fcntl
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -120,9 +122,19 @@ def list_repo(wanted: HubId) -> Listing:
     names = {file.rfilename for file in info.siblings or ()}
     if len(names) > _SURELY_LISTED:
         names |= set(_names_in_folders(repo))
-    for path in {saved, home / f"{repo.commit}.json"}:
-        write_json(path, {"commit": repo.commit, "names": sorted(names)})
+    with alone(home / "lock"):
+        for path in {saved, home / f"{repo.commit}.json"}:
+            write_json(path, {"commit": repo.commit, "names": sorted(names)})
     return Listing(repo, frozenset(names))
+
+
+@contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """Wait until no other process or thread holds `lock`, and hold it; the kernel frees it when a process ends."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def _names_in_folders(repo: Repo) -> list[str]:
