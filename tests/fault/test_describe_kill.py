@@ -19,6 +19,9 @@ import pytest
 import soundfile
 import torch
 
+from hba.descriptors.executors import run
+from hba.parallel import Died
+
 pytest.importorskip("opensmile", reason="opensmile is not installed: pip install 'human-behavior-atlas[descriptors]'")
 NUM_SOUNDS, NUM_ROWS, KILLS = 60, 90, 5
 
@@ -122,3 +125,23 @@ def test_a_crash_of_the_extractor_costs_one_item(tmp_path: Path) -> None:
     assert start(root).wait() == 0
     assert len(digests(root)) == NUM_SOUNDS
     assert (root / "describe" / "describe_failures.jsonl").read_text() == ""
+
+
+def troubled(number: int) -> int:
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if number == 5:
+        raise ValueError("no")
+    return number * number
+
+
+@pytest.mark.parametrize("executor", ["processes", "ray"])
+def test_both_executors_lose_one_item_to_a_crash_and_go_on(executor: str) -> None:
+    if executor == "ray":
+        ray = pytest.importorskip("ray", reason="ray is not installed: pip install ray")
+        ray.cloudpickle.register_pickle_by_value(sys.modules[troubled.__module__])  # its workers cannot import tests
+    done = {d.item: d.result for d in run(troubled, range(9), executor=executor, workers=2, patience=lambda _: 300.0)}
+    lost = {number: done.pop(number) for number in (3, 5)}
+    assert done == {number: number * number for number in (0, 1, 2, 4, 6, 7, 8)}
+    assert isinstance(lost[3], Died)
+    assert lost[5] == Died("raised ValueError: no")

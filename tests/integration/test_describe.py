@@ -295,3 +295,15 @@ def test_landmarks_of_a_photographed_person(atlas: Path) -> None:
     moved = first["face"][3, :, 0].mean() - first["face"][0, :, 0].mean()
     assert moved == pytest.approx(12 / person.shape[1], abs=0.01)
     assert first["left_hand"].eq(0).all()  # out of the picture: confidence 0, at (0, 0)
+
+
+def test_a_ray_cluster_gives_the_same_files(atlas: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="ray is not installed: pip install ray")
+    other = tmp_path / "other"
+    shutil.copytree(atlas, other)
+    tone(atlas / "a" / "two.wav", seconds=0.025)
+    on_ray = describe(atlas, SOUND, workers=2, executor="ray")
+    assert (on_ray.extracted, on_ray.failed) == ({"audio": 1}, {"audio": 1})
+    describe(other, SOUND, workers=1)
+    output = Path("opensmile_egemaps", "a", "one.wav.pt")
+    assert (atlas / output).read_bytes() == (other / output).read_bytes()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from tokenizers import AddedToken
 from tokenizers.pre_tokenizers import ByteLevel
@@ -25,7 +26,9 @@ from transformers import (
     WhisperTokenizer,
 )
 
-from hba.atlas.audio import Audio
+from hba.atlas.audio import Audio, load_audio
+from hba.descriptors.describe import describe
+from hba.descriptors.items import Settings
 from hba.descriptors.transcribe import Transcriber, extractor_id
 from hba.errors import InputError, MediaError
 
@@ -120,3 +123,19 @@ def test_other_weights_are_another_extractor(whisper: Path, wav2vec: Path, tmp_p
 def test_what_is_no_recognition_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot load a recognition model"):
         Transcriber(str(tmp_path))
+
+
+def test_rows_without_texts_get_transcripts(whisper: Path, tmp_path: Path) -> None:
+    about = {"problem": "How?", "answer": "anger", "dataset": "cremad", "task": "x_cls"}
+    about |= {"modality_signature": "text_audio", "audios": ["one.wav"]}
+    rows = [about, about | {"texts": ["given.txt"]}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    soundfile.write(tmp_path / "one.wav", noise(1).samples, 16_000)
+    settings = Settings(audio=None, video=None, transcripts=str(whisper))
+    assert describe(tmp_path, settings, workers=2).extracted == {"transcript": 1}
+    linked = [json.loads(line)["texts"] for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert linked == [["transcripts/one.wav.txt"], ["given.txt"]]
+    stored = load_audio(tmp_path / "one.wav", where="one.wav")
+    expected = Transcriber(str(whisper)).extract(stored, where="one.wav")
+    assert (tmp_path / "transcripts" / "one.wav.txt").read_text(encoding="utf-8") == expected + "\n"
+    assert describe(tmp_path, settings).kept == {"transcript": 1}
