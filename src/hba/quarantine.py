@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from hba.atlas.sample import Quarantined
+from hba.errors import InputError
 from hba.storage import AppendLog, read_jsonl
 
 
@@ -32,9 +33,20 @@ class QuarantineLog:
             self._known.add(sample.id)
 
     def records(self, split: str | None = None) -> list[dict[str, Any]]:
-        """What has been left out so far, in one split or in all, other ranks and earlier sessions included."""
+        """What has been left out so far, in one split or in all, other ranks and earlier sessions included.
+
+        Raises InputError naming file, line and field for a line that is none of a quarantine.
+        """
+        found: list[dict[str, Any]] = []
         lines = read_jsonl(self.path) if self.path.is_file() else ()
-        return [line.record for line in lines if split is None or line.record["split"] == split]
+        for line in lines:
+            missing = [name for name in ("id", "split") if not isinstance(line.record.get(name), str)]
+            if missing:
+                where = f"{self.path}:{line.number}, {missing[0]}"
+                raise InputError("expected a text", where=where, fix="Repair the line, or remove it.")
+            if split is None or line.record["split"] == split:
+                found.append(line.record)
+        return found
 
     def close(self) -> None:
         """Flush to the disk and close."""
@@ -43,6 +55,8 @@ class QuarantineLog:
             self._log = None
 
     def __enter__(self) -> QuarantineLog:
+        if self.path.is_file():
+            AppendLog(self.path).close()  # cuts off a line that a kill left torn, before anyone reads it
         return self
 
     def __exit__(

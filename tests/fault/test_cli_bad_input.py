@@ -387,6 +387,18 @@ def test_predicting_what_is_not_there(run, tmp_path, expect):
     assert snapshot(run) == before
 
 
+def test_a_quarantine_that_is_torn_or_none(run, mini_atlas, hba):
+    command = ["predict", run, "--atlas", mini_atlas, "--split", "test[:16]"]
+    quarantine = run / "quarantine.jsonl"
+    quarantine.write_text('{"id": "test/1", "spl')
+    assert hba(*command)[0] == 0
+    assert quarantine.read_text() == ""
+    quarantine.write_text('{"id": "test/1"}\n')
+    code, _, err = hba(*command)
+    assert code == 2
+    assert re.search(r"quarantine\.jsonl:1, split: expected a text", errors(err)[0])
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
