@@ -45,7 +45,7 @@ class LoaderConfig:
         256, "encoded samples that are kept for the next epoch, 0 for none", affects_result=False
     )
     decode_timeout_seconds: Annotated[float, Field(gt=0)] = option(
-        60.0, "a sample whose decoding takes longer twice is quarantined; needs workers", affects_result=False
+        60.0, "a sample that twice takes longer to read and decode is quarantined; needs workers", affects_result=False
     )
 
     def resolved_workers(self) -> int:

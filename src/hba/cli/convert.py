@@ -22,7 +22,7 @@ class Form(str, Enum):
 
 
 def convert_command(
-    source: Annotated[str, typer.Argument(metavar="IN", help="Atlas folder, one file of rows, or a hub id.")],
+    source: Annotated[Path, typer.Argument(metavar="IN", help="Atlas folder, or one file of rows.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make; an unfinished conversion goes on.")],
     to: Annotated[Form, typer.Option(help="Shards with embedded media, or lines with media files.")] = ...,  # type: ignore[assignment]
     split: Annotated[
