@@ -24,7 +24,7 @@ from hba.atlas import embedded, media
 from hba.atlas.rows import canonical, check_paths, label_of, signature_of
 from hba.atlas.sample import MEDIA_FIELDS, Field, Row, Sample
 from hba.atlas.source import Slice
-from hba.atlas.tables import MEDIA_PATHS, OPTIONAL, TEXT, Places, check_schema, check_tables, uniform
+from hba.atlas.tables import MEDIA_PATHS, OPTIONAL, TEXT, Places, check_schema, check_tables, numbers_of, uniform
 from hba.errors import InputError, MediaError
 from hba.taxonomy import Taxonomy
 
@@ -74,9 +74,9 @@ class ParquetStore:
                     table = file.read(columns=names, use_threads=False)
                 except (pa.ArrowException, OSError) as error:
                     raise InputError(f"is damaged ({error})", where=str(shard), fix="Restore the shard.") from None
+                _check_values(table, shard)
                 for name in set(MEDIA_FIELDS) - set(file.schema_arrow.names):
-                    none = pa.array([[]] * table.num_rows, pa.list_(pa.int64()))
-                    table = table.append_column(f"{name}_sizes", none)
+                    table = table.append_column(f"{name}_sizes", _empty_lists(table.num_rows))
             if embedded.stamp(shard) != stamp:
                 raise InputError("was changed after it was opened", where=str(shard), fix="Open the atlas again.")
         check_schema(table.schema, shard)
@@ -200,8 +200,8 @@ class ParquetStore:
         sizes_N = np.zeros(len(self), np.int64)
         for first, table in zip(self._first[:-1], self._tables, strict=True):
             sizes = table["audios_sizes"].combine_chunks()
-            rows = pc.list_parent_indices(sizes).to_numpy()
-            np.add.at(sizes_N, int(first) + rows, pc.list_flatten(sizes).to_numpy())
+            rows = numbers_of(pc.list_parent_indices(sizes))
+            np.add.at(sizes_N, int(first) + rows, numbers_of(sizes.flatten()))
         return sizes_N[numbers]
 
     def contents(self, numbers: npt.NDArray[np.integer]) -> Iterator[bytes]:
@@ -216,3 +216,19 @@ class ParquetStore:
         for number, values in zip(map(int, numbers), table.take(numbers - self._first[shard]).to_pylist(), strict=True):
             said = {**values, **dict.fromkeys(MEDIA_FIELDS), **self._paths(number, values)}
             yield canonical(self._id(number, values["id"]), said, self._extra(number, values))
+
+
+def _check_values(table: pa.Table, shard: Path) -> None:
+    """Raise InputError for text that is not UTF-8, which Arrow reads as it is."""
+    for name in table.schema.names:
+        try:
+            table[name].validate(full=True)
+        except pa.ArrowInvalid as error:
+            what = f"column {name!r}: is damaged ({error})"
+            raise InputError(what, where=str(shard), fix="Restore the shard.") from None
+
+
+def _empty_lists(length: int) -> pa.Array:
+    # Not pa.array or pa.scalar, which import pandas (see tables).
+    offsets = pa.py_buffer(bytes(4 * (length + 1)))
+    return pa.Array.from_buffers(pa.list_(pa.int64()), length, [None, offsets], children=[pa.nulls(0, pa.int64())])

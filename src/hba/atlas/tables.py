@@ -4,6 +4,8 @@ They are those of `rows`: strict types, known dataset, label and signature, ids 
 atlas. Almost every row says what another said before, so that only one example of each combination is looked at; the
 row that an error names is the first of its kind. A null in `{field}_sizes` says that the media of a row are not known
 before they are read; its signature is then trusted for their number, and checked when they are.
+Arrays leave pyarrow by DLPack, and no value of Python enters it: `to_numpy`, `pa.array` and scalar arguments import
+pandas where it is installed, which takes longer than all the checks.
 """
 
 from __future__ import annotations
@@ -112,19 +114,29 @@ def check_tables(tables: list[pa.Table], places: Places, taxonomy: Taxonomy) -> 
     _check_ids(table["id"], places)
     _check_texts(tables, places)
     datasets, dataset_codes_N = _encoded(table["dataset"])
-    chars_KN = [pc.utf8_length(table[name]).to_numpy() for name in ("problem", "answer")]
+    chars_KN = [numbers_of(pc.utf8_length(table[name])) for name in ("problem", "answer")]
     codes_KN = [dataset_codes_N, signature_codes_N, label_codes_N]
     values_KN = np.stack([np.asarray(each, np.int32) for each in (*codes_KN, *chars_KN, *counts_KN)])
     return make_columns(taxonomy, tuple(datasets), tuple(signatures), values_KN)
 
 
-def _encoded(column: pa.ChunkedArray) -> tuple[list[str], Integers]:
-    """Distinct values in the order of first sight, and the code of each row."""
-    codes = column.combine_chunks().dictionary_encode()
-    return codes.dictionary.to_pylist(), codes.indices.to_numpy(zero_copy_only=False)
+def numbers_of(column: pa.ChunkedArray | pa.Array, null: int = 0) -> npt.NDArray[np.int64]:
+    """A column of integers; `null` stands for nulls."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    values = pa.Array.from_buffers(array.type, len(array), [None, array.buffers()[1]], offset=array.offset)
+    numbers_N: npt.NDArray[np.int64] = np.from_dlpack(values).astype(np.int64)
+    if array.null_count:
+        numbers_N[np.from_dlpack(array.is_null().cast(pa.int8())).astype(bool)] = null
+    return numbers_N
 
 
-def _examples(codes_N: Integers) -> tuple[Integers, Integers]:
+def _encoded(column: pa.ChunkedArray) -> tuple[list[Any], npt.NDArray[np.int64]]:
+    """Distinct values, null among them, in the order of first sight, and the code of each row."""
+    codes = column.combine_chunks().dictionary_encode(null_encoding="encode")
+    return codes.dictionary.to_pylist(), numbers_of(codes.indices)
+
+
+def _examples(codes_N: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """The first row of each distinct code, ascending, and for each row the number of its example."""
     _, first, inverse_N = np.unique(codes_N, return_index=True, return_inverse=True)
     order = np.argsort(first)
@@ -135,16 +147,20 @@ def _examples(codes_N: Integers) -> tuple[Integers, Integers]:
 
 def _counts(table: pa.Table, name: str) -> npt.NDArray[np.int64]:
     """Media of a field in each row, -1 where that is not known."""
-    lengths = pc.fill_null(pc.list_value_length(table[f"{name}_sizes"]), -1)
-    return np.array(lengths.to_numpy(), np.int64)
+    return numbers_of(pc.list_value_length(table[f"{name}_sizes"]), null=-1)
 
 
 def _labels(table: pa.Table, places: Places, taxonomy: Taxonomy) -> Integers:
-    free = [key for key, dataset in taxonomy.datasets.items() if dataset.domain is None]
-    answer = pc.if_else(pc.is_in(table["dataset"], pa.array(free, pa.string())), "", table["answer"])
-    label = pc.fill_null(table["class_label"], "")
-    _, codes_N = _encoded(pc.binary_join_element_wise(table["dataset"], label, answer, "\x1f"))
-    examples, codes_N = _examples(codes_N)
+    datasets, dataset_codes_N = _encoded(table["dataset"])
+    known = [taxonomy.datasets.get(name) for name in datasets]
+    free = np.array([dataset is not None and dataset.domain is None for dataset in known])
+    key_N = dataset_codes_N
+    for name in ("class_label", "answer"):
+        values, codes_N = _encoded(table[name])
+        # Free-form answers hardly ever repeat, and name no label.
+        said_N = np.where(free[dataset_codes_N], 0, codes_N) if name == "answer" else codes_N
+        key_N = key_N * len(values) + said_N
+    examples, codes_N = _examples(key_N)
     labels = [label_of(places.row(int(i)), taxonomy, places.place(int(i))).code for i in examples]
     class_codes_N: Integers = np.array(labels, np.int16)[codes_N]
     return class_codes_N
@@ -155,7 +171,7 @@ def _signatures(
 ) -> tuple[list[str], Integers]:
     """The distinct signatures in the order of first sight, and the code of each row."""
     _, said_N = _encoded(table["modality_signature"])
-    key_N = said_N.astype(np.int64)
+    key_N = said_N
     for counts_N in counts_KN:
         key_N = key_N * 3 + np.sign(counts_N) + 1
     examples, codes_N = _examples(key_N)
@@ -170,9 +186,10 @@ def _signatures(
 def _check_ids(ids: pa.ChunkedArray, places: Places) -> None:
     if ids.null_count == len(ids):
         return
-    blank = pc.index(pc.equal(pc.utf8_trim_whitespace(ids), ""), True).as_py()
-    if blank >= 0:
-        raise InputError("field 'id': is empty", where=places.place(blank), fix="Remove it, or give every row its own.")
+    blank = np.flatnonzero(numbers_of(pc.utf8_length(pc.utf8_trim_whitespace(ids)), null=-1) == 0)
+    if len(blank):
+        where = places.place(int(blank[0]))
+        raise InputError("field 'id': is empty", where=where, fix="Remove it, or give every row its own.")
     if ids.null_count == 0 and pc.count_distinct(ids).as_py() == len(ids):
         return
     seen: dict[str, int] = {}
@@ -189,6 +206,8 @@ def _check_texts(tables: list[pa.Table], places: Places) -> None:
     for table in tables:
         if "texts" in table.schema.names and not _null(table.schema.field("texts").type):
             texts = table["texts"].combine_chunks()
+            if len(texts.flatten()) == 0:
+                continue
             suspect = pc.match_substring_regex(pc.list_flatten(texts), _SUSPECT)
             for local in pc.filter(pc.list_parent_indices(texts), pc.fill_null(suspect, True)).to_pylist():
                 check_paths(places.row(first + local), places.place(first + local))
