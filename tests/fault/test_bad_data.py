@@ -83,6 +83,14 @@ def test_bytes_that_are_not_text(tmp_path: Path) -> None:
         open_atlas(tmp_path, split="train")
 
 
+@pytest.mark.parametrize("text", [b"\xff\xfe", b"\xc0\x80", b"\xed\xa0\x80"])
+def test_bytes_that_are_not_text_in_an_extra_field(tmp_path: Path, text: bytes) -> None:
+    good = json.dumps(row()).encode()
+    (tmp_path / "train.jsonl").write_bytes(good + b"\n" + good[:-1] + b', "speaker": "' + text + b'"}\n')
+    with pytest.raises(InputError, match=r"train.jsonl:2: not valid JSON"):
+        open_atlas(tmp_path, split="train")
+
+
 @pytest.mark.parametrize("content", ["", "\n\n  \n"])
 def test_empty_split(tmp_path: Path, content: str) -> None:
     (tmp_path / "train.jsonl").write_text(content)

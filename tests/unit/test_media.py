@@ -402,6 +402,28 @@ def test_descriptor_with_a_wrong_checksum_is_refused() -> None:
         load_descriptor(bytes(data), where=WHERE)
 
 
+def test_name_of_a_descriptor_decides_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    torch.save(torch.ones(3), path)
+    assert torch.equal(load_descriptor(path, where=WHERE), torch.ones(3))
+    path.write_bytes(b"\xff" * 100)
+    with pytest.raises(MediaError, match="is damaged"):
+        load_descriptor(path, where=WHERE)
+
+
+@pytest.mark.parametrize("form", ["OGG", "MP3"])
+def test_garbage_in_front_is_refused_whatever_the_name_says(tmp_path: Path, form: str) -> None:
+    file = io.BytesIO()
+    soundfile.write(file, tone(1, 16_000), 16_000, format=form)
+    for suffix in ("ogg", "mp3", "bin"):
+        path = tmp_path / f"a.{suffix}"
+        path.write_bytes(b"garbage" + file.getvalue())
+        with pytest.raises(MediaError, match=r"cannot be decoded|are no mp3"):
+            load_audio(path, where=WHERE)
+        path.write_bytes(file.getvalue())
+        assert load_audio(path, where=WHERE).seconds == pytest.approx(1, abs=0.01)
+
+
 def test_track_of_unknown_codec_is_refused(tmp_path: Path) -> None:
     data = write_clip(tmp_path / "v.mkv", seconds=1, sound=True).read_bytes()
     for codec, load, kind in ((b"V_MPEG4/ISO/AVC", load_clip, "video"), (b"A_AAC", load_audio, "sound")):

@@ -284,3 +284,15 @@ def test_slices_respect_their_ends(tmp_path: Path) -> None:
         load_audio(inner, where="w", limits=Limits(max_bytes=100))
     with pytest.raises(MediaError, match="is empty"):
         load_audio(inner._replace(size=0), where="w")
+
+
+@pytest.mark.parametrize("name", ["problem", "answer", "note"])
+def test_text_that_is_not_utf_8_is_refused_at_the_start(tmp_path: Path, name: str) -> None:
+    text = {"problem": "How?", "answer": "anger", "dataset": "cremad", "task": "emotion_cls"}
+    columns: dict[str, Any] = {key: [value] * 2 for key, value in (text | {"modality_signature": "text"}).items()}
+    pq.write_table(pa.table(columns), tmp_path / "train.parquet")
+    assert len(open_atlas(tmp_path, "train")) == 2
+    columns[name] = pa.array([b"anger", b"\xff\xfe"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table(columns), tmp_path / "train.parquet")
+    with pytest.raises(InputError, match=f"train.parquet: column {name!r}: is damaged .*UTF8"):
+        open_atlas(tmp_path, "train")

@@ -329,10 +329,13 @@ def test_a_decoder_that_crashes_is_a_finding(mini_atlas: Path, tmp_path: Path) -
     write_rows(atlas, rows)
     bad = rows["train"][4]["audios"][0]
     (tmp_path / "sitecustomize.py").write_text(
-        "import os, soundfile\n"
+        "import os, pathlib, soundfile\n"
+        f"bad = pathlib.Path({str(atlas / bad)!r}).read_bytes()\n"
         "opened = soundfile.SoundFile.__init__\n"
         "def crash(self, file, *rest, **options):\n"
-        f"    os.abort() if str(file).endswith({bad!r}) else opened(self, file, *rest, **options)\n"
+        "    start = file.read(4096)\n"
+        "    file.seek(0)\n"
+        "    os.abort() if bad.startswith(start) else opened(self, file, *rest, **options)\n"
         "soundfile.SoundFile.__init__ = crash\n"
     )
     done = subprocess.run(

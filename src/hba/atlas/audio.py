@@ -28,8 +28,9 @@ from hba.atlas.source import (
     check_source,
     head,
     open_container,
+    opened,
     packet_end,
-    readable,
+    sound_track,
 )
 from hba.errors import MediaError
 
@@ -106,7 +107,7 @@ def _check_seconds(seconds: float, where: str, limits: Limits) -> None:
 
 def _sndfile_blocks(source: Source, where: str, limits: Limits) -> Iterator[Samples]:
     try:
-        with soundfile.SoundFile(readable(source)) as file:
+        with opened(source) as raw, soundfile.SoundFile(raw) as file:
             _check_rate(file.samplerate, file.channels, where)
             known_length = file.frames < 1 << 60
             _check_seconds(file.frames / file.samplerate if known_length else 0.0, where, limits)
@@ -129,11 +130,7 @@ def _sndfile_blocks(source: Source, where: str, limits: Limits) -> Iterator[Samp
 
 def _track_blocks(source: Source, where: str, limits: Limits) -> Iterator[Samples]:
     with open_container(source, where=where, limits=limits) as container:
-        if not container.streams.audio:
-            raise MediaError("has no sound track", where=where, fix="Remove the entry, or restore the file.")
-        stream = container.streams.audio[0]
-        if stream.codec_context is None:
-            raise MediaError("has a sound track of an unknown codec", where=where, fix=RESTORE)
+        stream = sound_track(container, where)
         if container.format.name == "mp3":  # one that begins as mp3 does went to libsndfile
             raise MediaError("begins with bytes that are no mp3", where=where, fix=RESTORE)
         rate = stream.codec_context.sample_rate

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hba.atlas.audio import SAMPLE_RATE, Audio, load_audio
-from hba.atlas.source import DEFAULT_LIMITS, RESTORE, Limits, Source, check_source, head, read_bytes, readable
+from hba.atlas.source import DEFAULT_LIMITS, RESTORE, Limits, Source, check_source, head, opened, read_bytes
 from hba.atlas.video import Video, load_video
 from hba.errors import MediaError
 
@@ -66,10 +66,10 @@ def load_image(source: Source, *, where: str, limits: Limits = DEFAULT_LIMITS) -
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
-            with PIL.Image.open(readable(source), formats=_IMAGE_FORMATS) as image:
+            with opened(source) as file, PIL.Image.open(file, formats=_IMAGE_FORMATS) as image:
                 form = image.format
                 image.verify()  # the checksums of a PNG, which decoding ignores
-            with PIL.Image.open(readable(source), formats=_IMAGE_FORMATS) as image:
+            with opened(source) as file, PIL.Image.open(file, formats=_IMAGE_FORMATS) as image:
                 pixels = image.width * image.height
                 if pixels <= limits.max_pixels and image.mode not in ("I", "F", "I;16", "I;16B", "I;16L"):
                     if form == "JPEG":
@@ -121,7 +121,8 @@ def load_descriptor(source: Source, *, where: str, limits: Limits = DEFAULT_LIMI
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about deprecated storage classes of old files
-            value = torch.load(readable(source), map_location="cpu", weights_only=True)
+            with opened(source) as file:
+                value = torch.load(file, map_location="cpu", weights_only=True)
     except _DAMAGED_TENSOR as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         what = f"is not a plain file of tensors, or is damaged ({reason})"
@@ -150,14 +151,14 @@ def _load_safetensors(source: Source, where: str, limits: Limits) -> Descriptor:
 
 def _check_archive(source: Source, where: str, limits: Limits) -> None:
     """Refuse an archive that would unpack to more than the limit."""
-    file = readable(source)
     try:
-        if not zipfile.is_zipfile(file):
-            return  # the format before torch 1.6 is not packed
-        with zipfile.ZipFile(file) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-            # torch does not check the checksums that it writes.
-            damaged = archive.testzip() if unpacked <= limits.max_descriptor_bytes else None
+        with opened(source) as file:
+            if not zipfile.is_zipfile(file):
+                return  # the format before torch 1.6 is not packed
+            with zipfile.ZipFile(file) as archive:
+                unpacked = sum(entry.file_size for entry in archive.infolist())
+                # torch does not check the checksums that it writes.
+                damaged = archive.testzip() if unpacked <= limits.max_descriptor_bytes else None
     except (*_DAMAGED_ZIP, RuntimeError) as error:  # RuntimeError: claims to be encrypted
         raise MediaError(f"is damaged ({error})", where=where, fix=RESTORE) from None
     if damaged is not None:

@@ -26,8 +26,10 @@ from hba.atlas.source import (
     check_reaches_end,
     check_source,
     open_container,
+    opened,
     packet_end,
-    readable,
+    sound_track,
+    video_track,
 )
 from hba.errors import MediaError
 
@@ -93,8 +95,7 @@ def content_sha256(source: Source, *, where: str) -> str:
 
 
 def _blocks(source: Any) -> Iterator[bytes]:
-    opened = readable(source)
-    with open(opened, "rb") if isinstance(opened, str) else opened as file:  # noqa: PTH123 -- a path or a slice
+    with opened(source) as file:
         while block := file.read(_BLOCK_BYTES):
             yield block
 
@@ -109,15 +110,13 @@ def _audio(source: Source, where: str, quick: bool, limits: Limits) -> Facts:
 
 def _sound_header(source: Source, where: str, limits: Limits) -> Facts:
     try:
-        with soundfile.SoundFile(readable(source)) as file:
+        with opened(source) as raw, soundfile.SoundFile(raw) as file:
             seconds = file.frames / file.samplerate if 0 < file.frames < 1 << 60 and file.samplerate else None
             return Facts(seconds=_rounded(seconds), sample_rate=file.samplerate, channels=file.channels)
     except soundfile.SoundFileError:
         pass  # a track of a container, or nothing that is known: the container says which
     with open_container(source, where=where, limits=limits) as container:
-        if not container.streams.audio:
-            raise MediaError("has no sound track", where=where, fix="Remove the entry, or restore the file.")
-        codec = container.streams.audio[0].codec_context
+        codec = sound_track(container, where).codec_context
         seconds = container.duration / av.time_base if container.duration else None
         return Facts(seconds=_rounded(seconds), sample_rate=codec.sample_rate, channels=codec.channels)
 
@@ -134,9 +133,7 @@ def _image(source: Source, where: str, limits: Limits) -> Facts:
 
 def _video(source: Source, where: str, quick: bool, limits: Limits) -> Facts:
     with open_container(source, where=where, limits=limits) as container:
-        if not container.streams.video:
-            raise MediaError("has no video track", where=where, fix="Remove the entry, or restore the file.")
-        stream = container.streams.video[0]
+        stream = video_track(container, where)
         header = _video_header(container, stream)
         if (header.width or 0) * (header.height or 0) > limits.max_pixels:
             what = f"has frames of {header.width}x{header.height}, more than {limits.max_pixels:,} pixels"

@@ -45,6 +45,8 @@ class Label(NamedTuple):
 def decode_row(raw: bytes, file: str, line: int) -> Row:
     """One JSON line as a Row. Raises InputError naming file, line and field."""
     try:
+        if not raw.isascii():
+            raw.decode()  # the decoder does not look at the text of fields that it does not know
         return _decoder.decode(raw)
     except msgspec.ValidationError as error:
         raise _schema_error(str(error), f"{file}:{line}") from None

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeAlias, TypeVar, cast
 
 import av
 import av.error
@@ -23,8 +23,12 @@ import av.error
 from hba.errors import MediaError
 
 if TYPE_CHECKING:
+    from av.audio.stream import AudioStream
     from av.container import InputContainer
     from av.packet import Packet
+    from av.video.stream import VideoStream
+
+_Track = TypeVar("_Track", "AudioStream", "VideoStream")
 
 
 class Slice(NamedTuple):
@@ -134,16 +138,15 @@ class _SliceFile(io.RawIOBase):
         super().close()
 
 
-def readable(source: Source) -> str | BinaryIO:
-    """What the decoders open: an absolute path, or a file object over the bytes."""
-    if isinstance(source, Slice):
-        return cast(BinaryIO, io.BufferedReader(_SliceFile(source), 1 << 16))
-    return io.BytesIO(source) if isinstance(source, bytes) else str(source.absolute())
+def opened(source: Source) -> BinaryIO:
+    """What the decoders read: a binary file without a name, since they would go by the suffix of one.
 
-
-def _opened(source: Source) -> BinaryIO:
-    file = readable(source)
-    return Path(file).open("rb") if isinstance(file, str) else file
+    Raises OSError when it cannot be opened.
+    """
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    part = source if isinstance(source, Slice) else Slice(source, 0, source.stat().st_size)
+    return cast(BinaryIO, io.BufferedReader(_SliceFile(part), 1 << 16))
 
 
 def read_bytes(source: Source) -> bytes:
@@ -173,7 +176,7 @@ def _check_matroska(source: Source, size: int, where: str) -> None:
     if end > size:
         what = f"is cut off: its header declares {end:,} bytes, {size:,} are there"
         raise MediaError(what, where=where, fix=RESTORE)
-    with _opened(source) as file:
+    with opened(source) as file:
         file.seek(end)
         if file.read(4) == start[:4]:
             raise MediaError("holds several files joined together", where=where, fix="Cut it into its parts.")
@@ -204,11 +207,32 @@ def open_container(source: Source, *, where: str, limits: Limits = DEFAULT_LIMIT
     _check_matroska(source, check_source(source, where=where, limits=limits), where)
     options = {"format_whitelist": _DEMUXERS, "protocol_whitelist": "file"}
     try:
-        with av.open(readable(source), "r", options=options, metadata_errors="replace") as container:
+        with opened(source) as file, av.open(file, "r", options=options, metadata_errors="replace") as container:
             yield container
-    except (av.error.FFmpegError, EOFError) as error:
+    except (av.error.FFmpegError, EOFError, OSError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise MediaError(f"cannot be decoded ({reason}): cut off or corrupt", where=where, fix=RESTORE) from None
+
+
+def video_track(container: InputContainer, where: str) -> VideoStream:
+    """The first video track. Raises MediaError when there is none, or none that can be decoded."""
+    if not container.streams.video:
+        raise MediaError("has no video track", where=where, fix="Remove the entry, or restore the file.")
+    return _decodable(container.streams.video[0], where)
+
+
+def sound_track(container: InputContainer, where: str) -> AudioStream:
+    """The first sound track. Raises MediaError when there is none, or none that can be decoded."""
+    if not container.streams.audio:
+        raise MediaError("has no sound track", where=where, fix="Remove the entry, or restore the file.")
+    return _decodable(container.streams.audio[0], where)
+
+
+def _decodable(stream: _Track, where: str) -> _Track:
+    if stream.codec_context is None:
+        kind = "video" if stream.type == "video" else "sound"
+        raise MediaError(f"has a {kind} track of an unknown codec", where=where, fix=RESTORE)
+    return stream
 
 
 def packet_end(packet: Packet[Any]) -> float:

@@ -27,6 +27,7 @@ from hba.atlas.source import (
     check_source,
     open_container,
     packet_end,
+    video_track,
 )
 from hba.errors import InputError, MediaError
 
@@ -81,11 +82,7 @@ def load_video(source: Source, num_frames: int, *, where: str, limits: Limits = 
 
 
 def _stream(container: InputContainer, where: str, limits: Limits) -> VideoStream:
-    if not container.streams.video:
-        raise MediaError("has no video track", where=where, fix="Remove the entry, or restore the file.")
-    stream = container.streams.video[0]
-    if stream.codec_context is None:
-        raise MediaError("has a video track of an unknown codec", where=where, fix=RESTORE)
+    stream = video_track(container, where)
     pixels = stream.codec_context.width * stream.codec_context.height
     if pixels > limits.max_pixels:
         what = f"has frames of {pixels:,} pixels, more than the limit of {limits.max_pixels:,}"

@@ -21,6 +21,7 @@ from hba.atlas.source import (
     check_reaches_end,
     open_container,
     packet_end,
+    video_track,
 )
 from hba.errors import MediaError
 
@@ -41,9 +42,7 @@ def read_frames(
     is empty, cut off, corrupt, without video, or beyond `limits`.
     """
     with open_container(source, where=where, limits=limits) as container:
-        if not container.streams.video:
-            raise MediaError("has no video track", where=where, fix="Remove the entry, or restore the file.")
-        stream = container.streams.video[0]
+        stream = video_track(container, where)
         stream.codec_context.options = {"max_pixels": str(limits.max_pixels)}
         stream.codec_context.thread_count = 1  # clips are read in parallel by worker processes
         first, due = None, 0.0
