@@ -17,10 +17,8 @@ class HbaError(Exception):
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
         self.what, self.where, self.fix = what, where, fix
-        parts = [f"{where}: {what}" if where else what]
-        if fix:
-            parts.append(f"Fix: {fix}")
-        super().__init__(" ".join(parts))
+        text = f"{where}: {what}" if where else what
+        super().__init__(f"{text.rstrip('.')}. Fix: {fix}" if fix else text)
 
     def __reduce__(self) -> tuple[object, ...]:
         # Keyword-only arguments are lost by the default pickling, and workers send errors to the main process.

@@ -15,7 +15,8 @@ import json
 import os
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -169,6 +170,16 @@ class RunFolder:
         changed = {fact: here[fact] for fact in MACHINE_FACTS if recorded.get(fact) != here[fact]}
         resumed = [*recorded.get("resumed", []), {"started_at": now(), "changed": changed}]
         write_json(self.environment, {**recorded, "resumed": resumed})
+
+
+@contextmanager
+def locked_folder(path: Path) -> Iterator[None]:
+    """Make the folder if need be and keep other commands out of it. Raises HbaError when another process uses it."""
+    lock = _Lock(_made(path) / ".lock")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:

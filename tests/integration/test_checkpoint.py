@@ -7,9 +7,11 @@ import torch
 
 from hba import open_atlas
 from hba.atlas.batch import EncodeConfig, Encoder, collate
-from hba.errors import InputError
+from hba.config import load_config
+from hba.errors import ConfigError, InputError
 from hba.model import OmniSapiens, checkpoint
 from hba.model.omni import ModelConfig, apply_strategy
+from hba.train.sft import SftConfig
 
 ENCODE = EncodeConfig(num_frames=4, min_pixels=3136, max_pixels=3136)
 
@@ -70,3 +72,23 @@ def test_a_folder_without_a_checkpoint_is_named(tmp_path):
 def test_a_backbone_that_does_not_exist_is_named():
     with pytest.raises(InputError, match="no/such-model: cannot load backbone"):
         OmniSapiens.from_pretrained("no/such-model")
+
+
+@pytest.mark.parametrize(
+    ("file", "message"), [("heads.safetensors", "cannot load the heads"), ("model.safetensors", "cannot load backbone")]
+)
+def test_a_cut_checkpoint_is_named(backbone, tmp_path, file, message):
+    checkpoint.save(trained(backbone, "full"), tmp_path / "ck", backbone=str(backbone), strategy="full", encode=ENCODE)
+    whole = (tmp_path / "ck" / file).read_bytes()
+    (tmp_path / "ck" / file).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=message):
+        OmniSapiens.from_pretrained(tmp_path / "ck")
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_frames": 3}, {"num_frames": 0}, {"min_pixels": 9000, "max_pixels": 8000}, {"max_audio_seconds": 0}]
+)
+def test_encoding_that_cannot_be_is_refused_before_anything_runs(tmp_path, change):
+    overrides = [f"encode.{key}={value}" for key, value in change.items()]
+    with pytest.raises(ConfigError, match="encode"):
+        load_config(SftConfig, None, ["atlas=none", *overrides])

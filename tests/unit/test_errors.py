@@ -15,7 +15,7 @@ KINDS = [HbaError, InputError, ConfigError, TaxonomyError, MediaError, StorageEr
 
 def test_message_holds_place_reason_and_remedy() -> None:
     error = InputError("expected str, found int", where="a.jsonl:3, label", fix="Write a string.")
-    assert str(error) == "a.jsonl:3, label: expected str, found int Fix: Write a string."
+    assert str(error) == "a.jsonl:3, label: expected str, found int. Fix: Write a string."
     assert (error.what, error.where, error.fix) == ("expected str, found int", "a.jsonl:3, label", "Write a string.")
     assert str(HbaError("failed")) == "failed"
 

@@ -13,16 +13,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from hba.atlas.prompt import MODALITIES, Modality, build_messages
 from hba.atlas.sample import Quarantined, Sample
 from hba.config import option
-from hba.errors import MediaError
+from hba.errors import ConfigError, MediaError
 from hba.taxonomy import BUILTIN, Taxonomy
 
 IGNORED = -100
@@ -32,13 +33,20 @@ IGNORED = -100
 class EncodeConfig:
     """How a sample becomes tokens, mel frames and patches."""
 
-    num_frames: int = option(8, "frames taken from each video, evenly spaced; an even number")
-    min_pixels: int = option(3136, "smallest area of a frame or image after resizing, in pixels")
-    max_pixels: int = option(50176, "largest area of a frame or image after resizing, in pixels")
-    max_audio_seconds: float = option(300.0, "a longer audio quarantines its sample; nothing is cut")
-    max_tokens: int = option(32768, "a longer prompt quarantines its sample; nothing is cut")
+    num_frames: Annotated[int, Field(ge=2, multiple_of=2)] = option(8, "frames taken from each video, an even number")
+    min_pixels: Annotated[int, Field(ge=784)] = option(3136, "smallest area of a frame or image after resizing")
+    max_pixels: Annotated[int, Field(ge=784)] = option(50176, "largest area of a frame or image after resizing")
+    max_audio_seconds: Annotated[float, Field(gt=0)] = option(
+        300.0, "a longer audio quarantines its sample; nothing is cut"
+    )
+    max_tokens: Annotated[int, Field(ge=1)] = option(32768, "a longer prompt quarantines its sample; nothing is cut")
     modalities: tuple[Modality, ...] = option(MODALITIES, "media that reach the model; the others are left out")
     system_prompt: str | None = option(None, "system message put in front of every prompt")
+
+    def __post_init__(self) -> None:
+        if self.max_pixels < self.min_pixels:
+            what = f"encode.max_pixels is {self.max_pixels}, below encode.min_pixels of {self.min_pixels}"
+            raise ConfigError(what, fix="Raise max_pixels or lower min_pixels.")
 
 
 @dataclass(frozen=True, kw_only=True)

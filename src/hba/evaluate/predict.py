@@ -30,6 +30,7 @@ from hba.model import checkpoint
 from hba.model.omni import OmniSapiens
 from hba.process import data_record, prepare_process
 from hba.quarantine import QuarantineLog
+from hba.run import locked_folder
 from hba.storage import file_sha256, read_json, write_json
 from hba.taxonomy import Taxonomy, save_beside
 
@@ -201,12 +202,24 @@ def predict_run(
         "data": data_record(atlas, opened),
         "encode": asdict(encode),
     }
-    start_predictions(folder, json.loads(json.dumps(settings)))
-    save_beside(taxonomy, folder)
-    with PredictionLog(folder / "predictions.jsonl", taxonomy) as log, QuarantineLog(folder) as quarantine:
+    with locked_folder(folder):
+        start_predictions(folder, json.loads(json.dumps(settings)))
+        save_beside(taxonomy, folder)
+        encoder = Encoder(model.processor, encode, taxonomy)
+        return _append_predictions(folder, opened, backend, encoder, config, progress)
+
+
+def _append_predictions(
+    folder: Path,
+    opened: Atlas,
+    backend: Backend,
+    encoder: Encoder,
+    config: PredictConfig,
+    progress: Callable[[int, int], None],
+) -> PredictSummary:
+    with PredictionLog(folder / "predictions.jsonl", opened.taxonomy) as log, QuarantineLog(folder) as quarantine:
         rows, done = answerable(opened, backend), log.done_ids()
         finished = len(done)
-        encoder = Encoder(model.processor, encode, taxonomy)
         options: dict[str, Any] = {"batch_size": config.batch_size, "loader": config.loader, "done": done}
         for step in predict(opened, rows, backend, encoder, **options):
             for prediction in step.predictions:

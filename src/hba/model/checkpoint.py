@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from hba.atlas.batch import EncodeConfig
@@ -24,6 +25,7 @@ from hba.taxonomy import BUILTIN, Taxonomy
 
 FORMAT = 1
 CARD = "hba.json"
+_DAMAGED = "Use another checkpoint of the run, or train again."
 
 
 def save(model: OmniSapiens, folder: Path, *, backbone: str, strategy: Strategy, encode: EncodeConfig) -> None:
@@ -61,10 +63,12 @@ def load(
     thinker = _backbone(str(folder) if whole else card["backbone"], dtype, attention)
     if card["strategy"] == "lora":
         thinker.load_adapter(str(folder))
-    weights = load_file(folder / "heads.safetensors")
-    hidden = int(thinker.config.get_text_config().hidden_size)
-    heads = DomainHeads(hidden, card["columns"])
-    heads.load_state_dict(weights)
+    heads = DomainHeads(int(thinker.config.get_text_config().hidden_size), card["columns"])
+    try:
+        heads.load_state_dict(load_file(folder / "heads.safetensors"))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        what = f"cannot load the heads ({str(error).splitlines()[0]})"
+        raise InputError(what, where=str(folder / "heads.safetensors"), fix=_DAMAGED) from error
     return OmniSapiens(thinker, heads, _processor(str(folder)))
 
 
@@ -114,15 +118,22 @@ def _backbone(name: str, dtype: str, attention: str) -> Any:
         return Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
             name, dtype=resolve_dtype(dtype), attn_implementation=attention
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         fix = "Check the name; a hub model needs a network or a filled cache."
         raise InputError(f"cannot load backbone ({str(error).splitlines()[0]})", where=name, fix=fix) from error
+    except ImportError as error:
+        fix = "Install it, or use model.attention=sdpa."
+        raise InputError(f"{attention} is not installed ({str(error).splitlines()[0]})", where=name, fix=fix) from error
 
 
 def _processor(name: str) -> Any:
     from transformers import Qwen2_5OmniProcessor
 
-    return Qwen2_5OmniProcessor.from_pretrained(name)
+    try:
+        return Qwen2_5OmniProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        what = f"cannot load the processor ({str(error).splitlines()[0]})"
+        raise InputError(what, where=name, fix=_DAMAGED) from error
 
 
 def describe(path: str | Path) -> str:

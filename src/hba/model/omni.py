@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from hba.atlas.batch import IGNORED, Batch
@@ -37,9 +38,9 @@ class ModelConfig:
     strategy: Strategy = option("lora", "what is trained: heads alone, LoRA and heads, or everything")
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of frozen weights; auto: bfloat16 on GPUs")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = option("sdpa", "attention implementation")
-    lora_r: int = option(32, "LoRA rank")
-    lora_alpha: int = option(64, "LoRA scale numerator")
-    lora_dropout: float = option(0.05, "dropout in front of LoRA, 0..1")
+    lora_r: Annotated[int, Field(ge=1)] = option(32, "LoRA rank")
+    lora_alpha: Annotated[int, Field(ge=1)] = option(64, "LoRA scale numerator")
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = option(0.05, "dropout in front of LoRA, 0..1")
 
 
 class OmniOutput(NamedTuple):

@@ -31,6 +31,7 @@ from hba.atlas.mini.functionals import functionals
 from hba.atlas.mini.plan import LENGTHS, SPLITS, Clip, Plan, make_plan
 from hba.atlas.mini.scenes import CARRIED_BY, SIZES
 from hba.errors import InputError, nearest
+from hba.lifeline import die_with_parent
 from hba.storage import StorageError, read_json, write_json
 
 VERSION = 2  # of the content: raise it whenever the same seed gives other bytes
@@ -126,7 +127,8 @@ def _mapper(workers: int) -> Iterator[Callable[..., Iterator[dict[str, Arrays]]]
         yield map
         return
     # Spawned, since forking a process that has loaded torch and its threads can hang.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, initializer=die_with_parent, initargs=(os.getpid(),)) as pool:
         try:
             yield partial(pool.map, chunksize=16)
         except BaseException:
