@@ -217,7 +217,7 @@ def _error_that_cannot_travel():
 
 
 ERRORS = {
-    "input": (_input_error, InputError, "f.jsonl:6: field 'x': is wrong Fix: Repair it."),
+    "input": (_input_error, InputError, "f.jsonl:6: field 'x': is wrong. Fix: Repair it."),
     "bug": (_bug, KeyError, "'no such key'"),
     "foreign": (_error_that_cannot_travel, RuntimeError, "LocalError: 1 2"),
 }
