@@ -200,6 +200,43 @@ def test_frames_equal_those_of_a_full_decode(tmp_path: Path, name: str, options:
         assert_exact(path, num_frames)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("v.mp4", {"g": "10"}),
+        ("sparse.mp4", {"g": "250", "seconds": 12}),
+        ("open_gop.mp4", {"g": "25", "x264-params": "open-gop=1:bframes=3:b-pyramid=normal"}),
+        ("late_start.mp4", {"g": "25", "start_seconds": 3}),
+        ("h264.mkv", {"g": "30"}),
+        ("vp9.webm", {"codec": "libvpx-vp9", "deadline": "realtime", "cpu-used": "8", "g": "20"}),
+    ],
+)
+@pytest.mark.parametrize("num_frames", [1, 4, 8])
+def test_nearest_keyframes(tmp_path: Path, name: str, options: dict, num_frames: int) -> None:
+    path = write_clip(tmp_path / name, **options)
+    with av.open(str(path)) as container:
+        keys = [f for f in container.decode(video=0) if f.key_frame]
+    times = np.array([float(f.pts * f.time_base) for f in keys])
+    exact = load_video(path, num_frames, where=WHERE)
+    fast = load_video(path, num_frames, where=WHERE, frames="nearest_keyframe")
+    for i, (time, pixels) in enumerate(zip(fast.timestamps_seconds, fast.frames, strict=True)):
+        chosen = int(np.argmin(np.abs(times - time)))
+        assert time == pytest.approx(times[chosen], abs=1e-9)
+        np.testing.assert_array_equal(pixels, keys[chosen].to_ndarray(format="rgb24"))
+        centre = times[0] + (i + 0.5) * exact.duration_seconds / num_frames
+        assert abs(time - centre) <= np.abs(times - centre).min() + 0.05
+    assert fast.duration_seconds == exact.duration_seconds
+
+
+def test_frames_that_only_look_like_keyframes_are_never_served(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "v.mp4", **{"x264-params": "intra-refresh=1:keyint=30"})
+    video = load_video(path, 8, where=WHERE, frames="nearest_keyframe")
+    with av.open(str(path)) as container:
+        shown = {float(f.pts * f.time_base): f.to_ndarray(format="rgb24") for f in container.decode(video=0)}
+    for time, pixels in zip(video.timestamps_seconds, video.frames, strict=True):
+        np.testing.assert_array_equal(pixels, shown[time])
+
+
 def test_irregular_frame_times(tmp_path: Path) -> None:
     path = tmp_path / "v.mp4"
     rng = np.random.default_rng(1)

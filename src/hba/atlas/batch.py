@@ -20,6 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from hba.atlas.media import Frames
 from hba.atlas.prompt import MODALITIES, Modality, build_messages
 from hba.atlas.sample import Quarantined, Sample
 from hba.config import option
@@ -34,6 +35,7 @@ class EncodeConfig:
     """How a sample becomes tokens, mel frames and patches."""
 
     num_frames: Annotated[int, Field(ge=2, multiple_of=2)] = option(8, "frames taken from each video, an even number")
+    frames: Frames = option("exact", "exact frames, or nearest_keyframe: inexact, faster where keyframes are close")
     min_pixels: Annotated[int, Field(ge=784)] = option(3136, "smallest area of a frame or image after resizing")
     max_pixels: Annotated[int, Field(ge=784)] = option(50176, "largest area of a frame or image after resizing")
     max_audio_seconds: Annotated[float, Field(gt=0)] = option(
@@ -178,7 +180,7 @@ class Encoder:
                 found = f"audio of {len(audio) / rate:.1f} s, more than max_audio_seconds={limit}"
                 raise MediaError(found, where=sample.place("audios"), fix="Raise max_audio_seconds or split the clip.")
         images = list(sample.load_images()) if "image" in wanted else []
-        videos = sample.load_videos(self.config.num_frames) if "video" in wanted else []
+        videos = sample.load_videos(self.config.num_frames, frames=self.config.frames) if "video" in wanted else []
         return audios, images, videos
 
     def _window(self, audios: Sequence[np.ndarray[Any, Any]]) -> int:

@@ -74,6 +74,32 @@ def decode_through(
     return _Pass(container, stream, group, where, limits, skip=False).run()
 
 
+def decode_keyframes(
+    container: InputContainer, stream: VideoStream, targets: Sequence[int], *, where: str, limits: Limits
+) -> list[Shown]:
+    """For each of `targets` the keyframe that is nearest in time; nothing else is decoded.
+
+    Where the container cannot seek, the frames are those of `decode_at`. Raises what `decode_at` raises.
+    """
+    shown: dict[int, Shown] = {}
+    nearest: list[int] = []
+    for target in targets:
+        try:
+            found = _keyframe_before(container, stream, target)
+        except av.error.FFmpegError:
+            found = None
+        if found is None:
+            return decode_at(container, stream, targets, where=where, limits=limits)
+        after = _keyframe_after(container, stream, target)
+        if after is not None and after.pts - target < target - found.pts:
+            found = after
+        if found.pts not in shown:
+            container.seek(found.seek_ticks, stream=stream)
+            shown[found.pts] = _Pass(container, stream, _Group(found, [found.pts]), where, limits, skip=False).first()
+        nearest.append(found.pts)
+    return [shown[pts] for pts in nearest]
+
+
 def _groups(container: InputContainer, stream: VideoStream, targets: Sequence[int]) -> list[_Group]:
     groups: list[_Group] = []
     for target in targets:
@@ -103,6 +129,19 @@ def _keyframe_before(container: InputContainer, stream: VideoStream, target: int
         earlier = ticks if packet is None or packet.dts is None else min(ticks, packet.dts)
         ticks, step = earlier - step, step * 2
     return None
+
+
+def _keyframe_after(container: InputContainer, stream: VideoStream, target: int) -> _Keyframe | None:
+    """A keyframe shown after `target` that a seek leads to, if there is one."""
+    try:
+        container.seek(target, stream=stream, backward=False)
+        packet = next((p for p in container.demux(stream) if p.pts is not None), None)
+        if packet is None or packet.pts is None or not packet.is_keyframe or packet.pts <= target:
+            return None
+        found = _keyframe_before(container, stream, packet.pts)
+    except av.error.FFmpegError:
+        return None
+    return found if found is not None and found.pts == packet.pts else None
 
 
 class _Pass:
@@ -136,6 +175,19 @@ class _Pass:
             reuse = shown and shown[-1].pts == current.pts
             shown.append(shown[-1] if reuse else Shown(_pts(current), self._pixels(current)))
         return shown
+
+    def first(self) -> Shown:
+        """The keyframe of the group, decoded alone."""
+        packet = next((p for p in self.container.demux(self.stream) if p.pts == self.first_pts), None)
+        self.stream.codec_context.skip_frame = "DEFAULT"
+        try:
+            frames = [*packet.decode(), *self.stream.codec_context.decode(None)] if packet is not None else []
+        except av.error.FFmpegError as error:
+            raise DamagedError(f"cannot be decoded ({error.strerror})", where=self.where, fix=RESTORE) from None
+        self.stream.codec_context.flush_buffers()  # the decoder was told of an end that is none
+        if len(frames) != 1 or frames[0].is_corrupt or frames[0].pts != self.first_pts:
+            raise self._damaged(self.first_pts)
+        return Shown(_pts(frames[0]), self._pixels(frames[0]))
 
     def _frames(self) -> Iterator[VideoFrame]:
         """Decoded frames from the keyframe on, in order of presentation; some that no target needs are left out."""
@@ -197,8 +249,9 @@ def _until(
     """The packets that may be shown by `target`, and the first one beyond (None at the end of the file)."""
     segment: list[Packet[VideoStream]] = []
     packet = pending if pending is not None else next(packets, None)
-    # A frame is never shown before it is decoded. The end of the file is a packet without times.
-    while packet is not None and packet.dts is not None and packet.dts <= target:
+    # A frame is never shown before it is decoded. Matroska leaves out the decoding times of the first packets; the end
+    # of the file is a packet without any time.
+    while packet is not None and packet.pts is not None and (packet.dts is None or packet.dts <= target):
         segment.append(packet)
         packet = next(packets, None)
     return segment, packet

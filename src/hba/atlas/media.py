@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from hba.atlas.audio import SAMPLE_RATE, Audio, load_audio
 from hba.atlas.source import DEFAULT_LIMITS, RESTORE, Limits, Source, check_source, head, opened, read_bytes
-from hba.atlas.video import Video, load_video
+from hba.atlas.video import Frames, Video, load_video
 from hba.errors import MediaError
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ __all__ = [
     "SAMPLE_RATE",
     "Audio",
     "Descriptor",
+    "Frames",
     "Image",
     "Limits",
     "Source",

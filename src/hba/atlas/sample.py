@@ -97,10 +97,12 @@ class Sample:
         """Decode every audio to 16 kHz mono. Raises MediaError naming file, line and field."""
         return [media.load_audio(s, where=self.place("audios"), limits=limits) for s in self._sources("audios")]
 
-    def load_videos(self, num_frames: int, limits: media.Limits = media.DEFAULT_LIMITS) -> list[media.Video]:
+    def load_videos(
+        self, num_frames: int, limits: media.Limits = media.DEFAULT_LIMITS, frames: media.Frames = "exact"
+    ) -> list[media.Video]:
         """Decode `num_frames` evenly spaced frames of every video. Raises MediaError naming the place."""
-        where = self.place("videos")
-        return [media.load_video(s, num_frames, where=where, limits=limits) for s in self._sources("videos")]
+        where, sources = self.place("videos"), self._sources("videos")
+        return [media.load_video(s, num_frames, where=where, limits=limits, frames=frames) for s in sources]
 
     def load_images(self, limits: media.Limits = media.DEFAULT_LIMITS) -> list[media.Image]:
         """Decode every image. Raises MediaError naming the place."""

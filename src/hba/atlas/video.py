@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import av
 import av.error
 import numpy as np
 import numpy.typing as npt
 
-from hba.atlas.frames import DamagedError, decode_at, decode_through
+from hba.atlas.frames import DamagedError, decode_at, decode_keyframes, decode_through
 from hba.atlas.source import (
     DEFAULT_LIMITS,
     RESTORE,
@@ -34,6 +34,9 @@ from hba.errors import InputError, MediaError
 if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.stream import VideoStream
+
+Frames: TypeAlias = Literal["exact", "nearest_keyframe"]
+"""which frame stands for a time: the one on screen, or the keyframe nearest to it, which is faster"""
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,10 @@ class _Span(NamedTuple):
     base: Fraction
 
 
-def load_video(source: Source, num_frames: int, *, where: str, limits: Limits = DEFAULT_LIMITS) -> Video:
-    """Decode `num_frames` evenly spaced frames of the first video track.
+def load_video(
+    source: Source, num_frames: int, *, where: str, limits: Limits = DEFAULT_LIMITS, frames: Frames = "exact"
+) -> Video:
+    """Decode `num_frames` evenly spaced frames of the first video track, or the keyframes nearest to them.
 
     Raises MediaError naming `where` when the source is empty, cut off, corrupt, without video or beyond `limits`;
     InputError when `num_frames` is not positive.
@@ -66,8 +71,9 @@ def load_video(source: Source, num_frames: int, *, where: str, limits: Limits = 
         stream = _stream(container, where, limits)
         span = _span(container, stream, size, where, limits)
         targets = [span.start + (2 * i + 1) * span.length // (2 * num_frames) for i in range(num_frames)]
+        decode = decode_at if frames == "exact" else decode_keyframes
         try:
-            shown = decode_at(container, stream, targets, where=where, limits=limits)
+            shown = decode(container, stream, targets, where=where, limits=limits)
         except DamagedError:
             shown = None
     if shown is None:
