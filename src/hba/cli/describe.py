@@ -45,10 +45,9 @@ def describe_command(
     from hba.errors import InputError
 
     if setup:
-        folder = landmark_env.set_up()
+        folder = str(landmark_env.set_up())
         if root is None:
-            values = {"environment": str(folder)}
-            return answer(values, as_json=json, show=lambda: say(f"MediaPipe is set up in {bold(folder)}."))
+            return answer({"environment": folder}, as_json=json, show=lambda: say(f"MediaPipe is in {bold(folder)}."))
     if root is None:
         raise InputError("no atlas was named", fix=f"Name its folder. {DESCRIBE_EXAMPLE}")
     settings = Settings(

@@ -69,10 +69,9 @@ def _each_on_ray(
     if ours:
         ray.init(log_to_driver=False)  # the cluster of RAY_ADDRESS, or one on this machine
     resources = ray.cluster_resources()
-    gpus = 1 if gpu and resources.get("GPU", 0) >= 1 else 0
+    gpus = int(gpu and resources.get("GPU", 0) >= 1)
     hand = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(_Hand)
-    # An actor that finds no place would wait for ever.
-    places = int(resources.get("GPU" if gpus else "CPU", 1))
+    places = int(resources.get("GPU" if gpus else "CPU", 1))  # an actor without one would wait for ever
     idle = [hand.remote(function) for _ in range(max(1, min(workers, places)))]
     waiting, busy = iter(items), {}
     try:

@@ -57,7 +57,8 @@ class Holistic:
             env=env,
         )
         self._said: deque[bytes] = deque(maxlen=20)
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
         assert self._process.stdin and self._process.stdout
         self._in, self._out = self._process.stdin, self._process.stdout
         version = self._out.readline().decode(errors="replace").strip()
@@ -70,6 +71,7 @@ class Holistic:
         """Let it end by itself, so that its exit code tells why."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_END_SECONDS)
+        self._listener.join(_END_SECONDS)
         self.close()
 
     def _listen(self) -> None:

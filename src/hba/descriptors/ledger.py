@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,7 +84,7 @@ class Ledger:
     def start(self, item: Item) -> None:
         """Enter an item before it is worked on, and remove what a killed run left half-written of it."""
         output = self.root / item.output
-        for rest in output.parent.glob(f".{output.name}.*.tmp") if item.output in self._last else ():
+        for rest in output.parent.glob(f".{escape(output.name)}.*.tmp") if item.output in self._last else ():
             rest.unlink(missing_ok=True)
         self._enter({"state": "started", "output": item.output})
 
