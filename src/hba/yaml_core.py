@@ -43,6 +43,15 @@ for _name, (_pattern, _first) in _SCALARS.items():
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(rf"^(?:{_pattern})\Z"), _first)
 
 
+def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    # YAML folds these line breaks into spaces wherever they stand unescaped.
+    style = '"' if any(mark in text for mark in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
+
+
 def read(path: Path, places: dict[str, str] | None = None) -> dict[str, Any]:
     """The mapping in a YAML file; `places` receives 'file:line' for every dotted key.
 
