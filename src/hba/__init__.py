@@ -1,20 +1,16 @@
 """Open the Human Behavior Atlas, train OmniSapiens models on it, evaluate any multimodal model, read the results.
 
-Importing `hba` loads nothing heavy: `open_atlas` is looked up at its first use.
+Importing `hba` loads nothing heavy: `open_atlas` and the version are looked up at their first use.
 """
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hba.atlas import Atlas, open_atlas
 
-try:
-    __version__ = version("human-behavior-atlas")
-except PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "0+unknown"
+    __version__: str
 
 __all__ = ["Atlas", "__version__", "open_atlas"]
 
@@ -24,4 +20,11 @@ def __getattr__(name: str) -> Any:
         from hba import atlas
 
         return getattr(atlas, name)
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("human-behavior-atlas")
+        except PackageNotFoundError:
+            return "0+unknown"  # a source tree that was never installed
     raise AttributeError(f"module 'hba' has no attribute {name!r}")
