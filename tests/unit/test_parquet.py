@@ -156,6 +156,30 @@ def test_a_flipped_bit_in_the_index_is_refused(source: Path, tmp_path: Path, at:
         open_atlas(tmp_path, "train")
 
 
+def test_flipped_bits_in_a_shard_without_index_are_noticed(source: Path, tmp_path: Path) -> None:
+    shard = convert_to_parquet(open_atlas(source, "train"), tmp_path)[0]
+    good = shard.read_bytes()
+    index_path(shard).unlink()
+    sound = good.index((source / "3.wav").read_bytes()) + 5000
+    data = bytearray(good)
+    data[sound] ^= 1  # a sample of the sound a little louder, which no decoder notices
+    shard.write_bytes(data)
+    with pytest.raises(MediaError, match=r"audios: cannot be read"):
+        open_atlas(shard)[3].load_audios()
+    noticed = 0
+    for at in range(4, len(good) - 4000, len(good) // 40):
+        data = bytearray(good)
+        data[at] ^= 16
+        shard.write_bytes(data)
+        try:
+            for a, b in zip(open_atlas(source, "train"), open_atlas(shard), strict=True):
+                assert [x.samples.tobytes() for x in a.load_audios()] == [x.samples.tobytes() for x in b.load_audios()]
+                assert (a.problem, a.answer, a.id) == (b.problem, b.answer, b.id)
+        except (MediaError, InputError):
+            noticed += 1
+    assert noticed
+
+
 @pytest.mark.parametrize("options", [{}, {"compression": "none"}, {"compression": "zstd", "row_group_size": 2}])
 def test_shards_of_other_writers(source: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     shard = without_index(source, tmp_path, **options)

@@ -38,7 +38,7 @@ def index_path(shard: Path) -> Path:
 def open_shard(shard: Path) -> pq.ParquetFile:
     """The opened shard. Raises InputError when it is not a whole parquet file."""
     try:
-        return pq.ParquetFile(shard, memory_map=False, pre_buffer=False)
+        return pq.ParquetFile(shard, memory_map=False, pre_buffer=False, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         what = f"is not a whole parquet file ({reason})"
