@@ -239,7 +239,8 @@ def packet_end(packet: Packet[Any]) -> float:
     """Presentation time in seconds at which a packet ends; -inf for a packet without a time."""
     if packet.pts is None:
         return float("-inf")
-    return float((packet.pts + (packet.duration or 0)) * packet.time_base)
+    base = packet.time_base  # not multiplied as a fraction, which takes longer than to read the packet
+    return (packet.pts + (packet.duration or 0)) * base.numerator / base.denominator
 
 
 def check_reaches_end(container: InputContainer, end_seconds: float, where: str) -> None:
