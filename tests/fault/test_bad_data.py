@@ -103,7 +103,8 @@ def test_empty_split(tmp_path: Path, content: str) -> None:
 
 def refused(folder: Path, field: str, **changes: Any) -> InputError:
     """Open an atlas of one row, load its media, and return the refusal."""
-    sample = open_atlas(write(folder, row(**changes)), split="train")[0]
+    atlas = open_atlas(write(folder, row(**changes)), split="train")
+    sample = atlas[0]
     with pytest.raises(InputError) as caught:
         sample.load_audios()
         sample.load_videos(8)
@@ -112,6 +113,7 @@ def refused(folder: Path, field: str, **changes: Any) -> InputError:
     if isinstance(caught.value, MediaError):
         kept = sample.quarantined(caught.value)
         assert (kept.id, kept.field) == ("train/1", field)
+        assert atlas.quarantine == [kept]
     return caught.value
 
 

@@ -167,6 +167,7 @@ def test_a_sample_that_ends_its_worker_is_quarantined(batches, atlas, name, work
     for k, batch in enumerate(found):
         assert [q.id for q in batch.quarantined] == ([atlas[VICTIM].id] if k in hit else [])
     record = found[hit[0]].quarantined[0]
+    assert record in atlas.quarantine
     assert record.reason == f"{reason} (2 attempts)" and record.where == atlas[VICTIM].where
     assert calls[VICTIM] == 2  # tried again once, and in the second epoch not at all
 

@@ -265,3 +265,18 @@ def test_ten_thousand_rows_are_planned_without_opening_media(tmp_path: Path) -> 
     assert sorted(np.concatenate(plan).tolist()) == list(range(len(rows)))
     with pytest.raises(MediaError):
         opened[0].load_audios()
+
+
+def test_what_a_view_cannot_read_stands_in_the_quarantine_of_the_atlas_once(tmp_path: Path) -> None:
+    (tmp_path / "gone.jsonl").write_text(
+        json.dumps(
+            {"problem": "How?", "answer": "sad", "dataset": "tess", "task": "emotion_cls",
+             "modality_signature": "text_audio", "audios": ["gone.wav"]}
+        ) + "\n"
+    )  # fmt: skip
+    atlas = open_atlas(tmp_path, split="gone")
+    assert atlas.quarantine == []
+    for _ in range(2):
+        with pytest.raises(MediaError):
+            atlas.filter(datasets=["tess"])[0].load_audios()
+    assert [(q.id, q.field) for q in atlas.quarantine] == [("gone/1", "audios")]

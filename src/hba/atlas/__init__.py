@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, overload
@@ -66,11 +67,20 @@ class Store(MediaSource, Protocol):
 class Atlas:
     """An immutable sequence of samples: the rows `rows` of a store. Make one with `open_atlas`."""
 
-    def __init__(self, store: Store, rows: Rows) -> None:
+    def __init__(self, store: Store, rows: Rows, refused: dict[str, Quarantined] | None = None) -> None:
+        """`refused` is the quarantine of the atlas that this one is a view of."""
         self._store = store
         self._rows = rows
-        self.quarantine: list[Quarantined] = []
-        """samples that could not be read, filled by whoever reads them"""
+        self._refused = {} if refused is None else refused
+
+    @property
+    def quarantine(self) -> list[Quarantined]:
+        """The samples that could not be read so far, by this atlas, a view of it or a loader over it, each once."""
+        return list(self._refused.values())
+
+    def refuse(self, sample: Quarantined) -> None:
+        """Record a sample that could not be read in another process."""
+        self._refused[sample.id] = sample
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -82,11 +92,17 @@ class Atlas:
     def __getitem__(self, index: int | slice) -> Sample | Atlas:
         """Sample `index` (negative counts from the end), or a view of a slice. Raises IndexError."""
         if isinstance(index, slice):
-            return Atlas(self._store, self._rows[index])
-        return self._store.sample(int(self._rows[index]))
+            return self._view(self._rows[index])
+        return self._sample(int(self._rows[index]))
 
     def __iter__(self) -> Iterator[Sample]:
-        return (self._store.sample(int(number)) for number in self._rows)
+        return (self._sample(int(number)) for number in self._rows)
+
+    def _sample(self, number: int) -> Sample:
+        return replace(self._store.sample(number), refused=self._refused)
+
+    def _view(self, rows: Rows) -> Atlas:
+        return Atlas(self._store, rows, self._refused)
 
     def row(self, index: int) -> Row:
         """Row `index` with the published fields as they are stored."""
@@ -94,7 +110,7 @@ class Atlas:
 
     def select(self, rows: Rows) -> Atlas:
         """A view of the given row numbers of this atlas, in their order, such as `mixing.subsample` gives."""
-        return Atlas(self._store, self._rows[rows])
+        return self._view(self._rows[rows])
 
     def __repr__(self) -> str:
         return f"Atlas({str(self.root)!r}, split={self.split!r}, {len(self)} rows)"
@@ -186,7 +202,7 @@ class Atlas:
             what = f"no row of split {self.split!r} is left by the filter"
             present = f"{', '.join(columns.datasets)} with {', '.join(columns.signatures)}"
             raise InputError(what, where=str(self.root), fix=f"Present: {present}.")
-        return Atlas(self._store, self._rows[keep_N])
+        return self._view(self._rows[keep_N])
 
 
 def _checked_names(kind: str, names: Iterable[str], known: Iterable[str]) -> set[str]:

@@ -92,11 +92,6 @@ class Batch:
         mask_BT = self.inputs["attention_mask"]
         return mask_BT if self.labels_BT is None else mask_BT * (self.labels_BT == IGNORED)
 
-    @property
-    def num_tokens(self) -> int:
-        """Real (unpadded) tokens."""
-        return int(self.inputs["attention_mask"].sum()) if self.samples else 0
-
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}

@@ -98,7 +98,10 @@ def load_batches(
         outcomes = _in_turn(rows, atlas, encoder, cache)
     with closing(outcomes):
         for batch in islice(plan, start, None):
-            yield _assemble(islice(outcomes, len(batch)), encoder)
+            made = _assemble(islice(outcomes, len(batch)), encoder)
+            for sample in made.quarantined:
+                atlas.refuse(sample)
+            yield made
 
 
 def _in_turn(rows: Iterator[int], atlas: Atlas, encoder: Encoder, cache: _Cache) -> Outcomes:

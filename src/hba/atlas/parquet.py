@@ -147,7 +147,7 @@ class ParquetStore:
         """Row `number` with its label, place and extra fields. Reads media only from a shard without an index."""
         where, values = self.place(number), self._values(number, paths=False)
         row = self._row(number, values)
-        counts = {name: self._count(number, name, values) for name in MEDIA_FIELDS}
+        counts: dict[str, Any] = {name: self._count(number, name, values) for name in MEDIA_FIELDS}
         return Sample(
             id=self._id(number, row.id),
             split=self.split,

@@ -18,12 +18,6 @@ Modality = Literal["image", "video", "audio"]
 MODALITIES: tuple[Modality, ...] = ("image", "video", "audio")
 Message = dict[str, Any]
 
-# The system message of the released training scripts; a config value, since it costs 40 tokens a sample.
-PUBLISHED_SYSTEM_PROMPT = (
-    "You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable of perceiving auditory and "
-    "visual inputs, as well as generating text and speech."
-)
-
 
 def build_messages(
     problem: str,
@@ -61,8 +55,3 @@ def _split(text: str, modalities: Sequence[Modality]) -> list[dict[str, str]]:
     parts = re.split("(" + "|".join(f"<{m}>" for m in modalities) + ")", text) if modalities else [text]
     tags = {f"<{m}>": m for m in modalities}
     return [{"type": tags[part]} if part in tags else {"type": "text", "text": part} for part in parts if part]
-
-
-def media_order(messages: Sequence[Message]) -> list[Modality]:
-    """The modalities of the media items in reading order."""
-    return [c["type"] for m in messages for c in m["content"] if c["type"] in MODALITIES]

@@ -7,7 +7,8 @@ hands out a path outside its atlas.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -79,6 +80,8 @@ class Sample:
     ext_audio_feats: int
     extra: Mapping[str, Any] = field(default_factory=dict)
     source: MediaSource
+    refused: dict[str, Quarantined] = field(default_factory=dict, repr=False, compare=False)
+    """where a medium that cannot be read is recorded: the quarantine of the atlas that gave the sample"""
 
     @property
     def target(self) -> str:
@@ -93,24 +96,36 @@ class Sample:
         count: int = getattr(self, name)
         return [self.source.medium(self.number, name, i, where=self.place(name)) for i in range(count)]
 
+    @contextmanager
+    def _recorded(self) -> Iterator[None]:
+        try:
+            yield
+        except MediaError as error:
+            self.refused[self.id] = self.quarantined(error)
+            raise
+
     def load_audios(self, limits: media.Limits = media.DEFAULT_LIMITS) -> list[media.Audio]:
         """Decode every audio to 16 kHz mono. Raises MediaError naming file, line and field."""
-        return [media.load_audio(s, where=self.place("audios"), limits=limits) for s in self._sources("audios")]
+        with self._recorded():
+            return [media.load_audio(s, where=self.place("audios"), limits=limits) for s in self._sources("audios")]
 
     def load_videos(
         self, num_frames: int, limits: media.Limits = media.DEFAULT_LIMITS, frames: media.Frames = "exact"
     ) -> list[media.Video]:
         """Decode `num_frames` evenly spaced frames of every video. Raises MediaError naming the place."""
-        where, sources = self.place("videos"), self._sources("videos")
-        return [media.load_video(s, num_frames, where=where, limits=limits, frames=frames) for s in sources]
+        with self._recorded():
+            where, sources = self.place("videos"), self._sources("videos")
+            return [media.load_video(s, num_frames, where=where, limits=limits, frames=frames) for s in sources]
 
     def load_images(self, limits: media.Limits = media.DEFAULT_LIMITS) -> list[media.Image]:
         """Decode every image. Raises MediaError naming the place."""
-        return [media.load_image(s, where=self.place("images"), limits=limits) for s in self._sources("images")]
+        with self._recorded():
+            return [media.load_image(s, where=self.place("images"), limits=limits) for s in self._sources("images")]
 
     def load_descriptors(self, name: Literal["ext_video_feats", "ext_audio_feats"]) -> list[media.Descriptor]:
         """Load every `.pt` descriptor of a field without unpickling code. Raises MediaError naming the place."""
-        return [media.load_descriptor(s, where=self.place(name)) for s in self._sources(name)]
+        with self._recorded():
+            return [media.load_descriptor(s, where=self.place(name)) for s in self._sources(name)]
 
     def quarantined(self, error: MediaError) -> Quarantined:
         """The quarantine record of this sample for an error raised while its media were read."""

@@ -49,8 +49,7 @@ class OmniOutput(NamedTuple):
     pooled_BH: Tensor  # masked mean of hidden_states[-2], float32
     logits_BC: Tensor  # -inf outside each row's domain
     last_hidden_BTH: Tensor  # normed; lm_head turns it into token logits
-    answer_hidden_NH: Tensor | None  # last hidden states that predict the N answer tokens of the batch, in row order
-    answer_logits_NV: Tensor | None  # lm_head on these alone
+    answer_logits_NV: Tensor | None  # predict the N answer tokens of the batch, in row order
 
 
 class OmniSapiens(nn.Module):
@@ -97,10 +96,10 @@ class OmniSapiens(nn.Module):
         logits_BC = self.heads(pooled_BH, batch.domain_names)
         last_BTH = outputs.last_hidden_state
         if batch.labels_BT is None:
-            return OmniOutput(pooled_BH, logits_BC, last_BTH, None, None)
+            return OmniOutput(pooled_BH, logits_BC, last_BTH, None)
         # The state at a position predicts the token behind it.
         answer_NH = last_BTH[:, :-1][batch.labels_BT[:, 1:] != IGNORED]
-        return OmniOutput(pooled_BH, logits_BC, last_BTH, answer_NH, self.thinker.lm_head(answer_NH))
+        return OmniOutput(pooled_BH, logits_BC, last_BTH, self.thinker.lm_head(answer_NH))
 
     def _embed(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Token embeddings [B, T, H] with every medium's features in the place of its tokens.

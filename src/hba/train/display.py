@@ -31,7 +31,7 @@ class TrainingDisplay:
         self._run, self._config, self._enabled = run, config, enabled
         self._total = total_steps
         self._loss_sum = self._seconds = 0.0
-        self._steps = self._samples = 0
+        self._samples = 0
         self._bar = Bar(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -77,7 +77,6 @@ class TrainingDisplay:
         self._loss_sum += loss * count if count else 0.0
         self._samples += count
         self._seconds += seconds
-        self._steps += 1
         if (progress.step % self._config.log_every and progress.step != self._total) or not self._samples:
             self._bar.update(self._task, completed=progress.step)
             return
@@ -97,7 +96,7 @@ class TrainingDisplay:
         figures = f"loss {mean:.3f}  {speed:.1f} samples/s  {progress.samples_seen} seen"
         self._bar.update(self._task, completed=progress.step, figures=figures)
         self._loss_sum = self._seconds = 0.0
-        self._steps = self._samples = 0
+        self._samples = 0
 
     def validation(self, progress: Progress, metrics: dict[str, Any]) -> None:
         """Record the metrics of a validation; values may be None where a task has no score."""
