@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from hba.evaluate.confusion import pooled_confusion
+from hba.evaluate.freeform import generation_metrics
 from hba.evaluate.metrics import averages, class_report, score, score_indices
 from hba.taxonomy import BUILTIN
 
@@ -130,3 +131,10 @@ def test_generation_accuracies_are_the_micro_accuracies() -> None:
         assert entry["micro_accuracy"] == pytest.approx(expected[f"val/{key}/accuracy"], abs=1e-9)
         assert entry["n"] == expected[f"val/{key}/count"]
     assert metrics["aggregate"]["micro_accuracy"] == pytest.approx(expected["val/overall_accuracy"], abs=1e-9)
+
+
+def test_generation_metrics_are_the_released_ones() -> None:
+    golden = json.loads((DATA / "extras" / "generation_metrics.json").read_text(encoding="utf-8"))
+    given, expected = golden["inputs"], golden["expected"]["metrics"]
+    found = generation_metrics(given["predictions"], given["ground_truths"], given["datasets"], given["tasks"])
+    assert {f"val/{name}": value for name, value in found.items()} == pytest.approx(expected, abs=1e-9)

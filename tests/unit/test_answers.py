@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hba.errors import TaxonomyError
-from hba.evaluate.answers import extract, to_label
+from hba.evaluate.answers import extract, plain, same_answer, to_label
 
 steady = settings(deadline=None, derandomize=True)
 PIECES = [
@@ -124,3 +124,28 @@ def test_to_label_maps_or_says_none(dataset: str, text: str, label: str | None) 
 def test_to_label_refuses_an_unknown_dataset() -> None:
     with pytest.raises(TaxonomyError, match="Did you mean 'cremad'"):
         to_label("cremadd", "anger")
+
+
+@pytest.mark.parametrize(
+    ("answer", "target", "same"),
+    [
+        ("The person is rowing a boat.", "person is rowing boat", True),
+        ("ＳＨＥ  is\u00a0late!", "she is late", True),
+        ("他很生气。", "他很生气", True),
+        ("don't know", "dont know", True),
+        ("rowing", "rowing a boat", False),
+        ("a", "the", False),
+        ("👍", "👎", False),
+        ("", "late", False),
+    ],
+)
+def test_exact_match_is_normalised_and_nothing_more(answer: str, target: str, same: bool) -> None:
+    assert same_answer(answer, target) is same
+
+
+@steady
+@given(st.text())
+def test_plain_text_is_its_own_plain_text(text: str) -> None:
+    once = plain(text)
+    assert same_answer(once, text)
+    assert once == once.strip()

@@ -83,6 +83,9 @@ def test_a_task_that_needs_a_judge_is_not_scored(tmp_path: Path) -> None:
     assert (task["score"], task["ci95"], task["chance"], task["n"], task["n_invalid"]) == (None, None, None, 4, 2)
     assert "judge" in task["note"]
     assert metrics["datasets"]["siq2"]["exact_match"] == 0.25
+    assert metrics["datasets"]["siq2"]["chance"] == 1.0  # one answer is right for all of these rows
+    released = {"overall_accuracy": 0.25, "macro_accuracy": 0.25, "total_samples": 4, "task/social_qa/accuracy": 0.25}
+    assert metrics["aggregate"]["free_form"] == released | {"siq2/accuracy": 0.25, "siq2/count": 4}
     assert metrics["aggregate"]["mean"] == {"score": None, "ci95": None, "chance": None}
 
 

@@ -13,6 +13,7 @@ wrong. Invariant: every text gives an answer without an error, in time linear in
 from __future__ import annotations
 
 import re
+import unicodedata
 
 from hba.taxonomy import BUILTIN, Taxonomy
 
@@ -59,6 +60,36 @@ def to_label(dataset: str, text: str, taxonomy: Taxonomy = BUILTIN) -> str | Non
         plain = _LATEX_TEXT.sub(r"\1", answer).strip(_DECORATION)
         label = taxonomy.canonical_label(dataset, plain)
     return label
+
+
+class _Unmarked(dict[int, str]):
+    """For str.translate: without punctuation and symbols, every white space a space; filled as characters are met."""
+
+    def __missing__(self, code: int) -> str:
+        category = unicodedata.category(chr(code))
+        unseen = category[0] in "PS" or category == "Cf"
+        self[code] = kept = "" if unseen else " " if category[0] in "ZC" else chr(code)
+        return kept
+
+
+_UNMARKED = _Unmarked()
+_ARTICLES = frozenset(("a", "an", "the"))
+
+
+def plain(text: str) -> str:
+    """`text` as exact match compares it: case, punctuation, articles (a, an, the) and runs of white space do not count.
+
+    The normalisation of SQuAD over all of Unicode (compatibility forms are folded: full-width letters are letters). A
+    text that is nothing but such signs is compared by them.
+    """
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    words = folded.translate(_UNMARKED).split()
+    return " ".join(word for word in words if word not in _ARTICLES) or " ".join(folded.split())
+
+
+def same_answer(answer: str, target: str) -> bool:
+    """Whether two free-form answers match exactly, compared as `plain` leaves them."""
+    return answer == target or plain(answer) == plain(target)
 
 
 def _extract_published(text: str) -> str:

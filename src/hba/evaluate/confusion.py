@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hba.errors import InputError, TaxonomyError
+from hba.evaluate.answers import same_answer
 from hba.taxonomy import BUILTIN, Taxonomy
 
 Ints = npt.NDArray[np.int64]
@@ -113,8 +114,7 @@ def _first_refused(triples: Iterable[Any], table: _CellTable) -> int:
 def _verdict(target: str, answer: str | None) -> int:
     if answer is None:
         return NO_ANSWER
-    same = answer == target or answer.lower().split() == target.lower().split()
-    return RIGHT if same else WRONG
+    return RIGHT if same_answer(answer, target) else WRONG
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -207,7 +207,7 @@ def _known(value: Any, published: bool = False) -> float | None:
 
 
 def freeform_metrics(counts_3: Ints) -> dict[str, Any]:
-    """Of one free-form dataset [wrong, right, none]: exact_match (case and spacing aside), n, n_invalid (no answer)."""
+    """Of one free-form dataset [wrong, right, none]: exact_match by `answers.plain`, n, n_invalid (no answer)."""
     total = int(counts_3.sum())
     return {"n": total, "n_invalid": int(counts_3[NO_ANSWER]), "exact_match": int(counts_3[RIGHT]) / total}
 

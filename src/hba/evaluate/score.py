@@ -20,6 +20,7 @@ from typing import Any
 from hba import __version__
 from hba.errors import InputError
 from hba.evaluate.confusion import encode
+from hba.evaluate.freeform import generation_metrics, majority_levels
 from hba.evaluate.metrics import score_rows
 from hba.evaluate.predictions import Prediction, read_predictions
 from hba.evaluate.stats import LEVEL, Chance, Intervals, bootstrap, chance
@@ -86,6 +87,7 @@ def score_predictions(
     clusters = groups if any(groups) else None
     intervals = bootstrap(rows, clusters=clusters, resamples=resamples, seed=seed, published=published)
     _add_statistics(metrics, intervals, chance(rows, seed=seed, published=published))
+    _add_free_form(metrics, [p for p in predictions if taxonomy.dataset(p.dataset).domain is None])
     return metrics
 
 
@@ -129,6 +131,17 @@ def _add_statistics(metrics: dict[str, Any], intervals: Intervals, level: Chance
     for key, entry in metrics["datasets"].items():
         entry["chance"] = level.datasets.get(key)
     metrics["aggregate"]["mean"] |= {"ci95": _as_list(intervals.mean), "chance": level.mean}
+
+
+def _add_free_form(metrics: dict[str, Any], predictions: Sequence[Prediction]) -> None:
+    """What free-form rows say without a judge: exact match beside its majority level, and the released accuracies."""
+    if not predictions:
+        return
+    columns = {name: [getattr(p, name) for p in predictions] for name in ("answer", "target", "dataset", "task")}
+    for key, level in majority_levels(columns["target"], columns["dataset"]).items():
+        metrics["datasets"][key]["chance"] = level
+    said = [answer if (answer or "").strip() else None for answer in columns["answer"]]
+    metrics["aggregate"]["free_form"] = generation_metrics(said, columns["target"], columns["dataset"], columns["task"])
 
 
 def _as_list(interval: Iterable[float] | None) -> list[float] | None:
