@@ -1,6 +1,12 @@
 """Fixtures that many tests share: one tiny mini-atlas and one tiny backbone a session."""
 
+import json
 import os
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,6 +43,34 @@ def model(backbone):
 
     torch.manual_seed(0)
     return OmniSapiens.from_pretrained(backbone).eval()
+
+
+@pytest.fixture
+def chat_server():
+    """Start chat servers of tests/servers/chat.py: `chat_server(brain="echo", seed=0, **faults)`.
+
+    Each has `.url` (with /v1), `.stats()` and `.process`.
+    """
+    servers = []
+
+    def start(brain="echo", seed=0, **faults):
+        script = Path(__file__).parent / "servers" / "chat.py"
+        options = ["--brain", brain, "--seed", str(seed), "--faults", json.dumps(faults)]
+        process = subprocess.Popen([sys.executable, str(script), *options], stdout=subprocess.PIPE, text=True)
+        servers.append(process)
+        root = f"http://127.0.0.1:{int(process.stdout.readline())}"
+        return SimpleNamespace(url=f"{root}/v1", process=process, stats=lambda: _get(f"{root}/stats"))
+
+    yield start
+    for process in servers:
+        process.kill()
+        process.wait()
+
+
+def _get(url):
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(url, timeout=10) as response:
+        return json.load(response)
 
 
 @pytest.fixture(autouse=True)

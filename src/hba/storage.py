@@ -276,12 +276,19 @@ def json_sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def cache_folder() -> Path:
+    """Where hba keeps what can be made again: $HBA_CACHE, else hba below $XDG_CACHE_HOME, else ~/.cache/hba."""
+    own, shared = os.environ.get("HBA_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    return Path(own) if own else (Path(shared) if shared else Path.home() / ".cache") / "hba"
+
+
 __all__ = [
     "AppendLog",
     "HbaError",
     "StorageError",
     "atomic_folder",
     "atomic_write",
+    "cache_folder",
     "check_relative",
     "confined_path",
     "file_sha256",

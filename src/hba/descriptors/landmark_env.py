@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hba.errors import HbaError
-from hba.storage import file_sha256, read_json, write_json
+from hba.storage import cache_folder, file_sha256, read_json, write_json
 
 if TYPE_CHECKING:
     from hba.doctor import Check
@@ -25,12 +25,6 @@ REQUIREMENTS = Path(__file__).with_name("landmarks.txt")
 SCRIPT = Path(__file__).with_name("holistic_script.py")
 SET_UP = "Run `hba atlas describe --setup` (400 MB, once), or pass --video none."
 _MARK = "hba.json"
-
-
-def cache_folder() -> Path:
-    """Where hba keeps what it installs: $HBA_CACHE, else hba below $XDG_CACHE_HOME, else ~/.cache/hba."""
-    own, shared = os.environ.get("HBA_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    return Path(own) if own else (Path(shared) if shared else Path.home() / ".cache") / "hba"
 
 
 def environment_folder() -> Path:

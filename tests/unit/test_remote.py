@@ -1,0 +1,301 @@
+"""The parts of the remote client, without a network: bodies, replies, waits, limits, prices, the cache."""
+
+import asyncio
+import threading
+import time
+from datetime import datetime, timezone
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hba.errors import ConfigError, InputError
+from hba.remote import ChatRequest, ClientConfig, RemoteClient, Reply, RequestError, Schema, ServiceError, bounded
+from hba.remote.cache import ResponseCache
+from hba.remote.concurrency import AdaptiveLimit
+from hba.remote.cost import Meter, Price, find_price
+from hba.remote.errors import TransientError
+from hba.remote.faults import Response, of_response, retry_after_seconds
+from hba.remote.provider import PROVIDERS
+
+SCHEMA = Schema(name="verdict", schema={"type": "object"})
+NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
+
+
+def request(content="hi", **changes):
+    return ChatRequest(messages=[{"role": "user", "content": content}], max_tokens=9, **changes)
+
+
+def reply(text="yes", **changes):
+    return Reply(**{"text": text, "finish": "stop", "tokens_in": 3, "tokens_out": 1, "model": "m"} | changes)
+
+
+def test_openai_bodies():
+    api = PROVIDERS["openai"]
+    plain = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+    assert api.body("m", request(), official=False) == plain | {"max_tokens": 9}
+    assert api.body("m", request(temperature=0.0, extra={"reasoning_effort": "low"}), official=True) == plain | {
+        "max_completion_tokens": 9,
+        "temperature": 0.0,
+        "reasoning_effort": "low",
+    }
+    wanted = {"name": "verdict", "schema": {"type": "object"}, "strict": True}
+    body = api.body("m", request(schema=SCHEMA), official=False)
+    assert body["response_format"] == {"type": "json_schema", "json_schema": wanted}
+
+
+def test_anthropic_bodies():
+    api = PROVIDERS["anthropic"]
+    image = {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64,QUJD"}}
+    asked = ChatRequest(
+        messages=[{"role": "system", "content": "be brief"}, {"role": "user", "content": [image]}],
+        max_tokens=9,
+        schema=SCHEMA,
+    )
+    body = api.body("m", asked, official=True)
+    source = {"type": "base64", "media_type": "image/jpeg", "data": "QUJD"}
+    assert body["system"] == "be brief"
+    assert body["messages"] == [{"role": "user", "content": [{"type": "image", "source": source}]}]
+    assert body["tool_choice"] == {"type": "tool", "name": "verdict"}
+    assert body["tools"][0]["input_schema"] == {"type": "object"}
+    with pytest.raises(InputError, match="takes no input_audio"):
+        api.body("m", request([{"type": "input_audio"}]), official=True)
+
+
+@pytest.mark.parametrize(
+    ("message", "text", "finish"),
+    [
+        ({"content": "yes"}, "yes", "stop"),
+        ({"content": [{"type": "text", "text": "y"}, {"type": "text", "text": "es"}]}, "yes", "stop"),
+        ({"content": None, "refusal": "I will not"}, "I will not", "refusal"),
+    ],
+)
+def test_openai_replies(message, text, finish):
+    data = {"choices": [{"message": message, "finish_reason": "stop"}], "usage": {"prompt_tokens": 3}}
+    read = PROVIDERS["openai"].read(data)
+    assert (read.text, read.finish, read.tokens_in, read.tokens_out) == (text, finish, 3, None)
+
+
+def test_anthropic_replies():
+    used = {"input_tokens": 3, "cache_read_input_tokens": 4, "output_tokens": 1}
+    call = {"type": "tool_use", "id": "1", "name": "verdict", "input": {"correct": True}}
+    data = {"content": [{"type": "text", "text": "Well:"}, call], "stop_reason": "tool_use", "usage": used}
+    read = PROVIDERS["anthropic"].read(data)
+    assert (read.text, read.tokens_in, read.tokens_out) == ('{"correct": true}', 7, 1)
+
+
+@pytest.mark.parametrize("data", [None, [], {}, {"choices": []}, {"choices": [{"message": {"content": None}}]}, "x", 3])
+def test_what_is_no_reply_is_no_reply(data):
+    for api in PROVIDERS.values():
+        with pytest.raises((ValueError, KeyError, TypeError, IndexError, AttributeError)):
+            api.read(data)
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"retry-after": "2"}, 2.0),
+        ({"retry-after": "0.5"}, 0.5),
+        ({"retry-after-ms": "250", "retry-after": "9"}, 0.25),
+        ({"retry-after": "Thu, 01 Jan 2026 00:00:10 GMT"}, 10.0),
+        ({"retry-after": "Thu, 01 Jan 2025 00:00:10 GMT"}, 0.0),
+        ({"retry-after": "-1"}, None),
+        ({"retry-after": "nan"}, None),
+        ({"retry-after": "inf"}, None),
+        ({"retry-after": "soon"}, None),
+        ({}, None),
+    ],
+)
+def test_retry_after(headers, seconds):
+    assert retry_after_seconds(headers, NOW) == seconds
+
+
+@given(st.text())
+def test_any_retry_after_is_a_wait_or_none(text):
+    seconds = retry_after_seconds({"retry-after": text}, NOW)
+    assert seconds is None or seconds >= 0
+
+
+@pytest.mark.parametrize(
+    ("status", "raw", "kind"),
+    [
+        (429, b"{}", TransientError),
+        (529, b"overloaded", TransientError),
+        (400, b'{"error": {"message": "bad"}}', RequestError),
+        (413, b"", RequestError),
+        (401, b"{}", ServiceError),
+        (404, b'{"error": "no such model"}', ServiceError),
+        (301, b"", ServiceError),
+        (429, b'{"error": {"code": "insufficient_quota", "message": "You exceeded"}}', ServiceError),
+    ],
+)
+def test_what_a_status_means(status, raw, kind):
+    assert type(of_response(Response(status, {}, raw), str, "url", answered=False)) is kind
+
+
+def test_a_403_after_replies_is_about_one_request():
+    """A filter on the way may refuse one prompt; that must not end a run of 5,000."""
+    blocked = Response(403, {}, b"blocked")
+    assert isinstance(of_response(blocked, str, "url", answered=True), RequestError)
+    assert isinstance(of_response(Response(401, {}, b""), str, "url", answered=True), ServiceError)
+
+
+def test_messages_of_a_server_are_one_short_printable_line():
+    raw = b'{"error": {"message": "\\u001b[31mred\\n\\nlines' + b"x" * 9000 + b'"}}'
+    text = str(of_response(Response(400, {}, raw), str, "url", answered=False))
+    assert text.isprintable() and len(text) < 400
+
+
+def test_the_limit_follows_its_formula():
+    limit = AdaptiveLimit(100)
+    seen = [limit.limit]
+    for overloaded in (0, 0, 0, 8, 26, 0):  # of each round
+        size = int(limit.limit + 0.999)
+        for i in range(size):
+            limit.report(overloaded=i < overloaded)
+        seen.append(round(limit.limit, 3))
+    assert seen == [4, 8, 16, 32, 29.0, round(29 * (1 - 26 / 29 / 2) + 1, 3), round(29 * (1 - 26 / 29 / 2) + 2, 3)]
+    for _ in range(200):
+        limit.report(overloaded=True)
+    assert limit.limit == 1.0
+
+
+@given(st.lists(st.booleans(), max_size=300), st.integers(1, 64))
+def test_the_limit_stays_between_one_and_its_maximum(rounds, maximum):
+    limit = AdaptiveLimit(maximum)
+    for overloaded in rounds:
+        limit.report(overloaded=overloaded)
+        assert 1 <= limit.limit <= maximum
+
+
+def test_slots_are_handed_on_when_holders_and_waiters_are_cancelled():
+    async def go():
+        limit = AdaptiveLimit(2)
+        peak = active = 0
+
+        async def work(seconds):
+            nonlocal active, peak
+            async with limit.slot():
+                active += 1
+                peak = max(peak, active)
+                try:
+                    await asyncio.sleep(seconds)
+                finally:
+                    active -= 1
+
+        tasks = [asyncio.ensure_future(work(0.01)) for _ in range(40)]
+        await asyncio.sleep(0.015)
+        for task in tasks[::3]:
+            task.cancel()
+        await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5)
+        return peak
+
+    assert asyncio.run(go()) == 2
+
+
+def test_bounded_draws_no_more_than_it_works_on_and_ends_with_the_first_error():
+    drawn = []
+
+    def items():
+        for i in range(100):
+            drawn.append(threading.current_thread() is threading.main_thread())
+            yield i
+
+    async def work(i):
+        await asyncio.sleep(0.001)
+        if i == 20:
+            raise RequestError("twenty")
+        return i
+
+    async def go():
+        return [i async for i in bounded(items(), work, 4)]
+
+    with pytest.raises(RequestError, match="twenty"):
+        asyncio.run(go())
+    assert len(drawn) <= 26 and not any(drawn)
+
+
+def test_bounded_keeps_requests_going_while_an_item_is_prepared():
+    finished = []
+
+    def items():
+        yield 0
+        time.sleep(0.3)
+        yield 1
+
+    async def work(i):
+        await asyncio.sleep(0.01)
+        finished.append((i, time.perf_counter()))
+        return i
+
+    async def go():
+        return [i async for i in bounded(items(), work, 4)]
+
+    assert asyncio.run(go()) == [0, 1]
+    assert finished[1][1] - finished[0][1] > 0.2
+
+
+def test_prices_are_for_the_official_service_and_unknown_otherwise(tmp_path):
+    assert find_price("openai", "gpt-5-nano", official=True) == Price(0.05, 0.4)
+    assert find_price("openai", "gpt-5-nano-2025-08-07", official=True) == Price(0.05, 0.4)
+    assert find_price("anthropic", "claude-haiku-4-5-20251001", official=True) == Price(1.0, 5.0)
+    assert find_price("openai", "gpt-5-nano", official=False) is None
+    assert find_price("openai", "nobody", official=True) is None
+    own = tmp_path / "own.yaml"
+    own.write_text("openai:\n  mine: {input: 1, output: 2}\n  bad: 3\n")
+    assert find_price("openai", "mine", official=False, file=own).cost(1_000_000, 500_000) == 2.0
+    with pytest.raises(ConfigError, match=r"own.yaml, openai.bad: no pair of prices"):
+        find_price("openai", "bad", official=False, file=own)
+
+
+def test_a_reply_without_token_counts_makes_the_cost_unknown():
+    meter = Meter(Price(1.0, 1.0))
+    meter.add(reply())
+    assert meter.cost_usd == pytest.approx(4e-6)
+    meter.add(reply(tokens_out=None))
+    assert meter.cost_usd is None and meter.record()["cost_usd"] is None
+
+
+def test_two_caches_share_a_folder(tmp_path):
+    with ResponseCache(tmp_path) as one, ResponseCache(tmp_path) as two:
+        one.put("a", reply("one \U0001f600"))
+        two.put("b", reply("two", tokens_in=None))
+        assert one.get("a").text == "one \U0001f600" and one.get("b") is None
+    assert len(list(tmp_path.glob("segment-*.jsonl"))) == 2
+    with ResponseCache(tmp_path) as later:
+        assert later.get("a") == reply("one \U0001f600", cached=True)
+        assert later.get("b") == reply("two", tokens_in=None, cached=True)
+        assert later.get("c") is None and len(later) == 2
+
+
+def test_a_torn_or_foreign_line_of_a_cache_is_no_entry(tmp_path):
+    with ResponseCache(tmp_path) as cache:
+        cache.put("a", reply())
+    segment = tmp_path / "segment-0.jsonl"
+    segment.write_bytes(b'[1]\n{"key": 3}\n' + segment.read_bytes() + b'{"key": "b", "te')
+    with ResponseCache(tmp_path) as cache:
+        assert len(cache) == 1 and cache.get("a") == reply(cached=True)
+        cache.put("b", reply("b"))
+    with ResponseCache(tmp_path) as cache:
+        assert cache.get("b").text == "b"
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("localhost:8000", "not an http"),
+        ("ftp://x/v1", "not an http"),
+        ("", "not an http"),
+        ("http://user:pass@x/v1", "carries a user"),
+        ("http://x/v1?key=1", "carries a user"),
+    ],
+)
+def test_base_urls(url, said):
+    with pytest.raises(ConfigError, match=said):
+        RemoteClient("m", ClientConfig(base_url=url or "x"))
+
+
+def test_a_missing_key_is_named(monkeypatch):
+    monkeypatch.delenv("ANTHROPIC_API_KEY", raising=False)
+    with pytest.raises(ConfigError, match=r"ANTHROPIC_API_KEY: no API key in the environment"):
+        RemoteClient("m", ClientConfig(provider="anthropic"))
