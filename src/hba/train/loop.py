@@ -15,16 +15,16 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor, nn
 
-from hba.atlas.batch import Batch
 from hba.atlas.columns import Columns
 from hba.atlas.mixing import MixConfig, epoch_rows
+from hba.atlas.sample import Quarantined, Sample
 from hba.atlas.sampler import Indices, plan_batches
 from hba.config import option
 from hba.errors import ConfigError, HbaError
@@ -65,12 +65,38 @@ class Validation(NamedTuple):
     metrics: dict[str, Any]
 
 
-class Stage(NamedTuple):
+class TrainBatch(Protocol):
+    """What the loop needs of a batch, be it the inputs of a whole model or the features that a frozen one gave."""
+
+    @property
+    def samples(self) -> Sequence[Sample]:
+        """The samples, for messages."""
+        ...
+
+    @property
+    def quarantined(self) -> Sequence[Quarantined]:
+        """The samples of the plan that could not be read."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        ...
+
+    def to(self: B, device: torch.device | str) -> B:
+        """The same batch with its tensors on `device`."""
+        ...
+
+
+B = TypeVar("B", bound=TrainBatch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage(Generic[B]):
     """What a training stage brings to the loop."""
 
     model: nn.Module
-    loss: Callable[[nn.Module, Batch], Tensor]  # summed over the samples of the micro-batch
-    batches: Callable[[Sequence[Indices], int], Iterator[Batch]]  # (plan of this rank, first micro-batch)
+    loss: Callable[[nn.Module, B], Tensor]  # summed over the samples of the micro-batch
+    batches: Callable[[Sequence[Indices], int], Iterator[B]]  # (plan of this rank, first micro-batch)
     validate: Callable[[], Validation]
     save_model: Callable[[Path], None]
     learning_rates: Mapping[str, float]  # name prefix of parameters -> peak rate, where it is not the config's
@@ -117,7 +143,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig, rates: Mapping[str, f
 
 
 def run_training(
-    stage: Stage, plan: Sequence[Indices], config: TrainConfig, accelerator: Accelerator, run: RunFolder
+    stage: Stage[B], plan: Sequence[Indices], config: TrainConfig, accelerator: Accelerator, run: RunFolder
 ) -> Progress:
     """Train `stage` over `plan`, resuming from the newest checkpoint of `run` if there is one."""
     total = math.ceil(len(plan) / config.accumulation)
@@ -144,10 +170,10 @@ def run_training(
 
 
 def _step(
-    stage: Stage,
+    stage: Stage[B],
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    micro_batches: Sequence[Batch],
+    micro_batches: Sequence[B],
     rate: float,
     config: TrainConfig,
     accelerator: Accelerator,
@@ -176,7 +202,7 @@ def _step(
     return mean, float(grad_norm), count
 
 
-def _count_samples(full: Sequence[Batch], accelerator: Accelerator) -> int:
+def _count_samples(full: Sequence[TrainBatch], accelerator: Accelerator) -> int:
     """Samples of a step on all ranks. Raises HbaError on every rank when one has fewer batches to run than another."""
     own = torch.tensor([[sum(map(len, full)), len(full)]], device=accelerator.device)
     counted = accelerator.gather(own)
@@ -187,7 +213,7 @@ def _count_samples(full: Sequence[Batch], accelerator: Accelerator) -> int:
     return int(counted[:, 0].sum())
 
 
-def _require_finite(value: Tensor, name: str, batches: Sequence[Batch]) -> None:
+def _require_finite(value: Tensor, name: str, batches: Sequence[TrainBatch]) -> None:
     if not bool(torch.isfinite(value)):
         ids = ", ".join(s.id for b in batches for s in b.samples)
         fix = "Look at these samples; lower the learning rate; the last checkpoint is good."
@@ -195,7 +221,7 @@ def _require_finite(value: Tensor, name: str, batches: Sequence[Batch]) -> None:
 
 
 def _validate_and_save(
-    stage: Stage,
+    stage: Stage[Any],
     progress: Progress,
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
