@@ -66,18 +66,22 @@ class Taxonomy:
         """`raw` has the keys of taxonomy.yaml; `added` are those of its entries that are not the published ones."""
         self._raw = raw
         self.added = added or {}
-        self.tasks = MappingProxyType({
-            key: Task(key=key, name=t["name"], metric=t["metric"], datasets=tuple(t["datasets"]))
-            for key, t in raw["tasks"].items()
-        })
-        self.domains = MappingProxyType({
-            name: Domain(name=name, labels=tuple(map(str, labels.values())), indices=tuple(map(int, labels)))
-            for name, labels in raw["domains"].items()
-        })
+        self.tasks = MappingProxyType(
+            {
+                key: Task(key=key, name=t["name"], metric=t["metric"], datasets=tuple(t["datasets"]))
+                for key, t in raw["tasks"].items()
+            }
+        )
+        self.domains = MappingProxyType(
+            {
+                name: Domain(name=name, labels=tuple(map(str, labels.values())), indices=tuple(map(int, labels)))
+                for name, labels in raw["domains"].items()
+            }
+        )
         task_of = {dataset: task.key for task in self.tasks.values() for dataset in task.datasets}
-        self.datasets = MappingProxyType({
-            key: self._dataset(key, entry, task_of.get(key)) for key, entry in raw["datasets"].items()
-        })
+        self.datasets = MappingProxyType(
+            {key: self._dataset(key, entry, task_of.get(key)) for key, entry in raw["datasets"].items()}
+        )
         for task in self.tasks.values():
             for dataset in task.datasets:
                 self.dataset(dataset)

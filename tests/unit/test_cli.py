@@ -25,6 +25,7 @@ COMMANDS = {
     "predict": "model! overrides --atlas! --split --run --allow-quarantined --json",
     "score": "run! --resamples --seed --json",
     "report": "run! --atlas --out --json",
+    "compare": "runs! --seeds --allow-other-data --flips --resamples --seed --json",
     "tiny": "out! --atlas! --seed --json",
     "doctor": "--online --json",
 }

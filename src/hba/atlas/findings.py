@@ -63,9 +63,7 @@ class Finding:
 def at_places(level: Level, code: str, places: Sequence[str], message: str, fix: str) -> Finding:
     """A finding that concerns several places, the first of which leads."""
     also = tuple(places[1 : MAX_PLACES + 1])
-    return Finding(
-        level=level, code=code, where=places[0], message=message, fix=fix, also=also, num_places=len(places)
-    )
+    return Finding(level=level, code=code, where=places[0], message=message, fix=fix, also=also, num_places=len(places))
 
 
 def in_order(findings: Iterable[Finding]) -> tuple[Finding, ...]:

@@ -87,9 +87,7 @@ def epoch_rows(columns: Columns, config: MixConfig, *, seed: int, epoch: int) ->
     return np.concatenate([_dealt(*deal, seed=[seed, _ORDER, k]) for k, deal in deals])
 
 
-def subsample(
-    columns: Columns, size: int | float, *, seed: int, by: Sequence[str] = ("dataset", "label")
-) -> Indices:
+def subsample(columns: Columns, size: int | float, *, seed: int, by: Sequence[str] = ("dataset", "label")) -> Indices:
     """Row numbers, ascending, of a random sample in which every stratum keeps its share to within one row.
 
     `size` is a number of rows (int) or a share, 0..1 (float); strata are the combinations of `by`, of dataset, label,

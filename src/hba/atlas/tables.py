@@ -166,9 +166,7 @@ def _labels(table: pa.Table, places: Places, taxonomy: Taxonomy) -> Integers:
     return class_codes_N
 
 
-def _signatures(
-    table: pa.Table, counts_KN: list[npt.NDArray[np.int64]], places: Places
-) -> tuple[list[str], Integers]:
+def _signatures(table: pa.Table, counts_KN: list[npt.NDArray[np.int64]], places: Places) -> tuple[list[str], Integers]:
     """The distinct signatures in the order of first sight, and the code of each row."""
     _, said_N = _encoded(table["modality_signature"])
     key_N = said_N

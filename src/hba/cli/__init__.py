@@ -12,6 +12,7 @@ import sys
 import typer
 
 from hba.cli.atlas import atlas_app
+from hba.cli.compare import compare_command
 from hba.cli.evaluate import predict_command, report_command, score_command
 from hba.cli.start import demo_command, doctor_command, tiny_command
 from hba.cli.train import SFT_EXAMPLE, train_app
@@ -34,6 +35,7 @@ app.add_typer(train_app, name="train", epilog=SFT_EXAMPLE)
 app.command("predict", epilog="Example: hba predict runs/demo/sft --atlas runs/demo/atlas")(predict_command)
 app.command("score", epilog="Example: hba score runs/demo/sft")(score_command)
 app.command("report", epilog="Example: hba report runs/demo/sft")(report_command)
+app.command("compare", epilog="Example: hba compare runs/sft runs/rl")(compare_command)
 app.command("tiny", epilog="Example: hba tiny runs/tiny --atlas runs/mini")(tiny_command)
 app.command("doctor", epilog="Example: hba doctor --json")(doctor_command)
 

@@ -93,9 +93,7 @@ def info_command(
         bool, typer.Option("--durations", help="Also read the headers of all sounds and clips.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="HTML page to write.")] = None,
-    cache: Annotated[
-        Path | None, typer.Option(help="Folder that remembers headers; ~/.cache/hba by default.")
-    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder that remembers headers; ~/.cache/hba by default.")] = None,
     workers: Workers = os.cpu_count() or 1,
     json: JsonFlag = False,
 ) -> None:

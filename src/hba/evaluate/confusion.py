@@ -119,10 +119,14 @@ def _verdict(target: str, answer: str | None) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Scored rows as cells. `cells` [N] are int64 in [0, layout.size)."""
+    """Scored rows as cells. `cells` [N] are int64 in [0, layout.size).
+
+    `judged` names the free-form datasets whose cells say what a judge found, not whether the answer matched.
+    """
 
     layout: Layout
     cells: Ints
+    judged: frozenset[str] = frozenset()
 
     def counts(self) -> Ints:
         """How many rows lie in each cell, [layout.size]."""
@@ -142,6 +146,15 @@ class Rows:
         local = self.layout.to_local(code)
         target_M, prediction_M = np.divmod(self.cells[rows_M] % self.layout.block, self.layout.num_classes + 1)
         return local[target_M] * (len(self.layout.indices[code]) + 1) + local[prediction_M]
+
+    def right(self) -> npt.NDArray[np.bool_]:
+        """Whether each row is right, [N]: the true label, or for a free-form row the right answer."""
+        start, guesses = self.layout.freeform_start, self.layout.num_classes + 1
+        truth_N, guess_N = np.divmod(self.cells % self.layout.block, guesses)
+        right: npt.NDArray[np.bool_] = np.where(
+            self.cells < start, truth_N == guess_N, (self.cells - start) % 3 == RIGHT
+        )
+        return right
 
     def scored_codes(self) -> list[int]:
         """Classification datasets that have rows."""

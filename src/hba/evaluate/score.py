@@ -19,7 +19,7 @@ from typing import Any
 
 from hba import __version__
 from hba.errors import InputError
-from hba.evaluate.confusion import encode
+from hba.evaluate.confusion import Rows, encode
 from hba.evaluate.freeform import generation_metrics, majority_levels
 from hba.evaluate.metrics import score_rows
 from hba.evaluate.predictions import Prediction, read_predictions
@@ -76,12 +76,7 @@ def score_predictions(
     taxonomy: Taxonomy = BUILTIN,
 ) -> dict[str, Any]:
     """metrics.json of `predictions` without provenance and quarantine: scores, intervals, chance levels."""
-    rows = encode(
-        [_scored_answer(p, taxonomy) for p in predictions],
-        [p.target for p in predictions],
-        [p.dataset for p in predictions],
-        taxonomy,
-    )
+    rows = rows_of(predictions, taxonomy)
     metrics = score_rows(rows, published)
     groups = [p.group for p in predictions]
     clusters = groups if any(groups) else None
@@ -89,6 +84,12 @@ def score_predictions(
     _add_statistics(metrics, intervals, chance(rows, seed=seed, published=published))
     _add_free_form(metrics, [p for p in predictions if taxonomy.dataset(p.dataset).domain is None])
     return metrics
+
+
+def rows_of(predictions: Sequence[Prediction], taxonomy: Taxonomy = BUILTIN) -> Rows:
+    """Predictions as the cells that scores, intervals and comparisons are made of."""
+    answers = [_scored_answer(p, taxonomy) for p in predictions]
+    return encode(answers, [p.target for p in predictions], [p.dataset for p in predictions], taxonomy)
 
 
 def _predictions_path(run: Path) -> Path:
@@ -181,24 +182,33 @@ def _fingerprint(predictions: Sequence[Prediction]) -> str:
     return json_sha256(sorted((p.id, p.dataset, p.target, str(p.label), str(p.answer)) for p in predictions))
 
 
-def _provenance(folder: Path, predictions: Sequence[Prediction], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What is known about the run; the keys of the contract are always there, null if unknown."""
+def run_facts(folder: Path) -> dict[str, Any]:
+    """What predict.json and environment.json of a run folder say of model, backend, seed and data; None if unknown.
+
+    Raises InputError for a malformed file.
+    """
     environment, predict = (_facts(folder / name) for name in ("environment.json", "predict.json"))
     data = predict.get("data") or environment.get("data") or {}
     model = predict.get("model")
-    found = {
-        "hba_version": __version__,
+    return {
         "data_fingerprint": data.get("fingerprint"),
-        "split": "+".join(sorted({p.split for p in predictions})),
         # A local model by its folder's name: where a run lies must not change its metrics.json.
         "model": Path(model).name if isinstance(model, str) and Path(model).is_dir() else model,
         "backend": predict.get("backend"),
         "seed": environment.get("seed"),
-        "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "synthetic": data.get("synthetic"),
+    }
+
+
+def _provenance(folder: Path, predictions: Sequence[Prediction], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known about the run; the keys of the contract are always there, null if unknown."""
+    found = {
+        "hba_version": __version__,
+        "split": "+".join(sorted({p.split for p in predictions})),
+        "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "answers_sha256": _fingerprint(predictions),
     }
-    return dict.fromkeys(PROVENANCE_KEYS) | found | dict(given)
+    return dict.fromkeys(PROVENANCE_KEYS) | run_facts(folder) | found | dict(given)
 
 
 def _facts(path: Path) -> dict[str, Any]:

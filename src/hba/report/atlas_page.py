@@ -212,9 +212,7 @@ def _said(info: AtlasInfo, kind: str, name: str) -> str:
 
 def _label_card(name: str, labels: Mapping[str, int]) -> LabelCard:
     total = sum(labels.values())
-    entries = tuple(
-        Label(name=label, count=count, percent=100 * count / total) for label, count in labels.items()
-    )
+    entries = tuple(Label(name=label, count=count, percent=100 * count / total) for label, count in labels.items())
     return LabelCard(name=name, count=total, entries=entries)
 
 

@@ -119,9 +119,7 @@ def build_model(config: SftConfig, resume: Path | None, taxonomy: Taxonomy) -> O
 
 def save_checkpoint(model: OmniSapiens, config: SftConfig, folder: Path) -> None:
     """Write the model of a run as a checkpoint that `OmniSapiens.from_pretrained` loads."""
-    checkpoint.save(
-        model, folder, backbone=config.model.name, strategy=config.model.strategy, encode=config.encode
-    )
+    checkpoint.save(model, folder, backbone=config.model.name, strategy=config.model.strategy, encode=config.encode)
 
 
 def validate_heads(
@@ -140,9 +138,7 @@ def validate_heads(
     backend = HeadsBackend(model, atlas.taxonomy)
     own = answerable(atlas, backend)[accelerator.process_index :: accelerator.num_processes]
     said: list[tuple[str | None, str, str]] = []
-    for step in predict(
-        atlas, own, backend, encoder, batch_size=config.validation_batch_size, loader=config.loader
-    ):
+    for step in predict(atlas, own, backend, encoder, batch_size=config.validation_batch_size, loader=config.loader):
         said += [(p.label, p.target, p.dataset) for p in step.predictions]
         for sample in step.quarantined:
             run.quarantine.add(sample)

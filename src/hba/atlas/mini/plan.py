@@ -90,7 +90,6 @@ class Studio:
         self.clips.append(made)
         return made
 
-
     def fresh(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A row without media from `make`, drawn again while its prompt stands in the atlas already."""
         for _ in range(MOST_DRAWS):

@@ -1,0 +1,130 @@
+"""Runs compared through their folders and through the command line: matching, refusals, flips, spread."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from hba.cli import app
+from hba.errors import InputError
+from hba.evaluate.predictions import Prediction, PredictionLog
+from hba.evaluate.runs import compare_predictions, compare_runs
+from hba.evaluate.variance import run_variance
+
+LABELS = {"mmsd": ("sarcasm", "not sarcasm"), "cremad": ("anger", "sad", "happy")}
+
+
+def answered(seed: int, skill: float, count: int = 120) -> list[Prediction]:
+    """The same rows for every seed and skill, answered with another hand."""
+    truth, hand = random.Random(0), random.Random(seed)
+    found = []
+    for i in range(count):
+        dataset = truth.choice(list(LABELS))
+        target = truth.choice(LABELS[dataset])
+        label = target if hand.random() < skill else hand.choice(LABELS[dataset])
+        found.append(
+            Prediction(
+                id=f"test/{i}", dataset=dataset, task="x_cls", split="test", target=target, output=label,
+                answer=label, label=label, error=None,
+            )
+        )  # fmt: skip
+    return found
+
+
+def folder(path: Path, predictions: list[Prediction], fingerprint: str | None = "same") -> Path:
+    path.mkdir()
+    with PredictionLog(path / "predictions.jsonl") as log:
+        for prediction in predictions:
+            log.append(prediction)
+    if fingerprint:
+        (path / "predict.json").write_text(json.dumps({"data": {"fingerprint": fingerprint}}), encoding="utf-8")
+    return path
+
+
+def hba(*arguments: Any) -> tuple[int, str, BaseException | None]:
+    result = CliRunner().invoke(app, [*map(str, arguments)], env={"COLUMNS": "100"})
+    return result.exit_code, result.stdout, result.exception
+
+
+def test_a_better_run_is_found_better_whatever_the_order_of_its_lines(tmp_path: Path) -> None:
+    a = folder(tmp_path / "a", answered(1, 0.4))
+    b = folder(tmp_path / "b", random.Random(1).sample(answered(2, 0.95), 120))
+    found = compare_runs(a, b)
+    assert found.same_data is True
+    assert (found.num_rows, found.left_out, found.clustered_by) == (120, [0, 0], None)
+    for line in found.paired.tasks.values():
+        assert line.difference is not None and line.difference > 0.2
+        assert line.p_holm is not None and line.p_holm < 0.05
+    gained = sum(line.gained for line in found.paired.tasks.values())
+    assert sum(flip.gained for flip in found.flips) == gained
+    assert len(found.flips) == gained + sum(line.lost for line in found.paired.tasks.values())
+    direct = compare_predictions(answered(1, 0.4), answered(2, 0.95))
+    assert direct.tasks["SAR"].difference == pytest.approx(found.paired.tasks["SAR"].difference)
+
+
+def test_other_data_are_refused_unless_told(tmp_path: Path) -> None:
+    a = folder(tmp_path / "a", answered(1, 0.5))
+    b = folder(tmp_path / "b", answered(2, 0.5, 100), fingerprint="other")
+    with pytest.raises(InputError, match=r"different data .*a: same, b: other.*--allow-other-data"):
+        compare_runs(a, b)
+    found = compare_runs(a, b, allow_other_data=True)
+    assert (found.num_rows, found.left_out, found.same_data) == (100, [20, 0], False)
+    unknown = folder(tmp_path / "c", answered(3, 0.5), fingerprint=None)
+    assert compare_runs(a, unknown).same_data is None
+
+
+def test_an_id_that_means_another_row_is_refused(tmp_path: Path) -> None:
+    rows = answered(1, 0.5)
+    turned = {"sarcasm": "not sarcasm", "not sarcasm": "sarcasm", "anger": "sad", "sad": "happy", "happy": "anger"}
+    other = [replace(p, target=turned[p.target]) for p in rows]
+    with pytest.raises(InputError, match="sample 'test/0' is another row"):
+        compare_runs(folder(tmp_path / "a", rows), folder(tmp_path / "b", other))
+    with pytest.raises(InputError, match="no sample was answered by all"):
+        renamed = [replace(p, id=f"other/{p.id}") for p in rows]
+        compare_runs(tmp_path / "a", folder(tmp_path / "c", renamed))
+
+
+def test_rows_of_one_group_are_drawn_together(tmp_path: Path) -> None:
+    grouped = [[replace(p, group=f"speaker {i // 20}") for i, p in enumerate(answered(s, 0.6))] for s in (1, 2)]
+    found = compare_runs(folder(tmp_path / "a", grouped[0]), folder(tmp_path / "b", grouped[1]))
+    assert found.clustered_by == "group"
+
+
+def test_spread_over_seeds_is_that_of_the_scores(tmp_path: Path) -> None:
+    runs = [folder(tmp_path / str(seed), answered(seed, 0.7)) for seed in range(4)]
+    found = run_variance(runs)
+    line = found.tasks["SAR"]
+    known = [score for score in line.scores if score is not None]
+    mean = sum(known) / 4
+    assert line.mean == pytest.approx(mean)
+    assert line.sd == pytest.approx((sum((score - mean) ** 2 for score in known) / 3) ** 0.5)
+    low, high = line.ci95_runs or (1, 0)
+    assert high - low == pytest.approx(2 * 3.182446 * line.sd / 2, rel=1e-5)  # t of three degrees of freedom
+    assert line.ci95_rows and line.ci95_rows[0] < mean < line.ci95_rows[1]
+    assert found.mean and 0 < found.mean.agreement < 1
+    same = run_variance([runs[0], folder(tmp_path / "twin", answered(0, 0.7))])
+    assert same.mean and (same.mean.sd, same.mean.agreement) == (0.0, 1.0)
+    with pytest.raises(InputError, match="one run has no spread"):
+        run_variance(runs[:1])
+
+
+def test_compare_on_the_command_line(tmp_path: Path) -> None:
+    a, b = folder(tmp_path / "a", answered(1, 0.4)), folder(tmp_path / "b", answered(2, 0.95))
+    code, out, _ = hba("compare", a, b, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert set(found["paired"]["tasks"]) == {"EMO", "SAR"}
+    assert found["flips"][0].keys() == {"id", "dataset", "target", "a", "b", "gained"}
+    code, out, _ = hba("compare", a, b, "--flips", "3")
+    assert code == 0
+    assert "120 common rows" in out and "rows changed sides" in out and "SAR" in out
+    code, out, _ = hba("compare", "--seeds", a, b, "--json")
+    assert json.loads(out)["runs"] == ["a", "b"]
+    assert "same answer" in hba("compare", "--seeds", a, b)[1]
+    assert isinstance(hba("compare", a)[2], InputError)
