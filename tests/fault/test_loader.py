@@ -42,7 +42,7 @@ class TinyEncoder(Encoder):
             self.fate(sample)
         ids = torch.full((1 + sample.number % 3,), sample.number)
         pixels = torch.full((2, 3), float(sample.number))
-        return Encoded(sample=sample, input_ids_T=ids, vision={"pixel_values": pixels})
+        return Encoded(sample=sample, input_ids_T=ids, media={"pixel_values": pixels})
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ def with_medium(encoder, sample, donor, kind):
             mine[:, :n] = theirs[:, :n]
     else:
         key = "pixel_values_videos" if kind == "video" else "pixel_values"
-        changed = dataclasses.replace(own, vision=own.vision | {key: other.vision[key]})
+        changed = dataclasses.replace(own, media=own.media | {key: other.media[key]})
     return collate([changed], pad_token_id=encoder.pad_token_id)
 
 

@@ -1,9 +1,10 @@
 """From samples to model inputs: the real processor once a sample, then padding to the longest of the batch.
 
-`Encoder` turns one `Sample` into unpadded features (`Encoded`); `collate` pads a list of them into a `Batch`. Encoding
-a sample alone and padding afterwards is what makes batches tight, cacheable and independent of their neighbours. Audio
-is never cut and never padded to the processor's window; a sample whose medium cannot be read is not replaced, it
-travels in `Batch.quarantined`.
+A `SampleEncoder` turns one `Sample` into unpadded features (`Encoded`); `collate` pads a list of them into a `Batch`.
+Encoding a sample alone and padding afterwards is what makes batches tight, cacheable and independent of their
+neighbours. `Encoder` is that of Qwen2.5-Omni, which OmniSapiens stands on: audio is never cut and never padded to the
+processor's window. `chat_encoder.ChatEncoder` is that of every other chat model. A sample whose medium cannot be read
+is not replaced, it travels in `Batch.quarantined`.
 
 Shapes: B samples, T tokens, A audios, M mel frames, F mel bins, P vision patches, D patch values.
 """
@@ -13,21 +14,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from hba.atlas.media import Frames
-from hba.atlas.prompt import MODALITIES, Modality, build_messages
+from hba.atlas import padding
+from hba.atlas.media import Frames, Image, Video
+from hba.atlas.prompt import AS_WRITTEN, MODALITIES, Message, Modality, Wording, build_messages
 from hba.atlas.sample import Quarantined, Sample
 from hba.config import option
 from hba.errors import ConfigError, MediaError
 from hba.taxonomy import BUILTIN, Taxonomy
 
-IGNORED = -100
+IGNORED = padding.IGNORED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +60,14 @@ class Encoded:
     sample: Sample
     input_ids_T: Tensor
     mels: tuple[Tensor, ...] = ()  # each [F, M]
-    vision: dict[str, Tensor] = field(default_factory=dict)  # patches [P, D] and grids [n, 3], named as the model does
+    media: dict[str, Tensor] = field(default_factory=dict)  # patches [P, D], grids [n, 3], named as the model does
+    per_token: dict[str, Tensor] = field(default_factory=dict)  # [T] each, such as the kinds of tokens
     answer_ids_T: Tensor | None = None  # the target and the end token, where the answer is trained as text
 
     @property
     def num_bytes(self) -> int:
         """Memory held by the tensors."""
-        tensors = (self.input_ids_T, *self.mels, *self.vision.values(), self.answer_ids_T)
+        tensors = (self.input_ids_T, *self.mels, *self.media.values(), *self.per_token.values(), self.answer_ids_T)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
@@ -103,14 +106,38 @@ class Batch:
         )
 
 
+class SampleEncoder(Protocol):
+    """What makes model inputs of samples. Picklable, so that worker processes can hold it."""
+
+    processor: Any
+    config: EncodeConfig
+    taxonomy: Taxonomy
+
+    @property
+    def pad_token_id(self) -> int:
+        """Id that `collate` pads with."""
+        ...
+
+    def encode(self, sample: Sample) -> Encoded:
+        """Decode the media of a sample and run the processor. Raises MediaError naming what cannot be encoded."""
+        ...
+
+
 class Encoder:
-    """Applies a Qwen2.5-Omni processor to one sample at a time. Picklable, so that worker processes can hold it."""
+    """Applies a Qwen2.5-Omni processor to one sample at a time."""
 
     def __init__(
-        self, processor: Any, config: EncodeConfig, taxonomy: Taxonomy = BUILTIN, *, answers: bool = False
+        self,
+        processor: Any,
+        config: EncodeConfig,
+        taxonomy: Taxonomy = BUILTIN,
+        *,
+        answers: bool = False,
+        wording: Wording = AS_WRITTEN,
     ) -> None:
-        """With `answers`, every sample carries its target as text behind the prompt, to be trained on."""
-        self.processor, self.config, self.taxonomy, self.answers = processor, config, taxonomy, answers
+        """With `answers`, every sample carries its answer as text behind the prompt, to be trained on."""
+        self.processor, self.config, self.taxonomy = processor, config, taxonomy
+        self.answers, self.wording = answers, wording
 
     @property
     def pad_token_id(self) -> int:
@@ -119,14 +146,7 @@ class Encoder:
 
     def text(self, sample: Sample) -> str:
         """The prompt as the chat template renders it, media still as single placeholders."""
-        counts: dict[Modality, int] = {"image": sample.images, "video": sample.videos, "audio": sample.audios}
-        messages = build_messages(
-            sample.problem,
-            counts,
-            where=sample.where,
-            modalities=self.config.modalities,
-            system_prompt=self.config.system_prompt,
-        )
+        messages = messages_of(sample, self.config, self.wording)
         rendered: str = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return rendered
 
@@ -136,7 +156,7 @@ class Encoder:
         Raises MediaError naming the place when a medium cannot be read, is longer than `max_audio_seconds`, or the
         prompt has more than `max_tokens` tokens.
         """
-        audios, images, videos = self._media(sample)
+        audios, images, videos = load_media(sample, self.config, self.processor.feature_extractor.sampling_rate)
         spans = [v.duration_seconds for v in videos]
         call: dict[str, Any] = {"text": [self.text(sample)], "return_tensors": "pt"}
         if audios:
@@ -148,35 +168,17 @@ class Encoder:
             frames = [torch.from_numpy(v.frames).permute(0, 3, 1, 2) for v in videos]
             call |= {"videos": frames, "videos_kwargs": pixels | {"do_sample_frames": False}}
         features = self.processor(**call)
-        vision = {k: v for k, v in features.items() if k.startswith(("pixel_values", "image_grid", "video_grid"))}
+        media = {k: v for k, v in features.items() if k.startswith(("pixel_values", "image_grid", "video_grid"))}
         if videos:
             step = self.processor.video_processor.temporal_patch_size / self.config.num_frames
-            vision["video_second_per_grid"] = torch.tensor([step * span for span in spans], dtype=torch.float32)
+            media["video_second_per_grid"] = torch.tensor([step * span for span in spans], dtype=torch.float32)
         input_ids_T = features["input_ids"][0]
-        if len(input_ids_T) > self.config.max_tokens:
-            found = f"the prompt has {len(input_ids_T)} tokens, more than max_tokens={self.config.max_tokens}"
-            raise MediaError(found, where=f"{sample.where}, problem", fix="Raise max_tokens or lower max_pixels.")
-        answer = self._answer(sample) if self.answers else None
+        require_short(input_ids_T, sample, self.config)
+        tokenizer, answer = self.processor.tokenizer, None
+        if self.answers:
+            answer = answer_ids(tokenizer, self.wording.answer(sample), tokenizer.eos_token_id)
         mels = _valid_mels(features)
-        return Encoded(sample=sample, input_ids_T=input_ids_T, mels=mels, vision=vision, answer_ids_T=answer)
-
-    def _answer(self, sample: Sample) -> Tensor:
-        tokenizer = self.processor.tokenizer
-        ids: list[int] = tokenizer(sample.target, add_special_tokens=False)["input_ids"]
-        return torch.tensor([*ids, tokenizer.eos_token_id], dtype=torch.long)
-
-    def _media(self, sample: Sample) -> tuple[list[np.ndarray[Any, Any]], list[Any], list[Any]]:
-        wanted = self.config.modalities
-        audios = [a.samples for a in sample.load_audios()] if "audio" in wanted else []
-        rate = self.processor.feature_extractor.sampling_rate
-        for audio in audios:
-            if len(audio) / rate > self.config.max_audio_seconds:
-                limit = self.config.max_audio_seconds
-                found = f"audio of {len(audio) / rate:.1f} s, more than max_audio_seconds={limit}"
-                raise MediaError(found, where=sample.place("audios"), fix="Raise max_audio_seconds or split the clip.")
-        images = list(sample.load_images()) if "image" in wanted else []
-        videos = sample.load_videos(self.config.num_frames, frames=self.config.frames) if "video" in wanted else []
-        return audios, images, videos
+        return Encoded(sample=sample, input_ids_T=input_ids_T, mels=mels, media=media, answer_ids_T=answer)
 
     def _window(self, audios: Sequence[np.ndarray[Any, Any]]) -> int:
         # The extractor's own window (30 or 300 s) pads short clips and silently cuts long ones. One FFT window of
@@ -185,6 +187,53 @@ class Encoder:
         hop = int(extractor.hop_length)
         longest: int = max(map(len, audios)) + int(extractor.n_fft)
         return math.ceil(longest / hop) * hop
+
+
+def messages_of(sample: Sample, config: EncodeConfig, wording: Wording) -> list[Message]:
+    """The chat messages of a sample, media in the order of their tags. Raises InputError for a tag without a medium."""
+    counts: dict[Modality, int] = {"image": sample.images, "video": sample.videos, "audio": sample.audios}
+    return build_messages(
+        wording.question(sample),
+        counts,
+        where=sample.where,
+        modalities=config.modalities,
+        system_prompt=config.system_prompt,
+    )
+
+
+class Media(NamedTuple):
+    """The decoded media of a sample, of the modalities that the config lets through."""
+
+    audios: list[np.ndarray[Any, Any]]
+    images: list[Image]
+    videos: list[Video]
+
+
+def load_media(sample: Sample, config: EncodeConfig, sampling_rate: int) -> Media:
+    """Decode the media of a sample. Raises MediaError for one that cannot be read or is too long."""
+    wanted = config.modalities
+    audios = [a.samples for a in sample.load_audios()] if "audio" in wanted else []
+    for audio in audios:
+        if len(audio) / sampling_rate > config.max_audio_seconds:
+            limit = config.max_audio_seconds
+            found = f"audio of {len(audio) / sampling_rate:.1f} s, more than max_audio_seconds={limit}"
+            raise MediaError(found, where=sample.place("audios"), fix="Raise max_audio_seconds or split the clip.")
+    images = list(sample.load_images()) if "image" in wanted else []
+    videos = sample.load_videos(config.num_frames, frames=config.frames) if "video" in wanted else []
+    return Media(audios, images, videos)
+
+
+def require_short(input_ids_T: Tensor, sample: Sample, config: EncodeConfig) -> None:
+    """Raises MediaError for a prompt of more than `max_tokens` tokens."""
+    if len(input_ids_T) > config.max_tokens:
+        found = f"the prompt has {len(input_ids_T)} tokens, more than max_tokens={config.max_tokens}"
+        raise MediaError(found, where=f"{sample.where}, problem", fix="Raise max_tokens or lower max_pixels.")
+
+
+def answer_ids(tokenizer: Any, text: str, end_token_id: int) -> Tensor:
+    """An answer and the end token, as they stand behind a prompt."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return torch.tensor([*ids, end_token_id], dtype=torch.long)
 
 
 def _valid_mels(features: Any) -> tuple[Tensor, ...]:
@@ -203,47 +252,23 @@ def collate(
 ) -> Batch:
     """Pad encoded samples on the left to the longest. An empty list gives an empty batch that carries `quarantined`."""
     samples = tuple(e.sample for e in encoded)
+    answers = [e.answer_ids_T for e in encoded]
     rows = [e.input_ids_T if e.answer_ids_T is None else torch.cat([e.input_ids_T, e.answer_ids_T]) for e in encoded]
-    inputs = _pad_text(rows, pad_token_id) if rows else {}
+    inputs = padding.token_ids(rows, pad_token_id) if rows else {}
     mels = [mel for e in encoded for mel in e.mels]
     if mels:
-        inputs |= _pad_mels(mels)
-    for name in sorted({name for e in encoded for name in e.vision}):
-        inputs[name] = torch.cat([e.vision[name] for e in encoded if name in e.vision])
+        inputs |= padding.mel_frames(mels)
+    for name in sorted({name for e in encoded for name in e.media}):
+        inputs[name] = padding.concatenated([e.media[name] for e in encoded if name in e.media])
+    for name in encoded[0].per_token if encoded else ():
+        inputs[name] = padding.per_token([e.per_token[name] for e in encoded], answers, inputs["input_ids"])
+    labelled = encoded and answers[0] is not None
     indices = [taxonomy.global_index(s.dataset, s.label) if s.label is not None else IGNORED for s in samples]
     return Batch(
         samples=samples,
         inputs=inputs,
         class_index_B=torch.tensor(indices, dtype=torch.long),
         domain_names=tuple(taxonomy.dataset(s.dataset).domain for s in samples),
-        labels_BT=_labels(encoded, inputs["input_ids"]) if encoded and encoded[0].answer_ids_T is not None else None,
+        labels_BT=padding.labels(answers, inputs["input_ids"]) if labelled else None,
         quarantined=tuple(quarantined),
     )
-
-
-def _pad_text(ids: Sequence[Tensor], pad_token_id: int) -> dict[str, Tensor]:
-    longest = max(map(len, ids))
-    input_ids_BT = torch.full((len(ids), longest), pad_token_id, dtype=torch.long)
-    attention_mask_BT = torch.zeros((len(ids), longest), dtype=torch.long)
-    for i, row_T in enumerate(ids):
-        input_ids_BT[i, longest - len(row_T) :] = row_T
-        attention_mask_BT[i, longest - len(row_T) :] = 1
-    return {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT}
-
-
-def _labels(encoded: Sequence[Encoded], input_ids_BT: Tensor) -> Tensor:
-    labels_BT = torch.full_like(input_ids_BT, IGNORED)
-    for row, each in enumerate(encoded):
-        if each.answer_ids_T is not None:
-            labels_BT[row, -len(each.answer_ids_T) :] = each.answer_ids_T
-    return labels_BT
-
-
-def _pad_mels(mels: Sequence[Tensor]) -> dict[str, Tensor]:
-    longest = max(mel.shape[1] for mel in mels)
-    features_AFM = torch.zeros(len(mels), mels[0].shape[0], longest)
-    mask_AM = torch.zeros(len(mels), longest, dtype=torch.long)
-    for i, mel_FM in enumerate(mels):
-        features_AFM[i, :, : mel_FM.shape[1]] = mel_FM
-        mask_AM[i, : mel_FM.shape[1]] = 1
-    return {"input_features": features_AFM, "feature_attention_mask": mask_AM}

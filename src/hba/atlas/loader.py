@@ -20,7 +20,7 @@ from typing import Annotated, TypeAlias
 from pydantic import Field
 
 from hba.atlas import Atlas
-from hba.atlas.batch import Batch, Encoded, Encoder, collate
+from hba.atlas.batch import Batch, Encoded, SampleEncoder, collate
 from hba.atlas.sample import Quarantined
 from hba.atlas.sampler import Indices
 from hba.atlas.workers import Failure, Outcome, WorkerPool, encode_row, raise_failure
@@ -80,7 +80,7 @@ class _Cache:
 
 
 def load_batches(
-    atlas: Atlas, encoder: Encoder, plan: Sequence[Indices], config: LoaderConfig, *, start: int = 0
+    atlas: Atlas, encoder: SampleEncoder, plan: Sequence[Indices], config: LoaderConfig, *, start: int = 0
 ) -> Iterator[Batch]:
     """Yield the batches of `plan` from number `start` on, in order.
 
@@ -104,7 +104,7 @@ def load_batches(
             yield made
 
 
-def _in_turn(rows: Iterator[int], atlas: Atlas, encoder: Encoder, cache: _Cache) -> Outcomes:
+def _in_turn(rows: Iterator[int], atlas: Atlas, encoder: SampleEncoder, cache: _Cache) -> Outcomes:
     """The outcomes of `rows`, each encoded in this process when it is asked for."""
     for row in rows:
         outcome = cache.get(row) or encode_row(atlas, encoder, row)
@@ -140,7 +140,7 @@ def _prefetched(rows: Iterator[int], pool: WorkerPool, cache: _Cache, ahead: int
             yield outcome
 
 
-def _assemble(outcomes: Iterable[Outcome], encoder: Encoder) -> Batch:
+def _assemble(outcomes: Iterable[Outcome], encoder: SampleEncoder) -> Batch:
     encoded: list[Encoded] = []
     quarantined: list[Quarantined] = []
     for outcome in outcomes:

@@ -10,13 +10,41 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
+from hba.atlas.sample import Sample
 from hba.errors import InputError
 
 Modality = Literal["image", "video", "audio"]
 MODALITIES: tuple[Modality, ...] = ("image", "video", "audio")
 Message = dict[str, Any]
+
+
+class Wording(Protocol):
+    """What a sample is asked and what it should answer, as text; media tags stand in the question."""
+
+    def question(self, sample: Sample) -> str:
+        """The text of the prompt."""
+        ...
+
+    def answer(self, sample: Sample) -> str:
+        """The text that is trained."""
+        ...
+
+
+class AsWritten:
+    """The row's problem, and its target as the answer."""
+
+    def question(self, sample: Sample) -> str:
+        """The problem."""
+        return sample.problem
+
+    def answer(self, sample: Sample) -> str:
+        """The canonical label, or the free-form answer."""
+        return sample.target
+
+
+AS_WRITTEN: Wording = AsWritten()
 
 
 def build_messages(

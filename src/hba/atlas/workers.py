@@ -33,7 +33,7 @@ from typing import TypeAlias
 import torch
 
 from hba.atlas import Atlas
-from hba.atlas.batch import Encoded, Encoder
+from hba.atlas.batch import Encoded, SampleEncoder
 from hba.atlas.handover import pack, unpack
 from hba.atlas.sample import MEDIA_FIELDS, Quarantined, Sample
 from hba.errors import HbaError, MediaError
@@ -99,7 +99,7 @@ class _Worker:
 class WorkerPool:
     """Encodes the rows of an atlas in `workers` processes. A context manager; nothing of it outlives it."""
 
-    def __init__(self, atlas: Atlas, encoder: Encoder, *, workers: int, timeout_seconds: float) -> None:
+    def __init__(self, atlas: Atlas, encoder: SampleEncoder, *, workers: int, timeout_seconds: float) -> None:
         self._atlas, self._encoder, self._timeout = atlas, encoder, timeout_seconds
         self._shared = atlas[0].source
         self._strikes: Counter[int] = Counter()
@@ -227,7 +227,7 @@ def _condemn(sample: Sample, reason: str) -> Quarantined:
     return Quarantined(sample.id, sample.split, sample.dataset, sample.where, field, reason)
 
 
-def encode_row(atlas: Atlas, encoder: Encoder, row: int) -> Encoded | Quarantined:
+def encode_row(atlas: Atlas, encoder: SampleEncoder, row: int) -> Encoded | Quarantined:
     """Encode a row; Quarantined when a medium of it cannot be read. Any other error is the caller's."""
     sample = atlas[row]
     try:
@@ -241,7 +241,7 @@ def _work(
     others: Sequence[socket.socket],
     parent: int,
     atlas: Atlas,
-    encoder: Encoder,
+    encoder: SampleEncoder,
     shared: object,
 ) -> None:
     """The life of a worker: rows in, outcomes out, until the main process closes the connection."""
