@@ -19,7 +19,8 @@ from hba.cli.options import recipe_path
 from hba.cli.progress import counted
 from hba.config import load_config
 from hba.errors import ConfigError
-from hba.evaluate.predict import PredictConfig, predict_run
+from hba.evaluate.config import PredictConfig
+from hba.evaluate.predict import predict_run
 from hba.evaluate.score import score_run
 from hba.model.tiny import atlas_texts, build_tiny
 from hba.process import prepare_process, remove_abandoned

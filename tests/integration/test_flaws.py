@@ -43,7 +43,7 @@ from hba.atlas.batch import MODALITIES, EncodeConfig, Encoder, collate
 from hba.atlas.loader import LoaderConfig, load_batches
 from hba.config import describe, load_config
 from hba.errors import InputError
-from hba.evaluate.predict import PredictConfig
+from hba.evaluate.config import PredictConfig
 from hba.model import OmniSapiens
 from hba.run import RunFolder
 from hba.storage import read_jsonl

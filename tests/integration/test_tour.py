@@ -15,7 +15,8 @@ import hba
 from hba.atlas.batch import Batch, Encoded
 from hba.atlas.sample import Row, Sample
 from hba.config import load_config
-from hba.evaluate.predict import PredictConfig, predict_run
+from hba.evaluate.config import PredictConfig
+from hba.evaluate.predict import predict_run
 from hba.evaluate.predictions import Prediction
 from hba.evaluate.score import score_run
 from hba.run import RunFolder
@@ -32,6 +33,8 @@ SUPPORT = {
     "atlas/rows.py": "the checks of a row, called by every store",
     "atlas/sample.py": "the types themselves",
     "atlas/workers.py": "what the loader does in its processes: ask for a sample, encode it",
+    "evaluate/backends/heads.py": "a softmax over what the model gives, in a form that every backend shares",
+    "evaluate/backends/interface.py": "the types of what a backend says",
     "evaluate/predictions.py": "the file of predictions, written and read",
     "evaluate/score.py": "reads predictions, calls the metrics, writes metrics.json",
     "evaluate/answers.py": "the text of a prediction",

@@ -22,7 +22,7 @@ COMMANDS = {
     "atlas describe": "root --split --audio --video --transcripts --frames-per-second --workers --executor --out-format"
     " --replace --allow-failed --setup --json",
     "train sft": "overrides --config --run --allow-quarantined --json",
-    "predict": "model! overrides --atlas! --split --run --allow-quarantined --json",
+    "predict": "model! overrides --atlas! --split --backend --run --allow-quarantined --json",
     "score": "run! --resamples --seed --json",
     "report": "run! --atlas --out --json",
     "compare": "runs! --seeds --allow-other-data --flips --resamples --seed --json",

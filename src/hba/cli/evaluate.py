@@ -16,6 +16,7 @@ def predict_command(
     overrides: Overrides = None,
     atlas: Annotated[str, typer.Option(help="Atlas folder or hub id.")] = ...,  # type: ignore[assignment]
     split: Annotated[str, typer.Option(help="Split to predict; slices such as test[:100] work.")] = "test",
+    backend: Annotated[str | None, typer.Option(help="How the model answers; heads for a checkpoint.")] = None,
     run: Annotated[Path | None, typer.Option(help="Run folder to write; the model's own by default.")] = None,
     allow_quarantined: AllowQuarantined = 0,
     json: JsonFlag = False,
@@ -23,12 +24,15 @@ def predict_command(
     """Answer every sample of a split; resumes where it stopped."""
     from hba.cli.progress import counted
     from hba.config import load_config
-    from hba.evaluate.predict import PredictConfig, predict_run
+    from hba.evaluate.config import PredictConfig
+    from hba.evaluate.predict import predict_run
 
     settings = load_config(PredictConfig, None, overrides or [])
     folder = run or _run_folder(model)
     with counted("predict") as progress:
-        summary = predict_run(model, folder, atlas=atlas, split=split, config=settings, progress=progress)
+        summary = predict_run(
+            model, folder, atlas=atlas, split=split, config=settings, progress=progress, backend=backend
+        )
     text = f"{summary.predicted} predictions in {bold(folder)}; {summary.skipped} rows have no head."
     result = {
         "run": str(folder),

@@ -23,8 +23,10 @@ from hba.atlas.loader import LoaderConfig, load_batches
 from hba.atlas.mixing import MixConfig
 from hba.config import option
 from hba.errors import InputError
+from hba.evaluate.backends.heads import HeadsBackend
 from hba.evaluate.metrics import score
-from hba.evaluate.predict import HeadsBackend, answerable, predict
+from hba.evaluate.predict import answerable, predict
+from hba.evaluate.predictions import Prediction
 from hba.model import checkpoint
 from hba.model.heads import answer_loss
 from hba.model.omni import ModelConfig, OmniOutput, OmniSapiens, apply_strategy
@@ -135,13 +137,14 @@ def validate_heads(
     Every rank answers its share of the rows and gets the score of all. Samples that cannot be read go into the run's
     quarantine. Raises InputError when none is left to score.
     """
-    backend = HeadsBackend(model, atlas.taxonomy)
+    backend = HeadsBackend(model, encoder, batch_size=config.validation_batch_size, loader=config.loader)
     own = answerable(atlas, backend)[accelerator.process_index :: accelerator.num_processes]
     said: list[tuple[str | None, str, str]] = []
-    for step in predict(atlas, own, backend, encoder, batch_size=config.validation_batch_size, loader=config.loader):
-        said += [(p.label, p.target, p.dataset) for p in step.predictions]
-        for sample in step.quarantined:
-            run.quarantine.add(sample)
+    for step in predict(atlas, own, backend):
+        if isinstance(step, Prediction):
+            said.append((step.label, step.target, step.dataset))
+        else:
+            run.quarantine.add(step)
     done = gather_object(said)
     if not done:
         fix = "Repair the media named in quarantine.jsonl."

@@ -1,0 +1,29 @@
+"""The backends by name. Each is a module with a function `open_backend(Opening) -> Backend`, imported when asked for.
+
+To add one, write the module after `interface.Backend` and name it in `MODULES`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from hba.errors import InputError, nearest
+from hba.evaluate.backends.interface import Backend
+from hba.evaluate.config import Opening
+
+MODULES = {
+    "heads": "hba.evaluate.backends.heads",
+}
+
+
+def open_backend(name: str, opening: Opening) -> Backend:
+    """The backend of that name over a model. Raises InputError for an unknown name or a model that it cannot use."""
+    if name not in MODULES:
+        raise InputError(f"no backend {name!r}", where="--backend", fix=nearest(name, MODULES))
+    backend: Backend = import_module(MODULES[name]).open_backend(opening)
+    return backend
+
+
+def detect(model: str) -> str:
+    """The backend for `model` when none is named: heads, which refuses what has none. Nothing else is guessed."""
+    return "heads"

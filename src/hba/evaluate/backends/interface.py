@@ -1,0 +1,87 @@
+"""What a backend is: a way to answer rows of an atlas. The run that uses it is `hba.evaluate.predict`.
+
+A backend draws the rows that it is given in an order of its own choice and yields one result a row: what it said
+(`Answered`, an error included), or that the sample's media cannot be read (`Quarantined`). Order, batching and
+concurrency are its own; resume, files, counts and display are the run's. A backend that takes tensor batches builds
+on `batches.batched_answers`, one that takes samples loops over `samples`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+from hba.atlas import Atlas
+from hba.atlas.sample import Quarantined, Sample
+from hba.atlas.sampler import Indices
+from hba.evaluate import answers
+from hba.remote.cost import Meter
+from hba.taxonomy import Taxonomy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What a backend says about one sample. With an `error` there is no output, and the sample counts as wrong.
+
+    `text` is as the model gave it. `seconds` is the time of this sample, or its share of its batch's.
+    """
+
+    text: str | None
+    answer: str | None
+    label: str | None
+    probs: dict[str, float] | None = None
+    tokens_in: int | None = None
+    tokens_out: int | None = None
+    seconds: float | None = None
+    error: str | None = None
+
+
+class Answered(NamedTuple):
+    """A sample and what was said about it."""
+
+    sample: Sample
+    output: Output
+
+
+Result: TypeAlias = Answered | Quarantined
+
+
+class Backend(Protocol):
+    """A way to answer rows.
+
+    `free_form` says whether it can answer rows that have no classes. `meter` counts what a paid service has used so
+    far; None where nothing is paid.
+    """
+
+    name: str
+    free_form: bool
+    meter: Meter | None
+
+    def identity(self) -> Mapping[str, Any]:
+        """What decides its answers besides data, split and encoding, by the names that a message uses.
+
+        Plain JSON values: hashes of weights, prompts, sampling. Never where something lies, never a secret.
+        """
+        ...
+
+    def answers(self, atlas: Atlas, rows: Indices, done: Set[str]) -> Iterator[Result]:
+        """One result for each of the row numbers `rows` of `atlas` whose sample's id is not in `done`."""
+        ...
+
+
+def samples(atlas: Atlas, rows: Indices, done: Set[str]) -> Iterator[Sample]:
+    """The samples of `rows` that are not done, in the order of the rows; media are not decoded."""
+    for row in rows:
+        sample = atlas[int(row)]
+        if sample.id not in done:
+            yield sample
+
+
+def spoken(sample: Sample, text: str, taxonomy: Taxonomy, **known: Any) -> Output:
+    """The output of a model that answered in words: its answer extracted, its label canonical or None.
+
+    `known` are further fields of `Output`.
+    """
+    label = answers.to_label(sample.dataset, text, taxonomy)
+    return Output(text=text, answer=answers.extract(text), label=label, **known)
