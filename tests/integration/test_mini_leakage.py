@@ -16,6 +16,7 @@ import av
 import numpy as np
 import pytest
 import soundfile
+import torch
 from sklearn.feature_extraction import DictVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -23,23 +24,25 @@ from sklearn.preprocessing import StandardScaler
 
 from hba.atlas.mini import build_mini_atlas
 from hba.atlas.mini.functionals import functionals
+from hba.descriptors import pool
+from hba.descriptors.pool import sequence
 
 # What carries the label. 'rows' (prompt around the transcript, files, order) is everywhere a channel that must not.
 CHANNELS = {
-    "cremad": {"voice", "movement"},
+    "cremad": {"voice", "movement", "landmarks"},
     "tess": {"voice"},
-    "meld_emotion": {"voice", "movement"},
-    "mosei_emotion": {"voice", "movement"},
+    "meld_emotion": {"voice", "movement", "landmarks"},
+    "mosei_emotion": {"voice", "movement", "landmarks"},
     "mosei_senti": {"words"},
     "meld_senti": {"words"},
     "chsimsv2": {"words"},
     "mmpsy_depression": {"voice"},
     "mmpsy_anxiety": {"voice"},
-    "daicwoz": {"voice", "movement"},
-    "ptsd_in_the_wild": {"voice", "movement"},
+    "daicwoz": {"voice", "movement", "landmarks"},
+    "ptsd_in_the_wild": {"voice", "movement", "landmarks"},
     "urfunny": {"voice", "words"},
     "mmsd": set(),  # words and voice together; neither alone, see below
-    "siq2": {"voice", "movement"},
+    "siq2": {"voice", "movement", "landmarks"},
     "intentqa": {"movement"},
     "mimeqa": {"movement"},
 }
@@ -88,6 +91,7 @@ def features_of(folder, row, place):
         "words": {f"said {word}": 1 for word in tokens(transcript)} | {"length": len(transcript)},
         "voice": voice,
         "movement": movement,
+        "landmarks": landmarks_of(files.get("ext_video_feats")),
     }
 
 
@@ -101,6 +105,15 @@ def sound_of(file):
         return {}, 0
     samples, rate = soundfile.read(str(file), dtype="float64")
     return {f"voice {k}": value for k, value in enumerate(functionals(samples))}, len(samples) / rate
+
+
+@cache
+def landmarks_of(file):
+    """Mean and standard deviation over time of every landmark, as an adapter reads them."""
+    if file is None:
+        return {}
+    pooled = pool(sequence(torch.load(file, weights_only=True)), "meanstd")
+    return {f"landmark {k}": float(value) for k, value in enumerate(pooled)}
 
 
 @cache
@@ -136,7 +149,7 @@ def probe(atlas, dataset, channels, *, extra=None):
     return right, (shuffled >= right - 1e-12).mean(), z
 
 
-ALL = {"rows", "words", "voice", "movement"}
+ALL = {"rows", "words", "voice", "movement", "landmarks"}
 
 
 @pytest.mark.parametrize("dataset", sorted(CHANNELS))
@@ -149,7 +162,7 @@ def test_nothing_else_tells_the_label(atlas, dataset):
 
 
 def test_neither_words_nor_voice_alone_tell_sarcasm(atlas):
-    for channels in ({"words"}, {"voice"}, {"movement"}, {"rows", "voice", "movement"}):
+    for channels in ({"words"}, {"voice"}, {"movement"}, {"rows", "voice", "movement", "landmarks"}):
         right, luck, _ = probe(atlas, "mmsd", channels)
         assert luck > LUCK, f"{channels} predict sarcasm ({right:.2f} right)"
 
@@ -167,6 +180,14 @@ def test_the_intended_channel_tells_the_label(atlas, dataset):
     labels = {row["label"] for row in atlas["train"] if row["dataset"] == dataset}
     right, _, _ = probe(atlas, dataset, CHANNELS[dataset])
     assert right > 0.5 * (1 + 1 / len(labels)), "well above chance"
+
+
+@pytest.mark.parametrize("dataset", ["daicwoz", "ptsd_in_the_wild"])
+def test_half_of_those_affected_show_it_in_the_landmarks_alone(atlas, dataset):
+    """The adapters of stage 3 have something to add: sight and sound miss what the landmarks of the hands show."""
+    without, _, _ = probe(atlas, dataset, ALL - {"landmarks"})
+    assert without < 0.85
+    assert probe(atlas, dataset, {"landmarks"})[0] > without + 0.1
 
 
 def test_words_and_voice_together_tell_sarcasm(atlas):

@@ -388,7 +388,7 @@ def test_a_clean_atlas_exits_0_without_findings(
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code in (0, None)
-    assert "Nothing is wrong with 237 rows and 477 files." in capsys.readouterr().out
+    assert "Nothing is wrong with 237 rows and 503 files." in capsys.readouterr().out
     said = json.loads((tmp_path / "validate.json").read_text())
     assert (said["ok"], said["findings"]) == (True, [])
     assert said["summary"]["media"]["audios"]["sample_rates"] == {"8000 Hz": 156}

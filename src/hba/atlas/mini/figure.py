@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 SIZE = 56
 FRAMES_PER_SECOND = 7
+FINGER_MOVEMENT = 0.05  # about the length of a hand
 Array = NDArray[np.float64]
 
 
@@ -32,10 +33,13 @@ class Motion:
     elbow_r: Array = field(init=False)
     smile: Array = field(init=False)  # -1 .. 1
     gape: Array = field(init=False)  # 0 .. 1
+    index: Array = field(init=False)  # offsets of the finger tips, which landmarks have and the picture does not
+    thumb: Array = field(init=False)
 
     def __post_init__(self) -> None:
         zero = np.zeros_like(self.t)
         self.lean, self.drop, self.bob, self.smile, self.gape = (zero.copy() for _ in range(5))
+        self.index, self.thumb = zero.copy(), zero.copy()
         self.arm_l, self.arm_r = zero + 0.25, zero + 0.25
         self.elbow_l, self.elbow_r = zero + 0.1, zero + 0.1
 
@@ -114,6 +118,21 @@ def _startle(m: Motion, p: Tempo) -> None:
     m.bob, m.lean = 0.10 * flinch, p.shake(m.t, 0.02) - 0.05 * flinch
 
 
+def _sit(m: Motion, p: Tempo) -> None:
+    m.arms(0.4 + 0.03 * p.wave(m.t, 0.7), 0.6)
+    m.drop, m.gape = 0.015 * p.wave(m.t, 1.0), 0.3 + 0.3 * p.wave(m.t, 2.0)
+
+
+def _tremble(m: Motion, p: Tempo) -> None:
+    _sit(m, p)
+    m.index = m.thumb = p.shake(m.t, FINGER_MOVEMENT)
+
+
+def _fumble(m: Motion, p: Tempo) -> None:
+    _sit(m, p)
+    m.thumb = p.shake(m.t, FINGER_MOVEMENT)
+
+
 def _wave_hand(m: Motion, p: Tempo) -> None:
     m.arm_r, m.elbow_r = m.t * 0 + 2.2, 0.5 + 0.6 * p.wave(m.t, 1.4)
     m.smile = m.t * 0 + 0.5
@@ -179,7 +198,8 @@ def _still(m: Motion, p: Tempo) -> None:
 
 MOTIONS: dict[str, Callable[[Motion, Tempo], None]] = {
     "talk": _talk, "anger": _anger, "disgust": _disgust, "fear": _fear, "happy": _happy, "neutral": _still, "sad": _sad,
-    "surprise": _surprise, "slump": _slump, "startle": _startle, "wave": _wave_hand, "point": _point, "clap": _clap,
+    "surprise": _surprise, "slump": _slump, "startle": _startle, "sit": _sit, "tremble": _tremble, "fumble": _fumble,
+    "wave": _wave_hand, "point": _point, "clap": _clap,
     "reach": _reach_up, "bend": _bend_down, "ears": _cover_ears, "climb": _climb, "lift": _lift, "row": _row,
     "throw": _throw, "drink": _drink, "drum": _drum,
 }  # fmt: skip
@@ -225,8 +245,9 @@ def _skeleton(m: Motion) -> dict[str, tuple[Array, Array]]:
         bend = (shoulder[0] + sign * 0.14 * np.sin(arm), shoulder[1] + 0.14 * np.cos(arm))
         wrist = (bend[0] + sign * 0.15 * np.sin(arm + elbow), bend[1] + 0.15 * np.cos(arm + elbow))
         points[f"shoulder_{side}"], points[f"elbow_{side}"], points[f"wrist_{side}"] = shoulder, bend, wrist
-        points[f"index_{side}"] = (wrist[0] + sign * 0.03 * np.sin(arm + elbow), wrist[1] + 0.03 * np.cos(arm + elbow))
-        points[f"thumb_{side}"] = (wrist[0] - sign * 0.02 * np.cos(arm + elbow), wrist[1] + 0.02 * np.sin(arm + elbow))
+        sin, cos = np.sin(arm + elbow), np.cos(arm + elbow)
+        points[f"index_{side}"] = (wrist[0] + sign * 0.03 * sin + m.index, wrist[1] + 0.03 * cos - m.index)
+        points[f"thumb_{side}"] = (wrist[0] - sign * 0.02 * cos + m.thumb, wrist[1] + 0.02 * sin - m.thumb)
         points[f"hip_{side}"] = (still + sign * 0.05, still + 0.12)
         points[f"ankle_{side}"] = (still + sign * 0.08, still + 0.42)
         points[f"eye_{side}"] = (head_x + sign * 0.03, head_y - 0.025)

@@ -30,7 +30,7 @@ SIZES: dict[str, dict[str, tuple[int, int, int]]] = {
         "mosei_text": (40, 4, 12),
         "chsimsv2": (100, 8, 40),
         "mmpsy": (190, 24, 80),
-        "daicwoz": (100, 10, 40),
+        "daicwoz": (150, 16, 80),
         "ptsd": (150, 24, 80),
         "urfunny": (160, 24, 80),
         "mmsd": (180, 24, 80),
@@ -51,8 +51,8 @@ CARRIED_BY: dict[str, str] = {
     "chsimsv2": "words of the Chinese transcript (polarity of the adjective, strength of the adverb)",
     "mmpsy_depression": "voice (slow, flat, quiet)",
     "mmpsy_anxiety": "voice (trembling, breathy, fast)",
-    "daicwoz": "voice (slow, flat, quiet) and slumped posture",
-    "ptsd_in_the_wild": "voice (breaks off and comes back tense) and a startled movement",
+    "daicwoz": "voice (slow, flat, quiet) and slumped posture, or restless thumbs only landmarks show",
+    "ptsd_in_the_wild": "voice (breaks off, comes back tense) and a startle, or trembling hands only landmarks show",
     "urfunny": "punchline in the transcript and laughter in the audio",
     "mmsd": "words and voice disagreeing; neither alone says anything",
     "siq2": "voice and movement of the figure; the question names the thing",
@@ -148,12 +148,15 @@ def _phone_calls(studio: Studio, count: int) -> Rows:
         yield row("mmpsy_anxiety", "anxiety", high, rng=rng, transcript=said, audio=clip)
 
 
-def _interviews(dataset: str, question: str, voice: str, motion: str) -> Callable[[Studio, int], Rows]:
+def _interviews(dataset: str, question: str, shown: tuple[str, str], subdued: str) -> Callable[[Studio, int], Rows]:
+    """Half of those affected show it in voice and movement, half in their fingers, which landmarks alone show."""
+
     def scene(studio: Studio, count: int) -> Rows:
         rng = studio.rng
         absent, present = BUILTIN.dataset(dataset).labels
-        for label in balanced((absent, present), count, rng):
-            clip = studio.clip(voice, motion) if label == present else studio.clip("steady", "talk")
+        manners = [(absent, "steady", "sit")] * 2 + [(present, *shown), (present, "steady", subdued)]
+        for label, voice, motion in balanced(manners, count, rng):
+            clip = studio.clip(voice, motion)
             yield row(dataset, question, label, rng=rng, transcript=words.small_talk(rng), video=clip, audio=clip)
 
     return scene
@@ -185,7 +188,7 @@ def _remarks(studio: Studio, count: int) -> Rows:
 def _feelings(studio: Studio, count: int) -> Rows:
     rng = studio.rng
     for emotion in balanced(list(_FEELINGS), count, rng):
-        clip, noun = studio.clip(emotion, emotion, described=False), words.pick(words.NOUNS, rng)
+        clip, noun = studio.clip(emotion, emotion), words.pick(words.NOUNS, rng)
         answer = f"the person is {_FEELINGS[emotion]} about the {noun}"
         yield row("siq2", "social", answer, rng=rng, noun=noun, video=clip, audio=clip)
 
@@ -215,8 +218,8 @@ SOURCES: dict[str, Callable[[Studio, int], Rows]] = {
     "mosei_text": _written_opinions,
     "chsimsv2": _chinese_opinions,
     "mmpsy": _phone_calls,
-    "daicwoz": _interviews("daicwoz", "depression", "depressed", "slump"),
-    "ptsd": _interviews("ptsd_in_the_wild", "ptsd", "startled", "startle"),
+    "daicwoz": _interviews("daicwoz", "depression", ("depressed", "slump"), "fumble"),
+    "ptsd": _interviews("ptsd_in_the_wild", "ptsd", ("startled", "startle"), "tremble"),
     "urfunny": _stories,
     "mmsd": _remarks,
     "siq2": _feelings,
