@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import av.error
 import numpy as np
 import numpy.typing as npt
+from av.video.reformatter import VideoReformatter
 
 from hba.atlas.source import RESTORE, Limits
 from hba.errors import MediaError
@@ -35,9 +36,36 @@ class Shown(NamedTuple):
     pixels: npt.NDArray[np.uint8]
 
 
+class _Clip(NamedTuple):
+    """An opened clip, and one converter for all its frames: to set one up takes as long as to use it."""
+
+    container: InputContainer
+    stream: VideoStream
+    where: str
+    limits: Limits
+    converter: VideoReformatter
+
+    def pixels(self, frame: VideoFrame) -> npt.NDArray[np.uint8]:
+        """The frame as uint8 [H, W, 3] RGB, upright. Raises MediaError when it is larger than the limit."""
+        if frame.width * frame.height > self.limits.max_pixels:
+            what = f"has a frame of {frame.width}x{frame.height}, more than {self.limits.max_pixels:,} pixels"
+            raise MediaError(what, where=self.where, fix="Scale the clip down, or raise Limits.max_pixels.")
+        rgb = self.converter.reformat(frame, format="rgb24", threads=1)  # one thread, as the decoder
+        pixels_HWC = np.asarray(rgb.to_ndarray(), np.uint8)
+        quarters = round(frame.rotation / 90)  # phones store portrait clips lying on their side
+        return np.ascontiguousarray(np.rot90(pixels_HWC, quarters)) if quarters % 4 else pixels_HWC
+
+    def damaged(self, ticks: int | None) -> DamagedError:
+        """The error for a frame that is missing or corrupt."""
+        base = self.stream.time_base
+        at = f" at {float(ticks * base):.2f} s" if ticks is not None and base else ""
+        return DamagedError(f"cannot be decoded{at}: cut off or corrupt", where=self.where, fix=RESTORE)
+
+
 class _Keyframe(NamedTuple):
     pts: int
     seek_ticks: int  # a seek to here lands on it
+    packet: Packet[VideoStream]
 
 
 class _Group(NamedTuple):
@@ -56,13 +84,14 @@ def decode_at(
     """
     # Only h264 marks for certain which frames no other frame refers to.
     skip = stream.codec_context.name == "h264"
+    clip = _Clip(container, stream, where, limits, VideoReformatter())
     shown: list[Shown] = []
     for group in _groups(container, stream, targets):
         if group.keyframe is not None:
             container.seek(group.keyframe.seek_ticks, stream=stream)
         else:
             container.seek(0)
-        shown.extend(_Pass(container, stream, group, where, limits, skip=skip).run())
+        shown.extend(_Pass(clip, group, skip=skip).run())
     return shown
 
 
@@ -70,8 +99,8 @@ def decode_through(
     container: InputContainer, stream: VideoStream, targets: Sequence[int], *, where: str, limits: Limits
 ) -> list[Shown]:
     """As `decode_at`, on a container just opened, by decoding every frame from the start."""
-    group = _Group(None, list(targets))
-    return _Pass(container, stream, group, where, limits, skip=False).run()
+    clip = _Clip(container, stream, where, limits, VideoReformatter())
+    return _Pass(clip, _Group(None, list(targets)), skip=False).run()
 
 
 def decode_keyframes(
@@ -81,6 +110,7 @@ def decode_keyframes(
 
     Where the container cannot seek, the frames are those of `decode_at`. Raises what `decode_at` raises.
     """
+    clip = _Clip(container, stream, where, limits, VideoReformatter())
     shown: dict[int, Shown] = {}
     nearest: list[int] = []
     for target in targets:
@@ -94,27 +124,47 @@ def decode_keyframes(
         if after is not None and after.pts - target < target - found.pts:
             found = after
         if found.pts not in shown:
-            container.seek(found.seek_ticks, stream=stream)
-            shown[found.pts] = _Pass(container, stream, _Group(found, [found.pts]), where, limits, skip=False).first()
+            shown[found.pts] = _alone(clip, found)
         nearest.append(found.pts)
     return [shown[pts] for pts in nearest]
 
 
 def _groups(container: InputContainer, stream: VideoStream, targets: Sequence[int]) -> list[_Group]:
+    try:
+        first, last = (_keyframe_before(container, stream, target) for target in (targets[0], targets[-1]))
+        keyframes = [first, *_between(container, stream, targets[1:-1], first, last), last][: len(targets)]
+    except av.error.FFmpegError:
+        keyframes = [None]
     groups: list[_Group] = []
-    for target in targets:
-        try:
-            keyframe = _keyframe_before(container, stream, target)
-        except av.error.FFmpegError:
-            keyframe = None
+    for target, keyframe in zip(targets, keyframes, strict=False):
         if keyframe is None:  # the container cannot seek here: one pass over everything
             return [_Group(None, list(targets))]
-        last = groups[-1].keyframe if groups else None
-        if last is not None and last.pts == keyframe.pts:
+        if groups and groups[-1].keyframe is not None and groups[-1].keyframe.pts == keyframe.pts:
             groups[-1].targets.append(target)
         else:
             groups.append(_Group(keyframe, [target]))
     return groups
+
+
+def _between(
+    container: InputContainer,
+    stream: VideoStream,
+    targets: Sequence[int],
+    first: _Keyframe | None,
+    last: _Keyframe | None,
+) -> list[_Keyframe | None]:
+    """The keyframe before each target, of which `first` and `last` are those of the targets around them.
+
+    By halves, since all targets between two that share a keyframe share it too: a short clip takes two seeks.
+    """
+    if not targets or first is None or last is None:
+        return [None] * len(targets)
+    if first.pts == last.pts:
+        return [first] * len(targets)
+    half = len(targets) // 2
+    middle = _keyframe_before(container, stream, targets[half])
+    before = _between(container, stream, targets[:half], first, middle)
+    return [*before, middle, *_between(container, stream, targets[half + 1 :], middle, last)]
 
 
 def _keyframe_before(container: InputContainer, stream: VideoStream, target: int) -> _Keyframe | None:
@@ -124,7 +174,7 @@ def _keyframe_before(container: InputContainer, stream: VideoStream, target: int
         container.seek(ticks, stream=stream)
         packet = next((p for p in container.demux(stream) if p.pts is not None), None)
         if packet is not None and packet.pts is not None and packet.pts <= target:
-            return _Keyframe(packet.pts, ticks)
+            return _Keyframe(packet.pts, ticks, packet)
         # Containers index decoding times, which run ahead of presentation: this keyframe is shown too late.
         earlier = ticks if packet is None or packet.dts is None else min(ticks, packet.dts)
         ticks, step = earlier - step, step * 2
@@ -136,28 +186,32 @@ def _keyframe_after(container: InputContainer, stream: VideoStream, target: int)
     try:
         container.seek(target, stream=stream, backward=False)
         packet = next((p for p in container.demux(stream) if p.pts is not None), None)
-        if packet is None or packet.pts is None or not packet.is_keyframe or packet.pts <= target:
-            return None
-        found = _keyframe_before(container, stream, packet.pts)
     except av.error.FFmpegError:
         return None
-    return found if found is not None and found.pts == packet.pts else None
+    if packet is None or packet.pts is None or not packet.is_keyframe or packet.pts <= target:
+        return None
+    return _Keyframe(packet.pts, target, packet)
+
+
+def _alone(clip: _Clip, keyframe: _Keyframe) -> Shown:
+    """A keyframe, decoded from its packet and nothing else."""
+    codec, packet = clip.stream.codec_context, keyframe.packet
+    codec.skip_frame = "DEFAULT"
+    try:
+        frames = [*packet.decode(), *codec.decode(None)]
+    except av.error.FFmpegError as error:
+        raise DamagedError(f"cannot be decoded ({error.strerror})", where=clip.where, fix=RESTORE) from None
+    codec.flush_buffers()  # the decoder was told of an end that is none
+    if packet.is_corrupt or len(frames) != 1 or frames[0].is_corrupt or frames[0].pts != keyframe.pts:
+        raise clip.damaged(keyframe.pts)
+    return Shown(keyframe.pts, clip.pixels(frames[0]))
 
 
 class _Pass:
     """One forward decode that serves the targets of a group."""
 
-    def __init__(
-        self,
-        container: InputContainer,
-        stream: VideoStream,
-        group: _Group,
-        where: str,
-        limits: Limits,
-        *,
-        skip: bool,
-    ) -> None:
-        self.container, self.stream, self.where, self.limits, self.skip = container, stream, where, limits, skip
+    def __init__(self, clip: _Clip, group: _Group, *, skip: bool) -> None:
+        self.clip, self.stream, self.skip = clip, clip.stream, skip
         self.targets = group.targets
         self.first_pts = group.keyframe.pts if group.keyframe else None
         self.expected: list[int] = []  # with `skip`: for each target, the time of its frame as the packets tell it
@@ -171,23 +225,10 @@ class _Pass:
             while following is not None and (current is None or _pts(following) <= target):
                 current, following = following, next(frames, None)
             if current is None or (self.skip and _pts(current) != self.expected[number]):
-                raise self._damaged(target)
+                raise self.clip.damaged(target)
             reuse = shown and shown[-1].pts == current.pts
-            shown.append(shown[-1] if reuse else Shown(_pts(current), self._pixels(current)))
+            shown.append(shown[-1] if reuse else Shown(_pts(current), self.clip.pixels(current)))
         return shown
-
-    def first(self) -> Shown:
-        """The keyframe of the group, decoded alone."""
-        packet = next((p for p in self.container.demux(self.stream) if p.pts == self.first_pts), None)
-        self.stream.codec_context.skip_frame = "DEFAULT"
-        try:
-            frames = [*packet.decode(), *self.stream.codec_context.decode(None)] if packet is not None else []
-        except av.error.FFmpegError as error:
-            raise DamagedError(f"cannot be decoded ({error.strerror})", where=self.where, fix=RESTORE) from None
-        self.stream.codec_context.flush_buffers()  # the decoder was told of an end that is none
-        if len(frames) != 1 or frames[0].is_corrupt or frames[0].pts != self.first_pts:
-            raise self._damaged(self.first_pts)
-        return Shown(_pts(frames[0]), self._pixels(frames[0]))
 
     def _frames(self) -> Iterator[VideoFrame]:
         """Decoded frames from the keyframe on, in order of presentation; some that no target needs are left out."""
@@ -196,20 +237,20 @@ class _Pass:
             for packet, needless in self._packets():
                 codec.skip_frame = "NONREF" if needless else "DEFAULT"
                 if packet.is_corrupt:
-                    raise self._damaged(packet.pts)
+                    raise self.clip.damaged(packet.pts)
                 for frame in packet.decode():
                     # Frames shown before the keyframe but stored after it refer to frames that were not read.
                     leading = self.first_pts is not None and frame.pts is not None and frame.pts < self.first_pts
                     if not leading:
                         if frame.is_corrupt or frame.pts is None:
-                            raise self._damaged(frame.pts)
+                            raise self.clip.damaged(frame.pts)
                         yield frame
         except av.error.FFmpegError as error:
-            raise DamagedError(f"cannot be decoded ({error.strerror})", where=self.where, fix=RESTORE) from None
+            raise DamagedError(f"cannot be decoded ({error.strerror})", where=self.clip.where, fix=RESTORE) from None
 
     def _packets(self) -> Iterator[tuple[Packet[VideoStream], bool]]:
         """Packets in stored order, and whether the packet's own frame (not those that refer to it) is needless."""
-        packets = self.container.demux(self.stream)
+        packets = self.clip.container.demux(self.stream)
         if not self.skip:
             yield from ((packet, False) for packet in packets)
             return
@@ -229,18 +270,6 @@ class _Pass:
     def _is_shown(self, packet: Packet[VideoStream]) -> bool:
         early = self.first_pts is not None and packet.pts is not None and packet.pts < self.first_pts
         return not (early or packet.is_discard)
-
-    def _pixels(self, frame: VideoFrame) -> npt.NDArray[np.uint8]:
-        if frame.width * frame.height > self.limits.max_pixels:
-            what = f"has a frame of {frame.width}x{frame.height}, more than {self.limits.max_pixels:,} pixels"
-            raise MediaError(what, where=self.where, fix="Scale the clip down, or raise Limits.max_pixels.")
-        pixels_HWC = np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
-        quarters = round(frame.rotation / 90)  # phones store portrait clips lying on their side
-        return np.ascontiguousarray(np.rot90(pixels_HWC, quarters)) if quarters % 4 else pixels_HWC
-
-    def _damaged(self, ticks: int | None) -> DamagedError:
-        at = f" at {float(ticks * self.stream.time_base):.2f} s" if ticks is not None and self.stream.time_base else ""
-        return DamagedError(f"cannot be decoded{at}: cut off or corrupt", where=self.where, fix=RESTORE)
 
 
 def _until(

@@ -26,7 +26,6 @@ from hba.atlas.source import (
     check_reaches_end,
     check_source,
     open_container,
-    packet_end,
     video_track,
 )
 from hba.errors import InputError, MediaError
@@ -132,14 +131,16 @@ def _measured_end(container: InputContainer, stream: VideoStream, where: str) ->
             container.seek((container.start_time or 0) + container.duration - av.time_base)
         except av.error.FFmpegError:
             container.seek(0)  # no index: every packet is read, still without decoding
-    end_ticks, end_seconds = -1, float("-inf")
+    ends: dict[int, int] = {}  # by track, in its ticks, since times are slow to convert
     for packet in container.demux():
         if packet.pts is None:
             continue
         if packet.is_corrupt:
             raise MediaError("is cut off or corrupt near its end", where=where, fix=RESTORE)
-        end_seconds = max(end_seconds, packet_end(packet))
-        if packet.stream is stream:
-            end_ticks = max(end_ticks, packet.pts + (packet.duration or 1))
+        end = packet.pts + (packet.duration or 1)
+        if end > ends.get(packet.stream_index, -1):
+            ends[packet.stream_index] = end
+    bases = [track.time_base for track in container.streams]
+    end_seconds = max((float(end * (bases[track] or 0)) for track, end in ends.items()), default=float("-inf"))
     check_reaches_end(container, end_seconds, where)
-    return end_ticks
+    return ends.get(stream.index, -1)
