@@ -50,13 +50,17 @@ class Domain:
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """One dataset key. `domain` is None for free-form answers; `labels` are those that occur in it."""
+    """One dataset key. `domain` is None for free-form answers; `labels` are those that occur in it.
+
+    `group` is a pattern for file names whose first parenthesis is the speaker or dialogue.
+    """
 
     key: str
     domain: str | None
     labels: tuple[str, ...]
     language: str = "en"
     task: str | None = None
+    group: str | None = None
 
 
 class Taxonomy:
@@ -100,7 +104,8 @@ class Taxonomy:
             if domain is None or label not in self.domains[domain].labels:
                 known = self.domains[domain].labels if domain else ()
                 raise TaxonomyError(f"unknown label {label!r}", where=f"dataset {key!r}", fix=nearest(label, known))
-        return Dataset(key=key, domain=domain, labels=labels, language=entry.get("language", "en"), task=task)
+        language, group = entry.get("language", "en"), entry.get("group")
+        return Dataset(key=key, domain=domain, labels=labels, language=language, task=task, group=group)
 
     @cached_property
     def num_classes(self) -> int:
@@ -220,6 +225,7 @@ class _DatasetEntry(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=Tr
     domain: str
     labels: list[str] = []
     language: str = "en"
+    group: str | None = None
 
 
 class _Entries(msgspec.Struct, forbid_unknown_fields=True):

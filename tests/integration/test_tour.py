@@ -36,6 +36,10 @@ SUPPORT = {
     "evaluate/backends/heads.py": "a softmax over what the model gives, in a form that every backend shares",
     "evaluate/backends/interface.py": "the types of what a backend says",
     "evaluate/predictions.py": "the file of predictions, written and read",
+    "atlas/prompt.py": "the question in words, for every way of asking",
+    "evaluate/groups.py": "which rows are no independent evidence; only the intervals ask",
+    "evaluate/calibration.py": "what the probabilities of predictions are worth",
+    "evaluate/provenance.py": "a hash of what was scored",
     "evaluate/score.py": "reads predictions, calls the metrics, writes metrics.json",
     "evaluate/answers.py": "the text of a prediction",
 }

@@ -23,7 +23,7 @@ COMMANDS = {
     " --replace --allow-failed --setup --json",
     "train sft": "overrides --config --run --allow-quarantined --json",
     "predict": "model! overrides --atlas! --split --backend --run --allow-quarantined --json",
-    "score": "run! --resamples --seed --json",
+    "score": "run! --resamples --seed --by --cluster --atlas --json",
     "report": "run! --atlas --out --json",
     "compare": "runs! --seeds --allow-other-data --flips --resamples --seed --json",
     "tiny": "out! --atlas! --seed --json",

@@ -20,7 +20,7 @@ from hba.report.curves import curves
 from hba.report.load import Event, TaskScore, load_run, parse_metrics
 from hba.report.plots import Reference, bar, nice_axis, smooth, thin
 from hba.report.samples import choose
-from hba.report.terminal import metrics_table
+from hba.report.terminal import breakdown_tables, metrics_table
 
 METRICS = {
     "tasks": {
@@ -246,3 +246,52 @@ def test_text_has_a_contrast_of_4_5_in_light_dark_and_print() -> None:
             cell = tuple(c * share + p * (1 - share) for c, p in zip(colour["cell"], colour["card"], strict=True))
             ink = colour["cell-high-ink" if share >= 0.76 else "cell-low-ink"]
             assert _contrast(ink, cell) >= 4.45, (percent, block)
+
+
+def _slice(score: float) -> dict[str, object]:
+    task = {"score": score, "ci95": [score - 0.1, score + 0.1], "n": 40, "metric": "weighted_f1"}
+    return {"n": 40, "accuracy": score, "tasks": {"EMO": task}}
+
+
+SLICED = {
+    **METRICS,
+    "aggregate": {
+        **METRICS["aggregate"],
+        "breakdowns": {
+            "gen<b>der": {
+                "slices": {"f": _slice(0.9), "m": _slice(0.6)},
+                "gaps": {"EMO": 0.3},
+            }
+        },
+        "calibration": {
+            "all": {
+                **{"n": 20, "ece": 0.15, "brier": 0.3, "log_loss": 0.5, "accuracy": 0.6, "confidence": 0.75},
+                "bins": [{"low": 0.8, "high": 0.9, "n": 20, "confidence": 0.9, "accuracy": 0.6}],
+            },
+            "datasets": {},
+        },
+    },
+}
+
+
+def _shown(table: object) -> str:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(table)
+    return console.export_text()
+
+
+def test_slices_and_reliability_are_on_the_page_and_in_the_terminal(tmp_path: Path) -> None:
+    _run(tmp_path, SLICED | {"provenance": {**METRICS["provenance"], "hba_version": "0"}})
+    html = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "By gen&lt;b&gt;der" in html
+    assert "Reliability: expected calibration error 0.150 over 20 predictions" in html
+    assert "0.30</td>" in html  # the gap
+    printed = " ".join(_shown(table) for table in breakdown_tables(SLICED))
+    assert "By gen<b>der" in printed and "0.90" in printed
+    assert "expected calibration error 0.150 over 20" in _shown(metrics_table(SLICED))
+
+
+def test_a_report_without_probabilities_or_slices_has_no_such_section(tmp_path: Path) -> None:
+    _run(tmp_path, METRICS | {"provenance": {**METRICS["provenance"], "hba_version": "0"}})
+    html = write_report(tmp_path).read_text(encoding="utf-8")
+    assert 'id="calibration"' not in html and 'id="slices"' not in html

@@ -56,19 +56,27 @@ def score_command(
     run: Annotated[Path, typer.Argument(help="Run folder with predictions.jsonl.")],
     resamples: Annotated[int, typer.Option(min=100, help="Bootstrap resamples for the intervals.")] = 2000,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    by: Annotated[
+        list[str] | None, typer.Option(help="Break scores down by this field; give it again for more.")
+    ] = None,
+    cluster: Annotated[
+        str, typer.Option(help="Field whose equal values are drawn together: auto, none, or a field of the rows.")
+    ] = "auto",
+    atlas: Annotated[Path | None, typer.Option(help="Atlas with the row fields; the run's own by default.")] = None,
     json: JsonFlag = False,
 ) -> None:
     """Compute the published metrics with 95% intervals and chance levels; writes metrics.json."""
     from hba.evaluate.score import score_run
 
-    metrics = score_run(run, resamples=resamples, seed=seed)
+    metrics = score_run(run, resamples=resamples, seed=seed, by=by or (), cluster=cluster, atlas=atlas)
 
     def show() -> None:
         from rich.console import Console
 
-        from hba.report.terminal import metrics_table
+        from hba.report.terminal import breakdown_tables, metrics_table
 
-        Console().print(metrics_table(metrics))
+        for table in (metrics_table(metrics), *breakdown_tables(metrics)):
+            Console().print(table)
 
     answer(metrics, as_json=json, show=show)
 

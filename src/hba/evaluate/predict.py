@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence, Set
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -23,6 +23,7 @@ from hba.errors import InputError
 from hba.evaluate.backends import detect, open_backend
 from hba.evaluate.backends.interface import Answered, Backend
 from hba.evaluate.config import Opening, PredictConfig
+from hba.evaluate.groups import sample_groups
 from hba.evaluate.predictions import Prediction, PredictionLog
 from hba.model import checkpoint
 from hba.process import data_record, prepare_process
@@ -65,6 +66,7 @@ def _prediction(answered: Answered) -> Prediction:
         tokens_out=output.tokens_out,
         error=output.error,
         probs=output.probs,
+        modality=sample.modality_signature,
     )
 
 
@@ -116,11 +118,12 @@ def _append_predictions(
 ) -> PredictSummary:
     with PredictionLog(folder / "predictions.jsonl", atlas.taxonomy) as log, QuarantineLog(folder) as quarantine:
         rows, done = answerable(atlas, backend), log.done_ids()
+        groups = sample_groups(atlas)
         for finished, step in enumerate(predict(atlas, rows, backend, done), len(done) + 1):
             if isinstance(step, Quarantined):
                 quarantine.add(step)
             else:
-                log.append(step)
+                log.append(replace(step, group=groups.get(step.id)))
             progress(finished, len(rows))
         left_out = [r for r in quarantine.records(atlas.split) if r["id"] not in log.done_ids()]
         return PredictSummary(len(log.done_ids()), len(atlas) - len(rows), left_out)

@@ -21,7 +21,7 @@ from hba.errors import InputError, TaxonomyError
 from hba.storage import AppendLog
 from hba.taxonomy import BUILTIN, Taxonomy
 
-_OPTIONAL = ("probs", "group")
+_OPTIONAL = ("probs", "group", "modality")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Prediction:
     None. `label` is None if the answer could not be mapped. `error` is None unless the sample failed; with an
     error and no output it counts as wrong. `latency_s` is in seconds, `tokens_in` and `tokens_out` are
     counts, None if unknown. `probs` are the heads' probabilities. Rows with one `group` share a speaker or a
-    video and are resampled together.
+    video and are resampled together. `modality` is the row's signature, such as text_audio.
     """
 
     id: str
@@ -49,6 +49,7 @@ class Prediction:
     tokens_out: int | None = None
     probs: dict[str, float] | None = None
     group: str | None = None
+    modality: str | None = None
 
     @property
     def failed(self) -> bool:
@@ -57,7 +58,7 @@ class Prediction:
         return self.error is not None and self.label is None and not said
 
     def record(self) -> dict[str, Any]:
-        """The line of predictions.jsonl; `probs` and `group` only where they are known."""
+        """The line of predictions.jsonl; `probs`, `group` and `modality` only where they are known."""
         return {key: value for key, value in asdict(self).items() if value is not None or key not in _OPTIONAL}
 
 

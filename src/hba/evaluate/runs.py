@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from hba.errors import InputError
 from hba.evaluate.compare import Paired, paired_difference
 from hba.evaluate.predictions import Prediction, read_predictions
-from hba.evaluate.score import rows_of, run_facts
+from hba.evaluate.provenance import run_facts
+from hba.evaluate.score import rows_of
 from hba.taxonomy import BUILTIN, Taxonomy, of_folder
 
 

@@ -12,24 +12,39 @@ or not at all. Invariant: the same predictions in any order and the same seed gi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime, timezone
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hba import __version__
 from hba.errors import InputError
+from hba.evaluate.calibration import calibration
 from hba.evaluate.confusion import Rows, encode
+from hba.evaluate.fields import field_values
 from hba.evaluate.freeform import generation_metrics, majority_levels
 from hba.evaluate.metrics import score_rows
 from hba.evaluate.predictions import Prediction, read_predictions
+from hba.evaluate.provenance import provenance_of
+from hba.evaluate.slices import breakdown
 from hba.evaluate.stats import LEVEL, Chance, Intervals, bootstrap, chance
-from hba.storage import json_sha256, read_json, read_jsonl, write_json
+from hba.storage import read_jsonl, write_json
 from hba.taxonomy import BUILTIN, Taxonomy, of_folder
 
 JUDGED_NOTE = "not scored: free-form answers need a judge"
 EMPTY_NOTE = "not scored: no row with a defined score"
-PROVENANCE_KEYS = ("hba_version", "data_fingerprint", "split", "model", "seed", "created_at", "synthetic")
+AUTO_CLUSTERS, NO_CLUSTERS = "auto", "none"
+FEW_GROUPS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions:
+    """How a run is scored. `cluster` names the field whose equal values make rows one group: auto, none, or a field."""
+
+    resamples: int = 2000
+    seed: int = 0
+    published: bool = False
+    cluster: str = AUTO_CLUSTERS
+    by: tuple[str, ...] = ()
 
 
 def score_run(
@@ -40,17 +55,21 @@ def score_run(
     resamples: int = 2000,
     seed: int = 0,
     published: bool = False,
+    cluster: str = AUTO_CLUSTERS,
+    by: Sequence[str] = (),
+    atlas: Path | None = None,
     taxonomy: Taxonomy | None = None,
 ) -> dict[str, Any]:
     """Score a run folder, or one predictions file, write metrics.json beside the predictions and return it.
 
     `quarantine` defaults to quarantine.jsonl of the same folder if it exists. `provenance` overrides what
-    predict.json and environment.json of the folder say. Intervals are 95 % bootstrap percentiles over `resamples`
-    draws, clustered where predictions carry a `group`. Labels are those of `taxonomy`, by default the published one
-    with what `taxonomy.yaml` of the folder adds.
+    predict.json and environment.json of the folder say. Labels are those of `taxonomy`, by default the published one
+    with what `taxonomy.yaml` of the folder adds. `by` names fields to break scores down by; they and `cluster` (see
+    ScoreOptions) are read from the rows of `atlas`, by default the run's.
     Raises InputError naming file, line and field for bad input, StorageError for a full disk.
     """
     path = _predictions_path(Path(run))
+    options = ScoreOptions(resamples=resamples, seed=seed, published=published, cluster=cluster, by=tuple(by))
     folder = path.parent
     taxonomy = taxonomy or of_folder(folder)
     predictions = read_predictions(path, taxonomy)
@@ -59,10 +78,14 @@ def score_run(
         raise InputError("no prediction to score: the file is empty", where=str(path), fix=fix)
     left_out = Path(quarantine) if quarantine is not None else folder / "quarantine.jsonl"
     quarantined = _quarantine(left_out, quarantine is not None, predictions, taxonomy)
-    metrics = score_predictions(predictions, resamples=resamples, seed=seed, published=published, taxonomy=taxonomy)
+
+    def read(field: str) -> list[str | None]:
+        return field_values(field, predictions, taxonomy, folder=folder, atlas=atlas)
+
+    metrics = score_predictions(predictions, options=options, taxonomy=taxonomy, read=read)
     _add_counts(metrics, Counter(p.dataset for p in predictions if p.failed), quarantined, taxonomy)
-    how = {"resamples": resamples, "seed": seed, "published": published, "level": LEVEL}
-    metrics["provenance"] = _provenance(folder, predictions, provenance or {}) | {"scoring": how}
+    scoring = metrics.pop("scoring")
+    metrics["provenance"] = provenance_of(folder, predictions, provenance or {}) | {"scoring": scoring}
     write_json(folder / "metrics.json", metrics)
     return metrics
 
@@ -70,20 +93,74 @@ def score_run(
 def score_predictions(
     predictions: Sequence[Prediction],
     *,
-    resamples: int = 2000,
-    seed: int = 0,
-    published: bool = False,
+    options: ScoreOptions | None = None,
     taxonomy: Taxonomy = BUILTIN,
+    read: Callable[[str], Sequence[str | None]] | None = None,
 ) -> dict[str, Any]:
-    """metrics.json of `predictions` without provenance and quarantine: scores, intervals, chance levels."""
+    """metrics.json of `predictions` without provenance and quarantine; "scoring" says how it was made.
+
+    Scores, intervals, chance levels, breakdowns, calibration. `read` gives the values of a row field; without it only
+    what the predictions themselves say is used.
+    """
+    options = options or ScoreOptions()
     rows = rows_of(predictions, taxonomy)
-    metrics = score_rows(rows, published)
-    groups = [p.group for p in predictions]
-    clusters = groups if any(groups) else None
-    intervals = bootstrap(rows, clusters=clusters, resamples=resamples, seed=seed, published=published)
-    _add_statistics(metrics, intervals, chance(rows, seed=seed, published=published))
+    metrics = score_rows(rows, options.published)
+    clusters = _clusters(predictions, options.cluster, read)
+    how: dict[str, Any] = {"resamples": options.resamples, "seed": options.seed, "published": options.published}
+    intervals = bootstrap(rows, clusters=clusters, **how)
+    _add_statistics(metrics, intervals, chance(rows, seed=options.seed, published=options.published))
     _add_free_form(metrics, [p for p in predictions if taxonomy.dataset(p.dataset).domain is None])
+    slices = _slices(predictions, options.by, taxonomy, read)
+    metrics["aggregate"] |= {
+        "breakdowns": {name: breakdown(rows, values, clusters=clusters, **how) for name, values in slices.items()},
+        "calibration": calibration(predictions),
+    }
+    metrics["scoring"] = how | {"level": LEVEL, "clusters": _described(predictions, clusters, options.cluster)}
     return metrics
+
+
+def _clusters(
+    predictions: Sequence[Prediction], cluster: str, read: Callable[[str], Sequence[str | None]] | None
+) -> Sequence[str | None] | None:
+    """The group of each row, None when rows are drawn alone."""
+    if cluster == NO_CLUSTERS:
+        return None
+    if cluster == AUTO_CLUSTERS or read is None:
+        groups: Sequence[str | None] = [p.group for p in predictions]
+        return groups if any(groups) else None
+    return read(cluster)
+
+
+def _described(
+    predictions: Sequence[Prediction], clusters: Sequence[str | None] | None, cluster: str
+) -> dict[str, Any] | None:
+    """What rows were drawn together by; `few` names datasets whose interval rests on fewer than FEW_GROUPS groups."""
+    if clusters is None:
+        return None
+    drawn: dict[str, set[str]] = {}
+    for number, (prediction, group) in enumerate(zip(predictions, clusters, strict=True)):
+        drawn.setdefault(prediction.dataset, set()).add(str(number) if group is None else f"group {group}")
+    return {
+        "field": "group" if cluster == AUTO_CLUSTERS else cluster,
+        "groups": len({group for group in clusters if group is not None}),
+        "rows": sum(group is not None for group in clusters),
+        "few": sorted(key for key, groups in drawn.items() if len(groups) < FEW_GROUPS),
+    }
+
+
+def _slices(
+    predictions: Sequence[Prediction],
+    by: Sequence[str],
+    taxonomy: Taxonomy,
+    read: Callable[[str], Sequence[str | None]] | None,
+) -> dict[str, Sequence[str | None]]:
+    """The values of modality and language where there is more than one, and of every field that was asked for."""
+    found: dict[str, Sequence[str | None]] = {
+        "modality": [p.modality for p in predictions],
+        "language": [taxonomy.dataset(p.dataset).language for p in predictions],
+    }
+    found = {name: values for name, values in found.items() if len(set(values)) > 1}
+    return found | {field: read(field) for field in by if read is not None}
 
 
 def rows_of(predictions: Sequence[Prediction], taxonomy: Taxonomy = BUILTIN) -> Rows:
@@ -175,45 +252,3 @@ def _add_counts(metrics: dict[str, Any], failed: Counter[str], quarantined: Coun
         aggregate[name] = sum(entry[name] for entry in datasets.values())
     aggregate["n_quarantined"] += quarantined[""]
     aggregate["n_quarantined_unassigned"] = quarantined[""]
-
-
-def _fingerprint(predictions: Sequence[Prediction]) -> str:
-    """Hash of what was scored, whatever the order of the lines and the time they took."""
-    return json_sha256(sorted((p.id, p.dataset, p.target, str(p.label), str(p.answer)) for p in predictions))
-
-
-def run_facts(folder: Path) -> dict[str, Any]:
-    """What predict.json and environment.json of a run folder say of model, backend, seed and data; None if unknown.
-
-    Raises InputError for a malformed file.
-    """
-    environment, predict = (_facts(folder / name) for name in ("environment.json", "predict.json"))
-    data = predict.get("data") or environment.get("data") or {}
-    model = predict.get("model")
-    return {
-        "data_fingerprint": data.get("fingerprint"),
-        # A local model by its folder's name: where a run lies must not change its metrics.json.
-        "model": Path(model).name if isinstance(model, str) and Path(model).is_dir() else model,
-        "backend": predict.get("backend"),
-        "seed": environment.get("seed"),
-        "synthetic": data.get("synthetic"),
-    }
-
-
-def _provenance(folder: Path, predictions: Sequence[Prediction], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What is known about the run; the keys of the contract are always there, null if unknown."""
-    found = {
-        "hba_version": __version__,
-        "split": "+".join(sorted({p.split for p in predictions})),
-        "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "answers_sha256": _fingerprint(predictions),
-    }
-    return dict.fromkeys(PROVENANCE_KEYS) | run_facts(folder) | found | dict(given)
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    """environment.json or predict.json of the run, empty without one."""
-    facts = read_json(path) if path.is_file() else {}
-    if not isinstance(facts, dict) or not isinstance(facts.get("data") or {}, dict):
-        raise InputError("expected an object with an object `data`", where=str(path), fix="Restore or remove the file.")
-    return facts

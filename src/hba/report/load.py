@@ -56,6 +56,62 @@ class TaskScore(Score):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Slice:
+    """Part of the rows, scored alone; `accuracy` is the share of right rows."""
+
+    n: int
+    accuracy: float
+    tasks: dict[str, TaskScore]
+    n_invalid: int = 0
+    mean: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Breakdown:
+    """The slices of one field, and per task the distance between the best and the worst of them."""
+
+    slices: dict[str, Slice]
+    gaps: dict[str, float]
+
+    @property
+    def tasks(self) -> set[str]:
+        """The tasks that any slice has."""
+        return {key for part in self.slices.values() for key in part.tasks}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bin:
+    """The predictions whose confidence lies in (low, high]."""
+
+    low: float
+    high: float
+    n: int
+    confidence: float
+    accuracy: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrated:
+    """How probabilities fit outcomes; see `evaluate.calibration`."""
+
+    n: int
+    ece: float
+    brier: float
+    log_loss: float
+    accuracy: float
+    confidence: float
+    bins: tuple[Bin, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Calibration over all predictions with probabilities, with its bins, and per dataset."""
+
+    all: Calibrated
+    datasets: dict[str, Calibrated]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Metrics:
     """metrics.json. `datasets` holds every figure of a dataset under its published name,
     `counts` the totals n, n_invalid, n_failed, n_quarantined as far as they are given."""
@@ -65,6 +121,8 @@ class Metrics:
     mean: Score
     counts: Mapping[str, int]
     provenance: Mapping[str, Any]
+    breakdowns: Mapping[str, Breakdown] = dataclasses.field(default_factory=dict)
+    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +229,8 @@ def parse_metrics(raw: Any, *, where: str, taxonomy: Taxonomy = BUILTIN) -> Metr
         mean=_convert(aggregate.get("mean", {}), Score, f"{where}, aggregate.mean"),
         counts={key: value for key, value in aggregate.items() if isinstance(value, int)},
         provenance=_mapping(top["provenance"], where, "'provenance'"),
+        breakdowns=_convert(aggregate.get("breakdowns") or {}, dict[str, Breakdown], f"{where}, aggregate.breakdowns"),
+        calibration=_convert(aggregate.get("calibration"), Calibration | None, f"{where}, aggregate.calibration"),  # type: ignore[arg-type]
     )
 
 

@@ -22,6 +22,7 @@ from hba.report.embed import Budget
 from hba.report.html import HERE, environment, style
 from hba.report.load import Metrics, Run, load_run
 from hba.report.plots import Reference, bar
+from hba.report.reliability import reliability
 from hba.report.samples import choose, gather
 from hba.storage import atomic_write
 from hba.taxonomy import BUILTIN, Taxonomy, of_folder
@@ -110,6 +111,7 @@ def render(run: Run, atlas_root: Path | None = None, taxonomy: Taxonomy = BUILTI
             published=published,
             dataset_figures=[name for name in DATASET_FIGURES if any(name in d for d in run.metrics.datasets.values())],
             confused=confused,
+            reliability=reliability(run.metrics.calibration.all) if run.metrics.calibration else None,
             curves=curves(run.events, run.metrics.tasks) if run.events else None,
             samples=samples,
             quarantine=(run.quarantine or ())[:MAX_QUARANTINE_ROWS],

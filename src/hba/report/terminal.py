@@ -6,13 +6,14 @@ never read as rich markup.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from hba.report import words
 from hba.report.load import Score, TaskScore, parse_metrics
 from hba.report.words import count, figure, interval, not_scored, task_name
 
@@ -26,7 +27,7 @@ def metrics_table(metrics: Mapping[str, Any]) -> Table:
     """
     parsed = parse_metrics(dict(metrics), where="metrics.json")
     synthetic = parsed.provenance.get("synthetic") is True
-    title = "Scores on synthetic data" if synthetic else "Scores"
+    title = ("Scores on synthetic data" if synthetic else "Scores") + f"; {words.clusters(parsed.provenance)}"
     # 80 columns hold a task's name and its figures; the metrics' names are in the page and in metrics.json.
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("task", overflow="fold")
@@ -38,7 +39,33 @@ def metrics_table(metrics: Mapping[str, Any]) -> Table:
     table.add_section()
     mean, counts = parsed.mean, parsed.counts
     totals = [count(counts.get(name)) for name in ("n", "n_invalid", "n_quarantined")]
+    if parsed.calibration:
+        found = parsed.calibration.all
+        table.caption = f"expected calibration error {figure(found.ece)} over {count(found.n)} probabilities"
+        table.caption_justify = "left"
     table.add_row(Text("mean over scored tasks", style="bold"), *_score(mean, "bold"), "", *totals)
+    return table
+
+
+def breakdown_tables(metrics: Mapping[str, Any]) -> list[Table]:
+    """A table a breakdown of a metrics.json: one row a slice, one column a task."""
+    parsed = parse_metrics(dict(metrics), where="metrics.json")
+    tables = []
+    for field, breakdown in parsed.breakdowns.items():
+        keys = [key for key in parsed.tasks if key in breakdown.tasks]
+        table = _plain_table(f"By {field}", (field, "n", "right", *keys))
+        for name, part in breakdown.slices.items():
+            scores = (figure(part.tasks[key].score, 2) if key in part.tasks else words.DASH for key in keys)
+            table.add_row(*map(Text, (name, count(part.n), figure(part.accuracy, 2), *scores)))
+        tables.append(table)
+    return tables
+
+
+def _plain_table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column(Text(columns[0]), overflow="fold")
+    for name in columns[1:]:
+        table.add_column(name, justify="right", no_wrap=True)
     return table
 
 

@@ -5,6 +5,9 @@ A missing figure is a dash, never a zero.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from hba.report.load import TaskScore
 from hba.taxonomy import TASKS
 
@@ -47,6 +50,18 @@ def metric_name(metric: str) -> str:
 def task_name(key: str) -> str:
     """The task's name in the taxonomy, empty for a task of the user's own."""
     return TASKS[key].name if key in TASKS else ""
+
+
+def clusters(provenance: Mapping[str, Any]) -> str:
+    """What the intervals took for independent."""
+    scoring = provenance.get("scoring")
+    if not isinstance(scoring, dict) or "clusters" not in scoring:
+        return "intervals as recorded"
+    drawn = scoring["clusters"]
+    if drawn is None:
+        return "rows drawn alone"
+    few = f"; few groups in {', '.join(drawn['few'])}" if drawn["few"] else ""
+    return f"rows of one {drawn['field']} drawn together ({plural(drawn['groups'], 'group')}{few})"
 
 
 def not_scored(task: TaskScore) -> str:

@@ -129,7 +129,7 @@ def test_the_page_says_what_the_run_found(built, page: Page) -> None:
 
 def test_charts_tables_and_media_have_names_for_those_who_cannot_see_them(page: Page) -> None:
     charts = [svg for svg in page.all("svg") if svg.get("role") == "img"]
-    assert len(charts) == 7 + 4 + 7
+    assert len(charts) == 7 + 4 + 7 + 1  # tasks, training, validation by task, reliability
     for element in (*charts, *page.all("audio"), *page.all("video")):
         assert element["aria-label"]
     assert all("controls" in element for element in (*page.all("audio"), *page.all("video")))

@@ -1,0 +1,74 @@
+"""What a field says of every predicted sample: for slices, fairness and clusters.
+
+`dataset`, `task`, `split`, `language`, `modality` and `group` come from the predictions and the taxonomy. Any other
+name is a field of the atlas' rows, read from the atlas that the run recorded or the one that is given. Refused: a field
+that no row has, and an atlas of another fingerprint than the run's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hba.errors import InputError, nearest
+from hba.evaluate.predictions import Prediction
+from hba.storage import read_json
+from hba.taxonomy import Taxonomy
+
+PREDICTED = ("dataset", "task", "split", "language", "modality", "group")
+
+
+def field_values(
+    field: str, predictions: Sequence[Prediction], taxonomy: Taxonomy, *, folder: Path, atlas: Path | None = None
+) -> list[str | None]:
+    """The value of `field` for every prediction as text, None where a row does not have it.
+
+    `task` is the benchmark's task key (EMO). Raises InputError when no row has the field, naming those that there are.
+    """
+    if field in PREDICTED:
+        if field in ("task", "language"):
+            values = [getattr(taxonomy.dataset(p.dataset), field) for p in predictions]
+        else:
+            values = [getattr(p, field) for p in predictions]
+        if not any(values):
+            fix = "Predict again with this version, or name a field of the rows."
+            raise InputError(f"no prediction says its {field}", where=str(folder), fix=fix)
+        return values
+    return _from_atlas(field, predictions, folder, atlas)
+
+
+def _from_atlas(field: str, predictions: Sequence[Prediction], folder: Path, atlas: Path | None) -> list[str | None]:
+    from hba.atlas import open_atlas
+
+    path = folder / "predict.json"
+    asked = read_json(path) if path.is_file() else {}
+    data = asked.get("data") or {}
+    place = str(atlas) if atlas is not None else data.get("path")
+    split = asked.get("split") or "+".join(sorted({p.split for p in predictions}))
+    if not place:
+        fix = "Say with --atlas where the rows are."
+        raise InputError(f"the run does not record the atlas that has the field {field!r}", where=str(path), fix=fix)
+    opened = open_atlas(place, split=split)
+    if data.get("fingerprint") not in (None, opened.fingerprint):
+        raise InputError(
+            "is not the atlas that was predicted", where=str(place), fix="Say with --atlas which one it was."
+        )
+    wanted, found, names = {p.id for p in predictions}, {}, set(PREDICTED)
+    for index, sample in enumerate(opened):
+        if sample.id in wanted:
+            row = {**sample.extra, **_published(opened.row(index))}
+            names |= row.keys()
+            found[sample.id] = _text(row.get(field))
+    values = [found.get(p.id) for p in predictions]
+    if not any(value is not None for value in values):
+        raise InputError(f"no row has the field {field!r}", where=str(place), fix=nearest(field, sorted(names)))
+    return values
+
+
+def _published(row: Any) -> dict[str, Any]:
+    return {name: getattr(row, name) for name in ("class_label", "modality_signature", "answer", "problem")}
+
+
+def _text(value: Any) -> str | None:
+    return None if value in (None, "") else str(value)

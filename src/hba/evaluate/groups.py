@@ -1,0 +1,50 @@
+"""Which samples are no independent evidence: those of one speaker, dialogue or video.
+
+The release has no field for it. In this order: a field of the row that names a speaker, participant, dialogue or video
+(`GROUP_FIELDS`, or one of the user's own with `hba score --cluster`); what the file name tells where the source names
+files by speaker or dialogue (`group` of the dataset in taxonomy.yaml); a clip, sound or image that several rows share.
+A row of which nothing is known stands alone: a group is never guessed from what a row says.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import PurePosixPath
+
+from hba.atlas import Atlas
+from hba.atlas.sample import Row
+
+GROUP_FIELDS = (
+    *("speaker_id", "speaker", "participant_id", "participant", "subject_id", "subject"),
+    *("dialogue_id", "video_id"),
+)
+UNNAMED = "-"  # what a shard gives for the path of a medium that it does not tell
+
+
+def sample_groups(atlas: Atlas) -> dict[str, str]:
+    """The group of every sample that shares one with another, by sample id. Reads rows, opens no medium."""
+    named: dict[str, str] = {}
+    shared: dict[str, str] = {}
+    for index, sample in enumerate(atlas):
+        field = next((name for name in GROUP_FIELDS if sample.extra.get(name) not in (None, "")), None)
+        if field is not None:
+            named[sample.id] = f"{field}: {sample.extra[field]}"
+            continue
+        path = _first_medium(atlas.row(index))
+        if path is not None:
+            told = _told_by_name(atlas.taxonomy.dataset(sample.dataset).group, path)
+            (named if told else shared)[sample.id] = told or path
+    found = named | shared
+    sizes = Counter(found.values())
+    return {key: group for key, group in found.items() if sizes[group] > 1}
+
+
+def _first_medium(row: Row) -> str | None:
+    paths = (*row.videos[:1], *row.audios[:1], *row.images[:1])
+    return next((path for path in paths if path != UNNAMED), None)
+
+
+def _told_by_name(pattern: str | None, path: str) -> str | None:
+    found = re.search(pattern, PurePosixPath(path).name) if pattern else None
+    return f"file name: {found[1]}" if found else None
