@@ -48,10 +48,20 @@ __all__ = [
     "Source",
     "Video",
     "load_audio",
+    "load_bytes",
     "load_descriptor",
     "load_image",
     "load_video",
 ]
+
+
+def load_bytes(source: Source, *, where: str, limits: Limits = DEFAULT_LIMITS) -> bytes:
+    """The source as it is stored. Raises MediaError when it is empty, cannot be read or exceeds `limits`."""
+    check_source(source, where=where, limits=limits)
+    try:
+        return read_bytes(source)
+    except OSError as error:
+        raise MediaError(f"cannot be read ({error.strerror})", where=where, fix=RESTORE) from None
 
 
 def load_image(source: Source, *, where: str, limits: Limits = DEFAULT_LIMITS) -> Image:

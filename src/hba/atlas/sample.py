@@ -117,6 +117,12 @@ class Sample:
             where, sources = self.place("videos"), self._sources("videos")
             return [media.load_video(s, num_frames, where=where, limits=limits, frames=frames) for s in sources]
 
+    def read_videos(self, limits: media.Limits = media.DEFAULT_LIMITS) -> list[bytes]:
+        """The bytes of every video as it is stored, not decoded. Raises MediaError naming the place."""
+        with self._recorded():
+            where = self.place("videos")
+            return [media.load_bytes(s, where=where, limits=limits) for s in self._sources("videos")]
+
     def load_images(self, limits: media.Limits = media.DEFAULT_LIMITS) -> list[media.Image]:
         """Decode every image. Raises MediaError naming the place."""
         with self._recorded():

@@ -3,14 +3,58 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from hba.atlas import Atlas
+from hba.atlas.answer_format import AnswerFormat
 from hba.atlas.batch import EncodeConfig
 from hba.atlas.loader import LoaderConfig
+from hba.atlas.prompt import Wording
+from hba.atlas.sample import Sample
 from hba.config import option
+from hba.remote import ClientConfig
+from hba.storage import json_sha256
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """How a model that answers in words is asked, and how its answer is drawn."""
+
+    format: str = option("boxed", "answer format: plain, boxed (no thinking), think, or a .jinja file")
+    temperature: Annotated[float, Field(ge=0)] | None = option(
+        0.0, "of sampling; 0 takes the most probable token each time; null leaves it to the server"
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] = option(1.0, "share of the probability that is sampled from")
+    max_tokens: Annotated[int, Field(ge=1)] = option(1024, "longest answer, thinking included")
+    seed: Annotated[int, Field(ge=0)] = option(0, "of sampling, and of the random baseline")
+
+    extra: dict[str, Any] | None = option(
+        None, "further fields of a remote request, such as {reasoning_effort: low} or vLLM's chat_template_kwargs"
+    )
+
+    def identity(self) -> dict[str, Any]:
+        """What decides an answer, by name; the format by the words of its file."""
+        sampled = {"top_p": self.top_p, "seed": self.seed} if self.temperature != 0 else {}
+        words = json_sha256(AnswerFormat(self.format).source)[:16]
+        kept = {"format": f"{self.format} {words}", "temperature": self.temperature, "max_tokens": self.max_tokens}
+        return kept | sampled | ({"extra": self.extra} if self.extra else {})
+
+
+class Asked(Wording):
+    """The wording of a prediction: the row's problem in an answer format. Picklable."""
+
+    def __init__(self, answer_format: str) -> None:
+        self._format = AnswerFormat(answer_format)
+
+    def question(self, sample: Sample) -> str:
+        """The problem as the format asks it."""
+        return self._format.prompt(sample.problem)
+
+    def answer(self, sample: Sample) -> str:
+        """A right answer in the format."""
+        return self._format.response(sample.target)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +66,12 @@ class PredictConfig:
     attention: Literal["sdpa", "eager", "flash_attention_2"] = option("sdpa", "attention implementation")
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     encode: EncodeConfig | None = option(None, "how samples become tokens, frames and patches")
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    remote: ClientConfig = field(default_factory=ClientConfig)
+    video: Literal["frames", "file"] = option(
+        "frames", "how a remote model gets a clip: encode.num_frames images, or the file itself as video_url"
+    )
+    fit_split: str = option("train", "split that the majority and random baselines learn from")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The backends by name. Each is a module with a function `open_backend(Opening) -> Backend`, imported when asked for.
+"""The backends by name. Each is a module with `open_backend(name, Opening) -> Backend`, imported when asked for.
 
 To add one, write the module after `interface.Backend` and name it in `MODULES`.
 """
@@ -13,6 +13,10 @@ from hba.evaluate.config import Opening
 
 MODULES = {
     "heads": "hba.evaluate.backends.heads",
+    "openai": "hba.evaluate.backends.remote",
+    "anthropic": "hba.evaluate.backends.remote",
+    "majority": "hba.evaluate.backends.baselines",
+    "random": "hba.evaluate.backends.baselines",
 }
 
 
@@ -20,10 +24,10 @@ def open_backend(name: str, opening: Opening) -> Backend:
     """The backend of that name over a model. Raises InputError for an unknown name or a model that it cannot use."""
     if name not in MODULES:
         raise InputError(f"no backend {name!r}", where="--backend", fix=nearest(name, MODULES))
-    backend: Backend = import_module(MODULES[name]).open_backend(opening)
+    backend: Backend = import_module(MODULES[name]).open_backend(name, opening)
     return backend
 
 
 def detect(model: str) -> str:
-    """The backend for `model` when none is named: heads, which refuses what has none. Nothing else is guessed."""
-    return "heads"
+    """The backend for `model` when none is named: a baseline by its name, else heads, which refuses what has none."""
+    return model if model in ("majority", "random") else "heads"

@@ -63,16 +63,15 @@ class HeadsBackend:
         return outputs
 
 
-def open_backend(opening: Opening) -> HeadsBackend:
+def open_backend(_name: str, opening: Opening) -> HeadsBackend:
     """The heads of a checkpoint or run folder. Raises InputError for a backbone, whose heads are not trained."""
-    name, config, taxonomy = opening.model, opening.config, opening.atlas.taxonomy
-    trained = checkpoint.resolve(name)
+    model_name, config, taxonomy = opening.model, opening.config, opening.atlas.taxonomy
+    trained = checkpoint.resolve(model_name)
     if trained is None:
         fix = "Give a checkpoint, or the run folder of `hba train sft`; --backend hf answers in words."
-        raise InputError("a backbone without trained heads: its answers would be random", where=name, fix=fix)
-    model = checkpoint.load(name, dtype=config.dtype, attention=config.attention, taxonomy=taxonomy).eval()
+        raise InputError("a backbone without trained heads: its answers would be random", where=model_name, fix=fix)
+    model = checkpoint.load(model_name, dtype=config.dtype, attention=config.attention, taxonomy=taxonomy).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    origin = {"model": file_sha256(trained / "heads.safetensors"), "checkpoint": checkpoint.describe(name)}
+    origin = {"model": file_sha256(trained / "heads.safetensors"), "checkpoint": checkpoint.describe(model_name)}
     encoder = Encoder(model.processor, opening.encode, taxonomy)
     return HeadsBackend(model, encoder, batch_size=config.batch_size, loader=config.loader, origin=origin)
-

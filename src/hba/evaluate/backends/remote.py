@@ -1,0 +1,126 @@
+"""Models behind an API: any OpenAI-compatible server, and Anthropic's.
+
+A sample becomes one chat request: the problem in the answer format, each medium where its tag stands. Sound goes as a
+16 kHz wav (input_audio), an image as a lossless PNG of at most `encode.max_pixels`, a clip as the frames that the
+loader takes, with their times, or as its file (`video=file`). Requests go out as the client's adaptive limit allows; a
+request that is refused, or fails at every attempt, gives an output with its error, and a medium that cannot be read
+quarantines its sample. A server of which nothing can be expected stops the run, which can be resumed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterator, Mapping, Set
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from hba.atlas import Atlas
+from hba.atlas.batch import messages_of
+from hba.atlas.sample import Quarantined, Sample
+from hba.atlas.sampler import Indices
+from hba.errors import InputError, MediaError
+from hba.evaluate.backends.interface import Answered, Output, Result, samples, spoken
+from hba.evaluate.backends.wire import WIRE_VERSION, filled, media_parts
+from hba.evaluate.config import Asked, Opening
+from hba.remote import ChatRequest, RemoteClient, RequestError, bounded
+from hba.taxonomy import Taxonomy
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Question:
+    """A sample, ready to be sent."""
+
+    sample: Sample
+    request: ChatRequest
+
+
+class RemoteBackend:
+    """A `Backend` over one remote model. Raises ConfigError for a bad URL or a missing key."""
+
+    free_form = True
+
+    def __init__(self, name: str, opening: Opening) -> None:
+        self.name, self._opening = name, opening
+        self._settings, self._encode = opening.config.generation, opening.encode
+        self._wording = Asked(self._settings.format)
+        self._client = RemoteClient(opening.model, replace(opening.config.remote, provider=name))  # type: ignore[arg-type]
+        self.meter = self._client.meter
+
+    def identity(self) -> Mapping[str, Any]:
+        """Model, prompt and sampling; not where the server runs, which a restart may change."""
+        media = {"video": self._opening.config.video, "wire": WIRE_VERSION}
+        return {"model": self._opening.model, **self._settings.identity(), **media}
+
+    def answers(self, atlas: Atlas, rows: Indices, done: Set[str]) -> Iterator[Result]:
+        """In the order in which replies come."""
+        return drained(self._answers(atlas, rows, done))
+
+    async def _answers(self, atlas: Atlas, rows: Indices, done: Set[str]) -> AsyncGenerator[Result, None]:
+        async def ask(question: _Question | Quarantined) -> Result:
+            return question if isinstance(question, Quarantined) else await self._ask(question, atlas.taxonomy)
+
+        async with self._client:
+            width = self._opening.config.remote.max_concurrency
+            async for result in bounded(self._questions(atlas, rows, done), ask, width):
+                yield result
+
+    def _questions(self, atlas: Atlas, rows: Indices, done: Set[str]) -> Iterator[_Question | Quarantined]:
+        for sample in samples(atlas, rows, done):
+            try:
+                yield _Question(sample=sample, request=self.request(sample))
+            except MediaError as error:
+                yield sample.quarantined(error)
+
+    def request(self, sample: Sample) -> ChatRequest:
+        """What is sent for a sample. Raises MediaError for a medium that cannot be read."""
+        parts = media_parts(sample, self._encode, video=self._opening.config.video)
+        settings = self._settings
+        sampled = settings.temperature != 0
+        return ChatRequest(
+            messages=filled(messages_of(sample, self._encode, self._wording), parts),
+            max_tokens=settings.max_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p if sampled and settings.top_p < 1 else None,
+            draw=settings.seed if sampled else 0,
+            extra={**({"seed": settings.seed} if sampled and self.name == "openai" else {}), **(settings.extra or {})},
+        )
+
+    async def _ask(self, question: _Question, taxonomy: Taxonomy) -> Result:
+        try:
+            reply = await self._client.complete(question.request)
+        except RequestError as error:
+            return Answered(question.sample, Output(text=None, answer=None, label=None, error=error.what))
+        counts = {"tokens_in": reply.tokens_in, "tokens_out": reply.tokens_out, "seconds": reply.seconds}
+        return Answered(question.sample, spoken(question.sample, reply.text, taxonomy, **counts))
+
+
+def drained(source: AsyncGenerator[T, None]) -> Iterator[T]:
+    """What an asynchronous generator yields, for a caller that is not asynchronous. Closed with its work cancelled."""
+    loop = asyncio.new_event_loop()
+    try:
+        while True:
+            try:
+                item = loop.run_until_complete(anext(source))
+            except StopAsyncIteration:
+                return
+            yield item
+    finally:
+        loop.run_until_complete(source.aclose())
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.run_until_complete(loop.shutdown_default_executor())
+        loop.close()
+
+
+def open_backend(name: str, opening: Opening) -> RemoteBackend:
+    """The remote model. Raises InputError when the API cannot take the media of the rows."""
+    if name == "anthropic":
+        refused = {"audio": opening.atlas.columns.num_audios, "video": opening.atlas.columns.num_videos}
+        if opening.config.video == "frames":
+            del refused["video"]
+        for modality, counts_N in refused.items():
+            if modality in opening.encode.modalities and counts_N.any():
+                fix = "Leave it out with --modalities video (the prompt keeps its text)."
+                raise InputError(f"the anthropic API takes no {modality}, but rows have it", where="--backend", fix=fix)
+    return RemoteBackend(name, opening)

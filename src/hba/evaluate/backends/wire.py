@@ -1,0 +1,90 @@
+"""Media of a sample as the parts of a chat request.
+
+Everything is a function of the decoded medium, so that the same sample gives the same bytes and a response cache finds
+them. Nothing is cut: a sound longer than `encode.max_audio_seconds` is refused, as in training.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+import soundfile
+
+from hba.atlas.batch import EncodeConfig, load_media
+from hba.atlas.media import SAMPLE_RATE, Image, Video
+from hba.atlas.prompt import Message, Modality
+from hba.atlas.sample import Sample
+from hba.remote.request import Message as RemoteMessage
+from hba.remote.request import Part
+
+WIRE_VERSION = 1  # raised when the same sample would be sent in another form
+
+Parts = Mapping[Modality, list[list[Part]]]
+
+
+def media_parts(sample: Sample, encode: EncodeConfig, *, video: str) -> Parts:
+    """The parts of each medium by modality, in the order of the row. Raises MediaError for one that cannot be read."""
+    decoded = load_media(sample, encode, SAMPLE_RATE)  # also where files are sent: what is broken is found here
+    if video == "file" and decoded.videos:
+        clips = [[_file(data)] for data in sample.read_videos()]
+    else:
+        clips = [_frames(clip, encode.max_pixels) for clip in decoded.videos]
+    return {
+        "audio": [[_sound(samples)] for samples in decoded.audios],
+        "image": [[_picture(image, encode.max_pixels)] for image in decoded.images],
+        "video": clips,
+    }
+
+
+def filled(messages: list[Message], parts: Parts) -> list[RemoteMessage]:
+    """`messages` with every placeholder replaced by the parts of its medium; text alone stays a plain string."""
+    waiting: dict[str, Iterator[list[Part]]] = {modality: iter(each) for modality, each in parts.items()}
+    sent: list[RemoteMessage] = []
+    for message in messages:
+        content: list[Part] = []
+        for item in message["content"]:
+            content += [dict(item)] if item["type"] == "text" else next(waiting[item["type"]])
+        plain = all(part["type"] == "text" for part in content)
+        text = "".join(part["text"] for part in content) if plain else content
+        sent.append({"role": message["role"], "content": text})
+    return sent
+
+
+def _sound(samples: npt.NDArray[Any]) -> Part:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.asarray(samples), SAMPLE_RATE, format="WAV", subtype="PCM_16")
+    return {"type": "input_audio", "input_audio": {"data": _base64(buffer.getvalue()), "format": "wav"}}
+
+
+def _frames(clip: Video, max_pixels: int) -> list[Part]:
+    times = ", ".join(f"{seconds:.1f}" for seconds in clip.timestamps_seconds)
+    said = f"[A video of {clip.duration_seconds:.1f} s; its frames at {times} s:]"
+    return [{"type": "text", "text": said}, *(_picture(frame, max_pixels) for frame in clip.frames)]
+
+
+def _picture(image: Image, max_pixels: int) -> Part:
+    picture = PIL.Image.fromarray(image)
+    scale = math.sqrt(max_pixels / (picture.width * picture.height))
+    if scale < 1:
+        size = (max(1, int(picture.width * scale)), max(1, int(picture.height * scale)))
+        picture = picture.resize(size, PIL.Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{_base64(buffer.getvalue())}"}}
+
+
+def _file(data: bytes) -> Part:
+    kinds = ((4, b"ftyp", "mp4"), (0, b"\x1a\x45\xdf\xa3", "webm"), (8, b"AVI ", "x-msvideo"))
+    kind = next((name for at, magic, name in kinds if data[at : at + len(magic)] == magic), "mp4")
+    return {"type": "video_url", "video_url": {"url": f"data:video/{kind};base64,{_base64(data)}"}}
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")

@@ -1,0 +1,139 @@
+"""Predictions by a remote model against a server on the loopback: what is sent, and what becomes of the replies."""
+
+import base64
+import io
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+import soundfile
+
+from hba import open_atlas
+from hba.atlas.batch import EncodeConfig
+from hba.config import load_config
+from hba.errors import InputError
+from hba.evaluate.backends import open_backend
+from hba.evaluate.config import Opening, PredictConfig
+from hba.evaluate.predict import predict_run
+from hba.evaluate.predictions import read_predictions
+from hba.evaluate.score import score_run
+
+ENCODE = EncodeConfig(num_frames=2, max_pixels=3136)
+
+
+def opening(mini_atlas, *overrides, encode=ENCODE, split="test"):
+    atlas = open_atlas(mini_atlas, split=split)
+    config = load_config(PredictConfig, None, ["remote.base_url=http://127.0.0.1:9/v1", *overrides])
+    return Opening(model="m", place=str(mini_atlas), atlas=atlas, config=config, encode=encode)
+
+
+def seen_and_heard(atlas):
+    """A sample with a video and a sound."""
+    return next(sample for sample in atlas if sample.videos and sample.audios)
+
+
+def test_a_request_holds_the_media_where_their_tags_stand(mini_atlas):
+    given = opening(mini_atlas)
+    sample = seen_and_heard(given.atlas)
+    (message,) = open_backend("openai", given).request(sample).messages
+    kinds = [part["type"] for part in message["content"] if part["type"] != "text"]
+    assert sorted(kinds) == ["image_url", "image_url", "input_audio"]
+    text = "".join(part["text"] for part in message["content"] if part["type"] == "text")
+    assert "\\boxed{}" in text and "<audio>" not in text and "<video>" not in text
+    (sound,) = (part["input_audio"] for part in message["content"] if part["type"] == "input_audio")
+    heard, rate = soundfile.read(io.BytesIO(base64.b64decode(sound["data"])), dtype="float32")
+    (audio,) = sample.load_audios()
+    assert rate == 16000 and sound["format"] == "wav"
+    np.testing.assert_allclose(heard, audio.samples, atol=1 / 32768)
+
+
+def test_frames_are_those_of_the_loader_with_their_times(mini_atlas):
+    given = opening(mini_atlas, encode=EncodeConfig(num_frames=2, max_pixels=10**7))
+    sample = seen_and_heard(given.atlas)
+    (message,) = open_backend("openai", given).request(sample).messages
+    urls = [part["image_url"]["url"] for part in message["content"] if part["type"] == "image_url"]
+    shown = [np.array(PIL.Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))) for url in urls]
+    (video,) = sample.load_videos(2)
+    np.testing.assert_array_equal(shown, video.frames)
+    times = ", ".join(f"{t:.1f}" for t in video.timestamps_seconds)
+    assert any(f"frames at {times} s" in part.get("text", "") for part in message["content"])
+
+
+def test_a_clip_can_go_as_its_file(mini_atlas):
+    given = opening(mini_atlas, "video=file")
+    sample = seen_and_heard(given.atlas)
+    (message,) = open_backend("openai", given).request(sample).messages
+    (url,) = (part["video_url"]["url"] for part in message["content"] if part["type"] == "video_url")
+    assert url.startswith("data:video/mp4;base64,")
+    assert [base64.b64decode(url.partition(",")[2])] == sample.read_videos()
+
+
+def test_anthropic_is_refused_sound_before_anything_is_sent(mini_atlas, monkeypatch):
+    with pytest.raises(InputError, match=r"takes no audio.*--modalities"):
+        open_backend("anthropic", opening(mini_atlas))
+
+
+def run(folder, atlas, server, *overrides, backend="openai", **options):
+    settings = ["remote.first_backoff_seconds=0.01", "encode.num_frames=2", "encode.max_pixels=3136"]
+    config = load_config(PredictConfig, None, [f"remote.base_url={server.url}", *settings, *overrides])
+    options = {"atlas": str(atlas), "split": "test", "progress": lambda *_: None} | options
+    return predict_run("m", folder, backend=backend, config=config, **options)
+
+
+def test_the_server_gets_every_kind_of_medium(mini_atlas, chat_server, tmp_path):
+    server = chat_server(brain="kinds")
+    said = run(tmp_path, mini_atlas, server)
+    atlas = {sample.id: sample for sample in open_atlas(mini_atlas, split="test")}
+    predictions = read_predictions(tmp_path / "predictions.jsonl")
+    assert said.predicted == len(predictions) == len(atlas) == server.stats()["distinct"]
+    for prediction in predictions:
+        sample = atlas[prediction.id]
+        assert prediction.output.count("input_audio") == sample.audios
+        assert prediction.output.count("image_url") == sample.images + 2 * sample.videos
+        assert prediction.tokens_out == 5 and prediction.latency_s >= 0
+
+
+@pytest.mark.parametrize("backend", ["openai", "anthropic"])
+def test_answers_are_extracted_and_the_unusable_count_as_wrong(mini_atlas, chat_server, tmp_path, backend):
+    run(tmp_path, mini_atlas, chat_server(brain="choose"), "encode.modalities=[]", backend=backend)
+    predictions = read_predictions(tmp_path / "predictions.jsonl")
+    labelled = [p for p in predictions if p.dataset not in ("siq2", "intentqa", "mimeqa")]
+    assert {p.label is None for p in labelled} == {True, False}
+    for prediction in labelled:
+        boxed = "\\boxed" in prediction.output
+        assert (prediction.label is not None) == boxed
+    metrics = score_run(tmp_path, resamples=100)
+    assert metrics["aggregate"]["n_invalid"] == sum(p.label is None for p in labelled)
+
+
+def test_a_refused_request_is_an_error_of_its_sample_alone(mini_atlas, chat_server, tmp_path):
+    atlas = open_atlas(mini_atlas, split="test")
+    victim = next(sample for sample in atlas if sample.label is not None and sample.problem.count('"') == 2)
+    server = chat_server(brain="choose", refuse=victim.problem.split('"')[1])
+    said = run(tmp_path, mini_atlas, server, "encode.modalities=[]")
+    failed = [p for p in read_predictions(tmp_path / "predictions.jsonl") if p.error]
+    assert victim.id in {p.id for p in failed} and said.predicted == len(atlas)
+    assert {p.error for p in failed} == {"HTTP 400: this is refused"} and all(p.failed for p in failed)
+    assert score_run(tmp_path, resamples=100)["aggregate"]["n_failed"] == len(failed)
+
+
+def test_neither_key_nor_host_stands_in_the_run_folder(mini_atlas, chat_server, tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "sk-test-0123456789")
+    server = chat_server(brain="key")
+    run(tmp_path, mini_atlas, server, "remote.api_key_env=MY_KEY", "encode.modalities=[]")
+    written = "".join(path.read_text() for path in tmp_path.iterdir() if path.suffix in (".json", ".jsonl"))
+    assert "authorized" in written and "sk-test" not in written
+    assert json.loads((tmp_path / "predict.json").read_text())["identity"]["model"] == "m"
+
+
+def test_another_prompt_is_another_run(mini_atlas, chat_server, tmp_path):
+    server = chat_server()
+    run(tmp_path, mini_atlas, server, "encode.modalities=[]")
+    with pytest.raises(InputError, match="another format"):
+        run(tmp_path, mini_atlas, server, "encode.modalities=[]", "generation.format=think")
+    with pytest.raises(InputError, match="another temperature, top_p, seed"):
+        run(tmp_path, mini_atlas, server, "encode.modalities=[]", "generation.temperature=0.7")
+    moved = chat_server()  # a restarted server has another port: the same model, nothing left to ask
+    assert run(tmp_path, mini_atlas, moved, "encode.modalities=[]").predicted
+    assert moved.stats()["requests"] == 0
