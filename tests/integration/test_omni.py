@@ -10,7 +10,7 @@ from PIL import Image
 from hba import open_atlas
 from hba.atlas.batch import IGNORED, EncodeConfig, Encoder, collate
 from hba.errors import InputError
-from hba.model.omni import media_token_ids
+from hba.model.generate import media_token_ids
 
 
 @pytest.fixture(scope="module")

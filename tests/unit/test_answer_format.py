@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hba.atlas.answer_format import FORMATS, AnswerFormat
+from hba.atlas.answer_format import FORMATS, AnswerFormat, FormatMix
+from hba.atlas.sample import Sample
 from hba.errors import InputError
 from hba.evaluate.answers import extract
 
@@ -62,6 +63,37 @@ def test_a_file_that_is_no_format_is_refused(tmp_path, text, said):
     path.write_text(text)
     with pytest.raises(InputError, match=said):
         AnswerFormat(str(path))
+
+
+def sample(number, **fields):
+    row = {"problem": "What?", "dataset": "cremad", "task": "emotion_cls", "label": "sad", "answer": "sad"}
+    media = {"images": 0, "videos": 0, "audios": 0, "ext_video_feats": 0, "ext_audio_feats": 0, "texts": ()}
+    rest = {"modality_signature": "text", "source": None, "where": f"train.jsonl:{number}", "extra": fields}
+    return Sample(id=str(number), split="train", number=number, **row, **media, **rest)
+
+
+def test_a_mix_gives_every_format_its_share_and_a_sample_always_the_same():
+    mix = FormatMix({"plain": 1.0, "think": 1.0}, reasoning="Low voice.", seed=3)
+    names = [mix.format_of(sample(i)).name for i in range(2000)]
+    assert 0.45 < names.count("think") / len(names) < 0.55
+    again = pickle.loads(pickle.dumps(mix))
+    assert names == [again.format_of(sample(i)).name for i in range(2000)]
+    assert names != [FormatMix(mix.weights, seed=4).format_of(sample(i)).name for i in range(2000)]
+    asked = {mix.answer(sample(i)) for i in range(50)}
+    assert asked == {"sad", "<think>Low voice.</think>\n\\boxed{sad}"}
+
+
+def test_reasoning_comes_from_the_row_or_is_missed_by_name():
+    mix = FormatMix({"think": 1.0})
+    assert mix.answer(sample(1, reasoning="The brows are drawn.")).startswith("<think>The brows are drawn.</think>")
+    with pytest.raises(InputError, match=r"train\.jsonl:7: no reasoning"):
+        mix.answer(sample(7))
+    assert FormatMix({"boxed": 1.0}).answer(sample(7)) == "\\boxed{sad}"
+    with pytest.raises(InputError, match="not a jinja text"):
+        FormatMix({"think": 1.0}, reasoning="{{")
+    for weights in ({}, {"plain": 0.0}, {"plain": -1.0}):
+        with pytest.raises(InputError, match="formats"):
+            FormatMix(weights)
 
 
 def test_an_unknown_name_suggests_the_nearest():

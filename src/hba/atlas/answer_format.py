@@ -9,14 +9,17 @@ It refuses to invent: a format that shows reasoning needs some for every row.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from jinja2 import meta
 
+from hba.atlas.sample import Sample
 from hba.errors import InputError, nearest
 
 FORMATS = Path(__file__).parent.parent / "formats"
@@ -30,7 +33,7 @@ class AnswerFormat:
         self.name = name
         path = _path(name)
         self.source = path.read_text(encoding="utf-8")
-        environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=False)  # noqa: S701
+        environment = _environment()
         try:
             self._template = environment.from_string(self.source)
             self._needs = meta.find_undeclared_variables(environment.parse(self.source))
@@ -77,10 +80,52 @@ def _path(name: str) -> Path:
     raise InputError(f"no answer format {name!r}", fix=f"{nearest(name, known)} A path to a .jinja file works, too.")
 
 
-@lru_cache(maxsize=256)
-def expression(source: str) -> jinja2.Template:
-    """A jinja text of a config value, such as "{{ reasoning }}". Raises InputError for one that does not parse."""
-    try:
-        return jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(source)  # noqa: S701
-    except jinja2.TemplateSyntaxError as error:
-        raise InputError(f"not a jinja text: {source!r} ({error})", fix="Repair it.") from None
+class FormatMix:
+    """The `Wording` of samples in one format or a mix: which one a sample has is fixed by its id and the seed.
+
+    `weights` give each format's share of the samples; `reasoning` is a jinja text over the sample's answer, problem,
+    dataset, task and the further fields of its row, for the formats that show reasoning.
+    """
+
+    def __init__(self, weights: Mapping[str, float], *, reasoning: str = "{{ reasoning }}", seed: int = 0) -> None:
+        """Raises InputError for an unknown format, a weight that is not positive, or a text that does not parse."""
+        if not weights or any(weight <= 0 for weight in weights.values()):
+            raise InputError(f"formats {dict(weights)!r}", fix="Name at least one, each with a positive weight.")
+        self.weights, self.reasoning, self.seed = dict(weights), reasoning, seed
+        self._formats = [AnswerFormat(name) for name in weights]
+        try:
+            self._reasoning = _environment().from_string(reasoning)
+        except jinja2.TemplateSyntaxError as error:
+            raise InputError(f"not a jinja text ({error})", where="reasoning", fix="Repair it.") from None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (partial(FormatMix, reasoning=self.reasoning, seed=self.seed), (self.weights,))
+
+    def format_of(self, sample: Sample) -> AnswerFormat:
+        """The format of a sample."""
+        digest = hashlib.sha256(f"{self.seed}:{sample.split}:{sample.id}".encode()).digest()
+        drawn = int.from_bytes(digest[:8], "big") / 2**64 * sum(self.weights.values())
+        for answer_format, edge in zip(self._formats, accumulate(self.weights.values()), strict=True):
+            if drawn < edge:
+                return answer_format
+        return self._formats[-1]
+
+    def question(self, sample: Sample) -> str:
+        """The problem as its format asks it."""
+        return self.format_of(sample).prompt(sample.problem)
+
+    def answer(self, sample: Sample) -> str:
+        """The target in its format. Raises InputError naming the row that has no reasoning to show."""
+        answer_format = self.format_of(sample)
+        if not answer_format.shows_reasoning:
+            return answer_format.response(sample.target)
+        known = {"answer": sample.target, "problem": sample.problem, "dataset": sample.dataset, "task": sample.task}
+        try:
+            return answer_format.response(sample.target, self._reasoning.render({**sample.extra, **known}))
+        except jinja2.UndefinedError as error:
+            fix = "Add the field to the rows, set `reasoning` to a text that needs less, or use another format."
+            raise InputError(f"no reasoning: {error}", where=sample.where, fix=fix) from None
+
+
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(undefined=jinja2.StrictUndefined)  # noqa: S701  # prompts are no HTML

@@ -63,7 +63,10 @@ def load(
     thinker = _backbone(str(folder) if whole else card["backbone"], dtype, attention)
     if card["strategy"] == "lora":
         thinker.load_adapter(str(folder))
-    heads = DomainHeads(int(thinker.config.get_text_config().hidden_size), card["columns"])
+    hidden = int(thinker.config.get_text_config().hidden_size)
+    if card["columns"] is None:  # generative training leaves no heads that would fit
+        return OmniSapiens(thinker, DomainHeads.for_taxonomy(hidden, taxonomy), _processor(str(folder)))
+    heads = DomainHeads(hidden, card["columns"])
     try:
         heads.load_state_dict(load_file(folder / "heads.safetensors"))
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -114,10 +117,13 @@ def resolve_dtype(dtype: str) -> torch.dtype:
 def _backbone(name: str, dtype: str, attention: str) -> Any:
     from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
+    return pretrained(Qwen2_5OmniThinkerForConditionalGeneration, name, dtype, attention)
+
+
+def pretrained(model_class: Any, name: str, dtype: str, attention: str) -> Any:
+    """A transformers model from a folder or the hub. Raises InputError when it cannot be loaded."""
     try:
-        return Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
-            name, dtype=resolve_dtype(dtype), attn_implementation=attention
-        )
+        return model_class.from_pretrained(name, dtype=resolve_dtype(dtype), attn_implementation=attention)
     except (OSError, SafetensorError) as error:
         fix = "Check the name; a hub model needs a network or a filled cache."
         raise InputError(f"cannot load backbone ({str(error).splitlines()[0]})", where=name, fix=fix) from error

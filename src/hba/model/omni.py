@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from hba.atlas.batch import IGNORED, Batch
 from hba.config import option
 from hba.errors import InputError
+from hba.model.generate import generate
 from hba.model.heads import DomainHeads, masked_mean
 
 Strategy = Literal["heads", "lora", "full"]
@@ -159,52 +160,38 @@ class OmniSapiens(nn.Module):
         output: OmniOutput = self(batch)
         return output.pooled_BH
 
-    @torch.inference_mode()
     def generate(self, batch: Batch, *, max_new_tokens: int, temperature: float = 0.0) -> list[str]:
         """Answers as text, greedy at temperature 0. Media tokens are never sampled: they would stand for no medium."""
-        sampling: dict[str, Any] = {"do_sample": temperature > 0, "top_k": None, "top_p": None, "temperature": None}
-        if temperature > 0:
-            sampling |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
-        tokenizer = self.processor.tokenizer
-        tokens = self.thinker.generate(
-            **batch.inputs,
-            max_new_tokens=max_new_tokens,
-            suppress_tokens=media_token_ids(self.thinker.config),
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            **sampling,
-        )
-        answers = tokens[:, batch.inputs["input_ids"].shape[1] :]
-        texts: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True)
-        return texts
-
-
-def media_token_ids(config: Any) -> list[int]:
-    """The seven token ids that stand for media or their borders."""
-    names = ["audio_token_id", "image_token_id", "video_token_id", "audio_start_token_id", "audio_end_token_id"]
-    names += ["vision_start_token_id", "vision_end_token_id"]
-    return sorted({int(getattr(config, name)) for name in names if getattr(config, name, None) is not None})
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        return [said.text for said in generate(self.thinker, self.processor, batch.inputs, **options)]
 
 
 def apply_strategy(model: OmniSapiens, config: ModelConfig) -> OmniSapiens:
     """Choose what is trained: add LoRA layers if asked, set requires_grad of every parameter. Heads always train."""
-    model.thinker.requires_grad_(config.strategy == "full")
-    if config.strategy == "lora" and not _has_lora(model.thinker):
-        from peft import LoraConfig
-
-        lora = LoraConfig(
-            r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=LORA_TARGETS
-        )
-        model.thinker.add_adapter(lora)
-    if config.strategy == "lora":
-        for name, parameter in model.thinker.named_parameters():
-            parameter.requires_grad = "lora_" in name
-            if parameter.requires_grad:
-                # Adapters keep float32 master weights; autocast casts them in the forward pass.
-                parameter.data = parameter.data.float()
+    choose_trained(model.thinker, config)
     model.heads.requires_grad_(True)
     return model
 
 
-def _has_lora(thinker: nn.Module) -> bool:
-    return any("lora_" in name for name, _ in thinker.named_parameters())
+def choose_trained(model: Any, config: ModelConfig, targets: str = LORA_TARGETS) -> None:
+    """Set requires_grad of a transformers model's parameters; LoRA layers go on the modules that `targets` matches."""
+    model.requires_grad_(config.strategy == "full")
+    if config.strategy != "lora":
+        return
+    if not has_lora(model):
+        from peft import LoraConfig
+
+        lora = LoraConfig(
+            r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=targets
+        )
+        model.add_adapter(lora)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "lora_" in name
+        if parameter.requires_grad:
+            # Adapters keep float32 master weights; autocast casts them in the forward pass.
+            parameter.data = parameter.data.float()
+
+
+def has_lora(model: nn.Module) -> bool:
+    """Whether a model has LoRA layers already."""
+    return any("lora_" in name for name, _ in model.named_parameters())

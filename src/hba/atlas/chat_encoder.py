@@ -1,0 +1,234 @@
+"""From samples to the inputs of any transformers chat model, through its own processor and chat template.
+
+Nothing here knows a model by name: what a processor takes (images, videos, sound), which tokens stand for media and
+which token ends an answer are asked of the processor. A video goes to a model without a video processor as its frames,
+each an image. A medium that the model cannot take is an error that names the modality filter; nothing is left out
+silently, and no sound is cut.
+
+Every feature that a processor gives is either one value a token (kept beside the tokens) or a row a medium (put behind
+those of the other samples). Encoding alone and padding afterwards gives what a processor makes of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hba.atlas.batch import (
+    EncodeConfig,
+    Encoded,
+    Encoder,
+    Media,
+    SampleEncoder,
+    answer_ids,
+    load_media,
+    messages_of,
+    require_short,
+)
+from hba.atlas.media import Video
+from hba.atlas.prompt import AS_WRITTEN, MODALITIES, Message, Modality, Wording
+from hba.atlas.sample import Field, Sample
+from hba.errors import InputError, MediaError
+from hba.taxonomy import BUILTIN, Taxonomy
+
+SAMPLING_RATE = 16000  # of the atlas' decoded sound
+_MARK = "ANSWER"
+
+
+def encoder_for(
+    processor: Any,
+    config: EncodeConfig,
+    taxonomy: Taxonomy = BUILTIN,
+    *,
+    answers: bool = False,
+    wording: Wording = AS_WRITTEN,
+) -> SampleEncoder:
+    """The encoder of a processor: OmniSapiens' own for Qwen2.5-Omni, `ChatEncoder` for all others."""
+    from transformers import Qwen2_5OmniProcessor
+
+    kind = Encoder if isinstance(processor, Qwen2_5OmniProcessor) else ChatEncoder
+    return kind(processor, config, taxonomy, answers=answers, wording=wording)
+
+
+class ChatEncoder:
+    """Applies a chat model's processor to one sample at a time."""
+
+    def __init__(
+        self,
+        processor: Any,
+        config: EncodeConfig,
+        taxonomy: Taxonomy = BUILTIN,
+        *,
+        answers: bool = False,
+        wording: Wording = AS_WRITTEN,
+    ) -> None:
+        """With `answers`, every sample carries its answer as text behind the prompt, to be trained on."""
+        self.processor, self.config, self.taxonomy = processor, config, taxonomy
+        self.answers, self.wording = answers, wording
+        self.end_token_id = end_token_id(processor)
+
+    @property
+    def pad_token_id(self) -> int:
+        """Id that `collate` pads with."""
+        tokenizer = self.processor.tokenizer
+        return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+    def encode(self, sample: Sample) -> Encoded:
+        """Decode the media of a sample and run the processor.
+
+        Raises MediaError naming the place when a medium cannot be read or is longer than the model takes, InputError
+        when the model does not take this kind of medium at all.
+        """
+        media = load_media(sample, self.config, SAMPLING_RATE)
+        self._require_taken(media, sample)
+        features = self._call(messages_of(sample, self.config, self.wording), media, sample.where)
+        input_ids_T = features.pop("input_ids")[0]
+        features.pop("attention_mask", None)
+        require_short(input_ids_T, sample, self.config)
+        self._require_placed(input_ids_T, media, sample)
+        per_token = {k: v[0] for k, v in features.items() if k.endswith("token_type_ids")}
+        answer = None
+        if self.answers:
+            answer = answer_ids(self.processor.tokenizer, self.wording.answer(sample), self.end_token_id)
+        return Encoded(
+            sample=sample,
+            input_ids_T=input_ids_T,
+            media={k: v for k, v in features.items() if k not in per_token},
+            per_token=per_token,
+            answer_ids_T=answer,
+        )
+
+    def _call(self, messages: list[Message], media: Media, where: str) -> dict[str, Tensor]:
+        """The processor's features of one prompt and its media."""
+        if media.videos and not self._takes("video"):
+            messages, media = _as_frames(messages, media)
+        text: str = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        bos = self.processor.tokenizer.bos_token
+        call: dict[str, Any] = {"text": [text], "return_tensors": "pt"}
+        if bos is not None and text.startswith(bos):
+            call["text_kwargs"] = {"add_special_tokens": False}
+        if media.audios:
+            call |= {"audio": media.audios, "audio_kwargs": {"sampling_rate": SAMPLING_RATE, "truncation": False}}
+        if media.images:
+            call |= {"images": [media.images], "images_kwargs": self._pixels(self.processor.image_processor)}
+        if media.videos:
+            call |= self._videos(media.videos)
+        try:
+            features = self.processor(**call)
+        except ValueError as error:
+            raise InputError(f"{self._name} refuses the sample ({error})", where=where, fix=_FILTER) from error
+        return {k: torch.as_tensor(v) for k, v in features.items()}
+
+    def _videos(self, videos: Sequence[Video]) -> dict[str, Any]:
+        # The frames are evenly spread over the clip; processors that tell the model of time ask for their rate.
+        rates = [len(video.frames) / video.duration_seconds for video in videos]
+        metadata = [
+            {"total_num_frames": len(v.frames), "fps": rate, "frames_indices": list(range(len(v.frames)))}
+            for v, rate in zip(videos, rates, strict=True)
+        ]
+        frames = [torch.from_numpy(video.frames).permute(0, 3, 1, 2) for video in videos]
+        options = {"do_sample_frames": False, "video_metadata": metadata}
+        return {"videos": frames, "videos_kwargs": options | self._pixels(self.processor.video_processor)}
+
+    def _pixels(self, processor: Any) -> dict[str, int]:
+        """The area of an image, for processors that resize by area; others have a size that their model needs."""
+        if "min_pixels" not in getattr(processor.valid_kwargs, "__annotations__", {}):
+            return {}
+        return {"min_pixels": self.config.min_pixels, "max_pixels": self.config.max_pixels}
+
+    @property
+    def _name(self) -> str:
+        return type(self.processor).__name__
+
+    def _takes(self, modality: Modality) -> bool:
+        parts = {"image": "image_processor", "video": "video_processor", "audio": "feature_extractor"}
+        return getattr(self.processor, parts[modality], None) is not None
+
+    def _require_taken(self, media: Media, sample: Sample) -> None:
+        if media.audios and not self._takes("audio"):
+            raise InputError(f"{self._name} takes no audio", where=sample.place("audios"), fix=_FILTER)
+        seen: Field = "images" if media.images else "videos"
+        if (media.images or media.videos) and not (self._takes("image") or self._takes("video")):
+            raise InputError(f"{self._name} takes no {seen}", where=sample.place(seen), fix=_FILTER)
+        limit = self._audio_window_seconds if media.audios else None
+        for audio in media.audios:
+            if limit is not None and len(audio) > limit * SAMPLING_RATE:
+                seconds = len(audio) / SAMPLING_RATE
+                found = f"audio of {seconds:.1f} s, more than the {limit:g} s that {self._name} takes"
+                raise MediaError(found, where=sample.place("audios"), fix="Split the clip, or use another model.")
+
+    def _require_placed(self, input_ids_T: Tensor, media: Media, sample: Sample) -> None:
+        """A chat template that does not know a kind of medium leaves it out; the model would never see it."""
+        counts = {"image": len(media.images), "video": len(media.videos), "audio": len(media.audios)}
+        for modality in MODALITIES:
+            kind: Modality = "image" if modality == "video" and not self._takes("video") else modality
+            ids = media_placeholders(self.processor, kind)
+            if counts[modality] and ids and not any(int((input_ids_T == i).sum()) for i in ids):
+                found = f"the chat template of {self._name} has no place for a medium of type {modality}"
+                raise InputError(found, where=sample.where, fix=_FILTER)
+
+    @cached_property
+    def _audio_window_seconds(self) -> float | None:
+        """The length to which the processor pads every sound, which its model then insists on; None without one."""
+        samples = getattr(self.processor.feature_extractor, "n_samples", None)
+        if samples is None:
+            return None
+        message: Message = {"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": "."}]}
+        lengths = (SAMPLING_RATE // 10, SAMPLING_RATE // 2)
+        short, long = (
+            self._call([message], Media([np.zeros(n, np.float32)], [], []), "a probe of the sound window")
+            for n in lengths
+        )
+        same = all(short[k].shape == long[k].shape for k in short if "feature" in k)
+        return samples / SAMPLING_RATE if same else None
+
+
+_FILTER = "Leave the modality out: encode.modalities=[image, video] or the like; or use another model."
+
+
+def _as_frames(messages: list[Message], media: Media) -> tuple[list[Message], Media]:
+    """Every video as its frames, which are images, in the place of the video."""
+    images, videos = iter(media.images), iter(media.videos)
+    ordered: list[Any] = []
+    changed = []
+    for message in messages:
+        content: list[dict[str, str]] = []
+        for item in message["content"]:
+            if item["type"] == "video":
+                frames = list(next(videos).frames)
+                ordered += frames
+                content += [{"type": "image"}] * len(frames)
+                continue
+            if item["type"] == "image":
+                ordered.append(next(images))
+            content.append(item)
+        changed.append({**message, "content": content})
+    return changed, Media(media.audios, ordered, [])
+
+
+def media_placeholders(processor: Any, modality: Modality) -> list[int]:
+    """Ids of the tokens that stand for a medium in the prompt; empty where the processor does not tell."""
+    ids = [i for i in getattr(processor, f"{modality}_token_ids", None) or [] if i is not None]
+    if not ids:
+        token = getattr(processor, f"{modality}_token", None)
+        ids = [processor.tokenizer.convert_tokens_to_ids(token)] if isinstance(token, str) else []
+    return [int(i) for i in ids]
+
+
+def end_token_id(processor: Any) -> int:
+    """The token that ends an answer: the first special one that the chat template writes behind the assistant's text.
+
+    It need not be the tokenizer's own end of a text (Gemma ends a turn with another token).
+    """
+    tokenizer = processor.tokenizer
+    turns = [("user", "."), ("assistant", _MARK)]
+    messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+    _, found, behind = processor.apply_chat_template(messages, tokenize=False).rpartition(_MARK)
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    ids = tokenizer(behind, add_special_tokens=False)["input_ids"] if found else []
+    return next((int(i) for i in ids if i in special), int(tokenizer.eos_token_id))

@@ -1,0 +1,188 @@
+"""Any transformers chat model as a config value: found by its own config, loaded with its processor, trained or asked.
+
+`ChatModel.forward` gives the logits that predict the answers of a batch and no others: the head of the model is handed
+only the states in front of answer tokens, whatever the model's forward would compute, so that its scaling and capping
+of logits stay and the logits of a long prompt are never made. Models that also talk are loaded without their talker.
+
+It loads what `checkpoint` writes (whole weights or an adapter), and runs no code that comes with a model.
+
+Shapes: B samples, T tokens, N answer tokens of a batch, V vocabulary, H hidden size.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hba.atlas.batch import IGNORED, Batch, EncodeConfig
+from hba.errors import ConfigError, InputError
+from hba.model import checkpoint
+from hba.model.generate import Said, generate
+from hba.model.omni import ModelConfig, Strategy, choose_trained, has_lora
+from hba.storage import write_json
+
+# Of these the class in transformers' own list is the model with its talker.
+THINKERS = {
+    "qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
+    "qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration",
+}
+
+
+class ChatModel(nn.Module):
+    """`transformer` is a transformers model with a language head, with LoRA layers or without."""
+
+    def __init__(self, transformer: nn.Module, processor: Any) -> None:
+        super().__init__()
+        self.transformer: Any = transformer
+        self.processor = processor
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return torch.device(self.transformer.device)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits [N, V] that predict the answer tokens of the batch, in row order: those of `labels_BT`.
+
+        Raises InputError for a batch without answers, and for a model whose forward bypasses its own language head.
+        """
+        if batch.labels_BT is None:
+            raise InputError("the batch has no answers to predict", fix="Encode the samples with answers.")
+        # The state at a position predicts the token behind it.
+        predicts_BT = batch.labels_BT[:, 1:] != IGNORED
+
+        def answers_alone(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            hidden_BTH, *rest = args
+            return (hidden_BTH[:, :-1][predicts_BT], *rest)
+
+        handle = self.transformer.get_output_embeddings().register_forward_pre_hook(answers_alone)
+        try:
+            logits_NV: Tensor = self.transformer(**batch.inputs, use_cache=False).logits
+        finally:
+            handle.remove()
+        if logits_NV.ndim != 2:
+            raise InputError(f"{type(self.transformer).__name__} does not use its language head", fix="Use another.")
+        return logits_NV
+
+    def generate(self, batch: Batch, *, max_new_tokens: int, temperature: float = 0.0) -> list[Said]:
+        """One answer a sample, greedy at temperature 0."""
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        return generate(self.transformer, self.processor, batch.inputs, **options)
+
+
+def load(path: str | Path, *, dtype: str = "auto", attention: str = "sdpa") -> ChatModel:
+    """A chat model from a hub id, a folder, a checkpoint or a run folder (its best checkpoint), adapter included.
+
+    `dtype` is auto (bfloat16 on GPUs that have it, else float32), float32 or bfloat16. Raises InputError when there is
+    no such model, or none that transformers knows.
+    """
+    folder = checkpoint.resolve(path)
+    if folder is None:
+        name, adapter = str(path), None
+    else:
+        card = checkpoint.read_card(folder)
+        name = str(folder) if card["strategy"] == "full" else card["backbone"]
+        adapter = str(folder) if card["strategy"] == "lora" else None
+    transformer = checkpoint.pretrained(_model_class(name), name, dtype, attention)
+    if adapter is not None:
+        transformer.load_adapter(adapter)
+    return ChatModel(transformer, _processor(str(folder or path)))
+
+
+def save(model: ChatModel, folder: Path, *, backbone: str, strategy: Strategy, encode: EncodeConfig) -> None:
+    """Write a checkpoint that `load` reads, and OmniSapiens, too, where the model is a thinker of Qwen2.5-Omni.
+
+    It has no classification heads: those of a model that it was made from do not fit any more.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model.transformer.save_pretrained(folder)
+    model.processor.save_pretrained(folder)
+    card = {
+        "format": checkpoint.FORMAT,
+        "backbone": backbone,
+        "strategy": strategy,
+        "columns": None,
+        "encode": asdict(encode),
+    }
+    write_json(folder / checkpoint.CARD, card)
+
+
+def backbone_of(path: str) -> str:
+    """The model that an adapter trained from `path` stands on: that of its card, where it has one."""
+    folder = checkpoint.resolve(path)
+    if folder is None:
+        return path
+    card = checkpoint.read_card(folder)
+    return str(folder) if card["strategy"] == "full" else str(card["backbone"])
+
+
+def prepare(model: ChatModel, config: ModelConfig) -> ChatModel:
+    """Choose what is trained, LoRA layers in the language model or everything.
+
+    Raises ConfigError for the strategy `heads`, and where a model with LoRA layers is to be trained in another way.
+    """
+    if config.strategy == "heads":
+        raise ConfigError("a chat model has no heads to train", where="model.strategy", fix="Use lora or full.")
+    if has_lora(model.transformer):
+        rank = next(iter(model.transformer.peft_config.values())).r
+        if config.strategy == "full" or rank != config.lora_r:
+            found = f"the model has LoRA layers of rank {rank}, which strategy {config.strategy} cannot train"
+            fix = f"Merge it first, or use model.strategy=lora and model.lora_r={rank}."
+            raise ConfigError(found, where="model", fix=fix)
+    adapts = config.strategy == "lora" and not has_lora(model.transformer)
+    choose_trained(model.transformer, config, lora_targets(model.transformer) if adapts else "")
+    return model
+
+
+def lora_targets(transformer: Any) -> str:
+    """A pattern for the linear layers of the language model alone; towers have layers of the same names.
+
+    Raises InputError for a model whose language model has no layers of that kind.
+    """
+    words = transformer.get_input_embeddings()
+    prefix = next(name for name, module in transformer.named_modules() if module is words).rpartition(".")[0]
+    start = f"{prefix}.layers." if prefix else "layers."
+    linear = [n for n, m in transformer.named_modules() if n.startswith(start) and isinstance(m, nn.Linear)]
+    kinds = sorted({name.removeprefix(start).partition(".")[2] for name in linear})
+    if not kinds:
+        found = f"no linear layers below {start}"
+        raise InputError(found, where=type(transformer).__name__, fix="Use model.strategy=full.")
+    return rf"{re.escape(start)}\d+\.({'|'.join(map(re.escape, kinds))})"
+
+
+def _model_class(name: str) -> Any:
+    import transformers
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        fix = "Check the name; a hub model needs a network or a filled cache."
+        raise InputError(f"cannot load the model ({str(error).splitlines()[0]})", where=name, fix=fix) from error
+    kind = config.model_type
+    written = (getattr(config, "architectures", None) or [""])[0]
+    known = THINKERS.get(kind) or MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(kind) or written
+    if not isinstance(known, str) or not hasattr(transformers, known):
+        found = f"no chat model of type {kind!r} in transformers {transformers.__version__}"
+        raise InputError(found, where=name, fix="Use a model that transformers knows; code of models is not run.")
+    return getattr(transformers, known)
+
+
+def _processor(name: str) -> Any:
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        what = f"cannot load the processor ({str(error).splitlines()[0]})"
+        raise InputError(what, where=name, fix="Use a model that comes with its processor.") from error
+    if getattr(processor, "tokenizer", None) is None or processor.chat_template is None:
+        fix = "Use a chat model; a base model has no template."
+        raise InputError(f"{type(processor).__name__} has no chat template", where=name, fix=fix)
+    return processor

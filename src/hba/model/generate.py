@@ -1,0 +1,72 @@
+"""Answers of a chat model, token by token: the one place that calls transformers' `generate`.
+
+Media tokens, those of their borders included, are never said: they would stand for no medium. Nothing of a model's own
+generation config but its end tokens decides: greedy is the most probable token, sampling is from the model's
+distribution at the temperature. Samples are drawn one a prompt; several of one prompt are several rows of the batch,
+since `num_return_sequences` mixes up the patches of videos.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hba.atlas.chat_encoder import end_token_id
+
+_MEDIA_ID = re.compile(r"(audio|image|video|vision|boi|eoi|boa|eoa)(_\w+)?_token_(id|index)")
+_MEDIA_TOKEN = re.compile(r"(audio|image|video|vision|boi|eoi|boa|eoa)(_\w+)?_token")
+
+
+class Said(NamedTuple):
+    """One answer, and of how many tokens it is, the end token included."""
+
+    text: str
+    tokens: int
+
+
+@torch.inference_mode()
+def generate(
+    model: Any, processor: Any, inputs: Mapping[str, Tensor], *, max_new_tokens: int, temperature: float = 0.0
+) -> list[Said]:
+    """One answer for each left-padded row of `inputs`, greedy at temperature 0."""
+    tokenizer = processor.tokenizer
+    ends = _end_token_ids(model, processor)
+    sampling: dict[str, Any] = {"do_sample": temperature > 0, "top_k": None, "top_p": None, "temperature": None}
+    if temperature > 0:
+        sampling |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+    tokens_BT = model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        suppress_tokens=media_token_ids(model.config, processor),
+        pad_token_id=ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        eos_token_id=ends,
+        repetition_penalty=1.0,
+        **sampling,
+    )
+    answers_BT = tokens_BT[:, inputs["input_ids"].shape[1] :]
+    ended_BT = torch.isin(answers_BT, torch.tensor(ends, device=answers_BT.device))
+    lengths = [int(row_T.nonzero()[0]) + 1 if row_T.any() else len(row_T) for row_T in ended_BT]
+    texts = tokenizer.batch_decode(answers_BT, skip_special_tokens=True)
+    return [Said(text, tokens) for text, tokens in zip(texts, lengths, strict=True)]
+
+
+def _end_token_ids(model: Any, processor: Any) -> list[int]:
+    """The token that ends a turn, the tokenizer's end, and those that the model was published with."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    published = own if isinstance(own, list) else [own]
+    found = [end_token_id(processor), processor.tokenizer.eos_token_id, *published]
+    return list(dict.fromkeys(int(i) for i in found if i is not None))
+
+
+def media_token_ids(config: Any, processor: Any = None) -> list[int]:
+    """Ids of the tokens that stand for media or their borders, as a model's config and its processor name them."""
+    named = {name: value for name, value in config.to_dict().items() if _MEDIA_ID.fullmatch(name)}
+    ids = {int(value) for value in named.values() if isinstance(value, int)}
+    for name, token in vars(processor).items() if processor is not None else ():
+        if _MEDIA_TOKEN.fullmatch(name) and isinstance(token, str):
+            ids.add(int(processor.tokenizer.convert_tokens_to_ids(token)))
+    return sorted(ids)
