@@ -16,9 +16,11 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from transformers.utils import logging as transformers_logging
 
 from hba.atlas import Atlas
+from hba.errors import ConfigError
 from hba.model.checkpoint import resolve_dtype
 
 FEW_CORES = 4
+_SHARDING_LAUNCHERS = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 _BEGUN = re.compile(r"\..+\.(\d+)\.tmp")  # as storage names what is not yet whole
 
 
@@ -37,7 +39,14 @@ def prepare_process(seed: int) -> None:
 
 
 def start_accelerator(dtype: str) -> Accelerator:
-    """The accelerator of this process; forward passes run in bfloat16 where `dtype` resolves to it."""
+    """The accelerator of this process; forward passes run in bfloat16 where `dtype` resolves to it.
+
+    Raises ConfigError when the launcher would shard models by itself: there is one way, which checkpoints know of.
+    """
+    launched = [name for name in _SHARDING_LAUNCHERS if os.environ.get(name, "false").lower() == "true"]
+    if launched:
+        fix = "Launch without it and set train.sharding=full."
+        raise ConfigError("the launcher shards models in a way of its own", where=launched[0], fix=fix)
     mixed = "bf16" if resolve_dtype(dtype) is torch.bfloat16 else "no"
     # A batch without video leaves the vision tower without gradients, and heads alone leave the last layer so.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)

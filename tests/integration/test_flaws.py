@@ -175,12 +175,12 @@ class Exploit:
 def test_an_optimizer_state_that_runs_code_or_is_cut_is_refused(tmp_path, mini_atlas, backbone, content):
     run = tmp_path / "run"
     train(run, mini_atlas, backbone, "train.max_steps=4")
-    path = run / "checkpoints" / "step_4" / "optimizer.pt"
+    path = run / "checkpoints" / "step_4" / "optimizer-00000-of-00001.safetensors"
     if content == "code":
         torch.save({"optimizer": Exploit(tmp_path / "ran"), "rng": {}}, path)
     else:
         path.write_bytes(path.read_bytes()[:-2000])
-    with pytest.raises(InputError, match=r"optimizer\.pt: not the optimizer state of a run.*Remove step_4"):
+    with pytest.raises(InputError, match=r"step_4: not the optimizer state of a run.*Remove step_4"):
         train(run, mini_atlas, backbone, "train.max_steps=4")
     assert not (tmp_path / "ran").exists()
 

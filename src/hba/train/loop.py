@@ -1,9 +1,10 @@
 """The one training loop. A stage gives it a loss; everything else (order, accumulation, clipping, schedule, checks,
 logging, validation, checkpoints, resume) is here and the same for every stage.
 
-One optimizer step = `accumulation` micro-batches on each rank; its loss is the sum over their samples divided by the
-number of samples of all ranks, so that accumulation, world size and uneven batches do not change the gradient. The run
-is a function of (config, data, seed): killed and resumed, it gives the losses and weights of an uninterrupted one.
+One optimizer step = `accumulation` batches, each shared out over the ranks; its loss is the sum over their samples
+divided by the number of samples of all ranks, so that accumulation, world size and uneven batches do not change the
+gradient. The run is a function of (config, data, seed): killed and resumed, on as many devices or on others, it gives
+the losses and weights of an uninterrupted one. Only dropout depends on the number of ranks.
 """
 
 from __future__ import annotations
@@ -15,22 +16,25 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Annotated, Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from hba.atlas.columns import Columns
-from hba.atlas.mixing import MixConfig, epoch_rows
 from hba.atlas.sample import Quarantined, Sample
-from hba.atlas.sampler import Indices, plan_batches
+from hba.atlas.sampler import Indices
 from hba.config import option
 from hba.errors import ConfigError, HbaError
 from hba.run import RunFolder
 from hba.train.display import TrainingDisplay
-from hba.train.state import Progress, latest, read_progress, restore_optimizer, save_state
+from hba.train.optimizer_state import restore_optimizer
+from hba.train.plan import Plan
+from hba.train.sharding import gathered, is_sharded, prepare_model
+from hba.train.state import Progress, latest, read_progress, save_state
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -43,8 +47,17 @@ class TrainConfig:
 
     epochs: Count = option(5, "passes over the training rows")
     max_steps: Count | None = option(None, "stop after so many optimizer steps, even in mid-epoch")
-    batch_size: Count = option(8, "samples in a micro-batch on one device")
-    accumulation: Count = option(1, "micro-batches in one optimizer step on each device")
+    batch_size: Count = option(8, "samples in a batch, over all devices together")
+    accumulation: Count = option(1, "batches in one optimizer step")
+    device_batch_size: Count | None = option(
+        None, "most samples on one device at once: a larger share of a batch runs in parts", affects_result=False
+    )
+    sharding: Literal["none", "full"] = option(
+        "none", "none: each device holds the model; full: it is split over the devices (FSDP2)", affects_result=False
+    )
+    activation_checkpointing: bool = option(
+        False, "save memory: compute layers again in the backward pass", affects_result=False
+    )
     learning_rate: Rate = option(1e-4, "peak learning rate")
     warmup_share: Share = option(0.05, "share of the steps with a rising learning rate, 0..1")
     final_share: Share = option(0.05, "learning rate at the end of the cosine, as a share of the peak")
@@ -102,23 +115,6 @@ class Stage(Generic[B]):
     learning_rates: Mapping[str, float]  # name prefix of parameters -> peak rate, where it is not the config's
 
 
-def training_plan(
-    columns: Columns, lengths_N: Indices, mix: MixConfig, config: TrainConfig, *, rank: int, world: int
-) -> list[Indices]:
-    """This rank's micro-batches of the whole run, all epochs in a row; every global batch is split over the ranks."""
-    plan: list[Indices] = []
-    for epoch in range(config.epochs):
-        rows = epoch_rows(columns, mix, seed=config.seed, epoch=epoch)
-        codes_M, size = columns.signature_codes[rows], config.batch_size * world
-        batches = plan_batches(codes_M, lengths_N[rows], batch_size=size, seed=config.seed, epoch=epoch)
-        plan += [rows[batch] for batch in batches]
-    smallest = min(map(len, plan))
-    if smallest < world:
-        fix = "Use fewer processes or a batch size that does not leave so small a rest."
-        raise ConfigError(f"a batch of {smallest} samples cannot be split over {world} processes", fix=fix)
-    return [batch[rank::world] for batch in plan]
-
-
 def learning_rate_at(step: int, total: int, config: TrainConfig) -> float:
     """Share of the peak rate at optimizer step `step` (0-based) of `total`: linear warm-up, then a cosine."""
     warmup = max(1, round(config.warmup_share * total))
@@ -143,20 +139,26 @@ def build_optimizer(model: nn.Module, config: TrainConfig, rates: Mapping[str, f
 
 
 def run_training(
-    stage: Stage[B], plan: Sequence[Indices], config: TrainConfig, accelerator: Accelerator, run: RunFolder
+    stage: Stage[B], plan: Plan, config: TrainConfig, accelerator: Accelerator, run: RunFolder
 ) -> Progress:
     """Train `stage` over `plan`, resuming from the newest checkpoint of `run` if there is one."""
-    total = math.ceil(len(plan) / config.accumulation)
+    total = len(plan.starts) - 1
     total = min(total, config.max_steps) if config.max_steps is not None else total
-    optimizer = build_optimizer(stage.model, config, stage.learning_rates)
-    model, optimizer = accelerator.prepare(stage.model, optimizer)
-    progress = _resume(run, optimizer, accelerator)
-    batches = stage.batches(plan, progress.step * config.accumulation)
+    model = prepare_model(
+        stage.model,
+        accelerator,
+        shard=config.sharding == "full",
+        checkpoint_activations=config.activation_checkpointing,
+    )
+    optimizer: torch.optim.Optimizer = build_optimizer(stage.model, config, stage.learning_rates)
+    progress = _resume(run, stage.model, optimizer, accelerator)
+    batches = stage.batches(plan.micro_batches, plan.starts[progress.step])
     with TrainingDisplay(run, total, progress, config, enabled=accelerator.is_main_process) as display:
         while progress.step < total:
             started = time.perf_counter()
             rate = learning_rate_at(progress.step, total, config)
-            micro_batches = list(islice(batches, config.accumulation))
+            torch.manual_seed(_step_seed(config.seed, progress.step, accelerator.process_index))
+            micro_batches = list(islice(batches, plan.starts[progress.step + 1] - plan.starts[progress.step]))
             loss, grad_norm, count = _step(stage, model, optimizer, micro_batches, rate, config, accelerator)
             progress = replace(progress, step=progress.step + 1, samples_seen=progress.samples_seen + count)
             for batch in micro_batches:
@@ -180,19 +182,21 @@ def _step(
 ) -> tuple[float, float, int]:
     """One optimizer step. Returns the mean loss over all ranks, the gradient norm before clipping, and the samples."""
     model.train()
+    count = _count_samples(micro_batches, accelerator)
     full = [batch for batch in micro_batches if len(batch)]
-    count = _count_samples(full, accelerator)
     if not count:
         return math.nan, math.nan, 0
     summed = torch.zeros((), device=accelerator.device)
     for number, batch in enumerate(full, 1):
-        with nullcontext() if number == len(full) else accelerator.no_sync(model):
+        # A sharded model keeps its gradients sharded: it reduces them after every micro-batch.
+        with nullcontext() if number == len(full) or is_sharded(model) else accelerator.no_sync(model):
             total = stage.loss(model, batch.to(accelerator.device))
             _require_finite(total, "loss", [batch])
             # Ranks average their gradients; times their number it is the sum that the mean over all samples needs.
             accelerator.backward(total * accelerator.num_processes / count)
             summed += total.detach()
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
     _require_finite(grad_norm, "gradient", micro_batches)
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * rate
@@ -202,15 +206,22 @@ def _step(
     return mean, float(grad_norm), count
 
 
-def _count_samples(full: Sequence[TrainBatch], accelerator: Accelerator) -> int:
-    """Samples of a step on all ranks. Raises HbaError on every rank when one has fewer batches to run than another."""
-    own = torch.tensor([[sum(map(len, full)), len(full)]], device=accelerator.device)
-    counted = accelerator.gather(own)
-    if len(set(counted[:, 1].tolist())) > 1:
-        # Ranks exchange gradients in every backward pass: one that has none to run would keep the others waiting.
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of a rank's dropout at a step, so that a resumed run draws what an uninterrupted one does."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+
+
+def _count_samples(micro_batches: Sequence[TrainBatch], accelerator: Accelerator) -> int:
+    """Samples of a step on all ranks. Raises HbaError on every rank when one has a batch to run that another has not.
+
+    Ranks exchange gradients and gather layers in every pass: one that has none to run would keep the others waiting.
+    """
+    own = torch.tensor([[len(batch) for batch in micro_batches]], device=accelerator.device)
+    counted_RM = accelerator.gather(own)
+    if bool(((counted_RM > 0) != (counted_RM[:1] > 0)).any()):
         what = "every sample of one process's batch is quarantined, while other processes have samples"
         raise HbaError(what, where="quarantine.jsonl", fix="Repair the media, or use larger batches.")
-    return int(counted[:, 0].sum())
+    return int(counted_RM.sum())
 
 
 def _require_finite(value: Tensor, name: str, batches: Sequence[TrainBatch]) -> None:
@@ -229,21 +240,20 @@ def _validate_and_save(
     display: TrainingDisplay,
 ) -> Progress:
     stage.model.eval()
-    validation = stage.validate()
+    with gathered(stage.model):
+        validation = stage.validate()
     display.validation(progress, validation.metrics)
     if progress.best_score is None or validation.score > progress.best_score:
         progress = replace(progress, best_step=progress.step, best_score=validation.score)
-    if accelerator.is_main_process:
-        save_state(run.checkpoints, progress, optimizer, stage.save_model, accelerator.device)
-    accelerator.wait_for_everyone()
+    save_state(run.checkpoints, progress, stage.model, optimizer, stage.save_model, accelerator)
     return progress
 
 
-def _resume(run: RunFolder, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> Progress:
+def _resume(run: RunFolder, model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> Progress:
     checkpoint = latest(run.checkpoints)
     progress = Progress() if checkpoint is None else read_progress(checkpoint)
     if checkpoint is not None:
-        restore_optimizer(checkpoint, optimizer, accelerator.device)
+        restore_optimizer(checkpoint, model, optimizer)
     if accelerator.is_main_process:
         run.truncate_log(progress.step)
     return progress

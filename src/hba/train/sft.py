@@ -33,7 +33,8 @@ from hba.model.omni import ModelConfig, OmniOutput, OmniSapiens, apply_strategy
 from hba.process import data_record, prepare_process, start_accelerator
 from hba.run import RunFolder
 from hba.taxonomy import Taxonomy
-from hba.train.loop import Count, Stage, TrainConfig, Validation, run_training, training_plan
+from hba.train.loop import Count, Stage, TrainConfig, Validation, run_training
+from hba.train.plan import training_plan
 from hba.train.state import Progress, latest
 
 

@@ -1,28 +1,31 @@
 """Training checkpoints: everything that a killed run needs to go on as if nothing had happened.
 
-`checkpoints/step_N/` holds the model (see model/checkpoint.py), `optimizer.pt` (tensors only, loaded with
-weights_only=True), and `trainer_state.json`. A folder appears in one rename, so that a half-written checkpoint cannot
-be found. `best.json` names the best step; folders that are neither last nor best are removed after the new one stands.
+`checkpoints/step_N/` holds the whole model (see model/checkpoint.py), one file a rank of the optimizer's state (see
+optimizer_state.py), and `trainer_state.json`. All ranks write into one folder, which appears in one rename, so that a
+half-written checkpoint cannot be found. `best.json` names the best step; folders that are neither last nor best are
+removed after the new one stands. Random numbers need no state: the loop seeds them anew at every step.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
+from torch import nn
 
-from hba.errors import InputError
 from hba.process import remove_abandoned
 from hba.storage import atomic_folder, read_json, write_json
+from hba.train.optimizer_state import save_optimizer
+from hba.train.sharding import whole_weights
 
 STEP_FOLDER = re.compile(r"step_(\d+)")
 
@@ -40,25 +43,46 @@ class Progress:
 def save_state(
     folder: Path,
     progress: Progress,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     save_model: Callable[[Path], None],
-    device: torch.device,
+    accelerator: Accelerator,
 ) -> None:
     """Write `folder/step_N`, then `best.json` if this step is the best, then drop what is neither last nor best.
 
-    Raises StorageError when the disk is full; the earlier checkpoints then still stand.
+    Called by all ranks; `save_model` runs on the first, where the parameters of `model` are whole. Raises StorageError
+    when the disk is full; the earlier checkpoints then still stand.
     """
-    remove_abandoned(folder)
-    with atomic_folder(folder / f"step_{progress.step}") as new, _writers_raise_os_errors():
-        save_model(new)
-        with (new / "optimizer.pt").open("wb") as file:
-            torch.save({"optimizer": optimizer.state_dict(), "rng": _rng_state(device)}, file)
-        write_json(new / "trainer_state.json", asdict(progress))
-    if progress.best_step == progress.step:
-        write_json(folder / "best.json", {"step": progress.step, "score": progress.best_score})
-    for step, path in steps(folder):
-        if step not in (progress.step, progress.best_step):
-            shutil.rmtree(path)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    with _shared_folder(folder / f"step_{progress.step}", accelerator) as new, _writers_raise_os_errors():
+        save_optimizer(new, model, optimizer, rank=rank, world=world)
+        with whole_weights(model, accelerator):
+            if accelerator.is_main_process:
+                save_model(new)
+        if accelerator.is_main_process:
+            write_json(new / "trainer_state.json", asdict(progress))
+    if accelerator.is_main_process:
+        if progress.best_step == progress.step:
+            write_json(folder / "best.json", {"step": progress.step, "score": progress.best_score})
+        for step, path in steps(folder):
+            if step not in (progress.step, progress.best_step):
+                shutil.rmtree(path)
+    accelerator.wait_for_everyone()
+
+
+@contextmanager
+def _shared_folder(path: Path, accelerator: Accelerator) -> Iterator[Path]:
+    """An `atomic_folder` of the first rank that all ranks fill; it becomes `path` once all have finished."""
+    if accelerator.is_main_process:
+        remove_abandoned(path.parent)
+        with atomic_folder(path) as new:
+            broadcast_object_list([str(new)])
+            yield new
+            accelerator.wait_for_everyone()
+    else:
+        (name,) = broadcast_object_list([None])
+        yield Path(name)
+        accelerator.wait_for_everyone()
 
 
 @contextmanager
@@ -98,27 +122,3 @@ def latest(folder: Path) -> Path | None:
 def read_progress(checkpoint: Path) -> Progress:
     """How far the run was when `checkpoint` was written."""
     return Progress(**read_json(checkpoint / "trainer_state.json"))
-
-
-def restore_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Put optimizer and random state back as they were at `checkpoint`.
-
-    Raises InputError when the file is damaged or holds anything but tensors; nothing of it is executed.
-    """
-    path = checkpoint / "optimizer.pt"
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        fix = f"Remove {checkpoint.name}; the run then goes on from the checkpoint before, or from its start."
-        raise InputError("not the optimizer state of a run, or damaged", where=str(path), fix=fix) from error
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"]["cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["rng"]["cuda"], device)
-
-
-def _rng_state(device: torch.device) -> dict[str, Any]:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
