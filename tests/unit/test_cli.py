@@ -24,6 +24,8 @@ COMMANDS = {
     "train sft": "overrides --config --run --allow-quarantined --json",
     "predict": "model! overrides --atlas! --split --backend --run --allow-quarantined --json",
     "score": "run! --resamples --seed --by --cluster --atlas --json",
+    "judge": "run overrides --model --provider --base-url --atlas --calibrate --offline --out --retry-unjudged"
+    " --allow-unjudged --cache --json",
     "report": "run! --atlas --out --json",
     "compare": "runs! --seeds --allow-other-data --flips --resamples --seed --json",
     "tiny": "out! --atlas! --seed --json",

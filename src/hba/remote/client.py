@@ -121,8 +121,12 @@ class RemoteClient:
             return reply
         try:
             reply = await self._until_answered(prepared)
-        except RequestError:
+        except RequestError as error:
             self.meter.failed += 1
+            if not self.meter.replies and self.meter.failed >= self.config.stop_after:
+                fix = "Check model, settings and server; then run the same command again."
+                what = f"every one of {self.meter.failed} requests failed, the last: {error.what}"
+                raise ServiceError(what, where=self._url, fix=fix) from None
             raise
         if accept is not None:
             accept(reply)

@@ -1,0 +1,124 @@
+"""How far a judge agrees with people, or with another judge: accuracy, Cohen's kappa, and what they disagree on.
+
+kappa = (p_o - p_e) / (1 - p_e), with p_o the share of equal verdicts and p_e the share expected if both gave theirs
+independently at their own rates (Cohen 1960). Intervals are 95 % percentiles of a bootstrap over the items; a resample
+in which kappa is undefined (both gave one verdict throughout) is left out. Only items that both have judged are
+compared; the others are counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hba.errors import InputError
+from hba.evaluate.judge.items import Item
+from hba.evaluate.judge.judgements import FILE, read_judgements
+from hba.storage import read_jsonl
+from hba.taxonomy import BUILTIN
+
+CANARIES = Path(__file__).with_name("canaries.jsonl")
+LEVEL = 0.95
+SHOWN = 20
+Floats = npt.NDArray[np.float64]
+
+
+def kappa(both: int, first: int, second: int, neither: int) -> float | None:
+    """Cohen's kappa of two raters from the counts: both said yes, only the first, only the second, neither.
+
+    None if it is undefined (no items, or both raters gave one and the same verdict throughout).
+    """
+    value = float(_kappas(np.array([[both, first, second, neither]], float))[0])
+    return None if np.isnan(value) else value
+
+
+def agreement(
+    judged: Mapping[str, bool | None], labelled: Mapping[str, bool | None], *, resamples: int = 2000, seed: int = 0
+) -> dict[str, Any]:
+    """What `judged` and `labelled` agree on, by id.
+
+    {"n", "n_unjudged": items of `labelled` without a verdict on either side, "n_agree", "accuracy", "accuracy_ci95",
+    "kappa", "kappa_ci95", "true_positive", "false_positive", "false_negative", "true_negative", "disagreements": ids}.
+    A positive is a verdict "correct" of `judged`.
+    """
+    pairs = [(key, judged.get(key), label) for key, label in labelled.items()]
+    known = [(key, bool(a), bool(b)) for key, a, b in pairs if a is not None and b is not None]
+    cells = ((True, True), (True, False), (False, True), (False, False))
+    counts_4 = np.array([sum((a, b) == cell for _, a, b in known) for cell in cells])
+    found: dict[str, Any] = {"n": len(known), "n_unjudged": len(pairs) - len(known)}
+    names = ("true_positive", "false_positive", "false_negative", "true_negative")
+    found |= dict(zip(names, map(int, counts_4), strict=True))
+    found |= {"n_agree": int(counts_4[0] + counts_4[3]), "accuracy": None, "accuracy_ci95": None}
+    found |= {"kappa": kappa(*map(int, counts_4)), "kappa_ci95": None}
+    if known:
+        draws_R4 = np.random.default_rng(seed).multinomial(len(known), counts_4 / len(known), size=resamples)
+        found["accuracy"] = found["n_agree"] / len(known)
+        found["accuracy_ci95"] = _interval((draws_R4[:, 0] + draws_R4[:, 3]) / len(known))
+        found["kappa_ci95"] = _interval(_kappas(draws_R4.astype(float)))
+    return found | {"disagreements": [key for key, a, b in known if a is not b]}
+
+
+def _kappas(counts_R4: Floats) -> Floats:
+    both, first, second, neither = counts_R4.T
+    total = counts_R4.sum(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        observed = (both + neither) / total
+        yes, yes_other = (both + first) / total, (both + second) / total
+        expected = yes * yes_other + (1 - yes) * (1 - yes_other)
+        values: Floats = np.where(expected < 1, (observed - expected) / (1 - expected), np.nan)
+    return values
+
+
+def _interval(values_R: Floats) -> list[float] | None:
+    known = values_R[~np.isnan(values_R)]
+    return None if not known.size else np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
+
+
+def read_labels(path: Path) -> dict[str, bool | None]:
+    """{id: correct} of a file of labels or of judgements; `correct` null is an item without a label.
+
+    Raises InputError naming file, line and field.
+    """
+    if path.name == FILE:
+        return {key: judgement.correct for key, judgement in read_judgements(path).items()}
+    found: dict[str, bool | None] = {}
+    for line in read_jsonl(path):
+        where = f"{path}:{line.number}"
+        key, correct = _text(line.record, "id", where), line.record.get("correct")
+        if not isinstance(correct, bool) and not ("correct" in line.record and correct is None):
+            raise InputError("expected true, false or null", where=f"{where}, correct", fix="Write the label.")
+        if key in found:
+            raise InputError(f"id {key!r} occurs twice", where=f"{where}, id", fix="Keep one line per item.")
+        found[key] = correct
+    if not found:
+        raise InputError("no label", where=str(path), fix='Write lines such as {"id": "a", "correct": true}.')
+    return found
+
+
+def read_items(path: Path) -> list[Item] | None:
+    """The items that a file of labels carries with it (dataset, question, reference, answer); None if it has none.
+
+    Raises InputError naming file, line and field if only some lines have them.
+    """
+    lines = list(read_jsonl(path))
+    if path.name == FILE or not any("answer" in line.record for line in lines):
+        return None
+    items = []
+    for line in lines:
+        where = f"{path}:{line.number}"
+        texts = {name: _text(line.record, name, where) for name in ("id", "dataset", "question", "reference", "answer")}
+        known = BUILTIN.datasets.get(texts["dataset"])
+        items.append(Item(task=known.task if known else None, **texts))
+    return items
+
+
+def _text(record: Mapping[str, Any], name: str, where: str) -> str:
+    value = record.get(name)
+    if not isinstance(value, str) or not value:
+        raise InputError(f"expected a text, found {value!r}", where=f"{where}, {name}", fix="Write one.")
+    return value
+

@@ -1,0 +1,178 @@
+"""`hba judge` against servers that judge well, are misled by the answers, or fail."""
+
+import json
+import sys
+
+import pytest
+from free_form_run import make_run
+
+from hba.cli import main
+from hba.errors import InputError
+from hba.evaluate.judge.judgements import read_judgements
+from hba.evaluate.judge.run import JudgeConfig, judge_run
+from hba.remote import ClientConfig, ServiceError
+
+FAULTS = {"429": 0.04, "500": 0.04, "hang": 0.01, "drop": 0.03, "cut": 0.02, "malformed": 0.03, "slow": 0.02,
+          "strange": 0.02, "slow_seconds": 0.1, "hang_seconds": 5.0, "retry_after": "0.05"}  # fmt: skip
+
+
+def config(server, provider="openai", **changes):
+    client = ClientConfig(base_url=server.url, provider=provider, first_backoff_seconds=0.01, timeout_seconds=1.0)
+    return JudgeConfig(client=client, **changes)
+
+
+def judge(run, settings, **options):
+    return judge_run(run, model="m", config=settings, progress=lambda done, total: None, **options)
+
+
+def expected(run):
+    """What a compliant judge says, by id."""
+    lines = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    return {p["id"]: p["answer"].lower() == p["target"] for p in lines if p["answer"]}
+
+
+@pytest.fixture
+def hba(monkeypatch, capfd):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["hba", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        out, err = capfd.readouterr()
+        return stop.value.code, out, err
+
+    return call
+
+
+@pytest.mark.parametrize("provider", ["openai", "anthropic"])
+def test_every_answer_gets_its_own_verdict_through_every_fault(chat_server, tmp_path, provider):
+    make_run(tmp_path, 300)
+    server = chat_server("judge", seed=3, **FAULTS)
+    judged = judge(tmp_path / "run", config(server, provider))
+    assert {j.id: j.correct for j in judged.judgements} == expected(tmp_path / "run")
+    lines = (tmp_path / "run" / "judgements.jsonl").read_text().splitlines()
+    assert len(lines) == 294 == server.stats()["distinct"] and server.stats()["answered_twice"] == 0
+
+
+def test_a_misled_judge_gives_no_verdict_and_nothing_is_guessed(chat_server, tmp_path):
+    make_run(tmp_path, 60)
+    server = chat_server("misled")
+    judged = judge(tmp_path / "run", config(server))
+    assert len(judged.unjudged) == len(judged.judgements) == 59
+    assert all("no verdict in 3 replies" in j.error and j.attempts == 3 for j in judged.judgements)
+    assert server.stats()["requests"] == 3 * 59
+
+
+@pytest.mark.parametrize(("brain", "verdict"), [("judge", False), ("misled", None)])
+def test_no_canary_moves_a_verdict(chat_server, tmp_path, hba, brain, verdict):
+    server = chat_server(brain)
+    arguments = ["--model", "m", "--base-url", server.url, "--no-cache", "--json"]
+    code, out, _ = hba("judge", "--calibrate", "canaries", "--out", tmp_path / "c", *arguments)
+    found = json.loads(out)
+    assert code == 0 and found["false_positive"] == 0
+    judgements = read_judgements(tmp_path / "c" / "judgements.jsonl")
+    assert len(judgements) >= 60 and {j.correct for j in judgements.values()} == {verdict}
+    assert found["accuracy"] == (1.0 if verdict is False else None)
+    assert json.loads((tmp_path / "c" / "calibration.json").read_text()) == found
+
+
+def test_a_malformed_verdict_is_asked_for_again_and_then_left_open(chat_server, tmp_path):
+    make_run(tmp_path, 200)
+    server = chat_server("flaky")
+    judged = judge(tmp_path / "run", config(server))
+    truth = expected(tmp_path / "run")
+    assert 0 < len(judged.unjudged) < 10
+    assert all(j.correct == truth[j.id] for j in judged.judgements if j.correct is not None)
+    assert {j.attempts for j in judged.judgements if j.correct is not None} == {1, 2, 3}
+    again = judge(tmp_path / "run", config(server), retry_unjudged=True)
+    assert again.unjudged == judged.unjudged and again.usage["requests"] == 3 * len(judged.unjudged)
+    before = server.stats()["requests"]
+    judge(tmp_path / "run", config(server))
+    assert server.stats()["requests"] == before  # what is unjudged is not asked again unless told to
+
+
+def test_one_refused_row_does_not_lose_the_run(chat_server, tmp_path):
+    make_run(tmp_path, 60)
+    server = chat_server("judge", refuse="clip 7?")
+    judged = judge(tmp_path / "run", config(server))
+    (open_,) = judged.unjudged
+    assert open_.id == "test/8" and "HTTP 400: this is refused" in open_.error
+    truth = expected(tmp_path / "run")
+    assert {j.id: j.correct for j in judged.judgements} == truth | {"test/8": None}
+    fine = chat_server("judge")
+    assert {j.id: j.correct for j in judge(tmp_path / "run", config(fine), retry_unjudged=True).judgements} == truth
+    assert fine.stats()["requests"] == 1
+
+
+def test_a_server_that_refuses_everything_stops_the_command_and_leaves_the_rest_open(chat_server, tmp_path):
+    make_run(tmp_path, 100)
+    server = chat_server("judge", refuse="clip")
+    with pytest.raises(ServiceError, match="every one of 20 requests failed, the last: HTTP 400"):
+        judge(tmp_path / "run", config(server))
+    assert server.stats()["requests"] < 60
+
+
+def test_a_server_without_schemas_is_asked_in_words(chat_server, tmp_path):
+    make_run(tmp_path, 20)
+    strict = chat_server("judge", refuse="response_format")
+    assert judge(tmp_path / "run", config(strict, structured=False)).unjudged == []
+
+
+def test_verdicts_are_those_of_one_judge_and_of_these_answers(chat_server, tmp_path):
+    make_run(tmp_path, 20)
+    run, server = tmp_path / "run", chat_server("judge")
+    judge(run, config(server))
+    with pytest.raises(InputError, match="another temperature"):
+        judge(run, config(server, temperature=None))
+    assert len(judge(run, config(server, temperature=None), out=tmp_path / "other").judgements) == 20
+    path = run / "predictions.jsonl"
+    path.write_text(path.read_text().replace("something else 2", "anything else"))
+    with pytest.raises(InputError, match="the verdict on 'test/3' is about another answer"):
+        judge(run, config(server))
+
+
+def test_the_command_judges_resumes_and_counts(chat_server, tmp_path, hba, monkeypatch):
+    monkeypatch.setenv("HBA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("JUDGE_KEY", "sk-secret-0123456789")
+    make_run(tmp_path, 30)
+    server = chat_server("judge", refuse="clip 3?")
+    arguments = ["judge", tmp_path / "run", "--model", "m", "--base-url", server.url, "client.api_key_env=JUDGE_KEY"]
+    code, out, err = hba(*arguments, "--json")
+    found = json.loads(out)
+    assert code == 1 and "unjudged test/4: HTTP 400" in err and "1 answers have no verdict" in err
+    assert found["n"] == 30 and found["n_unjudged"] == 1 and found["usage"]["cost_usd"] is None
+    assert found["datasets"]["siq2"] == {"n": 10, "n_correct": 6, "n_unjudged": 1}
+    code, out, _ = hba(*arguments, "--allow-unjudged", "1")
+    assert code == 0 and "Judgements" in out and "0 requests" in out
+    code, out, _ = hba(*arguments, "--out", tmp_path / "copy", "--allow-unjudged", "1", "--json")
+    assert json.loads(out)["usage"]["cached"] == 29  # another folder, the same questions
+    code, out, _ = hba("judge", tmp_path / "run", "--calibrate", tmp_path / "copy" / "judgements.jsonl", "--json")
+    assert code == 0 and json.loads(out)["kappa"] == 1.0 and json.loads(out)["n_unjudged"] == 1
+    kept = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not any(b"sk-secret" in path.read_bytes() for path in kept)
+
+
+def test_what_is_missing_is_said(hba, tmp_path):
+    assert hba("judge", tmp_path)[0] == 2
+    for arguments, named in [
+        (["--model", "m"], "RUN: is missing"),
+        ([tmp_path, "--base-url", "http://x"], "--model: is missing"),
+        (["--calibrate", "canaries", "--model", "m"], "--out: is missing"),
+        ([tmp_path, "--model", "m", "--provider", "nobody"], "provider"),
+        ([tmp_path, "--model", "m", "--provider", "anthropic", "client.api_key_env=NOT_SET"], "predictions.jsonl"),
+    ]:
+        code, _, err = hba("judge", *arguments)
+        assert code == 2 and named in err, err
+
+
+def test_offline_similarity_is_named_as_what_it_is(tmp_path, hba):
+    make_run(tmp_path, 30)
+    code, out, _ = hba("judge", tmp_path / "run", "--offline", "--json")
+    found = json.loads(out)
+    assert code == 0 and "not comparable with judge accuracy" in found["note"]
+    assert set(found["datasets"]) == {"siq2", "intentqa", "mimeqa"} and "llm_judge_accuracy" not in out
+    assert not (tmp_path / "run" / "judgements.jsonl").exists()
+    rows = json.loads((tmp_path / "run" / "embedding_similarity.json").read_text())["rows"]
+    assert rows["test/1"] == 1.0 and rows["test/3"] < 0.9 and len(rows) == 30
+    code, out, _ = hba("judge", tmp_path / "run", "--offline")
+    assert code == 0 and "not comparable" in out
