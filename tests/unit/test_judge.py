@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 from brains import misled_replies
 from hypothesis import given
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import cohen_kappa_score
 
 from hba.errors import InputError
-from hba.evaluate.judge.accuracy import bounds, by_dataset, resampled
+from hba.evaluate.judge.accuracy import bounds, by_dataset
 from hba.evaluate.judge.agreement import CANARIES, agreement, kappa, read_items, read_labels
 from hba.evaluate.judge.items import Item, items_of
 from hba.evaluate.judge.judgements import FILE, Judgement, JudgementLog, read_judgements
@@ -252,17 +251,6 @@ def test_unjudged_rows_stay_in_the_denominator_of_the_bounds():
     }  # fmt: skip
     assert found["mimeqa"] == {"llm_judge_accuracy": 0.5, "n_judged": 2, "n_unjudged": 0}
     assert bounds([]) is None
-
-
-def test_resampled_accuracy_is_that_of_drawing_rows_or_groups():
-    rng = np.random.default_rng(0)
-    right = [True] * 30 + [False] * 10
-    alone = resampled(right, [None] * 40, resamples=20_000, rng=rng)
-    assert alone.mean() == pytest.approx(0.75, abs=0.003) and alone.std() == pytest.approx(
-        (0.75 * 0.25 / 40) ** 0.5, abs=0.002
-    )
-    grouped = resampled(right, [str(i // 10) for i in range(40)], resamples=20_000, rng=rng)
-    assert grouped.std() == pytest.approx((0.75 * 0.25 / 4) ** 0.5, abs=0.004)
 
 
 @pytest.mark.parametrize(

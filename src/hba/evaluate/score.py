@@ -2,7 +2,8 @@
 
 Every prediction counts. An answer that could not be mapped is wrong (n_invalid); a sample that failed without
 an output is wrong (n_failed); a quarantined sample, whose medium could not be read, is left out and counted
-(n_quarantined). A task whose answers need a judge has score null, never a default verdict.
+(n_quarantined). A task whose answers need a judge has score null until judgements.jsonl of the folder has a verdict on
+each of them, never a default verdict.
 
 Refused: a missing or malformed file, and a run without a single row to score. metrics.json is written whole
 or not at all. Invariant: the same predictions in any order and the same seed give the same file apart from
@@ -22,7 +23,8 @@ from hba.evaluate.calibration import calibration
 from hba.evaluate.confusion import Rows, encode
 from hba.evaluate.fields import field_values
 from hba.evaluate.freeform import generation_metrics, majority_levels
-from hba.evaluate.metrics import score_rows
+from hba.evaluate.judge.scores import Verdicts, add_judged, judge_record, judged_rows, read_verdicts
+from hba.evaluate.metrics import mean_of, score_rows
 from hba.evaluate.predictions import Prediction, read_predictions
 from hba.evaluate.provenance import provenance_of
 from hba.evaluate.slices import breakdown
@@ -82,10 +84,12 @@ def score_run(
     def read(field: str) -> list[str | None]:
         return field_values(field, predictions, taxonomy, folder=folder, atlas=atlas)
 
-    metrics = score_predictions(predictions, options=options, taxonomy=taxonomy, read=read)
+    verdicts = read_verdicts(folder, predictions, taxonomy)
+    metrics = score_predictions(predictions, options=options, taxonomy=taxonomy, read=read, verdicts=verdicts)
     _add_counts(metrics, Counter(p.dataset for p in predictions if p.failed), quarantined, taxonomy)
     scoring = metrics.pop("scoring")
     metrics["provenance"] = provenance_of(folder, predictions, provenance or {}) | {"scoring": scoring}
+    metrics["provenance"] |= {"judge": judge_record(folder)} if verdicts else {}
     write_json(folder / "metrics.json", metrics)
     return metrics
 
@@ -96,15 +100,19 @@ def score_predictions(
     options: ScoreOptions | None = None,
     taxonomy: Taxonomy = BUILTIN,
     read: Callable[[str], Sequence[str | None]] | None = None,
+    verdicts: Verdicts | None = None,
 ) -> dict[str, Any]:
     """metrics.json of `predictions` without provenance and quarantine; "scoring" says how it was made.
 
     Scores, intervals, chance levels, breakdowns, calibration. `read` gives the values of a row field; without it only
-    what the predictions themselves say is used.
+    what the predictions themselves say is used. `verdicts` are those of a judge on the free-form rows, by id.
     """
     options = options or ScoreOptions()
     rows = rows_of(predictions, taxonomy)
     metrics = score_rows(rows, options.published)
+    if verdicts:
+        rows = judged_rows(rows, predictions, verdicts)
+        add_judged(metrics, predictions, verdicts, taxonomy, published=options.published)
     clusters = _clusters(predictions, options.cluster, read)
     how: dict[str, Any] = {"resamples": options.resamples, "seed": options.seed, "published": options.published}
     intervals = bootstrap(rows, clusters=clusters, **how)
@@ -218,6 +226,11 @@ def _add_free_form(metrics: dict[str, Any], predictions: Sequence[Prediction]) -
     columns = {name: [getattr(p, name) for p in predictions] for name in ("answer", "target", "dataset", "task")}
     for key, level in majority_levels(columns["target"], columns["dataset"]).items():
         metrics["datasets"][key]["chance"] = level
+    scored = [task for task in metrics["tasks"].values() if task["score"] is not None]
+    for task in scored:
+        if task["chance"] is None:
+            task["chance"] = mean_of([metrics["datasets"][key]["chance"] for key in task["datasets"]])
+    metrics["aggregate"]["mean"]["chance"] = mean_of([task["chance"] for task in scored])
     said = [answer if (answer or "").strip() else None for answer in columns["answer"]]
     metrics["aggregate"]["free_form"] = generation_metrics(said, columns["target"], columns["dataset"], columns["task"])
 
@@ -245,7 +258,7 @@ def _add_counts(metrics: dict[str, Any], failed: Counter[str], quarantined: Coun
                 for name in ("n", "n_invalid", "n_failed", "n_quarantined")
             }
             if entry["score"] is None:
-                entry["note"] = JUDGED_NOTE if task.judged else EMPTY_NOTE
+                entry.setdefault("note", JUDGED_NOTE if task.judged else EMPTY_NOTE)
     metrics["tasks"] = tasks
     aggregate = metrics["aggregate"]
     for name in ("n", "n_invalid", "n_failed", "n_quarantined"):

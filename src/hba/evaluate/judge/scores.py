@@ -1,0 +1,113 @@
+"""Verdicts in metrics.json: llm_judge_accuracy of the free-form datasets, and the scores of their tasks.
+
+A dataset has a score once every answer of it has a verdict; an empty answer is wrong without one. Until then its entry
+has bounds and counts, and its task a note with them. `chance` of a judged task is the share of its most frequent
+reference, which one constant answer reaches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hba.errors import InputError
+from hba.evaluate.confusion import RIGHT, WRONG, Rows
+from hba.evaluate.judge.accuracy import METRIC, Verdict, by_dataset
+from hba.evaluate.judge.items import answer_sha256, answered
+from hba.evaluate.judge.judgements import FILE, SETTINGS, read_judgements
+from hba.evaluate.metrics import mean_of
+from hba.evaluate.predictions import Prediction
+from hba.storage import read_json
+from hba.taxonomy import Taxonomy
+
+Verdicts = Mapping[str, Verdict]
+
+
+def read_verdicts(folder: Path, predictions: Sequence[Prediction], taxonomy: Taxonomy) -> dict[str, Verdict]:
+    """The verdict of every free-form prediction by id, None without one; empty if nobody has judged the run.
+
+    Raises InputError for a malformed judgements.jsonl, or one that is about other answers.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return {}
+    judgements = read_judgements(path)
+    found: dict[str, Verdict] = {}
+    for p in predictions:
+        if taxonomy.dataset(p.dataset).domain is not None:
+            continue
+        judgement = judgements.get(p.id)
+        if not answered(p):
+            found[p.id] = False
+        elif judgement is None:
+            found[p.id] = None
+        elif judgement.answer_sha256 != answer_sha256(p.target, p.answer or ""):
+            fix = "Remove judgements.jsonl and judge.json, and judge these answers."
+            raise InputError(f"the verdict on {p.id!r} is about another answer", where=str(path), fix=fix)
+        else:
+            found[p.id] = judgement.correct
+    return found
+
+
+def judge_record(folder: Path) -> dict[str, Any] | None:
+    """Who judged, for the provenance of metrics.json; None if nobody did."""
+    path = folder / SETTINGS
+    return read_json(path) if path.is_file() and (folder / FILE).is_file() else None
+
+
+def judged_rows(rows: Rows, predictions: Sequence[Prediction], verdicts: Verdicts) -> Rows:
+    """`rows` with verdicts instead of exact matches in the free-form datasets that are judged to the last answer."""
+    complete = _complete(predictions, verdicts)
+    cells = rows.cells.copy()
+    for number, p in enumerate(predictions):
+        if p.dataset in complete and answered(p):
+            start = rows.layout.freeform_start + 3 * rows.layout.freeform_code[p.dataset]
+            cells[number] = start + (RIGHT if verdicts[p.id] else WRONG)
+    return replace(rows, cells=cells, judged=frozenset(complete))
+
+
+def add_judged(
+    metrics: dict[str, Any],
+    predictions: Sequence[Prediction],
+    verdicts: Verdicts,
+    taxonomy: Taxonomy,
+    *,
+    published: bool = False,
+) -> None:
+    """Add the datasets' judge accuracy, the judged tasks' scores, and both to the mean over tasks."""
+    values: dict[str, list[Verdict]] = {}
+    for p in predictions:
+        if p.id in verdicts:
+            values.setdefault(p.dataset, []).append(verdicts[p.id])
+    for key, entry in by_dataset(values, published=published).items():
+        metrics["datasets"][key] |= entry
+    for task in taxonomy.tasks.values():
+        keys = [key for key in task.datasets if key in values]
+        if keys and task.judged:
+            entries = [metrics["datasets"][key] for key in keys]
+            scores = [entry[METRIC] for entry in entries]
+            rows = sum(entry["n"] for entry in entries)
+            score = None if None in scores else mean_of(scores)
+            found = metrics["tasks"][task.key] = {"score": score, "metric": METRIC, "n": rows, "datasets": keys}
+            if score is None:
+                found["note"] = _note(entries)
+    metrics["aggregate"]["mean"]["score"] = mean_of([task["score"] for task in metrics["tasks"].values()])
+
+
+def _complete(predictions: Sequence[Prediction], verdicts: Verdicts) -> set[str]:
+    open_ = {p.dataset for p in predictions if verdicts.get(p.id, False) is None}
+    return {p.dataset for p in predictions if p.id in verdicts} - open_
+
+
+def _note(entries: Sequence[Mapping[str, Any]]) -> str:
+    unjudged, rows = sum(entry["n_unjudged"] for entry in entries), sum(entry["n"] for entry in entries)
+    low, high = (mean_of([_bound(entry, side) for entry in entries]) for side in (0, 1))
+    return f"not scored: {unjudged} of {rows} answers are unjudged; between {low:.3f} and {high:.3f}"
+
+
+def _bound(entry: Mapping[str, Any], side: int) -> float | None:
+    bounds: Sequence[float] | None = entry.get(f"{METRIC}_bounds")
+    score: float | None = entry[METRIC]
+    return score if bounds is None else bounds[side]

@@ -1,0 +1,73 @@
+"""Verdicts in metrics.json: every row counts, nothing is scored before the last verdict is there."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+from free_form_run import make_run
+
+from hba.errors import InputError
+from hba.evaluate.judge.items import answer_sha256
+from hba.evaluate.judge.judgements import Judgement
+from hba.evaluate.score import score_run
+from hba.report.terminal import metrics_table
+
+
+def judge(run, verdict):
+    """Write the judgements of a judge who gives `verdict(prediction)` on every answer; "skip" writes no line."""
+    lines = []
+    for line in (run / "predictions.jsonl").read_text().splitlines():
+        p = json.loads(line)
+        correct = verdict(p)
+        if p["answer"] and correct != "skip":
+            judgement = Judgement(
+                id=p["id"], dataset=p["dataset"], answer_sha256=answer_sha256(p["target"], p["answer"]),
+                correct=correct, reason=None, error="e" if correct is None else None, attempts=1, tokens_in=1,
+                tokens_out=1,
+            )  # fmt: skip
+            lines.append(json.dumps(asdict(judgement)) + "\n")
+    (run / "judgements.jsonl").write_text("".join(lines[::-1]))  # in another order than the predictions
+    (run / "judge.json").write_text('{"model": "m"}')
+
+
+def test_judged_tasks_have_scores_intervals_and_the_mean(tmp_path):
+    shares = make_run(tmp_path, 300)
+    run = tmp_path / "run"
+    alone = score_run(run)
+    assert alone["tasks"]["SOC"]["score"] is None and alone["aggregate"]["mean"]["score"] is None
+    judge(run, lambda p: p["answer"].lower() == p["target"] and p["dataset"] != "mimeqa")
+    found = score_run(run)
+    assert found["datasets"]["siq2"]["llm_judge_accuracy"] == shares["siq2"] == found["tasks"]["SOC"]["score"]
+    assert found["datasets"]["mimeqa"]["llm_judge_accuracy"] == 0.0 != found["datasets"]["mimeqa"]["exact_match"]
+    low, high = found["tasks"]["SOC"]["ci95"]
+    assert low < shares["siq2"] < high and high - low == pytest.approx(2 * 1.96 * (0.58 * 0.42 / 100) ** 0.5, rel=0.15)
+    assert found["aggregate"]["mean"]["score"] == pytest.approx(2 * 0.58 / 3)
+    assert found["provenance"]["judge"] == {"model": "m"}
+    # An empty answer is wrong without a judge, and counts.
+    assert found["datasets"]["siq2"]["n"] == 100 and found["datasets"]["siq2"]["n_judged"] == 100
+
+
+@pytest.mark.parametrize("missing", [None, "skip"])
+def test_an_unjudged_row_leaves_bounds_and_no_score(tmp_path, missing):
+    make_run(tmp_path, 300)
+    run = tmp_path / "run"
+    judge(run, lambda p: missing if p["id"] in ("test/1", "test/4") else p["answer"].lower() == p["target"])
+    found = score_run(run)
+    entry, task = found["datasets"]["siq2"], found["tasks"]["SOC"]
+    assert entry["llm_judge_accuracy"] is None and (entry["n_judged"], entry["n_unjudged"]) == (98, 2)
+    assert entry["llm_judge_accuracy_bounds"] == [0.57, 0.59]
+    assert task["score"] is None and task["ci95"] is None and task["n"] == 100
+    assert "2 of 100 answers are unjudged; between 0.570 and 0.590" in task["note"]
+    assert found["tasks"]["INT"]["score"] == 0.58 and found["aggregate"]["mean"]["score"] == pytest.approx(0.58)
+    assert any("unjudged" in str(cell) for cell in metrics_table(found).columns[0].cells)
+    assert score_run(run, published=True)["datasets"]["siq2"]["llm_judge_accuracy"] == 57 / 98
+
+
+def test_verdicts_on_other_answers_are_refused(tmp_path):
+    make_run(tmp_path, 30)
+    run = tmp_path / "run"
+    judge(run, lambda p: True)
+    path = run / "predictions.jsonl"
+    path.write_text(path.read_text().replace("something else 2", "other"))
+    with pytest.raises(InputError, match="the verdict on 'test/3' is about another answer"):
+        score_run(run)
