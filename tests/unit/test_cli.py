@@ -28,6 +28,7 @@ COMMANDS = {
     " --allow-unjudged --cache --json",
     "report": "run! --atlas --out --json",
     "compare": "runs! --seeds --allow-other-data --flips --resamples --seed --json",
+    "leaderboard": "runs! --out --published --tasks --max-quarantined --allow-other-data --json",
     "tiny": "out! --atlas! --seed --json",
     "doctor": "--online --json",
 }
