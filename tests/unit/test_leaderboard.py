@@ -102,6 +102,18 @@ def test_runs_on_different_data_or_rows_are_refused_unless_told_and_then_marked(
     assert "Not the same evidence" in board.warnings[0]
 
 
+def test_scores_of_two_judges_are_not_ranked_in_silence(tmp_path: Path) -> None:
+    runs = [scored(tmp_path / name, {"SOC": 0.5}, judge={"model": name}) for name in ("gpt", "claude")]
+    for run in runs:
+        metrics = json.loads((run / "metrics.json").read_text())
+        metrics["tasks"]["SOC"]["metric"] = "llm_judge_accuracy"
+        (run / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(InputError, match=r"SOC graded by different judges \(gpt: gpt, claude: claude\)"):
+        build_leaderboard(runs)
+    board = build_leaderboard(runs, tables=[], allow_other_data=True)
+    assert board.entries[0].notes[0].startswith("judge: ")
+
+
 def test_a_run_with_many_quarantined_samples_is_shown_and_not_ranked(tmp_path: Path) -> None:
     few = scored(tmp_path / "few", NEXT_BEST, n=999, quarantined=1)
     many = scored(tmp_path / "many", {"SEN": 0.99, "EMO": 0.99}, n=950, quarantined=50)

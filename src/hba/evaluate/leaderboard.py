@@ -28,6 +28,7 @@ SOURCES = {
     "rl_algorithms": "arXiv 2602.10635, RL algorithms",
 }
 DEFAULT_TABLES = ("hba_iclr2026", "omnisapiens2_icml2026")
+JUDGED = "llm_judge_accuracy"
 MAX_QUARANTINED = 0.01
 ROUNDING = 0.0006  # published with three decimals, or in per cent with two
 
@@ -128,17 +129,28 @@ def _check_same_data(measured: Sequence[_Measured], ranked: Sequence[str], allow
         listed = ", ".join(f"{name}: {str(text)[:12]}" for name, text in prints.items())
         found.append(f"runs on different data (fingerprints {listed})")
     for key in ranked:
-        sizes = {
-            run.name: task.n + (task.n_quarantined or 0)
-            for run in measured
-            if (task := run.metrics.tasks.get(key)) is not None and task.score is not None
-        }
+        tasks = {run.name: run.metrics.tasks[key] for run in _with(measured, key)}
+        sizes = {name: task.n + (task.n_quarantined or 0) for name, task in tasks.items()}
         if len(set(sizes.values())) > 1:
             found.append(f"{key} was scored on different rows ({', '.join(f'{k}: {n:,}' for k, n in sizes.items())})")
+    judged = [key for key in ranked if any(run.metrics.tasks[key].metric == JUDGED for run in _with(measured, key))]
+    judges = {run.name: _judge(run.metrics) for run in measured} if judged else {}
+    if len(set(judges.values())) > 1:
+        listed = ", ".join(f"{name}: {judge}" for name, judge in judges.items())
+        found.append(f"{', '.join(judged)} graded by different judges ({listed})")
     if found and not allowed:
-        fix = "Predict all of them on the same data, or rank them all the same with --allow-other-data."
+        fix = "Predict and judge all of them alike, or rank them all the same with --allow-other-data."
         raise InputError("; ".join(found), fix=fix)
     return [f"Not the same evidence: {text}." for text in found]
+
+
+def _with(measured: Sequence[_Measured], key: str) -> list[_Measured]:
+    return [run for run in measured if key in run.metrics.tasks and run.metrics.tasks[key].score is not None]
+
+
+def _judge(metrics: Metrics) -> str | None:
+    judge = metrics.provenance.get("judge")
+    return str(judge.get("model")) if isinstance(judge, dict) else None
 
 
 def _entry(run: _Measured, max_quarantined: float) -> Entry:
@@ -150,8 +162,8 @@ def _entry(run: _Measured, max_quarantined: float) -> Entry:
         notes.append(f"{share:.1%} of the samples quarantined: not ranked")
     elif share:
         notes.append(f"{metrics.counts['n_quarantined']:,} samples quarantined")
-    if said.get("judge"):
-        notes.append(f"judge: {said['judge']}")
+    if _judge(metrics):
+        notes.append(f"judge: {_judge(metrics)}")
     if said.get("data_fingerprint") is None:
         notes.append("data not recorded")
     if said.get("synthetic"):
