@@ -22,6 +22,7 @@ COMMANDS = {
     "atlas describe": "root --split --audio --video --transcripts --frames-per-second --workers --executor --out-format"
     " --replace --allow-failed --setup --json",
     "train sft": "overrides --config --run --allow-quarantined --json",
+    "merge": "run! out! --dtype --backbone --lora-alpha --json",
     "predict": "model! overrides --atlas! --split --backend --run --allow-quarantined --json",
     "score": "run! --resamples --seed --by --cluster --atlas --json",
     "judge": "run overrides --model --provider --base-url --atlas --calibrate --offline --out --retry-unjudged"
