@@ -220,7 +220,7 @@ def test_sound_longer_than_the_window_of_a_model_is_refused_not_cut(models, trai
 
 
 def test_encoders_survive_pickling_and_give_the_same(models, train):
-    wording = FormatMix({"think": 1.0}, reasoning="It is {{ answer }}.", seed=0)
+    wording = FormatMix(["think"], reasoning="It is {{ answer }}.", seed=0)
     for family in FAMILIES:
         enc = encoder(models, family, answers=True, wording=wording)
         copy = pickle.loads(pickle.dumps(enc))

@@ -73,27 +73,26 @@ def sample(number, **fields):
 
 
 def test_a_mix_gives_every_format_its_share_and_a_sample_always_the_same():
-    mix = FormatMix({"plain": 1.0, "think": 1.0}, reasoning="Low voice.", seed=3)
+    mix = FormatMix(["plain", "think"], reasoning="Low voice.", seed=3)
     names = [mix.format_of(sample(i)).name for i in range(2000)]
     assert 0.45 < names.count("think") / len(names) < 0.55
     again = pickle.loads(pickle.dumps(mix))
     assert names == [again.format_of(sample(i)).name for i in range(2000)]
-    assert names != [FormatMix(mix.weights, seed=4).format_of(sample(i)).name for i in range(2000)]
+    assert names != [FormatMix(mix.names, seed=4).format_of(sample(i)).name for i in range(2000)]
     asked = {mix.answer(sample(i)) for i in range(50)}
     assert asked == {"sad", "<think>Low voice.</think>\n\\boxed{sad}"}
 
 
 def test_reasoning_comes_from_the_row_or_is_missed_by_name():
-    mix = FormatMix({"think": 1.0})
+    mix = FormatMix(["think"])
     assert mix.answer(sample(1, reasoning="The brows are drawn.")).startswith("<think>The brows are drawn.</think>")
     with pytest.raises(InputError, match=r"train\.jsonl:7: no reasoning"):
         mix.answer(sample(7))
-    assert FormatMix({"boxed": 1.0}).answer(sample(7)) == "\\boxed{sad}"
+    assert FormatMix(["boxed"]).answer(sample(7)) == "\\boxed{sad}"
     with pytest.raises(InputError, match="not a jinja text"):
-        FormatMix({"think": 1.0}, reasoning="{{")
-    for weights in ({}, {"plain": 0.0}, {"plain": -1.0}):
-        with pytest.raises(InputError, match="formats"):
-            FormatMix(weights)
+        FormatMix(["think"], reasoning="{{")
+    with pytest.raises(InputError, match="formats: no answer format"):
+        FormatMix([])
 
 
 def test_an_unknown_name_suggests_the_nearest():

@@ -22,14 +22,13 @@ COMMANDS = {
     "atlas describe": "root --split --audio --video --transcripts --frames-per-second --workers --executor --out-format"
     " --replace --allow-failed --setup --json",
     "train sft": "overrides --config --run --allow-quarantined --json",
-    "merge": "run! out! --dtype --backbone --lora-alpha --json",
+    "train lm": "overrides --config --run --allow-quarantined --json",
     "predict": "model! overrides --atlas! --split --backend --run --allow-quarantined --json",
     "score": "run! --resamples --seed --by --cluster --atlas --json",
     "judge": "run overrides --model --provider --base-url --atlas --calibrate --offline --out --retry-unjudged"
     " --allow-unjudged --cache --json",
     "report": "run! --atlas --out --json",
     "compare": "runs! --seeds --allow-other-data --flips --resamples --seed --json",
-    "leaderboard": "runs! --out --published --tasks --max-quarantined --allow-other-data --json",
     "tiny": "out! --atlas! --seed --json",
     "doctor": "--online --json",
 }

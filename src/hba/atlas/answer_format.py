@@ -10,9 +10,8 @@ It refuses to invent: a format that shows reasoning needs some for every row.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -81,34 +80,31 @@ def _path(name: str) -> Path:
 
 
 class FormatMix:
-    """The `Wording` of samples in one format or a mix: which one a sample has is fixed by its id and the seed.
+    """The `Wording` of samples in one format or several: which one a sample has is fixed by its id and the seed.
 
-    `weights` give each format's share of the samples; `reasoning` is a jinja text over the sample's answer, problem,
-    dataset, task and the further fields of its row, for the formats that show reasoning.
+    Every name has an equal share of the samples, so that one given twice has twice the share. `reasoning` is a jinja
+    text over the sample's answer, problem, dataset, task and the further fields of its row, for the formats that show
+    reasoning.
     """
 
-    def __init__(self, weights: Mapping[str, float], *, reasoning: str = "{{ reasoning }}", seed: int = 0) -> None:
-        """Raises InputError for an unknown format, a weight that is not positive, or a text that does not parse."""
-        if not weights or any(weight <= 0 for weight in weights.values()):
-            raise InputError(f"formats {dict(weights)!r}", fix="Name at least one, each with a positive weight.")
-        self.weights, self.reasoning, self.seed = dict(weights), reasoning, seed
-        self._formats = [AnswerFormat(name) for name in weights]
+    def __init__(self, names: Sequence[str], *, reasoning: str = "{{ reasoning }}", seed: int = 0) -> None:
+        """Raises InputError for no format, an unknown one, or a reasoning that is no jinja text."""
+        if not names:
+            raise InputError("no answer format", where="formats", fix="Name at least one, such as plain.")
+        self.names, self.reasoning, self.seed = tuple(names), reasoning, seed
+        self._formats = [AnswerFormat(name) for name in names]
         try:
             self._reasoning = _environment().from_string(reasoning)
         except jinja2.TemplateSyntaxError as error:
             raise InputError(f"not a jinja text ({error})", where="reasoning", fix="Repair it.") from None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (partial(FormatMix, reasoning=self.reasoning, seed=self.seed), (self.weights,))
+        return (partial(FormatMix, reasoning=self.reasoning, seed=self.seed), (self.names,))
 
     def format_of(self, sample: Sample) -> AnswerFormat:
         """The format of a sample."""
         digest = hashlib.sha256(f"{self.seed}:{sample.split}:{sample.id}".encode()).digest()
-        drawn = int.from_bytes(digest[:8], "big") / 2**64 * sum(self.weights.values())
-        for answer_format, edge in zip(self._formats, accumulate(self.weights.values()), strict=True):
-            if drawn < edge:
-                return answer_format
-        return self._formats[-1]
+        return self._formats[int.from_bytes(digest[:8], "big") % len(self._formats)]
 
     def question(self, sample: Sample) -> str:
         """The problem as its format asks it."""

@@ -37,3 +37,29 @@ def sft_command(
     best = f"best validation mean {progress.best_score:.3f} at step {progress.best_step}"
     answer(result, as_json=json, show=lambda: say(f"Trained {progress.step} steps in {bold(run)}: {best}."))
     finish(quarantined, allow_quarantined)
+
+
+LM_EXAMPLE = "Example: hba train lm --config lm_tiny --run runs/lm atlas=runs/mini model.name=runs/tiny"
+
+
+@train_app.command("lm", epilog=LM_EXAMPLE)
+def lm_command(
+    overrides: Overrides = None,
+    config: ConfigOption = None,
+    run: Annotated[Path, typer.Option(help="Run folder; an unfinished one is resumed.")] = Path("runs/lm"),
+    allow_quarantined: AllowQuarantined = 0,
+    json: JsonFlag = False,
+) -> None:
+    """Generative SFT: any chat model learns to answer in words."""
+    from hba.config import load_config
+    from hba.train.lm import LmConfig, train_lm
+    from hba.train.start import training_run
+
+    settings = load_config(LmConfig, recipe_path(config), overrides or [])
+    with training_run(run, config=settings, command="train lm", seed=settings.train.seed) as folder:
+        progress = train_lm(settings, folder)
+        quarantined = folder.quarantine.records()
+    result = {"run": str(run), **asdict(progress), "quarantined": len(quarantined)}
+    best = f"best validation loss {-(progress.best_score or 0.0):.3f} at step {progress.best_step}"
+    answer(result, as_json=json, show=lambda: say(f"Trained {progress.step} steps in {bold(run)}: {best}."))
+    finish(quarantined, allow_quarantined)

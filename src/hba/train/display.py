@@ -99,9 +99,13 @@ class TrainingDisplay:
         self._samples = 0
 
     def validation(self, progress: Progress, metrics: dict[str, Any]) -> None:
-        """Record the metrics of a validation; values may be None where a task has no score."""
+        """Record the metrics of a validation, None where a task has no score; a `loss` is not one of the scores."""
+        scores = {key: value for key, value in metrics.items() if key != "loss"}
+        record = {"step": progress.step, "kind": "validation", "metrics": scores}
+        if "loss" in metrics:
+            record["loss"] = metrics["loss"]
         numbers = {f"validation/{k}": v for k, v in metrics.items() if v is not None}
-        self._record({"step": progress.step, "kind": "validation", "metrics": metrics}, numbers)
+        self._record(record, numbers)
 
     def _record(self, record: dict[str, Any], numbers: dict[str, Any]) -> None:
         if not self._enabled:

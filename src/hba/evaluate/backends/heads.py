@@ -67,7 +67,7 @@ def open_backend(_name: str, opening: Opening) -> HeadsBackend:
     """The heads of a checkpoint or run folder. Raises InputError for a backbone, whose heads are not trained."""
     model_name, config, taxonomy = opening.model, opening.config, opening.atlas.taxonomy
     trained = checkpoint.resolve(model_name)
-    if trained is None:
+    if trained is None or checkpoint.read_card(trained)["columns"] is None:
         fix = "Give a checkpoint, or the run folder of `hba train sft`; --backend hf answers in words."
         raise InputError("a backbone without trained heads: its answers would be random", where=model_name, fix=fix)
     model = checkpoint.load(model_name, dtype=config.dtype, attention=config.attention, taxonomy=taxonomy).eval()

@@ -1,0 +1,152 @@
+"""Generative SFT: any chat model learns to answer in words, from what it sees, hears and reads.
+
+The loss is the next-token cross-entropy of the response, the end of the turn included, teacher-forced: a mean over each
+row's response tokens, then over the rows. Logits are computed for response tokens alone (`model.chat`). Every row is
+asked and answered in one of the formats of the config (plain, in a box, with thinking), the same one in every epoch.
+Media of modalities that are left out neither reach the model nor leave their tags in the prompt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from hba.atlas import Atlas, open_atlas
+from hba.atlas.answer_format import FormatMix
+from hba.atlas.batch import IGNORED, Batch, EncodeConfig, SampleEncoder
+from hba.atlas.chat_encoder import encoder_for
+from hba.atlas.loader import LoaderConfig, load_batches
+from hba.atlas.mixing import MixConfig
+from hba.config import option
+from hba.errors import InputError
+from hba.evaluate.backends.batches import evaluation_plan
+from hba.model import chat
+from hba.model.heads import answer_loss
+from hba.model.omni import ModelConfig
+from hba.process import data_record, prepare_process, start_accelerator
+from hba.run import RunFolder
+from hba.train.loop import Count, Stage, TrainConfig, Validation, run_training
+from hba.train.plan import training_plan
+from hba.train.state import Progress, latest
+
+
+@dataclass(frozen=True, kw_only=True)
+class LmConfig:
+    """Everything that decides a run of generative SFT. `model.name` may be a run or checkpoint of another stage."""
+
+    atlas: str = option(doc="atlas folder, or the hub id of a release")
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(name="Qwen/Qwen2.5-Omni-7B"))
+    train: TrainConfig = field(default_factory=TrainConfig)
+    encode: EncodeConfig = field(default_factory=EncodeConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    mix: MixConfig = field(default_factory=MixConfig)
+    train_split: str = option("train", "split to train on; slices such as train[:10%] work")
+    validation_split: str = option("validation", "split that chooses the best checkpoint")
+    datasets: tuple[str, ...] | None = option(None, "train on these dataset keys alone")
+    validation_batch_size: Count = option(32, "samples in a validation batch")
+    formats: tuple[str, ...] = option(
+        ("plain",), "plain, boxed, think, or a path to a .jinja file; of several, each has an equal share of the rows"
+    )
+    reasoning: str = option(
+        "{{ reasoning }}", "what stands in <think>: a jinja text over the row's fields, answer, problem, dataset, task"
+    )
+
+
+def train_lm(config: LmConfig, run: RunFolder) -> Progress:
+    """Run (or resume) it in `run`. Raises InputError for bad data or config, HbaError for a failing step."""
+    accelerator = start_accelerator(config.model.dtype)
+    prepare_process(config.train.seed)
+    train, validation = (_rows(config, split) for split in (config.train_split, config.validation_split))
+    run.record_data(data_record(config.atlas, train))
+    model = build_model(config, latest(run.checkpoints))
+    wording = FormatMix(config.formats, reasoning=config.reasoning, seed=config.train.seed)
+    encoder = encoder_for(model.processor, config.encode, train.taxonomy, answers=True, wording=wording)
+    plan = training_plan(
+        train.columns,
+        train.estimated_tokens,
+        config.mix,
+        config.train,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+    )
+    stage = Stage(
+        model=model,
+        loss=lm_loss,
+        batches=lambda plan, start: load_batches(train, encoder, plan, config.loader, start=start),
+        validate=partial(validate_answers, model, validation, encoder, config, run, accelerator),
+        save_model=partial(save_checkpoint, model, config),
+        learning_rates={},
+    )
+    return run_training(stage, plan, config.train, accelerator, run)
+
+
+def lm_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Cross-entropy of the response tokens: the mean over each row's, summed over the rows."""
+    answer_logits_NV: Tensor = model(batch)
+    assert batch.labels_BT is not None  # the encoder gives answers
+    return answer_loss(answer_logits_NV, batch.labels_BT)
+
+
+def _rows(config: LmConfig, split: str) -> Atlas:
+    atlas = open_atlas(config.atlas, split=split)
+    return atlas if config.datasets is None else atlas.filter(datasets=config.datasets)
+
+
+def build_model(config: LmConfig, resume: Path | None) -> chat.ChatModel:
+    """The model to train: from the config's name, or from the checkpoint that a run resumes at."""
+    # Weights that train keep float32 masters; the configured dtype is for those that do not.
+    dtype = "float32" if config.model.strategy == "full" else config.model.dtype
+    torch.manual_seed(config.train.seed)
+    name = config.model.name if resume is None else resume
+    return chat.prepare(chat.load(name, dtype=dtype, attention=config.model.attention), config.model)
+
+
+def save_checkpoint(model: chat.ChatModel, config: LmConfig, folder: Path) -> None:
+    """Write the model of a run as a checkpoint that `chat.load` reads."""
+    backbone = chat.backbone_of(config.model.name)
+    chat.save(model, folder, backbone=backbone, strategy=config.model.strategy, encode=config.encode)
+
+
+def validate_answers(
+    model: chat.ChatModel,
+    atlas: Atlas,
+    encoder: SampleEncoder,
+    config: LmConfig,
+    run: RunFolder,
+    accelerator: Accelerator,
+) -> Validation:
+    """Loss of the right responses and share of their tokens that greedy decoding would give, on the validation rows.
+
+    The lowest loss chooses the best checkpoint. Every rank takes its share of the rows and gets the figures of all.
+    Raises InputError when no row is left to score.
+    """
+    rows = np.arange(len(atlas))[accelerator.process_index :: accelerator.num_processes]
+    plan = evaluation_plan(atlas, rows, config.validation_batch_size)
+    counts: list[tuple[float, int, int, int]] = []  # summed loss, rows, right tokens, tokens
+    for batch in load_batches(atlas, encoder, plan, config.loader):
+        for sample in batch.quarantined:
+            run.quarantine.add(sample)
+        if len(batch):
+            counts.append(_score(model, batch.to(accelerator.device)))
+    done = gather_object(counts)
+    if not done:
+        fix = "Repair the media named in quarantine.jsonl."
+        raise InputError(f"no sample of split {atlas.split!r} can be read", where=str(atlas.root), fix=fix)
+    loss, count, right, tokens = map(sum, zip(*done, strict=True))
+    return Validation(-loss / count, {"loss": loss / count, "token_accuracy": right / tokens})
+
+
+@torch.inference_mode()
+def _score(model: chat.ChatModel, batch: Batch) -> tuple[float, int, int, int]:
+    logits_NV = model(batch)
+    assert batch.labels_BT is not None  # the encoder gives answers
+    labels_N = batch.labels_BT[batch.labels_BT != IGNORED]
+    right = int((logits_NV.argmax(-1) == labels_N).sum())
+    return float(answer_loss(logits_NV, batch.labels_BT)), len(batch), right, len(labels_N)
