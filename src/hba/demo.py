@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from hba.atlas import open_atlas
 from hba.atlas.mini import build_mini_atlas
 from hba.cli.options import recipe_path
-from hba.cli.progress import counted
+from hba.cli.progress import counted, tallied
 from hba.config import load_config
 from hba.errors import ConfigError
 from hba.evaluate.config import PredictConfig
@@ -102,5 +102,5 @@ def _train(run: Path, settings: SftConfig, seed: int) -> None:
 
 
 def _predict(run: Path, atlas: Path) -> None:
-    with counted("predict") as progress:
+    with tallied("predict") as progress:
         predict_run(str(run), run, atlas=str(atlas), split="test", config=PredictConfig(), progress=progress)

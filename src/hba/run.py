@@ -34,6 +34,10 @@ LOCK_GRACE_SECONDS = 1.0
 ELSEWHERE = "Use another run folder, or give the old values to resume this one."
 
 
+class FolderInUseError(HbaError):
+    """Another process holds the folder's lock."""
+
+
 class RunFolder:
     """A run folder that is open in this process: made by `open`, used as a context manager."""
 
@@ -174,7 +178,7 @@ class RunFolder:
 
 @contextmanager
 def locked_folder(path: Path) -> Iterator[None]:
-    """Make the folder if need be and keep other commands out of it. Raises HbaError when another process uses it."""
+    """Make the folder if need be and keep other commands out of it. Raises FolderInUseError when one is in it."""
     lock = _Lock(_made(path) / ".lock")
     try:
         yield
@@ -239,7 +243,7 @@ def _acquire(descriptor: int, path: Path) -> None:
             holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
             what = f"another process (id {holder}) uses this run folder"
             fix = "Wait for it to end, end it, or use another run folder."
-            raise HbaError(what, where=str(path.parent), fix=fix) from None
+            raise FolderInUseError(what, where=str(path.parent), fix=fix) from None
         except OSError as error:
             fix = "Choose a folder on a file system with locks."
             raise StorageError(f"cannot lock ({error.strerror})", where=str(path), fix=fix) from None

@@ -25,7 +25,7 @@ ENCODE = EncodeConfig(num_frames=2, max_pixels=3136)
 def opening(mini_atlas, *overrides, encode=ENCODE, split="test"):
     atlas = open_atlas(mini_atlas, split=split)
     config = load_config(PredictConfig, None, ["remote.base_url=http://127.0.0.1:9/v1", *overrides])
-    return Opening(model="m", place=str(mini_atlas), atlas=atlas, config=config, encode=encode)
+    return Opening(model="m", backend="openai", place=str(mini_atlas), atlas=atlas, config=config, encode=encode)
 
 
 def seen_and_heard(atlas):

@@ -35,6 +35,7 @@ SUPPORT = {
     "atlas/workers.py": "what the loader does in its processes: ask for a sample, encode it",
     "evaluate/backends/heads.py": "a softmax over what the model gives, in a form that every backend shares",
     "evaluate/backends/interface.py": "the types of what a backend says",
+    "evaluate/tally.py": "counts for the display",
     "evaluate/predictions.py": "the file of predictions, written and read",
     "atlas/prompt.py": "the question in words, for every way of asking",
     "evaluate/groups.py": "which rows are no independent evidence; only the intervals ask",
@@ -103,7 +104,7 @@ def traces(tmp_path_factory, mini_atlas, backbone):
     def predict():
         options = load_config(PredictConfig, None, ["loader.workers=0"])
         said = predict_run(
-            str(run), run, atlas=str(mini_atlas), split="test", config=options, progress=lambda done, total: None
+            str(run), run, atlas=str(mini_atlas), split="test", config=options, progress=lambda tally: None
         )
         assert said.predicted
         score_run(run, resamples=100)

@@ -13,8 +13,9 @@ import typer
 
 from hba.cli.atlas import atlas_app
 from hba.cli.compare import compare_command
-from hba.cli.evaluate import predict_command, report_command, score_command
+from hba.cli.evaluate import report_command, score_command
 from hba.cli.judge import JUDGE_EXAMPLE, judge_command
+from hba.cli.predict import predict_command
 from hba.cli.start import demo_command, doctor_command, tiny_command
 from hba.cli.train import SFT_EXAMPLE, train_app
 from hba.errors import HbaError, InputError

@@ -1,4 +1,4 @@
-"""`hba predict`, `hba score`, `hba report`: from a model to numbers to a page."""
+"""`hba score`, `hba report`: from predictions to numbers to a page."""
 
 from __future__ import annotations
 
@@ -7,49 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hba.cli.options import AllowQuarantined, JsonFlag, Overrides, answer, bold, finish, say
-from hba.errors import InputError
-
-
-def predict_command(
-    model: Annotated[str, typer.Argument(help="Run folder, checkpoint, or Hugging Face model.")],
-    overrides: Overrides = None,
-    atlas: Annotated[str, typer.Option(help="Atlas folder or hub id.")] = ...,  # type: ignore[assignment]
-    split: Annotated[str, typer.Option(help="Split to predict; slices such as test[:100] work.")] = "test",
-    backend: Annotated[str | None, typer.Option(help="How the model answers; heads for a checkpoint.")] = None,
-    run: Annotated[Path | None, typer.Option(help="Run folder to write; the model's own by default.")] = None,
-    allow_quarantined: AllowQuarantined = 0,
-    json: JsonFlag = False,
-) -> None:
-    """Answer every sample of a split; resumes where it stopped."""
-    from hba.cli.progress import counted
-    from hba.config import load_config
-    from hba.evaluate.config import PredictConfig
-    from hba.evaluate.predict import predict_run
-
-    settings = load_config(PredictConfig, None, overrides or [])
-    folder = run or _run_folder(model)
-    with counted("predict") as progress:
-        summary = predict_run(
-            model, folder, atlas=atlas, split=split, config=settings, progress=progress, backend=backend
-        )
-    text = f"{summary.predicted} predictions in {bold(folder)}; {summary.skipped} rows have no head."
-    result = {
-        "run": str(folder),
-        "predicted": summary.predicted,
-        "skipped": summary.skipped,
-        "quarantined": len(summary.quarantined),
-    }
-    answer(result, as_json=json, show=lambda: say(text))
-    finish(summary.quarantined, allow_quarantined)
-
-
-def _run_folder(model: str) -> Path:
-    """Where predictions go without --run: the model's own run folder, and no other place is guessed."""
-    if not (Path(model) / "checkpoints").is_dir():
-        fix = "Check the path, or say with --run where the predictions go."
-        raise InputError("no run folder of a training", where=model, fix=fix)
-    return Path(model)
+from hba.cli.options import JsonFlag, answer, bold, say
 
 
 def score_command(

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import monotonic
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hba.evaluate.tally import Tally
+    from hba.remote.cost import Meter
 
 OnProgress = Callable[[int, int], None]
 
@@ -18,3 +24,39 @@ def counted(description: str) -> Iterator[OnProgress]:
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(description, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def tallied(description: str) -> Iterator[Callable[[Tally], None]]:
+    """A bar of predictions with their failures, cost, speed and time left; call the yielded function with a tally."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    facts = TextColumn("{task.fields[facts]}")
+    columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), facts, TimeRemainingColumn())
+    started = monotonic()
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = None
+
+        def show(tally: Tally) -> None:
+            nonlocal task
+            if task is None:  # what an earlier session did is no part of this one's speed
+                task = bar.add_task(description, total=tally.total, completed=tally.done - tally.fresh, facts="")
+            bar.update(task, completed=tally.done, total=tally.total, facts=tally_facts(tally, monotonic() - started))
+
+        yield show
+
+
+def tally_facts(tally: Tally, seconds: float) -> str:
+    """Failures, cost and speed in a few words; what is unknown is said so."""
+    facts = [f"{tally.failed:,} failed"] if tally.failed else []
+    facts += [f"{tally.quarantined:,} left out"] if tally.quarantined else []
+    facts += [] if tally.meter is None else [tally_cost(tally.meter)]
+    if tally.tokens_in + tally.tokens_out:
+        facts.append(f"{(tally.tokens_in + tally.tokens_out) / max(seconds, 1e-3):,.0f} tokens/s")
+    return " · ".join(facts)
+
+
+def tally_cost(meter: Meter) -> str:
+    """What was spent in this session, in dollars; 'cost unknown' without a price or token counts."""
+    return "cost unknown" if meter.cost_usd is None else f"${meter.cost_usd:,.2f}"

@@ -83,6 +83,7 @@ class Opening:
     """
 
     model: str
+    backend: str
     place: str
     atlas: Atlas
     config: PredictConfig

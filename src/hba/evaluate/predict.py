@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+import torch
 
 from hba.atlas import Atlas, open_atlas
 from hba.atlas.batch import EncodeConfig
@@ -24,13 +26,16 @@ from hba.evaluate.backends import detect, open_backend
 from hba.evaluate.backends.interface import Answered, Backend
 from hba.evaluate.config import Opening, PredictConfig
 from hba.evaluate.groups import sample_groups
-from hba.evaluate.predictions import Prediction, PredictionLog
+from hba.evaluate.predictions import Prediction, PredictionLog, read_predictions, write_predictions
+from hba.evaluate.selection import EVERYTHING, Selection
+from hba.evaluate.shards import Shard, done_elsewhere, merge, merge_when_done
+from hba.evaluate.tally import Tally
 from hba.model import checkpoint
 from hba.process import data_record, prepare_process
 from hba.quarantine import QuarantineLog
 from hba.run import locked_folder
 from hba.storage import read_json, write_json
-from hba.taxonomy import save_beside
+from hba.taxonomy import Taxonomy, save_beside
 
 Predicted: TypeAlias = Prediction | Quarantined
 
@@ -71,11 +76,16 @@ def _prediction(answered: Answered) -> Prediction:
 
 
 class PredictSummary(NamedTuple):
-    """What one call of `predict_run` leaves: all predictions of the run, rows without a head, samples left out."""
+    """What one call of `predict_run` leaves: the counts of the run (of the shard, if it is one), and what is missing.
 
+    `skipped` rows have no head; `merged` is False while other shards of the run have rows left.
+    """
+
+    tally: Tally
     predicted: int
     skipped: int
     quarantined: Sequence[dict[str, Any]]
+    merged: bool
 
 
 def predict_run(
@@ -85,48 +95,110 @@ def predict_run(
     atlas: str,
     split: str,
     config: PredictConfig,
-    progress: Callable[[int, int], None],
+    progress: Callable[[Tally], None],
     backend: str | None = None,
+    selection: Selection = EVERYTHING,
+    shard: Shard | None = None,
+    retry_failed: bool = False,
 ) -> PredictSummary:
     """Predict a split into `folder` (predictions.jsonl, predict.json, quarantine.jsonl), going on where it stopped.
 
-    `backend` is a name of `hba.evaluate.backends`; None means the one that the model is made for. Raises InputError
-    when the backend cannot use the model, and when the folder holds predictions of another model, atlas or split.
+    `backend` is a name of `hba.evaluate.backends`; None means the one that the model is made for. `shard` predicts a
+    share of the rows; the last one merges (see `shards`). `retry_failed` asks again what failed before. Raises
+    InputError when the backend cannot use the model, and when the folder holds predictions of another model, atlas,
+    split or prompt; FolderInUseError when another process predicts here.
     """
     prepare_process(seed=0)
+    if shard is not None and shard.device is not None and torch.cuda.is_available():
+        torch.cuda.set_device(shard.device % torch.cuda.device_count())
+    opening = open_rows(model, atlas, split=split, config=config, backend=backend, selection=selection)
+    answering = open_backend(opening.backend, opening)
+    own = folder if shard is None else shard.folder(folder)
+    with ExitStack() as locks:
+        with locked_folder(folder) if shard is not None else nullcontext():
+            locks.enter_context(locked_folder(own))
+            start_predictions(folder, _settings(opening, split, answering))
+            save_beside(opening.atlas.taxonomy, folder)
+        if shard is None:
+            merge(folder, opening.atlas.taxonomy)
+        if retry_failed:
+            forget_failed(own / "predictions.jsonl", opening.atlas.taxonomy)
+        rows = answerable(opening.atlas, answering)
+        share = rows if shard is None else rows[shard.number - 1 :: shard.count]
+        summary = _append_predictions(folder, own, opening.atlas, share, answering, progress)
+    if shard is None:
+        return summary
+    wanted = {opening.atlas[int(row)].id for row in rows}
+    return summary._replace(merged=merge_when_done(folder, wanted, opening.atlas.taxonomy))
+
+
+def open_rows(
+    model: str, atlas: str, *, split: str, config: PredictConfig, backend: str | None, selection: Selection
+) -> Opening:
+    """The chosen rows, and how they reach the model. Raises InputError for a bad atlas or selection."""
     name = backend or detect(model)
-    opened = open_atlas(atlas, split=split)
+    rows = selection.rows(open_atlas(atlas, split=split))
     encode = config.encode or (checkpoint.encode_config(model) if name == "heads" else None) or EncodeConfig()
-    opening = Opening(model=model, place=atlas, atlas=opened, config=config, encode=encode)
-    opened_backend = open_backend(name, opening)
+    chosen = selection.media(encode)
+    return Opening(model=model, backend=name, place=atlas, atlas=rows, config=config, encode=chosen)
+
+
+def _settings(opening: Opening, split: str, backend: Backend) -> dict[str, Any]:
     settings = {
-        "model": model,
-        "backend": name,
-        "identity": dict(opened_backend.identity()),
+        "model": opening.model,
+        "backend": opening.backend,
+        "identity": dict(backend.identity()),
         "split": split,
-        "data": data_record(atlas, opened),
-        "encode": asdict(encode),
+        "data": data_record(opening.place, opening.atlas),
+        "encode": asdict(opening.encode),
     }
-    with locked_folder(folder):
-        start_predictions(folder, json.loads(json.dumps(settings)))
-        save_beside(opened.taxonomy, folder)
-        return _append_predictions(folder, opened, opened_backend, progress)
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
+    return plain
 
 
 def _append_predictions(
-    folder: Path, atlas: Atlas, backend: Backend, progress: Callable[[int, int], None]
+    run: Path, own: Path, atlas: Atlas, rows: Indices, backend: Backend, progress: Callable[[Tally], None]
 ) -> PredictSummary:
-    with PredictionLog(folder / "predictions.jsonl", atlas.taxonomy) as log, QuarantineLog(folder) as quarantine:
-        rows, done = answerable(atlas, backend), log.done_ids()
+    """Predict what is left of `rows` into the folder `own`, which is that of the run or of a shard of it."""
+    with PredictionLog(own / "predictions.jsonl", atlas.taxonomy) as log, QuarantineLog(own) as quarantine:
+        done = done_elsewhere(run)
+        tally = _counted(own / "predictions.jsonl", atlas, len(rows), backend)
+        tally.done = sum(atlas[int(row)].id in done for row in rows)
         groups = sample_groups(atlas)
-        for finished, step in enumerate(predict(atlas, rows, backend, done), len(done) + 1):
+        for step in predict(atlas, rows, backend, done):
             if isinstance(step, Quarantined):
                 quarantine.add(step)
+                tally.quarantine()
             else:
                 log.append(replace(step, group=groups.get(step.id)))
-            progress(finished, len(rows))
+                tally.add(step, labelled=_labelled(step, atlas), fresh=True)
+            progress(tally)
         left_out = [r for r in quarantine.records(atlas.split) if r["id"] not in log.done_ids()]
-        return PredictSummary(len(log.done_ids()), len(atlas) - len(rows), left_out)
+        skipped = len(atlas) - len(answerable(atlas, backend))
+        return PredictSummary(tally, len(log.done_ids()), skipped, left_out, merged=True)
+
+
+def _counted(path: Path, atlas: Atlas, total: int, backend: Backend) -> Tally:
+    tally = Tally(total=total, meter=backend.meter)
+    for prediction in read_predictions(path, atlas.taxonomy):
+        tally.add(prediction, labelled=_labelled(prediction, atlas), fresh=False)
+    return tally
+
+
+def _labelled(prediction: Prediction, atlas: Atlas) -> bool:
+    return atlas.taxonomy.dataset(prediction.dataset).domain is not None
+
+
+def forget_failed(path: Path, taxonomy: Taxonomy) -> int:
+    """Take the failed predictions out of a file, so that they are asked again; how many there were."""
+    if not path.is_file():
+        return 0
+    PredictionLog(path, taxonomy).close()  # cuts off a line that a kill left torn
+    found = read_predictions(path, taxonomy)
+    kept = [prediction for prediction in found if not prediction.failed]
+    if len(kept) < len(found):
+        write_predictions(path, kept)
+    return len(found) - len(kept)
 
 
 def start_predictions(folder: Path, settings: dict[str, Any]) -> None:

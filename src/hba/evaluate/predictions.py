@@ -10,6 +10,8 @@ is on disk.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +20,7 @@ from typing import Any
 import msgspec
 
 from hba.errors import InputError, TaxonomyError
-from hba.storage import AppendLog
+from hba.storage import AppendLog, atomic_write
 from hba.taxonomy import BUILTIN, Taxonomy
 
 _OPTIONAL = ("probs", "group", "modality")
@@ -125,6 +127,13 @@ def _check_words(prediction: Prediction, where: str, taxonomy: Taxonomy) -> None
             taxonomy.require_label(prediction.dataset, prediction.label)
     except TaxonomyError as error:
         raise TaxonomyError(error.what, where=f"{where}, {field}", fix=error.fix) from None
+
+
+def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
+    """Replace the file by these predictions, whole or not at all. Raises StorageError on a full disk."""
+    with atomic_write(path) as handle:
+        for prediction in predictions:
+            handle.write(json.dumps(prediction.record(), ensure_ascii=False, allow_nan=False) + "\n")
 
 
 class PredictionLog:

@@ -83,7 +83,7 @@ class RemoteClient:
         self.model, self.config = model, config
         self._provider = provider(config.provider)
         base = (config.base_url or self._provider.base_url).rstrip("/")
-        self.official = base == self._provider.base_url
+        self.official = is_official(config.provider, config.base_url)
         self._url = _checked(base) + self._provider.path(model)
         self._secret = _key(config.api_key_env or (self._provider.key_env if self.official else None))
         self.meter = Meter(find_price(config.provider, model, official=self.official, file=config.prices))
@@ -233,6 +233,11 @@ class RemoteClient:
         if self._secret:
             text = text.replace(self._secret, "[key]")
         return re.sub(r"\b(?:sk|pk|key)-[\w*.-]{6,}", "[key]", text)
+
+
+def is_official(name: str, base_url: str | None) -> bool:
+    """Whether requests go to the provider's own service, whose prices are known."""
+    return (base_url or provider(name).base_url).rstrip("/") == provider(name).base_url
 
 
 def _key(variable: str | None) -> str | None:

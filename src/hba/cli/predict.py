@@ -1,0 +1,133 @@
+"""`hba predict`: from a model to predictions."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hba.cli.options import AllowQuarantined, JsonFlag, Overrides, answer, bold, finish, say
+from hba.errors import InputError
+
+if TYPE_CHECKING:
+    from hba.evaluate.estimate import Estimate
+    from hba.evaluate.predict import PredictSummary
+
+BACKENDS = "heads (a checkpoint), openai (any compatible server), anthropic, majority or random"
+
+
+def predict_command(
+    model: Annotated[str, typer.Argument(help="Run folder, checkpoint, Hugging Face model, or name of a remote one.")],
+    overrides: Overrides = None,
+    atlas: Annotated[str, typer.Option(help="Atlas folder or hub id.")] = ...,  # type: ignore[assignment]
+    split: Annotated[str, typer.Option(help="Split to predict; slices such as test[:100] work.")] = "test",
+    backend: Annotated[str | None, typer.Option(help=f"How the model answers: {BACKENDS}.")] = None,
+    run: Annotated[Path | None, typer.Option(help="Run folder to write; the model's own by default.")] = None,
+    modalities: Annotated[
+        str | None,
+        typer.Option(help="Media that reach the model beside its text: audio, video or both; text for none."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Predict the first N rows only.")] = None,
+    per_dataset: Annotated[int | None, typer.Option(min=1, help="At most N rows of each dataset.")] = None,
+    shard: Annotated[str | None, typer.Option(help="Share i/N of the rows; launchers set it.")] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Ask again what failed before.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count rows, tokens and cost, and stop.")] = False,
+    allow_failed: Annotated[int, typer.Option(min=0, help="Exit 0 although up to so many samples failed.")] = 0,
+    allow_quarantined: AllowQuarantined = 0,
+    json: JsonFlag = False,
+) -> None:
+    """Answer every sample of a split; resumes where it stopped."""
+    from hba.cli.progress import tallied
+    from hba.config import load_config
+    from hba.evaluate.config import PredictConfig
+    from hba.evaluate.predict import open_rows, predict_run
+    from hba.evaluate.selection import Selection
+    from hba.evaluate.shards import launched_shard, parse_shard
+
+    settings = load_config(PredictConfig, None, overrides or [])
+    folder = run or _run_folder(model)
+    channels = None if modalities is None else tuple(name.strip() for name in modalities.split(","))
+    selection = Selection(limit=limit, per_dataset=per_dataset, channels=channels)
+    if dry_run:
+        from hba.evaluate.estimate import estimate
+
+        opened = open_rows(model, atlas, split=split, config=settings, backend=backend, selection=selection)
+        expected = estimate(opened, folder)
+        return answer(expected.record(), as_json=json, show=lambda: _show_estimate(expected))
+    share = launched_shard() if shard is None else parse_shard(shard)
+    with tallied("predict" if share is None else f"predict {share.number}/{share.count}") as progress:
+        summary = predict_run(
+            model,
+            folder,
+            atlas=atlas,
+            split=split,
+            config=settings,
+            progress=progress,
+            backend=backend,
+            selection=selection,
+            shard=share,
+            retry_failed=retry_failed,
+        )
+    answer(_record(summary, folder), as_json=json, show=lambda: _show(summary, folder))
+    _finish_failed(summary, allow_failed)
+    return finish(summary.quarantined, allow_quarantined)
+
+
+def _record(summary: PredictSummary, folder: Path) -> dict[str, object]:
+    tally = summary.tally
+    return {
+        "run": str(folder),
+        "predicted": summary.predicted,
+        "failed": tally.failed,
+        "invalid": tally.invalid,
+        "skipped": summary.skipped,
+        "quarantined": len(summary.quarantined),
+        "merged": summary.merged,
+        "remote": None if tally.meter is None else tally.meter.record(),
+    }
+
+
+def _show(summary: PredictSummary, folder: Path) -> None:
+    from hba.cli.progress import tally_cost
+
+    tally = summary.tally
+    facts = [f"{summary.predicted:,} predictions in {bold(folder)}"]
+    facts += [f"{summary.skipped:,} rows have no head"] if summary.skipped else []
+    facts += [f"{tally.invalid:,} answers mean no label and count as wrong"] if tally.invalid else []
+    facts += [] if tally.meter is None else [f"{tally_cost(tally.meter)} in this session"]
+    facts += [] if summary.merged else ["the other shards are not done: whichever ends last merges all"]
+    say("; ".join(facts) + ".")
+
+
+def _show_estimate(expected: Estimate) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Dry run: nothing was asked", title_justify="left", show_header=False, box=None)
+    for dataset, count in expected.datasets.items():
+        table.add_row(dataset, f"{count:,} rows")
+    table.add_row("left to predict", f"{expected.left:,} of {expected.rows:,} rows")
+    how = "as measured on this folder's predictions" if expected.measured else "roughly; a pilot measures it"
+    table.add_row("tokens in", f"{expected.tokens_in:,} {how}")
+    table.add_row("tokens out", f"{expected.tokens_out_at_most:,}" + ("" if expected.measured else " at most"))
+    cost = expected.cost_usd_at_most
+    table.add_row("cost", f"unknown: {expected.note}" if cost is None else f"${cost:,.2f} at most, {expected.note}")
+    Console().print(table)
+
+
+def _finish_failed(summary: PredictSummary, allowed: int) -> None:
+    failed = summary.tally.failed
+    if failed > allowed:
+        fix = f"Ask again with --retry-failed, or accept this with --allow-failed {failed}."
+        sys.stderr.write(f"error: {failed} samples failed and count as wrong; everything else is done. Fix: {fix}\n")
+        raise typer.Exit(1)
+
+
+def _run_folder(model: str) -> Path:
+    """Where predictions go without --run: the model's own run folder, and no other place is guessed."""
+    if not (Path(model) / "checkpoints").is_dir():
+        fix = "Check the path, or say with --run where the predictions go."
+        raise InputError("no run folder of a training", where=model, fix=fix)
+    return Path(model)

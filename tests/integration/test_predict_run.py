@@ -1,0 +1,236 @@
+"""Runs of predictions: baselines, selections, ablations, shards, dry runs. Small, through the command line."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from hba import open_atlas
+from hba.evaluate.predictions import read_predictions
+from hba.evaluate.selection import Selection
+from hba.evaluate.shards import launched_shard, parse_shard
+
+ASKED = ("remote.first_backoff_seconds=0.01", "encode.modalities=[]")
+
+
+@pytest.fixture
+def hba(monkeypatch, capfd):
+    """Call the entry point in this process: exit code, standard output, standard error."""
+    from hba.cli import main
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["hba", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        out, err = capfd.readouterr()
+        return stop.value.code or 0, out, err
+
+    return call
+
+
+def predictions(run):
+    return {p.id: p for p in read_predictions(Path(run) / "predictions.jsonl")}
+
+
+# --- baselines -------------------------------------------------------------------------------------------------------
+
+
+def test_majority_gives_the_most_frequent_answer_of_the_training_rows(hba, mini_atlas, tmp_path):
+    code, out, _ = hba("predict", "majority", "--atlas", mini_atlas, "--run", tmp_path, "--json")
+    assert code == 0 and json.loads(out)["skipped"] == 0
+    counts = {}
+    for sample in open_atlas(mini_atlas, split="train"):
+        counts.setdefault(sample.dataset, Counter())[sample.target] += 1
+    for prediction in predictions(tmp_path).values():
+        assert counts[prediction.dataset][prediction.answer] == max(counts[prediction.dataset].values())
+        if prediction.probs:
+            assert sum(prediction.probs.values()) == pytest.approx(1)
+            assert max(prediction.probs, key=prediction.probs.get) == prediction.label
+
+
+def test_a_random_answer_depends_on_seed_and_sample_alone(hba, mini_atlas, tmp_path):
+    for name, rest in {"a": [], "b": ["--split", "test[10:30]"], "c": ["generation.seed=1"]}.items():
+        assert hba("predict", "random", "--atlas", mini_atlas, "--run", tmp_path / name, *rest)[0] == 0
+    a, b, c = (predictions(tmp_path / name) for name in "abc")
+    assert len(b) == 20 and all(a[key].answer == b[key].answer for key in b)
+    assert any(a[key].answer != c[key].answer for key in c)
+
+
+def test_a_baseline_refuses_what_it_has_not_seen(hba, mini_atlas, tmp_path):
+    rows = ["predict", "majority", "--atlas", mini_atlas, "--run", tmp_path, "fit_split='train[:2]'"]
+    code, _, err = hba(*rows)
+    assert code == 2 and "to learn from" in err and "fit_split" in err
+
+
+# --- which rows ------------------------------------------------------------------------------------------------------
+
+
+def test_rows_per_dataset_keep_the_shares_of_labels(mini_atlas):
+    atlas = open_atlas(mini_atlas, split="train")
+    few = Selection(per_dataset=4).rows(atlas)
+    codes = Counter(few.columns.dataset_codes.tolist())
+    assert set(codes.values()) == {4}
+    assert [s.id for s in few] == [s.id for s in Selection(per_dataset=4).rows(atlas)]
+    assert len(Selection(per_dataset=4, limit=7).rows(atlas)) == 7
+    assert few.fingerprint != atlas.fingerprint
+
+
+def test_a_pilot_is_not_taken_for_the_whole(hba, mini_atlas, tmp_path):
+    command = ["predict", "random", "--atlas", mini_atlas, "--run", tmp_path]
+    assert hba(*command, "--limit", 5)[0] == 0 and len(predictions(tmp_path)) == 5
+    code, _, err = hba(*command)
+    assert code == 2 and "another data" in err
+
+
+# --- what reaches the model ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("channels", "kinds"),
+    [
+        *(("text", set()), ("audio", {"input_audio"}), ("video", {"image_url"})),
+        ("audio,video", {"input_audio", "image_url"}),
+    ],
+)
+def test_an_ablation_leaves_media_out_and_keeps_the_text(hba, mini_atlas, chat_server, tmp_path, channels, kinds):
+    server = chat_server(brain="kinds")
+    small = ["encode.num_frames=2", "encode.max_pixels=3136", f"remote.base_url={server.url}"]
+    options = ["--backend", "openai", "--run", tmp_path, "--modalities", channels, "--limit", 30]
+    assert hba("predict", "m", "--atlas", mini_atlas, *options, *small)[0] == 0
+    seen = {kind for p in predictions(tmp_path).values() for kind in p.output.split()}
+    assert seen == kinds | {"text"}
+
+
+def test_an_ablated_prompt_has_no_tag(hba, mini_atlas, chat_server, tmp_path):
+    server = chat_server(brain="echo")
+    options = ["--backend", "openai", "--run", tmp_path, "--modalities", "text", f"remote.base_url={server.url}"]
+    assert hba("predict", "m", "--atlas", mini_atlas, *options)[0] == 0
+    assert not any("<audio>" in p.output or "<video>" in p.output for p in predictions(tmp_path).values())
+    assert hba("predict", "m", "--atlas", mini_atlas, *options[:3], tmp_path, "--modalities", "smell")[0] == 2
+
+
+# --- failures --------------------------------------------------------------------------------------------------------
+
+
+def test_failures_are_counted_and_asked_again_on_request(hba, mini_atlas, chat_server, tmp_path):
+    common = ["predict", "m", "--atlas", mini_atlas, "--backend", "openai", "--run", tmp_path, *ASKED]
+    broken = chat_server(brain="choose", refuse="anxiety")
+    code, out, err = hba(*common, f"remote.base_url={broken.url}", "--json")
+    said = json.loads(out)
+    assert code == 1 and said["failed"] > 0 and "--retry-failed" in err
+    assert hba(*common, f"remote.base_url={broken.url}", "--allow-failed", said["failed"])[0] == 0
+    whole = chat_server(brain="choose")
+    code, out, _ = hba(*common, f"remote.base_url={whole.url}", "--retry-failed", "--json")
+    assert code == 0 and json.loads(out)["failed"] == 0
+    assert whole.stats()["requests"] == said["failed"]
+    assert len(predictions(tmp_path)) == said["predicted"]
+
+
+# --- dry run ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_counts_and_asks_nothing(hba, mini_atlas, tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    options = ["--backend", "openai", "--run", tmp_path, "--dry-run", "--json"]
+    command = ["predict", "gpt-4o", "--atlas", mini_atlas, *options]
+    code, out, _ = hba(*command)
+    said = json.loads(out)
+    rows = len(open_atlas(mini_atlas, split="test"))
+    assert code == 0 and said["rows"] == said["left"] == rows == sum(said["datasets"].values())
+    assert said["tokens_out_at_most"] == 1024 * rows
+    expected = (said["tokens_in"] * 2.5 + said["tokens_out_at_most"] * 10) / 1e6
+    assert said["cost_usd_at_most"] == pytest.approx(expected)
+    less = json.loads(hba(*command, "--modalities", "text")[1])
+    assert less["tokens_in"] < said["tokens_in"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_price_is_said_and_not_guessed(hba, mini_atlas, chat_server, tmp_path):
+    url = f"remote.base_url={chat_server(brain='choose').url}"
+    command = ["predict", "my-model", "--atlas", mini_atlas, "--backend", "openai", "--run", tmp_path, url, *ASKED]
+    said = json.loads(hba(*command, "--dry-run", "--json")[1])
+    assert said["cost_usd_at_most"] is None and "my-model is not known" in said["note"]
+    assert "unknown" in hba(*command, "--dry-run")[1]
+    assert hba(*command, "--limit", 9)[0] == 0  # a pilot: its tokens are what is then expected
+    prices = tmp_path / "prices.yaml"
+    prices.write_text("openai:\n  my-model: {input: 1.0, output: 2.0}\n")
+    said = json.loads(hba(*command, "--dry-run", f"remote.prices={prices}", "--json")[1])
+    assert said["measured"] and said["tokens_out_at_most"] == 5 * said["left"] and said["left"] == said["rows"]
+    assert said["cost_usd_at_most"] == pytest.approx((said["tokens_in"] + 2 * said["tokens_out_at_most"]) / 1e6)
+
+
+# --- shards ----------------------------------------------------------------------------------------------------------
+
+
+def test_shards_make_one_file_in_any_order_with_any_number(hba, mini_atlas, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    command = ["predict", "random", "--atlas", mini_atlas, "--run"]
+    assert hba(*command, whole)[0] == 0
+    code, out, _ = hba(*command, parts, "--shard", "3/3", "--json")
+    assert code == 0 and json.loads(out)["merged"] is False
+    assert not (parts / "predictions.jsonl").exists()
+    assert hba(*command, parts, "--shard", "1/2")[0] == 0  # the job goes on with two processes
+    done = json.loads(hba(*command, parts, "--shard", "2/2", "--json")[1])
+    assert done["merged"] is True and not (parts / "shards").exists()
+    assert predictions(parts) == predictions(whole)
+    assert len((parts / "predictions.jsonl").read_text().splitlines()) == len(predictions(whole))
+
+
+def test_a_run_without_shards_goes_on_from_shards(hba, mini_atlas, tmp_path):
+    command = ["predict", "random", "--atlas", mini_atlas, "--run", tmp_path]
+    assert hba(*command, "--shard", "1/2")[0] == 0
+    path = tmp_path / "shards" / "1-of-2" / "predictions.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])  # a kill
+    assert hba(*command)[0] == 0
+    assert len(predictions(tmp_path)) == len(open_atlas(mini_atlas, split="test"))
+    assert not (tmp_path / "shards").exists()
+
+
+def test_quarantines_of_shards_are_merged(hba, mini_atlas, chat_server, tmp_path):
+    atlas = tmp_path / "atlas"
+    shutil.copytree(mini_atlas, atlas)
+    broken = next(sample for sample in open_atlas(atlas, split="test") if sample.audios)
+    row = json.loads((atlas / "test.jsonl").read_text().splitlines()[broken.number])
+    (atlas / row["audios"][0]).write_bytes(b"RIFFnothing")
+    sharing = sum(row["audios"][0] in line for line in (atlas / "test.jsonl").read_text().splitlines())
+    url = f"remote.base_url={chat_server(brain='choose').url}"
+    small = [url, "encode.num_frames=2", "encode.max_pixels=3136", "--modalities", "audio"]
+    command = ["predict", "m", "--atlas", atlas, "--backend", "openai", "--run", tmp_path / "run", *small]
+    codes = [hba(*command, "--shard", f"{i}/2")[0] for i in (1, 2)]
+    assert 2 in codes
+    records = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
+    assert len(records) == sharing and broken.id in {record["id"] for record in records}
+    assert len(predictions(tmp_path / "run")) == len(open_atlas(atlas, split="test")) - sharing
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2", "/"])
+def test_a_shard_that_is_none(hba, mini_atlas, tmp_path, text):
+    code, _, err = hba("predict", "random", "--atlas", mini_atlas, "--run", tmp_path, f"--shard={text}")
+    assert code == 2 and "i/N" in err
+
+
+def test_launchers_give_each_rank_its_share():
+    assert launched_shard({}) is None and launched_shard({"RANK": "0", "WORLD_SIZE": "1"}) is None
+    shard = launched_shard({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"})
+    assert (shard.number, shard.count, shard.device) == (6, 8, 1)
+    step = launched_shard({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"})
+    assert step.name == parse_shard("1/2").name
+    assert launched_shard({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}) is None  # a batch script is no task of its own
+
+
+def test_two_processes_of_a_launcher_make_one_run(mini_atlas, tmp_path):
+    """As torchrun starts them: at once, told apart by the environment alone."""
+    command = [sys.executable, "-m", "hba", "predict", "random", "--atlas", str(mini_atlas), "--run", str(tmp_path)]
+    ranks = [
+        subprocess.Popen(command, env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    assert len(predictions(tmp_path)) == len(open_atlas(mini_atlas, split="test"))
+    assert not (tmp_path / "shards").exists()
