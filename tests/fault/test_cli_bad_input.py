@@ -15,7 +15,7 @@ from pathlib import Path
 import av
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from hba import open_atlas
 from hba.cli import main
@@ -356,13 +356,16 @@ def test_a_demo_of_another_seed_or_with_a_foreign_key(tmp_path, mini_atlas, expe
 # --- predictions, scores, report -------------------------------------------------------------------------------------
 
 
-def test_predictions_of_another_split_or_model(run, mini_atlas, expect):
+def test_predictions_of_another_split_or_model(run, mini_atlas, expect, tmp_path):
     before = snapshot(run)
     to = ["--atlas", mini_atlas, "--run", run, "--split"]
     expect("holds predictions with another split, data", "predict", run, *to, "validation")
     expect("holds predictions with another split, data", "predict", run, *to, "test[:8]")
     best = json.loads((run / "checkpoints" / "best.json").read_text())["step"]
-    other = next(path for path in (run / "checkpoints").glob("step_*") if path.name != f"step_{best}")
+    other = tmp_path / "step_9"
+    shutil.copytree(run / "checkpoints" / f"step_{best}", other)
+    heads = {name: tensor + 1 for name, tensor in load_file(other / "heads.safetensors").items()}
+    save_file(heads, other / "heads.safetensors")
     expect("holds predictions with another model, checkpoint", "predict", other, *to, "test[:16]")
     assert snapshot(run) == before
 

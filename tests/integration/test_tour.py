@@ -40,6 +40,7 @@ SUPPORT = {
     "atlas/prompt.py": "the question in words, for every way of asking",
     "evaluate/groups.py": "which rows are no independent evidence; only the intervals ask",
     "evaluate/calibration.py": "what the probabilities of predictions are worth",
+    "evaluate/judge/scores.py": "verdicts on free-form answers, where a judge was asked",
     "evaluate/provenance.py": "a hash of what was scored",
     "evaluate/score.py": "reads predictions, calls the metrics, writes metrics.json",
     "evaluate/answers.py": "the text of a prediction",
