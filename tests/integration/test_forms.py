@@ -14,7 +14,7 @@ from hba.atlas.embedded import index_path
 from hba.atlas.loader import LoaderConfig, load_batches
 from hba.atlas.sample import MEDIA_FIELDS
 from hba.atlas.sampler import plan_batches
-from hba.atlas.source import read_bytes
+from hba.atlas.slices import read_bytes
 
 SPOKEN = ("id", "split", "problem", "answer", "dataset", "task", "modality_signature", "label", "texts", "extra")
 

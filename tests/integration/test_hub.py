@@ -22,7 +22,7 @@ from hba.atlas.convert import convert_to_parquet
 from hba.atlas.download import download_atlas
 from hba.atlas.sample import MEDIA_FIELDS
 from hba.atlas.sampler import plan_batches
-from hba.atlas.source import read_bytes
+from hba.atlas.slices import read_bytes
 from hba.errors import InputError, MediaError
 from hba.storage import StorageError
 

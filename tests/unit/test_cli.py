@@ -22,6 +22,7 @@ COMMANDS = {
     "atlas describe": "root --split --audio --video --transcripts --frames-per-second --workers --executor --out-format"
     " --replace --allow-failed --setup --json",
     "train sft": "overrides --config --run --allow-quarantined --json",
+    "merge": "run! out! --dtype --backbone --lora-alpha --json",
     "train lm": "overrides --config --run --allow-quarantined --json",
     "predict": "model! overrides --atlas! --split --backend --run --modalities --limit --per-dataset --shard"
     " --retry-failed --dry-run --allow-failed --allow-quarantined --json",
@@ -30,6 +31,7 @@ COMMANDS = {
     " --allow-unjudged --cache --json",
     "report": "run! --atlas --out --json",
     "compare": "runs! --seeds --allow-other-data --flips --resamples --seed --json",
+    "leaderboard": "runs! --out --published --tasks --max-quarantined --allow-other-data --json",
     "tiny": "out! --atlas! --seed --json",
     "doctor": "--online --json",
 }

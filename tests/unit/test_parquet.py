@@ -16,11 +16,12 @@ import pytest
 import soundfile
 import torch
 
-from hba.atlas import Atlas, open_atlas
+from hba.atlas import Atlas, embedded, open_atlas
 from hba.atlas.convert import convert_to_parquet
 from hba.atlas.embedded import index_path, write_index
 from hba.atlas.media import Limits, load_audio
-from hba.atlas.source import Slice, read_bytes
+from hba.atlas.slices import CHECKED_BYTES, Slice, checksums_of, read_bytes
+from hba.atlas.slices import opened as opened_medium
 from hba.errors import InputError, MediaError
 
 
@@ -154,6 +155,62 @@ def test_a_flipped_bit_in_the_index_is_refused(source: Path, tmp_path: Path, at:
     index.write_bytes(data)
     with pytest.raises(InputError, match=r"\.arrow: is damaged"):
         open_atlas(tmp_path, "train")
+
+
+MEDIA = {"audios": lambda s: s.load_audios(), "videos": lambda s: s.load_videos(4)}
+MEDIA["ext_video_feats"] = lambda s: s.load_descriptors("ext_video_feats")
+
+
+@pytest.mark.parametrize("name", MEDIA)
+@pytest.mark.parametrize("at", [0.0, 0.5, 0.9])
+def test_a_flipped_bit_in_a_medium_is_noticed(source: Path, tmp_path: Path, name: Any, at: float) -> None:
+    shard = convert_to_parquet(open_atlas(source, "train"), tmp_path)[0]
+    opened = open_atlas(tmp_path, "train")
+    part = opened[1].source.medium(opened[1].number, name, 0, where="")
+    with shard.open("r+b") as file:
+        file.seek(part.offset + int(at * part.size))
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 16]))
+    MEDIA[name](opened[2]), MEDIA[name](opened[4])  # the others are as they were
+    with pytest.raises(MediaError, match=f"train-00000-of-00001.parquet:2, {name}: differs from its checksum"):
+        MEDIA[name](opened[1])
+    assert [(q.id, q.field) for q in opened.quarantine] == [("train/2", name)]
+    with pytest.raises(MediaError, match=r"a place: differs from its checksum after byte \d"):
+        read_bytes(part, where="a place")
+
+
+def test_only_what_is_read_is_checked(tmp_path: Path) -> None:
+    medium = bytearray(np.random.default_rng(0).bytes(5 * CHECKED_BYTES // 2))
+    checksums = checksums_of(bytes(medium))
+    (tmp_path / "shard").write_bytes(b"before" + medium + b"after")
+    part = Slice(tmp_path / "shard", 6, len(medium), checksums)
+    rng = np.random.default_rng(1)
+    with opened_medium(part, where="w") as file:
+        for at in (0, CHECKED_BYTES - 3, 2 * CHECKED_BYTES, *rng.integers(0, len(medium), 20).tolist()):
+            file.seek(at)
+            length = int(rng.integers(1, len(medium)))
+            assert file.read(length) == medium[at : at + length]
+    medium[CHECKED_BYTES + 7] ^= 1
+    (tmp_path / "shard").write_bytes(b"before" + medium + b"after")
+    with opened_medium(part, where="w") as file:
+        file.seek(2 * CHECKED_BYTES)
+        assert file.read() == medium[2 * CHECKED_BYTES :]
+    message = f"differs from its checksum after byte {CHECKED_BYTES:,}"
+    with pytest.raises(MediaError, match=message), opened_medium(part, where="w") as file:
+        assert len(file.read()) == CHECKED_BYTES
+        raise ValueError("what a decoder makes of it")
+
+
+def test_an_index_of_another_format_is_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "_VERSION", 2)
+    convert_to_parquet(open_atlas(source, "train"), tmp_path / "old")
+    monkeypatch.undo()
+    with pytest.raises(InputError, match=r"is of format 2, this hba reads format 3. Fix: Delete .*index, then convert"):
+        open_atlas(tmp_path / "old", "train")
+    shutil.rmtree(tmp_path / "old/index")
+    convert_to_parquet(open_atlas(tmp_path / "old", "train"), tmp_path / "new")
+    assert_same(open_atlas(source, "train"), open_atlas(tmp_path / "new", "train"))
 
 
 def test_flipped_bits_in_a_shard_without_index_are_noticed(source: Path, tmp_path: Path) -> None:

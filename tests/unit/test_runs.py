@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 
 from hba.cli import app
 from hba.errors import InputError
+from hba.evaluate.judge.items import answer_sha256
+from hba.evaluate.judge.judgements import Judgement, JudgementLog
 from hba.evaluate.predictions import Prediction, PredictionLog
 from hba.evaluate.runs import compare_predictions, compare_runs
 from hba.evaluate.variance import run_variance
@@ -128,3 +130,35 @@ def test_compare_on_the_command_line(tmp_path: Path) -> None:
     assert json.loads(out)["runs"] == ["a", "b"]
     assert "same answer" in hba("compare", "--seeds", a, b)[1]
     assert isinstance(hba("compare", a)[2], InputError)
+
+
+def judged(path: Path, right: list[bool], judge: str = "gpt", url: str = "a") -> Path:
+    """A run of free-form answers, none of them an exact match, with a judge's verdicts."""
+    rows = [
+        Prediction(
+            id=f"test/{i}", dataset="siq2", task="social_qa", split="test", target="because she is late", output="x",
+            answer=f"answer {i}", label=None, error=None,
+        )
+        for i in range(len(right))
+    ]  # fmt: skip
+    run = folder(path, rows)
+    with JudgementLog(run, {"model": judge, "base_url": url}) as log:
+        for row, hit in zip(rows, right, strict=True):
+            sha, said = answer_sha256(row.target, row.answer or ""), {"reason": "", "error": None, "attempts": 1}
+            verdict = Judgement(
+                id=row.id, dataset="siq2", answer_sha256=sha, correct=hit, tokens_in=1, tokens_out=1, **said
+            )
+            log.append(verdict)
+    return run
+
+
+def test_verdicts_of_one_judge_are_compared_and_those_of_two_are_not(tmp_path: Path) -> None:
+    a = judged(tmp_path / "a", [True] * 5 + [False] * 15)
+    b = judged(tmp_path / "b", [True] * 15 + [False] * 5, url="elsewhere")
+    line = compare_runs(a, b).paired.tasks["SOC"]
+    assert (line.metric, line.test, line.gained, line.lost) == ("llm_judge_accuracy", "mcnemar", 10, 0)
+    assert line.difference == pytest.approx(0.5)
+    other = judged(tmp_path / "c", [True] * 20, judge="claude")
+    assert compare_runs(a, other).paired.tasks["SOC"].metric == "exact_match"
+    found = run_variance([a, b])
+    assert found.mean and found.mean.scores == [0.25, 0.75]

@@ -19,16 +19,15 @@ import numpy.typing as npt
 import soundfile
 import soxr
 
+from hba.atlas.slices import Source, opened
 from hba.atlas.source import (
     DEFAULT_LIMITS,
     RESTORE,
     Limits,
-    Source,
     check_reaches_end,
     check_source,
     head,
     open_container,
-    opened,
     packet_end,
     sound_track,
 )
@@ -107,7 +106,7 @@ def _check_seconds(seconds: float, where: str, limits: Limits) -> None:
 
 def _sndfile_blocks(source: Source, where: str, limits: Limits) -> Iterator[Samples]:
     try:
-        with opened(source) as raw, soundfile.SoundFile(raw) as file:
+        with opened(source, where=where) as raw, soundfile.SoundFile(raw) as file:
             _check_rate(file.samplerate, file.channels, where)
             known_length = file.frames < 1 << 60
             _check_seconds(file.frames / file.samplerate if known_length else 0.0, where, limits)

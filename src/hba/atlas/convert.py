@@ -41,7 +41,7 @@ Form = Literal["parquet", "jsonl"]
 OnProgress = Callable[[int, int], None]
 
 SHARD_BYTES = 512 << 20
-LAYOUT = 2  # of what is written; another number makes a conversion start anew
+LAYOUT = 3  # of what is written; another number makes a conversion start anew
 MANIFEST = "convert.json"
 BESIDE = ("atlas.json", TAXONOMY_FILE)
 # A part that is slower than this per byte is given up: its process hangs.

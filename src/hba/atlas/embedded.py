@@ -3,7 +3,8 @@
 Parquet cannot be read by row: a reader decodes a whole column chunk, often gigabytes, to serve one clip. But a column
 that is neither compressed nor dictionary-encoded holds each value as it is, in one piece. An index part beside a shard
 (`index/<name of the shard>.arrow`) holds the rows without their media, and for each medium its offset and size in the
-shard: an Arrow stream, which opens ten times as fast as parquet, and its CRC-32. Every offset was found by reading the
+shard, and the CRC-32 of every 128 KiB of it: an Arrow stream, which opens ten times as fast as parquet, and the
+CRC-32 of the stream. Every offset was found by reading the
 shard back and comparing the bytes; a part carries a stamp of its shard, and one that does not fit, or is damaged, is an
 error. A value that lies in pieces (a compressed column) has the offset -1.
 """
@@ -16,15 +17,17 @@ import mmap
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hba.atlas.sample import MEDIA_FIELDS
+from hba.atlas.slices import PLACES, checksums_of
 from hba.errors import InputError
 from hba.storage import atomic_write
 
-_VERSION = 2
+_VERSION = 3
 _CRC_BYTES = 4
 _TAIL_BYTES = 1 << 16
 _META = b"hba"
@@ -99,7 +102,11 @@ def read_index(shard: Path, shard_stamp: str | None = None) -> pa.Table | None:
         meta = json.loads((table.schema.metadata or {}).get(_META, b"{}"))
     except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(f"is damaged ({error})", where=str(path), fix=fix) from None
-    if meta.get("version") != _VERSION or meta.get("stamp") != (shard_stamp or stamp(shard)):
+    if meta.get("version") != _VERSION:
+        what = f"is of format {meta.get('version')}, this hba reads format {_VERSION}"
+        fix = f"Delete {path.parent}, then convert the shards again: hba atlas convert OLD NEW --to parquet."
+        raise InputError(what, where=str(path), fix=fix)
+    if meta.get("stamp") != (shard_stamp or stamp(shard)):
         raise InputError(f"was not made from {shard.name} as it is now", where=str(path), fix=fix)
     return table
 
@@ -109,26 +116,33 @@ def _group_index(file: pq.ParquetFile, group: int, data: mmap.mmap) -> pa.Table:
     light = file.read_row_group(group, columns=[n for n in names if n not in MEDIA_FIELDS], use_threads=False)
     for name in MEDIA_FIELDS:
         if name in names:
-            offsets, sizes = _places(file, group, name, data)
+            places = _places(file, group, name, data)
         else:
-            offsets = sizes = [[]] * light.num_rows
-        light = light.append_column(f"{name}_offsets", pa.array(offsets, pa.list_(pa.int64())))
-        light = light.append_column(f"{name}_sizes", pa.array(sizes, pa.list_(pa.int64())))
+            places = _Places([[]] * light.num_rows, [[]] * light.num_rows, [[]] * light.num_rows)
+        for what, column, kind in zip(PLACES, places, (pa.int64(), pa.int64(), pa.binary()), strict=True):
+            light = light.append_column(f"{name}_{what}", pa.array(column, pa.list_(kind)))
     return light
 
 
-def _places(file: pq.ParquetFile, group: int, name: str, data: mmap.mmap) -> tuple[list[list[int]], list[list[int]]]:
-    """Offsets and sizes of the media of a field, by row of the group."""
+class _Places(NamedTuple):
+    """Where the media of a field lie, by row of a group."""
+
+    offsets: list[list[int]]
+    sizes: list[list[int]]
+    checksums: list[list[bytes]]
+
+
+def _places(file: pq.ParquetFile, group: int, name: str, data: mmap.mmap) -> _Places:
     at, stop = _chunk(file, group, name)
-    offsets: list[list[int]] = []
-    sizes: list[list[int]] = []
+    found = _Places([], [], [])
     # One batch of a few rows at a time: a group may hold gigabytes.
     for batch in file.iter_batches(batch_size=8, row_groups=[group], columns=[name], use_threads=False):
         for values in batch.column(0).to_pylist():
             places, at = _locate(values or (), data, at, stop)
-            offsets.append(places)
-            sizes.append([len(value or b"") for value in values or ()])
-    return offsets, sizes
+            found.offsets.append(places)
+            found.sizes.append([len(value or b"") for value in values or ()])
+            found.checksums.append([checksums_of(value or b"") for value in values or ()])
+    return found
 
 
 def _chunk(file: pq.ParquetFile, group: int, name: str) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from hba.atlas.hub_id import HubId
 from hba.atlas.jsonl import JsonlStore
 from hba.atlas.parquet import ParquetStore
 from hba.atlas.sample import MEDIA_FIELDS, Field, Row, Sample
-from hba.atlas.source import Source
+from hba.atlas.slices import Source
 from hba.atlas.split import Split, check_shards, split_of
 from hba.errors import InputError, MediaError
 from hba.taxonomy import PUBLISHED, Taxonomy, of_folder

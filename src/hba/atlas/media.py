@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hba.atlas.audio import SAMPLE_RATE, Audio, load_audio
-from hba.atlas.source import DEFAULT_LIMITS, RESTORE, Limits, Source, check_source, head, opened, read_bytes
+from hba.atlas.slices import Source, opened, read_bytes
+from hba.atlas.source import DEFAULT_LIMITS, RESTORE, Limits, check_source, head
 from hba.atlas.video import Frames, Video, load_video
 from hba.errors import MediaError
 
@@ -77,10 +78,10 @@ def load_image(source: Source, *, where: str, limits: Limits = DEFAULT_LIMITS) -
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
-            with opened(source) as file, PIL.Image.open(file, formats=_IMAGE_FORMATS) as image:
+            with opened(source, where=where) as file, PIL.Image.open(file, formats=_IMAGE_FORMATS) as image:
                 form = image.format
                 image.verify()  # the checksums of a PNG, which decoding ignores
-            with opened(source) as file, PIL.Image.open(file, formats=_IMAGE_FORMATS) as image:
+            with opened(source, where=where) as file, PIL.Image.open(file, formats=_IMAGE_FORMATS) as image:
                 pixels = image.width * image.height
                 if pixels <= limits.max_pixels and image.mode not in ("I", "F", "I;16", "I;16B", "I;16L"):
                     if form == "JPEG":
@@ -108,7 +109,7 @@ def _check_jpeg(source: Source, where: str, limits: Limits) -> None:
     try:
         decoder = av.CodecContext.create("mjpeg", "r")
         decoder.options = {"err_detect": "explode", "max_pixels": str(limits.max_pixels)}
-        for packet in (av.Packet(read_bytes(source)), None):
+        for packet in (av.Packet(read_bytes(source, where=where)), None):
             decoder.decode(packet)
     except av.error.InvalidDataError:
         raise MediaError("cannot be decoded: cut off or corrupt", where=where, fix=RESTORE) from None
@@ -132,7 +133,7 @@ def load_descriptor(source: Source, *, where: str, limits: Limits = DEFAULT_LIMI
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about deprecated storage classes of old files
-            with opened(source) as file:
+            with opened(source, where=where) as file:
                 value = torch.load(file, map_location="cpu", weights_only=True)
     except _DAMAGED_TENSOR as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
@@ -151,7 +152,7 @@ def _load_safetensors(source: Source, where: str, limits: Limits) -> Descriptor:
     import safetensors.torch
 
     try:
-        value = safetensors.torch.load(read_bytes(source))
+        value = safetensors.torch.load(read_bytes(source, where=where))
     except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise MediaError(f"is not whole safetensors ({reason})", where=where, fix=RESTORE) from None
@@ -163,7 +164,7 @@ def _load_safetensors(source: Source, where: str, limits: Limits) -> Descriptor:
 def _check_archive(source: Source, where: str, limits: Limits) -> None:
     """Refuse an archive that would unpack to more than the limit."""
     try:
-        with opened(source) as file:
+        with opened(source, where=where) as file:
             if not zipfile.is_zipfile(file):
                 return  # the format before torch 1.6 is not packed
             with zipfile.ZipFile(file) as archive:

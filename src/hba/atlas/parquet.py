@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from hba.atlas import embedded, media
 from hba.atlas.rows import canonical, check_paths, label_of, signature_of
 from hba.atlas.sample import MEDIA_FIELDS, Field, Row, Sample
-from hba.atlas.source import Slice
+from hba.atlas.slices import PLACES, Slice
 from hba.atlas.tables import MEDIA_PATHS, OPTIONAL, TEXT, Places, check_schema, check_tables, numbers_of, uniform
 from hba.errors import InputError, MediaError
 from hba.taxonomy import Taxonomy
@@ -31,8 +31,8 @@ from hba.taxonomy import Taxonomy
 EXTRA = "extra_json"
 UNNAMED = "-"
 """stands for the path of a medium whose shard does not tell it"""
-_PLACES = tuple(f"{name}_{what}" for name in MEDIA_FIELDS for what in ("offsets", "sizes"))
-_OFFSETS = frozenset(f"{name}_offsets" for name in MEDIA_FIELDS)
+_PLACES = tuple(f"{name}_{what}" for name in MEDIA_FIELDS for what in PLACES)
+_NOT_SIZES = frozenset(name for name in _PLACES if not name.endswith("_sizes"))
 _KNOWN = frozenset((*Row.__struct_fields__, *_PLACES, EXTRA, MEDIA_PATHS))
 _BLOCK_ROWS = 4096
 
@@ -104,7 +104,7 @@ class ParquetStore:
     def _values(self, number: int, *, paths: bool = True) -> dict[str, Any]:
         shard, local = self._at(number)
         columns = self._columns[shard].items()
-        left_out = _OFFSETS if paths else _OFFSETS | {MEDIA_PATHS}
+        left_out = _NOT_SIZES if paths else _NOT_SIZES | {MEDIA_PATHS}
         return {name: column[local].as_py() for name, column in columns if name not in left_out}
 
     def row(self, number: int) -> Row:
@@ -174,9 +174,9 @@ class ParquetStore:
         shard, local = self._at(number)
         columns = self._columns[shard]
         if f"{name}_offsets" in columns:
-            offset = columns[f"{name}_offsets"][local][index].as_py()
+            offset, size, crcs = (columns[f"{name}_{what}"][local][index].as_py() for what in PLACES)
             if offset >= 0:
-                return Slice(self.shards[shard], offset, columns[f"{name}_sizes"][local][index].as_py())
+                return Slice(self.shards[shard], offset, size, crcs)
         value = self._streamed(number, name)[index]
         if value is None:
             raise MediaError("is null", where=where, fix="Restore the medium, or remove the row.")

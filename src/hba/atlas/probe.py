@@ -18,15 +18,14 @@ import soundfile
 
 from hba.atlas import media
 from hba.atlas.sample import Field
+from hba.atlas.slices import Source, opened
 from hba.atlas.source import (
     DEFAULT_LIMITS,
     RESTORE,
     Limits,
-    Source,
     check_reaches_end,
     check_source,
     open_container,
-    opened,
     packet_end,
     sound_track,
     video_track,
@@ -87,15 +86,15 @@ def content_sha256(source: Source, *, where: str) -> str:
         digest.update(source)
     else:
         try:
-            for block in _blocks(source):
+            for block in _blocks(source, where):
                 digest.update(block)
         except OSError as error:
             raise MediaError(f"cannot be read ({error.strerror})", where=where, fix=RESTORE) from None
     return digest.hexdigest()
 
 
-def _blocks(source: Any) -> Iterator[bytes]:
-    with opened(source) as file:
+def _blocks(source: Any, where: str) -> Iterator[bytes]:
+    with opened(source, where=where) as file:
         while block := file.read(_BLOCK_BYTES):
             yield block
 
@@ -110,7 +109,7 @@ def _audio(source: Source, where: str, quick: bool, limits: Limits) -> Facts:
 
 def _sound_header(source: Source, where: str, limits: Limits) -> Facts:
     try:
-        with opened(source) as raw, soundfile.SoundFile(raw) as file:
+        with opened(source, where=where) as raw, soundfile.SoundFile(raw) as file:
             seconds = file.frames / file.samplerate if 0 < file.frames < 1 << 60 and file.samplerate else None
             return Facts(seconds=_rounded(seconds), sample_rate=file.samplerate, channels=file.channels)
     except soundfile.SoundFileError:

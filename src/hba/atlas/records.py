@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 from hba.atlas import Atlas
 from hba.atlas.parquet import EXTRA, ParquetStore
 from hba.atlas.sample import MEDIA_FIELDS, Field, Quarantined, Row, Sample
-from hba.atlas.source import DEFAULT_LIMITS, RESTORE, Source, check_source, read_bytes
+from hba.atlas.slices import Source, read_bytes
+from hba.atlas.source import DEFAULT_LIMITS, RESTORE, check_source
 from hba.atlas.tables import MEDIA_PATHS
 from hba.errors import InputError, MediaError
 
@@ -108,7 +109,7 @@ def _read(source: Source, where: str) -> bytes:
         return b""  # no sound or clip, but as it is
     check_source(source, where=where, limits=DEFAULT_LIMITS)
     try:
-        return read_bytes(source)
+        return read_bytes(source, where=where)
     except OSError as error:
         raise MediaError(f"cannot be read ({error.strerror})", where=where, fix=RESTORE) from None
 

@@ -15,7 +15,7 @@ import msgspec
 
 from hba.atlas.jsonl import MAX_LINE_BYTES
 from hba.atlas.sample import MEDIA_FIELDS, Field, Row
-from hba.atlas.source import Slice
+from hba.atlas.slices import PLACES, Slice
 from hba.errors import InputError
 
 if TYPE_CHECKING:
@@ -131,10 +131,10 @@ def _encoded(table: pa.Table | pa.RecordBatch, shard: Path, first: int) -> Itera
 
 
 def _places(values: dict[str, Any], name: Field, shard: Path, row: int) -> list[MediumName]:
-    sizes, offsets = values.get(f"{name}_sizes"), values.get(f"{name}_offsets")
-    if sizes is None or offsets is None:
+    offsets, sizes, checksums = (values.get(f"{name}_{what}") for what in PLACES)
+    if offsets is None or sizes is None or checksums is None:
         return [Embedded(shard, row, name, index) for index in range(len(values.get(name) or ()))]
     return [
-        Slice(shard, offset, size) if offset >= 0 else Embedded(shard, row, name, index)
-        for index, (offset, size) in enumerate(zip(offsets, sizes, strict=True))
+        Slice(shard, offset, size, crcs) if offset >= 0 else Embedded(shard, row, name, index)
+        for index, (offset, size, crcs) in enumerate(zip(offsets, sizes, checksums, strict=True))
     ]

@@ -21,7 +21,7 @@ from hba.atlas.embedded import index_path, read_index, write_index
 from hba.atlas.parquet import EXTRA
 from hba.atlas.records import TEXT_FIELDS, Record
 from hba.atlas.sample import MEDIA_FIELDS, Quarantined
-from hba.atlas.source import Slice, read_bytes
+from hba.atlas.slices import PLACES, Slice, read_bytes
 from hba.atlas.tables import MEDIA_PATHS
 from hba.errors import HbaError
 from hba.storage import atomic_write, file_sha256, read_json, write_json
@@ -43,6 +43,7 @@ _COMPRESSION |= {f"{name}.list.element": "none" for name in MEDIA_FIELDS}
 _OPTIONS: dict[str, Any] = {
     "compression": _COMPRESSION,
     "use_dictionary": ["dataset", "task"],
+    "write_statistics": list(_COMPRESSION.keys() - {f"{name}.list.element" for name in MEDIA_FIELDS}),
     "write_page_checksum": True,  # so that a conversion from these shards notices bytes that have changed
 }
 
@@ -141,8 +142,8 @@ def _check(shard: Path, tally: _Tally) -> None:
     hashes: list[str | None] = []
     for values in found:
         for name in MEDIA_FIELDS:
-            for offset, size in zip(values.pop(f"{name}_offsets"), values.pop(f"{name}_sizes"), strict=True):
-                data = read_bytes(Slice(shard, offset, size)) if offset >= 0 else b""
+            for offset, size, crcs in zip(*(values.pop(f"{name}_{what}") for what in PLACES), strict=True):
+                data = read_bytes(Slice(shard, offset, size, crcs), where=str(shard)) if offset >= 0 else b""
                 hashes.append(hashlib.sha256(data).hexdigest())
     empty = hashlib.sha256(b"").hexdigest()  # an index does not tell an empty medium from a null
     if found != tally.rows or hashes != [each or empty for each in tally.hashes]:

@@ -7,19 +7,17 @@ never makes the decoder open other files or the network. Every refusal is a Medi
 
 from __future__ import annotations
 
-import errno
-import io
-import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import av
 import av.error
 
+from hba.atlas.slices import Slice, Source, opened
 from hba.errors import MediaError
 
 if TYPE_CHECKING:
@@ -30,16 +28,6 @@ if TYPE_CHECKING:
 
 _Track = TypeVar("_Track", "AudioStream", "VideoStream")
 
-
-class Slice(NamedTuple):
-    """`size` bytes of the file `path` from byte `offset` on, read when needed: a medium embedded in a larger file."""
-
-    path: Path
-    offset: int
-    size: int
-
-
-Source: TypeAlias = Path | bytes | Slice
 
 RESTORE = "Restore the file from its source, or remove the row."
 # These carry no duration; the decoder guesses one from the bit rate.
@@ -99,64 +87,10 @@ def head(source: Source, size: int, *, where: str) -> bytes:
     if isinstance(source, bytes):
         return source[:size]
     try:
-        with source.path.open("rb") if isinstance(source, Slice) else source.open("rb") as handle:
-            handle.seek(source.offset if isinstance(source, Slice) else 0)
-            return handle.read(min(size, source.size) if isinstance(source, Slice) else size)
+        with opened(source, where=where) as handle:
+            return handle.read(size)
     except OSError as error:
         raise MediaError(f"cannot be read ({error.strerror})", where=where, fix=RESTORE) from None
-
-
-class _SliceFile(io.RawIOBase):
-    """A read-only file over a slice; only what a decoder asks for is read."""
-
-    def __init__(self, part: Slice) -> None:
-        self._part, self._at = part, 0
-        self._file = part.path.open("rb", buffering=0)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._part.size}[whence]
-        if base + offset < 0:
-            raise OSError(errno.EINVAL, "seek before the start")
-        self._at = base + offset
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        wanted = max(min(len(buffer), self._part.size - self._at), 0)
-        data = os.pread(self._file.fileno(), wanted, self._part.offset + self._at)
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-def opened(source: Source) -> BinaryIO:
-    """What the decoders read: a binary file without a name, since they would go by the suffix of one.
-
-    Raises OSError when it cannot be opened.
-    """
-    if isinstance(source, bytes):
-        return io.BytesIO(source)
-    part = source if isinstance(source, Slice) else Slice(source, 0, source.stat().st_size)
-    return cast(BinaryIO, io.BufferedReader(_SliceFile(part), 1 << 16))
-
-
-def read_bytes(source: Source) -> bytes:
-    """All bytes of a source. Raises OSError when its file cannot be read."""
-    if isinstance(source, bytes):
-        return source
-    if isinstance(source, Path):
-        return source.read_bytes()
-    with source.path.open("rb") as handle:
-        return os.pread(handle.fileno(), source.size, source.offset)
 
 
 def _check_matroska(source: Source, size: int, where: str) -> None:
@@ -176,7 +110,7 @@ def _check_matroska(source: Source, size: int, where: str) -> None:
     if end > size:
         what = f"is cut off: its header declares {end:,} bytes, {size:,} are there"
         raise MediaError(what, where=where, fix=RESTORE)
-    with opened(source) as file:
+    with opened(source, where=where) as file:
         file.seek(end)
         if file.read(4) == start[:4]:
             raise MediaError("holds several files joined together", where=where, fix="Cut it into its parts.")
@@ -207,7 +141,10 @@ def open_container(source: Source, *, where: str, limits: Limits = DEFAULT_LIMIT
     _check_matroska(source, check_source(source, where=where, limits=limits), where)
     options = {"format_whitelist": _DEMUXERS, "protocol_whitelist": "file"}
     try:
-        with opened(source) as file, av.open(file, "r", options=options, metadata_errors="replace") as container:
+        with (
+            opened(source, where=where) as file,
+            av.open(file, "r", options=options, metadata_errors="replace") as container,
+        ):
             yield container
     except (av.error.FFmpegError, EOFError, OSError) as error:
         reason = getattr(error, "strerror", None) or str(error)

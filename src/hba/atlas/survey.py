@@ -21,7 +21,8 @@ from hba.atlas.probe import Facts, probe
 from hba.atlas.rowfiles import Embedded, MediumName, stream_media
 from hba.atlas.rowscan import Catalogue
 from hba.atlas.sample import Field
-from hba.atlas.source import RESTORE, Slice, Source
+from hba.atlas.slices import Slice, Source
+from hba.atlas.source import RESTORE
 from hba.errors import InputError, MediaError
 from hba.parallel import Died, each
 from hba.storage import AppendLog, confined_path

@@ -18,11 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from hba.atlas.frames import DamagedError, decode_at, decode_keyframes, decode_through
+from hba.atlas.slices import Source
 from hba.atlas.source import (
     DEFAULT_LIMITS,
     RESTORE,
     Limits,
-    Source,
     check_reaches_end,
     check_source,
     open_container,

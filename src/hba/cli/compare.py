@@ -1,4 +1,4 @@
-"""`hba compare`: whether two runs differ, and how far several runs of one model spread."""
+"""`hba compare` and `hba leaderboard`: whether runs differ, how far they spread, which is best at what."""
 
 from __future__ import annotations
 
@@ -76,3 +76,46 @@ def _show_variance(runs: list[Path], options: _Options, as_json: bool) -> None:
         Console().print(variance_table(found))
 
     answer(asdict(found), as_json=as_json, show=show)
+
+
+def leaderboard_command(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUNS...", help="Scored run folders.")],
+    out: Annotated[
+        list[Path] | None, typer.Option(help="File to write: .html, .md, .tex or .csv; may be repeated.")
+    ] = None,
+    published: Annotated[
+        list[str] | None, typer.Option(help="Published table to show, none for no table; may be repeated.")
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="Tasks to rank by, such as EMO,SEN; those that all runs have.")] = "",
+    max_quarantined: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of samples that a ranked run may have left out.")
+    ] = 0.01,
+    allow_other_data: Annotated[
+        bool, typer.Option("--allow-other-data", help="Rank runs on different data, marked as such.")
+    ] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Rank scored runs by task and mean rank, beside the published results."""
+    from hba.evaluate.leaderboard import DEFAULT_TABLES, build_leaderboard
+
+    tables = DEFAULT_TABLES if published is None else [name for name in published if name != "none"]
+    board = build_leaderboard(
+        runs,
+        tables=tables,
+        tasks=[key.strip() for key in tasks.split(",") if key.strip()],
+        allow_other_data=allow_other_data,
+        max_quarantined=max_quarantined,
+    )
+    for path in out or ():
+        from hba.report.leaderboard import write_leaderboard
+
+        write_leaderboard(board, path)
+
+    def show() -> None:
+        from rich.console import Console
+
+        from hba.report.leaderboard import leaderboard_table
+
+        Console().print(leaderboard_table(board))
+
+    answer(board.record(), as_json=json, show=show)

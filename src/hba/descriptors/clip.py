@@ -13,16 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hba.atlas.media import Image
-from hba.atlas.source import (
-    DEFAULT_LIMITS,
-    RESTORE,
-    Limits,
-    Source,
-    check_reaches_end,
-    open_container,
-    packet_end,
-    video_track,
-)
+from hba.atlas.slices import Source
+from hba.atlas.source import DEFAULT_LIMITS, RESTORE, Limits, check_reaches_end, open_container, packet_end, video_track
 from hba.errors import MediaError
 
 if TYPE_CHECKING:

@@ -1,10 +1,10 @@
 """Answer extraction: from what a model wrote to the answer that is scored, and from there to a canonical label.
 
 The one extractor of the project: rewards, evaluation and the judge all call `extract`. In this order: the
-last complete ``\\boxed{...}``, the last ``[...]``, the last ``<answer>...</answer>``, else the whole text. A
-box may stand anywhere; the other three are looked for outside the reasoning (a closed
-``<think>...</think>``), because what a model cites while it thinks is not its answer. A box that is never
-closed is no box, and an empty box is an empty answer.
+last complete ``\\boxed{...}``, the last ``[...]``, the last ``<answer>...</answer>``, else the whole text. All are
+looked for outside the reasoning (a closed ``<think>...</think>``) wherever anything stands outside it: what a
+model cites or boxes while it thinks, and may reject a line later, is not its answer. A box that is never closed is
+no box, and an empty box is an empty answer.
 
 It refuses to guess: a text that names no class of the dataset's domain has no label (None) and counts as
 wrong. Invariant: every text gives an answer without an error, in time linear in its length.
@@ -24,9 +24,7 @@ _ANSWER = re.compile(r"<\s*(/?)\s*answer\s*>", re.IGNORECASE)
 _LATEX_TEXT = re.compile(r"\\(?:text|textbf|textit|texttt|mathrm|mathbf)\s*\{([^{}]*)\}")
 _DECORATION = " \t\r\n.,;:!?\"'`*_$()。，！？；：“”‘’「」"
 
-_PUBLISHED = tuple(
-    re.compile(pattern, re.DOTALL) for pattern in (r"\\boxed\{([^}]*)\}", r"\[([^\]]*)\]", r"<answer>(.*?)</answer>")
-)
+_PUBLISHED = (("\\boxed{", "}"), ("[", "]"), ("<answer>", "</answer>"))
 
 
 def extract(text: str, *, published: bool = False) -> str:
@@ -38,9 +36,9 @@ def extract(text: str, *, published: bool = False) -> str:
     """
     if published:
         return _extract_published(text)
-    answer = _last_box(text)
+    spoken = _without_reasoning(text)
+    answer = last_box(spoken)
     if answer is None:
-        spoken = _without_reasoning(text)
         brackets = _BRACKET.findall(spoken)
         answer = brackets[-1] if brackets else _last_tagged(spoken)
         if answer is None:
@@ -54,12 +52,23 @@ def to_label(dataset: str, text: str, taxonomy: Taxonomy = BUILTIN) -> str | Non
     Synonyms are those of the taxonomy; punctuation, quotes, Markdown emphasis and ``\\text{...}`` around the
     answer do not count. A free-form dataset has no labels: None. Raises TaxonomyError for an unknown dataset.
     """
-    answer = extract(text)
+    return named_label(dataset, extract(text), taxonomy)
+
+
+def named_label(dataset: str, answer: str, taxonomy: Taxonomy = BUILTIN) -> str | None:
+    """`to_label` of an answer that is already extracted."""
     label = taxonomy.canonical_label(dataset, answer)
-    if label is None:
-        plain = _LATEX_TEXT.sub(r"\1", answer).strip(_DECORATION)
-        label = taxonomy.canonical_label(dataset, plain)
-    return label
+    return taxonomy.canonical_label(dataset, bare(answer)) if label is None else label
+
+
+def bare(answer: str) -> str:
+    """An answer without what may stand around a label: LaTeX text commands, punctuation, emphasis; lower-cased."""
+    return " ".join(without_latex(answer).strip(_DECORATION).lower().split())
+
+
+def without_latex(text: str) -> str:
+    """`text` with the content of ``\\text{...}``, ``\\textbf{...}`` and their like in place of the command."""
+    return _LATEX_TEXT.sub(r"\1", text)
 
 
 class _Unmarked(dict[int, str]):
@@ -93,13 +102,16 @@ def same_answer(answer: str, target: str) -> bool:
 
 
 def _extract_published(text: str) -> str:
-    for pattern in _PUBLISHED:
-        if found := pattern.search(text):
-            return found.group(1)
+    """What the released patterns give, up to the first closing sign; found without their quadratic time."""
+    for opening, closing in _PUBLISHED:
+        start = text.find(opening)
+        end = text.find(closing, start + len(opening)) if start >= 0 else -1
+        if end >= 0:
+            return text[start + len(opening) : end]
     return text
 
 
-def _last_box(text: str) -> str | None:
+def last_box(text: str) -> str | None:
     """Content of the complete box that opens last; braces inside must balance, escaped ones do not count."""
     opened: list[int | None] = []  # where the content of an open box starts; None for a plain brace
     start, end = -1, -1

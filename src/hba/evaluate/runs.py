@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 
 from hba.errors import InputError
 from hba.evaluate.compare import Paired, paired_difference
+from hba.evaluate.confusion import Rows
+from hba.evaluate.judge.judgements import PLACE
+from hba.evaluate.judge.scores import Verdicts, judge_record, judged_rows, read_verdicts
 from hba.evaluate.predictions import Prediction, read_predictions
 from hba.evaluate.provenance import run_facts
 from hba.evaluate.score import rows_of
@@ -28,6 +31,8 @@ class Run(NamedTuple):
     predictions: list[Prediction]
     fingerprint: str | None
     taxonomy: Taxonomy
+    verdicts: Verdicts
+    judge: dict[str, Any] | None
 
 
 class Matched(NamedTuple):
@@ -73,7 +78,9 @@ def load_run(folder: Path) -> Run:
     folder = folder.resolve()
     taxonomy = of_folder(folder)
     predictions = read_predictions(folder / "predictions.jsonl", taxonomy)
-    return Run(folder.name, folder, predictions, run_facts(folder)["data_fingerprint"], taxonomy)
+    fingerprint = run_facts(folder)["data_fingerprint"]
+    verdicts = read_verdicts(folder, predictions, taxonomy)
+    return Run(folder.name, folder, predictions, fingerprint, taxonomy, verdicts, judge_record(folder))
 
 
 def match(runs: Sequence[Run], *, allow_other_data: bool = False) -> Matched:
@@ -98,6 +105,21 @@ def match(runs: Sequence[Run], *, allow_other_data: bool = False) -> Matched:
         names = ", ".join(run.name for run in runs)
         raise InputError("no sample was answered by all runs", where=names, fix="Compare runs on the same split.")
     return Matched([[table[key] for key in common] for table in tables], [len(t) - len(common) for t in tables])
+
+
+def matched_rows(runs: Sequence[Run], matched: Matched) -> list[Rows]:
+    """The cells of every run; free-form datasets by verdict where one judge has graded all runs to the last answer."""
+    taxonomy = runs[0].taxonomy
+    rows = [rows_of(predictions, taxonomy) for predictions in matched.predictions]
+    judges = [None if run.judge is None else {k: v for k, v in run.judge.items() if k != PLACE} for run in runs]
+    if any(judge is None or judge != judges[0] for judge in judges):
+        return rows
+    verdicts = [
+        judged_rows(cells, predictions, run.verdicts)
+        for cells, predictions, run in zip(rows, matched.predictions, runs, strict=True)
+    ]
+    common = frozenset.intersection(*(cells.judged for cells in verdicts))
+    return verdicts if all(cells.judged == common for cells in verdicts) else rows
 
 
 def compare_predictions(
@@ -129,23 +151,25 @@ def compare_runs(
 ) -> Comparison:
     """Compare two run folders; see `match` for what is refused."""
     runs = load_run(a), load_run(b)
-    (of_a, of_b), left_out = match(runs, allow_other_data=allow_other_data)
-    taxonomy = runs[0].taxonomy
+    matched = match(runs, allow_other_data=allow_other_data)
+    of_a = matched.predictions[0]
+    rows = matched_rows(runs, matched)
     known = [run.fingerprint for run in runs]
     return Comparison(
         a=runs[0].name,
         b=runs[1].name,
-        paired=compare_predictions(of_a, of_b, taxonomy=taxonomy, resamples=resamples, seed=seed),
-        flips=_flips(of_a, of_b, taxonomy),
+        paired=paired_difference(*rows, clusters=[p.group for p in of_a], resamples=resamples, seed=seed),
+        flips=_flips(matched, rows),
         num_rows=len(of_a),
-        left_out=left_out,
+        left_out=matched.left_out,
         same_data=None if None in known else known[0] == known[1],
         clustered_by="group" if any(p.group for p in of_a) else None,
     )
 
 
-def _flips(a: Sequence[Prediction], b: Sequence[Prediction], taxonomy: Taxonomy) -> list[Flip]:
-    right_a, right_b = (rows_of(predictions, taxonomy).right() for predictions in (a, b))
+def _flips(matched: Matched, rows: Sequence[Rows]) -> list[Flip]:
+    a, b = matched.predictions
+    right_a, right_b = (cells.right() for cells in rows)
     return [
         Flip(id=x.id, dataset=x.dataset, target=x.target, a=x.label or x.answer, b=y.label or y.answer, gained=bool(rb))
         for x, y, ra, rb in zip(a, b, right_a, right_b, strict=True)

@@ -69,14 +69,16 @@ def _slice(rows: Rows, clusters: Clusters | None, *, resamples: int, seed: int, 
 
 
 def _free_form(rows: Rows, scored: dict[str, Any], intervals: dict[str, Any]) -> dict[str, Any]:
-    """Free-form tasks of one dataset that no judge has seen, by exact match."""
+    """Free-form tasks of one dataset: share of right answers by the judge, or by exact match where none has spoken."""
     taxonomy = rows.layout.taxonomy
     found = {}
     for key, entry in scored["datasets"].items():
         task = taxonomy.dataset(key).task
-        if key in rows.layout.freeform_code and key not in rows.judged and task and entry["n"]:
-            ci95 = _as_list(intervals.get(key))
-            found[task] = {"score": entry[EXACT_MATCH], "ci95": ci95, "n": entry["n"], "metric": EXACT_MATCH}
+        if key in rows.layout.freeform_code and task and entry["n"]:
+            metric = taxonomy.tasks[task].metric if key in rows.judged else EXACT_MATCH
+            # The cells of a judged dataset hold verdicts, and their share of right ones is what `score_rows` counts.
+            figures = {"score": entry[EXACT_MATCH], "ci95": _as_list(intervals.get(key)), "n": entry["n"]}
+            found[task] = figures | {"metric": metric}
     return found
 
 

@@ -32,8 +32,7 @@ from hba.evaluate.resample import (
     rng_of,
     value,
 )
-from hba.evaluate.runs import load_run, match
-from hba.evaluate.score import rows_of
+from hba.evaluate.runs import load_run, match, matched_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +68,7 @@ def run_variance(
         raise InputError("one run has no spread", fix="Give two or more runs of the same model.")
     runs = [load_run(folder) for folder in folders]
     matched = match(runs, allow_other_data=allow_other_data)
-    rows = [rows_of(predictions, runs[0].taxonomy) for predictions in matched.predictions]
+    rows = matched_rows(runs, matched)
     alike = _alike(matched.predictions)
     clusters = [p.group for p in matched.predictions[0]]
     found = [

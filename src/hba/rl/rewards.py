@@ -1,0 +1,242 @@
+r"""Rewards of the published runs: GRPO's (OmniSapiens-7B RL) and HARPO's (OmniSapiens 2.0).
+
+Both are pure functions from texts to numbers. The answer is what `hba.evaluate.answers.extract` finds, the extractor of
+the evaluation; similarity is the cosine of all-MiniLM-L6-v2 embeddings (`hba.embedding`). Lengths are tokens, and only
+the caller knows them: without lengths there is no length penalty, characters are never counted instead.
+
+`published=True` reproduces the released functions to the number, their quirks included: white space around ``<``, ``>``
+and ``/`` removed, the first box wins and ends at its first brace, an empty box earns format and similarity, an unknown
+task is a classification, length is counted in characters when none is given. The default earns nothing by form: a box
+must hold something to count as format, an empty answer is similar to nothing, and where the target is a class only an
+answer that names one class of its domain has a similarity, so that reciting the labels or pleading with the grader
+pays nothing.
+
+Every text has a score: empty, of 100 kB, in any script. Shapes: N responses.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from hba.errors import InputError
+from hba.evaluate.answers import bare, extract, last_box, named_label, same_answer, without_latex
+from hba.taxonomy import BUILTIN, PUBLISHED, Taxonomy
+
+if TYPE_CHECKING:  # torch and transformers are loaded when the first text is embedded
+    from hba.embedding import Embedder
+
+Parts: TypeAlias = dict[str, float]
+Kind = Literal["classification", "free_form"]
+
+FORMAT_WEIGHT = 0.2
+GRPO_SIMILARITY_WEIGHT = 0.5
+HARPO_ANSWER_WEIGHT = 0.8
+MAX_RESPONSE_TOKENS = 812
+OVERLONG_BUFFER_TOKENS = 128
+OVERLONG_WEIGHT = 0.75
+
+_SUFFIXES: dict[Kind, tuple[str, ...]] = {
+    "classification": (*PUBLISHED["task_suffixes"]["classification"], "classification"),
+    "free_form": (*PUBLISHED["task_suffixes"]["free_form"], "q&a"),
+}
+_REASONED = re.compile(r"\s*<\s*think\s*>.*<\s*/\s*think\s*>(.*)", re.IGNORECASE | re.DOTALL)
+
+
+def grpo_reward(
+    responses: Sequence[str],
+    targets: Sequence[str],
+    published: bool = False,
+    *,
+    datasets: Sequence[str] | None = None,
+    taxonomy: Taxonomy = BUILTIN,
+    embedder: Embedder | None = None,
+) -> list[Parts]:
+    """score = exact + 0.2 * format + 0.5 * cos, cos clipped to [0, 1]; one dict a response.
+
+    Keys: score [0, 1.7], standard_score and format_score (0 or 1), similarity_score [0, 1]. `datasets` (a key a
+    response) makes synonyms of a target's label count as it, as they do in the evaluation. Raises InputError for
+    lists of unequal length.
+    """
+    _same_length(responses, targets=targets, datasets=datasets)
+    if published:
+        texts = [_respaced(text) for text in responses]
+        answers = [extract(text, published=True) for text in texts]
+        exact = [answer.lower() == target.lower() for answer, target in zip(answers, targets, strict=True)]
+        formats = [_published_format(text) for text in texts]
+        compared = [True] * len(texts)
+    else:
+        answers = [extract(text) for text in responses]
+        exact = _exact(answers, targets, datasets, taxonomy)
+        formats = [_format(text) for text in responses]
+        compared = _comparable(answers, targets, taxonomy)
+    cosines = _cosines(answers, targets, compared, embedder)
+    scores = []
+    for right, formed, cosine in zip(exact, formats, cosines, strict=True):
+        standard, form, similarity = float(right), float(formed), 0.0 if cosine is None else max(0.0, cosine)
+        score = standard + FORMAT_WEIGHT * form + GRPO_SIMILARITY_WEIGHT * similarity
+        scores.append(_parts(score, standard, form, similarity))
+    return scores
+
+
+def harpo_reward(
+    responses: Sequence[str],
+    targets: Sequence[str],
+    tasks: Sequence[str],
+    lengths: Sequence[int] | None = None,
+    published: bool = False,
+    *,
+    max_response_tokens: int = MAX_RESPONSE_TOKENS,
+    overlong_buffer_tokens: int = OVERLONG_BUFFER_TOKENS,
+    overlong_weight: float = OVERLONG_WEIGHT,
+    datasets: Sequence[str] | None = None,
+    taxonomy: Taxonomy = BUILTIN,
+    embedder: Embedder | None = None,
+) -> list[Parts]:
+    """Classification: 0.8 * exact + 0.2 * format. Free-form: 0.8 * (cos + 1) / 2 + 0.2 * format. One dict a response.
+
+    To both, `overlong_weight` times the penalty of `overlong` is added, over `lengths` in tokens. `tasks` are the rows'
+    task ids, of which the suffix decides (see `task_kind`). Keys: score, standard_score (0 for free-form),
+    format_score, similarity_score ((cos + 1) / 2, 0 for classification), overlong_score [-1, 0]. Raises InputError for
+    lists of unequal length and for a task that is neither kind.
+    """
+    _same_length(responses, targets=targets, tasks=tasks, lengths=lengths, datasets=datasets)
+    kinds = [task_kind(task, published=published) for task in tasks]
+    if published:
+        texts = [_respaced(text) for text in responses]
+        answers = [extract(text, published=True).strip().lower() for text in texts]
+        wanted = [target.strip().lower() for target in targets]
+        exact = [answer == target for answer, target in zip(answers, wanted, strict=True)]
+        formats = [_published_format(text) for text in texts]
+        lengths = [len(text) for text in responses] if lengths is None else lengths
+    else:
+        answers, wanted = [extract(text) for text in responses], list(targets)
+        exact = _exact(answers, wanted, datasets, taxonomy)
+        formats = [_format(text) for text in responses]
+    compared = [
+        kind == "free_form" and (published or bool(answer)) for kind, answer in zip(kinds, answers, strict=True)
+    ]
+    cosines = _cosines(answers, wanted, compared, embedder)
+    scores = []
+    for i, kind in enumerate(kinds):
+        standard = float(exact[i]) if kind == "classification" else 0.0
+        cosine = cosines[i]
+        similarity = 0.0 if cosine is None else (cosine + 1) / 2
+        penalty = 0.0 if lengths is None else overlong(lengths[i], max_response_tokens, overlong_buffer_tokens)
+        score = HARPO_ANSWER_WEIGHT * (standard + similarity) + FORMAT_WEIGHT * formats[i] + overlong_weight * penalty
+        scores.append({**_parts(score, standard, float(formats[i]), similarity), "overlong_score": penalty})
+    return scores
+
+
+def overlong(length_tokens: int, max_tokens: int, buffer_tokens: int) -> float:
+    """0 up to `max_tokens - buffer_tokens`, falling linearly to -1 at `max_tokens`, -1 beyond (DAPO, section 3.4)."""
+    over = length_tokens - (max_tokens - buffer_tokens)
+    return 0.0 if over <= 0 else -1.0 if length_tokens >= max_tokens else -over / buffer_tokens
+
+
+def task_kind(task: str, *, published: bool = False) -> Kind:
+    """What the suffix of a task id such as emotion_cls or siq2_qa says.
+
+    Raises InputError for another suffix; `published` takes every such task for a classification, and q&a too.
+    """
+    if published:
+        return "free_form" if re.split(r"[^a-z0-9]+", task.lower())[-1] in ("qa", "qna") else "classification"
+    suffix = re.split(r"[^a-z0-9&]+", task.lower())[-1]
+    for kind, suffixes in _SUFFIXES.items():
+        if suffix in suffixes:
+            return kind
+    known = ", ".join(f"_{suffix}" for suffixes in _SUFFIXES.values() for suffix in suffixes)
+    raise InputError(f"task {task!r} is neither a classification nor free-form", fix=f"End it in one of {known}.")
+
+
+def _parts(score: float, standard: float, form: float, similarity: float) -> Parts:
+    return {"score": score, "standard_score": standard, "format_score": form, "similarity_score": similarity}
+
+
+def _exact(
+    answers: Sequence[str], targets: Sequence[str], datasets: Sequence[str] | None, taxonomy: Taxonomy
+) -> list[bool]:
+    """Whether each answer is its target; where `datasets` are given, a class also by any of its synonyms."""
+    classes = _class_datasets(taxonomy)
+    same = []
+    for i, (answer, target) in enumerate(zip(answers, targets, strict=True)):
+        label = None if datasets is None else named_label(datasets[i], target, taxonomy)
+        if label is not None and datasets is not None:
+            same.append(named_label(datasets[i], answer, taxonomy) == label)
+        elif bare(target) in classes:
+            same.append(bare(answer) == bare(target))
+        else:
+            same.append(same_answer(without_latex(answer), target))
+    return same
+
+
+def _comparable(answers: Sequence[str], targets: Sequence[str], taxonomy: Taxonomy) -> list[bool]:
+    """Whether similarity says something: the answer is not empty, and names one class where the target is a class."""
+    classes = _class_datasets(taxonomy)
+    compared = []
+    for answer, target in zip(answers, targets, strict=True):
+        known = classes.get(bare(target))
+        named = known is None or any(named_label(dataset, answer, taxonomy) for dataset in known)
+        compared.append(bool(answer) and named)
+    return compared
+
+
+def _class_datasets(taxonomy: Taxonomy) -> dict[str, list[str]]:
+    """Each class label with one dataset of each domain that has it: 'neutral' is a class of two."""
+    of_domain = {dataset.domain: key for key, dataset in taxonomy.datasets.items() if dataset.domain is not None}
+    classes: dict[str, list[str]] = {}
+    for domain, dataset in of_domain.items():
+        for label in taxonomy.domains[domain].labels:
+            classes.setdefault(label, []).append(dataset)
+    return classes
+
+
+def _cosines(
+    answers: Sequence[str], targets: Sequence[str], compared: Sequence[bool], embedder: Embedder | None
+) -> list[float | None]:
+    """The cosine of each compared pair, None of the others; all texts in one call, so that they are batched."""
+    rows = [i for i, wanted in enumerate(compared) if wanted]
+    found: list[float | None] = [None] * len(answers)
+    if rows:
+        model = default_embedder() if embedder is None else embedder
+        cosines = model.similarity([answers[i] for i in rows], [targets[i] for i in rows])
+        for i, cosine in zip(rows, cosines.tolist(), strict=True):
+            found[i] = cosine
+    return found
+
+
+@cache
+def default_embedder() -> Embedder:
+    """The one all-MiniLM-L6-v2 of the process, loaded when first asked for."""
+    from hba.embedding import Embedder
+
+    return Embedder()
+
+
+def _format(text: str) -> bool:
+    """<think>...</think> ... \\boxed{...}: reasoning first, then a box with something in it."""
+    reasoned = _REASONED.match(text)
+    return reasoned is not None and bool((last_box(reasoned[1]) or "").strip())
+
+
+def _published_format(text: str) -> bool:
+    r"""Whether ``<think>.*</think>.*\\boxed\{.*\}.*`` matches the whole text, in linear time on any text."""
+    end = text.find("</think>", len("<think>")) if text.startswith("<think>") else -1
+    box = text.find("\\boxed{", end) if end >= 0 else -1
+    return box >= 0 and text.find("}", box) >= 0
+
+
+def _respaced(text: str) -> str:
+    """The released clean-up: no white space around <, > and /."""
+    pieces = re.split("([<>/])", text)
+    inner = [piece.strip() for piece in pieces[1:-1]]
+    return pieces[0].rstrip() + "".join(inner) + pieces[-1].lstrip() if len(pieces) > 1 else text
+
+
+def _same_length(responses: Sequence[str], **others: Sequence[object] | None) -> None:
+    for name, values in others.items():
+        if values is not None and len(values) != len(responses):
+            what = f"{len(responses)} responses, but {len(values)} {name}"
+            raise InputError(what, fix="Give one of each a response.")

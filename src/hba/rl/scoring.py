@@ -1,0 +1,144 @@
+"""Which reward a run uses: a published one, or a function of the user's own.
+
+A user's function is named as `module:function` or `file.py:function` and is called with lists of equal length:
+`function(responses=..., targets=..., tasks=..., datasets=..., lengths=...)`. It gives a number a response, or a dict
+of named parts with `score` among them. What it gives is checked before it reaches an advantage: a wrong count, a
+missing score or a number that is not finite is an error that names function and sample, never a silent zero.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from hba.atlas.sample import Sample
+from hba.config import option
+from hba.embedding import MINILM, Embedder
+from hba.errors import ConfigError, InputError
+from hba.rl.rewards import (
+    MAX_RESPONSE_TOKENS,
+    OVERLONG_BUFFER_TOKENS,
+    OVERLONG_WEIGHT,
+    Parts,
+    grpo_reward,
+    harpo_reward,
+    task_kind,
+)
+from hba.taxonomy import BUILTIN, Taxonomy
+
+PUBLISHED_REWARDS = ("grpo", "harpo")
+Tokens = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """How a response is rewarded."""
+
+    function: str = option("harpo", "grpo, harpo, or your own as module:function or file.py:function")
+    published: bool = option(False, "reproduce the released rewards with their quirks, to compare published runs")
+    synonyms: bool = option(True, "any synonym of a class counts as it, as in the evaluation; else its label alone")
+    max_response_tokens: Tokens = option(MAX_RESPONSE_TOKENS, "harpo: a response of so many tokens is penalised fully")
+    overlong_buffer_tokens: Tokens = option(OVERLONG_BUFFER_TOKENS, "harpo: the penalty rises over so many tokens")
+    overlong_weight: Annotated[float, Field(ge=0)] = option(OVERLONG_WEIGHT, "harpo: weight of the length penalty")
+    embedder: str = option(MINILM, "sentence encoder of the similarity: a hub id or a folder")
+
+    def __post_init__(self) -> None:
+        if self.overlong_buffer_tokens > self.max_response_tokens:
+            what = f"reward.overlong_buffer_tokens is {self.overlong_buffer_tokens}, above reward.max_response_tokens"
+            raise ConfigError(what, fix=f"Use at most {self.max_response_tokens}.")
+
+
+class Scorer:
+    """Rewards responses to samples. Raises InputError when the function or the embedder cannot be had."""
+
+    def __init__(self, config: RewardConfig, taxonomy: Taxonomy = BUILTIN) -> None:
+        self.config, self._taxonomy = config, taxonomy
+        own = config.function not in PUBLISHED_REWARDS
+        self._own = _load_function(config.function) if own else None
+        self._embedder = None if own else Embedder(config.embedder)
+
+    def check_tasks(self, tasks: Sequence[str]) -> None:
+        """Raise InputError for a task id that the HARPO reward cannot place, before anything is trained."""
+        if self.config.function == "harpo":
+            for task in tasks:
+                task_kind(task, published=self.config.published)
+
+    def __call__(
+        self, responses: Sequence[str], samples: Sequence[Sample], lengths_tokens: Sequence[int]
+    ) -> list[Parts]:
+        """One dict of parts a response, `score` among them, all finite. `samples` repeat, one a response."""
+        targets = [sample.target for sample in samples]
+        tasks, datasets = [sample.task for sample in samples], [sample.dataset for sample in samples]
+        if self._own is not None:
+            given = self._own(
+                responses=list(responses), targets=targets, tasks=tasks, datasets=datasets, lengths=list(lengths_tokens)
+            )
+            return self._checked(given, samples)
+        config = self.config
+        shared: dict[str, Any] = {
+            "datasets": datasets if config.synonyms else None,
+            "taxonomy": self._taxonomy,
+            "embedder": self._embedder,
+            "published": config.published,
+        }
+        if config.function == "grpo":
+            return grpo_reward(responses, targets, **shared)
+        return harpo_reward(
+            responses,
+            targets,
+            tasks,
+            lengths_tokens,
+            max_response_tokens=config.max_response_tokens,
+            overlong_buffer_tokens=config.overlong_buffer_tokens,
+            overlong_weight=config.overlong_weight,
+            **shared,
+        )
+
+    def _checked(self, given: Sequence[Any], samples: Sequence[Sample]) -> list[Parts]:
+        name = self.config.function
+        if len(given) != len(samples):
+            what = f"gave {len(given)} rewards for {len(samples)} responses"
+            raise InputError(what, where=name, fix="Give one each.")
+        checked = []
+        for value, sample in zip(given, samples, strict=True):
+            where = f"{name}, sample {sample.id}"
+            parts = dict(value) if isinstance(value, Mapping) else {"score": value}
+            if "score" not in parts:
+                raise InputError(f"a reward without 'score': {parts}", where=where, fix="Return a number, or add it.")
+            for part, number in parts.items():
+                if not isinstance(number, (int, float)) or not math.isfinite(number):
+                    fix = "Return finite numbers; a response that cannot be scored may get the lowest one."
+                    raise InputError(f"reward {part!r} is {number!r}", where=where, fix=fix)
+            checked.append({part: float(number) for part, number in parts.items()})
+        return checked
+
+
+def _load_function(name: str) -> Callable[..., Sequence[Any]]:
+    module_name, colon, function_name = name.rpartition(":")
+    fix = f"Use {', '.join(PUBLISHED_REWARDS)}, module:function or file.py:function."
+    if not colon:
+        raise InputError(f"no reward {name!r}", where="reward.function", fix=fix)
+    try:
+        module = _load_file(Path(module_name)) if module_name.endswith(".py") else importlib.import_module(module_name)
+    except (ImportError, OSError) as error:
+        raise InputError(f"cannot import {module_name!r} ({error})", where="reward.function", fix=fix) from None
+    function: Callable[..., Sequence[Any]] | None = getattr(module, function_name, None)
+    if not callable(function):
+        raise InputError(f"{module_name!r} has no function {function_name!r}", where="reward.function", fix=fix)
+    return function
+
+
+def _load_file(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,195 @@
+"""Models for others: merged ones load in plain transformers, released ones load here; both give the same logits."""
+
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoProcessor, Qwen2_5OmniThinkerForConditionalGeneration
+
+from hba import open_atlas
+from hba.atlas.batch import EncodeConfig, Encoder, collate
+from hba.errors import InputError
+from hba.model import OmniSapiens, checkpoint
+from hba.model.heads import masked_mean
+from hba.model.merge import merge_checkpoint, merge_released
+from hba.model.omni import ModelConfig, apply_strategy
+
+ENCODE = EncodeConfig(num_frames=4, min_pixels=3136, max_pixels=3136)
+Thinker = Qwen2_5OmniThinkerForConditionalGeneration
+
+
+@pytest.fixture(scope="module")
+def batch(model, mini_atlas):
+    encoder = Encoder(model.processor, ENCODE)
+    samples = [s for s in open_atlas(mini_atlas, split="test") if s.label is not None][:4]
+    return collate([encoder.encode(s) for s in samples], pad_token_id=encoder.pad_token_id)
+
+
+def shaken(module):
+    """Every parameter that trains moved away from its start."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    return module.eval()
+
+
+def token_logits(thinker, batch):
+    with torch.inference_mode():
+        return thinker.eval()(**batch.inputs).logits
+
+
+@pytest.fixture(scope="module")
+def lora(backbone, tmp_path_factory):
+    """A model with LoRA that does something, and its checkpoint."""
+    folder = tmp_path_factory.mktemp("lora") / "step_1"
+    model = apply_strategy(OmniSapiens.from_pretrained(backbone), ModelConfig(name=str(backbone), lora_r=4))
+    checkpoint.save(shaken(model), folder, backbone=str(backbone), strategy="lora", encode=ENCODE)
+    return model, folder
+
+
+# --- merge -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def merged(lora, tmp_path_factory):
+    out = tmp_path_factory.mktemp("merged") / "model"
+    merge_checkpoint(lora[1], out, dtype="float32")
+    return out
+
+
+def test_plain_transformers_loads_a_merged_model_with_equal_logits(lora, merged, batch, backbone):
+    plain = Thinker.from_pretrained(merged)
+    expected = token_logits(lora[0].thinker, batch)
+    assert torch.allclose(token_logits(plain, batch), expected, atol=1e-4)
+    assert not torch.allclose(token_logits(Thinker.from_pretrained(backbone), batch), expected, atol=1e-2)
+    processor = AutoProcessor.from_pretrained(merged)
+    assert processor.chat_template == lora[0].processor.chat_template
+    assert processor.tokenizer.get_vocab() == lora[0].processor.tokenizer.get_vocab()
+
+
+def test_a_merged_model_is_laid_out_as_the_release_of_the_backbone(merged):
+    """vLLM maps `thinker.model.`, `thinker.lm_head.` and `thinker.`, and reads `thinker_config` of the whole config."""
+    names = load_file(merged / "model.safetensors").keys()
+    assert all(name.startswith("thinker.") for name in names)
+    assert not [name for name in names if "lora" in name or "base_layer" in name]
+    config = json.loads((merged / "config.json").read_text())
+    assert config["architectures"] == ["Qwen2_5OmniModel"]
+    assert AutoConfig.from_pretrained(merged).thinker_config.text_config.hidden_size == 64
+    assert config["thinker_config"]["text_config"]["tie_word_embeddings"] is ("thinker.lm_head.weight" not in names)
+
+
+def test_heads_lie_beside_a_merged_model(lora, merged, batch):
+    loaded = OmniSapiens.from_pretrained(merged).eval()
+    logits, expected = loaded.classify(batch), lora[0].classify(batch)
+    assert torch.allclose(logits, expected, atol=1e-4)
+    assert checkpoint.encode_config(merged) == ENCODE
+
+
+def test_bfloat16_is_what_is_written_unless_asked_otherwise(lora, tmp_path):
+    merge_checkpoint(lora[1], tmp_path / "half")
+    assert {t.dtype for t in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_nothing_is_overwritten_and_a_backbone_is_refused(lora, merged, backbone, tmp_path):
+    with pytest.raises(InputError, match="exists already"):
+        merge_checkpoint(lora[1], merged)
+    with pytest.raises(InputError, match="nothing to merge"):
+        merge_checkpoint(backbone, tmp_path / "out")
+
+
+# --- what the authors released ---------------------------------------------------------------------------------------
+
+
+class Released(nn.Module):
+    """The published model's layout: a thinker, with PEFT or without, and a list of heads."""
+
+    def __init__(self, thinker, columns, lora_alpha):
+        super().__init__()
+        names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        options = {"r": 4, "lora_alpha": lora_alpha, "lora_dropout": 0.05, "target_modules": names}
+        self.backbone = get_peft_model(thinker, LoraConfig(**options)) if lora_alpha else thinker
+        self.columns = columns
+        self.heads = nn.ModuleList(nn.Linear(64, len(indices)) for indices in columns.values())
+
+    def classify(self, batch):
+        with torch.inference_mode():
+            states = self.backbone(**batch.inputs, output_hidden_states=True).hidden_states
+        pooled = masked_mean(states[-2], batch.inputs["attention_mask"])
+        logits = torch.full((len(batch), 25), -torch.inf)
+        for row, name in enumerate(batch.domain_names):
+            logits[row, list(self.columns[name])] = self.heads[list(self.columns).index(name)](pooled[row])
+        return logits
+
+
+@pytest.fixture(scope="module", params=[64, None], ids=["lora", "full"])
+def released(request, backbone, model):
+    torch.manual_seed(0)
+    made = Released(Thinker.from_pretrained(backbone), model.heads.columns, request.param)
+    return shaken(made)
+
+
+@pytest.mark.parametrize("file", ["pytorch_model_fsdp.bin", "model.safetensors"])
+def test_a_released_checkpoint_gives_its_logits_here(released, backbone, batch, tmp_path, file):
+    state = released.state_dict()
+    if file.endswith(".bin"):
+        torch.save(state, tmp_path / file)
+    else:
+        save_file({name: tensor.clone() for name, tensor in state.items()}, tmp_path / file)
+    merge_released(tmp_path, tmp_path / "out", backbone=str(backbone), lora_alpha=64, dtype="float32")
+    ours = OmniSapiens.from_pretrained(tmp_path / "out").eval().classify(batch)
+    assert torch.allclose(ours, released.classify(batch), atol=1e-4)
+
+
+CHANGES = {
+    "unknown keys: backbone.extra": lambda s: s | {"backbone.extra": torch.zeros(1)},
+    "unknown keys: optimizer": lambda s: s | {"optimizer": torch.zeros(1)},
+    "missing keys: heads.1.bias": lambda s: {k: v for k, v in s.items() if k != "heads.1.bias"},
+    r"heads.6.weight is \[3, 64\], expected \[2, 64\]": lambda s: s | {"heads.6.weight": torch.zeros(3, 64)},
+    "unknown keys: heads.7.weight": lambda s: s | {"heads.7.weight": torch.zeros(2, 64)},
+}
+
+
+@pytest.mark.parametrize("message", CHANGES)
+def test_keys_that_do_not_fit_are_named(released, backbone, tmp_path, message):
+    file = tmp_path / "pytorch_model.bin"
+    torch.save(CHANGES[message](released.state_dict()), file)
+    with pytest.raises(InputError, match=message):
+        merge_released(file, tmp_path / "out", backbone=str(backbone), lora_alpha=64)
+    assert not (tmp_path / "out").exists()
+
+
+class Exploit:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def test_a_released_file_runs_no_code(backbone, tmp_path):
+    file = tmp_path / "pytorch_model.bin"
+    file.write_bytes(pickle.dumps({"backbone.x": Exploit(tmp_path / "ran")}, protocol=2))
+    with pytest.raises(InputError, match="cannot read the weights"):
+        merge_released(file, tmp_path / "out", backbone=str(backbone), lora_alpha=64)
+    assert not (tmp_path / "ran").exists()
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_merges(lora, tmp_path):
+    from typer.testing import CliRunner
+
+    from hba.cli import app
+
+    out = tmp_path / "out"
+    done = CliRunner().invoke(app, ["merge", str(lora[1]), str(out), "--dtype", "float32", "--json"])
+    assert (done.exit_code, json.loads(done.stdout)) == (0, {"model": str(out)})
+    assert (out / "config.json").is_file()
