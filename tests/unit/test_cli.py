@@ -26,6 +26,7 @@ COMMANDS = {
     "train lm": "overrides --config --run --allow-quarantined --json",
     "predict": "model! overrides --atlas! --split --backend --run --modalities --limit --per-dataset --shard"
     " --retry-failed --dry-run --allow-failed --allow-quarantined --json",
+    "push": "run! repo! --license! --merge --private --json",
     "score": "run! --resamples --seed --by --cluster --atlas --json",
     "judge": "run overrides --model --provider --base-url --atlas --calibrate --offline --out --retry-unjudged"
     " --allow-unjudged --cache --json",

@@ -1,4 +1,4 @@
-"""`hba merge`: a trained model for others to use."""
+"""`hba merge`, `hba push`: a trained model for others to use."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 from hba.cli.options import JsonFlag, answer, bold, say
 
 MERGE_EXAMPLE = "Example: hba merge runs/sft models/omnisapiens"
+PUSH_EXAMPLE = "Example: hba push runs/sft my-org/omnisapiens --license apache-2.0"
 
 
 class Precision(str, Enum):
@@ -42,3 +43,21 @@ def merge_command(
     else:
         merge_released(run, out, dtype=dtype.value, backbone=backbone, lora_alpha=lora_alpha)
     answer({"model": str(out)}, as_json=json, show=lambda: say(f"Wrote a full model to {bold(out)}."))
+
+
+def push_command(
+    run: Annotated[Path, typer.Argument(help="Scored run folder.")],
+    repo: Annotated[str, typer.Argument(help="Model on the hub (org/name), or a new folder (./, / or file://).")],
+    license_id: Annotated[str, typer.Option("--license", help="Licence of the weights, such as apache-2.0.")] = ...,  # type: ignore[assignment]
+    merge: Annotated[bool, typer.Option("--merge", help="Fold LoRA in first.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="A new model on the hub is private.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Send a run's best model to the hub, with a card of its data, figures, intervals and limits."""
+    from hba.process import prepare_process
+    from hba.push import push_run
+
+    prepare_process(seed=0)
+    done = push_run(run, repo, license_id=license_id, merge=merge, private=private)
+    values = {"place": done.place, "files": done.files}
+    answer(values, as_json=json, show=lambda: say(f"Sent {done.files} files to {bold(done.place)}."))

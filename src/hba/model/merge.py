@@ -93,7 +93,13 @@ def fold_lora(module: Any) -> Any:
 def _config(thinker: nn.Module, dtype: torch.dtype, *, tied: bool) -> dict[str, Any]:
     """config.json of the whole model, of which only the thinker is there."""
     name = str(dtype).removeprefix("torch.")
-    inner: dict[str, Any] = {**thinker.config.to_dict(), "dtype": name, "tie_word_embeddings": tied}  # type: ignore[union-attr,operator]
+    inner: dict[str, Any] = {**_without_places(thinker.config.to_dict()), "dtype": name, "tie_word_embeddings": tied}  # type: ignore[union-attr,operator]
     inner["text_config"] = {**inner["text_config"], "tie_word_embeddings": tied}
     whole = {"architectures": [ARCHITECTURE], "model_type": "qwen2_5_omni", "enable_audio_output": False}
     return {**whole, "dtype": name, "tie_word_embeddings": tied, "thinker_config": inner}
+
+
+def _without_places(config: dict[str, Any]) -> dict[str, Any]:
+    """A config without the folders on this machine that its parts were read from."""
+    kept = {key: value for key, value in config.items() if key != "_name_or_path"}
+    return {key: _without_places(value) if isinstance(value, dict) else value for key, value in kept.items()}

@@ -1,0 +1,104 @@
+"""A run's best model with its card and figures, to the Hugging Face hub or into a folder.
+
+What is sent is put together in a folder first and goes out as one commit: the hub never shows half a model. Files that
+the hub has already are not sent again, so that a broken push is simply repeated. The token is the library's
+(`hf auth login`, HF_TOKEN); no error repeats what a server said, since that may hold it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+from huggingface_hub import CommitOperationAdd, HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError
+
+from hba.errors import HbaError, InputError
+from hba.model import checkpoint
+from hba.model.merge import merge_checkpoint, require_free
+from hba.report.load import load_run
+from hba.report.model_card import model_card, public_name
+from hba.storage import atomic_folder, write_json
+
+LOCAL = ("/", "./", "../", "file://")
+# What a run's checkpoint holds beside its model.
+_TRAINING_STATE = ("optimizer*", "trainer_state.json")
+
+
+class Pushed(NamedTuple):
+    """Where the model is now, and how many files were sent there."""
+
+    place: str
+    files: int
+
+
+def push_run(run: Path, repo: str, *, license_id: str, merge: bool = False, private: bool = False) -> Pushed:
+    """Send the best model of the scored run folder `run` to `repo`, a hub id or a new folder (./, / or file://).
+
+    With `merge` LoRA is folded in first. Raises InputError when the run is not scored, the folder is taken, the hub
+    refuses, or the model stands on a backbone that only this machine has.
+    """
+    if repo.startswith(LOCAL):
+        out = Path(repo.removeprefix("file://"))
+        require_free(out)
+        with atomic_folder(out) as new:
+            gather(run, new, name=out.name, license_id=license_id, merge=merge)
+            return Pushed(str(out), sum(file.is_file() for file in new.rglob("*")))
+    with tempfile.TemporaryDirectory(prefix="hba-push-") as temporary:
+        folder = Path(temporary)
+        gather(run, folder, name=repo.rpartition("/")[2], license_id=license_id, merge=merge)
+        return _commit(folder, repo, private=private)
+
+
+def gather(run: Path, folder: Path, *, name: str, license_id: str, merge: bool) -> None:
+    """Put model, README.md and metrics.json of `run` into `folder`."""
+    best = checkpoint.resolve(run)
+    if best is None:
+        raise InputError("a plain backbone: nothing to push", where=str(run), fix="Name a run folder.")
+    loaded = load_run(run)
+    card = checkpoint.read_card(best)
+    if card["strategy"] != "full" and not merge and Path(card["backbone"]).exists():
+        fix = "Push with --merge: the full model needs no backbone."
+        raise InputError("the model stands on a backbone that others do not have", where=card["backbone"], fix=fix)
+    if merge:
+        merge_checkpoint(best, folder / "merged")
+        for file in (folder / "merged").iterdir():
+            file.rename(folder / file.name)
+        (folder / "merged").rmdir()
+    else:
+        shutil.copytree(best, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*_TRAINING_STATE))
+    sent = checkpoint.read_card(folder)
+    write_json(folder / checkpoint.CARD, {**sent, "backbone": public_name(sent["backbone"])})
+    shutil.copyfile(run / "metrics.json", folder / "metrics.json")
+    text = model_card(loaded, name=name, base_model=card["backbone"], license_id=license_id, card=card)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _commit(folder: Path, repo: str, *, private: bool) -> Pushed:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    operations = [CommitOperationAdd(file.relative_to(folder).as_posix(), file) for file in files]
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        done = api.create_commit(repo, operations, commit_message="Model, card and figures from hba")
+    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
+        raise _explained(error, repo) from None
+    return Pushed(str(done.commit_url), len(files))
+
+
+def _explained(error: Exception, repo: str) -> HbaError:
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if status in (401, 403):
+        fix = "Run `hf auth login` with a token that may write there."
+        return InputError(f"the hub does not let you write (status {status})", where=repo, fix=fix)
+    if status is not None:
+        return HbaError(f"the hub answered with status {status}", where=repo, fix="Run the same command again.")
+    if isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError):
+        return InputError(
+            "not accepted as a repository or as its files", where=repo, fix="Use a name such as org/model."
+        )
+    fix = "Check the network and run the same command again: what has arrived is not sent again."
+    return HbaError(f"the hub at {constants.ENDPOINT} cannot be reached", where=repo, fix=fix)
