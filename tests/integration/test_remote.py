@@ -76,8 +76,8 @@ def test_retry_after_holds_all_requests_back(chat_server):
 
 
 def test_concurrency_grows_to_the_limit_and_no_further(chat_server):
-    server = chat_server(latency=0.03)
-    _, client = run(config(server, max_concurrency=12), [f"q{i}" for i in range(150)])
+    server = chat_server(latency=0.2)
+    _, client = run(config(server, max_concurrency=12), [f"q{i}" for i in range(90)])
     assert server.stats()["peak"] == 12 and client.limit.limit == 12
 
 

@@ -235,6 +235,24 @@ def test_bounded_keeps_requests_going_while_an_item_is_prepared():
     assert finished[1][1] - finished[0][1] > 0.2
 
 
+def test_bounded_over_a_sequence_needs_no_thread():
+    def work_of(threads):
+        async def work(i):
+            threads.add(threading.active_count())
+            await asyncio.sleep(0)
+            return i
+
+        return work
+
+    async def go(items):
+        threads = set()
+        return sorted([i async for i in bounded(items, work_of(threads), 3)]), threads
+
+    before = threading.active_count()
+    assert asyncio.run(go(list(range(10)))) == (list(range(10)), {before})
+    assert asyncio.run(go([])) == ([], set()) and asyncio.run(go(iter(()))) == ([], set())
+
+
 def test_prices_are_for_the_official_service_and_unknown_otherwise(tmp_path):
     assert find_price("openai", "gpt-5-nano", official=True) == Price(0.05, 0.4)
     assert find_price("openai", "gpt-5-nano-2025-08-07", official=True) == Price(0.05, 0.4)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -95,18 +95,25 @@ class AdaptiveLimit:
 async def bounded(items: Iterable[T], work: Callable[[T], Awaitable[R]], width: int) -> AsyncIterator[R]:
     """Results of `work` over `items` in the order in which they are ready, at most `width` at once.
 
-    Items are drawn one by one in a thread, so that preparing them (decoding media) holds up no request, and never
-    more than `width` ahead. The first exception of `items` or `work` cancels the rest and is raised.
+    Items of an iterator are drawn one by one in a thread, so that preparing them (decoding media) holds up no request;
+    those of a sequence are there already. Never more than `width` ahead. The first exception of `items` or `work`
+    cancels the rest and is raised.
     """
-    source = iter(items)
+    ready, source = isinstance(items, Sequence), iter(items)
     draw: asyncio.Task[object] | None = None
     running: set[asyncio.Task[R]] = set()
     more = True
     try:
         while more or running:
+            while ready and more and len(running) < width:
+                item = next(source, _END)
+                more = item is not _END
+                running |= {asyncio.ensure_future(_run(work, item))} if more else set()
             if more and draw is None and len(running) < width:
                 draw = asyncio.ensure_future(asyncio.to_thread(next, source, _END))
             tasks: list[asyncio.Task[Any]] = [*running, *([draw] if draw else [])]
+            if not tasks:
+                break
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if draw is not None and draw.done():
                 item, draw = draw.result(), None
