@@ -56,6 +56,7 @@ class Hub:
 
     def __init__(self):
         self.repos, self.faults, self.requests, self.tokens = {}, [], [], {}
+        self.sent = {}  # bytes of the contents of each file
         self.reached = threading.Event()  # a fault with `stall` waits
         self.page = 1000
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -156,15 +157,18 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": repo.commit, "Accept-Ranges": "bytes"}
         away = self.headers["Host"].startswith("localhost")
         if name.endswith(LARGE) and not away:
+            if fault is not None:
+                fault.times += 1  # it is meant for the contents
             place = f"http://localhost:{self.hub.port}{self.path}"
             linked = {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(len(data)), "Location": place}
             return self.send(b"", status=302, headers=headers | linked)
         wanted = self.headers.get("Range")
         status, body = 200, data
         if wanted:
-            start = int(wanted.removeprefix("bytes=").split("-")[0])
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-            status, body = 206, data[start:]
+            first, last = wanted.removeprefix("bytes=").split("-")
+            start, stop = int(first), int(last or len(data) - 1) + 1
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
+            status, body = 206, data[start:stop]
         return self.send(body, status=status, headers=headers, name=name, fault=fault)
 
     def error(self, status, code, headers=()):
@@ -176,6 +180,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send(self, body, *, status=200, headers=(), name="", fault=None):
         self.hub.requests.append((self.command, name, status))
+        if self.command == "GET":
+            self.hub.sent[name] = self.hub.sent.get(name, 0) + len(body)
         self.send_response(status)
         for key, value in dict(headers).items():
             self.send_header(key, value)

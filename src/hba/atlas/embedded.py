@@ -17,7 +17,7 @@ import mmap
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,7 +29,7 @@ from hba.storage import atomic_write
 
 _VERSION = 3
 _CRC_BYTES = 4
-_TAIL_BYTES = 1 << 16
+TAIL_BYTES = 1 << 16
 _META = b"hba"
 
 
@@ -38,10 +38,23 @@ def index_path(shard: Path) -> Path:
     return shard.parent / "index" / f"{shard.name}.arrow"
 
 
-def open_shard(shard: Path) -> pq.ParquetFile:
-    """The opened shard. Raises InputError when it is not a whole parquet file."""
+class Remote(Protocol):
+    """A shard of which only a part is on this machine."""
+
+    def open(self) -> BinaryIO:
+        """A file that fetches what is read from it."""
+        ...
+
+    def fetch(self, start: int, stop: int) -> None:
+        """Have these bytes of the shard in its file."""
+        ...
+
+
+def open_shard(shard: Path, remote: Remote | None = None, *, buffer_bytes: int = 0) -> pq.ParquetFile:
+    """The opened shard; `remote` fetches what is read of it. Raises InputError when it is not a whole parquet file."""
+    options: dict[str, Any] = {"pre_buffer": False, "page_checksum_verification": True, "buffer_size": buffer_bytes}
     try:
-        return pq.ParquetFile(shard, memory_map=False, pre_buffer=False, page_checksum_verification=True)
+        return pq.ParquetFile(shard if remote is None else pa.PythonFile(remote.open(), mode="r"), **options)
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         what = f"is not a whole parquet file ({reason})"
@@ -52,7 +65,7 @@ def stamp(shard: Path) -> str:
     """What tells a shard from another: its size and a hash of its end, which holds the places of everything in it."""
     size = shard.stat().st_size
     with shard.open("rb") as file:
-        file.seek(max(0, size - _TAIL_BYTES))
+        file.seek(max(0, size - TAIL_BYTES))
         return f"{size}:{hashlib.sha256(file.read()).hexdigest()}"
 
 

@@ -1,9 +1,9 @@
 """An atlas on the Hugging Face hub, as one store: which of its files a split needs, and reading them.
 
 Three forms of a release are known: parquet shards, JSONL with media folders, JSONL with tars of the media. The files of
-other splits are never asked for. Media in folders are fetched when a sample is read, one by one; shards and tars when
-the atlas is opened. Samples, ids and order are those of the same files in a local folder. The commit stands in
-`Atlas.root` (`.../snapshots/<commit>`, or `.../<commit>` for tars) and so in the provenance of every run.
+other splits are never asked for. Media in folders and in shards are fetched when a sample is read, one by one; tars
+when the atlas is opened. Samples, ids and order are those of the same files in a local folder. The commit stands in
+`Atlas.root` (`.../snapshots/<commit>` or `.../<commit>`) and so in the provenance of every run.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy.typing as npt
 from hba.atlas.embedded import index_path
 from hba.atlas.hub_client import Listing, NotInRepoError, Repo, list_repo
 from hba.atlas.hub_id import HubId
+from hba.atlas.hub_shards import remote_shards
 from hba.atlas.jsonl import JsonlStore
 from hba.atlas.parquet import ParquetStore
 from hba.atlas.sample import MEDIA_FIELDS, Field, Row, Sample
@@ -93,7 +94,7 @@ def _is_of_other_split(tar: str, split: str) -> bool:
 
 
 def open_hub(name: HubId, wanted: Split | None, taxonomy: Taxonomy | None) -> HubStore | JsonlStore | ParquetStore:
-    """Open a split of a data set on the hub; shards and tars are downloaded to the cache first, if they are not there.
+    """Open a split of a data set on the hub; its rows, and its tars, are downloaded first, if they are not there.
 
     Raises InputError when the data set, revision or split is not there or needs permission, when the hub cannot be
     reached, and for a bad row; StorageError when the disk is full.
@@ -105,12 +106,25 @@ def open_hub(name: HubId, wanted: Split | None, taxonomy: Taxonomy | None) -> Hu
 
         path = unpacked_split(listing, layout, wanted, taxonomy)
         return JsonlStore(path, split=layout.split, taxonomy=taxonomy or of_folder(path.parent))
-    fetched = [listing.repo.fetch(file) for file in (*layout.beside, *layout.rows)]
-    files = tuple(fetched[len(layout.beside) :])
-    chosen = taxonomy or of_folder(files[0].parent)
     if layout.form == "parquet":
-        return ParquetStore(files, split=layout.split, taxonomy=chosen)
-    return HubStore(listing.repo, layout, JsonlStore(files[0], split=layout.split, taxonomy=chosen))
+        return _open_shards(listing.repo, layout, taxonomy)
+    path = [listing.repo.fetch(file) for file in (*layout.beside, *layout.rows)][-1]
+    rows = JsonlStore(path, split=layout.split, taxonomy=taxonomy or of_folder(path.parent))
+    return HubStore(listing.repo, layout, rows)
+
+
+def _open_shards(repo: Repo, layout: Layout, taxonomy: Taxonomy | None) -> ParquetStore:
+    """Shards whose media are fetched when they are read; those that another program has fetched are used as is."""
+    whole = repo.cached((*layout.beside, *layout.rows))
+    if whole is not None:
+        files = tuple(whole[len(layout.beside) :])
+        return ParquetStore(files, split=layout.split, taxonomy=taxonomy or of_folder(files[0].parent))
+    folder = repo.home(repo.commit)
+    for name in layout.beside:
+        repo.fetch(name, folder)
+    remote = {shard.path: shard for shard in remote_shards(repo, layout.rows, folder.resolve())}
+    files = tuple(remote)
+    return ParquetStore(files, split=layout.split, taxonomy=taxonomy or of_folder(files[0].parent), remote=remote)
 
 
 def media_paths(store: JsonlStore, rows: Iterable[int], fields: Iterable[str] = MEDIA_FIELDS) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,15 @@ from typing import NamedTuple, TypeVar
 from urllib.parse import quote
 
 import httpx
-from huggingface_hub import HfApi, cached_assets_path, constants, hf_hub_download
+from huggingface_hub import (
+    HfApi,
+    cached_assets_path,
+    constants,
+    get_session,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -29,6 +38,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile, RepoFolder
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but not in its __all__
+    build_hf_headers,
+    hf_raise_for_status,
+)
 
 from hba.atlas.hub_id import HubId
 from hba.errors import InputError
@@ -77,6 +90,38 @@ class Repo:
             return hf_hub_download(self.id, name, repo_type="dataset", revision=self.commit, local_dir=folder)
 
         return Path(_ask(download, f"{self}/{name}", self.id))
+
+    def cached(self, names: Iterable[str]) -> list[Path] | None:
+        """The files in the cache that all programs share, None unless all are there."""
+        found = [try_to_load_from_cache(self.id, n, revision=self.commit, repo_type="dataset") for n in names]
+        paths = [Path(path) for path in found if isinstance(path, str)]
+        return paths if len(paths) == len(found) else None
+
+    def fetch_part(self, name: str, path: Path, start: int, stop: int) -> None:
+        """Write the bytes `start` to `stop` of the file `name` to the same place of `path`, and have them on the disk.
+
+        Raises NotInRepoError, InputError, StorageError (full disk).
+        """
+        url = hf_hub_url(self.id, name, repo_type="dataset", revision=self.commit)
+
+        def download() -> None:
+            headers = build_hf_headers() | {"Range": f"bytes={start}-{stop - 1}"}
+            timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+            answer = get_session().get(url, headers=headers, timeout=timeout, follow_redirects=True)
+            hf_raise_for_status(answer)
+            said = answer.headers.get("Content-Range", "")
+            if answer.status_code != 206 or not said.startswith(f"bytes {start}-{stop - 1}/"):
+                raise InputError("the hub gave another part than asked for", where=f"{self}/{name}", fix=_FIX_AGAIN)
+            if len(answer.content) != stop - start:
+                raise OSError("cut off")  # without a number: tried again
+            with path.open("r+b", buffering=0) as file:
+                file.seek(start)
+                rest = memoryview(answer.content)
+                while rest:
+                    rest = rest[file.write(rest) :]
+                os.fdatasync(file.fileno())
+
+        _ask(download, f"{self}/{name}", self.id)
 
     def infos(self, names: Iterable[str]) -> dict[str, FileInfo]:
         """Size and identity of those of the files that the data set has. Raises InputError."""

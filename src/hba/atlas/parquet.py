@@ -9,9 +9,10 @@ that is cut off, of another schema or changed after it was opened is an InputErr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -19,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from hba.atlas import embedded, media
 from hba.atlas.rows import canonical, check_paths, label_of, signature_of
@@ -40,9 +42,20 @@ _BLOCK_ROWS = 4096
 class ParquetStore:
     """The shards of one split, in order. Picklable; holds the rows without their media."""
 
-    def __init__(self, shards: tuple[Path, ...], *, split: str, taxonomy: Taxonomy) -> None:
-        """Read and check every row. Raises InputError naming shard, row and field, also for a split without rows."""
+    def __init__(
+        self,
+        shards: tuple[Path, ...],
+        *,
+        split: str,
+        taxonomy: Taxonomy,
+        remote: Mapping[Path, embedded.Remote] = MappingProxyType({}),
+    ) -> None:
+        """Read and check every row; `remote` fetches the shards that are not whole on this machine.
+
+        Raises InputError naming shard, row and field, also for a split without rows.
+        """
         self.shards = shards
+        self._remote = dict(remote)
         self.split = split
         self.root = shards[0].parent.resolve()
         self.taxonomy = taxonomy
@@ -69,11 +82,15 @@ class ParquetStore:
         """The columns of each shard in one piece each: quicker to pick from than a table."""
         return [{name: _whole(table[name]) for name in table.schema.names} for table in self._tables]
 
+    def open_shard(self, shard: Path, *, buffer_bytes: int = 0) -> pq.ParquetFile:
+        """One of the shards, opened. Raises InputError when it is not a whole parquet file."""
+        return embedded.open_shard(shard, self._remote.get(shard), buffer_bytes=buffer_bytes)
+
     def _light(self, shard: Path, stamp: str) -> pa.Table:
         """The columns of a shard without its media. Raises InputError when it is damaged or is not as it was."""
         table = embedded.read_index(shard, stamp)
         if table is None:
-            with embedded.open_shard(shard) as file:
+            with self.open_shard(shard) as file:
                 check_schema(file.schema_arrow, shard)
                 names = [name for name in file.schema_arrow.names if name not in MEDIA_FIELDS]
                 try:
@@ -176,6 +193,9 @@ class ParquetStore:
         if f"{name}_offsets" in columns:
             offset, size, crcs = (columns[f"{name}_{what}"][local][index].as_py() for what in PLACES)
             if offset >= 0:
+                remote = self._remote.get(self.shards[shard])
+                if remote is not None:
+                    remote.fetch(offset, offset + size)
                 return Slice(self.shards[shard], offset, size, crcs)
         value = self._streamed(number, name)[index]
         if value is None:
@@ -185,7 +205,7 @@ class ParquetStore:
     def _streamed(self, number: int, name: Field) -> list[bytes | None]:
         """The media of a row by streaming its row group up to it."""
         shard, local = self._at(number)
-        with embedded.open_shard(self.shards[shard]) as file:
+        with self.open_shard(self.shards[shard]) as file:
             if name not in file.schema_arrow.names:
                 return []
             group = 0

@@ -8,7 +8,7 @@ why.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -16,7 +16,6 @@ from typing import Any
 
 import msgspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from hba.atlas import Atlas
 from hba.atlas.parquet import EXTRA, ParquetStore
@@ -53,7 +52,7 @@ def read_records(atlas: Atlas, start: int, stop: int) -> Iterator[Record]:
     source = atlas[start].source
     if isinstance(source, ParquetStore):
         numbers = atlas.numbers[start:stop].tolist()
-        stream = _ShardStream(source.shards)
+        stream = _ShardStream(source)
         for number in numbers:
             yield _from_shard(source, number, stream.row(number))
     else:
@@ -65,7 +64,7 @@ def media_bytes(atlas: Atlas) -> list[int]:
     """About how many bytes the media of each row take, without reading them; what is missing takes none."""
     source = atlas[0].source
     if isinstance(source, ParquetStore):
-        sizes = [size for shard in source.shards for size in _shard_sizes(shard)]
+        sizes = [size for shard in source.shards for size in _shard_sizes(source, shard)]
         return [sizes[number] for number in atlas.numbers.tolist()]
     return [
         sum(_size(atlas.root / path) for name in MEDIA_FIELDS for path in getattr(atlas.row(index), name))
@@ -145,9 +144,9 @@ def _from_shard(store: ParquetStore, number: int, values: dict[str, Any]) -> Rec
 class _ShardStream:
     """Reads shards forward; a row that lies behind the last one starts the stream anew."""
 
-    def __init__(self, shards: Sequence[Path]) -> None:
-        self._shards = shards
-        self._ends = list(accumulate(_num_rows(shard) for shard in shards))
+    def __init__(self, store: ParquetStore) -> None:
+        self._store, self._shards = store, store.shards
+        self._ends = list(accumulate(_num_rows(store, shard) for shard in store.shards))
         self._rows: Iterator[tuple[int, dict[str, Any]]] = iter(())
         self._last = -1
         self._end = -1
@@ -157,7 +156,7 @@ class _ShardStream:
         if not self._last < number < self._end:
             shard = next(k for k, end in enumerate(self._ends) if number < end)
             first = self._ends[shard - 1] if shard else 0
-            self._rows = _rows_from(self._shards[shard], first, number)
+            self._rows = _rows_from(self._store, self._shards[shard], first, number)
             self._end = self._ends[shard]
         for at, values in self._rows:
             if at == number:
@@ -166,11 +165,10 @@ class _ShardStream:
         raise InputError(f"holds no row {number}", where=str(self._shards[0].parent), fix="Restore the shards.")
 
 
-def _rows_from(shard: Path, first: int, number: int) -> Iterator[tuple[int, dict[str, Any]]]:
+def _rows_from(store: ParquetStore, shard: Path, first: int, number: int) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows of a shard, whose first row has the number `first`, from the row group of `number` on."""
     try:
-        options = {"buffer_size": _BUFFER_BYTES, "pre_buffer": False, "page_checksum_verification": True}
-        with pq.ParquetFile(shard, **options) as file:
+        with store.open_shard(shard, buffer_bytes=_BUFFER_BYTES) as file:
             groups = range(file.num_row_groups)
             sizes = [file.metadata.row_group(group).num_rows for group in groups]
             starts = [first + sum(sizes[:group]) for group in groups]
@@ -184,14 +182,14 @@ def _rows_from(shard: Path, first: int, number: int) -> Iterator[tuple[int, dict
         raise InputError(f"is damaged ({error})", where=str(shard), fix="Restore the shard.") from None
 
 
-def _num_rows(shard: Path) -> int:
-    with pq.ParquetFile(shard) as file:
+def _num_rows(store: ParquetStore, shard: Path) -> int:
+    with store.open_shard(shard) as file:
         return int(file.metadata.num_rows)
 
 
-def _shard_sizes(shard: Path) -> Iterator[int]:
+def _shard_sizes(store: ParquetStore, shard: Path) -> Iterator[int]:
     """For each row of a shard the mean size of the media of its row group."""
-    with pq.ParquetFile(shard) as file:
+    with store.open_shard(shard) as file:
         for number in range(file.num_row_groups):
             group = file.metadata.row_group(number)
             columns = [group.column(k) for k in range(group.num_columns)]
