@@ -11,8 +11,6 @@ from hba.atlas import Atlas
 from hba.atlas.answer_format import AnswerFormat
 from hba.atlas.batch import EncodeConfig
 from hba.atlas.loader import LoaderConfig
-from hba.atlas.prompt import Wording
-from hba.atlas.sample import Sample
 from hba.config import option
 from hba.remote import ClientConfig
 from hba.storage import json_sha256
@@ -40,21 +38,6 @@ class GenerationConfig:
         words = json_sha256(AnswerFormat(self.format).source)[:16]
         kept = {"format": f"{self.format} {words}", "temperature": self.temperature, "max_tokens": self.max_tokens}
         return kept | sampled | ({"extra": self.extra} if self.extra else {})
-
-
-class Asked(Wording):
-    """The wording of a prediction: the row's problem in an answer format. Picklable."""
-
-    def __init__(self, answer_format: str) -> None:
-        self._format = AnswerFormat(answer_format)
-
-    def question(self, sample: Sample) -> str:
-        """The problem as the format asks it."""
-        return self._format.prompt(sample.problem)
-
-    def answer(self, sample: Sample) -> str:
-        """A right answer in the format."""
-        return self._format.response(sample.target)
 
 
 @dataclass(frozen=True, kw_only=True)

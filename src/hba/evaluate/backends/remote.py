@@ -15,13 +15,14 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from hba.atlas import Atlas
+from hba.atlas.answer_format import FormatMix
 from hba.atlas.batch import messages_of
 from hba.atlas.sample import Quarantined, Sample
 from hba.atlas.sampler import Indices
 from hba.errors import InputError, MediaError
 from hba.evaluate.backends.interface import Answered, Output, Result, samples, spoken
 from hba.evaluate.backends.wire import WIRE_VERSION, filled, media_parts
-from hba.evaluate.config import Asked, Opening
+from hba.evaluate.config import Opening
 from hba.remote import ChatRequest, RemoteClient, RequestError, bounded
 from hba.taxonomy import Taxonomy
 
@@ -44,7 +45,7 @@ class RemoteBackend:
     def __init__(self, name: str, opening: Opening) -> None:
         self.name, self._opening = name, opening
         self._settings, self._encode = opening.config.generation, opening.encode
-        self._wording = Asked(self._settings.format)
+        self._wording = FormatMix([self._settings.format])
         self._client = RemoteClient(opening.model, replace(opening.config.remote, provider=name))  # type: ignore[arg-type]
         self.meter = self._client.meter
 
