@@ -17,11 +17,13 @@ from typing import Any, Literal
 import msgspec
 import yaml
 
+from hba import labelsets
 from hba.errors import TaxonomyError, nearest
 from hba.storage import atomic_write
 
-QA = "qa"
+QA, MULTILABEL = "qa", "multilabel"
 FILE = "taxonomy.yaml"
+ZERO_SHOT = "zero_shot"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,7 @@ class Domain:
 class Dataset:
     """One dataset key. `domain` is None for free-form answers; `labels` are those that occur in it.
 
+    A multilabel dataset has no domain either (there is no head for it), but labels, of which a row has any number.
     `group` is a pattern for file names whose first parenthesis is the speaker or dialogue.
     """
 
@@ -61,6 +64,12 @@ class Dataset:
     language: str = "en"
     task: str | None = None
     group: str | None = None
+    multilabel: bool = False
+
+    @property
+    def free_form(self) -> bool:
+        """Whether answers are free-form, with no labels to map them to."""
+        return self.domain is None and not self.multilabel
 
 
 class Taxonomy:
@@ -95,17 +104,22 @@ class Taxonomy:
         return (_restored, (self.added,))
 
     def _dataset(self, key: str, entry: Mapping[str, Any], task: str | None) -> Dataset:
-        domain = None if entry["domain"] == QA else str(entry["domain"])
+        multilabel = entry["domain"] == MULTILABEL
+        domain = None if entry["domain"] in (QA, MULTILABEL) else str(entry["domain"])
         if domain is not None and domain not in self.domains:
             where = f"dataset {key!r}"
             raise TaxonomyError(f"unknown domain {domain!r}", where=where, fix=nearest(domain, self.domains))
         labels = tuple(map(str, entry.get("labels", ())))
-        for label in labels:
+        if multilabel and (not labels or any("," in label for label in labels)):
+            fix = "List them under `labels`, without commas."
+            raise TaxonomyError("needs labels that can be listed", where=f"dataset {key!r}", fix=fix)
+        for label in () if multilabel else labels:
             if domain is None or label not in self.domains[domain].labels:
                 known = self.domains[domain].labels if domain else ()
                 raise TaxonomyError(f"unknown label {label!r}", where=f"dataset {key!r}", fix=nearest(label, known))
         language, group = entry.get("language", "en"), entry.get("group")
-        return Dataset(key=key, domain=domain, labels=labels, language=language, task=task, group=group)
+        options = {"language": language, "task": task, "group": group, "multilabel": multilabel}
+        return Dataset(key=key, domain=domain, labels=labels, **options)
 
     @cached_property
     def num_classes(self) -> int:
@@ -141,14 +155,28 @@ class Taxonomy:
     def canonical_label(self, dataset: str, raw: str) -> str | None:
         """The canonical label that `raw` means in `dataset`, or None if it means none of its domain's.
 
-        Case and runs of white space do not count; synonyms are those of the taxonomy. Free-form datasets have no
-        labels: None. Raises TaxonomyError for an unknown dataset.
+        Case and runs of white space do not count; synonyms are those of the taxonomy. Of a multilabel dataset it is
+        the canonical list of labels (see `labelsets`). Free-form datasets have no labels: None. Raises TaxonomyError
+        for an unknown dataset.
         """
-        domain = self.dataset(dataset).domain
+        about = self.dataset(dataset)
+        if about.multilabel:
+            return labelsets.read(raw, about.labels, self._raw["synonyms"].get(dataset, {}))
+        domain = about.domain
         return None if domain is None else self._lookup[domain].get(" ".join(raw.lower().split()))
 
     def require_label(self, dataset: str, raw: str) -> str:
-        """`canonical_label`, or a TaxonomyError that lists the labels of the dataset's domain."""
+        """`canonical_label`, or a TaxonomyError that lists the labels of the dataset's domain.
+
+        Every part of a list of labels must be one.
+        """
+        about = self.dataset(dataset)
+        if about.multilabel:
+            label = labelsets.read(raw, about.labels, self._raw["synonyms"].get(dataset, {}), strict=True)
+            if label is None:
+                what = f"{raw!r} is no list of labels of dataset {dataset!r}"
+                raise TaxonomyError(what, fix=f"List some of these with commas, or write 'none': {about.labels}.")
+            return label
         label = self.canonical_label(dataset, raw)
         if label is None:
             domain = self.dataset(dataset).domain
@@ -168,9 +196,13 @@ class Taxonomy:
     def extended(self, entries: Mapping[str, Any]) -> Taxonomy:
         """A taxonomy with more tasks, datasets or synonyms; raises TaxonomyError if an entry would redefine one.
 
-        `entries` has the keys of taxonomy.yaml. Tasks of the same key gain the new datasets. New domains must take
-        indices beyond those in use, without a gap.
+        `entries` has the keys of taxonomy.yaml; with `extends` they are added to those of that bundled file. Tasks of
+        the same key gain the new datasets. New domains must take indices beyond those in use, without a gap.
         """
+        if entries.get("extends"):
+            entries = dict(entries)
+            extended = self.extended(bundled(entries.pop("extends"))).extended(entries)
+            return Taxonomy(extended._raw, added={"extends": ZERO_SHOT, **entries})
         raw = {key: dict(value) if isinstance(value, Mapping) else value for key, value in self._raw.items()}
         for key, task in entries.get("tasks", {}).items():
             known = raw["tasks"].get(key, {**task, "datasets": []})
@@ -190,7 +222,7 @@ class Taxonomy:
                 raise TaxonomyError("is already in the taxonomy", where=f"dataset {key!r}", fix="Choose another key.")
             raw["datasets"][key] = dataset
         for domain, table in entries.get("synonyms", {}).items():
-            if domain not in raw["domains"]:
+            if domain not in raw["domains"] and raw["datasets"].get(domain, {}).get("domain") != MULTILABEL:
                 fix = nearest(domain, raw["domains"])
                 raise TaxonomyError("is not a domain", where=f"synonyms of {domain!r}", fix=fix)
             raw["synonyms"][domain] = {**raw["synonyms"].get(domain, {}), **table}
@@ -215,10 +247,18 @@ def of_folder(folder: str | Path) -> Taxonomy:
         raise TaxonomyError(error.what, where=f"{path}, {error.where}".rstrip(", "), fix=error.fix) from None
 
 
+def bundled(name: str) -> Mapping[str, Any]:
+    """The entries of a taxonomy that comes with the package, such as zero_shot."""
+    entries: Mapping[str, Any] = yaml.safe_load(Path(__file__).with_name(f"{name}.yaml").read_text(encoding="utf-8"))
+    return entries
+
+
 class _TaskEntry(msgspec.Struct, forbid_unknown_fields=True):
     datasets: list[str]
     name: str = ""
-    metric: Literal["weighted_f1", "mean_weighted_accuracy", "binary_weighted_f1", "llm_judge_accuracy"] = "weighted_f1"
+    metric: Literal[
+        "weighted_f1", "mean_weighted_accuracy", "binary_weighted_f1", "llm_judge_accuracy", "multilabel_macro_f1"
+    ] = "weighted_f1"
 
 
 class _DatasetEntry(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -231,6 +271,7 @@ class _DatasetEntry(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=Tr
 class _Entries(msgspec.Struct, forbid_unknown_fields=True):
     """What a user's taxonomy.yaml may hold; the same keys as the published one."""
 
+    extends: Literal["", "zero_shot"] = ""
     tasks: dict[str, _TaskEntry] = {}
     domains: dict[str, dict[int, str]] = {}
     datasets: dict[str, _DatasetEntry] = {}

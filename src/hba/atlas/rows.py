@@ -139,7 +139,7 @@ def label_of(row: Row, taxonomy: Taxonomy, where: str) -> Label:
         dataset = taxonomy.dataset(row.dataset)
     except TaxonomyError as error:
         raise InputError(f"field 'dataset': {error.what}", where=where, fix=error.fix) from None
-    if dataset.domain is None:
+    if dataset.free_form:
         return Label(None, -1)
     field = "class_label" if row.class_label else "answer"
     try:
@@ -150,6 +150,8 @@ def label_of(row: Row, taxonomy: Taxonomy, where: str) -> Label:
     if said != name:
         what = f"field 'class_label': {name!r} contradicts the answer {row.answer!r}"
         raise InputError(what, where=where, fix="Make the two say the same label.")
+    if dataset.multilabel:  # checked, but no class of any head
+        return Label(None, -1)
     return Label(name, taxonomy.global_index(row.dataset, name))
 
 

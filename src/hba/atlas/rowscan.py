@@ -175,9 +175,10 @@ class Catalogue:
         dataset = self.taxonomy.datasets.get(row.dataset)
         if dataset is None:
             return
-        if dataset.domain is None and not row.answer.strip():
+        if dataset.free_form and not row.answer.strip():
             self._report("row-empty", self.where(place), "field 'answer': is empty", "Write the answer.")
-        self._note_oddities(row, place, free_form=dataset.domain is None, listed=dataset.labels)
+        listed = () if dataset.multilabel else dataset.labels
+        self._note_oddities(row, place, free_form=dataset.free_form, listed=listed)
 
     def _note_oddities(self, row: Row, place: Place, *, free_form: bool, listed: tuple[str, ...]) -> None:
         """What is counted and reported once a split: labels beyond the listed ones, contradicting task names."""
@@ -197,7 +198,7 @@ class Catalogue:
                 "warning", "label-unlisted", [self.where(p) for p in places], what, "Check the source of the labels."
             )
         for (_, dataset, task), places in self._suffixes.items():
-            kind = "free-form answers" if self.taxonomy.dataset(dataset).domain is None else "labels"
+            kind = "free-form answers" if self.taxonomy.dataset(dataset).free_form else "labels"
             what = f"{len(places):,} rows have the task {task!r}, but {dataset} has {kind}"
             yield at_places(
                 "warning", "task-suffix", [self.where(p) for p in places], what, "Correct the task or the dataset."

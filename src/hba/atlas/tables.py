@@ -153,7 +153,7 @@ def _counts(table: pa.Table, name: str) -> npt.NDArray[np.int64]:
 def _labels(table: pa.Table, places: Places, taxonomy: Taxonomy) -> Integers:
     datasets, dataset_codes_N = _encoded(table["dataset"])
     known = [taxonomy.datasets.get(name) for name in datasets]
-    free = np.array([dataset is not None and dataset.domain is None for dataset in known])
+    free = np.array([dataset is not None and dataset.free_form for dataset in known])
     key_N = dataset_codes_N
     for name in ("class_label", "answer"):
         values, codes_N = _encoded(table[name])

@@ -176,9 +176,16 @@ def _check_same_rows(a: Rows, b: Rows) -> None:
     guesses = a.layout.num_classes + 1
     same = a.layout is b.layout and len(a.cells) == len(b.cells) and a.judged == b.judged
     if same:
-        start = a.layout.freeform_start
-        truth = [np.where(r.cells < start, r.cells // guesses, -1 - (r.cells - start) // 3) for r in (a, b)]
-        same = bool((truth[0] == truth[1]).all())
+        start, size = a.layout.freeform_start, a.layout.size
+        other = [np.where(r.cells < size, -1 - (r.cells - start) // 3, -size) for r in (a, b)]
+        truth = [np.where(r.cells < start, r.cells // guesses, x) for r, x in zip((a, b), other, strict=True)]
+        same = bool((truth[0] == truth[1]).all()) and _true_sets(a) == _true_sets(b)
     if not same:
         fix = "Match the two runs by id first and keep the rows that both have."
         raise InputError("the two runs do not hold the same rows in the same order", fix=fix)
+
+
+def _true_sets(rows: Rows) -> list[tuple[str, str]]:
+    """Dataset and true labels of every multilabel row."""
+    pairs = (rows.pairs[cell - rows.layout.size] for cell in rows.cells[rows.cells >= rows.layout.size].tolist())
+    return [(pair.dataset, pair.true) for pair in pairs]

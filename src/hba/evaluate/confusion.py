@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from hba.errors import InputError, TaxonomyError
 from hba.evaluate.answers import same_answer
+from hba.evaluate.multilabel import Pair, Table
 from hba.taxonomy import BUILTIN, Taxonomy
 
 Ints = npt.NDArray[np.int64]
@@ -41,7 +42,8 @@ class Layout:
         self.num_classes = taxonomy.num_classes
         datasets = taxonomy.datasets.values()
         self.classified = tuple(d.key for d in datasets if d.domain is not None)
-        self.freeform = tuple(d.key for d in datasets if d.domain is None)
+        self.freeform = tuple(d.key for d in datasets if d.free_form)
+        self.multilabel = frozenset(d.key for d in datasets if d.multilabel)
         self.block = self.num_classes * (self.num_classes + 1)
         self.freeform_start = len(self.classified) * self.block
         self.size = self.freeform_start + 3 * len(self.freeform)
@@ -75,6 +77,7 @@ class _CellTable(dict[tuple[str, str, "str | None"], int]):
     def __init__(self, layout: Layout) -> None:
         super().__init__()
         self.layout = layout
+        self.pairs: dict[Pair, int] = {}
 
     def __missing__(self, row: tuple[str, str, str | None]) -> int:
         dataset, target, prediction = row
@@ -85,6 +88,11 @@ class _CellTable(dict[tuple[str, str, "str | None"], int]):
         freeform = layout.freeform_code.get(dataset)
         if freeform is not None:  # not kept: free-form answers rarely repeat
             return layout.freeform_start + 3 * freeform + _verdict(target, prediction)
+        if dataset in layout.multilabel:
+            said = None if prediction is None else layout.taxonomy.canonical_label(dataset, prediction)
+            pair = Pair(dataset, layout.taxonomy.require_label(dataset, target), said)
+            cell = self[row] = layout.size + self.pairs.setdefault(pair, len(self.pairs))
+            return cell
         truth = layout.taxonomy.global_index(dataset, target)
         guess = self._guess(dataset, prediction)
         cell = (layout.code[dataset] * layout.num_classes + truth) * (layout.num_classes + 1) + guess
@@ -119,7 +127,8 @@ def _verdict(target: str, answer: str | None) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Scored rows as cells. `cells` [N] are int64 in [0, layout.size).
+    """Scored rows as cells. `cells` [N] are int64: in [0, layout.size), or layout.size plus the number of a pair in
+    `pairs` for a row of a multilabel dataset.
 
     `judged` names the free-form datasets whose cells say what a judge found, not whether the answer matched.
     """
@@ -127,10 +136,11 @@ class Rows:
     layout: Layout
     cells: Ints
     judged: frozenset[str] = frozenset()
+    pairs: tuple[Pair, ...] = ()
 
     def counts(self) -> Ints:
-        """How many rows lie in each cell, [layout.size]."""
-        return np.bincount(self.cells, minlength=self.layout.size)
+        """How many rows lie in each cell, [layout.size + pairs]."""
+        return np.bincount(self.cells, minlength=self.layout.size + len(self.pairs))
 
     def confusion(self) -> Ints:
         """Counts [D, C, P] of the classification datasets in the order of `layout.classified`."""
@@ -141,6 +151,24 @@ class Rows:
         """Positions of the rows of classification dataset `code`."""
         return np.flatnonzero(self.cells // self.layout.block == code)
 
+    def multilabel(self, key: str) -> tuple[Ints, Ints, Table]:
+        """Of a multilabel dataset: positions of its rows [M], their cells [M] in its table of pairs, the table."""
+        mine = [number for number, pair in enumerate(self.pairs) if pair.dataset == key]
+        cells_M = np.full(len(self.pairs), -1, dtype=np.int64)
+        cells_M[mine] = np.arange(len(mine))
+        rows_M = np.flatnonzero(self.cells >= self.layout.size)
+        local_M = cells_M[self.cells[rows_M] - self.layout.size]
+        table = Table([self.pairs[number] for number in mine], self.layout.taxonomy.dataset(key).labels)
+        return rows_M[local_M >= 0], local_M[local_M >= 0], table
+
+    def multilabel_keys(self) -> list[str]:
+        """Multilabel datasets that have rows."""
+        present = {
+            self.pairs[cell].dataset
+            for cell in np.unique(self.cells[self.cells >= self.layout.size] - self.layout.size).tolist()
+        }
+        return [key for key in self.layout.taxonomy.datasets if key in present]
+
     def local_cells(self, code: int, rows_M: Ints) -> Ints:
         """target * (K + 1) + prediction within the dataset's domain, for the given rows of dataset `code`."""
         local = self.layout.to_local(code)
@@ -149,10 +177,13 @@ class Rows:
 
     def right(self) -> npt.NDArray[np.bool_]:
         """Whether each row is right, [N]: the true label, or for a free-form row the right answer."""
-        start, guesses = self.layout.freeform_start, self.layout.num_classes + 1
-        truth_N, guess_N = np.divmod(self.cells % self.layout.block, guesses)
-        right: npt.NDArray[np.bool_] = np.where(
-            self.cells < start, truth_N == guess_N, (self.cells - start) % 3 == RIGHT
+        start, size = self.layout.freeform_start, self.layout.size
+        truth_N, guess_N = np.divmod(self.cells % self.layout.block, self.layout.num_classes + 1)
+        equal_T = np.array([pair.true == pair.predicted for pair in self.pairs] or [False])
+        right: npt.NDArray[np.bool_] = np.select(
+            [self.cells < start, self.cells < size],
+            [truth_N == guess_N, (self.cells - start) % 3 == RIGHT],
+            equal_T[np.maximum(self.cells - size, 0).clip(max=len(equal_T) - 1)],
         )
         return right
 
@@ -180,7 +211,8 @@ def encode(
     table = _CellTable(layout)
     triples = zip(datasets, targets, predictions, strict=True)
     try:
-        return Rows(layout=layout, cells=np.fromiter(map(table.__getitem__, triples), np.int64, len(targets)))
+        cells = np.fromiter(map(table.__getitem__, triples), np.int64, len(targets))
+        return Rows(layout=layout, cells=cells, pairs=tuple(table.pairs))
     except TypeError as error:  # a list or dict, which no table can look up
         problem = InputError(f"not a word ({error})", fix=_WORDS)
     except InputError as error:

@@ -33,6 +33,7 @@ from hba.evaluate.confusion import (
     encode_indices,
     pooled_confusion,
 )
+from hba.evaluate.multilabel import METRIC as MULTILABEL
 from hba.taxonomy import BUILTIN, Taxonomy
 
 EMOTION, SENTIMENT = "emotion", "sentiment_intensity"
@@ -47,6 +48,7 @@ PRIMARY_NAMES = {
     "binary_weighted_f1": "F1w2",
     "mean_weighted_accuracy": "emotion_weighted_accuracy_mean",
     "weighted_f1": "weighted_f1",
+    MULTILABEL: "macro_f1",
 }
 
 
@@ -219,10 +221,13 @@ def score_rows(rows: Rows, published: bool = False) -> dict[str, Any]:
         layout.classified[code]: _dataset_metrics(layout, code, confusion[code], published)
         for code in rows.scored_codes()
     }
+    for key in rows.multilabel_keys():
+        _, cells_M, table = rows.multilabel(key)
+        datasets[key] = table.metrics(np.bincount(cells_M, minlength=len(table.equal_T)))
     tasks = task_scores(layout.taxonomy, datasets)
     aggregate: dict[str, Any] = dict(averages(confusion.sum(0), published))
     aggregate["mean"] = {"score": mean_of([task["score"] for task in tasks.values()])}
-    counts_Q3 = rows.counts()[layout.freeform_start :].reshape(-1, 3)
+    counts_Q3 = rows.counts()[layout.freeform_start : layout.size].reshape(-1, 3)
     datasets |= {key: freeform_metrics(c) for key, c in zip(layout.freeform, counts_Q3, strict=True) if c.any()}
     aggregate |= {name: sum(entry[name] for entry in datasets.values()) for name in ("n", "n_invalid")}
     return {"tasks": tasks, "datasets": datasets, "aggregate": aggregate}
@@ -234,7 +239,8 @@ def task_scores(taxonomy: Taxonomy, datasets: Mapping[str, Mapping[str, Any]]) -
     for task in taxonomy.tasks.values():
         keys = [key for key in task.datasets if key in datasets]
         if keys and not task.judged:
-            primary(task.metric)
+            if task.metric != MULTILABEL:
+                primary(task.metric)
             values = [datasets[key][PRIMARY_NAMES[task.metric]] for key in keys]
             rows = sum(datasets[key]["n"] for key in keys)
             tasks[task.key] = {"score": mean_of(values), "metric": task.metric, "n": rows, "datasets": keys}

@@ -118,7 +118,7 @@ def _prediction(raw: bytes, where: str) -> Prediction:
 def _check_words(prediction: Prediction, where: str, taxonomy: Taxonomy) -> None:
     field = "dataset"
     try:
-        if taxonomy.dataset(prediction.dataset).domain is None:
+        if taxonomy.dataset(prediction.dataset).free_form:
             return
         field = "target"
         taxonomy.require_label(prediction.dataset, prediction.target)

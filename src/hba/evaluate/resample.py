@@ -23,6 +23,7 @@ import numpy.typing as npt
 from hba.errors import InputError
 from hba.evaluate.confusion import RIGHT, Floats, Ints, Layout, Rows
 from hba.evaluate.metrics import primary
+from hba.evaluate.multilabel import METRIC as MULTILABEL
 
 LEVEL = 0.95
 EXACT_MATCH = "exact_match"
@@ -49,7 +50,7 @@ class Part(NamedTuple):
 
 def parts(rows: Rows, published: bool = False) -> list[Part]:
     """The datasets with rows and with a score: those of a task, by its metric, and free-form ones by exact match."""
-    return [*_classified(rows, published), *_free_form(rows)]
+    return [*_classified(rows, published), *_free_form(rows), *_multilabel(rows)]
 
 
 def _classified(rows: Rows, published: bool) -> list[Part]:
@@ -83,6 +84,16 @@ def _free_form(rows: Rows) -> list[Part]:
             metric = layout.taxonomy.tasks[task].metric if judged and task else EXACT_MATCH
             cells_M = rows.cells[members_M] - start
             found.append(Part(key, metric, members_M, cells_M, cells_M == RIGHT, 3, _share_right, judged))
+    return found
+
+
+def _multilabel(rows: Rows) -> list[Part]:
+    found = []
+    for key in rows.multilabel_keys():
+        members_M, cells_M, table = rows.multilabel(key)
+        size = len(table.equal_T)
+        score, right_M = table.macro_f1, table.equal_T[cells_M]
+        found.append(Part(key, MULTILABEL, members_M, cells_M, right_M, size, score, True))
     return found
 
 

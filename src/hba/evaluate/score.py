@@ -117,7 +117,7 @@ def score_predictions(
     how: dict[str, Any] = {"resamples": options.resamples, "seed": options.seed, "published": options.published}
     intervals = bootstrap(rows, clusters=clusters, **how)
     _add_statistics(metrics, intervals, chance(rows, seed=options.seed, published=options.published))
-    _add_free_form(metrics, [p for p in predictions if taxonomy.dataset(p.dataset).domain is None])
+    _add_free_form(metrics, [p for p in predictions if taxonomy.dataset(p.dataset).free_form])
     slices = _slices(predictions, options.by, taxonomy, read)
     metrics["aggregate"] |= {
         "breakdowns": {name: breakdown(rows, values, clusters=clusters, **how) for name, values in slices.items()},
@@ -183,7 +183,7 @@ def _predictions_path(run: Path) -> Path:
 
 def _scored_answer(prediction: Prediction, taxonomy: Taxonomy) -> str | None:
     """The label of a classification row, the answer of a free-form one; None counts as wrong."""
-    if taxonomy.dataset(prediction.dataset).domain is not None:
+    if not taxonomy.dataset(prediction.dataset).free_form:
         return prediction.label
     return prediction.answer if (prediction.answer or "").strip() else None
 

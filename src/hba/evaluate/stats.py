@@ -83,6 +83,9 @@ def chance(rows: Rows, *, resamples: int = CHANCE_RESAMPLES, seed: int = 0, publ
     """
     levels: dict[str, Floats] = {}
     for part in parts(rows, published):
+        if part.key in rows.layout.multilabel:
+            counts_T = np.bincount(part.cells_M, minlength=part.size)
+            levels[part.key] = np.array([rows.multilabel(part.key)[2].blind(counts_T)])
         if part.key not in rows.layout.code:
             continue
         guesses = len(rows.layout.indices[rows.layout.code[part.key]]) + 1

@@ -50,7 +50,7 @@ def free_form(run: Path) -> list[Prediction]:
     """The free-form predictions of a run folder. Raises InputError for a bad file, and if there are none."""
     taxonomy = of_folder(run)
     predictions = read_predictions(run / "predictions.jsonl", taxonomy)
-    found = [p for p in predictions if taxonomy.dataset(p.dataset).domain is None]
+    found = [p for p in predictions if taxonomy.dataset(p.dataset).free_form]
     if not found:
         fix = "Predict with a backend that answers in words; class labels need no judge."
         raise InputError("no free-form answer to judge", where=str(run / "predictions.jsonl"), fix=fix)

@@ -36,7 +36,7 @@ def read_verdicts(folder: Path, predictions: Sequence[Prediction], taxonomy: Tax
     judgements = read_judgements(path)
     found: dict[str, Verdict] = {}
     for p in predictions:
-        if taxonomy.dataset(p.dataset).domain is not None:
+        if not taxonomy.dataset(p.dataset).free_form:
             continue
         judgement = judgements.get(p.id)
         if not answered(p):
