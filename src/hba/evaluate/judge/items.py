@@ -11,15 +11,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hba.atlas import Atlas, open_atlas
 from hba.errors import InputError
 from hba.evaluate.predictions import Prediction, read_predictions
 from hba.storage import json_sha256, read_json
 from hba.taxonomy import of_folder
+
+if TYPE_CHECKING:
+    from hba.atlas import Atlas
 
 _TAGS = re.compile(r"<(?:image|video|audio)>")
 
@@ -93,6 +95,8 @@ def _atlases(run: Path, atlas: str | None, predictions: Sequence[Prediction]) ->
     if source is None:
         raise InputError("nothing says which atlas was predicted", where=str(run), fix="Give it with --atlas.")
     splits = [facts["split"]] if "split" in facts else sorted({p.split for p in predictions})
+    from hba.atlas import open_atlas  # scoring reads verdicts and needs no decoder
+
     opened = [open_atlas(source, split=split) for split in splits]
     expected = data.get("fingerprint")
     if expected is not None and opened[0].fingerprint != expected:
