@@ -59,7 +59,7 @@ def rates(items: list[Item], url: str, options: argparse.Namespace, folder: Path
     asyncio.run(one_client_per_request(few, config))
     slow = len(few) / (time.perf_counter() - started)
     started = time.perf_counter()
-    judged = judge_items(items, folder, model="m", config=config, progress=lambda done, total: None)
+    judged = judge_items(items, folder, model="m", config=config, progress=lambda tally: None)
     assert len(judged.judgements) == len(items) and not judged.unjudged
     return slow, len(items) / (time.perf_counter() - started)
 

@@ -22,7 +22,7 @@ def config(server, provider="openai", **changes):
 
 
 def judge(run, settings, **options):
-    return judge_run(run, model="m", config=settings, progress=lambda done, total: None, **options)
+    return judge_run(run, model="m", config=settings, progress=lambda tally: None, **options)
 
 
 def expected(run):
@@ -110,6 +110,22 @@ def test_a_server_that_refuses_everything_stops_the_command_and_leaves_the_rest_
     with pytest.raises(ServiceError, match="every one of 20 requests failed, the last: HTTP 400"):
         judge(tmp_path / "run", config(server))
     assert server.stats()["requests"] < 60
+
+
+def test_all_requests_share_one_pool_of_connections(chat_server, tmp_path):
+    """And not a client for each of them."""
+    make_run(tmp_path, 200)
+    server = chat_server("judge", latency=0.02)
+    judge(tmp_path / "run", JudgeConfig(client=ClientConfig(base_url=server.url, max_concurrency=8)))
+    assert server.stats()["connections"] <= 8 + 1  # one asks for these figures
+
+
+def test_a_command_that_came_to_nothing_leaves_the_folder_to_another_judge(chat_server, tmp_path):
+    make_run(tmp_path, 10)
+    run, server = tmp_path / "run", chat_server("judge")
+    with pytest.raises(InputError, match="no API key"):
+        judge(run, JudgeConfig(client=ClientConfig(base_url=server.url, api_key_env="NOT_SET")))
+    assert len(judge(run, config(server, temperature=None)).judgements) == 10
 
 
 def test_a_server_without_schemas_is_asked_in_words(chat_server, tmp_path):

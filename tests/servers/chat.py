@@ -30,7 +30,7 @@ class Server:
     def __init__(self, seed, brain, script):
         self.seed, self.brain, self.script = seed, BRAINS[brain], script
         self.seen, self.faults, self.answered = Counter(), Counter(), Counter()
-        self.active = self.peak = self.early = 0
+        self.active = self.peak = self.early = self.connections = 0
         self.closed_until = 0.0
         unknown = set(script) - {*FAULTS, "retry_after", "hang_seconds", "slow_seconds", "latency", "refuse"} - {
             "most_faults"
@@ -51,6 +51,7 @@ class Server:
         return None
 
     async def connection(self, reader, writer):
+        self.connections += 1
         try:
             while (head := await request_head(reader)) is not None:
                 target, headers = head
@@ -124,6 +125,7 @@ class Server:
             "answered": sum(self.answered.values()),
             "answered_twice": sum(n > 1 for n in self.answered.values()),
             "peak": self.peak,
+            "connections": self.connections,
             "early": self.early,
             "faults": dict(self.faults),
         }

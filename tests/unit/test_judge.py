@@ -4,7 +4,7 @@ import json
 
 import pytest
 from brains import misled_replies
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import cohen_kappa_score
 
@@ -25,6 +25,7 @@ from hba.evaluate.judge.prompt import (
 from hba.remote import Reply, UnusableReplyError
 from hba.storage import write_json
 
+steady = settings(deadline=None, derandomize=True)
 SETTINGS = {"max_tokens": 99, "temperature": 0.0, "structured": True}
 CODE = "0123456789abcdef"
 GOOD = f'{{"item": "{CODE}", "reason": "same act", "correct": true}}'
@@ -46,6 +47,7 @@ def user_lines(asked):
 # --- the prompt ---
 
 
+@steady
 @given(st.text(st.characters(exclude_categories=())))
 def test_any_text_is_one_line_that_json_reads_back(text):
     line = quoted(text)
@@ -53,6 +55,7 @@ def test_any_text_is_one_line_that_json_reads_back(text):
     assert line.isprintable() and not set(line) & set("<>[]{}`\n")
 
 
+@steady
 @given(st.text(st.characters(exclude_categories=())), st.text())
 def test_an_answer_never_adds_a_line_or_carries_the_code(answer, question):
     it = item(answer, question=question)
@@ -111,6 +114,7 @@ def test_what_a_misled_judge_says_is_no_verdict(text):
         read_verdict(reply(text), CODE)
 
 
+@steady
 @given(st.text())
 def test_no_text_is_taken_for_a_verdict(text):
     with pytest.raises(UnusableReplyError):
@@ -232,7 +236,8 @@ def test_a_line_that_is_no_judgement_is_named(tmp_path, broken):
 
 def test_a_folder_belongs_to_one_judge_wherever_it_runs(tmp_path):
     here = {"model": "m", "base_url": "http://one", "rubrics_sha256": rubrics_sha256()}
-    JudgementLog(tmp_path, here).__exit__(None, None, None)
+    with JudgementLog(tmp_path, here) as log:
+        log.append(judgement())
     JudgementLog(tmp_path, here | {"base_url": "http://two"}).__exit__(None, None, None)
     with pytest.raises(InputError, match="holds judgements with another model, rubrics_sha256"):
         JudgementLog(tmp_path, here | {"model": "n", "rubrics_sha256": "0"})
@@ -262,6 +267,7 @@ def test_kappa_of_the_textbook_examples(counts, expected):
     assert kappa(*counts) == (None if expected is None else pytest.approx(expected, abs=1e-4))
 
 
+@steady
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
 def test_kappa_equals_scikit_learn(pairs):
     first, second = zip(*pairs, strict=True)

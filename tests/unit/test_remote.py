@@ -6,7 +6,7 @@ import time
 from datetime import datetime, timezone
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hba.errors import ConfigError, InputError
@@ -18,6 +18,7 @@ from hba.remote.errors import TransientError
 from hba.remote.faults import Response, of_response, retry_after_seconds
 from hba.remote.provider import PROVIDERS
 
+steady = settings(deadline=None, derandomize=True)
 SCHEMA = Schema(name="verdict", schema={"type": "object"})
 NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
 
@@ -110,6 +111,7 @@ def test_retry_after(headers, seconds):
     assert retry_after_seconds(headers, NOW) == seconds
 
 
+@steady
 @given(st.text())
 def test_any_retry_after_is_a_wait_or_none(text):
     seconds = retry_after_seconds({"retry-after": text}, NOW)
@@ -160,6 +162,7 @@ def test_the_limit_follows_its_formula():
     assert limit.limit == 1.0
 
 
+@steady
 @given(st.lists(st.booleans(), max_size=300), st.integers(1, 64))
 def test_the_limit_stays_between_one_and_its_maximum(rounds, maximum):
     limit = AdaptiveLimit(maximum)
@@ -233,6 +236,25 @@ def test_bounded_keeps_requests_going_while_an_item_is_prepared():
 
     assert asyncio.run(go()) == [0, 1]
     assert finished[1][1] - finished[0][1] > 0.2
+
+
+def test_bounded_hands_out_what_came_before_it_raises(capfd):
+    async def work(i):
+        await asyncio.sleep(0.02)  # all end in one round of the loop
+        if i % 2:
+            raise RequestError(f"{i}")
+        return i
+
+    async def go(items, found):
+        async for i in bounded(items, work, 8):
+            found.append(i)
+
+    for items in (list(range(8)), iter(range(8))):
+        found = []
+        with pytest.raises(RequestError):
+            asyncio.run(go(items, found))
+        assert set(found) <= {0, 2, 4, 6} and (found or not isinstance(items, list))
+    assert capfd.readouterr() == ("", "")  # no exception is left for asyncio to complain of
 
 
 def test_bounded_over_a_sequence_needs_no_thread():

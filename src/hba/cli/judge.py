@@ -83,10 +83,10 @@ def _judge(
     allow_unjudged: int,
     json: bool,
 ) -> None:
-    from hba.cli.progress import counted
+    from hba.cli.progress import tallied
     from hba.evaluate.judge.run import judge_run
 
-    with counted("judge") as progress:
+    with tallied("judge") as progress:
         judged = judge_run(
             run, model=model, config=settings, progress=progress, atlas=atlas, out=out, retry_unjudged=retry_unjudged
         )
@@ -139,7 +139,7 @@ def _labels_path(calibrate: Path) -> Path:
 
 def _calibrate(calibrate: Path, model: str, settings: JudgeConfig, out: Path, json: bool) -> None:
     """Ask the judge about labelled items, then compare."""
-    from hba.cli.progress import counted
+    from hba.cli.progress import tallied
     from hba.evaluate.judge.agreement import agreement, read_items, read_labels
     from hba.evaluate.judge.run import judge_items
     from hba.storage import write_json
@@ -150,7 +150,7 @@ def _calibrate(calibrate: Path, model: str, settings: JudgeConfig, out: Path, js
         fix = "Give dataset, question, reference and answer for each item, or a RUN whose judgements are compared."
         raise InputError("the file has labels without items", where=str(path), fix=fix)
     labels = read_labels(path)
-    with counted("judge") as progress:
+    with tallied("judge") as progress:
         judged = judge_items(items, out, model=model, config=settings, progress=progress)
     found = agreement({j.id: j.correct for j in judged.judgements}, labels)
     result = {"labels": str(calibrate), "model": model, **found, "usage": judged.usage}

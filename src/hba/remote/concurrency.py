@@ -115,21 +115,23 @@ async def bounded(items: Iterable[T], work: Callable[[T], Awaitable[R]], width: 
             if not tasks:
                 break
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            done = [task for task in running if task.done()]
+            for task in sorted(done, key=_failed):  # what came is handed out before an error ends it all
+                running.remove(task)
+                yield task.result()
             if draw is not None and draw.done():
                 item, draw = draw.result(), None
-                if item is _END:
-                    more = False
-                else:
-                    running.add(asyncio.ensure_future(_run(work, item)))
-            done = {task for task in running if task.done()}
-            running -= done
-            for task in done:
-                yield task.result()
+                more = item is not _END
+                running |= {asyncio.ensure_future(_run(work, item))} if more else set()
     finally:
         left: list[asyncio.Task[Any]] = [*running, *([draw] if draw else [])]
         for task in left:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)
+
+
+def _failed(task: asyncio.Task[Any]) -> bool:
+    return task.exception() is not None
 
 
 async def _run(work: Callable[[T], Awaitable[R]], item: Any) -> R:

@@ -84,13 +84,13 @@ class JudgementLog:
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    path = folder / SETTINGS
-    if not path.is_file():
-        if (folder / FILE).is_file():
-            fix = "Restore judge.json, or remove judgements.jsonl."
-            raise InputError("judgements of an unknown judge: judge.json is missing", where=str(folder), fix=fix)
-        write_json(path, settings)
+    path, verdicts = folder / SETTINGS, folder / FILE
+    if not verdicts.is_file() or not verdicts.stat().st_size:
+        write_json(path, settings)  # whoever was to judge here before came to nothing
         return
+    if not path.is_file():
+        fix = "Restore judge.json, or remove judgements.jsonl."
+        raise InputError("judgements of an unknown judge: judge.json is missing", where=str(folder), fix=fix)
     before = read_json(path)
     keys = sorted({*settings, *before} - {PLACE})
     differing = [key for key in keys if before.get(key) != settings.get(key)]

@@ -20,12 +20,13 @@ from hba.errors import InputError
 from hba.evaluate.judge.items import Item, items_of
 from hba.evaluate.judge.judgements import Judgement, JudgementLog
 from hba.evaluate.judge.prompt import code_of, read_verdict, request_for, rubrics_sha256
+from hba.evaluate.tally import Tally
 from hba.remote import ClientConfig, RemoteClient, Reply, RequestError, UnusableReplyError, bounded
 from hba.remote.client import describe
 from hba.run import locked_folder
 
 WIDTH = 2  # items under way for each request slot: those that wait for another attempt hold none
-Progress = Callable[[int, int], None]
+Progress = Callable[[Tally], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,10 @@ def judge_items(
     with locked_folder(folder), JudgementLog(folder, settings_of(model, config)) as log:
         _check_known(items, log.known, folder)
         todo = [item for item in items if _open(log.known.get(item.id), retry_unjudged)]
-        usage = asyncio.run(_judge_all(todo, len(items), log, model, config, progress))
+        known = [log.known[item.id] for item in items if item.id in log.known]
+        unjudged = sum(judgement.correct is None for judgement in known)
+        tally = Tally(total=len(items), done=len(items) - len(todo), failed=0 if retry_unjudged else unjudged)
+        usage = asyncio.run(_judge_all(todo, tally, log, model, config, progress))
         return Judged([log.known[item.id] for item in items], usage)
 
 
@@ -112,19 +116,23 @@ def _check_known(items: Sequence[Item], known: dict[str, Judgement], folder: Pat
 
 
 async def _judge_all(
-    todo: Sequence[Item], total: int, log: JudgementLog, model: str, config: JudgeConfig, progress: Progress
+    todo: Sequence[Item], tally: Tally, log: JudgementLog, model: str, config: JudgeConfig, progress: Progress
 ) -> dict[str, Any]:
     async with RemoteClient(model, config.client) as client:
+        tally.meter = client.meter
 
         async def judge(item: Item) -> Judgement:
             return await judge_item(client, item, config)
 
-        done = total - len(todo)
-        progress(done, total)
+        progress(tally)
         async for judgement in bounded(todo, judge, WIDTH * config.client.max_concurrency):
             log.append(judgement)
-            done += 1
-            progress(done, total)
+            tally.done += 1
+            tally.fresh += 1
+            tally.failed += judgement.correct is None
+            tally.tokens_in += judgement.tokens_in or 0
+            tally.tokens_out += judgement.tokens_out or 0
+            progress(tally)
         return client.meter.record()
 
 
