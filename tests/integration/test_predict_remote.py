@@ -105,6 +105,12 @@ def test_answers_are_extracted_and_the_unusable_count_as_wrong(mini_atlas, chat_
         assert (prediction.label is not None) == boxed
     metrics = score_run(tmp_path, resamples=100)
     assert metrics["aggregate"]["n_invalid"] == sum(p.label is None for p in labelled)
+    for key, entry in metrics["aggregate"]["unmapped"].items():
+        rows = [p for p in labelled if p.dataset == key]
+        lost = sum(p.label is None for p in rows)
+        assert (entry["n"], entry["share"]) == (lost, lost / len(rows))
+        assert metrics["datasets"][key]["invalid_share"] == entry["share"]
+        assert entry["answers"] == [{"answer": "i would rather not say.", "n": lost}]
 
 
 def test_a_refused_request_is_an_error_of_its_sample_alone(mini_atlas, chat_server, tmp_path):

@@ -220,3 +220,23 @@ def test_old_metrics_stay_when_the_new_predictions_are_broken(tmp_path: Path) ->
     with pytest.raises(InputError, match=r"predictions.jsonl:41"):
         score_run(run)
     assert read_json(run / "metrics.json") == before
+
+
+def test_the_report_of_what_means_no_label_counts_and_shortens():
+    from hba.evaluate.predictions import Prediction
+    from hba.evaluate.unmapped import LONGEST, unmapped
+
+    common = {"task": "t", "split": "test", "target": "anger", "output": "x"}
+    answers = ["angry?!", "dunno", "dunno", "w " * 99]
+    rows = [
+        Prediction(id=str(i), dataset="cremad", answer=a, label=None, error=None, **common)
+        for i, a in enumerate(answers)
+    ]
+    failed = {**common, "output": None}
+    rows += [Prediction(id="f", dataset="cremad", answer=None, label=None, error="timed out", **failed)]
+    rows += [Prediction(id="r", dataset="cremad", answer="anger", label="anger", error=None, **common)]
+    rows += [Prediction(id="q", dataset="siq2", answer="free", label=None, error=None, **common)]
+    (key, entry), *others = unmapped(rows).items()
+    assert (key, others, entry["n"], entry["share"]) == ("cremad", [], 4, 4 / 6)
+    assert entry["answers"][0] == {"answer": "dunno", "n": 2}
+    assert max(len(each["answer"]) for each in entry["answers"]) == LONGEST

@@ -31,10 +31,11 @@ def score_command(
     def show() -> None:
         from rich.console import Console
 
-        from hba.report.terminal import breakdown_tables, metrics_table
+        from hba.report.terminal import breakdown_tables, metrics_table, unmapped_table
 
-        for table in (metrics_table(metrics), *breakdown_tables(metrics)):
-            Console().print(table)
+        for table in (metrics_table(metrics), unmapped_table(metrics), *breakdown_tables(metrics)):
+            if table is not None:
+                Console().print(table)
 
     answer(metrics, as_json=json, show=show)
 

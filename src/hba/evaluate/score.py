@@ -29,6 +29,7 @@ from hba.evaluate.predictions import Prediction, read_predictions
 from hba.evaluate.provenance import provenance_of
 from hba.evaluate.slices import breakdown
 from hba.evaluate.stats import LEVEL, Chance, Intervals, bootstrap, chance
+from hba.evaluate.unmapped import unmapped
 from hba.storage import read_jsonl, write_json
 from hba.taxonomy import BUILTIN, Taxonomy, of_folder
 
@@ -87,6 +88,7 @@ def score_run(
     verdicts = read_verdicts(folder, predictions, taxonomy)
     metrics = score_predictions(predictions, options=options, taxonomy=taxonomy, read=read, verdicts=verdicts)
     _add_counts(metrics, Counter(p.dataset for p in predictions if p.failed), quarantined, taxonomy)
+    metrics["aggregate"]["unmapped"] = unmapped(predictions, taxonomy)
     scoring = metrics.pop("scoring")
     metrics["provenance"] = provenance_of(folder, predictions, provenance or {}) | {"scoring": scoring}
     metrics["provenance"] |= {"judge": judge_record(folder)} if verdicts else {}
@@ -247,6 +249,7 @@ def _add_counts(metrics: dict[str, Any], failed: Counter[str], quarantined: Coun
     for key, entry in datasets.items():
         entry["n_failed"], entry["n_quarantined"] = failed[key], quarantined[key]
         entry["n_invalid"] -= failed[key]  # a failed sample gave no answer that could be invalid
+        entry["invalid_share"] = entry["n_invalid"] / entry["n"] if entry["n"] else None
     tasks = {}
     for task in taxonomy.tasks.values():
         keys = [key for key in task.datasets if key in datasets]

@@ -61,6 +61,22 @@ def breakdown_tables(metrics: Mapping[str, Any]) -> list[Table]:
     return tables
 
 
+def unmapped_table(metrics: Mapping[str, Any]) -> Table | None:
+    """The answers that mean no label, by dataset, with the most frequent ones; None where every answer means one."""
+    entries = metrics["aggregate"].get("unmapped") or {}
+    if not entries:
+        return None
+    table = Table(title="Answers that mean no label, and count as wrong", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("dataset")
+    table.add_column("n", justify="right")
+    table.add_column("share", justify="right")
+    table.add_column("most frequent", overflow="fold")
+    for key, entry in entries.items():
+        said = "  ".join(f"{each['answer']!r} ({each['n']:,})" for each in entry["answers"][:3])
+        table.add_row(*map(Text, (key, count(entry["n"]), f"{entry['share']:.0%}", said)))
+    return table
+
+
 def _plain_table(title: str, columns: Sequence[str]) -> Table:
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column(Text(columns[0]), overflow="fold")
