@@ -10,6 +10,7 @@ from hba.errors import InputError
 from hba.evaluate.judge.items import answer_sha256
 from hba.evaluate.judge.judgements import Judgement
 from hba.evaluate.score import score_run
+from hba.report import write_report
 from hba.report.terminal import metrics_table
 
 
@@ -71,3 +72,21 @@ def test_verdicts_on_other_answers_are_refused(tmp_path):
     path.write_text(path.read_text().replace("something else 2", "other"))
     with pytest.raises(InputError, match="the verdict on 'test/3' is about another answer"):
         score_run(run)
+
+
+def test_the_report_shows_verdicts_with_their_reasons_and_obeys_no_answer(tmp_path):
+    make_run(tmp_path, 60)
+    run = tmp_path / "run"
+    path = run / "predictions.jsonl"
+    attack = "<script>alert(1)</script>"
+    path.write_text(path.read_text().replace("something else 2", attack))
+    judge(run, lambda p: None if p["id"] == "test/1" else p["answer"].lower() == p["target"])
+    metrics = score_run(run)
+    assert metrics["datasets"]["intentqa"]["llm_judge_accuracy"] is not None
+    page = write_report(run).read_text()
+    section = page[page.index('<section id="judged">') : page.index('<section id="quarantine">')]
+    right = sum(p["answer"].lower() == p["target"] for p in map(json.loads, path.read_text().splitlines())) - 1
+    assert f"1 unjudged, {58 - right} incorrect, {right} correct" in section
+    assert section.index("test/1<") < section.index("incorrect</td>") < section.index(">correct</td>")
+    assert attack not in page and "&lt;script&gt;" in section
+    assert "<dt>Judge</dt>" in page.replace("\n", "") or ">Judge<" in page

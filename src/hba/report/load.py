@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from hba.errors import InputError
+from hba.evaluate.judge.judgements import FILE as JUDGED
+from hba.evaluate.judge.judgements import Judgement, read_judgements
 from hba.evaluate.predictions import Prediction, read_predictions
 from hba.storage import read_json, read_jsonl
 from hba.taxonomy import BUILTIN, Taxonomy
@@ -160,6 +162,7 @@ class Run:
     events: tuple[Event, ...] | None
     predictions: tuple[Prediction, ...] | None
     quarantine: tuple[LeftOut, ...] | None
+    judgements: Mapping[str, Judgement] | None = None
 
     @property
     def synthetic(self) -> bool | None:
@@ -199,6 +202,7 @@ def load_run(run: Path, taxonomy: Taxonomy = BUILTIN) -> Run:
         predict=_object(run / "predict.json"),
         events=_events(run / "log.jsonl"),
         predictions=predictions,
+        judgements=read_judgements(run / JUDGED) if (run / JUDGED).is_file() else None,
         quarantine=_quarantine(run / "quarantine.jsonl", {p.id for p in predictions or ()}),
     )
 

@@ -20,6 +20,7 @@ from hba.report.confusion import matrices
 from hba.report.curves import curves
 from hba.report.embed import Budget
 from hba.report.html import HERE, environment, style
+from hba.report.judged import judged_answers
 from hba.report.load import Metrics, Run, load_run
 from hba.report.plots import Reference, bar
 from hba.report.reliability import reliability
@@ -32,7 +33,7 @@ PUBLISHED_TABLE = "hba_iclr2026"
 PUBLISHED_SOURCE = "arXiv 2510.04899, multi-task table"
 DATASET_FIGURES = (
     *("weighted_f1", "macro_f1", "micro_accuracy", "emotion_weighted_accuracy_mean"),
-    *("ACC2", "F1w2", "ACC3", "ACC5", "ACC7", "F1w7"),
+    *("ACC2", "F1w2", "ACC3", "ACC5", "ACC7", "F1w7", "exact_match", "llm_judge_accuracy"),
 )
 SECRETS = re.compile(r"(?im)^(\s*(?:[\w.-]*_)?(?:api_?key|secret|password|token)\s*:[ \t]*)(?!null\b|~)\S.*$")
 
@@ -114,6 +115,7 @@ def render(run: Run, atlas_root: Path | None = None, taxonomy: Taxonomy = BUILTI
             reliability=reliability(run.metrics.calibration.all) if run.metrics.calibration else None,
             curves=curves(run.events, run.metrics.tasks) if run.events else None,
             samples=samples,
+            judged=judged_answers(predictions, run.judgements) if predictions and run.judgements else None,
             quarantine=(run.quarantine or ())[:MAX_QUARANTINE_ROWS],
             config=SECRETS.sub(r"\1(hidden)", run.config) if run.config is not None else None,
             environment_text=json.dumps(run.environment, indent=2, ensure_ascii=False, sort_keys=True),
@@ -150,9 +152,11 @@ def published_results(metrics: Metrics) -> Published:
 def facts(run: Run) -> list[tuple[str, str]]:
     """What made the run, as (name, value) pairs; what is not recorded is left out."""
     said, environment = run.metrics.provenance, run.environment or {}
+    judge = said.get("judge") or {}
     pairs = [
         ("Command", said.get("command") or environment.get("command")),
         ("Model", said.get("model")),
+        ("Judge", judge.get("model")),
         ("Split", said.get("split")),
         ("Seed", said.get("seed") if said.get("seed") is not None else environment.get("seed")),
         ("Data", run.atlas_path),

@@ -80,8 +80,8 @@ def choose(predictions: Sequence[Prediction], taxonomy: Taxonomy = BUILTIN, num_
     right = [p for p in pool if p.label == _target(p, taxonomy)]
     wrong = [p for p in pool if p.label != _target(p, taxonomy)]
     return Chosen(
-        worst=_spread(sorted(wrong, key=lambda p: (surety[p.id], p.id)), num_each),
-        best=_spread(sorted(right, key=lambda p: (-surety[p.id], p.id)), num_each),
+        worst=spread(sorted(wrong, key=lambda p: (surety[p.id], p.id)), num_each),
+        best=spread(sorted(right, key=lambda p: (-surety[p.id], p.id)), num_each),
         ranked=bool(ranked),
     )
 
@@ -90,7 +90,7 @@ def _target(prediction: Prediction, taxonomy: Taxonomy) -> str:
     return taxonomy.require_label(prediction.dataset, prediction.target)
 
 
-def _spread(ordered: Iterable[Prediction], limit: int) -> tuple[Prediction, ...]:
+def spread(ordered: Iterable[Prediction], limit: int) -> tuple[Prediction, ...]:
     """The first of every dataset, then the second of every dataset, and so on."""
     taken: dict[str, int] = defaultdict(int)
     turns = []
