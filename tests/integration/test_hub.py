@@ -17,14 +17,18 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
+from typer.testing import CliRunner
 
 from hba import open_atlas
 from hba.atlas.batch import EncodeConfig, Encoder, collate
 from hba.atlas.convert import convert_to_parquet
 from hba.atlas.download import download_atlas
+from hba.atlas.info import atlas_info
 from hba.atlas.sample import MEDIA_FIELDS
 from hba.atlas.sampler import plan_batches
 from hba.atlas.slices import read_bytes
+from hba.atlas.validate import validate_atlas
+from hba.cli import app
 from hba.errors import InputError, MediaError
 from hba.storage import StorageError
 
@@ -201,6 +205,37 @@ def test_a_killed_reader_leaves_no_hole(hub, long_sounds, away):
     stall.set()
     for a, b in zip(open_atlas(REPO, split="test"), open_atlas(long_sounds, "test"), strict=True):
         assert contents(a)["audios"] == contents(b)["audios"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_info_fetches_rows_and_no_media(hub, releases, mini_atlas, form):
+    serve(hub, releases, form)
+    ours, here = atlas_info(REPO), atlas_info(mini_atlas)
+    assert ours.to_json()["splits"] == here.to_json()["splits"]
+    assert ours.synthetic
+    fetched = set(hub.fetched())
+    assert not [name for name in fetched if name.endswith((".wav", ".mp4", ".pt", ".tar", ".gz"))]
+    assert atlas_info(f"{REPO}@main", splits=["test[:4]"]).splits[0].rows == 4
+
+
+def test_validate_and_durations_of_a_data_set(hub, releases, mini_atlas, tmp_path):
+    serve(hub, releases, "tar")
+    result = validate_atlas(REPO, splits=["validation"], quick=True, out=tmp_path)
+    here = validate_atlas(mini_atlas, splits=["validation"], quick=True)
+    assert result.ok == here.ok
+    assert (result.rows, result.media) == (here.rows, here.media)
+    before = len(hub.requests)
+    lasting = atlas_info(REPO, splits=["validation"], durations=True).durations
+    assert hub.fetched(before) == []  # the copy is there
+    wanted = atlas_info(mini_atlas, splits=["validation"], durations=True).durations
+    assert {k: v.tolist() for k, v in lasting.datasets.items()} == {k: v.tolist() for k, v in wanted.datasets.items()}
+
+
+def test_info_of_a_data_set_from_the_command_line(hub, releases):
+    serve(hub, releases, "jsonl")
+    done = CliRunner().invoke(app, ["atlas", "info", REPO, "--split", "test", "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["splits"]["test"]["rows"] > 0
 
 
 def test_offline_uses_what_is_there(hub, releases, monkeypatch):

@@ -86,6 +86,13 @@ def download_atlas(
     return Downloaded(out, wanted.repo, commit, tuple(layout.split for layout in layouts), rows, tuple(missing))
 
 
+def cached_copy(wanted: HubId, splits: Sequence[str] | None, progress: OnProgress | None) -> Path:
+    """A folder of the cache with the rows and media of a data set, downloaded first. Raises as `download_atlas`."""
+    repo = list_repo(wanted).repo
+    out = repo.home("copies") / repo.commit
+    return download_atlas(repo.id, out, splits=splits, revision=repo.commit, progress=progress).path
+
+
 def unpacked_split(listing: Listing, layout: Layout, wanted: Split | None, taxonomy: Taxonomy | None) -> Path:
     """The JSONL of a split of a tar release in the cache, with at least the media of the wanted rows beside it."""
     with alone(listing.repo.home("listings") / "lock"):

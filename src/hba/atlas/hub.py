@@ -25,7 +25,7 @@ from hba.atlas.jsonl import JsonlStore
 from hba.atlas.parquet import ParquetStore
 from hba.atlas.sample import MEDIA_FIELDS, Field, Row, Sample
 from hba.atlas.slices import Source
-from hba.atlas.split import Split, check_shards, split_of
+from hba.atlas.split import Bound, Split, check_shards, split_of
 from hba.errors import InputError, MediaError
 from hba.taxonomy import PUBLISHED, Taxonomy, of_folder
 
@@ -111,6 +111,11 @@ def open_hub(name: HubId, wanted: Split | None, taxonomy: Taxonomy | None) -> Hu
     path = [listing.repo.fetch(file) for file in (*layout.beside, *layout.rows)][-1]
     rows = JsonlStore(path, split=layout.split, taxonomy=taxonomy or of_folder(path.parent))
     return HubStore(listing.repo, layout, rows)
+
+
+def open_rows(name: HubId, wanted: Split, taxonomy: Taxonomy | None) -> HubStore | JsonlStore | ParquetStore:
+    """As `open_hub`, for who reads no medium: tars are not downloaded."""
+    return open_hub(name, Split(wanted.name, Bound(0, False), Bound(0, False)), taxonomy)
 
 
 def _open_shards(repo: Repo, layout: Layout, taxonomy: Taxonomy | None) -> ParquetStore:

@@ -1,13 +1,14 @@
 """Names of data sets on the Hugging Face hub: `org/name`, `org/name@revision`, `hf://datasets/org/name@revision`.
 
 What exists on this machine is never taken for a name on the hub, and neither is a path below a folder that exists, so
-that a mistyped path is reported as one; the form with `hf://` is always a name. Nothing is asked of the network here.
+that a mistyped path is reported as one; the form with `hf://` is always a name. Only `local_copy` asks the network.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +35,21 @@ def hub_id_of(path: str | Path) -> HubId | None:
     if not _SCHEME.match(text) and (Path(text).exists() or Path(text).parent.is_dir()):
         return None
     return _parsed(text)
+
+
+def local_copy(
+    path: str | Path, splits: Sequence[str] | None = None, progress: Callable[[int, int], None] | None = None
+) -> Path:
+    """`path`; when it names a data set on the hub, a folder of the cache with its rows and media, downloaded first.
+
+    For what looks at every medium of whole splits. Raises what `download.download_atlas` raises.
+    """
+    wanted = hub_id_of(path)
+    if wanted is None:
+        return Path(path)
+    from hba.atlas.download import cached_copy  # the hub's client takes as long to load as a small atlas to open
+
+    return cached_copy(wanted, splits, progress)
 
 
 def parse_hub_id(text: str) -> HubId:

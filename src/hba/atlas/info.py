@@ -19,9 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from hba.atlas import Atlas, Columns, open_atlas
+from hba.atlas.hub_id import HubId, hub_id_of, local_copy
 from hba.atlas.probe import Facts
 from hba.atlas.rowscan import Catalogue, Use, read_catalogue
-from hba.atlas.split import present_splits
+from hba.atlas.split import parse_split, present_splits
 from hba.atlas.survey import Outcome, locate, survey
 from hba.environment import hba_version
 from hba.taxonomy import Taxonomy
@@ -146,13 +147,17 @@ def atlas_info(
     """Count the rows of the atlas at `path`; `splits` None takes all that are there, slices work for counts.
 
     `durations` reads the headers of all sounds and clips with `workers` processes and remembers them in the folder
-    `cache`; `progress(done, total)` is told of each. Raises InputError as `open_atlas` does, for a bad row too, and
+    `cache`; `progress(done, total)` is told of each. Of a data set on the hub the rows are fetched, and for durations
+    everything. Raises InputError as `open_atlas` does, for a bad row too, and
     for durations of a slice.
     """
-    path = Path(path)
-    specs = tuple(dict.fromkeys(splits or present_splits(path)))
-    opened = [open_atlas(path, spec, taxonomy=taxonomy) for spec in specs]
-    lasting = None
+    hub_id = hub_id_of(path)
+    if hub_id is not None and durations:
+        path = local_copy(path, splits, progress)
+        hub_id = None
+    specs = tuple(dict.fromkeys(splits or _splits_at(path, hub_id)))
+    opened = [_open_rows(path, hub_id, spec, taxonomy) for spec in specs]
+    path, lasting = Path(path), None
     if durations:
         catalogue = read_catalogue(path, specs, taxonomy)
         lasting = _durations(catalogue, cache=cache, workers=workers, progress=progress)
@@ -163,6 +168,26 @@ def atlas_info(
         splits=tuple(_count(atlas, spec) for spec, atlas in zip(specs, opened, strict=True)),
         durations=lasting,
     )
+
+
+def _splits_at(path: str | Path, hub_id: HubId | None) -> Sequence[str]:
+    if hub_id is None:
+        return present_splits(Path(path))
+    from hba.atlas.hub import splits_of
+    from hba.atlas.hub_client import list_repo  # takes as long to load as a small atlas to open
+
+    return splits_of(list_repo(hub_id).names)
+
+
+def _open_rows(path: str | Path, hub_id: HubId | None, spec: str, taxonomy: Taxonomy | None) -> Atlas:
+    """The rows of a split; of a data set on the hub nothing else is fetched."""
+    if hub_id is None:
+        return open_atlas(path, spec, taxonomy=taxonomy)
+    from hba.atlas.hub import open_rows
+
+    wanted = parse_split(spec)
+    store = open_rows(hub_id, wanted, taxonomy)
+    return Atlas(store, np.array(wanted.rows(len(store)), np.int64))
 
 
 def _count(atlas: Atlas, name: str) -> SplitCounts:

@@ -17,6 +17,7 @@ import msgspec
 
 from hba.atlas.checks import count_findings, count_signatures, media_findings, shape_findings, shape_text
 from hba.atlas.findings import LEVELS, Finding, in_order
+from hba.atlas.hub_id import local_copy
 from hba.atlas.leaks import find_leaks, to_hash
 from hba.atlas.probe import Facts
 from hba.atlas.rowscan import Catalogue, Use, read_catalogue
@@ -112,14 +113,16 @@ def validate_atlas(
     progress: OnProgress | None = None,
     taxonomy: Taxonomy | None = None,
 ) -> Validation:
-    """Check the atlas at `path` (a folder, or one file of rows) and say all that is wrong with it.
+    """Check the atlas at `path` (a folder, one file of rows, or a data set on the hub) and say all that is wrong.
+
+    A data set on the hub is downloaded to the cache first, since every medium is opened.
 
     `splits` None takes all that are there. With `out`, a folder, validate.json is written there, and media.jsonl, by
     which an interrupted check resumes; `fresh` checks every file again. `quick` reads headers of media alone. `release`
     expects the published release. `progress(done, total)` is told of each medium. Raises InputError when there is no
     atlas, or a split is not there; what is wrong within it is a finding.
     """
-    path, out = Path(path), None if out is None else Path(out)
+    path, out = local_copy(path, splits, progress), None if out is None else Path(out)
     catalogue = read_catalogue(path, splits, taxonomy)
     media, outcomes = locate(catalogue)
     log = None if out is None else out / LOG

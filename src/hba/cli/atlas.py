@@ -48,7 +48,7 @@ Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
 
 @atlas_app.command("validate", epilog="Example: hba atlas validate runs/mini --out runs/validate")
 def validate_command(
-    atlas: Annotated[Path, typer.Argument(help="Atlas folder, or one file of rows.")],
+    atlas: Annotated[Path, typer.Argument(help="Atlas folder, one file of rows, or org/name on the hub.")],
     split: Splits = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for validate.json, validate.html and the log that resumes.")
@@ -87,7 +87,7 @@ def validate_command(
 
 @atlas_app.command("info", epilog="Example: hba atlas info runs/mini --durations --out runs/mini.html")
 def info_command(
-    atlas: Annotated[Path, typer.Argument(help="Atlas folder, or one file of rows.")],
+    atlas: Annotated[Path, typer.Argument(help="Atlas folder, one file of rows, or org/name on the hub.")],
     split: Splits = None,
     durations: Annotated[
         bool, typer.Option("--durations", help="Also read the headers of all sounds and clips.")
