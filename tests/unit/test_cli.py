@@ -22,6 +22,7 @@ COMMANDS = {
     "atlas describe": "root --split --audio --video --transcripts --frames-per-second --workers --executor --out-format"
     " --replace --allow-failed --setup --json",
     "train sft": "overrides --config --run --allow-quarantined --json",
+    "transfer": "overrides --config --run --heldout --allow-quarantined --json",
     "merge": "run! out! --dtype --backbone --lora-alpha --json",
     "train lm": "overrides --config --run --allow-quarantined --json",
     "predict": "model! overrides --atlas! --split --backend --run --modalities --limit --per-dataset --shard"

@@ -19,6 +19,7 @@ from hba.cli.predict import predict_command
 from hba.cli.release import MERGE_EXAMPLE, PUSH_EXAMPLE, merge_command, push_command
 from hba.cli.start import demo_command, doctor_command, tiny_command
 from hba.cli.train import SFT_EXAMPLE, train_app
+from hba.cli.transfer import TRANSFER_EXAMPLE, transfer_command
 from hba.errors import HbaError, InputError
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -35,6 +36,7 @@ app = typer.Typer(
 app.command("demo", epilog="Example: hba demo --run runs/demo")(demo_command)
 app.add_typer(atlas_app, name="atlas", epilog="Example: hba atlas mini runs/mini")
 app.add_typer(train_app, name="train", epilog=SFT_EXAMPLE)
+app.command("transfer", epilog=TRANSFER_EXAMPLE)(transfer_command)
 app.command("merge", epilog=MERGE_EXAMPLE)(merge_command)
 app.command("push", epilog=PUSH_EXAMPLE)(push_command)
 app.command("predict", epilog="Example: hba predict runs/demo/sft --atlas runs/demo/atlas")(predict_command)
