@@ -32,6 +32,7 @@ COMMANDS = {
     "judge": "run overrides --model --provider --base-url --atlas --calibrate --offline --out --retry-unjudged"
     " --allow-unjudged --cache --json",
     "report": "run! --atlas --out --json",
+    "explore": "--atlas --runs --host --port --cache --json",
     "compare": "runs! --seeds --allow-other-data --flips --resamples --seed --json",
     "leaderboard": "runs! --out --published --tasks --max-quarantined --allow-other-data --json",
     "tiny": "out! --atlas! --seed --json",

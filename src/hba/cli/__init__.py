@@ -14,6 +14,7 @@ import typer
 from hba.cli.atlas import atlas_app
 from hba.cli.compare import compare_command, leaderboard_command
 from hba.cli.evaluate import report_command, score_command
+from hba.cli.explore import explore_command
 from hba.cli.judge import JUDGE_EXAMPLE, judge_command
 from hba.cli.predict import predict_command
 from hba.cli.release import MERGE_EXAMPLE, PUSH_EXAMPLE, merge_command, push_command
@@ -45,6 +46,7 @@ app.command("judge", epilog=JUDGE_EXAMPLE)(judge_command)
 app.command("report", epilog="Example: hba report runs/demo/sft")(report_command)
 app.command("compare", epilog="Example: hba compare runs/sft runs/rl")(compare_command)
 app.command("leaderboard", epilog="Example: hba leaderboard runs/sft runs/rl --out board.html")(leaderboard_command)
+app.command("explore", epilog="Example: hba explore --atlas runs/demo/atlas --runs runs")(explore_command)
 app.command("tiny", epilog="Example: hba tiny runs/tiny --atlas runs/mini")(tiny_command)
 app.command("doctor", epilog="Example: hba doctor --json")(doctor_command)
 
