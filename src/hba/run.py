@@ -49,6 +49,7 @@ class RunFolder:
         self.predictions = path / "predictions.jsonl"
         self.metrics = path / "metrics.json"
         self.report = path / "report.html"
+        self.rollouts = path / "rollouts.jsonl"
         self._log_path = path / "log.jsonl"
         self._lock = lock
         self._log: AppendLog | None = None
@@ -89,18 +90,19 @@ class RunFolder:
             self._log.append(dict(record))
 
     def truncate_log(self, step: int) -> None:
-        """Drop the log lines of later steps than `step`, that of the checkpoint from which a run goes on.
+        """Drop the lines of later steps than `step`, that of the checkpoint from which a run goes on, from all logs.
 
         Lines of `step` itself stay: log them before the checkpoint is written. Lines without a step stay, too.
         """
-        if not self.is_main or not self._log_path.is_file():
-            return
         self._close_log()
-        lines = [line.record for line in read_jsonl(self._log_path)]
-        kept = [record for record in lines if record.get("step", step) <= step]
-        if len(kept) < len(lines):
-            with atomic_write(self._log_path) as handle:
-                handle.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+        for path in (self._log_path, self.rollouts):
+            if not self.is_main or not path.is_file():
+                continue
+            lines = [line.record for line in read_jsonl(path)]
+            kept = [record for record in lines if record.get("step", step) <= step]
+            if len(kept) < len(lines):
+                with atomic_write(path) as handle:
+                    handle.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
 
     def record_data(self, data: Mapping[str, Any]) -> None:
         """Write the data's record (path, fingerprint, synthetic) into environment.json; nothing on other ranks.
@@ -149,7 +151,7 @@ class RunFolder:
         if not self.config.is_file():
             with atomic_write(self.config) as handle:
                 handle.write(to_yaml(config))
-        for log in (self._log_path, self.quarantine.path):
+        for log in (self._log_path, self.rollouts, self.quarantine.path):
             if log.is_file():
                 AppendLog(log).close()  # cuts off a line that a kill left torn, before anyone reads it
 

@@ -22,9 +22,9 @@ COMMANDS = {
     "atlas describe": "root --split --audio --video --transcripts --frames-per-second --workers --executor --out-format"
     " --replace --allow-failed --setup --json",
     "train sft": "overrides --config --run --allow-quarantined --json",
-    "transfer": "overrides --config --run --heldout --allow-quarantined --json",
     "merge": "run! out! --dtype --backbone --lora-alpha --json",
     "train lm": "overrides --config --run --allow-quarantined --json",
+    "train rl": "overrides --config --algorithm --run --allow-quarantined --json",
     "predict": "model! overrides --atlas! --split --backend --run --modalities --limit --per-dataset --shard"
     " --retry-failed --dry-run --allow-failed --allow-quarantined --json",
     "push": "run! repo! --license! --merge --private --json",
@@ -32,7 +32,6 @@ COMMANDS = {
     "judge": "run overrides --model --provider --base-url --atlas --calibrate --offline --out --retry-unjudged"
     " --allow-unjudged --cache --json",
     "report": "run! --atlas --out --json",
-    "explore": "--atlas --runs --host --port --cache --json",
     "compare": "runs! --seeds --allow-other-data --flips --resamples --seed --json",
     "leaderboard": "runs! --out --published --tasks --max-quarantined --allow-other-data --json",
     "tiny": "out! --atlas! --seed --json",

@@ -28,11 +28,27 @@ class Said(NamedTuple):
     tokens: int
 
 
-@torch.inference_mode()
+class SaidTokens(NamedTuple):
+    """The tokens of answers, padded on the right, and how many of each row are answer, the end token included."""
+
+    ids_BL: Tensor
+    lengths: list[int]
+
+
 def generate(
     model: Any, processor: Any, inputs: Mapping[str, Tensor], *, max_new_tokens: int, temperature: float = 0.0
 ) -> list[Said]:
     """One answer for each left-padded row of `inputs`, greedy at temperature 0."""
+    said = generate_tokens(model, processor, inputs, max_new_tokens=max_new_tokens, temperature=temperature)
+    texts = processor.tokenizer.batch_decode(said.ids_BL, skip_special_tokens=True)
+    return [Said(text, tokens) for text, tokens in zip(texts, said.lengths, strict=True)]
+
+
+@torch.inference_mode()
+def generate_tokens(
+    model: Any, processor: Any, inputs: Mapping[str, Tensor], *, max_new_tokens: int, temperature: float = 0.0
+) -> SaidTokens:
+    """`generate`, before its tokens become text."""
     tokenizer = processor.tokenizer
     ends = _end_token_ids(model, processor)
     sampling: dict[str, Any] = {"do_sample": temperature > 0, "top_k": None, "top_p": None, "temperature": None}
@@ -47,11 +63,10 @@ def generate(
         repetition_penalty=1.0,
         **sampling,
     )
-    answers_BT = tokens_BT[:, inputs["input_ids"].shape[1] :]
-    ended_BT = torch.isin(answers_BT, torch.tensor(ends, device=answers_BT.device))
-    lengths = [int(row_T.nonzero()[0]) + 1 if row_T.any() else len(row_T) for row_T in ended_BT]
-    texts = tokenizer.batch_decode(answers_BT, skip_special_tokens=True)
-    return [Said(text, tokens) for text, tokens in zip(texts, lengths, strict=True)]
+    answers_BL = tokens_BT[:, inputs["input_ids"].shape[1] :]
+    ended_BL = torch.isin(answers_BL, torch.tensor(ends, device=answers_BL.device))
+    lengths = [int(row_L.nonzero()[0]) + 1 if row_L.any() else len(row_L) for row_L in ended_BL]
+    return SaidTokens(answers_BL, lengths)
 
 
 def _end_token_ids(model: Any, processor: Any) -> list[int]:

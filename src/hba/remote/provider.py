@@ -6,7 +6,6 @@ from typing import Any, Protocol
 
 from hba.errors import ConfigError, nearest
 from hba.remote.anthropic import Anthropic
-from hba.remote.google import Google
 from hba.remote.openai import OpenAI
 from hba.remote.request import ChatRequest, Reply
 
@@ -35,7 +34,7 @@ class Provider(Protocol):
         ...
 
 
-PROVIDERS: dict[str, Provider] = {"openai": OpenAI(), "anthropic": Anthropic(), "google": Google()}
+PROVIDERS: dict[str, Provider] = {"openai": OpenAI(), "anthropic": Anthropic()}
 
 
 def provider(name: str) -> Provider:

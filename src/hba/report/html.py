@@ -19,10 +19,10 @@ HERE = Path(__file__).parent
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 
 
-def environment(*folders: Path) -> Environment:
-    """Jinja over the templates of `folders` and of this package, with `words` at hand."""
+def environment() -> Environment:
+    """Jinja over the templates of this package, with `words` at hand."""
     made = Environment(
-        loader=FileSystemLoader([*folders, HERE]),
+        loader=FileSystemLoader(HERE),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=_clean,

@@ -70,7 +70,7 @@ def grpo_reward(
     else:
         answers = [extract(text) for text in responses]
         exact = _exact(answers, targets, datasets, taxonomy)
-        formats = [_format(text) for text in responses]
+        formats = [well_formed(text) for text in responses]
         compared = _comparable(answers, targets, taxonomy)
     cosines = _cosines(answers, targets, compared, embedder)
     scores = []
@@ -114,7 +114,7 @@ def harpo_reward(
     else:
         answers, wanted = [extract(text) for text in responses], list(targets)
         exact = _exact(answers, wanted, datasets, taxonomy)
-        formats = [_format(text) for text in responses]
+        formats = [well_formed(text) for text in responses]
     compared = [
         kind == "free_form" and (published or bool(answer)) for kind, answer in zip(kinds, answers, strict=True)
     ]
@@ -215,7 +215,7 @@ def default_embedder() -> Embedder:
     return Embedder()
 
 
-def _format(text: str) -> bool:
+def well_formed(text: str) -> bool:
     """<think>...</think> ... \\boxed{...}: reasoning first, then a box with something in it."""
     reasoned = _REASONED.match(text)
     return reasoned is not None and bool((last_box(reasoned[1]) or "").strip())

@@ -29,7 +29,6 @@ from hba.rl.rewards import (
     Parts,
     grpo_reward,
     harpo_reward,
-    task_kind,
 )
 from hba.taxonomy import BUILTIN, Taxonomy
 
@@ -64,12 +63,6 @@ class Scorer:
         self._own = _load_function(config.function) if own else None
         self._embedder = None if own else Embedder(config.embedder)
 
-    def check_tasks(self, tasks: Sequence[str]) -> None:
-        """Raise InputError for a task id that the HARPO reward cannot place, before anything is trained."""
-        if self.config.function == "harpo":
-            for task in tasks:
-                task_kind(task, published=self.config.published)
-
     def __call__(
         self, responses: Sequence[str], samples: Sequence[Sample], lengths_tokens: Sequence[int]
     ) -> list[Parts]:
@@ -82,6 +75,8 @@ class Scorer:
             )
             return self._checked(given, samples)
         config = self.config
+        if not config.published:  # the dataset decides, whatever a row's task is called
+            tasks = ["qa" if sample.label is None else "cls" for sample in samples]
         shared: dict[str, Any] = {
             "datasets": datasets if config.synonyms else None,
             "taxonomy": self._taxonomy,

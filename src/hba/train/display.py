@@ -92,11 +92,19 @@ class TrainingDisplay:
             "samples_per_second": round(speed, 2),
         }
         drawn = ("loss", "learning_rate", "grad_norm", "samples_per_second")
-        self._record(record, {k: record[k] for k in drawn if record[k] is not None})
+        self.record(record, {k: record[k] for k in drawn if record[k] is not None})
         figures = f"loss {mean:.3f}  {speed:.1f} samples/s  {progress.samples_seen} seen"
         self._bar.update(self._task, completed=progress.step, figures=figures)
         self._loss_sum = self._seconds = 0.0
         self._samples = 0
+
+    def advance(self, step: int, figures: str) -> None:
+        """Move the bar to `step`, with a few words on how it goes."""
+        self._bar.update(self._task, completed=step, figures=figures)
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        self._bar.console.print(text, markup=False, highlight=False) if self._enabled else None
 
     def validation(self, progress: Progress, metrics: dict[str, Any]) -> None:
         """Record the metrics of a validation, None where a task has no score; a `loss` is not one of the scores."""
@@ -105,9 +113,10 @@ class TrainingDisplay:
         if "loss" in metrics:
             record["loss"] = metrics["loss"]
         numbers = {f"validation/{k}": v for k, v in metrics.items() if v is not None}
-        self._record(record, numbers)
+        self.record(record, numbers)
 
-    def _record(self, record: dict[str, Any], numbers: dict[str, Any]) -> None:
+    def record(self, record: dict[str, Any], numbers: dict[str, Any]) -> None:
+        """Log a line, and draw `numbers` on the boards at its step."""
         if not self._enabled:
             return
         self._run.log(record)

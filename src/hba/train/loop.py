@@ -34,7 +34,7 @@ from hba.train.display import TrainingDisplay
 from hba.train.optimizer_state import restore_optimizer
 from hba.train.plan import Plan
 from hba.train.sharding import gathered, is_sharded, prepare_model
-from hba.train.state import Progress, latest, read_progress, save_state, settle
+from hba.train.state import Progress, latest, read_progress, save_state
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -157,7 +157,7 @@ def run_training(
         while progress.step < total:
             started = time.perf_counter()
             rate = learning_rate_at(progress.step, total, config)
-            torch.manual_seed(_step_seed(config.seed, progress.step, accelerator.process_index))
+            torch.manual_seed(step_seed(config.seed, progress.step, accelerator.process_index))
             micro_batches = list(islice(batches, plan.starts[progress.step + 1] - plan.starts[progress.step]))
             loss, grad_norm, count = _step(stage, model, optimizer, micro_batches, rate, config, accelerator)
             progress = replace(progress, step=progress.step + 1, samples_seen=progress.samples_seen + count)
@@ -206,7 +206,7 @@ def _step(
     return mean, float(grad_norm), count
 
 
-def _step_seed(seed: int, step: int, rank: int) -> int:
+def step_seed(seed: int, step: int, rank: int) -> int:
     """Seed of a rank's dropout at a step, so that a resumed run draws what an uninterrupted one does."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
 
@@ -256,6 +256,4 @@ def _resume(run: RunFolder, model: nn.Module, optimizer: torch.optim.Optimizer, 
         restore_optimizer(checkpoint, model, optimizer)
     if accelerator.is_main_process:
         run.truncate_log(progress.step)
-        if checkpoint is not None:
-            settle(run.checkpoints, progress)
     return progress

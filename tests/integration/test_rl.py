@@ -1,0 +1,318 @@
+"""The local RL engine on the tiny omni model: rollouts, their probabilities, the loop, and its death in every phase."""
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hba import open_atlas
+from hba.atlas.answer_format import FormatMix
+from hba.atlas.batch import EncodeConfig, collate
+from hba.atlas.chat_encoder import encoder_for
+from hba.config import load_config
+from hba.errors import HbaError, InputError
+from hba.model import chat
+from hba.model.generate import media_token_ids
+from hba.rl import evaluation, local
+from hba.rl.config import RlConfig
+from hba.rl.rollout import RolloutConfig, probabilities, roll_out
+from hba.rl.scoring import RewardConfig, Scorer
+from hba.run import RunFolder
+from hba.storage import read_json, read_jsonl
+
+SMALL = [
+    *("model.strategy=full", "model.dtype=float32", "train.epochs=1", "train.batch_size=3", "train.accumulation=2"),
+    *("train.max_steps=4", "train.learning_rate=2e-3", "train.validate_every=2", "train.weight_decay=0.0"),
+    *("rollout.per_prompt=3", "rollout.max_new_tokens=5", "table_every=2", "validation_rows=6"),
+    *("encode.num_frames=2", "encode.max_pixels=3136", "loader.workers=0"),
+]
+# A random model says nothing right: how many different letters it uses is something that it can learn.
+REWARD = """
+def letters(responses, **_):
+    return [{"score": len(set(r)) / 10, "even": len(r) % 2} for r in responses]
+
+def nan(responses, **_):
+    return [float("nan")] * len(responses)
+"""
+
+
+@pytest.fixture(scope="module")
+def reward(tmp_path_factory):
+    path = tmp_path_factory.mktemp("reward") / "own.py"
+    path.write_text(REWARD)
+    return path
+
+
+@pytest.fixture(scope="module")
+def policy(backbone):
+    return chat.load(backbone, dtype="float32").eval()
+
+
+@pytest.fixture(scope="module")
+def encoded(mini_atlas, policy):
+    """Samples of every signature, encoded alone."""
+    atlas = open_atlas(mini_atlas, split="train")
+    config = EncodeConfig(num_frames=2, max_pixels=3136)
+    encoder = encoder_for(policy.processor, config, atlas.taxonomy, wording=FormatMix(("think",)))
+    first = {sample.modality_signature: sample for sample in atlas}
+    assert len(first) == 3
+    samples = [encoder.encode(sample) for sample in first.values()]
+    return SimpleNamespace(samples=samples, pad=encoder.pad_token_id)
+
+
+def batch_of(encoded, samples):
+    return collate(samples, pad_token_id=encoded.pad)
+
+
+def test_probabilities_of_the_sampling_are_those_of_the_update(policy, encoded):
+    """Cached, left-padded sampling on mixed media equals one teacher-forced pass."""
+    prompts = batch_of(encoded, [sample for sample in encoded.samples for _ in range(2)])
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        said = policy.transformer.generate(
+            **prompts.inputs, max_new_tokens=8, do_sample=True, top_k=0, top_p=1.0, temperature=0.7,
+            suppress_tokens=media_token_ids(policy.transformer.config), output_scores=True,
+            return_dict_in_generate=True, pad_token_id=encoded.pad,
+        )  # fmt: skip
+    drawn_BLV = torch.log_softmax(torch.stack(said.scores, 1), -1)
+    ids_BL = said.sequences[:, prompts.inputs["input_ids"].shape[1] :]
+    rows = [row[: (row == policy.processor.tokenizer.eos_token_id).int().argmax() + 1 or None] for row in ids_BL]
+    rows = [row if len(row) else full for row, full in zip(rows, ids_BL, strict=True)]
+    with torch.no_grad():
+        found = probabilities(policy, policy, local_batch(prompts, rows, encoded), 0.7)
+    for b, row in enumerate(rows):
+        drawn = drawn_BLV[b, : len(row)].gather(-1, row.unsqueeze(-1)).squeeze(-1)
+        torch.testing.assert_close(found.logps_BL[b, : len(row)], drawn, atol=4e-6, rtol=0)
+        assert found.mask_BL[b].sum() == len(row) and not found.logps_BL[b, len(row) :].any()
+
+
+def local_batch(prompts, rows, encoded):
+    from hba.rl.rollout import with_responses
+
+    return with_responses(prompts, rows, encoded.pad)
+
+
+def test_replicated_prompts_are_rolled_out_as_if_alone(policy, encoded):
+    """num_return_sequences mixes up video patches; replicated rows do not."""
+    greedy = RolloutConfig(per_prompt=3, max_new_tokens=6, temperature=1e-4)
+    replicated = roll_out(policy, batch_of(encoded, [s for s in encoded.samples for _ in range(3)]), greedy)
+    for number, sample in enumerate(encoded.samples):
+        alone = roll_out(policy, batch_of(encoded, [sample]), greedy)
+        assert replicated.texts[3 * number : 3 * number + 3] == alone.texts * 3
+
+
+def test_media_tokens_have_no_probability(policy, encoded):
+    banned = media_token_ids(policy.transformer.config, policy.processor)
+    assert len(banned) == 7
+    prompts = batch_of(encoded, encoded.samples[:1])
+    rows = [torch.tensor([banned[0]])]
+    with torch.no_grad():
+        assert probabilities(policy, policy, local_batch(prompts, rows, encoded), 1.0).logps_BL.item() == -math.inf
+    hot = roll_out(policy, batch_of(encoded, encoded.samples * 8), RolloutConfig(max_new_tokens=8, temperature=50.0))
+    said = hot.batch.labels_BT[hot.batch.labels_BT >= 0]
+    assert not np.isin(said.numpy(), banned).any()
+
+
+def test_entropy_is_that_of_the_distribution(policy, encoded):
+    prompts = batch_of(encoded, encoded.samples[:1])
+    batch = local_batch(prompts, [torch.tensor([5, 6])], encoded)
+    with torch.no_grad():
+        logits = policy(batch)
+        found = probabilities(policy, policy, batch, 1.0)
+    logits[:, media_token_ids(policy.transformer.config, policy.processor)] = -math.inf
+    expected = torch.distributions.Categorical(logits=logits).entropy()
+    torch.testing.assert_close(found.entropy_BL[0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_task_and_token_lengths_reach_the_harpo_reward(mini_atlas):
+    atlas = open_atlas(mini_atlas, split="train")
+    free = next(sample for sample in atlas if sample.label is None)
+    classed = next(sample for sample in atlas if sample.label is not None)
+    scorer = Scorer(RewardConfig(max_response_tokens=20, overlong_buffer_tokens=10), atlas.taxonomy)
+    answers = [rf"<think>x</think>\boxed{{{s.target}, I think}}" for s in (free, classed)]
+    graded = scorer(answers, [free, classed], [15, 5])
+    assert graded[0]["similarity_score"] > 0.7 and graded[0]["overlong_score"] == -0.5
+    assert graded[1]["similarity_score"] == 0 and graded[1]["overlong_score"] == 0
+
+
+def settings(atlas, model, reward, *changes):
+    given = [f"atlas={atlas}", f"model.name={model}", f"reward.function={reward}:letters", *SMALL]
+    return load_config(RlConfig, None, [*given, *changes])
+
+
+def train(path, config):
+    with RunFolder.open(path, config=config, command="train rl", seed=config.train.seed) as run:
+        return local.train_rl(config, run)
+
+
+def logged(path, kind):
+    return [line.record for line in read_jsonl(path / "log.jsonl") if line.record["kind"] == kind]
+
+
+def without_times(record):
+    return {key: value for key, value in record.items() if not key.endswith("_seconds")}
+
+
+def result(path):
+    """Everything that must not depend on interruptions."""
+    last = path / "checkpoints" / "step_4"
+    return {
+        "weights": {name: tensor.tolist() for name, tensor in load_file(last / "model.safetensors").items()},
+        "state": read_json(last / local.STATE),
+        "log": [without_times(line.record) for line in read_jsonl(path / "log.jsonl")],
+        "rollouts": [line.record for line in read_jsonl(path / "rollouts.jsonl")],
+        "evaluations": evaluation.read_evaluations(path),
+        "best": read_json(path / "checkpoints" / "best.json"),
+    }
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, mini_atlas, backbone, reward):
+    run = tmp_path_factory.mktemp("rl") / "run"
+    progress = train(run, settings(mini_atlas, backbone, reward))
+    assert progress.step == 4
+    return run
+
+
+def test_the_log_says_everything_by_task_and_dataset(straight):
+    records = logged(straight, "rl")
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    for record in records:
+        assert record["rollouts"] == sum(task["rollouts"] for task in record["tasks"].values()) <= 18
+        for part in (record, *record["tasks"].values(), *record["datasets"].values()):
+            assert {"score", "even", "abs_advantage", "tokens", "silent_groups"} <= part.keys()
+            assert 0 <= part["silent_groups"] <= 1 and 1 <= part["tokens"] <= 5
+        assert record["entropy"] > 1 and record["clipped"] == 0 and record["grad_norm"] > 0
+        for task in record["tasks"].values():
+            assert task["silent_groups"] == 1 or 0.5 <= task["task_factor"] <= 4
+    assert [record["step"] for record in logged(straight, "evaluation")] == [0, 2, 4]
+
+
+def test_rollouts_can_be_read(straight):
+    lines = [line.record for line in read_jsonl(straight / "rollouts.jsonl")]
+    assert {line["step"] for line in lines} == {1, 2, 4}
+    assert all(line["parts"]["score"] == len(set(line["response"])) / 10 for line in lines)
+    first = [line for line in lines if line["step"] == 1]
+    assert len(first) == 12 and len({line["task"] for line in first}) > 1, "four prompts, of different tasks"
+    for group in {line["group"] for line in first}:
+        assert sum(line["advantage"] for line in first if line["group"] == group) == pytest.approx(0, abs=1e-5)
+
+
+def test_towers_and_embeddings_stay_as_they_were(straight, backbone):
+    before = load_file(Path(backbone) / "model.safetensors")
+    after = load_file(straight / "checkpoints" / "step_4" / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(".layers." in name or name.endswith("norm.weight") for name in changed)
+    assert not any("tower" in name or "visual" in name or "embed" in name for name in changed)
+
+
+def test_a_policy_opens_again_and_the_next_stage_may_start_from_it(straight):
+    opened = chat.load(straight, dtype="float32")
+    assert read_json(straight / "checkpoints" / "best.json")["step"] in (0, 2, 4)
+    assert opened.processor.tokenizer.pad_token_id is not None
+
+
+# Where the process dies, in the order in which a step passes: module, function, before or after it.
+PHASES = [
+    (local, "roll_out", "after"),
+    (local, "_rewarded", "after"),
+    (local, "update", "before"),
+    (torch.optim.AdamW, "step", "after"),
+    (local.RunLog, "step", "after"),
+    (local, "evaluate", "after"),
+    (local, "write_evaluation", "after"),
+    (local.Memory, "save", "after"),
+    (local, "save_state", "after"),
+]
+
+
+def die_in(owner, name, when, path, config):
+    """Run in a forked process that kills itself in the named phase of the first step that it makes."""
+    child = os.fork()
+    if child == 0:
+        whole = getattr(owner, name)
+
+        def fatal(*args, **options):
+            if when == "after":
+                whole(*args, **options)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        setattr(owner, name, fatal)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        train(path, config)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (name, status)
+
+
+@pytest.mark.slow
+def test_killed_in_every_phase_of_a_step_it_ends_the_same(straight, tmp_path, mini_atlas, backbone, reward):
+    run, config = tmp_path / "run", settings(mini_atlas, backbone, reward)
+    for owner, name, when in PHASES:
+        die_in(owner, name, when, run, config)
+    assert train(run, config).step == 4
+    assert result(run) == result(straight)
+
+
+def test_harpo_goes_on_with_its_averages(straight):
+    state = read_json(straight / "checkpoints" / "step_4" / local.STATE)
+    assert state["position"] == 8
+    assert state["advantage"]["signal"].keys() == state["advantage"]["log_factor"].keys()
+    assert len(state["advantage"]["signal"]) > 1 and any(state["advantage"]["log_factor"].values())
+
+
+def test_lora_is_kept_near_its_reference_and_several_updates_are_clipped(tmp_path, mini_atlas, backbone, reward):
+    changes = ["model.strategy=lora", "model.lora_r=4", "loss.kl_weight=0.1", "loss.updates=2", "algorithm=gspo"]
+    config = settings(mini_atlas, backbone, reward, *changes, "train.max_steps=2", "train.learning_rate=2e-2")
+    train(tmp_path / "run", config)
+    first, second = logged(tmp_path / "run", "rl")
+    assert 0 <= first["kl"] < second["kl"] and second["clipped"] > 0
+    kept = load_file(tmp_path / "run" / "checkpoints" / "step_2" / "adapter_model.safetensors")
+    assert any(tensor.any() for name, tensor in kept.items() if "lora_B" in name)
+    with pytest.raises(InputError, match="has no reference to switch to"):
+        train(tmp_path / "next", settings(mini_atlas, tmp_path / "run", reward, *changes))
+
+
+def test_dapo_samples_on_until_there_is_signal(tmp_path, mini_atlas, backbone, reward):
+    config = settings(mini_atlas, backbone, reward, "algorithm=dapo", "train.max_steps=1", "rollout.max_new_tokens=1")
+    train(tmp_path / "run", config)
+    (record,) = logged(tmp_path / "run", "rl")
+    position = read_json(tmp_path / "run" / "checkpoints" / "step_1" / local.STATE)["position"]
+    informative = record["rollouts"] / 3 * (1 - record["silent_groups"])
+    assert 2 < position <= 10 and (informative >= 6 or position == 10)
+
+
+def test_a_reward_that_is_not_a_number_ends_the_run_with_its_name(tmp_path, mini_atlas, backbone, reward):
+    config = settings(mini_atlas, backbone, reward, f"reward.function={reward}:nan")
+    with pytest.raises(HbaError, match=r"own.py:nan, sample \S+: reward 'score' is nan"):
+        train(tmp_path / "run", config)
+
+
+def test_a_prompt_that_cannot_be_read_is_quarantined_and_the_run_goes_on(tmp_path, mini_atlas, backbone, reward):
+    import shutil
+
+    atlas = tmp_path / "atlas"
+    shutil.copytree(mini_atlas, atlas)
+    clips = sorted(atlas.rglob("*.wav")) + sorted(atlas.rglob("*.mp4"))
+    for clip in clips[: len(clips) // 2]:
+        clip.write_bytes(b"broken")
+    config = settings(atlas, backbone, reward, "train.max_steps=1")
+    with RunFolder.open(tmp_path / "run", config=config, command="train rl", seed=0) as run:
+        local.train_rl(config, run)
+        assert run.quarantine.records()
+    (record,) = logged(tmp_path / "run", "rl")
+    assert record["rollouts"] % 3 == 0
+
+
+def test_evaluations_can_be_compared_prompt_by_prompt(straight):
+    by_step = evaluation.read_evaluations(straight)
+    assert list(by_step) == [0, 2, 4]
+    assert [r["id"] for r in by_step[0]] == [r["id"] for r in by_step[4]] and len(by_step[0]) == 6
+    assert json.loads((straight / "evaluations" / "step_0.jsonl").read_text().splitlines()[0])["greedy"]["score"] >= 0
