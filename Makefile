@@ -10,7 +10,7 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test check bench clean distclean
+.PHONY: install browser demo test check bench clean distclean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -20,15 +20,21 @@ $(STAMP): pyproject.toml constraints-cpu.txt
 	  echo "hba needs Python 3.10, 3.11 or 3.12, but '$(PYTHON)' is $$($(PYTHON) -V 2>&1 | tail -n 1)." \
 	       "Fix: name one, for example 'make PYTHON=python3.12 $(or $(MAKECMDGOALS),install)'." >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints-cpu.txt -e '.[dev,descriptors]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints-cpu.txt -e '.[dev,descriptors,explorer]'
 	@touch $@
 
 demo: $(STAMP)
 	$(BIN)/hba demo $(ARGS)
 
+# The explorer's tests drive a real browser. Where apt can, it is installed; elsewhere the tests say how to get one.
+browser:
+	@command -v chromium chromium-browser google-chrome >/dev/null || { \
+	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq chromium; } \
+	  || echo "No Chromium on the PATH: the explorer's browser tests will be skipped."
+
 # One thread a process: with more, torch's threads fight the other test processes for the same cores.
 # A file stays on one process, so that its module fixtures (a trained tiny model) are made once.
-test: $(STAMP)
+test: $(STAMP) browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 check: $(STAMP)

@@ -50,6 +50,7 @@ def test_every_answer_gets_its_own_verdict_through_every_fault(chat_server, tmp_
     server = chat_server("judge", seed=3, **FAULTS)
     judged = judge(tmp_path / "run", config(server, provider))
     assert {j.id: j.correct for j in judged.judgements} == expected(tmp_path / "run")
+    assert {j.model for j in judged.judgements} == {"m"}
     lines = (tmp_path / "run" / "judgements.jsonl").read_text().splitlines()
     assert len(lines) == 294 == server.stats()["distinct"] and server.stats()["answered_twice"] == 0
 
@@ -192,3 +193,21 @@ def test_offline_similarity_is_named_as_what_it_is(tmp_path, hba):
     assert rows["test/1"] == 1.0 and rows["test/3"] < 0.9 and len(rows) == 30
     code, out, _ = hba("judge", tmp_path / "run", "--offline")
     assert code == 0 and "not comparable" in out
+
+
+def test_from_an_atlas_to_judged_scores(chat_server, tmp_path, mini_atlas, hba):
+    """Predict through one server, judge through another: the questions are those of the rows, whatever the split."""
+    speaker, judge_ = chat_server("kinds"), chat_server("judge")
+    run = tmp_path / "run"
+    atlas = ["--atlas", mini_atlas, "--split", "test[:40]", "--run", run]
+    code, _, err = hba("predict", "m", "--backend", "openai", *atlas, f"remote.base_url={speaker.url}", "--json")
+    assert code == 0, err
+    code, out, err = hba("judge", run, "--model", "j", "--base-url", judge_.url, "--no-cache", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["n"] > 0 and found["n_unjudged"] == 0, err
+    code, out, _ = hba("score", run, "--json")
+    scores = json.loads(out)["tasks"]
+    assert {key: scores[key]["score"] for key in ("SOC", "INT", "NVC") if key in scores} == {
+        key: 0.0 for key in ("SOC", "INT", "NVC") if key in scores
+    }
+    assert json.loads(out)["provenance"]["judge"]["model"] == "j"

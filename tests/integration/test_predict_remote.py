@@ -1,6 +1,7 @@
 """Predictions by a remote model against a server on the loopback: what is sent, and what becomes of the replies."""
 
 import base64
+import importlib.util
 import io
 import json
 
@@ -12,7 +13,7 @@ import soundfile
 from hba import open_atlas
 from hba.atlas.batch import EncodeConfig
 from hba.config import load_config
-from hba.errors import InputError
+from hba.errors import ConfigError, InputError
 from hba.evaluate.backends import open_backend
 from hba.evaluate.config import Opening, PredictConfig
 from hba.evaluate.predict import predict_run
@@ -81,9 +82,10 @@ def run(folder, atlas, server, *overrides, backend="openai", **options):
     return predict_run("m", folder, backend=backend, config=config, **options)
 
 
-def test_the_server_gets_every_kind_of_medium(mini_atlas, chat_server, tmp_path):
+@pytest.mark.parametrize("backend", ["openai", "google"])
+def test_the_server_gets_every_kind_of_medium(mini_atlas, chat_server, tmp_path, backend):
     server = chat_server(brain="kinds")
-    said = run(tmp_path, mini_atlas, server)
+    said = run(tmp_path, mini_atlas, server, backend=backend)
     atlas = {sample.id: sample for sample in open_atlas(mini_atlas, split="test")}
     predictions = read_predictions(tmp_path / "predictions.jsonl")
     assert said.predicted == len(predictions) == len(atlas) == server.stats()["distinct"]
@@ -94,7 +96,7 @@ def test_the_server_gets_every_kind_of_medium(mini_atlas, chat_server, tmp_path)
         assert prediction.tokens_out == 5 and prediction.latency_s >= 0
 
 
-@pytest.mark.parametrize("backend", ["openai", "anthropic"])
+@pytest.mark.parametrize("backend", ["openai", "anthropic", "google"])
 def test_answers_are_extracted_and_the_unusable_count_as_wrong(mini_atlas, chat_server, tmp_path, backend):
     run(tmp_path, mini_atlas, chat_server(brain="choose"), "encode.modalities=[]", backend=backend)
     predictions = read_predictions(tmp_path / "predictions.jsonl")
@@ -143,3 +145,41 @@ def test_another_prompt_is_another_run(mini_atlas, chat_server, tmp_path):
     moved = chat_server()  # a restarted server has another port: the same model, nothing left to ask
     assert run(tmp_path, mini_atlas, moved, "encode.modalities=[]").predicted
     assert moved.stats()["requests"] == 0
+
+
+def test_a_blocked_prompt_is_an_answer_that_counts_as_wrong():
+    from hba.remote.google import Google
+
+    reply = Google().read({"promptFeedback": {"blockReason": "SAFETY"}, "usageMetadata": {"promptTokenCount": 7}})
+    assert (reply.text, reply.finish, reply.tokens_in, reply.tokens_out) == ("", "SAFETY", 7, None)
+    cut = {"candidates": [{"content": {"role": "model"}, "finishReason": "MAX_TOKENS"}]}
+    assert Google().read(cut).finish == "MAX_TOKENS"
+    for nothing in ({}, {"candidates": []}, {"candidates": [{"content": {}}]}):
+        with pytest.raises((KeyError, IndexError, ValueError)):
+            Google().read(nothing)
+
+
+# --- vLLM: what its engine is given; the engine itself needs a GPU ---------------------------------------------------
+
+
+def test_the_engine_gets_what_the_loader_decodes(mini_atlas, backbone):
+    from transformers import Qwen2_5OmniProcessor
+
+    from hba.atlas.answer_format import FormatMix
+    from hba.evaluate.backends.vllm import engine_inputs
+
+    processor = Qwen2_5OmniProcessor.from_pretrained(backbone)
+    sample = seen_and_heard(open_atlas(mini_atlas, split="test"))
+    given = engine_inputs(sample, processor, ENCODE, FormatMix(["boxed"]))
+    assert given["prompt"].count("<|AUDIO|>") == given["prompt"].count("<|VIDEO|>") == 1
+    assert "\\boxed{}" in given["prompt"]
+    ((heard, rate),) = given["multi_modal_data"]["audio"]
+    np.testing.assert_array_equal(heard, sample.load_audios()[0].samples)
+    np.testing.assert_array_equal(given["multi_modal_data"]["video"], [sample.load_videos(2)[0].frames])
+    assert rate == 16000 and "image" not in given["multi_modal_data"]
+
+
+def test_a_missing_engine_says_how_to_get_one(mini_atlas):
+    if importlib.util.find_spec("vllm") is None:
+        with pytest.raises(ConfigError, match=r"vllm cannot be imported.*\[vllm\]"):
+            open_backend("vllm", opening(mini_atlas))

@@ -75,6 +75,26 @@ def test_retry_after_holds_all_requests_back(chat_server):
     assert stats["requests"] - stats["early"] >= 8
 
 
+def test_a_wait_that_is_too_long_stops_the_command(chat_server):
+    server = chat_server(**{"429": 1.0, "retry_after": "3000"})
+    with pytest.raises(ServiceError, match=r"asks to wait 3000 s \(HTTP 429\)"):
+        run(config(server), ["a"])
+
+
+def test_bytes_that_drip_end_with_the_attempt(chat_server):
+    """Each byte comes in time, the whole does not."""
+    server = chat_server(**{"slow": 1.0, "slow_seconds": 4.0, "most_faults": 1})
+    replies, client = run(config(server), ["a"])
+    assert replies["a"].text == "a" and client.meter.retries == {"timeout": 1}
+
+
+def test_an_endless_reply_is_cut_off(chat_server, monkeypatch):
+    monkeypatch.setattr("hba.remote.client.MAX_REPLY_BYTES", 1 << 20)
+    replies, _ = run(config(chat_server()), ["a", "b" * (1 << 20)])
+    assert replies["a"].text == "a"
+    assert "a reply of more than 1 MiB" in str(replies["b" * (1 << 20)])
+
+
 def test_concurrency_grows_to_the_limit_and_no_further(chat_server):
     server = chat_server(latency=0.2)
     _, client = run(config(server, max_concurrency=12), [f"q{i}" for i in range(90)])

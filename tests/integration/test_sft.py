@@ -132,3 +132,13 @@ def test_workers_do_not_change_the_batches(straight, tmp_path, mini_atlas, backb
     run = tmp_path / "workers"
     train(run, settings(mini_atlas, backbone, "loader.workers=2"))
     assert logged(run) == logged(straight)
+
+
+def test_a_run_killed_before_it_named_its_best_checkpoint_names_it_on_resume(straight, tmp_path, mini_atlas, backbone):
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    best = run / "checkpoints" / "best.json"
+    expected = best.read_text()
+    best.unlink()
+    train(run, settings(mini_atlas, backbone))
+    assert best.read_text() == expected

@@ -1,4 +1,4 @@
-"""A chat server on the loopback that speaks both APIs and fails as it is told to. Run as a script of its own.
+"""A chat server on the loopback that speaks all three APIs and fails as it is told to. Run as a script of its own.
 
     python chat.py --seed 3 --brain echo --faults '{"429": 0.05, "drop": 0.02, "retry_after": "0.05"}'
 
@@ -101,7 +101,8 @@ class Server:
         return await self.reply(target, headers, body, digest, fault, writer)
 
     async def reply(self, target, headers, body, digest, fault, writer):
-        asked = json.loads(body) | {"has_key": "authorization" in headers or "x-api-key" in headers}
+        keys = {"authorization", "x-api-key", "x-goog-api-key"}
+        asked = understood(json.loads(body)) | {"has_key": bool(keys & headers.keys())}
         said = json.dumps(shaped(target, asked, self.brain(asked)), ensure_ascii=False).encode()
         if fault == "strange":
             said = b'{"object": "list", "data": []}'
@@ -131,8 +132,25 @@ class Server:
         }
 
 
+def understood(asked):
+    """A request of Google's API with its turns as the others have them."""
+    if "contents" not in asked:
+        return asked
+    kinds = {"audio": "input_audio", "image": "image_url", "video": "video_url"}
+    turns = [
+        [
+            {"type": "text", "text": part["text"]}
+            if "text" in part
+            else {"type": kinds[part["inlineData"]["mimeType"].partition("/")[0]]}
+            for part in turn["parts"]
+        ]
+        for turn in asked["contents"]
+    ]
+    return asked | {"messages": [{"role": "user", "content": content} for content in turns]}
+
+
 def shaped(target, asked, said):
-    """The reply of either API; `said` is a text, or a dict for a structured one."""
+    """The reply of each API; `said` is a text, or a dict for a structured one."""
     text = said if isinstance(said, str) else json.dumps(said)
     prompt = sum(len(json.dumps(message)) for message in asked["messages"]) // 4
     if target.endswith("/messages"):
@@ -142,6 +160,11 @@ def shaped(target, asked, said):
         usage = {"input_tokens": prompt, "output_tokens": 5}
         said = {"content": [block], "stop_reason": "end_turn", "usage": usage}
         return {"type": "message", "model": asked["model"]} | said
+    if target.endswith(":generateContent"):
+        parts = [{"text": "let me see", "thought": True}, {"text": text}]
+        usage = {"promptTokenCount": prompt, "candidatesTokenCount": 3, "thoughtsTokenCount": 2}
+        candidate = {"content": {"role": "model", "parts": parts}, "finishReason": "STOP"}
+        return {"candidates": [candidate], "usageMetadata": usage, "modelVersion": "g"}
     usage = {"prompt_tokens": prompt, "completion_tokens": 5}
     choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
     return {"object": "chat.completion", "model": asked["model"], "choices": [choice], "usage": usage}

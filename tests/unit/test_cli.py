@@ -22,6 +22,7 @@ COMMANDS = {
     "atlas describe": "root --split --audio --video --transcripts --frames-per-second --workers --executor --out-format"
     " --replace --allow-failed --setup --json",
     "train sft": "overrides --config --run --allow-quarantined --json",
+    "transfer": "overrides --config --run --heldout --allow-quarantined --json",
     "merge": "run! out! --dtype --backbone --lora-alpha --json",
     "train lm": "overrides --config --run --allow-quarantined --json",
     "train rl": "overrides --config --algorithm --run --allow-quarantined --json",
@@ -32,6 +33,7 @@ COMMANDS = {
     "judge": "run overrides --model --provider --base-url --atlas --calibrate --offline --out --retry-unjudged"
     " --allow-unjudged --cache --json",
     "report": "run! --atlas --out --json",
+    "explore": "--atlas --runs --host --port --cache --json",
     "compare": "runs! --seeds --allow-other-data --flips --resamples --seed --json",
     "leaderboard": "runs! --out --published --tasks --max-quarantined --allow-other-data --json",
     "tiny": "out! --atlas! --seed --json",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from hba.atlas.rowscan import Catalogue, Use, read_catalogue
 from hba.atlas.split import parse_split, present_splits
 from hba.atlas.survey import Outcome, locate, survey
 from hba.environment import hba_version
+from hba.errors import InputError
 from hba.taxonomy import Taxonomy
 
 Seconds = npt.NDArray[np.float64]
@@ -220,20 +221,41 @@ def _labels(columns: Columns, taxonomy: Taxonomy) -> dict[str, Counts]:
 def _durations(
     catalogue: Catalogue, *, cache: Path | None, workers: int, progress: Callable[[int, int], None] | None
 ) -> Durations:
+    lengths: dict[str, list[float]] = {}
+    unknown = 0
+    for dataset, seconds in _timed(catalogue, cache=cache, workers=workers, progress=progress):
+        if seconds is None:
+            unknown += 1
+        elif seconds > 0:
+            lengths.setdefault(dataset, []).append(seconds)
+    return Durations(datasets={name: np.sort(values) for name, values in lengths.items()}, unknown=unknown)
+
+
+def row_seconds(
+    path: Path, split: str, *, cache: Path, workers: int = 1, taxonomy: Taxonomy | None = None
+) -> list[float | None]:
+    """How long each row of a split lasts, in order: 0 without sounds and clips, None where a length is not known.
+
+    Headers are read with `workers` processes and remembered in the folder `cache`. Raises InputError for a bad row.
+    """
+    catalogue = read_catalogue(path, [split], taxonomy)
+    for finding in catalogue.findings:
+        if finding.level == "error":
+            raise InputError(finding.message, where=finding.where, fix=finding.fix)
+    return [seconds for _, seconds in _timed(catalogue, cache=cache, workers=workers, progress=None)]
+
+
+def _timed(
+    catalogue: Catalogue, *, cache: Path | None, workers: int, progress: Callable[[int, int], None] | None
+) -> Iterator[tuple[str, float | None]]:
+    """The dataset and the length of every row."""
     media, _ = locate(catalogue)
     timed = [medium for medium in media if medium.field in ("audios", "videos")]
     name = hashlib.sha256(str(catalogue.root).encode()).hexdigest()[:16]
     log = None if cache is None else cache / f"headers-{name}.jsonl"
     outcomes = survey(timed, log=log, quick=True, workers=workers, progress=progress)
-    lengths: dict[str, list[float]] = {}
-    unknown = 0
     for asked in catalogue.asked:
-        seconds = _seconds(asked.media, catalogue.uses, outcomes)
-        if seconds is None:
-            unknown += 1
-        elif seconds > 0:
-            lengths.setdefault(asked.dataset, []).append(seconds)
-    return Durations(datasets={name: np.sort(values) for name, values in lengths.items()}, unknown=unknown)
+        yield asked.dataset, _seconds(asked.media, catalogue.uses, outcomes)
 
 
 def _seconds(media: Sequence[int], uses: Sequence[Use], outcomes: Mapping[int, Outcome]) -> float | None:

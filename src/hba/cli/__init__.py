@@ -14,11 +14,13 @@ import typer
 from hba.cli.atlas import atlas_app
 from hba.cli.compare import compare_command, leaderboard_command
 from hba.cli.evaluate import report_command, score_command
+from hba.cli.explore import explore_command
 from hba.cli.judge import JUDGE_EXAMPLE, judge_command
 from hba.cli.predict import predict_command
 from hba.cli.release import MERGE_EXAMPLE, PUSH_EXAMPLE, merge_command, push_command
 from hba.cli.start import demo_command, doctor_command, tiny_command
 from hba.cli.train import SFT_EXAMPLE, train_app
+from hba.cli.transfer import TRANSFER_EXAMPLE, transfer_command
 from hba.errors import HbaError, InputError
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -35,6 +37,7 @@ app = typer.Typer(
 app.command("demo", epilog="Example: hba demo --run runs/demo")(demo_command)
 app.add_typer(atlas_app, name="atlas", epilog="Example: hba atlas mini runs/mini")
 app.add_typer(train_app, name="train", epilog=SFT_EXAMPLE)
+app.command("transfer", epilog=TRANSFER_EXAMPLE)(transfer_command)
 app.command("merge", epilog=MERGE_EXAMPLE)(merge_command)
 app.command("push", epilog=PUSH_EXAMPLE)(push_command)
 app.command("predict", epilog="Example: hba predict runs/demo/sft --atlas runs/demo/atlas")(predict_command)
@@ -43,6 +46,7 @@ app.command("judge", epilog=JUDGE_EXAMPLE)(judge_command)
 app.command("report", epilog="Example: hba report runs/demo/sft")(report_command)
 app.command("compare", epilog="Example: hba compare runs/sft runs/rl")(compare_command)
 app.command("leaderboard", epilog="Example: hba leaderboard runs/sft runs/rl --out board.html")(leaderboard_command)
+app.command("explore", epilog="Example: hba explore --atlas runs/demo/atlas --runs runs")(explore_command)
 app.command("tiny", epilog="Example: hba tiny runs/tiny --atlas runs/mini")(tiny_command)
 app.command("doctor", epilog="Example: hba doctor --json")(doctor_command)
 

@@ -41,6 +41,19 @@ class GenerationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VllmConfig:
+    """How vLLM's offline engine uses the GPUs."""
+
+    tensor_parallel_size: Annotated[int, Field(ge=1)] = option(1, "GPUs that share the model", affects_result=False)
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = option(
+        0.9, "share of each GPU's memory that it takes", affects_result=False
+    )
+    max_model_len: Annotated[int, Field(ge=1)] | None = option(
+        None, "longest prompt and answer in tokens; null: the model's own", affects_result=False
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PredictConfig:
     """How predictions are made. Samples are encoded as in the checkpoint's training unless `encode` is given."""
 
@@ -51,6 +64,7 @@ class PredictConfig:
     encode: EncodeConfig | None = option(None, "how samples become tokens, frames and patches")
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     remote: ClientConfig = field(default_factory=ClientConfig)
+    vllm: VllmConfig = field(default_factory=VllmConfig)
     video: Literal["frames", "file"] = option(
         "frames", "how a remote model gets a clip: encode.num_frames images, or the file itself as video_url"
     )

@@ -20,9 +20,9 @@ from hba.evaluate.predictions import read_predictions
 from hba.evaluate.shards import done_elsewhere
 from hba.remote.client import is_official
 from hba.remote.cost import find_price
+from hba.remote.provider import PROVIDERS
 from hba.storage import read_json
 
-REMOTE = ("openai", "anthropic")
 CHARACTERS_A_TOKEN = 3
 TOKENS_A_PICTURE = 85  # OpenAI's figure for an image at low detail
 AUDIO_BYTES_A_TOKEN = 3200  # ten tokens a second of 16 kHz sound in 16 bits
@@ -99,7 +99,7 @@ def _rough_tokens(opening: Opening) -> np.ndarray[Any, Any]:
 
 
 def _cost(opening: Opening, tokens_in: int, tokens_out: int) -> tuple[float | None, str]:
-    if opening.backend not in REMOTE:
+    if opening.backend not in PROVIDERS:
         return 0.0, "nothing is paid for this backend"
     remote = opening.config.remote
     official = is_official(opening.backend, remote.base_url)

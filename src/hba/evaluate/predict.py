@@ -186,7 +186,7 @@ def _counted(path: Path, atlas: Atlas, total: int, backend: Backend) -> Tally:
 
 
 def _labelled(prediction: Prediction, atlas: Atlas) -> bool:
-    return atlas.taxonomy.dataset(prediction.dataset).domain is not None
+    return not atlas.taxonomy.dataset(prediction.dataset).free_form
 
 
 def forget_failed(path: Path, taxonomy: Taxonomy) -> int:

@@ -25,16 +25,20 @@ CHANNELS: dict[str, tuple[Modality, ...]] = {"text": (), "audio": ("audio",), "v
 class Selection:
     """What of a split is predicted; None leaves everything in.
 
-    At most `per_dataset` rows of each dataset, drawn so that its labels keep their shares (a dataset with fewer rows
-    gives all); then the first `limit` rows. `channels` are those of CHANNELS that reach the model.
+    The rows of `datasets` alone; at most `per_dataset` rows of each dataset, drawn so that its labels keep their shares
+    (a dataset with fewer rows gives all); then the first `limit` rows. `channels` are those of CHANNELS that reach the
+    model.
     """
 
     limit: int | None = None
     per_dataset: int | None = None
     channels: tuple[str, ...] | None = None
+    datasets: tuple[str, ...] | None = None
 
     def rows(self, atlas: Atlas, seed: int = 0) -> Atlas:
         """The chosen rows of `atlas`, in their order. The same seed draws the same rows."""
+        if self.datasets is not None:
+            atlas = atlas.filter(datasets=self.datasets)
         if self.per_dataset is not None:
             codes_N = atlas.columns.dataset_codes
             chosen = []

@@ -26,7 +26,7 @@ def unmapped(predictions: Sequence[Prediction], taxonomy: Taxonomy = BUILTIN) ->
     rows: Counter[str] = Counter()
     said: dict[str, Counter[str]] = {}
     for prediction in predictions:
-        if taxonomy.dataset(prediction.dataset).domain is None:
+        if taxonomy.dataset(prediction.dataset).free_form:
             continue
         rows[prediction.dataset] += 1
         if prediction.label is None and not prediction.failed:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from hba.atlas.batch import IGNORED, Batch
 from hba.config import option
-from hba.errors import InputError
+from hba.errors import ConfigError, InputError
 from hba.model.generate import generate
 from hba.model.heads import DomainHeads, masked_mean
 
@@ -167,7 +167,14 @@ class OmniSapiens(nn.Module):
 
 
 def apply_strategy(model: OmniSapiens, config: ModelConfig) -> OmniSapiens:
-    """Choose what is trained: add LoRA layers if asked, set requires_grad of every parameter. Heads always train."""
+    """Choose what is trained: add LoRA layers if asked, set requires_grad of every parameter. Heads always train.
+
+    Raises ConfigError where a model with LoRA layers is to be trained in another way.
+    """
+    if config.strategy != "lora" and has_lora(model.thinker):
+        fix = "Use model.strategy=lora, or fold the layers in with `hba merge` first."
+        what = f"the model has LoRA layers, which strategy {config.strategy} would lose"
+        raise ConfigError(what, where=config.name, fix=fix)
     choose_trained(model.thinker, config)
     model.heads.requires_grad_(True)
     return model

@@ -46,7 +46,7 @@ Accept = Callable[[Reply], object]
 class ClientConfig:
     """Where requests go, and how patiently."""
 
-    provider: Literal["openai", "anthropic"] = option("openai", "API that the server speaks")
+    provider: Literal["openai", "anthropic", "google"] = option("openai", "API that the server speaks")
     base_url: str | None = option(None, "of the server, such as http://localhost:8000/v1; null: the official one")
     api_key_env: str | None = option(
         None, "environment variable with the key; null: the usual one officially, none elsewhere", affects_result=False

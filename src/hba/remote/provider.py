@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from hba.errors import ConfigError, nearest
 from hba.remote.anthropic import Anthropic
+from hba.remote.google import Google
 from hba.remote.openai import OpenAI
 from hba.remote.request import ChatRequest, Reply
 
@@ -34,7 +35,7 @@ class Provider(Protocol):
         ...
 
 
-PROVIDERS: dict[str, Provider] = {"openai": OpenAI(), "anthropic": Anthropic()}
+PROVIDERS: dict[str, Provider] = {"openai": OpenAI(), "anthropic": Anthropic(), "google": Google()}
 
 
 def provider(name: str) -> Provider:

@@ -19,10 +19,10 @@ HERE = Path(__file__).parent
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 
 
-def environment() -> Environment:
-    """Jinja over the templates of this package, with `words` at hand."""
+def environment(*folders: Path) -> Environment:
+    """Jinja over the templates of `folders` and of this package, with `words` at hand."""
     made = Environment(
-        loader=FileSystemLoader(HERE),
+        loader=FileSystemLoader([*folders, HERE]),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=_clean,

@@ -34,7 +34,7 @@ from hba.train.display import TrainingDisplay
 from hba.train.optimizer_state import restore_optimizer
 from hba.train.plan import Plan
 from hba.train.sharding import gathered, is_sharded, prepare_model
-from hba.train.state import Progress, latest, read_progress, save_state
+from hba.train.state import Progress, latest, read_progress, save_state, settle
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -256,4 +256,6 @@ def _resume(run: RunFolder, model: nn.Module, optimizer: torch.optim.Optimizer, 
         restore_optimizer(checkpoint, model, optimizer)
     if accelerator.is_main_process:
         run.truncate_log(progress.step)
+        if checkpoint is not None:
+            settle(run.checkpoints, progress)
     return progress

@@ -28,6 +28,7 @@ from hba.evaluate.metrics import score
 from hba.evaluate.predict import answerable, predict
 from hba.evaluate.predictions import Prediction
 from hba.model import checkpoint
+from hba.model.chat import backbone_of
 from hba.model.heads import answer_loss
 from hba.model.omni import ModelConfig, OmniOutput, OmniSapiens, apply_strategy
 from hba.process import data_record, prepare_process, start_accelerator
@@ -40,7 +41,7 @@ from hba.train.state import Progress, latest
 
 @dataclass(frozen=True, kw_only=True)
 class SftConfig:
-    """Everything that decides a stage-1 run."""
+    """Everything that decides a stage-1 run. `model.name` may be a run or checkpoint, from which it then starts."""
 
     atlas: str = option(doc="atlas folder, or the hub id of a release")
     model: ModelConfig = field(default_factory=lambda: ModelConfig(name="Qwen/Qwen2.5-Omni-7B"))
@@ -122,7 +123,8 @@ def build_model(config: SftConfig, resume: Path | None, taxonomy: Taxonomy) -> O
 
 def save_checkpoint(model: OmniSapiens, config: SftConfig, folder: Path) -> None:
     """Write the model of a run as a checkpoint that `OmniSapiens.from_pretrained` loads."""
-    checkpoint.save(model, folder, backbone=config.model.name, strategy=config.model.strategy, encode=config.encode)
+    backbone = backbone_of(config.model.name)
+    checkpoint.save(model, folder, backbone=backbone, strategy=config.model.strategy, encode=config.encode)
 
 
 def validate_heads(

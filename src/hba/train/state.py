@@ -62,12 +62,22 @@ def save_state(
         if accelerator.is_main_process:
             write_json(new / "trainer_state.json", asdict(progress))
     if accelerator.is_main_process:
-        if progress.best_step == progress.step:
-            write_json(folder / "best.json", {"step": progress.step, "score": progress.best_score})
-        for step, path in steps(folder):
-            if step not in (progress.step, progress.best_step):
-                shutil.rmtree(path)
+        settle(folder, progress)
     accelerator.wait_for_everyone()
+
+
+def settle(folder: Path, progress: Progress) -> None:
+    """Name the best step in best.json and drop what is neither last nor best.
+
+    Done after each save, and again by a run that resumes: it may have been killed before.
+    """
+    best = {"step": progress.best_step, "score": progress.best_score}
+    named = folder / "best.json"
+    if not named.is_file() or read_json(named) != best:
+        write_json(named, best)
+    for step, path in steps(folder):
+        if step not in (progress.step, progress.best_step):
+            shutil.rmtree(path)
 
 
 @contextmanager

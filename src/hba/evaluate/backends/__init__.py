@@ -15,6 +15,8 @@ MODULES = {
     "heads": "hba.evaluate.backends.heads",
     "openai": "hba.evaluate.backends.remote",
     "anthropic": "hba.evaluate.backends.remote",
+    "google": "hba.evaluate.backends.remote",
+    "vllm": "hba.evaluate.backends.vllm",
     "majority": "hba.evaluate.backends.baselines",
     "random": "hba.evaluate.backends.baselines",
 }

@@ -44,9 +44,10 @@ class Baseline:
         for sample in samples(atlas, rows, done):
             counted = self.counts[sample.dataset]
             answer = next(iter(counted)) if self.name == "majority" else self._drawn(sample.id, counted)
-            labelled = sample.label is not None
-            probs = _probabilities(counted, uniform=self.name == "random") if labelled else None
-            yield Answered(sample, Output(text=answer, answer=answer, label=answer if labelled else None, probs=probs))
+            one_label = sample.label is not None
+            probs = _probabilities(counted, uniform=self.name == "random") if one_label else None
+            label = atlas.taxonomy.canonical_label(sample.dataset, answer)
+            yield Answered(sample, Output(text=answer, answer=answer, label=label, probs=probs))
 
     def _drawn(self, sample_id: str, counted: Mapping[str, int]) -> str:
         return random.Random(f"{self.seed}/{sample_id}").choice(sorted(counted))
@@ -77,9 +78,10 @@ def training_counts(atlas: Atlas) -> dict[str, dict[str, int]]:
     found: dict[str, Counter[str]] = {}
     written: dict[tuple[str, str], Counter[str]] = {}
     for sample in atlas:
-        key = sample.target if sample.label is not None else plain(sample.answer)
+        label = atlas.taxonomy.canonical_label(sample.dataset, sample.answer)
+        key = label or plain(sample.answer)
         found.setdefault(sample.dataset, Counter())[key] += 1
-        written.setdefault((sample.dataset, key), Counter())[sample.target] += 1
+        written.setdefault((sample.dataset, key), Counter())[label or sample.answer] += 1
     counts = {}
     for dataset, counter in sorted(found.items()):
         ranked = sorted(counter.items(), key=lambda entry: (-entry[1], entry[0]))

@@ -42,3 +42,4 @@ def by_dataset(verdicts: Mapping[str, Sequence[Verdict]], *, published: bool = F
         if unknown:
             found[key][f"{METRIC}_bounds"] = list(bounds(values) or ())
     return found
+

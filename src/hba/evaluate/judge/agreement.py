@@ -121,3 +121,4 @@ def _text(record: Mapping[str, Any], name: str, where: str) -> str:
     if not isinstance(value, str) or not value:
         raise InputError(f"expected a text, found {value!r}", where=f"{where}, {name}", fix="Write one.")
     return value
+

@@ -23,7 +23,10 @@ PLACE = "base_url"  # where the judge ran may differ, what it is may not
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
-    """A verdict on one answer. Token counts are over all attempts, None if the server did not say them all."""
+    """A verdict on one answer. Token counts are over all attempts, None if the server did not say them all.
+
+    `model` is the version that the server says has answered, which a name such as gpt-5-nano leaves open.
+    """
 
     id: str
     dataset: str
@@ -34,6 +37,7 @@ class Judgement:
     attempts: int
     tokens_in: int | None
     tokens_out: int | None
+    model: str | None = None
 
     def __post_init__(self) -> None:
         if (self.correct is None) == (self.error is None):

@@ -187,6 +187,7 @@ def _judgement(
         attempts=len(replies),
         tokens_in=_total([reply.tokens_in for reply in replies]),
         tokens_out=_total([reply.tokens_out for reply in replies]),
+        model=replies[-1].model if replies else None,
     )
 
 

@@ -1,0 +1,199 @@
+"""What the explorer's server answers, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import httpx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hba import open_atlas
+from hba.atlas.convert import convert_atlas
+from hba.explorer.app import create_app
+from hba.explorer.decode import Decoder
+from hba.explorer.serve_media import MAX_RANGE_BYTES, parse_range
+
+
+def sound_row(served):
+    return next(s for s in open_atlas(served.atlas, split="test") if s.audios)
+
+
+def test_ranges_of_a_medium_are_its_bytes(served):
+    row = sound_row(served)
+    whole = (served.atlas / open_atlas(served.atlas, split="test").row(row.number).audios[0]).read_bytes()
+    address = f"/media/test/{row.number}/audios/0"
+    assert served.get(address).content == whole
+    part = served.get(address, headers={"range": "bytes=10-19"})
+    assert (part.status_code, part.content) == (206, whole[10:20])
+    assert part.headers["content-range"] == f"bytes 10-19/{len(whole)}"
+    assert served.get(address, headers={"range": "bytes=-4"}).content == whole[-4:]
+    beyond = (f"bytes={len(whole)}-", "bytes=" + "9" * 40 + "-")
+    for asked in (*beyond, "bytes=5-2", "bytes=-0", "bytes=0-1,3-4", "lines=1-2"):
+        assert served.get(address, headers={"range": asked}).status_code == 416, asked
+
+
+def test_media_come_out_of_shards_as_out_of_files(served, serve, tmp_path):
+    convert_atlas(served.atlas, tmp_path / "shards", to="parquet", workers=1, splits=["test"])
+    row = sound_row(served)
+    app = create_app(atlas=tmp_path / "shards", runs=None, cache_folder=tmp_path / "cache")
+    with serve(app) as url:
+        address = f"/media/test/{row.number}/audios/0"
+        assert httpx.get(url + address).content == served.get(address).content
+        part = httpx.get(url + address, headers={"range": "bytes=3-8"})
+        assert part.content == served.get(address).content[3:9]
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "/media/test/0/audios/99", "/media/test/99999/audios/0", "/media/../0/audios/0", "/media/nosplit/0/audios/0",
+        "/media/test/0/problem/0", "/media/test/0/..%2f..%2fetc/0", "/media/test/0/%2e%2e/0", "/static/..%2fapp.py",
+        "/static/../app.py", "/run?run=../atlas", "/run?run=/etc", "/scores?run=%2e%2e%2fatlas",
+        "/predictions?a=nobody",
+        "/prediction?split=test&id=forged", "/picture/source/test/0/audios/0", "/sample/test/-1", "/atlas?page=0",
+        "/atlas?page=x", "/atlas?least=x", "/predictions?a=a&verdict=1%3D1", "/snapshot?of=http://elsewhere/atlas",
+        "/snapshot?of=/static/explorer.js", "/snapshot?of=/media/test/0/audios/0",
+    ],
+)  # fmt: skip
+def test_forged_names_are_refused(served, address):
+    request = httpx.Request("GET", served.url)
+    # Not through httpx's own URL, which would tidy '..' away before it is sent.
+    target = address.encode()
+    url = request.url.copy_with(raw_path=target)
+    with httpx.Client(timeout=60) as client:
+        answer = client.send(httpx.Request("GET", url, extensions={"target": target}))
+    assert answer.status_code == 404
+    assert "root:" not in answer.text and "def create_app" not in answer.text
+
+
+def test_a_medium_that_leads_outside_is_not_served(serve, tmp_path):
+    atlas = tmp_path / "atlas"
+    atlas.mkdir()
+    (tmp_path / "secret.wav").write_bytes(b"RIFF" + bytes(60))
+    row = {"problem": "x", "answer": "sarcasm", "dataset": "mmsd", "task": "sarcasm_cls",
+           "modality_signature": "text_audio", "audios": ["link.wav"]}  # fmt: skip
+    (atlas / "link.wav").symlink_to(tmp_path / "secret.wav")
+    (atlas / "test.jsonl").write_text(json.dumps(row) + "\n")
+    app = create_app(atlas=atlas, runs=None, cache_folder=tmp_path / "cache")
+    with serve(app) as url:
+        answer = httpx.get(url + "/media/test/0/audios/0")
+    assert answer.status_code != 200 and b"RIFF" not in answer.content
+
+
+@pytest.mark.parametrize(
+    "headers, status",
+    [
+        ({"origin": "http://evil.example"}, 403),
+        ({"origin": "null"}, 403),
+        ({"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"}, 403),
+        ({"sec-fetch-site": "same-site", "sec-fetch-mode": "cors"}, 403),
+        ({"host": "evil.example"}, 421),
+        ({"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}, 200),
+        ({"sec-fetch-site": "same-origin"}, 200),
+    ],
+)
+def test_other_sites_are_refused(served, headers, status):
+    assert served.get("/atlas", headers=headers).status_code == status
+
+
+def test_another_site_cannot_save_a_verdict(served):
+    before = (served.runs / "a" / "human_verdicts.jsonl").exists()
+    form = {"run": "a", "id": "test/0", "decision": "right"}
+    for headers in ({"origin": "http://evil.example"}, {"sec-fetch-site": "cross-site"}):
+        assert httpx.post(served.url + "/judge", data=form, headers=headers).status_code == 403
+    assert (served.runs / "a" / "human_verdicts.jsonl").exists() == before
+
+
+@pytest.mark.parametrize(
+    "form, status",
+    [({"run": "../x", "id": "1", "decision": "right"}, 404), ({"run": "a", "id": "forged", "decision": "right"}, 404),
+     ({"run": "a", "id": "test/0", "decision": "maybe"}, 404), ({"run": "a", "id": "x" * 20_000}, 413)],
+)  # fmt: skip
+def test_forged_verdicts_are_refused(served, form, status):
+    assert httpx.post(served.url + "/judge", data=form).status_code == status
+
+
+def test_beyond_loopback_a_token_is_needed(served, serve, tmp_path):
+    app = create_app(atlas=None, runs=served.runs, cache_folder=tmp_path, token="secret")
+    headers = {"host": "machine.example:8377"}
+    with serve(app) as url, httpx.Client(base_url=url, headers=headers) as client:
+        assert client.get("/runs").status_code == 401
+        assert client.get("/runs?token=wrong").status_code == 401
+        first = client.get("/runs?token=secret")
+        assert first.status_code == 303 and "secret" not in first.headers["location"]
+        assert "HttpOnly" in first.headers["set-cookie"] and "SameSite=strict" in first.headers["set-cookie"]
+        assert client.get("/runs").status_code == 200
+
+
+def test_every_answer_binds_the_browser(served):
+    for address in ("/atlas", "/static/explorer.js", f"/media/test/{sound_row(served).number}/audios/0"):
+        headers = served.get(address).headers
+        assert headers["x-content-type-options"] == "nosniff"
+        assert "default-src 'none'" in headers["content-security-policy"]
+
+
+def test_a_snapshot_stands_alone(served):
+    answer = served.get("/snapshot?of=/scores?run=a")
+    assert "attachment" in answer.headers["content-disposition"]
+    for loaded in ("<script", "src=\"/", "href=", "<form", "hx-get", "<link"):
+        assert loaded not in answer.text
+    assert "<style>" in answer.text and "Confusion" in answer.text
+
+
+def test_media_that_cannot_be_read_are_named_not_played(served):
+    broken = next(s for s in open_atlas(served.atlas, split="test") if s.audios)
+    path = served.atlas / open_atlas(served.atlas, split="test").row(broken.number).audios[0]
+    whole = path.read_bytes()
+    try:
+        path.write_bytes(whole[:20])
+        answer = served.get(f"/picture/sound/test/{broken.number}/audios/0")
+        assert answer.status_code == 200 and "alert" in answer.text and "test.jsonl" in answer.text
+        path.write_bytes(b"")
+        assert served.get(f"/media/test/{broken.number}/audios/0").status_code == 404
+    finally:
+        path.write_bytes(whole)
+
+
+def test_a_crashing_decoder_costs_one_picture(tmp_path):
+    decoder = Decoder()
+    try:
+        from hba.errors import MediaError
+
+        with pytest.raises(MediaError, match="crashes its decoder"):
+            decoder.call(end_the_process, b"x", "here")
+        assert decoder.call(size_of, b"xyz", "here") == 3
+    finally:
+        decoder.close()
+
+
+def end_the_process(source, where):
+    import os
+
+    os._exit(9)
+
+
+def size_of(source, where):
+    return len(source)
+
+
+def test_an_index_is_used_again_and_follows_the_rows(serve, tmp_path):
+    atlas = tmp_path / "atlas"
+    atlas.mkdir()
+    line = json.dumps({"problem": "x", "answer": "sarcasm", "dataset": "mmsd", "task": "sarcasm_cls",
+                       "modality_signature": "text"}) + "\n"  # fmt: skip
+    (atlas / "test.jsonl").write_text(line * 3)
+    for rows in (3, 3, 4):
+        (atlas / "test.jsonl").write_text(line * rows) if rows == 4 else None
+        app = create_app(atlas=atlas, runs=None, cache_folder=tmp_path / "cache")
+        with serve(app) as url:
+            assert f"{rows} samples" in httpx.get(url + "/atlas").text
+    assert len(list((tmp_path / "cache" / "explorer").glob("*.sqlite"))) == 2
+    assert all(Path(p).stat().st_mode & 0o077 == 0 for p in (tmp_path / "cache" / "explorer").glob("*.sqlite"))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(alphabet="bytes=-0123456789, ", max_size=24), st.integers(1, 10**12))
+def test_a_range_is_within_the_medium_or_refused(asked, size):
+    span = parse_range(asked, size)
+    assert span is None or (0 <= span.start < span.stop <= size and span.stop - span.start <= MAX_RANGE_BYTES)
