@@ -46,6 +46,22 @@ def model(backbone):
 
 
 @pytest.fixture
+def hba(monkeypatch, capfd):
+    """Call the entry point in this process: exit code, standard output, standard error."""
+    from hba.cli import main
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["hba", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        out, err = capfd.readouterr()
+        return stop.value.code or 0, out, err
+
+    return call
+
+
+@pytest.fixture
 def chat_server():
     """Start chat servers of tests/servers/chat.py: `chat_server(brain="echo", seed=0, **faults)`.
 

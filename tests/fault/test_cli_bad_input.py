@@ -50,21 +50,6 @@ def errors(stderr):
 
 
 @pytest.fixture
-def hba(monkeypatch, capfd):
-    """Call the entry point in this process: exit code, standard output, standard error."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["hba", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, err = capfd.readouterr()
-        return stop.value.code or 0, out, err
-
-    return call
-
-
-@pytest.fixture
 def expect(hba):
     """Call a command that must be refused, with `message` (a pattern) in its one error; returns standard error."""
 

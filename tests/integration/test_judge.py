@@ -1,12 +1,10 @@
 """`hba judge` against servers that judge well, are misled by the answers, or fail."""
 
 import json
-import sys
 
 import pytest
 from free_form_run import make_run
 
-from hba.cli import main
 from hba.errors import InputError
 from hba.evaluate.judge.judgements import read_judgements
 from hba.evaluate.judge.run import JudgeConfig, judge_run
@@ -29,19 +27,6 @@ def expected(run):
     """What a compliant judge says, by id."""
     lines = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     return {p["id"]: p["answer"].lower() == p["target"] for p in lines if p["answer"]}
-
-
-@pytest.fixture
-def hba(monkeypatch, capfd):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["hba", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, err = capfd.readouterr()
-        return stop.value.code, out, err
-
-    return call
 
 
 @pytest.mark.parametrize("provider", ["openai", "anthropic"])

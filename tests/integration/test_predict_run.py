@@ -18,22 +18,6 @@ from hba.evaluate.shards import launched_shard, parse_shard
 ASKED = ("remote.first_backoff_seconds=0.01", "encode.modalities=[]")
 
 
-@pytest.fixture
-def hba(monkeypatch, capfd):
-    """Call the entry point in this process: exit code, standard output, standard error."""
-    from hba.cli import main
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["hba", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, err = capfd.readouterr()
-        return stop.value.code or 0, out, err
-
-    return call
-
-
 def predictions(run):
     return {p.id: p for p in read_predictions(Path(run) / "predictions.jsonl")}
 

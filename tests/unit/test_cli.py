@@ -9,7 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from hba.cli import app, main
+from hba.cli import app
 
 # Every command with its arguments and options, `!` behind what is required. A change here is a change for users.
 COMMANDS = {
@@ -53,21 +53,6 @@ def commands(command, path=()):
     for name, inner in command.commands.items():
         found |= commands(inner, (*path, name))
     return found
-
-
-@pytest.fixture
-def hba(monkeypatch, capfd):
-    """Call the entry point in this process: exit code, standard output, standard error."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["hba", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, err = capfd.readouterr()
-        return stop.value.code, out, err
-
-    return call
 
 
 def python(*arguments):
