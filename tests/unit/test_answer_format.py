@@ -17,12 +17,12 @@ WORDS = st.text(st.characters(categories=("L", "N", "Zs")), min_size=1).map(str.
 
 @given(WORDS, WORDS)
 def test_the_extractor_reads_every_bundled_format(answer, reasoning):
-    for name in ("plain", "boxed", "think"):
+    for name in ("plain", "boxed", "think", "terse"):
         assert extract(AnswerFormat(name).response(answer, reasoning)) == answer.lower().strip()
 
 
-def test_bundled_formats_are_those_three_and_plain_changes_nothing():
-    assert sorted(path.stem for path in FORMATS.glob("*.jinja")) == ["boxed", "plain", "think"]
+def test_bundled_formats_are_known_and_plain_changes_nothing():
+    assert sorted(path.stem for path in FORMATS.glob("*.jinja")) == ["boxed", "plain", "terse", "think"]
     problem = "<video>Is this {{ sarcasm }}?\n"
     assert AnswerFormat("plain").prompt(problem) == problem
     assert AnswerFormat("plain").response("not sarcasm") == "not sarcasm"
