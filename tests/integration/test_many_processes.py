@@ -1,5 +1,6 @@
 """Stage 1 on two processes (gloo): the losses of one process, sharded or not, and resume on another number of them."""
 
+import json
 import os
 import shutil
 import signal
@@ -39,7 +40,8 @@ def start(run, atlas, backbone, *overrides, processes=1):
     shared = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     ranks = [shared | {"WORLD_SIZE": str(processes), "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(processes)]
     places = ranks if processes > 1 else [{}]
-    return [subprocess.Popen(command, env=os.environ | place, stderr=subprocess.PIPE) for place in places]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return [subprocess.Popen(command, env=os.environ | place, **pipes) for place in places]
 
 
 def train(*arguments, **options):
@@ -100,9 +102,21 @@ def sharded(tmp_path_factory, mini_atlas, backbone):
     return run
 
 
-def test_two_processes_give_the_losses_of_one(one, tmp_path, mini_atlas, backbone):
-    train(tmp_path / "two", mini_atlas, backbone, processes=2)
-    assert_same_training(tmp_path / "two", one)
+def test_two_processes_of_accelerate_give_the_losses_of_one(one, tmp_path, mini_atlas, backbone):
+    run = tmp_path / "two"
+    launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    quiet = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = ["-m", "hba", "train", "sft", "--json", "--run", str(run)]
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, *quiet, *command, f"atlas={mini_atlas}", f"model.name={backbone}", *SMALL],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["step"] == 6  # one rank alone answers
+    assert_same_training(run, one)
 
 
 def test_two_sharded_processes_give_the_losses_of_one(one, sharded):

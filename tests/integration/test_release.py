@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +16,13 @@ from transformers import AutoConfig, AutoProcessor, Qwen2_5OmniThinkerForConditi
 from hba import open_atlas
 from hba.atlas.batch import EncodeConfig, Encoder, collate
 from hba.errors import InputError
-from hba.model import OmniSapiens, checkpoint
+from hba.model import OmniSapiens, chat, checkpoint
 from hba.model.heads import masked_mean
 from hba.model.merge import merge_checkpoint, merge_released
 from hba.model.omni import ModelConfig, apply_strategy
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import tiny_chat
 
 ENCODE = EncodeConfig(num_frames=4, min_pixels=3136, max_pixels=3136)
 Thinker = Qwen2_5OmniThinkerForConditionalGeneration
@@ -102,6 +107,25 @@ def test_nothing_is_overwritten_and_a_backbone_is_refused(lora, merged, backbone
         merge_checkpoint(lora[1], merged)
     with pytest.raises(InputError, match="nothing to merge"):
         merge_checkpoint(backbone, tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", tiny_chat.FAMILIES)
+def test_a_chat_model_is_merged_as_its_own_class(family, backbone, tmp_path):
+    """What generative SFT of a model other than Qwen2.5-Omni leaves."""
+    torch.manual_seed(0)
+    name = str(tiny_chat.build(family, backbone, tmp_path / "base"))
+    model = chat.prepare(chat.load(name, dtype="float32"), ModelConfig(name=name, lora_r=4))
+    chat.save(shaken(model), tmp_path / "ck", backbone=name, strategy="lora", encode=ENCODE)
+    merge_checkpoint(tmp_path / "ck", tmp_path / "out", dtype="float32")
+    plain = type(model.transformer).from_pretrained(tmp_path / "out").eval()
+    tokens = torch.arange(5, 25)[None]
+    with torch.inference_mode():
+        ours, theirs = (m(input_ids=tokens).logits for m in (plain, model.transformer))
+        base = chat.load(name, dtype="float32").transformer.eval()(input_ids=tokens).logits
+    assert torch.allclose(ours, theirs, atol=1e-4)
+    assert not torch.allclose(base, theirs, atol=1e-2)
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    assert AutoProcessor.from_pretrained(tmp_path / "out").chat_template == model.processor.chat_template
 
 
 # --- what the authors released ---------------------------------------------------------------------------------------

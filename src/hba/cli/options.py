@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,7 +39,9 @@ def recipe_path(name: str | None) -> Path | None:
 
 
 def answer(result: dict[str, Any], *, as_json: bool, show: Callable[[], None]) -> None:
-    """Print `result` as JSON, or call `show`."""
+    """Print `result` as JSON, or call `show`; once, although a launcher runs the command on several ranks."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     if as_json:
         sys.stdout.write(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     else:

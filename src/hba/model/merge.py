@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hba.atlas.batch import EncodeConfig
 from hba.errors import InputError
-from hba.model import checkpoint
+from hba.model import chat, checkpoint
 from hba.model.omni import OmniSapiens
 from hba.model.released import load_released
 from hba.storage import atomic_folder, write_json
@@ -37,9 +37,12 @@ def merge_checkpoint(path: str | Path, out: Path, *, dtype: str = "bfloat16") ->
     if folder is None:
         raise InputError("a plain backbone: nothing to merge", where=str(path), fix="Name a run or a checkpoint.")
     require_free(out)
-    model = checkpoint.load(folder, dtype="float32")
+    card, wanted = checkpoint.read_card(folder), checkpoint.resolve_dtype(dtype)
     with atomic_folder(out) as new:
-        write_full(model, new, dtype=checkpoint.resolve_dtype(dtype), card=checkpoint.read_card(folder))
+        if card["columns"] is None and not _is_thinker(folder, card):
+            _merge_chat_model(folder, new, wanted, card)
+        else:
+            write_full(checkpoint.load(folder, dtype="float32"), new, dtype=wanted, card=card)
         for name in BESIDE:
             if (folder / name).is_dir():
                 shutil.copytree(folder / name, new / name)
@@ -76,6 +79,27 @@ def write_full(model: OmniSapiens, folder: Path, *, dtype: torch.dtype, card: di
         thinker.generation_config.save_pretrained(folder)
     model.processor.save_pretrained(folder)
     write_json(folder / checkpoint.CARD, {**card, "strategy": "full"})
+
+
+def _is_thinker(folder: Path, card: dict[str, Any]) -> bool:
+    from transformers import AutoConfig
+
+    name = folder if card["strategy"] == "full" else card["backbone"]
+    return str(AutoConfig.from_pretrained(name).model_type).startswith("qwen2_5_omni")
+
+
+def _merge_chat_model(folder: Path, out: Path, dtype: torch.dtype, card: dict[str, Any]) -> None:
+    """What generative training made of any other chat model, as transformers writes its class."""
+    from peft import PeftModel
+
+    whole = card["strategy"] == "full"
+    model = chat.load(folder if whole else card["backbone"], dtype="float32")
+    transformer = model.transformer
+    if not whole:
+        transformer = PeftModel.from_pretrained(transformer, folder).merge_and_unload(safe_merge=True)
+    transformer.to(dtype).save_pretrained(out)
+    model.processor.save_pretrained(out)
+    write_json(out / checkpoint.CARD, {**card, "strategy": "full"})
 
 
 def fold_lora(module: Any) -> Any:
