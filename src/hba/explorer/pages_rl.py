@@ -34,7 +34,7 @@ def rl(request: Request) -> Response:
 
 
 def _charts(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A chart for every figure of a log line of the kind `rl`, one line a task where it is given by task."""
+    """The charts of every figure of the steps, one a task."""
     series: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for event in events:
         for group, name, value in _figures(event):
@@ -44,14 +44,17 @@ def _charts(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _figures(event: dict[str, Any]) -> list[tuple[str, str, float]]:
-    found = []
-    for task, figures in (event.get("tasks") or {}).items():
-        if isinstance(figures, dict):
-            found += [(task, name, v) for name, value in figures.items() if (v := finite(value)) is not None]
-    for name, value in (event.get("figures") or {}).items():
-        if (v := finite(value)) is not None:
-            found.append(("all", name, v))
-    return found
+    """(task, name, value) of everything that a step's line says; `all` stands for the mean over all tasks."""
+    if event.get("kind") != "rl":
+        return []
+    whole = {name: value for name, value in event.items() if name not in ("step", "samples_seen")}
+    groups = {"all": whole, **(event.get("tasks") or {})}
+    return [
+        (task, name, known)
+        for task, figures in groups.items()
+        for name, value in figures.items()
+        if (known := finite(value)) is not None
+    ]
 
 
 def _lines(name: str, lines: dict[str, list[tuple[float, float]]], last: int) -> list[dict[str, Any]]:

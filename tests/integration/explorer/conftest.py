@@ -78,6 +78,15 @@ def make_runs(root, atlas_root):
         write_lines(run / "judgements.jsonl", [asdict(judgement(r)) for r in free])
         (run / "judge.json").write_text(json.dumps({"model": "judge-1"}))
         score_run(run, resamples=100)
+    steps = [{"step": i, "kind": "rl", "score": i / 9, "tasks": {"HUM": {"score": i / 9, "abs_advantage": 0.5}}}
+             for i in range(1, 9)]  # fmt: skip
+    (root / "rl").mkdir()
+    write_lines(root / "rl" / "log.jsonl", steps)
+    write_lines(root / "rl" / "rollouts.jsonl", [
+        {"step": i, "id": "test/1", "task": "HUM", "dataset": "urfunny", "group": "g", "prompt": HOSTILE,
+         "target": "humour", "response": f"{HOSTILE} {i}", "tokens": 7, "parts": {"score": 0.25}, "advantage": -0.5}
+        for i in (1, 8)
+    ])  # fmt: skip
     quarantined = {"id": "test/3", "split": "test", "dataset": "cremad", "where": f"test.jsonl:4 {HOSTILE}",
                    "field": "audios", "reason": "is cut off"}  # fmt: skip
     write_lines(root / "a" / "quarantine.jsonl", [quarantined])

@@ -121,8 +121,15 @@ def test_curves_move_while_a_run_goes_on(served, page):
     until(page, f"document.querySelector('polyline').getAttribute('points') != '{before}'")
 
 
+def test_rollouts_of_a_prompt_and_the_curves_of_each_task(served, page):
+    page.goto(served.url + "/rl?run=rl")
+    assert page.locator("tbody tr").count() == 2
+    assert "-0.500" in page.inner_text("tbody") and "score 0.25" in page.inner_text("tbody")
+    assert {"all", "HUM"} <= {text.split()[0] for text in page.locator(".chart-title").all_inner_texts()}
+
+
 def test_hostile_text_stays_text(served, page):
-    for address in ("/atlas?q=owned", "/predictions?a=a", "/judge?run=a", "/quarantine", "/sample/test/0"):
+    for address in ("/atlas?q=owned", "/predictions?a=a", "/judge?run=a", "/quarantine", "/sample/test/0", "/rl"):
         page.goto(served.url + address)
         assert "document.title=" in page.content()
         assert "owned" not in page.title()
