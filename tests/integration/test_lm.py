@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import tiny_chat
 
 SMALL = [
-    *("model.strategy=full", "model.dtype=float32", "train.epochs=1", "train.batch_size=16", "train.log_every=1"),
-    *("train.learning_rate=2e-3", "train.validate_every=5", "encode.num_frames=2", "encode.max_pixels=3136"),
-    *("validation_split=validation[:16]", "loader.workers=0"),
+    *("model.strategy=full", "model.dtype=float32", "train.epochs=1", "train.batch_size=8", "train.log_every=1"),
+    *("train.learning_rate=2e-3", "train.validate_every=4", "encode.num_frames=2", "encode.max_pixels=3136"),
+    *("train_split=train[:72]", "validation_split=validation[:16]", "loader.workers=0"),
 ]
 
 
@@ -55,7 +55,7 @@ def straight(tmp_path_factory, mini_atlas, backbone):
 
 def test_the_loss_falls_and_validation_scores_the_response_tokens(straight):
     losses = [record["loss"] for record in logged(straight)]
-    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
     validations = logged(straight, "validation")
     assert validations[-1]["loss"] < validations[0]["loss"]
     assert 0 < validations[-1]["metrics"]["token_accuracy"] < 1
@@ -93,11 +93,11 @@ def test_kill_and_resume_give_the_weights_of_an_uninterrupted_run(straight, tmp_
     command = [sys.executable, "-m", "hba", "train", "lm", "--run", str(run), *config]
     process = subprocess.Popen(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not (run / "checkpoints" / "step_5").is_dir() and time.monotonic() < deadline:
+    while not (run / "checkpoints" / "step_4").is_dir() and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert (run / "checkpoints" / "step_5").is_dir()
+    assert (run / "checkpoints" / "step_4").is_dir()
     subprocess.run(command, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stderr=subprocess.DEVNULL)
     expected = weights(straight)
     for name, tensor in weights(run).items():

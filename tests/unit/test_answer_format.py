@@ -78,7 +78,8 @@ def test_a_mix_gives_every_format_its_share_and_a_sample_always_the_same():
     assert 0.45 < names.count("think") / len(names) < 0.55
     again = pickle.loads(pickle.dumps(mix))
     assert names == [again.format_of(sample(i)).name for i in range(2000)]
-    assert names != [FormatMix(mix.names, seed=4).format_of(sample(i)).name for i in range(2000)]
+    other = FormatMix(mix.names, seed=4)
+    assert names != [other.format_of(sample(i)).name for i in range(2000)]
     asked = {mix.answer(sample(i)) for i in range(50)}
     assert asked == {"sad", "<think>Low voice.</think>\n\\boxed{sad}"}
 

@@ -188,7 +188,7 @@ class ChatEncoder:
         return samples / SAMPLING_RATE if same else None
 
 
-_FILTER = "Leave the modality out: encode.modalities=[image, video] or the like; or use another model."
+_FILTER = "Leave the modality out: encode.modalities=[image, video] or the like (hba predict: --modalities video)."
 
 
 def _as_frames(messages: list[Message], media: Media) -> tuple[list[Message], Media]:

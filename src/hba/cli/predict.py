@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from hba.evaluate.estimate import Estimate
     from hba.evaluate.predict import PredictSummary
 
-BACKENDS = "heads (a checkpoint), openai (any compatible server), anthropic, google, vllm, majority or random"
+BACKENDS = "heads (a checkpoint), hf (chat models), openai (or compatible), anthropic, google, vllm, majority or random"
 
 
 def predict_command(

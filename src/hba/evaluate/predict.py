@@ -22,7 +22,7 @@ from hba.atlas.batch import EncodeConfig
 from hba.atlas.sample import Quarantined
 from hba.atlas.sampler import Indices
 from hba.errors import InputError
-from hba.evaluate.backends import detect, open_backend
+from hba.evaluate.backends import LOCAL, detect, open_backend
 from hba.evaluate.backends.interface import Answered, Backend
 from hba.evaluate.config import Opening, PredictConfig
 from hba.evaluate.groups import sample_groups
@@ -138,7 +138,7 @@ def open_rows(
     """The chosen rows, and how they reach the model. Raises InputError for a bad atlas or selection."""
     name = backend or detect(model)
     rows = selection.rows(open_atlas(atlas, split=split))
-    encode = config.encode or (checkpoint.encode_config(model) if name == "heads" else None) or EncodeConfig()
+    encode = config.encode or (checkpoint.encode_config(model) if name in LOCAL else None) or EncodeConfig()
     chosen = selection.media(encode)
     return Opening(model=model, backend=name, place=atlas, atlas=rows, config=config, encode=chosen)
 

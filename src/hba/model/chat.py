@@ -69,9 +69,11 @@ class ChatModel(nn.Module):
             raise InputError(f"{type(self.transformer).__name__} does not use its language head", fix="Use another.")
         return logits_NV
 
-    def generate(self, batch: Batch, *, max_new_tokens: int, temperature: float = 0.0) -> list[Said]:
+    def generate(
+        self, batch: Batch, *, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0
+    ) -> list[Said]:
         """One answer a sample, greedy at temperature 0."""
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
         return generate(self.transformer, self.processor, batch.inputs, **options)
 
 

@@ -35,25 +35,32 @@ class SaidTokens(NamedTuple):
     lengths: list[int]
 
 
-def generate(
-    model: Any, processor: Any, inputs: Mapping[str, Tensor], *, max_new_tokens: int, temperature: float = 0.0
-) -> list[Said]:
-    """One answer for each left-padded row of `inputs`, greedy at temperature 0."""
-    said = generate_tokens(model, processor, inputs, max_new_tokens=max_new_tokens, temperature=temperature)
+def generate(model: Any, processor: Any, inputs: Mapping[str, Tensor], **options: Any) -> list[Said]:
+    """One answer for each left-padded row of `inputs`; `options` are those of `generate_tokens`."""
+    said = generate_tokens(model, processor, inputs, **options)
     texts = processor.tokenizer.batch_decode(said.ids_BL, skip_special_tokens=True)
     return [Said(text, tokens) for text, tokens in zip(texts, said.lengths, strict=True)]
 
 
 @torch.inference_mode()
 def generate_tokens(
-    model: Any, processor: Any, inputs: Mapping[str, Tensor], *, max_new_tokens: int, temperature: float = 0.0
+    model: Any,
+    processor: Any,
+    inputs: Mapping[str, Tensor],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
 ) -> SaidTokens:
-    """`generate`, before its tokens become text."""
+    """`generate`, before its tokens become text: greedy at temperature 0.
+
+    Sampling is from the most probable tokens that together have the share `top_p` of the probability.
+    """
     tokenizer = processor.tokenizer
     ends = _end_token_ids(model, processor)
     sampling: dict[str, Any] = {"do_sample": temperature > 0, "top_k": None, "top_p": None, "temperature": None}
     if temperature > 0:
-        sampling |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+        sampling |= {"temperature": temperature, "top_k": 0, "top_p": top_p}
     tokens_BT = model.generate(
         **inputs,
         max_new_tokens=max_new_tokens,

@@ -13,6 +13,7 @@ from hba.evaluate.config import Opening
 
 MODULES = {
     "heads": "hba.evaluate.backends.heads",
+    "hf": "hba.evaluate.backends.hf",
     "openai": "hba.evaluate.backends.remote",
     "anthropic": "hba.evaluate.backends.remote",
     "google": "hba.evaluate.backends.remote",
@@ -20,6 +21,8 @@ MODULES = {
     "majority": "hba.evaluate.backends.baselines",
     "random": "hba.evaluate.backends.baselines",
 }
+
+LOCAL = ("heads", "hf")  # over checkpoints of ours, which say how their samples were encoded
 
 
 def open_backend(name: str, opening: Opening) -> Backend:
@@ -31,5 +34,13 @@ def open_backend(name: str, opening: Opening) -> Backend:
 
 
 def detect(model: str) -> str:
-    """The backend for `model` when none is named: a baseline by its name, else heads, which refuses what has none."""
-    return model if model in ("majority", "random") else "heads"
+    """The backend for `model` when none is named: a baseline by its name, else what its checkpoint was trained for.
+
+    Heads, which refuses what has none, for everything else: nothing is guessed.
+    """
+    if model in ("majority", "random"):
+        return model
+    from hba.model import checkpoint  # not before it is needed: it imports torch
+
+    folder = checkpoint.resolve(model)
+    return "hf" if folder is not None and checkpoint.read_card(folder)["columns"] is None else "heads"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import replace
 
 from hba.atlas import Atlas
-from hba.atlas.batch import Batch, Encoder
+from hba.atlas.batch import Batch, SampleEncoder
 from hba.atlas.loader import LoaderConfig, load_batches
 from hba.atlas.sampler import Indices, plan_batches
 from hba.evaluate.backends.interface import Answered, Output, Result
@@ -22,7 +22,7 @@ def batched_answers(
     rows: Indices,
     done: Set[str],
     *,
-    encoder: Encoder,
+    encoder: SampleEncoder,
     answer: Callable[[Batch], Sequence[Output]],
     batch_size: int,
     loader: LoaderConfig,

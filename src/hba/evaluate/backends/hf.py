@@ -1,0 +1,106 @@
+"""Any transformers chat model that hears or sees, answering in words on this machine.
+
+The model is a hub id, a folder, or a run or checkpoint of ours, adapter included. Batches are of one modality signature
+and similar length. A sampled answer depends on the seed and on the batch that it is drawn in, and the plan of batches
+on the rows and `batch_size` alone: a run that was killed goes on with the answers of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence, Set
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hba.atlas import Atlas
+from hba.atlas.answer_format import FormatMix
+from hba.atlas.batch import Batch, SampleEncoder
+from hba.atlas.chat_encoder import encoder_for
+from hba.atlas.sampler import Indices
+from hba.errors import InputError
+from hba.evaluate.backends.batches import batched_answers
+from hba.evaluate.backends.interface import Output, Result, spoken
+from hba.evaluate.config import GenerationConfig, Opening, PredictConfig
+from hba.model import chat, checkpoint
+from hba.remote.cost import Meter
+from hba.storage import file_sha256, json_sha256
+
+
+class ChatBackend:
+    """A `Backend` over a loaded model. `origin` is the identity of its weights."""
+
+    name = "hf"
+    free_form = True
+    meter: Meter | None = None
+
+    def __init__(
+        self, model: chat.ChatModel, encoder: SampleEncoder, config: PredictConfig, origin: Mapping[str, Any]
+    ) -> None:
+        self.model, self.encoder, self.config, self.origin = model, encoder, config, origin
+
+    def identity(self) -> Mapping[str, Any]:
+        """Weights, format, sampling; the size of batches where it decides what is drawn."""
+        drawn = {"batch_size": self.config.batch_size} if self.config.generation.temperature else {}
+        return {**self.origin, **self.config.generation.identity(), **drawn}
+
+    def answers(self, atlas: Atlas, rows: Indices, done: Set[str]) -> Iterator[Result]:
+        """In batches of similar length."""
+        options: dict[str, Any] = {"batch_size": self.config.batch_size, "loader": self.config.loader}
+        return batched_answers(atlas, rows, done, encoder=self.encoder, answer=self.generate, **options)
+
+    def generate(self, batch: Batch) -> Sequence[Output]:
+        """One answer a sample."""
+        generation = self.config.generation
+        torch.manual_seed(_seed(generation, batch))
+        said = self.model.generate(
+            batch.to(self.model.device),
+            max_new_tokens=generation.max_tokens,
+            temperature=generation.temperature or 0.0,
+            top_p=generation.top_p,
+        )
+        taxonomy = self.encoder.taxonomy
+        return [
+            spoken(sample, one.text, taxonomy, tokens_out=one.tokens)
+            for sample, one in zip(batch.samples, said, strict=True)
+        ]
+
+
+def open_backend(_name: str, opening: Opening) -> ChatBackend:
+    """A chat model. Raises InputError when transformers does not know it, and for settings that only servers take."""
+    config, taxonomy = opening.config, opening.atlas.taxonomy
+    if config.generation.temperature is None or config.generation.extra:
+        key = "extra" if config.generation.extra else "temperature=null"
+        fix = "Set generation.temperature, and leave generation.extra out."
+        raise InputError("a setting for servers, not for a model on this machine", where=f"generation.{key}", fix=fix)
+    model = chat.load(opening.model, dtype=config.dtype, attention=config.attention).eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    wording = FormatMix([config.generation.format])
+    encoder = encoder_for(model.processor, opening.encode, taxonomy, wording=wording)
+    return ChatBackend(model, encoder, config, origin(opening.model, model))
+
+
+def origin(name: str, model: chat.ChatModel) -> dict[str, Any]:
+    """Which weights these are: hashes of the files of a folder, the commit of a model of the hub."""
+    folder = checkpoint.resolve(name)
+    if folder is None:
+        return {"model": _weights(name, model)}
+    card = checkpoint.read_card(folder)
+    own = {"checkpoint": folder.name}
+    if card["strategy"] == "heads":
+        return {**own, "model": _weights(card["backbone"], model)}
+    backbone = {"backbone": _weights(card["backbone"], model)} if card["strategy"] == "lora" else {}
+    return {**own, "model": _weights(str(folder), model), **backbone}
+
+
+def _weights(name: str, model: chat.ChatModel) -> str:
+    if not Path(name).is_dir():
+        return f"{name}@{getattr(model.transformer.config, '_commit_hash', None)}"
+    files = sorted(path for path in Path(name).glob("*.safetensors") if path.name != "heads.safetensors")
+    return json_sha256({path.name: file_sha256(path) for path in files})
+
+
+def _seed(generation: GenerationConfig, batch: Batch) -> int:
+    ids = [generation.seed, *(sample.id for sample in batch.samples)]
+    return int.from_bytes(hashlib.sha256(repr(ids).encode()).digest()[:7], "big")

@@ -1,0 +1,156 @@
+"""The backend `hf`: any chat model answers in words, in batches that change nothing, from hub id, folder or run."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hba import open_atlas
+from hba.atlas.answer_format import FormatMix
+from hba.atlas.batch import collate
+from hba.atlas.chat_encoder import encoder_for
+from hba.config import load_config
+from hba.errors import InputError
+from hba.evaluate.answers import extract, to_label
+from hba.evaluate.config import PredictConfig
+from hba.evaluate.predict import predict_run
+from hba.evaluate.predictions import read_predictions
+from hba.model import OmniSapiens
+from hba.run import RunFolder
+from hba.storage import read_json
+from hba.train.lm import LmConfig, train_lm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import tiny_chat
+
+SETTINGS = ["generation.max_tokens=6", "encode.num_frames=2", "encode.max_pixels=3136", "loader.workers=0"]
+
+
+def predict(model, folder, atlas, *changes, split="test[:24]", backend="hf"):
+    config = load_config(PredictConfig, None, [*SETTINGS, *changes])
+    done = predict_run(
+        str(model), folder, atlas=str(atlas), split=split, config=config, backend=backend, progress=lambda _: None
+    )
+    return done, {p.id: p for p in read_predictions(folder / "predictions.jsonl")}
+
+
+def said(predictions):
+    return {key: (p.output, p.answer, p.label, p.tokens_in, p.tokens_out) for key, p in predictions.items()}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, mini_atlas, backbone):
+    """Greedy answers of the tiny Qwen2.5-Omni, in batches of 16."""
+    folder = tmp_path_factory.mktemp("hf") / "run"
+    return folder, *predict(backbone, folder, mini_atlas)
+
+
+def test_greedy_answers_are_those_of_omni_sapiens(straight, mini_atlas, backbone):
+    _, done, predictions = straight
+    atlas, model = open_atlas(mini_atlas, split="test[:24]"), OmniSapiens.from_pretrained(backbone)
+    config = load_config(PredictConfig, None, SETTINGS)
+    enc = encoder_for(model.processor, config.encode, atlas.taxonomy, wording=FormatMix(["boxed"]))
+    assert done.predicted == len(atlas) == 24 and done.skipped == 0
+    assert any(sample.label is None for sample in atlas)
+    for sample in atlas:
+        batch = collate([enc.encode(sample)], pad_token_id=enc.pad_token_id, taxonomy=atlas.taxonomy)
+        (text,) = model.generate(batch, max_new_tokens=6)
+        mine = predictions[sample.id]
+        assert mine.output == text and mine.answer == extract(text)
+        assert mine.label == to_label(sample.dataset, text, atlas.taxonomy)
+        assert mine.tokens_in == batch.inputs["input_ids"].shape[1]
+        assert 1 <= mine.tokens_out <= 6
+
+
+@pytest.mark.parametrize("family", ["qwen_omni", *tiny_chat.FAMILIES])
+def test_batches_of_mixed_lengths_equal_single_samples(family, tmp_path, mini_atlas, backbone):
+    model, seen = backbone, "encode.modalities=[image, video, audio]"
+    if family != "qwen_omni":
+        model = tiny_chat.build(family, backbone, tmp_path / family)
+        seen = f"encode.modalities=[{', '.join(tiny_chat.MODALITIES[family])}]"
+    _, together = predict(model, tmp_path / "16", mini_atlas, seen, split="test[:12]")
+    _, alone = predict(model, tmp_path / "1", mini_atlas, seen, "batch_size=1", split="test[:12]")
+    assert said(together) == said(alone) and len(together) == 12
+    assert len({p.tokens_in for p in together.values()}) > 1
+
+
+def test_the_format_decides_the_prompt_and_is_part_of_the_run(straight, tmp_path, mini_atlas, backbone):
+    _, _, boxed = straight
+    _, thinking = predict(backbone, tmp_path / "think", mini_atlas, "generation.format=think")
+    assert all(thinking[key].tokens_in > boxed[key].tokens_in for key in boxed)
+    with pytest.raises(InputError, match="another format"):
+        predict(backbone, tmp_path / "think", mini_atlas, "generation.format=plain")
+
+
+def test_sampling_is_by_seed(tmp_path, mini_atlas, backbone):
+    warm = ["generation.temperature=1.0", "generation.seed=1"]
+    _, one = predict(backbone, tmp_path / "one", mini_atlas, *warm)
+    torch.manual_seed(99)
+    _, again = predict(backbone, tmp_path / "again", mini_atlas, *warm)
+    _, other = predict(backbone, tmp_path / "other", mini_atlas, warm[0], "generation.seed=2")
+    assert said(one) == said(again)
+    assert sum(one[key].output != other[key].output for key in one) > len(one) // 2
+    assert "seed" in read_json(tmp_path / "one" / "predict.json")["identity"]
+
+
+def test_a_run_cut_off_anywhere_ends_as_an_uninterrupted_one(straight, tmp_path, mini_atlas, backbone):
+    warm = ["generation.temperature=1.0", "batch_size=4"]
+    _, whole = predict(backbone, tmp_path / "whole", mini_atlas, *warm)
+    cut = tmp_path / "cut"
+    shutil.copytree(tmp_path / "whole", cut)
+    lines = (cut / "predictions.jsonl").read_text().splitlines(keepends=True)
+    (cut / "predictions.jsonl").write_text("".join(lines[:7]) + lines[7][:20])
+    _, resumed = predict(backbone, cut, mini_atlas, *warm)
+    assert said(resumed) == said(whole)
+    # A resampled row is computed in its whole batch; a run with other batches is another run.
+    with pytest.raises(InputError, match="another batch_size"):
+        predict(backbone, cut, mini_atlas, warm[0], "batch_size=8")
+
+
+@pytest.mark.parametrize("strategy", ["full", "lora"])
+def test_an_lm_run_answers_with_what_it_learned(strategy, straight, tmp_path, mini_atlas, backbone):
+    run = tmp_path / "lm"
+    config = load_config(LmConfig, None, [
+        f"atlas={mini_atlas}", f"model.name={backbone}", f"model.strategy={strategy}", "model.dtype=float32",
+        "train.max_steps=3", "train.batch_size=8", "train.learning_rate=1e-2", "loader.workers=0",
+        "encode.num_frames=2", "encode.max_pixels=3136", "validation_split=validation[:8]",
+    ])  # fmt: skip
+    with RunFolder.open(run, config=config, command="train lm", seed=0) as folder:
+        train_lm(config, folder)
+    done, trained = predict(run, tmp_path / "out", mini_atlas, split="test[:24]", backend=None)
+    _, _, fresh = straight
+    assert done.predicted == 24 and {p.output for p in trained.values()} != {p.output for p in fresh.values()}
+    settings = read_json(tmp_path / "out" / "predict.json")
+    assert settings["backend"] == "hf" and settings["identity"]["checkpoint"] == "step_3"
+    assert ("backbone" in settings["identity"]) == (strategy == "lora")
+    (saved,) = (run / "checkpoints").glob("step_*")
+    weights = saved / ("model" if strategy == "full" else "adapter_model")
+    weights.with_suffix(".safetensors").write_bytes(weights.with_suffix(".safetensors").read_bytes()[:-4] + b"abcd")
+    with pytest.raises(InputError, match="another model"):
+        predict(run, tmp_path / "out", mini_atlas, split="test[:24]")
+
+
+def test_settings_that_only_servers_take_are_refused(tmp_path, mini_atlas, backbone):
+    for change, named in (("generation.temperature=null", "temperature"), ("generation.extra={a: 1}", "extra")):
+        with pytest.raises(InputError, match=rf"generation\.{named}"):
+            predict(backbone, tmp_path / named, mini_atlas, change)
+
+
+def test_what_the_model_cannot_take_stops_the_run_with_the_filter(tmp_path, mini_atlas, backbone):
+    model = tiny_chat.build("gemma", backbone, tmp_path / "gemma")
+    with pytest.raises(InputError, match=r"takes no audio.*--modalities video"):
+        predict(model, tmp_path / "run", mini_atlas)
+
+
+def test_a_broken_medium_is_quarantined_and_scored_rows_stay(tmp_path, mini_atlas, backbone):
+    atlas = tmp_path / "atlas"
+    shutil.copytree(mini_atlas, atlas)
+    row = next(json.loads(line) for line in (atlas / "test.jsonl").read_text().splitlines() if '"audios": ["' in line)
+    (atlas / row["audios"][0]).write_bytes(b"")
+    done, predictions = predict(backbone, tmp_path / "run", atlas, split="test")
+    broken = {record["id"] for record in done.quarantined}
+    assert broken and not broken & set(predictions)
+    assert len(broken) + len(predictions) == len(open_atlas(atlas, split="test"))
