@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def score_run(
     `quarantine` defaults to quarantine.jsonl of the same folder if it exists. `provenance` overrides what
     predict.json and environment.json of the folder say. Labels are those of `taxonomy`, by default the published one
     with what `taxonomy.yaml` of the folder adds. `by` names fields to break scores down by; they and `cluster` (see
-    ScoreOptions) are read from the rows of `atlas`, by default the run's.
+    ScoreOptions) are read from the rows of `atlas`, by default the run's. Verdicts of judgements.jsonl are used.
     Raises InputError naming file, line and field for bad input, StorageError for a full disk.
     """
     path = _predictions_path(Path(run))
@@ -81,17 +82,13 @@ def score_run(
         raise InputError("no prediction to score: the file is empty", where=str(path), fix=fix)
     left_out = Path(quarantine) if quarantine is not None else folder / "quarantine.jsonl"
     quarantined = _quarantine(left_out, quarantine is not None, predictions, taxonomy)
-
-    def read(field: str) -> list[str | None]:
-        return field_values(field, predictions, taxonomy, folder=folder, atlas=atlas)
-
+    read = partial(field_values, predictions=predictions, taxonomy=taxonomy, folder=folder, atlas=atlas)
     verdicts = read_verdicts(folder, predictions, taxonomy)
     metrics = score_predictions(predictions, options=options, taxonomy=taxonomy, read=read, verdicts=verdicts)
     _add_counts(metrics, Counter(p.dataset for p in predictions if p.failed), quarantined, taxonomy)
     metrics["aggregate"]["unmapped"] = unmapped(predictions, taxonomy)
-    scoring = metrics.pop("scoring")
-    metrics["provenance"] = provenance_of(folder, predictions, provenance or {}) | {"scoring": scoring}
-    metrics["provenance"] |= {"judge": judge_record(folder)} if verdicts else {}
+    how = {"scoring": metrics.pop("scoring")} | ({"judge": judge_record(folder)} if verdicts else {})
+    metrics["provenance"] = provenance_of(folder, predictions, provenance or {}) | how
     write_json(folder / "metrics.json", metrics)
     return metrics
 
