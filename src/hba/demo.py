@@ -1,7 +1,8 @@
-"""The main job end to end on a laptop: mini-atlas, tiny backbone, SFT, predictions, scores, report.
+"""The main job end to end on a laptop: mini-atlas, tiny backbone, the three stages, predictions, scores, reports.
 
-Every step is what its own command does, on the same code as a full-size run; only the recipe (`sft_tiny`) and the data
-are small. Each step resumes or is skipped when its result stands, so that a killed demo ends in the same metrics.
+Every step is what its own command does, on the same code as a full-size run; only the recipes (`sft_tiny`, `qa_tiny`,
+`bam_tiny`) and the data are small. Each step resumes or is skipped when its result stands, so that a killed demo ends
+in the same metrics.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,13 +22,17 @@ from hba.cli.options import recipe_path
 from hba.cli.progress import counted, tallied
 from hba.config import load_config
 from hba.errors import ConfigError
-from hba.evaluate.config import PredictConfig
+from hba.evaluate.config import GenerationConfig, PredictConfig
 from hba.evaluate.predict import predict_run
+from hba.evaluate.runs import Comparison, compare_runs
 from hba.evaluate.score import score_run
 from hba.model.tiny import atlas_texts, build_tiny
 from hba.process import prepare_process, remove_abandoned
 from hba.quarantine import QuarantineLog
 from hba.report import write_report
+from hba.run import RunFolder
+from hba.train.bam import BamConfig, train_bam
+from hba.train.qa import QaConfig, train_qa
 from hba.train.sft import SftConfig, train_sft
 from hba.train.start import training_run
 from hba.yaml_core import dump_inline
@@ -35,9 +42,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class DemoResult:
-    """What the demo made, the samples that it had to leave out, and the wall-clock seconds of each step."""
+    """What the demo made, the samples that it had to leave out, and the wall-clock seconds of each step.
+
+    `metrics` and `report` are those of the last stage; `comparisons` hold each stage against the one before.
+    """
 
     metrics: dict[str, Any]
+    comparisons: list[Comparison]
     report: Path
     quarantined: list[dict[str, Any]]
     seconds: dict[str, float]
@@ -48,15 +59,25 @@ class DemoResult:
         return f"{sum(self.seconds.values()):.0f} s ({parts})"
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """The configs of the three stages."""
+
+    sft: SftConfig
+    qa: QaConfig
+    bam: BamConfig
+
+
 def run_demo(folder: Path, *, size: str, seed: int, overrides: Sequence[str] = ()) -> DemoResult:
     """Make everything below `folder`; run again after an interruption to go on.
 
-    `overrides` change values of the recipe, such as train.epochs=2. Raises InputError for a folder that holds a demo
-    of another size, seed or recipe.
+    `overrides` change values of the recipes: train.epochs=2 of stage 1, qa.train.epochs=2 and bam.train.epochs=2 of
+    the later ones. Raises InputError for a folder that holds a demo of another size, seed or recipe.
     """
     seconds: dict[str, float] = {}
-    atlas, backbone, run = folder / "atlas", folder / "tiny", folder / "sft"
-    settings = _settings(atlas, backbone, seed, overrides)
+    atlas, backbone = folder / "atlas", folder / "tiny"
+    runs = {name: folder / name for name in ("sft", "qa", "bam")}
+    settings = _settings(folder, seed, overrides)
     prepare_process(seed)
     remove_abandoned(folder)
 
@@ -68,22 +89,48 @@ def run_demo(folder: Path, *, size: str, seed: int, overrides: Sequence[str] = (
 
     timed("mini-atlas", lambda: _make_atlas(atlas, size, seed))
     timed("backbone", lambda: _make_backbone(backbone, atlas, seed))
-    timed("train", lambda: _train(run, settings, seed))
-    timed("predict", lambda: _predict(run, atlas))
-    metrics = timed("score", lambda: score_run(run))
-    report = timed("report", lambda: write_report(run, atlas_root=atlas))
-    left_out = QuarantineLog(run).records()
-    return DemoResult(metrics=metrics, report=report, quarantined=left_out, seconds=seconds)
+    timed("sft", lambda: _train(runs["sft"], settings.sft, seed, train_sft))
+    with counted("features") as told:
+        timed("qa", lambda: _train(runs["qa"], settings.qa, seed, partial(train_qa, progress=told)))
+        timed("bam", lambda: _train(runs["bam"], settings.bam, seed, partial(train_bam, progress=told)))
+    for name, run in runs.items():
+        timed(f"predict {name}", partial(_predict, run, atlas))
+    metrics = timed("score", lambda: [score_run(run) for run in runs.values()])[-1]
+    pairs = pairwise(runs.values())
+    comparisons = timed("compare", lambda: [compare_runs(before, after, seed=seed) for before, after in pairs])
+    report = timed("report", lambda: [write_report(run, atlas_root=atlas) for run in runs.values()])[-1]
+    left_out = {record["id"]: record for run in runs.values() for record in QuarantineLog(run).records()}
+    return DemoResult(
+        metrics=metrics,
+        comparisons=comparisons,
+        report=report,
+        quarantined=list(left_out.values()),
+        seconds=seconds,
+    )
 
 
-def _settings(atlas: Path, backbone: Path, seed: int, overrides: Sequence[str]) -> SftConfig:
-    own = {"atlas": str(atlas), "model.name": str(backbone), "train.seed": seed}
+def _settings(folder: Path, seed: int, overrides: Sequence[str]) -> _Settings:
+    """The bundled tiny recipes with `overrides`. Raises ConfigError for a key that the demo itself sets."""
+    atlas, features = str(folder / "atlas"), str(folder / "features")
+    own: dict[str, dict[str, Any]] = {
+        "": {"atlas": atlas, "model.name": str(folder / "tiny"), "train.seed": seed, "answer_weight": 1.0},
+        "qa.": {"atlas": atlas, "base": str(folder / "sft"), "train.seed": seed, "features.folder": features},
+        "bam.": {"atlas": atlas, "base": str(folder / "qa"), "train.seed": seed, "features.folder": features},
+    }
+    given: dict[str, list[str]] = {prefix: [] for prefix in own}
     for override in overrides:
+        prefix = next((prefix for prefix in ("qa.", "bam.") if override.startswith(prefix)), "")
         key = override.partition("=")[0].strip()
-        if key in own:
+        if key.removeprefix(prefix) in own[prefix]:
             raise ConfigError(f"the demo itself sets {key}", where=override, fix="Use --run, --size and --seed.")
-    given = [*overrides, *(f"{key}={dump_inline(value)}" for key, value in own.items())]
-    return load_config(SftConfig, recipe_path("sft_tiny"), given)
+        given[prefix].append(override.removeprefix(prefix))
+    for prefix, values in own.items():
+        given[prefix] += [f"{key}={dump_inline(value)}" for key, value in values.items()]
+    return _Settings(
+        sft=load_config(SftConfig, recipe_path("sft_tiny"), given[""]),
+        qa=load_config(QaConfig, recipe_path("qa_tiny"), given["qa."]),
+        bam=load_config(BamConfig, recipe_path("bam_tiny"), given["bam."]),
+    )
 
 
 def _make_atlas(atlas: Path, size: str, seed: int) -> None:
@@ -96,11 +143,12 @@ def _make_backbone(backbone: Path, atlas: Path, seed: int) -> None:
         build_tiny(backbone, atlas_texts(open_atlas(atlas, split="train")), seed=seed)
 
 
-def _train(run: Path, settings: SftConfig, seed: int) -> None:
+def _train(run: Path, settings: Any, seed: int, work: Callable[[Any, RunFolder], object]) -> None:
     with training_run(run, config=settings, command="demo", seed=seed) as opened:
-        train_sft(settings, opened)
+        work(settings, opened)
 
 
 def _predict(run: Path, atlas: Path) -> None:
+    options = PredictConfig(generation=GenerationConfig(max_tokens=32))
     with tallied("predict") as progress:
-        predict_run(str(run), run, atlas=str(atlas), split="test", config=PredictConfig(), progress=progress)
+        predict_run(str(run), run, atlas=str(atlas), split="test", config=options, progress=progress)

@@ -13,10 +13,13 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from itertools import chain
 
 import pytest
 
 STEPS = ["train.max_steps=12", "train.validate_every=3", "train.log_every=1", "train.batch_size=8"]
+STEPS += ["qa.train.max_steps=6", "qa.train.validate_every=3", "bam.train.max_steps=12", "bam.train.validate_every=4"]
+RUNS = ("sft", "qa", "bam")
 SEED = 20
 ROUND_SECONDS = 150
 
@@ -26,6 +29,8 @@ PHASES = {
     "backbone": ("atlas/atlas.json", 1.0),
     "training": ("sft/environment.json", 1.5),
     "checkpoint": ("sft/checkpoints/.step_*.tmp/*", 0.05),
+    "features": ("features/train/*/card.json", 0.5),
+    "adapters": ("bam/checkpoints/step_4", 0.5),
     "prediction": ("sft/predict.json", 0.6),
     "score and report": ("sft/metrics.json", 0.1),
 }
@@ -58,19 +63,26 @@ def kill_in(folder, pattern, delay):
     return True
 
 
+def lines(folder, name):
+    return {run: [json.loads(line) for line in (folder / run / name).read_text().splitlines()] for run in RUNS}
+
+
 def finished(folder):
     """Run the demo to its end; everything that must not depend on interruptions."""
     done = subprocess.run(command(folder), capture_output=True, text=True, timeout=ROUND_SECONDS)
     assert done.returncode == 0, done.stderr
-    run = folder / "sft"
-    metrics = json.loads((run / "metrics.json").read_text())
-    del metrics["provenance"]["created_at"]
-    predictions = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    metrics = {run: json.loads((folder / run / "metrics.json").read_text()) for run in RUNS}
+    for each in metrics.values():
+        del each["provenance"]["created_at"]
+    predictions, log = (lines(folder, name) for name in ("predictions.jsonl", "log.jsonl"))
     return {
         "metrics": metrics,
-        "predictions": sorted((p["id"], p["label"], p["tokens_in"], sorted(p["probs"].items())) for p in predictions),
-        "log": [{key: value for key, value in line.items() if key != "samples_per_second"} for line in log],
+        "predictions": sorted(
+            (run, p["id"], str(p["label"]), p["output"], p["tokens_in"], sorted(p.get("probs", {}).items()))
+            for run in RUNS
+            for p in predictions[run]
+        ),
+        "log": [{**line, "samples_per_second": 0} for line in chain(*log.values())],
         "files": sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if _lasting(path)),
     }
 
@@ -86,9 +98,9 @@ def test_a_demo_that_is_killed_again_and_again_ends_in_the_same_metrics(tmp_path
     folder = tmp_path / "killed"
     folder.mkdir()
     kills = sum(kill_in(folder, pattern, rng.uniform(0, longest)) for pattern, longest in PHASES.values())
-    assert kills >= 5, f"{kills} of {len(PHASES)} rounds were killed; the others had ended before"
+    assert kills >= 6, f"{kills} of {len(PHASES)} rounds were killed; the others had ended before"
     killed = finished(folder)
     straight = finished(tmp_path / "straight")
-    assert straight["log"][-1]["step"] == 12
+    assert straight["log"][-1]["step"] == 12  # of the last stage
     for part, value in straight.items():
         assert killed[part] == value, part

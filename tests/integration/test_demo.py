@@ -1,6 +1,7 @@
 """The demo end to end at size tiny: what it leaves, that a second call repeats nothing, that a seed decides it all."""
 
 import copy
+import io
 import json
 import re
 import shutil
@@ -8,12 +9,16 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
+from rich.console import Console
 
 from hba.cli import main
 from hba.demo import run_demo
 from hba.errors import ConfigError
+from hba.report.compare_terminal import stages_table
 
 FEW_STEPS = ["train.max_steps=6", "train.validate_every=3", "train.batch_size=8", "encode.num_frames=4"]
+FEW_STEPS += ["qa.train.max_steps=4", "bam.train.max_steps=8"]
+STAGES = ("sft", "qa", "bam")
 TASKS = {"SEN", "EMO", "HUM", "SAR", "ANX", "DEP", "PTSD"}
 
 
@@ -44,21 +49,23 @@ class References(HTMLParser):
 
 def test_the_demo_leaves_every_file_of_the_contract(demo):
     folder, result = demo
-    run = folder / "sft"
-    assert result.report == run / "report.html"
+    assert result.report == folder / "bam" / "report.html"
     expected = {
         *("config.yaml", "environment.json", "log.jsonl", "checkpoints", "tensorboard"),
         *("predictions.jsonl", "predict.json", "metrics.json", "report.html"),
     }
-    assert {path.name for path in run.iterdir()} - {".lock", "quarantine.jsonl", "taxonomy.yaml"} == expected
+    for run in STAGES:
+        there = {path.name for path in (folder / run).iterdir()} - {".lock", "quarantine.jsonl", "taxonomy.yaml"}
+        assert there == expected, run
     assert result.quarantined == []
-    assert set(result.seconds) == {"mini-atlas", "backbone", "train", "predict", "score", "report"}
+    predicted = {f"predict {run}" for run in STAGES}
+    assert set(result.seconds) == {"mini-atlas", "backbone", *STAGES, *predicted, "score", "compare", "report"}
     assert not [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
 
 
 def test_metrics_are_as_the_contract_says(demo):
     folder, result = demo
-    metrics = json.loads((folder / "sft" / "metrics.json").read_text())
+    metrics = json.loads((folder / "bam" / "metrics.json").read_text())
     assert metrics == result.metrics
     assert set(metrics) >= {"tasks", "datasets", "aggregate", "provenance"}
     scored = {key: task for key, task in metrics["tasks"].items() if task["score"] is not None}
@@ -71,8 +78,8 @@ def test_metrics_are_as_the_contract_says(demo):
         assert task["n_quarantined"] == 0
     said = metrics["provenance"]
     assert said["synthetic"] is True
-    assert (said["seed"], said["split"], said["model"]) == (0, "test", "sft")
-    lines = (folder / "sft" / "predictions.jsonl").read_text().splitlines()
+    assert (said["seed"], said["split"], said["model"]) == (0, "test", "bam")
+    lines = (folder / "bam" / "predictions.jsonl").read_text().splitlines()
     assert len(lines) == metrics["aggregate"]["n"]
 
 
@@ -88,10 +95,26 @@ def test_the_report_needs_nothing_but_itself(demo):
 
 def test_a_second_call_trains_and_predicts_nothing(demo):
     folder, first = demo
-    log, predictions = ((folder / "sft" / name).read_bytes() for name in ("log.jsonl", "predictions.jsonl"))
+    files = [folder / run / name for run in STAGES for name in ("log.jsonl", "predictions.jsonl")]
+    files += sorted((folder / "features").rglob("*.safetensors"))
+    before = [(file.read_bytes(), file.stat().st_ino) for file in files]
     again = run_demo(folder, size="tiny", seed=0, overrides=FEW_STEPS)
     assert without_times(again.metrics) == without_times(first.metrics)
-    assert [(folder / "sft" / name).read_bytes() for name in ("log.jsonl", "predictions.jsonl")] == [log, predictions]
+    assert [(file.read_bytes(), file.stat().st_ino) for file in files] == before
+
+
+def test_each_stage_is_compared_with_the_one_before(demo):
+    qa, bam = demo[1].comparisons
+    assert [(qa.a, qa.b), (bam.a, bam.b)] == [("sft", "qa"), ("qa", "bam")]
+    for key in TASKS:
+        line = qa.paired.tasks[key]
+        assert (line.difference, line.gained, line.lost) == (0, 0, 0), "stage 2 leaves the heads alone"
+    assert {"SOC", "INT", "NVC"} <= set(bam.paired.tasks)
+    shown = Console(width=120, record=True, file=io.StringIO())
+    shown.print(stages_table(demo[1].comparisons))
+    text = shown.export_text()
+    assert re.search(r"SEN +[\d.]+ +[\d.]+ += ", text)
+    assert re.search(r"sft +qa +difference +bam +difference", text)
 
 
 def test_one_seed_gives_one_result_wherever_it_runs(demo, tmp_path, mini_atlas, monkeypatch, capfd):
@@ -108,14 +131,14 @@ def test_one_seed_gives_one_result_wherever_it_runs(demo, tmp_path, mini_atlas, 
     assert len(page) == pytest.approx(len(demo[1].report.read_text()), rel=0.05)
 
     def losses(folder):
-        lines = map(json.loads, (folder / "sft" / "log.jsonl").read_text().splitlines())
+        lines = [json.loads(line) for run in STAGES for line in (folder / run / "log.jsonl").read_text().splitlines()]
         return [line["loss"] for line in lines if line["kind"] == "train"]
 
     assert losses(tmp_path / "again") == losses(demo[0])
 
 
 def test_what_the_demo_sets_cannot_be_overridden(tmp_path):
-    for key in ("atlas=x", "model.name=x", "train.seed=1"):
+    for key in ("atlas=x", "model.name=x", "train.seed=1", "qa.base=x", "bam.train.seed=1"):
         with pytest.raises(ConfigError, match="the demo itself sets"):
             run_demo(tmp_path / "new", size="tiny", seed=0, overrides=[key])
     assert not (tmp_path / "new").exists()

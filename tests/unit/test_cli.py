@@ -23,6 +23,8 @@ COMMANDS = {
     " --replace --allow-failed --setup --json",
     "train sft": "overrides --config --run --allow-quarantined --json",
     "transfer": "overrides --config --run --heldout --allow-quarantined --json",
+    "train qa": "overrides --config --from --run --allow-quarantined --json",
+    "train bam": "overrides --config --from --dataset --all --allow-missing --run --allow-quarantined --json",
     "merge": "run! out! --dtype --backbone --lora-alpha --json",
     "train lm": "overrides --config --run --allow-quarantined --json",
     "train rl": "overrides --config --algorithm --run --allow-quarantined --json",

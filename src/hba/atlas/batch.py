@@ -12,7 +12,7 @@ Shapes: B samples, T tokens, A audios, M mel frames, F mel bins, P vision patche
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, NamedTuple, Protocol
 
@@ -26,6 +26,7 @@ from hba.atlas.media import Frames, Image, Video
 from hba.atlas.prompt import AS_WRITTEN, MODALITIES, Message, Modality, Wording, build_messages
 from hba.atlas.sample import Quarantined, Sample
 from hba.config import option
+from hba.descriptors.pooled import DescriptorConfig, pooled_descriptors
 from hba.errors import ConfigError, MediaError
 from hba.taxonomy import BUILTIN, Taxonomy
 
@@ -63,11 +64,13 @@ class Encoded:
     media: dict[str, Tensor] = field(default_factory=dict)  # patches [P, D], grids [n, 3], named as the model does
     per_token: dict[str, Tensor] = field(default_factory=dict)  # [T] each, such as the kinds of tokens
     answer_ids_T: Tensor | None = None  # the target and the end token, where the answer is trained as text
+    descriptors: Mapping[str, Tensor] = field(default_factory=dict)  # pooled, [F] by modality, where adapters read them
 
     @property
     def num_bytes(self) -> int:
         """Memory held by the tensors."""
-        tensors = (self.input_ids_T, *self.mels, *self.media.values(), *self.per_token.values(), self.answer_ids_T)
+        named = (self.media, self.per_token, self.descriptors)
+        tensors = (self.input_ids_T, *self.mels, self.answer_ids_T, *(t for group in named for t in group.values()))
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
@@ -84,6 +87,7 @@ class Batch:
     class_index_B: Tensor  # global class index of the label, IGNORED for free-form rows
     domain_names: tuple[str | None, ...]
     labels_BT: Tensor | None = None
+    descriptors: tuple[Mapping[str, Tensor], ...] = ()  # of each sample, pooled, [F] by modality
     quarantined: tuple[Quarantined, ...] = ()
 
     def __len__(self) -> int:
@@ -134,10 +138,14 @@ class Encoder:
         *,
         answers: bool = False,
         wording: Wording = AS_WRITTEN,
+        descriptors: Mapping[str, DescriptorConfig] | None = None,
     ) -> None:
-        """With `answers`, every sample carries its answer as text behind the prompt, to be trained on."""
+        """With `answers`, every sample carries its answer as text behind the prompt, to be trained on.
+
+        Samples of the datasets in `descriptors` also carry their pooled descriptors, for adapters.
+        """
         self.processor, self.config, self.taxonomy = processor, config, taxonomy
-        self.answers, self.wording = answers, wording
+        self.answers, self.wording, self.descriptors = answers, wording, descriptors or {}
 
     @property
     def pad_token_id(self) -> int:
@@ -177,8 +185,15 @@ class Encoder:
         tokenizer, answer = self.processor.tokenizer, None
         if self.answers:
             answer = answer_ids(tokenizer, self.wording.answer(sample), tokenizer.eos_token_id)
-        mels = _valid_mels(features)
-        return Encoded(sample=sample, input_ids_T=input_ids_T, mels=mels, media=media, answer_ids_T=answer)
+        wanted = self.descriptors.get(sample.dataset)
+        return Encoded(
+            sample=sample,
+            input_ids_T=input_ids_T,
+            mels=_valid_mels(features),
+            media=media,
+            answer_ids_T=answer,
+            descriptors={} if wanted is None else pooled_descriptors(sample, wanted),
+        )
 
     def _window(self, audios: Sequence[np.ndarray[Any, Any]]) -> int:
         # The extractor's own window (30 or 300 s) pads short clips and silently cuts long ones. One FFT window of
@@ -270,5 +285,6 @@ def collate(
         class_index_B=torch.tensor(indices, dtype=torch.long),
         domain_names=tuple(taxonomy.dataset(s.dataset).domain for s in samples),
         labels_BT=padding.labels(answers, inputs["input_ids"]) if labelled else None,
+        descriptors=tuple(e.descriptors for e in encoded),
         quarantined=tuple(quarantined),
     )

@@ -18,6 +18,7 @@ from hba.cli.explore import explore_command
 from hba.cli.judge import JUDGE_EXAMPLE, judge_command
 from hba.cli.predict import predict_command
 from hba.cli.release import MERGE_EXAMPLE, PUSH_EXAMPLE, merge_command, push_command
+from hba.cli.stages import BAM_EXAMPLE, QA_EXAMPLE, bam_command, qa_command
 from hba.cli.start import demo_command, doctor_command, tiny_command
 from hba.cli.train import SFT_EXAMPLE, train_app
 from hba.cli.transfer import TRANSFER_EXAMPLE, transfer_command
@@ -36,6 +37,8 @@ app = typer.Typer(
 )
 app.command("demo", epilog="Example: hba demo --run runs/demo")(demo_command)
 app.add_typer(atlas_app, name="atlas", epilog="Example: hba atlas mini runs/mini")
+train_app.command("qa", epilog=QA_EXAMPLE)(qa_command)
+train_app.command("bam", epilog=BAM_EXAMPLE)(bam_command)
 app.add_typer(train_app, name="train", epilog=SFT_EXAMPLE)
 app.command("transfer", epilog=TRANSFER_EXAMPLE)(transfer_command)
 app.command("merge", epilog=MERGE_EXAMPLE)(merge_command)

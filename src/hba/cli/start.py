@@ -17,7 +17,7 @@ def demo_command(
     seed: Annotated[int, typer.Option(help="Seed of data, weights and order.")] = 0,
     json: JsonFlag = False,
 ) -> None:
-    """Make a synthetic mini-atlas, train a tiny OmniSapiens on it, score it, write a report. Resumes when killed."""
+    """Make a synthetic mini-atlas, train a tiny OmniSapiens in three stages, score and report. Resumes when killed."""
     from hba.demo import run_demo
 
     result = run_demo(run, size=size, seed=seed, overrides=overrides or [])
@@ -25,13 +25,20 @@ def demo_command(
     def show() -> None:
         from rich.console import Console
 
+        from hba.report.compare_terminal import stages_table
         from hba.report.terminal import metrics_table
 
         Console().print(metrics_table(result.metrics))
+        Console().print(stages_table(result.comparisons))
         say("The mini-atlas is synthetic: these scores say that the system works, not how well people are understood.")
         say(f"Report: {bold(result.report)}   Time: {result.timing()}")
 
-    values = {"metrics": result.metrics, "report": str(result.report), "seconds": result.seconds}
+    values = {
+        "metrics": result.metrics,
+        "stages": [comparison.record() for comparison in result.comparisons],
+        "report": str(result.report),
+        "seconds": result.seconds,
+    }
     answer(values, as_json=json, show=show)
     finish(result.quarantined, allowed=0)
 

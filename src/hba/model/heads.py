@@ -24,6 +24,7 @@ class DomainHeads(nn.Module):
 
     def __init__(self, hidden_size: int, columns: Mapping[str, Sequence[int]]) -> None:
         super().__init__()
+        self.hidden_size = hidden_size
         self.columns = {name: tuple(indices) for name, indices in columns.items()}
         self.num_classes = 1 + max(i for indices in self.columns.values() for i in indices)
         self.linear = nn.ModuleDict({name: nn.Linear(hidden_size, len(ids)) for name, ids in self.columns.items()})
@@ -64,9 +65,13 @@ def answer_loss(answer_logits_NV: Tensor, labels_BT: Tensor) -> Tensor:
     `answer_logits_NV` are the logits that predict the labelled tokens, in row order; the end token is one of them.
     """
     labelled_BT = labels_BT != -100
-    losses_N = functional.cross_entropy(answer_logits_NV.float(), labels_BT[labelled_BT], reduction="none")
-    tokens_B = labelled_BT.sum(1)
-    weights_N = (1.0 / tokens_B.clamp_min(1)).repeat_interleave(tokens_B)
+    return token_loss(answer_logits_NV, labels_BT[labelled_BT], labelled_BT.sum(1))
+
+
+def token_loss(logits_NV: Tensor, tokens_N: Tensor, lengths_B: Tensor) -> Tensor:
+    """Cross-entropy of `tokens_N`, of which `lengths_B` belong to each row: the mean of a row, summed over the rows."""
+    losses_N = functional.cross_entropy(logits_NV.float(), tokens_N, reduction="none")
+    weights_N = (1.0 / lengths_B.clamp_min(1)).repeat_interleave(lengths_B)
     return (losses_N * weights_N).sum()
 
 

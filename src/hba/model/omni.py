@@ -10,7 +10,8 @@ Shapes: B samples, T tokens, H hidden size, C global classes, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from hba.atlas.batch import IGNORED, Batch
 from hba.config import option
 from hba.errors import ConfigError, InputError
+from hba.model.bam import Bam
 from hba.model.generate import generate
 from hba.model.heads import DomainHeads, masked_mean
 
@@ -56,11 +58,13 @@ class OmniOutput(NamedTuple):
 class OmniSapiens(nn.Module):
     """`thinker` is transformers' Qwen2_5OmniThinkerForConditionalGeneration, with LoRA layers or without."""
 
-    def __init__(self, thinker: nn.Module, heads: DomainHeads, processor: Any) -> None:
+    def __init__(self, thinker: nn.Module, heads: DomainHeads, processor: Any, bam: Bam | None = None) -> None:
         super().__init__()
         self.thinker: Any = thinker
         self.heads = heads
         self.processor = processor
+        self.bam = bam
+        self.speaks = False  # whether training has taught lm_head (or all) to answer free-form rows
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, dtype: str = "auto", attention: str = "sdpa") -> OmniSapiens:
@@ -94,13 +98,37 @@ class OmniSapiens(nn.Module):
             output_hidden_states=True,
         )
         pooled_BH = masked_mean(outputs.hidden_states[-2], batch.prompt_mask)
-        logits_BC = self.heads(pooled_BH, batch.domain_names)
+        logits_BC = self.heads(self._adapted(pooled_BH, batch), batch.domain_names)
         last_BTH = outputs.last_hidden_state
+        delta_BH = self._answer_delta(batch)
+        if delta_BH is not None:
+            last_BTH = last_BTH + delta_BH.unsqueeze(1).to(last_BTH)
         if batch.labels_BT is None:
             return OmniOutput(pooled_BH, logits_BC, last_BTH, None)
         # The state at a position predicts the token behind it.
         answer_NH = last_BTH[:, :-1][batch.labels_BT[:, 1:] != IGNORED]
         return OmniOutput(pooled_BH, logits_BC, last_BTH, self.thinker.lm_head(answer_NH))
+
+    def _adapted(self, pooled_BH: Tensor, batch: Batch) -> Tensor:
+        if self.bam is None:
+            return pooled_BH
+        adapted_BH: Tensor = self.bam(pooled_BH, [s.dataset for s in batch.samples], batch.descriptors)
+        return adapted_BH
+
+    def _answer_delta(self, batch: Batch) -> Tensor | None:
+        """What adapters add to every last hidden state of the free-form rows, [B, H]; zeros in all other rows."""
+        if self.bam is None or all(name is not None for name in batch.domain_names):
+            return None
+        free_B1 = torch.tensor([[name is None] for name in batch.domain_names], device=self.device)
+        return self._adapted(torch.zeros(len(batch), self.hidden_size, device=self.device), batch) * free_B1
+
+    def untie_lm_head(self) -> None:
+        """Give lm_head weights of its own, so that training it leaves the embeddings as they are."""
+        thinker = self.thinker
+        embeddings = thinker.get_input_embeddings()
+        if thinker.lm_head.weight is embeddings.weight:
+            thinker.lm_head.weight = nn.Parameter(embeddings.weight.detach().clone())
+        thinker.config.tie_word_embeddings = thinker.config.get_text_config().tie_word_embeddings = False
 
     def _embed(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Token embeddings [B, T, H] with every medium's features in the place of its tokens.
@@ -163,7 +191,23 @@ class OmniSapiens(nn.Module):
     def generate(self, batch: Batch, *, max_new_tokens: int, temperature: float = 0.0) -> list[str]:
         """Answers as text, greedy at temperature 0. Media tokens are never sampled: they would stand for no medium."""
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-        return [said.text for said in generate(self.thinker, self.processor, batch.inputs, **options)]
+        with self._adapted_lm_head(batch):
+            return [said.text for said in generate(self.thinker, self.processor, batch.inputs, **options)]
+
+    @contextmanager
+    def _adapted_lm_head(self, batch: Batch) -> Iterator[None]:
+        """Within, the adapters' deltas reach every state that lm_head reads."""
+        with torch.no_grad():
+            delta_BH = self._answer_delta(batch)
+        if delta_BH is None:
+            yield
+            return
+        delta_B1H = delta_BH.unsqueeze(1)
+        hook = self.thinker.lm_head.register_forward_pre_hook(lambda _, args: (args[0] + delta_B1H.to(args[0]),))
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 def apply_strategy(model: OmniSapiens, config: ModelConfig) -> OmniSapiens:

@@ -27,17 +27,27 @@ class Plan(NamedTuple):
 
 
 def training_plan(
-    columns: Columns, lengths_N: Indices, mix: MixConfig, config: TrainConfig, *, rank: int, world: int
+    columns: Columns,
+    lengths_N: Indices,
+    mix: MixConfig,
+    config: TrainConfig,
+    *,
+    rank: int,
+    world: int,
+    groups_N: Indices | None = None,
 ) -> Plan:
     """This rank's share of the whole run, all epochs in a row. The batches are the same for any number of ranks.
 
-    A batch has one modality signature, so that all ranks run the same layers at the same time. Raises ConfigError for a
-    batch of fewer samples than ranks.
+    A batch has one modality signature, so that all ranks run the same layers at the same time; `groups_N` may divide
+    the rows further. Raises ConfigError for a batch of fewer samples than ranks.
     """
+    codes_N = columns.signature_codes.astype(np.int64)
+    if groups_N is not None:
+        codes_N = codes_N + groups_N * len(columns.signatures)
     batches: list[Indices] = []
     for epoch in range(config.epochs):
         rows = epoch_rows(columns, mix, seed=config.seed, epoch=epoch)
-        codes_M, size = columns.signature_codes[rows], config.batch_size
+        codes_M, size = codes_N[rows], config.batch_size
         planned = plan_batches(codes_M, lengths_N[rows], batch_size=size, seed=config.seed, epoch=epoch)
         batches += [rows[batch] for batch in planned]
     smallest = min(map(len, batches))

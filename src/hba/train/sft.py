@@ -123,8 +123,8 @@ def build_model(config: SftConfig, resume: Path | None, taxonomy: Taxonomy) -> O
 
 def save_checkpoint(model: OmniSapiens, config: SftConfig, folder: Path) -> None:
     """Write the model of a run as a checkpoint that `OmniSapiens.from_pretrained` loads."""
-    backbone = backbone_of(config.model.name)
-    checkpoint.save(model, folder, backbone=backbone, strategy=config.model.strategy, encode=config.encode)
+    backbone, strategy, speaks = backbone_of(config.model.name), config.model.strategy, config.answer_weight > 0
+    checkpoint.save(model, folder, backbone=backbone, strategy=strategy, encode=config.encode, speaks=speaks)
 
 
 def validate_heads(

@@ -1,4 +1,8 @@
-"""OmniSapiens' classification heads: the most probable label of the row's domain, with all probabilities."""
+"""OmniSapiens: its heads classify, and once lm_head is trained it answers free-form rows in words, greedily.
+
+Rows with classes get the most probable label of their domain with all probabilities; adapters of a row's data set, if
+the checkpoint holds any, take part in both.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +17,11 @@ from hba.atlas.loader import LoaderConfig
 from hba.atlas.sampler import Indices
 from hba.errors import InputError
 from hba.evaluate.backends.batches import batched_answers
-from hba.evaluate.backends.interface import Output, Result
+from hba.evaluate.backends.interface import Output, Result, spoken
 from hba.evaluate.config import Opening
 from hba.model import checkpoint
 from hba.model.omni import OmniSapiens
 from hba.remote.cost import Meter
-from hba.storage import file_sha256
 from hba.taxonomy import Taxonomy
 
 
@@ -26,7 +29,6 @@ class HeadsBackend:
     """A `Backend` over a loaded model. `origin` is the identity of its checkpoint, empty while it is being trained."""
 
     name = "heads"
-    free_form = False
     meter: Meter | None = None
 
     def __init__(
@@ -37,18 +39,24 @@ class HeadsBackend:
         batch_size: int,
         loader: LoaderConfig,
         origin: Mapping[str, Any] | None = None,
+        max_tokens: int = 0,
     ) -> None:
+        """Free-form rows are answered if the model has learned to and `max_tokens` is above 0."""
         self.model, self.encoder, self.batch_size, self.loader = model, encoder, batch_size, loader
-        self.origin = origin or {}
+        self.origin, self.max_tokens = origin or {}, max_tokens
+        self.free_form = model.speaks and max_tokens > 0
 
     def identity(self) -> Mapping[str, Any]:
         """Hash of the heads and name of the checkpoint."""
         return self.origin
 
     def answers(self, atlas: Atlas, rows: Indices, done: Set[str]) -> Iterator[Result]:
-        """In batches of similar length."""
+        """In batches of similar length, rows with classes before those without."""
         options: dict[str, Any] = {"encoder": self.encoder, "batch_size": self.batch_size, "loader": self.loader}
-        return batched_answers(atlas, rows, done, answer=self.classify, **options)
+        labelled_N = atlas.columns.label_codes[rows] >= 0
+        for chosen, answer in ((rows[labelled_N], self.classify), (rows[~labelled_N], self.speak)):
+            if len(chosen):
+                yield from batched_answers(atlas, chosen, done, answer=answer, **options)
 
     def classify(self, batch: Batch) -> Sequence[Output]:
         """Softmax over the domain's classes."""
@@ -62,6 +70,11 @@ class HeadsBackend:
             outputs.append(Output(text=best, answer=best, label=best, probs=probs, tokens_out=0))
         return outputs
 
+    def speak(self, batch: Batch) -> Sequence[Output]:
+        """Greedy answers in words."""
+        texts = self.model.generate(batch.to(self.model.device), max_new_tokens=self.max_tokens)
+        return [spoken(s, text, self.encoder.taxonomy) for s, text in zip(batch.samples, texts, strict=True)]
+
 
 def open_backend(_name: str, opening: Opening) -> HeadsBackend:
     """The heads of a checkpoint or run folder. Raises InputError for a backbone, whose heads are not trained."""
@@ -72,6 +85,11 @@ def open_backend(_name: str, opening: Opening) -> HeadsBackend:
         raise InputError("a backbone without trained heads: its answers would be random", where=model_name, fix=fix)
     model = checkpoint.load(model_name, dtype=config.dtype, attention=config.attention, taxonomy=taxonomy).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    origin = {"model": file_sha256(trained / "heads.safetensors"), "checkpoint": checkpoint.describe(model_name)}
-    encoder = Encoder(model.processor, opening.encode, taxonomy)
-    return HeadsBackend(model, encoder, batch_size=config.batch_size, loader=config.loader, origin=origin)
+    max_tokens = config.generation.max_tokens if model.speaks else 0
+    origin: dict[str, Any] = {"model": checkpoint.trained_hash(trained), "checkpoint": checkpoint.describe(model_name)}
+    if max_tokens:
+        origin["max_tokens"] = max_tokens
+    adapters = {} if model.bam is None else model.bam.descriptors
+    encoder = Encoder(model.processor, opening.encode, taxonomy, descriptors=adapters)
+    options: dict[str, Any] = {"batch_size": config.batch_size, "loader": config.loader, "max_tokens": max_tokens}
+    return HeadsBackend(model, encoder, origin=origin, **options)

@@ -1,0 +1,297 @@
+"""BAM, stage 3: adapters over descriptors correct what stage 1 or 2 says, data set by data set.
+
+Each data set has adapters of its own (model/bam.py); one run trains those of one, several or all data sets, in batches
+of one data set each. Stages: `adapters` alone, `adapters+heads`, or `full`, the backbone too. In the first two the
+backbone is frozen: its states are computed once and cached, and an epoch costs a small MLP. Classification rows take
+the loss of stage 1, free-form rows that of stage 2.
+
+A row that has a medium but no descriptor of it stops the run, by name, unless `descriptors.allow_missing`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hba.atlas import Atlas, open_atlas
+from hba.atlas.batch import IGNORED, Batch, Encoder
+from hba.atlas.loader import load_batches
+from hba.atlas.mixing import MixConfig
+from hba.atlas.sampler import Indices
+from hba.config import option
+from hba.descriptors.pooled import DescriptorConfig
+from hba.errors import InputError
+from hba.evaluate.backends.batches import evaluation_plan
+from hba.evaluate.metrics import score
+from hba.model import checkpoint
+from hba.model.bam import FOLDER, AdapterSpec, Bam, load_bam, save_bam
+from hba.model.generate import media_token_ids
+from hba.model.heads import DomainHeads, token_loss
+from hba.model.omni import ModelConfig, OmniSapiens, apply_strategy
+from hba.process import data_record, prepare_process, start_accelerator
+from hba.run import RunFolder
+from hba.train.described import described_datasets, read_descriptors, training_matrix
+from hba.train.frozen import (
+    Descriptors,
+    FeatureBatch,
+    FeatureConfig,
+    FrozenBase,
+    cached_batches,
+    features,
+    is_free_form,
+    streamed_batches,
+)
+from hba.train.loop import Count, Rate, Share, Stage, TrainConfig, Validation, run_training
+from hba.train.plan import training_plan
+from hba.train.qa import Progressed
+from hba.train.scores import exact, exact_matches, mean_over_tasks
+from hba.train.state import Progress, latest
+
+
+@dataclass(frozen=True, kw_only=True)
+class BamConfig:
+    """Everything that decides a stage-3 run. Defaults are the published ones; heads train at train.learning_rate."""
+
+    atlas: str = option(doc="atlas folder, or the hub id of a release")
+    base: str = option(doc="run folder or checkpoint of an earlier stage (--from)")
+    datasets: tuple[str, ...] | None = option(None, "data sets that get adapters (--dataset); all with descriptors")
+    stage: Literal["adapters", "adapters+heads", "full"] = option("adapters", "what is trained")
+    adapter_learning_rate: Rate = option(5e-3, "peak learning rate of the adapters")
+    hidden: Count = option(256, "hidden size of an adapter")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = option(0.1, "of descriptor values, 0..1")
+    modality_dropout: Share = option(0.3, "share of samples that train without a modality, drawn for each, 0..1")
+    layer_norm: bool = option(False, "LayerNorm over the descriptor")
+    standardise: bool = option(True, "centre and scale each descriptor value by the training rows; false as released")
+    descriptors: DescriptorConfig = field(default_factory=DescriptorConfig)
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=4, learning_rate=2.5e-4))
+    features: FeatureConfig = field(default_factory=FeatureConfig)
+    mix: MixConfig = field(default_factory=MixConfig)
+    train_split: str = option("train", "split to train on; slices such as train[:10%] work")
+    validation_split: str = option("validation", "split that chooses the best checkpoint")
+    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of frozen weights; auto: bfloat16 on GPUs")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = option("sdpa", "attention implementation")
+
+
+class Said(NamedTuple):
+    """What adapted states lead to: logits over the classes, or over the tokens of the answers."""
+
+    logits_BC: Tensor
+    answer_logits_NV: Tensor | None
+
+
+class AdaptedHeads(nn.Module):
+    """Adapters in front of the heads and lm_head of a frozen backbone; the model of the stages that are cached."""
+
+    def __init__(self, bam: Bam, heads: DomainHeads, lm_head: nn.Module | None) -> None:
+        super().__init__()
+        self.bam, self.heads, self.lm_head = bam, heads, lm_head
+
+    def forward(self, batch: FeatureBatch) -> Said:
+        """Class logits [B, C] of classification rows, token logits [L, V] of free-form ones."""
+        datasets = [sample.dataset for sample in batch.samples]
+        if batch.tokens_L is None:
+            return Said(self.heads(self.bam(batch.states_LH, datasets, batch.descriptors), batch.domain_names), None)
+        assert self.lm_head is not None  # built with one where a data set is free-form
+        zeros_BH = batch.states_LH.new_zeros(len(batch), batch.states_LH.shape[1])
+        delta_BH = self.bam(zeros_BH, datasets, batch.descriptors)
+        states_LH = batch.states_LH.float() + delta_BH.repeat_interleave(batch.lengths_B, 0)
+        weight = next(self.lm_head.parameters())
+        return Said(self.heads(zeros_BH, batch.domain_names), self.lm_head(states_LH.to(weight.dtype)))
+
+
+def train_bam(config: BamConfig, run: RunFolder, progress: Progressed = lambda done, total: None) -> Progress:
+    """Run (or resume) stage 3 in `run`. Raises InputError for bad data or config, HbaError for a failing step."""
+    accelerator = start_accelerator(config.dtype)
+    prepare_process(config.train.seed)
+    opened = open_atlas(config.atlas, split=config.train_split)
+    keys = described_datasets(opened, config.datasets)
+    held_out = open_atlas(config.atlas, split=config.validation_split, taxonomy=opened.taxonomy)
+    train, validation = Rows.of(opened, keys, config), Rows.of(held_out, keys, config)
+    run.record_data(data_record(config.atlas, train.atlas))
+    base = FrozenBase(config.base, dtype=config.dtype, attention=config.attention, taxonomy=opened.taxonomy)
+    resume = latest(run.checkpoints)
+    bam = build_bam(config, keys, train, base, resume)
+    model = build_model(config, bam, base, resume, speaks=any(is_free_form(opened, key) for key in keys))
+    give, give_validation = (
+        batch_source(config, base, bam, rows, progress, accelerator) for rows in (train, validation)
+    )
+    columns, rank, world = train.atlas.columns, accelerator.process_index, accelerator.num_processes
+    plan = training_plan(
+        *(columns, train.atlas.estimated_tokens, config.mix, config.train),
+        rank=rank,
+        world=world,
+        groups_N=columns.dataset_codes.astype(np.int64),
+    )
+    held_out_plan = validation.plan(config.features.batch_size)[rank::world]
+    stage: Stage[Any] = Stage(
+        model=model,
+        loss=bam_loss,
+        batches=give,
+        validate=lambda: validate_bam(model, base, give_validation(held_out_plan, 0), validation.atlas, accelerator),
+        save_model=lambda folder: save_checkpoint(config, model, base, folder),
+        learning_rates={"bam.": config.adapter_learning_rate},
+    )
+    return run_training(stage, plan, config.train, accelerator, run)
+
+
+class Rows(NamedTuple):
+    """The rows of a split that get adapters, with their descriptors."""
+
+    atlas: Atlas
+    descriptors: Descriptors
+
+    @classmethod
+    def of(cls, atlas: Atlas, keys: list[str], config: BamConfig) -> Rows:
+        """The rows of the data sets `keys`. Raises InputError for missing descriptors."""
+        chosen = atlas.filter(datasets=keys)
+        return cls(chosen, read_descriptors(chosen, config.descriptors))
+
+    def plan(self, batch_size: int) -> list[Indices]:
+        """Every row once, in batches of one data set."""
+        codes_N = self.atlas.columns.dataset_codes
+        views = [np.flatnonzero(codes_N == code) for code in np.unique(codes_N)]
+        return [batch for rows_M in views for batch in evaluation_plan(self.atlas, rows_M, batch_size)]
+
+
+def build_bam(config: BamConfig, keys: list[str], train: Rows, base: FrozenBase, resume: Path | None) -> Bam:
+    """Fresh adapters, which change nothing yet, or those of the checkpoint at which a run resumes."""
+    if resume is not None:
+        loaded = load_bam(resume, base.hidden_size)
+        if loaded is None:
+            fix = "Remove the checkpoint; the run then goes on from the one before, or from its start."
+            raise InputError("holds no adapters", where=str(resume), fix=fix)
+        return loaded
+    torch.manual_seed(config.train.seed)
+    matrices = {key: training_matrix(train.atlas, train.descriptors, key) for key in keys}
+    bam = Bam([_spec(config, key, matrices[key]) for key in keys], base.hidden_size)
+    for key, by_modality in matrices.items():
+        for modality, f_NF in by_modality.items():
+            adapter = bam.adapters(key).adapter(modality)
+            if adapter is not None:
+                adapter.start(f_NF if config.standardise else None)
+    return bam
+
+
+def _spec(config: BamConfig, key: str, matrix: dict[str, Tensor]) -> AdapterSpec:
+    return AdapterSpec(
+        dataset=key,
+        dims={modality: f_NF.shape[1] for modality, f_NF in matrix.items()},
+        hidden=config.hidden,
+        dropout=config.dropout,
+        modality_dropout=config.modality_dropout,
+        layer_norm=config.layer_norm,
+        descriptors=config.descriptors,
+    )
+
+
+def build_model(
+    config: BamConfig, bam: Bam, base: FrozenBase, resume: Path | None, *, speaks: bool
+) -> AdaptedHeads | OmniSapiens:
+    """What the loop trains, with requires_grad set for the stage: the adapters, the heads, or the whole model."""
+    if config.stage == "full":
+        name = base.folder if resume is None else resume
+        model = checkpoint.load(name, dtype="float32", attention=config.attention, taxonomy=base.taxonomy)
+        model.bam = bam
+        return apply_strategy(model, ModelConfig(name=str(name), strategy=base.card["strategy"])).to(bam_device())
+    heads = checkpoint.load_heads(base.folder if resume is None else resume)
+    heads.requires_grad_(config.stage == "adapters+heads")
+    return AdaptedHeads(bam, heads, base.model.thinker.lm_head if speaks else None).to(bam_device())
+
+
+def bam_device() -> torch.device:
+    """Where adapters train."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def batch_source(
+    config: BamConfig, base: FrozenBase, bam: Bam, rows: Rows, progress: Progressed, accelerator: Accelerator
+) -> Any:
+    """What gives the batches of a plan over `rows`: of the cache, of the frozen backbone, or for the whole model."""
+    atlas = rows.atlas
+    speaks = any(is_free_form(atlas, key) for key in bam.datasets)
+    encoder = Encoder(base.processor, base.encode, atlas.taxonomy, answers=speaks, descriptors=bam.descriptors)
+    loader = config.features.loader
+    if config.stage == "full":
+        return lambda plan, start: load_batches(atlas, encoder, plan, loader, start=start)
+    if not config.features.cache:
+        return lambda plan, start: streamed_batches(atlas, base, encoder, plan, loader, start)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    wait = accelerator.wait_for_everyone
+    caches = features(base, atlas, config.features, progress, rank=rank, world=world, wait=wait)
+    return lambda plan, start: cached_batches(atlas, caches, plan, rows.descriptors, start)
+
+
+def answer_parts(batch: FeatureBatch | Batch) -> tuple[Tensor, Tensor] | None:
+    """The tokens [L] of a free-form batch's answers and how many are each sample's [B]; None for rows with classes."""
+    if batch.domain_names[0] is not None:
+        return None
+    if isinstance(batch, FeatureBatch):
+        return None if batch.tokens_L is None else (batch.tokens_L, batch.lengths_B)
+    assert batch.labels_BT is not None  # the encoder gives every free-form row its answer
+    labelled_BT = batch.labels_BT != IGNORED
+    return batch.labels_BT[labelled_BT], labelled_BT.sum(1)
+
+
+def bam_loss(model: nn.Module, batch: FeatureBatch | Batch) -> Tensor:
+    """Cross-entropy over each row's own classes, or over the tokens of its answer, summed over the batch."""
+    output = model(batch)
+    answers = answer_parts(batch)
+    if answers is not None:
+        return token_loss(output.answer_logits_NV, *answers)
+    return F.cross_entropy(output.logits_BC, batch.class_index_B, reduction="sum")
+
+
+def validate_bam(
+    model: AdaptedHeads | OmniSapiens,
+    base: FrozenBase,
+    batches: Iterable[FeatureBatch | Batch],
+    rows: Atlas,
+    accelerator: Accelerator,
+) -> Validation:
+    """The published metrics of classification rows, exact match of free-form ones; the mean over tasks decides."""
+    labels: list[tuple[str | None, str, str]] = []
+    right: list[tuple[str, bool]] = []
+    names = rows.taxonomy.class_names
+    with torch.no_grad():
+        for batch in batches:
+            if not len(batch):
+                continue
+            moved = batch.to(accelerator.device)
+            output, answers = model(moved), answer_parts(moved)
+            if answers is not None:
+                banned = media_token_ids(base.model.thinker.config, base.processor)
+                hits_B = exact(output.answer_logits_NV, *answers, banned)
+                right += zip([sample.dataset for sample in batch.samples], hits_B, strict=True)
+                continue
+            best_B = output.logits_BC.argmax(1).tolist()
+            labels += [(names[i], s.target, s.dataset) for i, s in zip(best_B, batch.samples, strict=True)]
+    said = gather_object(labels)
+    scores: dict[str, float] = {}
+    if said:
+        answers_N, targets_N, keys_N = zip(*said, strict=True)
+        tasks = score(answers_N, targets_N, keys_N, taxonomy=rows.taxonomy)["tasks"]
+        scores = {key: task["score"] for key, task in tasks.items() if task["score"] is not None}
+    return mean_over_tasks(scores | exact_matches(rows, gather_object(right)), rows)
+
+
+def save_checkpoint(config: BamConfig, model: AdaptedHeads | OmniSapiens, base: FrozenBase, folder: Path) -> None:
+    """Write a checkpoint that `OmniSapiens.from_pretrained` loads: what was frozen is linked from the base."""
+    if isinstance(model, OmniSapiens):
+        known = {name: base.card[name] for name in ("backbone", "strategy")}
+        checkpoint.save(model, folder, encode=base.encode, speaks=bool(base.card.get("speaks", False)), **known)
+        return
+    trained = [FOLDER, *([checkpoint.HEADS] if config.stage == "adapters+heads" else [])]
+    checkpoint.link(base.folder, folder, without=trained)
+    save_bam(model.bam, folder)
+    if config.stage == "adapters+heads":
+        checkpoint.save_heads(model.heads, folder)

@@ -1,0 +1,87 @@
+"""The descriptors that stage 3 trains on: which data sets have some, one pooled vector a sample and modality.
+
+Refused by name: a data set without any descriptor, and rows that have a medium but no descriptor of it, unless that is
+allowed. A descriptor that cannot be read quarantines its sample, as a medium would.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from hba.atlas import Atlas
+from hba.atlas.sample import Quarantined
+from hba.descriptors.pooled import SOURCES, DescriptorConfig, missing, pooled_descriptors
+from hba.errors import InputError, MediaError
+from hba.train.frozen import Descriptors
+
+NAMED = 10  # samples in a message
+_log = logging.getLogger(__name__)
+
+
+def described_datasets(atlas: Atlas, wanted: Sequence[str] | None) -> list[str]:
+    """The data sets to adapt: those `wanted`, or all that have descriptors; the others are named in a warning.
+
+    Raises InputError for a wanted data set without rows or descriptors, and when no data set has any.
+    """
+    with_some: set[str] = set()
+    present: set[str] = set()
+    for index in range(len(atlas)):
+        row = atlas.row(index)
+        present.add(row.dataset)
+        if row.ext_video_feats or row.ext_audio_feats:
+            with_some.add(row.dataset)
+    keys = sorted(present) if wanted is None else [atlas.taxonomy.dataset(key).key for key in wanted]
+    without = [key for key in keys if key not in with_some]
+    fix = "Run `hba atlas describe` on the atlas."
+    if without and (wanted is not None or len(without) == len(keys)):
+        raise InputError(f"no descriptors in {', '.join(without)}", where=f"{atlas.root}, {atlas.split}", fix=fix)
+    if without:
+        _log.warning("without descriptors, hence without adapters: %s", ", ".join(without))
+    return [key for key in keys if key in with_some]
+
+
+def read_descriptors(rows: Atlas, config: DescriptorConfig) -> Descriptors:
+    """The pooled descriptors of every row by its number in the split, or why a sample has to be left out.
+
+    Raises InputError naming the samples that lack a descriptor, unless `allow_missing`.
+    """
+    lacking = [] if config.allow_missing else [sample for sample in rows if missing(sample)]
+    if lacking:
+        names = ", ".join(f"{s.id} ({' and '.join(missing(s))})" for s in lacking[:NAMED])
+        more = f" and {len(lacking) - NAMED} more" if len(lacking) > NAMED else ""
+        what = f"{len(lacking)} samples have a medium but no descriptor of it: {names}{more}"
+        fix = "Run `hba atlas describe`, or leave such samples unchanged with --allow-missing."
+        raise InputError(what, where=f"{rows.root}, {rows.split}", fix=fix)
+    found: dict[int, Mapping[str, Tensor] | Quarantined] = {}
+    for sample, number in zip(rows, rows.numbers.tolist(), strict=True):
+        try:
+            found[number] = pooled_descriptors(sample, config)
+        except MediaError as error:
+            found[number] = sample.quarantined(error)
+    return found
+
+
+def training_matrix(rows: Atlas, vectors: Descriptors, dataset: str) -> dict[str, Tensor]:
+    """{'video': [N, F], 'audio': [N, F]} of the rows of a data set, without a modality that none of them has.
+
+    Raises InputError naming a sample whose descriptor has another size than the first.
+    """
+    found: dict[str, Tensor] = {}
+    for modality in SOURCES:
+        parts: list[Tensor] = []
+        for sample, number in zip(rows, rows.numbers.tolist(), strict=True):
+            vector = vectors[number]
+            if sample.dataset != dataset or isinstance(vector, Quarantined) or modality not in vector:
+                continue
+            parts.append(vector[modality])
+            if len(parts[-1]) != len(parts[0]):
+                what = f"the pooled descriptor has {len(parts[-1])} values, others of {dataset} have {len(parts[0])}"
+                fix = "Extract all descriptors of a data set with the same settings."
+                raise InputError(what, where=sample.place(SOURCES[modality].field), fix=fix)
+        if parts:
+            found[modality] = torch.stack(parts)
+    return found

@@ -1,0 +1,171 @@
+"""QA, stage 2: lm_head learns to answer the free-form rows; backbone and heads stay as stage 1 left them, to the bit.
+
+The loss is the next-token cross-entropy of the answer alone, end token included (formulas, "Pooling and heads"). What
+lm_head reads, the normed last hidden states in front of the answer's tokens, never changes: it is computed once and
+cached, and an epoch costs one matrix. An answer that is right at every token under teacher forcing is what greedy
+decoding gives, so that validation needs no decoding either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from hba.atlas import Atlas, open_atlas
+from hba.atlas.batch import Encoder
+from hba.atlas.mixing import MixConfig
+from hba.atlas.sampler import Indices
+from hba.config import option
+from hba.errors import InputError
+from hba.evaluate.backends.batches import evaluation_plan
+from hba.model import checkpoint
+from hba.model.generate import media_token_ids
+from hba.model.heads import token_loss
+from hba.process import data_record, prepare_process, start_accelerator
+from hba.run import RunFolder
+from hba.train.frozen import (
+    FeatureBatch,
+    FeatureConfig,
+    FrozenBase,
+    cached_batches,
+    features,
+    streamed_batches,
+)
+from hba.train.loop import Stage, TrainConfig, Validation, run_training
+from hba.train.plan import training_plan
+from hba.train.scores import exact, exact_matches, mean_over_tasks
+from hba.train.state import Progress, latest
+
+
+@dataclass(frozen=True, kw_only=True)
+class QaConfig:
+    """Everything that decides a stage-2 run."""
+
+    atlas: str = option(doc="atlas folder, or the hub id of a release")
+    base: str = option(doc="run folder or checkpoint of stage 1 (--from)")
+    train: TrainConfig = field(default_factory=TrainConfig)
+    features: FeatureConfig = field(default_factory=FeatureConfig)
+    mix: MixConfig = field(default_factory=MixConfig)
+    train_split: str = option("train", "split to train on; slices such as train[:10%] work")
+    validation_split: str = option("validation", "split that chooses the best checkpoint")
+    datasets: tuple[str, ...] | None = option(None, "train on these free-form dataset keys alone")
+    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of the frozen backbone; auto: bfloat16 on GPUs")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = option("sdpa", "attention implementation")
+
+
+Progressed = Callable[[int, int], None]
+BatchSource = Callable[[Sequence[Indices], int], Iterator[FeatureBatch]]
+
+
+def train_qa(config: QaConfig, run: RunFolder, progress: Progressed = lambda done, total: None) -> Progress:
+    """Run (or resume) stage 2 in `run`. Raises InputError for bad data or config, HbaError for a failing step."""
+    accelerator = start_accelerator(config.dtype)
+    prepare_process(config.train.seed)
+    train = free_form_rows(open_atlas(config.atlas, split=config.train_split), config.datasets)
+    held_out = open_atlas(config.atlas, split=config.validation_split, taxonomy=train.taxonomy)
+    validation = free_form_rows(held_out, config.datasets)
+    run.record_data(data_record(config.atlas, train))
+    base = FrozenBase(config.base, dtype=config.dtype, attention=config.attention, taxonomy=train.taxonomy)
+    lm_head = build_lm_head(base, latest(run.checkpoints))
+    give, give_validation = (
+        batch_source(base, rows, config.features, progress, accelerator) for rows in (train, validation)
+    )
+    rank, world = accelerator.process_index, accelerator.num_processes
+    plan = training_plan(
+        train.columns, train.estimated_tokens, config.mix, config.train, rank=rank, world=world
+    )
+    held_out_plan = evaluation_plan(validation, torch.arange(len(validation)).numpy(), config.features.batch_size)
+    stage = Stage(
+        model=lm_head,
+        loss=qa_loss,
+        batches=give,
+        validate=partial(
+            validate_answers, lm_head, base, give_validation, held_out_plan[rank::world], validation, accelerator
+        ),
+        save_model=partial(save_lm_head, base, lm_head),
+        learning_rates={},
+    )
+    return run_training(stage, plan, config.train, accelerator, run)
+
+
+def qa_loss(lm_head: nn.Module, batch: FeatureBatch) -> Tensor:
+    """Cross-entropy of the answers' tokens, the mean over each row's, summed over the rows."""
+    logits_LV = lm_head(batch.states_LH.to(lm_head_dtype(lm_head)))
+    return token_loss(logits_LV, answer_tokens(batch), batch.lengths_B)
+
+
+def answer_tokens(batch: FeatureBatch) -> Tensor:
+    """The tokens of the answers [L]. Raises InputError for a batch of classification rows."""
+    if batch.tokens_L is None:
+        raise InputError("rows with classes have no answer to train lm_head on", fix="Choose free-form data sets.")
+    return batch.tokens_L
+
+
+def lm_head_dtype(lm_head: nn.Module) -> torch.dtype:
+    """The precision that lm_head reads."""
+    return next(lm_head.parameters()).dtype
+
+
+def free_form_rows(atlas: Atlas, datasets: tuple[str, ...] | None) -> Atlas:
+    """The rows without classes, of the given data sets or of all. Raises InputError when there are none."""
+    keys = {key for key, dataset in atlas.taxonomy.datasets.items() if dataset.domain is None}
+    return atlas.filter(datasets=keys if datasets is None else keys & {atlas.taxonomy.dataset(k).key for k in datasets})
+
+
+def build_lm_head(base: FrozenBase, resume: Path | None) -> nn.Linear:
+    """A trainable copy of the base's lm_head, or that of the checkpoint at which a run resumes; float32 masters.
+
+    A copy, since the tiny backbone ties lm_head to its embeddings: training those would change the heads' outputs.
+    """
+    trained = base.model.thinker.lm_head.weight.detach().float()
+    lm_head = nn.Linear(trained.shape[1], trained.shape[0], bias=False, device=trained.device)
+    weight = trained if resume is None else load_file(resume / checkpoint.LM_HEAD)["weight"]
+    lm_head.load_state_dict({"weight": weight})
+    return lm_head
+
+
+def save_lm_head(base: FrozenBase, lm_head: nn.Linear, folder: Path) -> None:
+    """Write the base's checkpoint with this lm_head in the place of its own."""
+    checkpoint.link(base.folder, folder, without=[checkpoint.LM_HEAD], speaks=True)
+    checkpoint.save_lm_head(lm_head.weight, folder)
+
+
+def batch_source(
+    base: FrozenBase, rows: Atlas, config: FeatureConfig, progress: Progressed, accelerator: Accelerator
+) -> BatchSource:
+    """What gives the batches of a plan over `rows`: caches, filled here, or the backbone where nothing is kept."""
+    if not config.cache:
+        encoder = Encoder(base.processor, base.encode, rows.taxonomy, answers=True)
+        return lambda plan, start: streamed_batches(rows, base, encoder, plan, config.loader, start)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    caches = features(base, rows, config, progress, rank=rank, world=world, wait=accelerator.wait_for_everyone)
+    return lambda plan, start: cached_batches(rows, caches, plan, {}, start)
+
+
+def validate_answers(
+    lm_head: nn.Module,
+    base: FrozenBase,
+    give: BatchSource,
+    plan: list[Indices],
+    rows: Atlas,
+    accelerator: Accelerator,
+) -> Validation:
+    """Exact match of greedy decoding on the validation rows, per task; their mean chooses the best checkpoint."""
+    said: list[tuple[str, bool]] = []
+    banned = media_token_ids(base.model.thinker.config, base.processor)
+    with torch.no_grad():
+        for batch in give(plan, 0):
+            moved = batch.to(accelerator.device)
+            logits_LV = lm_head(moved.states_LH.to(lm_head_dtype(lm_head)))
+            right_B = exact(logits_LV, answer_tokens(moved), moved.lengths_B, banned)
+            said += zip([sample.dataset for sample in batch.samples], right_B, strict=True)
+    return mean_over_tasks(exact_matches(rows, gather_object(said)), rows)
