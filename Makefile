@@ -1,5 +1,6 @@
 # make demo   train and evaluate on the synthetic mini-atlas, then write a report (installs first)
 # make test   all tests            make check  ruff and mypy          make bench  every file of benchmarks/
+# make harnesses  environments of lmms-eval and Inspect for their tests (2 GB are not copied: torch is shared)
 # make clean  caches and builds    make distclean  also .venv         Neither touches runs/ or data.
 #
 # PYTHON=python3.12 chooses the interpreter; WORKERS=4 the number of test processes; ARGS="..." goes to the command.
@@ -10,7 +11,7 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install browser demo test check bench clean distclean
+.PHONY: install browser demo test check bench harnesses clean distclean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -46,9 +47,19 @@ bench: $(STAMP)
 	  [ -e "$$file" ] || { echo "benchmarks/ holds no benchmark"; exit 1; }; \
 	  echo "== $$file"; $(BIN)/python "$$file" $(ARGS); done
 
+# Their pins (av below 16, wandb, fsspec) contradict ours, so that each has an environment of its own, which looks into
+# ours for what it does not install itself.
+harnesses: $(STAMP)
+	@set -e; for harness in lmms-eval==0.7.3 inspect-ai==0.3.285; do \
+	  folder=.harnesses/$${harness%%==*}; $(PYTHON) -m venv --clear $$folder; \
+	  $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	    > $$($$folder/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent.pth; \
+	  $$folder/bin/python -m pip install --disable-pip-version-check $$harness \
+	    $$($(BIN)/python -m pip freeze | grep -E '^(torch|torchvision|transformers|numpy)=='); done
+
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf .venv
+	rm -rf .venv .harnesses

@@ -38,10 +38,12 @@ COMMANDS = {
     "explore": "--atlas --runs --host --port --cache --json",
     "compare": "runs! --seeds --allow-other-data --flips --resamples --seed --json",
     "leaderboard": "runs! --out --published --tasks --max-quarantined --allow-other-data --json",
+    "export lmms-eval": "out! --atlas! --split --json",
+    "export inspect": "out! --atlas! --split --json",
     "tiny": "out! --atlas! --seed --json",
     "doctor": "--online --json",
 }
-GROUPS = ("", "atlas", "train")
+GROUPS = ("", "atlas", "train", "export")
 # Not pydantic: typer itself imports it when a command has parameters.
 HEAVY = {"torch", "transformers", "accelerate", "peft", "torchvision", "sklearn", "av", "numpy", "rich.live"}
 SMALL = ["train.max_steps=2", "train.batch_size=4", "train.validate_every=1", "encode.num_frames=2", "loader.workers=0"]

@@ -15,6 +15,7 @@ from hba.cli.atlas import atlas_app
 from hba.cli.compare import compare_command, leaderboard_command
 from hba.cli.evaluate import report_command, score_command
 from hba.cli.explore import explore_command
+from hba.cli.export import LMMS_EXAMPLE, export_app
 from hba.cli.judge import JUDGE_EXAMPLE, judge_command
 from hba.cli.predict import predict_command
 from hba.cli.release import MERGE_EXAMPLE, PUSH_EXAMPLE, merge_command, push_command
@@ -50,6 +51,7 @@ app.command("report", epilog="Example: hba report runs/demo/sft")(report_command
 app.command("compare", epilog="Example: hba compare runs/sft runs/rl")(compare_command)
 app.command("leaderboard", epilog="Example: hba leaderboard runs/sft runs/rl --out board.html")(leaderboard_command)
 app.command("explore", epilog="Example: hba explore --atlas runs/demo/atlas --runs runs")(explore_command)
+app.add_typer(export_app, name="export", epilog=LMMS_EXAMPLE)
 app.command("tiny", epilog="Example: hba tiny runs/tiny --atlas runs/mini")(tiny_command)
 app.command("doctor", epilog="Example: hba doctor --json")(doctor_command)
 
