@@ -20,6 +20,7 @@ from hba.model import OmniSapiens, chat, checkpoint
 from hba.model.heads import masked_mean
 from hba.model.merge import merge_checkpoint, merge_released
 from hba.model.omni import ModelConfig, apply_strategy
+from hba.model.released import Release
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import tiny_chat
@@ -166,7 +167,7 @@ def test_a_released_checkpoint_gives_its_logits_here(released, backbone, batch, 
         torch.save(state, tmp_path / file)
     else:
         save_file({name: tensor.clone() for name, tensor in state.items()}, tmp_path / file)
-    merge_released(tmp_path, tmp_path / "out", backbone=str(backbone), lora_alpha=64, dtype="float32")
+    merge_released(tmp_path, tmp_path / "out", Release(backbone=str(backbone)), dtype="float32")
     ours = OmniSapiens.from_pretrained(tmp_path / "out").eval().classify(batch)
     assert torch.allclose(ours, released.classify(batch), atol=1e-4)
 
@@ -185,7 +186,7 @@ def test_keys_that_do_not_fit_are_named(released, backbone, tmp_path, message):
     file = tmp_path / "pytorch_model.bin"
     torch.save(CHANGES[message](released.state_dict()), file)
     with pytest.raises(InputError, match=message):
-        merge_released(file, tmp_path / "out", backbone=str(backbone), lora_alpha=64)
+        merge_released(file, tmp_path / "out", Release(backbone=str(backbone)))
     assert not (tmp_path / "out").exists()
 
 
@@ -201,8 +202,99 @@ def test_a_released_file_runs_no_code(backbone, tmp_path):
     file = tmp_path / "pytorch_model.bin"
     file.write_bytes(pickle.dumps({"backbone.x": Exploit(tmp_path / "ran")}, protocol=2))
     with pytest.raises(InputError, match="cannot read the weights"):
-        merge_released(file, tmp_path / "out", backbone=str(backbone), lora_alpha=64)
+        merge_released(file, tmp_path / "out", Release(backbone=str(backbone)))
     assert not (tmp_path / "ran").exists()
+
+
+class ReleasedAdapter(nn.Module):
+    """The published adapter: delta = alpha * MLP([LayerNorm] f)."""
+
+    def __init__(self, features, layer_norm):
+        super().__init__()
+        if layer_norm:
+            self.ln_feats = nn.LayerNorm(features)
+        self.mlp = nn.Sequential(nn.Linear(features, 8), nn.ReLU(), nn.Linear(8, 64))
+        self.alpha = nn.Parameter(torch.tensor([0.7]))
+
+    def forward(self, features_BF):
+        normed = self.ln_feats(features_BF) if hasattr(self, "ln_feats") else features_BF
+        return self.alpha * self.mlp(normed)
+
+
+def released_adapters(layer_norm, **sizes):
+    torch.manual_seed(2)
+    made = {f"{name}_adapter": ReleasedAdapter(size, layer_norm) for name, size in sizes.items()}
+    return shaken(nn.ModuleDict(made))
+
+
+@pytest.mark.parametrize(("layer_norm", "sizes"), [(False, {"video": 12, "audio": 20}), (True, {"audio": 20})])
+def test_released_adapters_go_onto_a_checkpoint(lora, batch, tmp_path, layer_norm, sizes):
+    adapters = released_adapters(layer_norm, **sizes)
+    torch.save(adapters.state_dict(), tmp_path / "bam.pt")
+    release = Release(onto=str(lora[1]), dataset="urfunny", pooling="mean")
+    merge_released(tmp_path / "bam.pt", tmp_path / "out", release, dtype="float32")
+    loaded = OmniSapiens.from_pretrained(tmp_path / "out").eval()
+    ours = loaded.bam.adapters("urfunny")
+    for name, size in sizes.items():
+        features = torch.randn(3, size)
+        assert torch.allclose(ours.adapter(name)(features), adapters[f"{name}_adapter"](features), atol=1e-6)
+    assert ours.spec.descriptors.mode == "mean" and ours.spec.descriptors.published
+    assert set(loaded.bam.datasets) == {"urfunny"}
+    assert torch.allclose(loaded.classify(batch), lora[0].classify(batch), atol=1e-4)  # no row of urfunny
+
+
+def test_further_released_adapters_stand_beside_the_first(lora, tmp_path):
+    for number, key in enumerate(("urfunny", "mmsd"), 1):
+        torch.save(released_adapters(False, audio=5).state_dict(), tmp_path / f"{key}.pt")
+        onto = str(lora[1]) if number == 1 else str(tmp_path / "out1")
+        merge_released(tmp_path / f"{key}.pt", tmp_path / f"out{number}", Release(onto=onto, dataset=key))
+    assert set(OmniSapiens.from_pretrained(tmp_path / "out2").bam.datasets) == {"urfunny", "mmsd"}
+
+
+def test_a_whole_released_model_with_adapters_is_read_in_one_go(released, backbone, tmp_path):
+    state = released.state_dict() | released_adapters(False, video=6).state_dict()
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match="--adapters-of"):
+        merge_released(tmp_path, tmp_path / "out", Release(backbone=str(backbone)))
+    with pytest.raises(InputError, match="more than adapters"):
+        merge_released(tmp_path, tmp_path / "out", Release(onto=str(backbone), dataset="mmsd"))
+    merge_released(tmp_path, tmp_path / "out", Release(backbone=str(backbone), dataset="mmsd"))
+    assert set(OmniSapiens.from_pretrained(tmp_path / "out").bam.datasets) == {"mmsd"}
+
+
+BAM_CHANGES = {
+    "unknown keys: audio_adapter.mlp.4.bias": lambda s: s | {"audio_adapter.mlp.4.bias": torch.zeros(2)},
+    "missing keys: audio_adapter.alpha": lambda s: {k: v for k, v in s.items() if k != "audio_adapter.alpha"},
+    r"mlp.2.weight is \[9, 8\], expected \[64, 8\]": lambda s: s | {"audio_adapter.mlp.2.weight": torch.zeros(9, 8)},
+    "more than adapters: optimizer": lambda s: s | {"optimizer": torch.zeros(1)},
+}
+
+
+@pytest.mark.parametrize("message", BAM_CHANGES)
+def test_keys_of_adapters_that_do_not_fit_are_named(lora, tmp_path, message):
+    torch.save(BAM_CHANGES[message](released_adapters(False, audio=5).state_dict()), tmp_path / "bam.pt")
+    with pytest.raises(InputError, match=message):
+        merge_released(tmp_path / "bam.pt", tmp_path / "out", Release(onto=str(lora[1]), dataset="urfunny"))
+
+
+def test_adapters_are_not_put_on_a_plain_backbone(backbone, tmp_path):
+    torch.save(released_adapters(False, audio=5).state_dict(), tmp_path / "bam.pt")
+    with pytest.raises(InputError, match="no heads"):
+        merge_released(tmp_path / "bam.pt", tmp_path / "out", Release(onto=str(backbone), dataset="urfunny"))
+
+
+def test_the_language_head_of_stage_2_is_in_the_merged_model(lora, tmp_path):
+    folder = tmp_path / "staged"
+    checkpoint.link(lora[1], folder)
+    model = OmniSapiens.from_pretrained(folder)
+    model.untie_lm_head()
+    with torch.no_grad():
+        model.thinker.lm_head.weight.add_(0.5)
+    checkpoint.save_lm_head(model.thinker.lm_head.weight, folder)
+    merge_checkpoint(folder, tmp_path / "out", dtype="float32")
+    plain = Thinker.from_pretrained(tmp_path / "out")
+    assert torch.equal(plain.lm_head.weight, model.thinker.lm_head.weight)
+    assert not torch.equal(plain.lm_head.weight, plain.get_input_embeddings().weight)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

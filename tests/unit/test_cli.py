@@ -25,7 +25,7 @@ COMMANDS = {
     "transfer": "overrides --config --run --heldout --allow-quarantined --json",
     "train qa": "overrides --config --from --run --allow-quarantined --json",
     "train bam": "overrides --config --from --dataset --all --allow-missing --run --allow-quarantined --json",
-    "merge": "run! out! --dtype --backbone --lora-alpha --json",
+    "merge": "run! out! --dtype --backbone --onto --adapters-of --pooling --lora-alpha --json",
     "train lm": "overrides --config --run --allow-quarantined --json",
     "train rl": "overrides --config --algorithm --run --allow-quarantined --json",
     "predict": "model! overrides --atlas! --split --backend --run --modalities --limit --per-dataset --shard"

@@ -21,6 +21,15 @@ class Precision(str, Enum):
     float32 = "float32"
 
 
+class Pooling(str, Enum):
+    """Statistics over time that adapters read."""
+
+    none = "none"
+    mean = "mean"
+    meanstd = "meanstd"
+    meanstdp25p75 = "meanstdp25p75"
+
+
 def merge_command(
     run: Annotated[Path, typer.Argument(help="Run folder (its best checkpoint), checkpoint, or released state dict.")],
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
@@ -28,6 +37,11 @@ def merge_command(
     backbone: Annotated[
         str | None, typer.Option(help="RUN is a checkpoint that the authors released, on this backbone.")
     ] = None,
+    onto: Annotated[
+        str | None, typer.Option(help="RUN holds adapters that the authors released: put them on this checkpoint.")
+    ] = None,
+    adapters_of: Annotated[str | None, typer.Option(help="Data set of released adapters.")] = None,
+    pooling: Annotated[Pooling, typer.Option(help="How released adapters pool descriptors.")] = Pooling.meanstd,
     lora_alpha: Annotated[
         int, typer.Option(min=1, help="With --backbone: LoRA scale numerator, 64 as published.")
     ] = 64,
@@ -35,13 +49,17 @@ def merge_command(
 ) -> None:
     """Fold LoRA into one full model that plain transformers and vLLM load; heads and adapters lie beside it."""
     from hba.model.merge import merge_checkpoint, merge_released
+    from hba.model.released import Release
     from hba.process import prepare_process
 
     prepare_process(seed=0)
-    if backbone is None:
+    if backbone is None and onto is None:
         merge_checkpoint(run, out, dtype=dtype.value)
     else:
-        merge_released(run, out, dtype=dtype.value, backbone=backbone, lora_alpha=lora_alpha)
+        release = Release(
+            backbone=backbone, onto=onto, lora_alpha=lora_alpha, dataset=adapters_of, pooling=pooling.value
+        )
+        merge_released(run, out, release, dtype=dtype.value)
     answer({"model": str(out)}, as_json=json, show=lambda: say(f"Wrote a full model to {bold(out)}."))
 
 

@@ -19,7 +19,7 @@ from hba.atlas.batch import EncodeConfig
 from hba.errors import InputError
 from hba.model import chat, checkpoint
 from hba.model.omni import OmniSapiens
-from hba.model.released import load_released
+from hba.model.released import Release, load_released
 from hba.storage import atomic_folder, write_json
 
 # The class name by which every version of vLLM finds its thinker.
@@ -50,12 +50,16 @@ def merge_checkpoint(path: str | Path, out: Path, *, dtype: str = "bfloat16") ->
                 shutil.copyfile(folder / name, new / name)
 
 
-def merge_released(path: Path, out: Path, *, backbone: str, lora_alpha: int, dtype: str = "bfloat16") -> None:
+def merge_released(path: Path, out: Path, release: Release, *, dtype: str = "bfloat16") -> None:
     """Write a checkpoint that the authors released (see released.py) as a full model into the new folder `out`."""
     require_free(out)
-    model = load_released(path, backbone=backbone, lora_alpha=lora_alpha)
+    model = load_released(path, release)
+    name = str(release.backbone or chat.backbone_of(str(release.onto)))
+    encode = checkpoint.encode_config(release.onto) if release.onto is not None else None
     with atomic_folder(out) as new:
-        checkpoint.save(model, new, backbone=backbone, strategy="heads", encode=EncodeConfig())
+        checkpoint.save(
+            model, new, backbone=name, strategy="heads", encode=encode or EncodeConfig(), speaks=model.speaks
+        )
         write_full(model, new, dtype=checkpoint.resolve_dtype(dtype), card=checkpoint.read_card(new))
 
 

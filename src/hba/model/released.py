@@ -3,6 +3,7 @@
     backbone.*                      the thinker; with PEFT `backbone.base_model.model.*`, its layers `*.base_layer.*`
                                     and `*.lora_A.default.weight`, `*.lora_B.default.weight`
     heads.{i}.weight | .bias        the head of the i-th domain, in the order of the taxonomy
+    video_adapter.*, audio_adapter.*    BAM of one data set (see released_bam.py), beside those or alone
 
 Files are safetensors or what torch.save wrote, read with weights_only=True: nothing in them is executed. Every key must
 be known, present and of the right shape; otherwise the error names them.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +23,62 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hba.descriptors.pooled import Mode
 from hba.errors import InputError, nearest
 from hba.model import checkpoint
 from hba.model.omni import OmniSapiens
+from hba.model.released_bam import PREFIXES, add_released_adapters
 
 # What Accelerate calls the model in a saved state, in the order of preference.
 FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model_fsdp.bin")
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-PUBLISHED_LORA_ALPHA = 64
 _SHOWN = 5
 _PEFT, _BACKBONE, _LORA = "base_model.model.", "backbone.", ".lora_A.default.weight"
 
 
-def load_released(path: Path, *, backbone: str, lora_alpha: int = PUBLISHED_LORA_ALPHA) -> OmniSapiens:
-    """The released SFT checkpoint `path` (a file or its folder) as an OmniSapiens with LoRA layers, in float32.
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """What a released state dict does not tell.
 
-    `backbone` gives config and processor, `lora_alpha` the scale, which a state dict does not tell. Raises InputError
-    for a file that is damaged or holds code, and for unknown, missing or wrongly shaped keys.
+    `backbone` gives config and processor of a whole model; adapters alone go on the checkpoint `onto`. `dataset` is
+    that of the adapters, None without any; `pooling` is how their descriptors are pooled. LoRA's alpha is 64 as
+    published.
     """
-    state = read_state(path)
+
+    backbone: str | None = None
+    onto: str | None = None
+    lora_alpha: int = 64
+    dataset: str | None = None
+    pooling: Mode = "meanstd"
+
+
+def load_released(path: Path, release: Release) -> OmniSapiens:
+    """The released checkpoint `path` (a file or its folder) as an OmniSapiens in float32, LoRA layers not yet folded.
+
+    Raises InputError for a file that is damaged or holds code, and for unknown, missing or wrongly shaped keys.
+    """
+    whole = read_state(path)
+    adapters = {name: tensor for name, tensor in whole.items() if name.startswith(PREFIXES)}
+    state = {name: tensor for name, tensor in whole.items() if name not in adapters}
+    if bool(adapters) != (release.dataset is not None):
+        what = "holds adapters of one data set" if adapters else "holds no adapters"
+        raise InputError(what, where=str(path), fix="Name their data set with --adapters-of; without adapters, none.")
+    if release.backbone is not None:
+        model = _load_sft(state, path, release.backbone, release.lora_alpha)
+    elif state or release.onto is None:
+        what = f"holds more than adapters: {_some(list(state))}"
+        raise InputError(what, where=str(path), fix="Name the backbone with --backbone.")
+    elif checkpoint.resolve(release.onto) is None:
+        fix = "Name a run or a checkpoint; `hba merge --backbone` makes one of the released SFT model."
+        raise InputError("a plain backbone has no heads for adapters", where=release.onto, fix=fix)
+    else:
+        model = checkpoint.load(release.onto, dtype="float32")
+    if release.dataset is not None:
+        add_released_adapters(model, adapters, dataset=release.dataset, pooling=release.pooling, path=path)
+    return model
+
+
+def _load_sft(state: dict[str, Tensor], path: Path, backbone: str, lora_alpha: int) -> OmniSapiens:
     if checkpoint.resolve(backbone) is not None:
         fix = "Name the plain backbone, such as Qwen/Qwen2.5-Omni-7B."
         raise InputError("a checkpoint of hba, not a backbone", where=backbone, fix=fix)
