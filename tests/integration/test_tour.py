@@ -41,6 +41,7 @@ SUPPORT = {
     "evaluate/groups.py": "which rows are no independent evidence; only the intervals ask",
     "evaluate/calibration.py": "what the probabilities of predictions are worth",
     "evaluate/judge/scores.py": "verdicts on free-form answers, where a judge was asked",
+    "evaluate/unmapped.py": "a report of the answers that mean no label",
     "evaluate/provenance.py": "a hash of what was scored",
     "evaluate/score.py": "reads predictions, calls the metrics, writes metrics.json",
     "evaluate/answers.py": "the text of a prediction",
