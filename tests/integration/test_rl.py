@@ -316,3 +316,22 @@ def test_evaluations_can_be_compared_prompt_by_prompt(straight):
     assert list(by_step) == [0, 2, 4]
     assert [r["id"] for r in by_step[0]] == [r["id"] for r in by_step[4]] and len(by_step[0]) == 6
     assert json.loads((straight / "evaluations" / "step_0.jsonl").read_text().splitlines()[0])["greedy"]["score"] >= 0
+
+
+def test_the_report_shows_curves_changes_and_rollouts_and_escapes_them(straight, tmp_path):
+    import shutil
+
+    from hba.report import write_report
+
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    with (run / "rollouts.jsonl").open("a") as handle:
+        line = read_jsonl(straight / "rollouts.jsonl").__iter__().__next__().record
+        handle.write(json.dumps({**line, "step": 4, "response": "<script>alert(1)</script>"}) + "\n")
+    with (run / "log.jsonl").open("a") as handle:
+        handle.write(json.dumps({"step": 4, "kind": "warning", "message": "the reward of x has collapsed"}) + "\n")
+    page = write_report(run).read_text()
+    for text in ("Reinforcement learning: harpo", "reward, sampled", "right answers, greedy", "HARPO task factor"):
+        assert text in page
+    assert "share of groups without signal" in page and "the reward of x has collapsed" in page
+    assert "<script>" not in page and "&lt;script&gt;alert(1)" in page

@@ -24,6 +24,7 @@ from hba.report.judged import judged_answers
 from hba.report.load import Metrics, Run, load_run
 from hba.report.plots import Reference, bar
 from hba.report.reliability import reliability
+from hba.report.rl import RlPart, rl_page, rl_part
 from hba.report.samples import choose, gather
 from hba.storage import atomic_write
 from hba.taxonomy import BUILTIN, Taxonomy, of_folder
@@ -70,20 +71,24 @@ def write_report(
     """Write the report of the run folder `run` to `out` (default: report.html in it) and return its path.
 
     Prompts and media come from the atlas at `atlas_root`, by default from where the run says that its atlas lies.
-    Raises InputError for a folder without metrics.json, for a malformed file (naming line and field), and for an
-    `atlas_root` that is no atlas; StorageError when the disk is full. Nothing is written then.
+    An RL run that has not been scored has a page of its training alone. Raises InputError for any other folder without
+    metrics.json, for a malformed file (naming line and field), and for an `atlas_root` that is no atlas; StorageError
+    when the disk is full. Nothing is written then.
     """
     taxonomy = taxonomy or of_folder(run)
-    loaded = load_run(run, taxonomy)
-    html = render(loaded, atlas_root, taxonomy)
+    part = rl_part(run)
+    if part is not None and not (run / "metrics.json").is_file():
+        html = rl_page(run, part)
+    else:
+        html = render(load_run(run, taxonomy), atlas_root, taxonomy, rl=part)
     path = out if out is not None else run / "report.html"
     with atomic_write(path) as handle:
         handle.write(html)
     return path
 
 
-def render(run: Run, atlas_root: Path | None = None, taxonomy: Taxonomy = BUILTIN) -> str:
-    """The page of a run as text; see `write_report`."""
+def render(run: Run, atlas_root: Path | None = None, taxonomy: Taxonomy = BUILTIN, *, rl: RlPart | None = None) -> str:
+    """The page of a run as text, with the RL part of its folder if it has one; see `write_report`."""
     predictions = run.predictions
     recorded = Path(run.atlas_path) if run.atlas_path else None
     samples = confused = None
@@ -115,6 +120,7 @@ def render(run: Run, atlas_root: Path | None = None, taxonomy: Taxonomy = BUILTI
             reliability=reliability(run.metrics.calibration.all) if run.metrics.calibration else None,
             curves=curves(run.events, run.metrics.tasks) if run.events else None,
             samples=samples,
+            rl=rl,
             judged=judged_answers(predictions, run.judgements) if predictions and run.judgements else None,
             quarantine=(run.quarantine or ())[:MAX_QUARANTINE_ROWS],
             config=SECRETS.sub(r"\1(hidden)", run.config) if run.config is not None else None,

@@ -1,0 +1,202 @@
+"""The RL part of a report: what reward, policy and advantages did, by task and dataset, and what came of it.
+
+Evaluations before and after are compared prompt by prompt: the mean difference with a bootstrap interval over the
+prompts, for sampled and for greedy responses, whatever it is. Curves are those of log.jsonl; the table of rollouts is
+the last one of rollouts.jsonl.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hba.report.curves import Chart
+from hba.report.html import environment, style
+from hba.report.plots import Points, Series, line_chart, nice_axis
+from hba.storage import read_jsonl
+
+RESAMPLES = 10_000
+MAX_ROLLOUTS = 40
+NAMES = {
+    "score": "reward",
+    "standard_score": "exact answers",
+    "format_score": "format",
+    "similarity_score": "similarity",
+    "overlong_score": "length penalty",
+    "abs_advantage": "mean |advantage|",
+    "entropy": "entropy, nats a token",
+    "kl": "KL from the start, nats a token",
+    "clipped": "share of clipped tokens",
+    "tokens": "tokens a response",
+    "silent_groups": "share of groups without signal",
+    "signal": "HARPO signal of the task",
+    "task_factor": "HARPO task factor",
+    "sample_factor": "HARPO sample factor, mean",
+    "grad_norm": "gradient norm",
+}
+COUNTS = ("rollouts", "samples_seen", "step", "loss", "learning_rate", "rollout_seconds", "update_seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A figure of the evaluations, before and after; `low` and `high` are the 95 % interval of the difference."""
+
+    name: str
+    before: float
+    after: float
+    difference: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RlPart:
+    """Everything that the template shows."""
+
+    algorithm: str
+    steps: int
+    changes: tuple[Change, ...]
+    charts: tuple[Chart, ...]
+    tasks: Mapping[str, Sequence[Chart]]  # by quantity, one small chart a task
+    datasets: Mapping[str, Sequence[Chart]]
+    warnings: tuple[str, ...]
+    rollouts: tuple[Mapping[str, Any], ...]
+
+
+def rl_part(run: Path) -> RlPart | None:
+    """The RL part of the run folder `run`, None when it holds no RL run. Raises InputError for a malformed file."""
+    log = run / "log.jsonl"
+    records = [line.record for line in read_jsonl(log)] if log.is_file() else []
+    steps = list({r["step"]: r for r in records if r.get("kind") == "rl"}.values())
+    if not steps:
+        return None
+    evaluations = {r["step"]: r["figures"] for r in records if r.get("kind") == "evaluation"}
+    return RlPart(
+        algorithm=_algorithm(run),
+        steps=int(steps[-1]["step"]),
+        changes=tuple(changes(run)),
+        charts=(*_evaluation_charts(evaluations), *_overall(steps)),
+        tasks=_by(steps, "tasks"),
+        datasets=_by(steps, "datasets"),
+        warnings=tuple(f"step {r['step']}: {r['message']}" for r in records if r.get("kind") == "warning"),
+        rollouts=_rollouts(run / "rollouts.jsonl"),
+    )
+
+
+def rl_page(run: Path, part: RlPart) -> str:
+    """The page of an RL run that has not been scored."""
+    template = environment().get_template("rl_page.html.jinja")
+    return template.render(style=style("style.css"), name=run.resolve().name, rl=part)
+
+
+def changes(run: Path) -> list[Change]:
+    """The first and the last evaluation of a run, compared prompt by prompt."""
+    from hba.rl.evaluation import WAYS, read_evaluations
+
+    by_step = read_evaluations(run)
+    if len(by_step) < 2:
+        return []
+    first, last = (by_step[step] for step in (min(by_step), max(by_step)))
+    after = {record["id"]: record for record in last}
+    pairs = [(record, after[record["id"]]) for record in first if record["id"] in after]
+    found = []
+    for way in WAYS:
+        for name, part in (("reward", "score"), ("format", "format"), ("right answers", "right"), ("tokens", "tokens")):
+            values = np.array([[one[way][part], other[way][part]] for one, other in pairs], np.float64)
+            found.append(_change(f"{name}, {way}", values[:, 0], values[:, 1]))
+    return found
+
+
+def _change(name: str, before_N: Any, after_N: Any) -> Change:
+    rng = np.random.default_rng(0)
+    difference_N = after_N - before_N
+    drawn = rng.multinomial(len(difference_N), [1 / len(difference_N)] * len(difference_N), RESAMPLES)
+    means = drawn @ difference_N / len(difference_N)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Change(
+        name=name,
+        before=float(before_N.mean()),
+        after=float(after_N.mean()),
+        difference=float(difference_N.mean()),
+        low=float(low),
+        high=float(high),
+        n=len(difference_N),
+    )
+
+
+def _algorithm(run: Path) -> str:
+    from hba import yaml_core
+
+    config = run / "config.yaml"
+    return str(yaml_core.read(config).get("algorithm", "")) if config.is_file() else ""
+
+
+def _evaluation_charts(evaluations: Mapping[int, Mapping[str, float]]) -> list[Chart]:
+    charts = []
+    for name in ("reward", "format", "right"):
+        series = [
+            Series(
+                name=way,
+                points=[(float(s), f[f"{way}_{name}"]) for s, f in sorted(evaluations.items())],
+                style="marked" if way == "sampled" else "chance",
+            )
+            for way in ("sampled", "greedy")
+        ]
+        if len(evaluations) > 1:
+            charts.append(_chart(f"Held-out {name}", series, small=False))
+    return charts
+
+
+def _overall(steps: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    names = _quantities(steps)
+    return [_chart(_name(n), [Series(name=n, points=_points(steps, n), style="main")], small=False) for n in names]
+
+
+def _by(steps: Sequence[Mapping[str, Any]], kind: str) -> dict[str, list[Chart]]:
+    """Of each quantity a small chart a task or dataset."""
+    keys = sorted({key for step in steps for key in step[kind]})
+    parts = {key: [{"step": s["step"], **s[kind][key]} for s in steps if key in s[kind]] for key in keys}
+    names = list(dict.fromkeys(name for part in parts.values() for name in _quantities(part)))
+    charts = {}
+    for name in names:
+        drawn = [(key, points) for key in keys if (points := _points(parts[key], name))]
+        charts[_name(name)] = [
+            _chart(key, [Series(name=name, points=points, style="main")], small=True) for key, points in drawn
+        ]
+    return charts
+
+
+def _quantities(steps: Sequence[Mapping[str, Any]]) -> list[str]:
+    present = {name for step in steps for name, value in step.items() if isinstance(value, float)} - set(COUNTS)
+    order = list(NAMES)
+    return sorted(present, key=lambda name: (order.index(name) if name in order else len(order), name))
+
+
+def _name(quantity: str) -> str:
+    return NAMES.get(quantity, quantity)
+
+
+def _points(steps: Sequence[Mapping[str, Any]], name: str) -> Points:
+    return [(float(step["step"]), float(step[name])) for step in steps if isinstance(step.get(name), (int, float))]
+
+
+def _chart(title: str, series: Sequence[Series], *, small: bool) -> Chart:
+    values = [y for line in series for _, y in line.points]
+    last = max(int(x) for line in series for x, _ in line.points)
+    axis = nice_axis(min(0.0, *values), max(*values, 1e-3), count=2 if small else 4)
+    ends = "; ".join(f"{line.name} from {line.points[0][1]:.3g} to {line.points[-1][1]:.3g}" for line in series)
+    height = 120 if small else 230
+    svg = line_chart(series, axis, last_step=last, label=f"{title} over steps: {ends}", height=height, small=small)
+    note = f"{series[0].points[-1][1]:.3g}" if len(series) == 1 else ""
+    return Chart(title=title, note=note, svg=svg, legend=tuple(series) if len(series) > 1 else ())
+
+
+def _rollouts(path: Path) -> tuple[Mapping[str, Any], ...]:
+    records = [line.record for line in read_jsonl(path)] if path.is_file() else []
+    last = max((record["step"] for record in records), default=0)
+    return tuple(record for record in records if record["step"] == last)[:MAX_ROLLOUTS]

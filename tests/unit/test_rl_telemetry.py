@@ -1,0 +1,52 @@
+"""What an RL step is said to have been, and when its reward is said to have collapsed."""
+
+import json
+
+import pytest
+
+from hba.rl.advantages import Harpo
+from hba.rl.telemetry import CollapseWatch, Outcome, step_record, table
+
+
+def outcome(group, score, task="emotion_cls", dataset="cremad", **more):
+    parts = {"score": score, "format_score": float(score > 0.5)}
+    fixed = {"id": f"train/{group}", "prompt": "p", "target": "t", "response": "r", "tokens": 4}
+    return Outcome(task=task, dataset=dataset, group=group, parts=parts, **(fixed | more))
+
+
+def test_means_by_task_and_dataset_with_silent_groups_and_factors():
+    outcomes = [
+        outcome("a", 1.0, entropy=1.0, advantage=1.0), outcome("a", 0.0, entropy=3.0, advantage=-1.0),
+        outcome("b", 0.2, dataset="tess", tokens=8), outcome("b", 0.2, dataset="tess", tokens=8),
+        outcome("c", 0.4, task="siq_qa", dataset="siq2"), outcome("c", 0.6, task="siq_qa", dataset="siq2"),
+    ]  # fmt: skip
+    harpo = Harpo()
+    harpo([o.parts["score"] for o in outcomes], [o.group for o in outcomes], [o.task for o in outcomes])
+    record = step_record(outcomes, harpo)
+    assert record["score"] == pytest.approx(2.4 / 6) and record["silent_groups"] == pytest.approx(1 / 3)
+    emotion = record["tasks"]["emotion_cls"]
+    assert emotion["silent_groups"] == 0.5 and emotion["entropy"] == 2.0 and emotion["tokens"] == 6
+    assert emotion["abs_advantage"] == 0.5 and emotion["format_score"] == 0.25 and "kl" not in emotion
+    assert {"signal", "task_factor", "sample_factor"} <= emotion.keys()
+    assert record["datasets"]["tess"]["silent_groups"] == 1 and "task_factor" not in record["datasets"]["tess"]
+    json.dumps(record, allow_nan=False)
+
+
+def test_the_table_shows_whole_groups_of_different_tasks_first():
+    outcomes = [outcome(g, 0.1, task=t) for g, t in (("a", "x"), ("b", "x"), ("c", "y")) for _ in range(2)]
+    lines = table(7, outcomes, groups=2)
+    assert [line["group"] for line in lines] == ["a", "a", "c", "c"] and lines[0]["step"] == 7
+    assert lines[0]["kl"] is None
+    json.dumps(lines, allow_nan=False)
+
+
+def test_a_collapse_is_warned_of_once_and_again_after_recovery_also_when_resumed():
+    watch, said = CollapseWatch(), []
+    for step in range(80):
+        reward = 0.8 if step < 20 or 45 <= step < 60 else 0.2
+        said += [(step, sentence) for sentence in watch.update({"x": reward, "steady": 0.5})]
+        resumed = CollapseWatch()
+        resumed.load_state_dict(json.loads(json.dumps(watch.state_dict())))
+        watch = resumed
+    assert len(said) == 2 and all("the reward of x has collapsed" in sentence for _, sentence in said)
+    assert 20 < said[0][0] < 30 and 60 < said[1][0] < 70
