@@ -21,7 +21,7 @@ STEPS = ["train.max_steps=12", "train.validate_every=3", "train.log_every=1", "t
 STEPS += ["qa.train.max_steps=6", "qa.train.validate_every=3", "bam.train.max_steps=12", "bam.train.validate_every=4"]
 RUNS = ("sft", "qa", "bam")
 SEED = 20
-ROUND_SECONDS = 150
+ROUND_SECONDS = 300
 
 # What is there when a phase has begun, and up to how many seconds later the kill comes.
 PHASES = {

@@ -175,6 +175,17 @@ def test_exact_under_teacher_forcing_is_what_greedy_decoding_gives(runs, mini_at
         assert right == (text == sample.target)
 
 
+def test_a_checkpoint_of_a_later_training_keeps_lm_head_and_adapters(runs, tmp_path, backbone):
+    """Whatever trains on from stage 2 or 3 and saves the whole model, with a backbone that is not saved with it."""
+    for stage, run in runs.items():
+        model = OmniSapiens.from_pretrained(run)
+        kept = {"backbone": str(backbone), "strategy": "heads", "encode": EncodeConfig(), "speaks": True}
+        checkpoint.save(model, tmp_path / stage, **kept)
+        again = OmniSapiens.from_pretrained(tmp_path / stage)
+        assert torch.equal(again.thinker.lm_head.weight, model.thinker.lm_head.weight) or stage == "bam"
+        assert (again.bam is None) == (stage == "qa") and again.speaks
+
+
 # --- caches -----------------------------------------------------------------------------------------------------------
 
 

@@ -47,6 +47,8 @@ def save(
     if strategy in ("lora", "full"):
         model.thinker.save_pretrained(folder)
     save_heads(model.heads, folder)
+    if model.own_lm_head:
+        save_lm_head(model.thinker.lm_head.weight, folder)
     if model.bam is not None:
         save_bam(model.bam, folder)
     model.processor.save_pretrained(folder)
@@ -139,6 +141,7 @@ def load(
     model = OmniSapiens(thinker, load_heads(folder), load_processor(folder), load_bam(folder, hidden))
     model.speaks = bool(card.get("speaks", False))
     if (folder / LM_HEAD).is_file():
+        model.own_lm_head = True
         model.untie_lm_head()
         model.thinker.lm_head.load_state_dict(_tensors(folder / LM_HEAD))
     return model

@@ -64,6 +64,7 @@ class OmniSapiens(nn.Module):
         self.heads = heads
         self.processor = processor
         self.bam = bam
+        self.own_lm_head = False  # whether stage 2 has trained an lm_head of its own
         self.speaks = False  # whether training has taught lm_head (or all) to answer free-form rows
 
     @classmethod
