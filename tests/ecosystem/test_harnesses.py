@@ -22,6 +22,7 @@ from hba.export.documents import read_answer, task_score
 from hba.export.inspect_ai import export_inspect
 from hba.export.lmms_eval import doc_to_messages, doc_to_text, doc_to_visual, export_lmms_eval
 from hba.export.rows import write_documents
+from hba.export.wandb_table import tables_of
 
 HERE = Path(__file__).parent
 HARNESSES = Path(os.environ.get("HBA_HARNESSES", HERE.parents[1] / ".harnesses"))
@@ -106,6 +107,44 @@ def test_an_atlas_in_shards_is_refused_with_the_way_out(mini_atlas: Path, tmp_pa
     convert_atlas(mini_atlas, tmp_path / "shards", to="parquet", splits=["validation"])
     with pytest.raises(InputError, match=r"media in shards.*hba atlas convert"):
         write_documents(str(tmp_path / "shards"), "validation", tmp_path / "out")
+
+
+def scored_run(folder: Path) -> Path:
+    metrics = {
+        "tasks": {
+            "EMO": {"score": 0.8, "metric": "mean_weighted_accuracy", "ci95": [0.7, 0.9], "n": 40, "chance": 0.5},
+            "SOC": {"score": None, "metric": "llm_judge_accuracy", "ci95": None, "n": 4},
+        },
+        "datasets": {"tess": {"macro_f1": 0.7, "n": 40, "chance": None}},
+        "aggregate": {"mean": {"score": 0.8, "ci95": [0.7, 0.9]}, "n": 44},
+        "provenance": {"synthetic": True, "model": "tiny", "split": "test"},
+    }
+    folder.mkdir()
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    return folder
+
+
+def test_tables_for_wandb_hold_the_figures_and_leave_out_none(tmp_path: Path) -> None:
+    tables = tables_of(scored_run(tmp_path / "run"))
+    rows = {row[0]: dict(zip(tables["tasks"].columns, row, strict=True)) for row in tables["tasks"].rows}
+    assert rows["EMO"]["score"] == 0.8 and (rows["EMO"]["low"], rows["EMO"]["high"]) == (0.7, 0.9)
+    assert rows["SOC"]["score"] is None and rows["mean"]["score"] == 0.8
+    assert ("tess", "macro_f1", 0.7) in tables["datasets"].rows
+
+
+@pytest.mark.slow
+def test_the_installed_wandb_takes_the_tables_offline(tmp_path: Path) -> None:
+    python = HARNESSES / "lmms-eval" / "bin" / "python"  # which brings wandb
+    if not python.is_file():
+        pytest.skip("no environment of lmms-eval: run `make harnesses`")
+    run_folder = scored_run(tmp_path / "run")
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1] / "src"), "HOME": str(tmp_path)}
+    command = [python, "-m", "hba", "export", "wandb", run_folder, "--project", "atlas", "--offline", "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (table,) = run_folder.glob("wandb/offline-run-*/files/media/table/tasks_*.table.json")
+    logged = json.loads(table.read_text())
+    assert logged["columns"][0] == "task" and logged["data"][0][3] == 0.8 and logged["data"][1][3] is None
 
 
 def run(harness: str, script: str, export: Path, model: str, tasks: list[str], home: Path) -> dict:

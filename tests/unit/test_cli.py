@@ -40,6 +40,7 @@ COMMANDS = {
     "leaderboard": "runs! --out --published --tasks --max-quarantined --allow-other-data --json",
     "export lmms-eval": "out! --atlas! --split --json",
     "export inspect": "out! --atlas! --split --json",
+    "export wandb": "run! --project! --offline --predictions --json",
     "tiny": "out! --atlas! --seed --json",
     "doctor": "--online --json",
 }

@@ -10,6 +10,7 @@ import typer
 from hba.cli.options import JsonFlag, answer, bold, say
 
 LMMS_EXAMPLE = "Example: hba export lmms-eval runs/lmms --atlas runs/mini"
+WANDB_EXAMPLE = "Example: hba export wandb runs/demo/sft --project atlas --offline"
 INSPECT_EXAMPLE = "Example: hba export inspect runs/inspect --atlas runs/mini"
 
 export_app = typer.Typer(no_args_is_help=True, help="The atlas as tasks of lmms-eval or Inspect, results for W&B.")
@@ -49,3 +50,20 @@ def inspect_command(
     text = f"{sum(counts.values()):,} rows of {len(counts)} tasks in {bold(out)}. Run: "
     command = f"cd {out} && inspect eval hba_tasks.py --model MODEL"
     answer({"out": str(out), "rows": counts, "command": command}, as_json=json, show=lambda: say(text + command))
+
+
+@export_app.command("wandb", epilog=WANDB_EXAMPLE)
+def wandb_command(
+    run: Annotated[Path, typer.Argument(help="Scored run folder.")],
+    project: Annotated[str, typer.Option(help="W&B project.")] = ...,  # type: ignore[assignment]
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Write into the run folder; `wandb sync` sends it.")
+    ] = False,
+    predictions: Annotated[bool, typer.Option("--predictions", help="Also log every prediction.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Log a scored run to Weights & Biases as tables of tasks and datasets."""
+    from hba.export.wandb_table import log_tables
+
+    place = log_tables(run, project=project, offline=offline, predictions=predictions)
+    answer({"run": str(run), "wandb": place}, as_json=json, show=lambda: say(f"Logged to {bold(place)}."))

@@ -1,5 +1,5 @@
 """How a document that `rows` wrote is answered and scored, whatever harness asks. Needs neither torch nor a decoder, so
-that it runs in the harness' own environment (`pip install --no-deps hba` with numpy, msgspec and pyyaml there).
+that it runs in the harness' own environment (`pip install --no-deps human-behavior-atlas` with numpy, msgspec and pyyaml there).
 """
 
 from __future__ import annotations
