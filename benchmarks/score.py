@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from hba.evaluate.compare import paired_difference
 from hba.evaluate.confusion import encode
 from hba.evaluate.metrics import SENTIMENT_GROUPS, mean_of, score
 from hba.evaluate.stats import bootstrap, chance
@@ -79,6 +80,17 @@ def loop_score(rows: Rows) -> dict[str, float | None]:
     return {task.key: mean_of([found[key] for key in task.datasets if key in found]) for task in scored}
 
 
+def shuffled_within(predictions: list[str | None], datasets: list[str]) -> list[str | None]:
+    """The predictions, dealt anew among the rows of their dataset."""
+    rng = random.Random(1)
+    pools: dict[str, list[str | None]] = {}
+    for guess, key in zip(predictions, datasets, strict=True):
+        pools.setdefault(key, []).append(guess)
+    for pool in pools.values():
+        rng.shuffle(pool)
+    return [pools[key].pop() for key in datasets]
+
+
 def median_seconds(work: Callable[[], object]) -> float:
     """Median of five, CPU-seconds of this process."""
     times = []
@@ -97,6 +109,8 @@ def main() -> None:
     slow = loop_score(rows)
     assert all(abs((fast[key] or 0) - (slow[key] or 0)) < 1e-9 for key in slow), (fast, slow)
     encoded = encode(predictions, targets, datasets)
+    # The same rows, answered by another hand: each dataset's answers in another order.
+    other = encode(shuffled_within(predictions, datasets), targets, datasets)
     groups = [f"{row // 5}" for row in range(len(rows))]
     seconds = {
         "score": median_seconds(lambda: score(predictions, targets, datasets)),
@@ -104,6 +118,8 @@ def main() -> None:
         "intervals_2000": median_seconds(lambda: bootstrap(encoded)),
         "intervals_2000_clustered": median_seconds(lambda: bootstrap(encoded, clusters=groups)),
         "chance": median_seconds(lambda: chance(encoded)),
+        "paired_2000": median_seconds(lambda: paired_difference(encoded, other)),
+        "paired_2000_clustered": median_seconds(lambda: paired_difference(encoded, other, clusters=groups)),
     }
     rounded = {name: round(value, 4) for name, value in seconds.items()}
     print(json.dumps({"rows": len(rows), **rounded, "ratio": round(seconds["loop"] / seconds["score"], 1)}))

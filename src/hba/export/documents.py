@@ -1,5 +1,6 @@
-"""How a document that `rows` wrote is answered and scored, whatever harness asks. Needs neither torch nor a decoder, so
-that it runs in the harness' own environment (`pip install --no-deps human-behavior-atlas` with numpy, msgspec and pyyaml there).
+"""How a document that `rows` wrote is answered and scored, whatever harness asks.
+
+Needs numpy, msgspec and PyYAML, neither torch nor a decoder, so that it runs in the harness' own environment.
 """
 
 from __future__ import annotations
