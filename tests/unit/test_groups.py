@@ -71,6 +71,8 @@ def test_groups_come_from_fields_file_names_and_shared_media_and_are_never_guess
         row("tess", "sad", audio="x/1.wav", speaker_id=7),
         row("tess", "happy", audio="x/2.wav", speaker_id=7),
         row("mosei_emotion", "sad"),
+        row("mosei_emotion", "sad", audio="mosei/shared.wav"),
+        row("mosei_senti", "neutral", audio="mosei/shared.wav"),
     ]
     groups = sample_groups(open_atlas(atlas_of(tmp_path / "a", rows), split="test"))
     assert groups == {

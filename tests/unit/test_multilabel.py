@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,16 @@ def test_a_row_with_an_unknown_label_among_its_labels_is_refused(tmp_path: Path)
     bad = zero_shot_atlas(tmp_path / "a", [row("av_asd", f"{LIMBS}, dancing")])
     with pytest.raises(InputError, match=r"test\.jsonl:1.*no list of labels of dataset 'av_asd'"):
         open_atlas(bad, split="test")
+
+
+def test_the_entries_of_the_page_are_taken_as_they_stand(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "zero_shot.md").read_text()
+    entries = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert len(entries) == 2
+    for entry in entries:
+        (tmp_path / "taxonomy.yaml").write_text(entry)
+        taxonomy = of_folder(tmp_path)
+        assert any(dataset.multilabel for dataset in taxonomy.datasets.values())
 
 
 def test_a_taxonomy_of_ones_own_may_have_several_labels_too(tmp_path: Path) -> None:

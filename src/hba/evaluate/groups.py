@@ -23,10 +23,12 @@ UNNAMED = "-"  # what a shard gives for the path of a medium that it does not te
 
 
 def sample_groups(atlas: Atlas) -> dict[str, str]:
-    """The group of every sample that shares one with another, by sample id. Reads rows, opens no medium."""
+    """The group of every sample that shares one with another of its dataset, by id. Reads rows, opens no medium."""
     named: dict[str, str] = {}
     shared: dict[str, str] = {}
+    datasets: dict[str, str] = {}
     for index, sample in enumerate(atlas):
+        datasets[sample.id] = sample.dataset
         field = next((name for name in GROUP_FIELDS if sample.extra.get(name) not in (None, "")), None)
         if field is not None:
             named[sample.id] = f"{field}: {sample.extra[field]}"
@@ -36,8 +38,9 @@ def sample_groups(atlas: Atlas) -> dict[str, str]:
             told = _told_by_name(atlas.taxonomy.dataset(sample.dataset).group, path)
             (named if told else shared)[sample.id] = told or path
     found = named | shared
-    sizes = Counter(found.values())
-    return {key: group for key, group in found.items() if sizes[group] > 1}
+    # Groups are drawn within a dataset: a clip that one row of each of two datasets has joins nothing.
+    sizes = Counter((datasets[key], group) for key, group in found.items())
+    return {key: group for key, group in found.items() if sizes[datasets[key], group] > 1}
 
 
 def _first_medium(row: Row) -> str | None:
