@@ -58,8 +58,10 @@ def filled(messages: list[Message], parts: Parts) -> list[RemoteMessage]:
 
 
 def _sound(samples: npt.NDArray[Any]) -> Part:
+    # libsndfile scales floats by 32767 when it writes and by 32768 when it reads: whole numbers come back as they were.
+    whole = np.clip(np.round(samples * 32768.0), -32768, 32767).astype(np.int16)
     buffer = io.BytesIO()
-    soundfile.write(buffer, np.asarray(samples), SAMPLE_RATE, format="WAV", subtype="PCM_16")
+    soundfile.write(buffer, whole, SAMPLE_RATE, format="WAV", subtype="PCM_16")
     return {"type": "input_audio", "input_audio": {"data": _base64(buffer.getvalue()), "format": "wav"}}
 
 

@@ -1,0 +1,60 @@
+"""One model, asked through `hf` and through an OpenAI-compatible server, gives the same answers under greedy decoding.
+
+The server (tests/servers/model_server.py) runs the model through transformers, one request at a time, and knows nothing
+of hba's encoder, batches or padding. What this shows: prompt, sound and pictures reach a served model as they reach the
+model here.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hba.config import load_config
+from hba.evaluate.config import PredictConfig
+from hba.evaluate.predict import predict_run
+from hba.evaluate.predictions import read_predictions
+from hba.evaluate.score import score_run
+from hba.evaluate.selection import Selection
+
+SERVER = Path(__file__).parents[1] / "servers" / "model_server.py"
+ENCODE = {"num_frames": 4, "min_pixels": 3136, "max_pixels": 3136}
+
+
+@pytest.fixture(scope="module")
+def served(backbone):
+    """The URL of the server over the tiny backbone."""
+    options = [text for name, value in ENCODE.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    command = [sys.executable, str(SERVER), str(backbone), *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    port = process.stdout.readline()
+    assert port, "the server did not start"
+    yield f"http://127.0.0.1:{int(port)}/v1"
+    process.kill()
+    process.wait()
+
+
+def run(folder, model, atlas, backend, *overrides):
+    settings = [f"encode.{name}={value}" for name, value in ENCODE.items()]
+    answers = ["generation.max_tokens=12", "loader.workers=0", "video=file", "remote.max_concurrency=2"]
+    config = load_config(PredictConfig, None, [*settings, *answers, *overrides])
+    options = {"atlas": str(atlas), "split": "test", "config": config, "progress": lambda tally: None}
+    predict_run(str(model), folder, backend=backend, selection=Selection(per_dataset=2), **options)
+    return {p.id: p for p in read_predictions(folder / "predictions.jsonl")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["boxed", "think"])
+def test_hf_and_a_server_give_the_same_answers(served, backbone, mini_atlas, tmp_path, format):
+    chosen = f"generation.format={format}"
+    here = run(tmp_path / "hf", backbone, mini_atlas, "hf", chosen)
+    there = run(tmp_path / "openai", "tiny", mini_atlas, "openai", chosen, f"remote.base_url={served}")
+    assert here.keys() == there.keys() and len(here) > 25
+    assert [key for key in here if here[key].output != there[key].output] == []
+    assert [key for key in here if here[key].tokens_in != there[key].tokens_in] == []
+    assert len({p.output for p in here.values()}) > len(here) / 2  # answers that depend on what was asked
+    modalities = {p.modality for p in here.values()}
+    assert {"text_audio", "text_video_audio"} <= modalities
+    scores = [score_run(tmp_path / name, resamples=100)["provenance"]["answers_sha256"] for name in ("hf", "openai")]
+    assert scores[0] == scores[1]
