@@ -130,7 +130,6 @@ def test_an_lm_run_answers_with_what_it_learned(strategy, straight, tmp_path, mi
     assert done.predicted == 24 and {p.output for p in trained.values()} != {p.output for p in fresh.values()}
     settings = read_json(tmp_path / "out" / "predict.json")
     assert settings["backend"] == "hf" and settings["identity"]["checkpoint"] == "step_3"
-    assert ("backbone" in settings["identity"]) == (strategy == "lora")
     (saved,) = (run / "checkpoints").glob("step_*")
     weights = saved / ("model" if strategy == "full" else "adapter_model")
     weights.with_suffix(".safetensors").write_bytes(weights.with_suffix(".safetensors").read_bytes()[:-4] + b"abcd")
@@ -159,6 +158,27 @@ def test_a_broken_medium_is_quarantined_and_scored_rows_stay(tmp_path, mini_atla
     broken = {record["id"] for record in done.quarantined}
     assert broken and not broken & set(predictions)
     assert len(broken) + len(predictions) == len(open_atlas(atlas, split="test"))
+
+
+def test_a_language_head_of_stage_two_is_heard_and_adapters_are_not_ignored(tmp_path, mini_atlas, backbone):
+    from hba.atlas.batch import EncodeConfig
+    from hba.model import chat, checkpoint
+
+    model = OmniSapiens.from_pretrained(backbone)
+    model.own_lm_head = True
+    model.untie_lm_head()
+    with torch.no_grad():
+        model.thinker.lm_head.weight.copy_(model.thinker.lm_head.weight.flip(0))
+    folder = tmp_path / "qa"
+    checkpoint.save(model, folder, backbone=str(backbone), strategy="heads", encode=EncodeConfig())
+    assert torch.equal(chat.load(folder).transformer.lm_head.weight, model.thinker.lm_head.weight)
+    config = load_config(LmConfig, None, [f"atlas={mini_atlas}", f"model.name={folder}", "model.strategy=full"])
+    started = RunFolder.open(tmp_path / "lm", config=config, command="train lm", seed=0)
+    with started as run, pytest.raises(InputError, match="language head of its own"):
+        train_lm(config, run)
+    (folder / "bam").mkdir()
+    with pytest.raises(InputError, match="BAM adapters, which a chat model ignores"):
+        predict(folder, tmp_path / "run", mini_atlas)
 
 
 @pytest.fixture

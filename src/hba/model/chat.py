@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from hba.atlas.batch import IGNORED, Batch, EncodeConfig
 from hba.errors import ConfigError, InputError
 from hba.model import checkpoint
+from hba.model.bam import FOLDER
 from hba.model.generate import Said, generate
 from hba.model.omni import ModelConfig, Strategy, choose_trained, has_lora
 from hba.storage import write_json
@@ -81,9 +82,15 @@ def load(path: str | Path, *, dtype: str = "auto", attention: str = "sdpa") -> C
     """A chat model from a hub id, a folder, a checkpoint or a run folder (its best checkpoint), adapter included.
 
     `dtype` is auto (bfloat16 on GPUs that have it, else float32), float32 or bfloat16. Raises InputError when there is
-    no such model, or none that transformers knows.
+    no such model, or none that transformers knows, and for BAM adapters, which a chat model has no place for.
     """
     folder = checkpoint.resolve(path)
+    if folder is not None and (folder / FOLDER).is_dir():
+        fix = "Use --backend heads, or the run of the stage before."
+        raise InputError("the checkpoint has BAM adapters, which a chat model ignores", where=str(folder), fix=fix)
+    if folder is not None and (folder / checkpoint.LM_HEAD).is_file():
+        model = checkpoint.load(folder, dtype=dtype, attention=attention)  # stage 2 is of OmniSapiens alone
+        return ChatModel(model.thinker, model.processor)
     if folder is None:
         name, adapter = str(path), None
     else:

@@ -27,7 +27,7 @@ from hba.atlas.mixing import MixConfig
 from hba.config import option
 from hba.errors import InputError
 from hba.evaluate.backends.batches import evaluation_plan
-from hba.model import chat
+from hba.model import chat, checkpoint
 from hba.model.heads import answer_loss
 from hba.model.omni import ModelConfig
 from hba.process import data_record, prepare_process, start_accelerator
@@ -105,6 +105,10 @@ def build_model(config: LmConfig, resume: Path | None) -> chat.ChatModel:
     dtype = "float32" if config.model.strategy == "full" else config.model.dtype
     torch.manual_seed(config.train.seed)
     name = config.model.name if resume is None else resume
+    folder = checkpoint.resolve(name)
+    if folder is not None and (folder / checkpoint.LM_HEAD).is_file():
+        fix = "Merge it first (hba merge), or start from the run of the stage before."
+        raise InputError("the checkpoint has a language head of its own from stage 2", where=str(folder), fix=fix)
     return chat.prepare(chat.load(name, dtype=dtype, attention=config.model.attention), config.model)
 
 

@@ -84,21 +84,14 @@ def open_backend(_name: str, opening: Opening) -> ChatBackend:
 def origin(name: str, model: chat.ChatModel) -> dict[str, Any]:
     """Which weights these are: hashes of the files of a folder, the commit of a model of the hub."""
     folder = checkpoint.resolve(name)
-    if folder is None:
-        return {"model": _weights(name, model)}
-    card = checkpoint.read_card(folder)
-    own = {"checkpoint": folder.name}
-    if card["strategy"] == "heads":
-        return {**own, "model": _weights(card["backbone"], model)}
-    backbone = {"backbone": _weights(card["backbone"], model)} if card["strategy"] == "lora" else {}
-    return {**own, "model": _weights(str(folder), model), **backbone}
-
-
-def _weights(name: str, model: chat.ChatModel) -> str:
-    if not Path(name).is_dir():
-        return f"{name}@{getattr(model.transformer.config, '_commit_hash', None)}"
-    files = sorted(path for path in Path(name).glob("*.safetensors") if path.name != "heads.safetensors")
-    return json_sha256({path.name: file_sha256(path) for path in files})
+    if folder is not None:
+        hashes = checkpoint.backbone_hashes(folder)
+        if (folder / checkpoint.LM_HEAD).is_file():
+            hashes[checkpoint.LM_HEAD] = file_sha256(folder / checkpoint.LM_HEAD)
+        return {"checkpoint": folder.name, "model": json_sha256(hashes)}
+    if Path(name).is_dir():
+        return {"model": json_sha256({path.name: file_sha256(path) for path in Path(name).glob("*.safetensors")})}
+    return {"model": f"{name}@{getattr(model.transformer.config, '_commit_hash', None)}"}
 
 
 def _seed(generation: GenerationConfig, batch: Batch) -> int:
