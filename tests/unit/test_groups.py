@@ -13,8 +13,10 @@ import pytest
 from hba.atlas import open_atlas
 from hba.errors import InputError
 from hba.evaluate.calibration import calibration
+from hba.evaluate.config import PredictConfig
 from hba.evaluate.groups import sample_groups
-from hba.evaluate.predictions import Prediction, PredictionLog
+from hba.evaluate.predict import predict_run
+from hba.evaluate.predictions import Prediction, PredictionLog, read_predictions
 from hba.evaluate.score import score_run
 
 LABELS = ("anger", "sad", "happy")
@@ -88,6 +90,19 @@ def speakers(count: int, each: int) -> list[dict[str, Any]]:
         row("cremad", rng.choice(LABELS), audio=f"a/{1000 + i // each}_{i}.wav", gender="fm"[i // each % 2], age=str(i))
         for i in range(count)
     ]
+
+
+def test_predictions_carry_their_group_and_modality(tmp_path: Path) -> None:
+    atlas = atlas_of(tmp_path / "a", speakers(12, 4))
+    (atlas / "train.jsonl").write_text((atlas / "test.jsonl").read_text())  # what the baseline counts
+    run, nothing = tmp_path / "run", lambda tally: None
+    predict_run(
+        "majority", run, atlas=str(atlas), split="test", config=PredictConfig(), progress=nothing, backend="majority"
+    )
+    found = read_predictions(run / "predictions.jsonl")
+    assert [p.group for p in found] == [f"file name: {1000 + i // 4}" for i in range(12)]
+    assert {p.modality for p in found} == {"text_audio"}
+    assert score_run(run)["provenance"]["scoring"]["clusters"]["groups"] == 3
 
 
 def test_intervals_are_clustered_by_speaker_by_default_and_say_so(tmp_path: Path) -> None:
