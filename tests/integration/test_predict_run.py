@@ -14,6 +14,7 @@ from hba import open_atlas
 from hba.evaluate.predictions import read_predictions
 from hba.evaluate.selection import Selection
 from hba.evaluate.shards import launched_shard, parse_shard
+from hba.run import locked_folder
 
 ASKED = ("remote.first_backoff_seconds=0.01", "encode.modalities=[]")
 
@@ -174,6 +175,27 @@ def test_a_run_without_shards_goes_on_from_shards(hba, mini_atlas, tmp_path):
     assert hba(*command)[0] == 0
     assert len(predictions(tmp_path)) == len(open_atlas(mini_atlas, split="test"))
     assert not (tmp_path / "shards").exists()
+
+
+def test_a_merge_that_was_killed_is_done_again(hba, mini_atlas, tmp_path):
+    """At the worst moment: the run has everything, the shards are not removed yet."""
+    command = ["predict", "random", "--atlas", mini_atlas, "--run", tmp_path]
+    assert hba(*command, "--shard", "1/2")[0] == 0
+    shutil.copytree(tmp_path / "shards", tmp_path / "kept")
+    assert hba(*command, "--shard", "2/2")[0] == 0
+    merged = (tmp_path / "predictions.jsonl").read_bytes()
+    shutil.move(tmp_path / "kept", tmp_path / "shards")
+    assert hba(*command)[0] == 0
+    assert (tmp_path / "predictions.jsonl").read_bytes() == merged and not (tmp_path / "shards").exists()
+
+
+def test_a_shard_at_work_keeps_others_out(hba, mini_atlas, tmp_path):
+    command = ["predict", "random", "--atlas", mini_atlas, "--run", tmp_path]
+    with locked_folder(tmp_path / "shards" / "1-of-2"):
+        assert hba(*command, "--shard", "1/2")[0] == 1
+        code, _, err = hba(*command)
+        assert code == 1 and "another process" in err
+        assert hba(*command, "--shard", "2/2")[0] == 0
 
 
 def test_quarantines_of_shards_are_merged(hba, mini_atlas, chat_server, tmp_path):
