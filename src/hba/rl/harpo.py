@@ -36,8 +36,9 @@ class Harpo:
     (log geomean p - log p_m), and within a task so is a group, s_g = geomean p / p_g where the task has two groups or
     more. Both factors are clamped.
 
-    Groups without signal are left out: the others get what they would get without them. `published=True` takes them
-    into every mean, at `eps` into the geometric ones, as the release does.
+    Groups without signal are left out of the geometric means, where a single one, at `eps`, would drag the factors of
+    all others to the clamp; so is a task that has no others in the batch. To p_m they count as what they are, rollouts
+    without signal: a task that is rarely solved is heard by its factor. `published=True` takes all into every mean.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Harpo:
         rows = rows_of(tasks, len(advantage_N))
         present = {task: mine[counted_K[batch.index_N[mine]]] for task, mine in rows.items()}
         present = {task: mine for task, mine in present.items() if len(mine)}
-        self._observe({task: float(np.abs(advantage_N[mine]).mean()) for task, mine in present.items()})
+        self._observe({task: float(np.abs(advantage_N[rows[task]]).mean()) for task in present})
         factor_N = np.ones_like(advantage_N)
         self.factors = {}
         for task, mine in present.items():
