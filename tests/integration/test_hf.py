@@ -1,16 +1,11 @@
 """The backend `hf`: any chat model answers in words, in batches that change nothing, from hub id, folder or run."""
 
-import base64
-import io
 import json
 import shutil
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import soundfile
 import torch
 
 from hba import open_atlas
@@ -179,71 +174,3 @@ def test_a_language_head_of_stage_two_is_heard_and_adapters_are_not_ignored(tmp_
     (folder / "bam").mkdir()
     with pytest.raises(InputError, match="BAM adapters, which a chat model ignores"):
         predict(folder, tmp_path / "run", mini_atlas)
-
-
-@pytest.fixture
-def served(backbone):
-    """The tiny Qwen2.5-Omni behind an OpenAI-compatible server: transformers alone, nothing of ours."""
-    from transformers import AutoProcessor, Qwen2_5OmniThinkerForConditionalGeneration
-
-    processor = AutoProcessor.from_pretrained(backbone)
-    model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(backbone).eval()
-    names = ("image", "video", "audio", "vision_bos", "vision_eos", "audio_bos", "audio_eos")
-    never = [processor.tokenizer.convert_tokens_to_ids(getattr(processor, f"{name}_token")) for name in names]
-    busy = threading.Lock()
-
-    def answer(request):
-        sounds, messages = [], []
-        for message in request["messages"]:
-            parts = message["content"]
-            content = [{"type": "text", "text": parts}] if isinstance(parts, str) else []
-            for part in parts if isinstance(parts, list) else []:
-                if part["type"] == "input_audio":
-                    sounds.append(soundfile.read(io.BytesIO(base64.b64decode(part["input_audio"]["data"])))[0])
-                content.append(part if part["type"] == "text" else {"type": "audio"})
-            messages.append({"role": message["role"], "content": content})
-        prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        call = {"audio": sounds, "audio_kwargs": {"max_length": 16000 * 30}} if sounds else {}
-        inputs = processor(text=[prompt], return_tensors="pt", **call)
-        with busy, torch.inference_mode():
-            tokens = model.generate(
-                **inputs, max_new_tokens=request["max_tokens"], do_sample=request["temperature"] > 0,
-                suppress_tokens=never, eos_token_id=processor.tokenizer.eos_token_id,
-                pad_token_id=processor.tokenizer.pad_token_id,
-            )  # fmt: skip
-        new = tokens[0, inputs["input_ids"].shape[1] :]
-        text = processor.tokenizer.decode(new, skip_special_tokens=True)
-        counts = {"prompt_tokens": inputs["input_ids"].shape[1], "completion_tokens": len(new)}
-        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-        return {"id": "1", "object": "chat.completion", "model": "tiny", "choices": [choice], "usage": counts}
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *_):
-            pass
-
-        def do_POST(self):
-            body = json.dumps(answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/v1"
-    server.shutdown()
-    server.server_close()
-
-
-def test_a_model_answers_the_same_here_and_behind_a_server(served, tmp_path, mini_atlas, backbone):
-    heard = "encode.modalities=[audio]"
-    _, here = predict(backbone, tmp_path / "hf", mini_atlas, heard, split="test[:16]")
-    _, there = predict(
-        "tiny", tmp_path / "openai", mini_atlas, heard, f"remote.base_url={served}", split="test[:16]",
-        backend="openai",
-    )  # fmt: skip
-    assert said(here) == said(there) and len(here) == 16
-    assert len({p.output for p in here.values()}) > 1
