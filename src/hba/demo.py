@@ -24,12 +24,13 @@ from hba.config import load_config
 from hba.errors import ConfigError
 from hba.evaluate.config import GenerationConfig, PredictConfig
 from hba.evaluate.predict import predict_run
-from hba.evaluate.runs import Comparison, compare_runs
+from hba.evaluate.runs import compare_runs
 from hba.evaluate.score import score_run
 from hba.model.tiny import atlas_texts, build_tiny
 from hba.process import prepare_process, remove_abandoned
 from hba.quarantine import QuarantineLog
 from hba.report import write_report
+from hba.report.stages import Stages, stages, write_stages
 from hba.run import RunFolder
 from hba.train.bam import BamConfig, train_bam
 from hba.train.qa import QaConfig, train_qa
@@ -44,11 +45,11 @@ T = TypeVar("T")
 class DemoResult:
     """What the demo made, the samples that it had to leave out, and the wall-clock seconds of each step.
 
-    `metrics` and `report` are those of the last stage; `comparisons` hold each stage against the one before.
+    `metrics` and `report` are those of the last stage; `stages` holds each against the one before.
     """
 
     metrics: dict[str, Any]
-    comparisons: list[Comparison]
+    stages: Stages
     report: Path
     quarantined: list[dict[str, Any]]
     seconds: dict[str, float]
@@ -97,12 +98,13 @@ def run_demo(folder: Path, *, size: str, seed: int, overrides: Sequence[str] = (
         timed(f"predict {name}", partial(_predict, run, atlas))
     metrics = timed("score", lambda: [score_run(run) for run in runs.values()])[-1]
     pairs = pairwise(runs.values())
-    comparisons = timed("compare", lambda: [compare_runs(before, after, seed=seed) for before, after in pairs])
+    compared = timed("compare", lambda: stages([compare_runs(before, after, seed=seed) for before, after in pairs]))
+    write_stages(compared, runs["bam"])
     report = timed("report", lambda: [write_report(run, atlas_root=atlas) for run in runs.values()])[-1]
     left_out = {record["id"]: record for run in runs.values() for record in QuarantineLog(run).records()}
     return DemoResult(
         metrics=metrics,
-        comparisons=comparisons,
+        stages=compared,
         report=report,
         quarantined=list(left_out.values()),
         seconds=seconds,

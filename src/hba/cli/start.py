@@ -18,6 +18,8 @@ def demo_command(
     json: JsonFlag = False,
 ) -> None:
     """Make a synthetic mini-atlas, train a tiny OmniSapiens in three stages, score and report. Resumes when killed."""
+    from dataclasses import asdict
+
     from hba.demo import run_demo
 
     result = run_demo(run, size=size, seed=seed, overrides=overrides or [])
@@ -25,17 +27,17 @@ def demo_command(
     def show() -> None:
         from rich.console import Console
 
-        from hba.report.compare_terminal import stages_table
+        from hba.report.stages import stages_table
         from hba.report.terminal import metrics_table
 
         Console().print(metrics_table(result.metrics))
-        Console().print(stages_table(result.comparisons))
+        Console().print(stages_table(result.stages))
         say("The mini-atlas is synthetic: these scores say that the system works, not how well people are understood.")
         say(f"Report: {bold(result.report)}   Time: {result.timing()}")
 
     values = {
         "metrics": result.metrics,
-        "stages": [comparison.record() for comparison in result.comparisons],
+        "stages": asdict(result.stages),
         "report": str(result.report),
         "seconds": result.seconds,
     }

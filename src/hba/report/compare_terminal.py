@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from rich import box
 from rich.table import Table
 from rich.text import Text
@@ -32,35 +30,6 @@ def comparison_table(found: Comparison) -> Table:
         table.add_section()
         table.add_row(Text("mean", style="bold"), *_difference(found.paired.mean, found.paired.mean.p_value))
     return table
-
-
-def stages_table(found: Sequence[Comparison]) -> Table:
-    """One column a run, each but the first with its difference from the one before and the 95 % interval of that.
-
-    `found` compares each run with the next. Differences that Holm's correction leaves significant are coloured.
-    """
-    table = _table(f"Stage by stage; {count(found[0].num_rows)} common rows, differences with their 95% intervals")
-    table.add_column("task", overflow="fold")
-    table.add_column(found[0].a, justify="right", no_wrap=True)
-    for each in found:
-        table.add_column(each.b, justify="right", no_wrap=True)
-        table.add_column("difference", justify="right", no_wrap=True)
-    for key, first in found[0].paired.tasks.items():
-        lines = [each.paired.tasks[key] for each in found]
-        cells = [cell for line in lines for cell in _stage(line, line.p_holm)]
-        table.add_row(Text(_name(key, first.metric)), Text(figure(first.a)), *cells)
-    means = [each.paired.mean for each in found]
-    if means[0] is not None:
-        table.add_section()
-        cells = [cell for line in means if line is not None for cell in _stage(line, line.p_value)]
-        table.add_row(Text("mean over tasks", style="bold"), Text(figure(means[0].a)), *cells)
-    return table
-
-
-def _stage(line: Difference, p_value: float | None) -> list[Text]:
-    _, score, signed, *_ = _difference(line, p_value)
-    same = line.difference == 0 and line.gained == line.lost == 0
-    return [score, Text("=" if same else f"{signed.plain} ({interval(line.ci95, 2)})", style=signed.style)]
 
 
 def flips_table(found: Comparison, limit: int) -> Table:

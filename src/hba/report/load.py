@@ -22,6 +22,7 @@ from hba.errors import InputError
 from hba.evaluate.judge.judgements import FILE as JUDGED
 from hba.evaluate.judge.judgements import Judgement, read_judgements
 from hba.evaluate.predictions import Prediction, read_predictions
+from hba.report.stages import Stages, read_stages
 from hba.storage import read_json, read_jsonl
 from hba.taxonomy import BUILTIN, Taxonomy
 
@@ -163,6 +164,7 @@ class Run:
     predictions: tuple[Prediction, ...] | None
     quarantine: tuple[LeftOut, ...] | None
     judgements: Mapping[str, Judgement] | None = None
+    stages: Stages | None = None
 
     @property
     def synthetic(self) -> bool | None:
@@ -204,6 +206,7 @@ def load_run(run: Path, taxonomy: Taxonomy = BUILTIN) -> Run:
         predictions=predictions,
         judgements=read_judgements(run / JUDGED) if (run / JUDGED).is_file() else None,
         quarantine=_quarantine(run / "quarantine.jsonl", {p.id for p in predictions or ()}),
+        stages=read_stages(run),
     )
 
 

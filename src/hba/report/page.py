@@ -120,6 +120,7 @@ def render(run: Run, atlas_root: Path | None = None, taxonomy: Taxonomy = BUILTI
             reliability=reliability(run.metrics.calibration.all) if run.metrics.calibration else None,
             curves=curves(run.events, run.metrics.tasks) if run.events else None,
             samples=samples,
+            stages=run.stages,
             rl=rl,
             judged=judged_answers(predictions, run.judgements) if predictions and run.judgements else None,
             quarantine=(run.quarantine or ())[:MAX_QUARANTINE_ROWS],

@@ -6,10 +6,12 @@ A missing figure is a dash, never a zero.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hba.report.load import TaskScore
 from hba.taxonomy import TASKS
+
+if TYPE_CHECKING:
+    from hba.report.load import TaskScore
 
 DASH = "–"
 METRIC_NAMES = {
