@@ -18,7 +18,8 @@ from itertools import chain
 import pytest
 
 STEPS = ["train.max_steps=12", "train.validate_every=3", "train.log_every=1", "train.batch_size=8"]
-STEPS += ["qa.train.max_steps=6", "qa.train.validate_every=3", "bam.train.max_steps=12", "bam.train.validate_every=4"]
+STEPS += ["qa.train.max_steps=6", "qa.train.validate_every=3", "qa.train.log_every=1"]
+STEPS += ["bam.train.max_steps=12", "bam.train.validate_every=4", "bam.train.log_every=1"]
 RUNS = ("sft", "qa", "bam")
 SEED = 20
 ROUND_SECONDS = 300
