@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
@@ -90,11 +90,16 @@ def read_stages(run: Path) -> Stages | None:
         return None
     record = read_json(path)
     try:
-        rows = {name: tuple(Step(**step) for step in steps) for name, steps in record["rows"].items()}
+        rows = {name: tuple(map(_read_step, steps)) for name, steps in record["rows"].items()}
         return Stages(names=tuple(record["names"]), rows=rows, num_rows=int(record["num_rows"]))
-    except (KeyError, TypeError, AttributeError, ValueError):
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
         fix = "Run `hba demo` again, or remove the file."
         raise InputError("not the stages of a run", where=str(path), fix=fix) from None
+
+
+def _read_step(record: dict[str, Any]) -> Step:
+    reach = record["ci95"]
+    return Step(**{**record, "ci95": None if reach is None else (float(reach[0]), float(reach[1]))})
 
 
 def stages_table(found: Stages) -> Table:

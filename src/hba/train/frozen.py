@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
@@ -124,8 +124,9 @@ class FrozenBase:
         }
 
 
+@cache
 def code_version() -> str:
-    """Hash of the source of everything between a sample and its features."""
+    """Hash of the source of everything between a sample and its features, as it is when this process first asks."""
     parts = (OmniSapiens, heads.masked_mean, Encoder, collate, extract)
     return json_sha256([inspect.getsource(part) for part in parts])
 
