@@ -177,6 +177,18 @@ def test_default_gop_gives_distinct_exact_frames(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "muxer"), [("live.mkv", {"live": "1"}), ("stream.ts", {}), ("front.mp4", {"movflags": "faststart"})]
+)
+def test_frames_beyond_the_first_512_are_seen_in_containers_that_cannot_seek(
+    tmp_path: Path, name: str, muxer: dict[str, str]
+) -> None:
+    """The published reader took its frames from the first 512 where a container says neither length nor index."""
+    path = write_clip(tmp_path / name, seconds=28, size=(64, 48), muxer=muxer)  # 700 frames
+    assert load_video(path, 8, where=WHERE).timestamps_seconds[-1] > 600 / 25
+    assert_exact(path, 8)
+
+
+@pytest.mark.parametrize(
     ("name", "options"),
     [
         ("keyframes.mp4", {"g": "10"}),
