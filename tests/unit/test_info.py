@@ -16,7 +16,8 @@ import pytest
 import soundfile
 
 from hba.atlas import open_atlas
-from hba.atlas.info import atlas_info, histogram
+from hba.atlas.histogram import histogram
+from hba.atlas.info import atlas_info
 from hba.errors import InputError
 from hba.report.atlas_page import render_info
 

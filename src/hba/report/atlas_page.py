@@ -13,7 +13,8 @@ from pathlib import Path
 from markupsafe import Markup
 
 from hba.atlas.findings import CODES, LEVELS
-from hba.atlas.info import NO_TASK, AtlasInfo, Durations, histogram, summary
+from hba.atlas.histogram import histogram
+from hba.atlas.info import NO_TASK, AtlasInfo, Durations, summary
 from hba.atlas.validate import MediaSummary, Validation
 from hba.environment import hba_version
 from hba.report import counts, words

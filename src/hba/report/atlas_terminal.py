@@ -12,7 +12,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hba.atlas.info import AtlasInfo, Durations, Seconds, histogram, summary
+from hba.atlas.histogram import Seconds
+from hba.atlas.info import AtlasInfo, Durations, summary
 from hba.atlas.validate import Validation
 from hba.report.atlas_page import counted
 from hba.report.counts import size, span
@@ -105,7 +106,7 @@ def _labels_table(info: AtlasInfo) -> Table:
 
 
 def _duration_tables(durations: Durations) -> Iterator[Table]:
-    shape = histogram(durations.all)
+    shape = durations.histogram()
     table = Table(title="Durations", title_justify="left")
     table.add_column("from", justify="right")
     table.add_column("rows", justify="right")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from markupsafe import Markup
 
 from hba.report import words
 from hba.report.confusion import matrices
@@ -105,15 +106,7 @@ def render(run: Run, atlas_root: Path | None = None, taxonomy: Taxonomy = BUILTI
             run=run,
             metrics=run.metrics,
             verdict=verdict(run),
-            bars={
-                key: bar(
-                    task,
-                    name=f"{key} {words.task_name(key)}",
-                    references=published.references(key) if published else (),
-                )
-                for key, task in run.metrics.tasks.items()
-                if task.score is not None
-            },
+            bars=_bars(run, published),
             published=published,
             dataset_figures=[name for name in DATASET_FIGURES if any(name in d for d in run.metrics.datasets.values())],
             confused=confused,
@@ -129,6 +122,15 @@ def render(run: Run, atlas_root: Path | None = None, taxonomy: Taxonomy = BUILTI
             facts=facts(run),
         )
     )
+
+
+def _bars(run: Run, published: Published | None) -> dict[str, Markup]:
+    """The chart of every task with a score."""
+    return {
+        key: bar(task, name=f"{key} {words.task_name(key)}", references=published.references(key) if published else ())
+        for key, task in run.metrics.tasks.items()
+        if task.score is not None
+    }
 
 
 def verdict(run: Run) -> Verdict:

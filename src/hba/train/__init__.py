@@ -1,1 +1,1 @@
-
+"""One file a stage, and the one loop that they share."""

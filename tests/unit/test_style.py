@@ -1,0 +1,69 @@
+"""What CONTRIBUTING says about the code can be measured: sizes, no mention of the machines it was written on."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import hba
+
+SOURCE = Path(hba.__file__).parent
+ROOT = SOURCE.parents[1]
+MOST_LINES, MOST_FUNCTION_LINES = 300, 40
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef, *, command: bool) -> int:
+    """Lines of a function without its docstring, and for a command without its parameters, which are its flags."""
+    first = function.body[1 if ast.get_docstring(function) and len(function.body) > 1 else 0]
+    lines = (function.end_lineno or 0) - first.lineno + 1
+    return lines if command else lines + function.body[0].lineno - function.lineno
+
+
+def test_files_have_at_most_300_lines():
+    long = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    assert {name: lines for name, lines in long.items() if lines > MOST_LINES} == {}
+
+
+def test_functions_have_at_most_40_lines_of_code():
+    long = {}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                lines = code_lines(node, command=path.parent.name == "cli")
+                if lines > MOST_FUNCTION_LINES:
+                    long[f"{path.relative_to(SOURCE)}: {node.name}"] = lines
+    assert long == {}
+
+
+def test_every_module_says_what_it_is():
+    assert [path for path in FILES if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))] == []
+
+
+def test_nobody_repeats_a_function():
+    """Two functions of the same body are one function. (Bodies of three lines and less may agree.)"""
+    seen: dict[str, str] = {}
+    twice = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                body = node.body[1 if ast.get_docstring(node) else 0 :]
+                code = "\n".join(map(ast.unparse, body))
+                place = f"{path.relative_to(SOURCE)}: {node.name}"
+                if code.count("\n") >= 3 and seen.setdefault(code, place) != place:
+                    twice.append((seen[code], place))
+    assert twice == []
+
+
+def test_no_path_of_a_machine_is_named():
+    paths = re.compile(r"(?<![\w.])/(?:work|root)/|/tmp/\w+/\w+")
+    texts = [path for kind in ("*.py", "*.md", "*.yaml", "*.toml", "*.txt") for path in ROOT.glob(f"[!.]*/**/{kind}")]
+    texts += [path for path in ROOT.iterdir() if path.suffix in (".md", ".toml", ".txt") or path.name == "Makefile"]
+    found = {}
+    for path in texts:
+        if not {"runs", ".venv"} & set(path.parts) and path != Path(__file__):
+            hits = paths.findall(path.read_text(encoding="utf-8"))
+            if hits:
+                found[str(path.relative_to(ROOT))] = hits
+    assert found == {}
