@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +144,13 @@ def test_command(mini_atlas: Path, tmp_path: Path) -> None:
     assert "emotion recognition" in page.read_text()
     listed = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=120, check=True)
     assert json.loads(listed.stdout)["rows"] == 237
+
+
+def test_headers_are_remembered_where_the_cache_of_hba_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hba: Callable[..., tuple[int, str, str]]
+) -> None:
+    (tmp_path / "atlas").mkdir()
+    write_atlas(tmp_path / "atlas", {"train": [1.0], "test": [0.5]})
+    monkeypatch.setenv("HBA_CACHE", str(tmp_path / "cache"))
+    assert hba("atlas", "info", tmp_path / "atlas", "--durations", "--workers", "1")[0] == 0
+    assert any(path.is_file() for path in (tmp_path / "cache").rglob("*"))

@@ -13,6 +13,7 @@ from hba.cli.convert import CONVERT_EXAMPLE, convert_command
 from hba.cli.describe import DESCRIBE_EXAMPLE, describe_command
 from hba.cli.download import DOWNLOAD_EXAMPLE, download_command
 from hba.cli.options import JsonFlag, answer, bold, say
+from hba.storage import cache_folder
 
 atlas_app = typer.Typer(no_args_is_help=True, help="Make, open and check atlases.")
 atlas_app.command("convert", epilog=CONVERT_EXAMPLE)(convert_command)
@@ -93,7 +94,7 @@ def info_command(
         bool, typer.Option("--durations", help="Also read the headers of all sounds and clips.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="HTML page to write.")] = None,
-    cache: Annotated[Path | None, typer.Option(help="Folder that remembers headers; ~/.cache/hba by default.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Where headers are kept; else $HBA_CACHE or ~/.cache/hba.")] = None,
     workers: Workers = os.cpu_count() or 1,
     json: JsonFlag = False,
 ) -> None:
@@ -102,7 +103,7 @@ def info_command(
     from hba.cli.progress import counted
 
     if durations:
-        folder = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hba"
+        folder = cache or cache_folder()
         with counted("durations") as progress:
             info = atlas_info(atlas, splits=split, durations=True, cache=folder, workers=workers, progress=progress)
     else:

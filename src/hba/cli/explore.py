@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +10,7 @@ import typer
 
 from hba.cli.options import JsonFlag, answer, say
 from hba.errors import InputError
+from hba.storage import cache_folder
 
 NO_SERVER = "Install it: pip install 'human-behavior-atlas[explorer]'."
 
@@ -20,7 +20,9 @@ def explore_command(
     runs: Annotated[Path, typer.Option(help="Folder below which run folders are looked for.")] = Path("runs"),
     host: Annotated[str, typer.Option(help="Address to bind; anything but loopback wants a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8377,
-    cache: Annotated[Path | None, typer.Option(help="Folder that keeps the index; ~/.cache/hba by default.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Where the index is kept; else $HBA_CACHE or ~/.cache/hba.")
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
     """See and hear the data, the predictions and the mistakes: a local web app. Ctrl-C ends it."""
@@ -29,7 +31,7 @@ def explore_command(
         from hba.explorer.server import bind, serve
     except ImportError as error:
         raise InputError(f"the explorer's server is not installed ({error.name})", fix=NO_SERVER) from None
-    folder = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hba"
+    folder = cache or cache_folder()
     bound = bind(host, port)
     app = create_app(atlas=atlas, runs=runs, cache_folder=folder, token=bound.token)
     answer({"url": bound.url}, as_json=json, show=lambda: say(f"Open [bold]{bound.url}[/bold] (Ctrl-C ends it)."))

@@ -15,13 +15,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import yaml
-
 from hba.errors import InputError, nearest
+from hba.published import published_table
 from hba.report.load import Metrics, load_metrics
 from hba.taxonomy import of_folder
 
-PUBLISHED_FILE = Path(__file__).parent.parent / "published_results.yaml"
 SOURCES = {
     "hba_iclr2026": "arXiv 2510.04899",
     "omnisapiens2_icml2026": "arXiv 2602.10635",
@@ -185,12 +183,11 @@ def published_entries(tables: Sequence[str]) -> list[Entry]:
 
     Raises InputError for an unknown table.
     """
-    content = yaml.safe_load(PUBLISHED_FILE.read_text(encoding="utf-8"))
     found: list[Entry] = []
     for table in tables:
         if table not in SOURCES:
             raise InputError(f"no published table {table!r}", where="--published", fix=nearest(table, SOURCES))
-        rows = dict(content[table])
+        rows = published_table(table)
         columns = rows.pop("columns")
         # Tables in per cent carry figures above 1; no score in [0, 1] does.
         scale = 100.0 if any(value > 1 for row in rows.values() for value in row) else 1.0

@@ -13,14 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from markupsafe import Markup
 
+from hba.published import published_table
 from hba.report import words
 from hba.report.confusion import matrices
 from hba.report.curves import curves
 from hba.report.embed import Budget
-from hba.report.html import HERE, environment, style
+from hba.report.html import environment, style
 from hba.report.judged import judged_answers
 from hba.report.load import Metrics, Run, load_run
 from hba.report.plots import Reference, bar
@@ -150,8 +150,7 @@ def verdict(run: Run) -> Verdict:
 
 def published_results(metrics: Metrics) -> Published:
     """The paper's figures for the tasks of `metrics`."""
-    path = HERE.parent / "published_results.yaml"
-    table = yaml.safe_load(path.read_text(encoding="utf-8"))[PUBLISHED_TABLE]
+    table = published_table(PUBLISHED_TABLE)
     columns = table["columns"]
     rows = {name: dict(zip(columns, row, strict=True)) for name, row in table.items() if name != "columns"}
     tasks = tuple(key for key in metrics.tasks if key in columns)

@@ -15,20 +15,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import yaml
-
 from hba.atlas import Atlas, open_atlas
 from hba.errors import InputError, nearest
 from hba.evaluate.config import PredictConfig
-from hba.evaluate.leaderboard import PUBLISHED_FILE
 from hba.evaluate.predict import predict_run
 from hba.evaluate.runs import compare_runs
 from hba.evaluate.score import score_run
 from hba.evaluate.selection import Selection
 from hba.evaluate.tally import Tally
+from hba.published import published_table
 from hba.quarantine import QuarantineLog
 from hba.storage import write_json
-from hba.taxonomy import PUBLISHED, Taxonomy
+from hba.taxonomy import PUBLISHED
 from hba.train.sft import SftConfig, classification_rows, train_sft
 from hba.train.start import training_run
 
@@ -110,7 +108,7 @@ def run_transfer(
             _train(folder / key / start, replace(config, model=model, train=train, datasets=(key,)), command)
     if int(os.environ.get("RANK", "0")) != 0:
         return None
-    rows = [_tested(folder / key, key, config, atlas.taxonomy, progress) for key in keys]
+    rows = [_tested(folder / key, key, config, progress) for key in keys]
     runs = [folder / "pretrain", *(folder / key / start for key in keys for start in STARTS)]
     left_out = [record for run in runs for record in QuarantineLog(run).records()]
     result = TransferResult(rows=rows, not_in_atlas=absent, synthetic=atlas.synthetic, quarantined=left_out)
@@ -156,7 +154,7 @@ def pretraining_datasets(rows: Atlas, keys: Sequence[str]) -> tuple[str, ...]:
     return kept
 
 
-def _tested(folder: Path, key: str, config: SftConfig, taxonomy: Taxonomy, progress: ShowProgress) -> Transfer:
+def _tested(folder: Path, key: str, config: SftConfig, progress: ShowProgress) -> Transfer:
     scores: dict[str, Scored] = {}
     only = Selection(datasets=(key,))
     settings = PredictConfig(loader=config.loader, dtype=config.model.dtype, attention=config.model.attention)
@@ -167,7 +165,7 @@ def _tested(folder: Path, key: str, config: SftConfig, taxonomy: Taxonomy, progr
         ((name, found),) = ((k, task) for k, task in score_run(run)["tasks"].items() if task["score"] is not None)
         scores[start] = Scored(score=found["score"], ci95=found["ci95"] and tuple(found["ci95"]))
     compared = compare_runs(folder / "direct", folder / "pretrained").paired.tasks[name]
-    published = yaml.safe_load(PUBLISHED_FILE.read_text(encoding="utf-8"))["hba_transfer"].get(PUBLISHED_ROWS.get(key))
+    published = published_table("hba_transfer").get(PUBLISHED_ROWS.get(key, ""))
     return Transfer(
         dataset=key,
         task=name,
