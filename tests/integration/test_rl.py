@@ -20,7 +20,7 @@ from hba.config import load_config
 from hba.errors import HbaError, InputError
 from hba.model import chat
 from hba.model.generate import media_token_ids
-from hba.rl import evaluation, local
+from hba.rl import evaluation_log, local
 from hba.rl.config import RlConfig
 from hba.rl.rollout import RolloutConfig, probabilities, roll_out
 from hba.rl.scoring import RewardConfig, Scorer
@@ -168,7 +168,7 @@ def result(path):
         "state": read_json(last / local.STATE),
         "log": [without_times(line.record) for line in read_jsonl(path / "log.jsonl")],
         "rollouts": [line.record for line in read_jsonl(path / "rollouts.jsonl")],
-        "evaluations": evaluation.read_evaluations(path),
+        "evaluations": evaluation_log.read_evaluations(path),
         "best": read_json(path / "checkpoints" / "best.json"),
     }
 
@@ -312,7 +312,7 @@ def test_a_prompt_that_cannot_be_read_is_quarantined_and_the_run_goes_on(tmp_pat
 
 
 def test_evaluations_can_be_compared_prompt_by_prompt(straight):
-    by_step = evaluation.read_evaluations(straight)
+    by_step = evaluation_log.read_evaluations(straight)
     assert list(by_step) == [0, 2, 4]
     assert [r["id"] for r in by_step[0]] == [r["id"] for r in by_step[4]] and len(by_step[0]) == 6
     assert json.loads((straight / "evaluations" / "step_0.jsonl").read_text().splitlines()[0])["greedy"]["score"] >= 0

@@ -71,35 +71,3 @@ def prediction(request: Request) -> Response:
         what = f"the atlas has no sample {form.text('id')!r} in split {form.text('split')!r}"
         raise InputError(what, fix="Open the atlas that the run was predicted on with --atlas.")
     return RedirectResponse(f"/sample/{found['split']}/{found['number']}")
-
-
-def confusion_of(explorer: Any, run: str) -> list[dict[str, Any]]:
-    """One matrix a classification dataset: labels in the order of the taxonomy, counts, and links to the samples."""
-    query = """SELECT dataset, target, coalesce(label, 'no label') AS label, count(*) AS n FROM runs.prediction
-      WHERE run = ? AND correct IS NOT NULL GROUP BY 1, 2, 3"""
-    counts: dict[str, dict[tuple[str, str], int]] = {}
-    for row in explorer.database.all(query, (run,)):
-        counts.setdefault(row["dataset"], {})[row["target"], row["label"]] = row["n"]
-    taxonomy = explorer.runs.taxonomy(explorer.runs.get(run))
-    found = []
-    for key, cells in sorted(counts.items()):
-        labels = taxonomy.domains[str(taxonomy.dataset(key).domain)].labels
-        found.append(_matrix(key, cells, labels, run))
-    return found
-
-
-def _matrix(key: str, cells: dict[tuple[str, str], int], labels: tuple[str, ...], run: str) -> dict[str, Any]:
-    used = [label for label in (*labels, "no label") if any(label in pair for pair in cells)]
-    targets = [label for label in used if any(target == label for target, _ in cells)]
-    rows = []
-    for target in targets:
-        total = sum(n for (wanted, _), n in cells.items() if wanted == target)
-        counts = [cells.get((target, said), 0) for said in used]
-        link = Form({"a": run, "dataset": key, "target": target})
-        rows.append({"target": target, "cells": [
-            {"n": n, "level": drawings.level(n / total), "right": said == target,
-             "link": "/predictions" + link.link(predicted=said),
-             "tip": f"{target} answered as {said}: {n} of {total}"}
-            for said, n in zip(used, counts, strict=True)
-        ]})  # fmt: skip
-    return {"name": key, "columns": used, "rows": rows}

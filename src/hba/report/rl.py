@@ -96,7 +96,7 @@ def rl_page(run: Path, part: RlPart) -> str:
 
 def changes(run: Path) -> list[Change]:
     """The first and the last evaluation of a run, compared prompt by prompt."""
-    from hba.rl.evaluation import WAYS, read_evaluations
+    from hba.rl.evaluation_log import WAYS, read_evaluations
 
     by_step = read_evaluations(run)
     if len(by_step) < 2:

@@ -1,16 +1,12 @@
 """How good a policy is on held-out rows: one sampled and one greedy response to each, the same draws every time.
 
-Each evaluation is a file `evaluations/step_N.jsonl`, a line a row, so that two of them can be compared prompt by
-prompt. Reward parts are those of training; `right` is the evaluation's own judgement of the answer (the canonical
-label, or the normalised exact match of a free-form answer), whatever the reward is.
+Its records lie in `evaluation_log`, so that two evaluations can be compared prompt by prompt. Reward parts are those of
+training; `right` is the evaluation's own judgement of the answer (the canonical label, or the normalised exact match of
+a free-form answer), whatever the reward is.
 """
 
 from __future__ import annotations
 
-import json
-from collections import defaultdict
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,14 +24,11 @@ from hba.evaluate.backends.batches import evaluation_plan
 from hba.model.chat import ChatModel
 from hba.model.generate import generate
 from hba.quarantine import QuarantineLog
+from hba.rl.evaluation_log import WAYS
 from hba.rl.rewards import well_formed
 from hba.rl.rollout import RolloutConfig
 from hba.rl.scoring import Scorer
-from hba.storage import atomic_write, read_jsonl
 from hba.taxonomy import Taxonomy
-
-FOLDER = "evaluations"
-WAYS = ("sampled", "greedy")
 
 
 def evaluate(
@@ -86,26 +79,3 @@ def is_right(sample: Sample, text: str, taxonomy: Taxonomy) -> bool:
     if sample.label is not None:
         return to_label(sample.dataset, text, taxonomy) == sample.label
     return same_answer(without_latex(extract(text)), sample.target)
-
-
-def summary(records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Means over the rows: reward, right and format of both ways, and `right` of the greedy responses by task."""
-    means: dict[str, list[float]] = defaultdict(list)
-    for record in records:
-        for way in WAYS:
-            for name, part in (("reward", "score"), ("right", "right"), ("format", "format"), ("tokens", "tokens")):
-                means[f"{way}_{name}"].append(record[way][part])
-        means[f"greedy_right/{record['task']}"].append(record["greedy"]["right"])
-    return {name: float(np.mean(values)) for name, values in sorted(means.items())}
-
-
-def write_evaluation(run: Path, step: int, records: Sequence[dict[str, Any]]) -> None:
-    """Keep the records of an evaluation at `step`."""
-    with atomic_write(run / FOLDER / f"step_{step}.jsonl") as handle:
-        handle.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-
-def read_evaluations(run: Path) -> dict[int, list[dict[str, Any]]]:
-    """The records of every evaluation of a run, by step."""
-    files = {int(path.stem.removeprefix("step_")): path for path in (run / FOLDER).glob("step_*.jsonl")}
-    return {step: [line.record for line in read_jsonl(files[step])] for step in sorted(files)}

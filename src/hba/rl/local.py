@@ -34,7 +34,8 @@ from hba.process import data_record, prepare_process, start_accelerator
 from hba.rl.advantages import Advantage, build_advantage, informative
 from hba.rl.algorithms import ALGORITHMS, Algorithm
 from hba.rl.config import RlConfig
-from hba.rl.evaluation import evaluate, summary, write_evaluation
+from hba.rl.evaluation import evaluate
+from hba.rl.evaluation_log import summary, write_evaluation
 from hba.rl.policy import Reference, build_policy, build_reference
 from hba.rl.prompts import PromptFeed
 from hba.rl.rollout import Rollouts, roll_out

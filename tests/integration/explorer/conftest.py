@@ -78,8 +78,9 @@ def make_runs(root, atlas_root):
         write_lines(run / "judgements.jsonl", [asdict(judgement(r)) for r in free])
         (run / "judge.json").write_text(json.dumps({"model": "judge-1"}))
         score_run(run, resamples=100)
-    steps = [{"step": i, "kind": "rl", "score": i / 9, "tasks": {"HUM": {"score": i / 9, "abs_advantage": 0.5}}}
-             for i in range(1, 9)]  # fmt: skip
+    parts = [{"score": i / 9, "abs_advantage": 0.5} for i in range(1, 9)]
+    steps = [{"step": i, "kind": "rl", **part, "tasks": {"HUM": part}, "datasets": {"urfunny": part}}
+             for i, part in enumerate(parts, 1)]  # fmt: skip
     (root / "rl").mkdir()
     write_lines(root / "rl" / "log.jsonl", steps)
     write_lines(root / "rl" / "rollouts.jsonl", [
