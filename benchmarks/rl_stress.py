@@ -145,25 +145,27 @@ def interval(values: np.ndarray) -> tuple[float, float, float]:
 def svg(scores: dict[str, np.ndarray]) -> str:
     """Worst task of each algorithm with its interval; dots are the seeds."""
     left, width, row = 150, 420, 26
+    ticks = np.arange(0, 0.05 * np.ceil(max(v.min(1).max() for v in scores.values()) / 0.05) + 0.01, 0.05)
+    scale = width / ticks[-1]
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 90}" height="{row * len(scores) + 60}"'
         ' font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>',
         f'<text x="{left}" y="18">Score of the worst task (mean, 95 % over seeds; dots: seeds)</text>',
     ]
-    for tick in (0, 0.25, 0.5, 0.75, 1):
-        x, bottom = left + width * tick, row * len(scores) + 34
-        lines.append(f'<line x1="{x}" x2="{x}" y1="28" y2="{bottom}" stroke="#ddd"/>')
-        lines.append(f'<text x="{x}" y="{bottom + 16}" text-anchor="middle">{tick:g}</text>')
+    for tick in ticks:
+        x, bottom = left + scale * tick, row * len(scores) + 34
+        lines.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="28" y2="{bottom}" stroke="#ddd"/>')
+        lines.append(f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{tick:g}</text>')
     for number, (name, values) in enumerate(scores.items()):
         y = 46 + row * number
         mean, low, high = interval(values.min(1))
         lines.append(f'<text x="{left - 10}" y="{y + 4}" text-anchor="end">{name}</text>')
         lines += [
-            f'<circle cx="{left + width * v:.1f}" cy="{y}" r="2.5" fill="#9bb7d4"/>' for v in values.min(1).tolist()
+            f'<circle cx="{left + scale * v:.1f}" cy="{y}" r="2.5" fill="#9bb7d4"/>' for v in values.min(1).tolist()
         ]
-        ends = f'x1="{left + width * low:.1f}" x2="{left + width * high:.1f}"'
+        ends = f'x1="{left + scale * low:.1f}" x2="{left + scale * high:.1f}"'
         lines.append(f'<line {ends} y1="{y}" y2="{y}" stroke="#1f5f9e" stroke-width="2"/>')
-        lines.append(f'<circle cx="{left + width * mean:.1f}" cy="{y}" r="4.5" fill="#1f5f9e"/>')
+        lines.append(f'<circle cx="{left + scale * mean:.1f}" cy="{y}" r="4.5" fill="#1f5f9e"/>')
         lines.append(f'<text x="{left + width + 12}" y="{y + 4}">{mean:.3f}</text>')
     return "\n".join([*lines, "</svg>", ""])
 

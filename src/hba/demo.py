@@ -1,8 +1,8 @@
-"""The main job end to end on a laptop: mini-atlas, tiny backbone, the three stages, predictions, scores, reports.
+"""The main job end to end on a laptop: mini-atlas, tiny backbone, the three stages, predictions, scores, reports, RL.
 
 Every step is what its own command does, on the same code as a full-size run; only the recipes (`sft_tiny`, `qa_tiny`,
-`bam_tiny`) and the data are small. Each step resumes or is skipped when its result stands, so that a killed demo ends
-in the same metrics.
+`bam_tiny`, `speak_tiny`, `rl_tiny`) and the data are small. Each step resumes or is skipped when its result stands, so
+that a killed demo ends in the same metrics.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from hba.atlas.mini import build_mini_atlas
 from hba.cli.options import recipe_path
 from hba.cli.progress import counted, tallied
 from hba.config import load_config
+from hba.demo_rl import run_rl
 from hba.errors import ConfigError
 from hba.evaluate.config import GenerationConfig, PredictConfig
 from hba.evaluate.predict import predict_run
@@ -30,9 +31,12 @@ from hba.model.tiny import atlas_texts, build_tiny
 from hba.process import prepare_process, remove_abandoned
 from hba.quarantine import QuarantineLog
 from hba.report import write_report
+from hba.report.rl import Change
 from hba.report.stages import Stages, stages, write_stages
+from hba.rl.config import RlConfig
 from hba.run import RunFolder
 from hba.train.bam import BamConfig, train_bam
+from hba.train.lm import LmConfig
 from hba.train.qa import QaConfig, train_qa
 from hba.train.sft import SftConfig, train_sft
 from hba.train.start import training_run
@@ -45,11 +49,13 @@ T = TypeVar("T")
 class DemoResult:
     """What the demo made, the samples that it had to leave out, and the wall-clock seconds of each step.
 
-    `metrics` and `report` are those of the last stage; `stages` holds each against the one before.
+    `metrics` and `report` are those of the third stage; `stages` holds each against the one before, `rl` what each
+    RL algorithm changed on held-out prompts.
     """
 
     metrics: dict[str, Any]
     stages: Stages
+    rl: dict[str, list[Change]]
     report: Path
     quarantined: list[dict[str, Any]]
     seconds: dict[str, float]
@@ -62,18 +68,21 @@ class DemoResult:
 
 @dataclass(frozen=True, kw_only=True)
 class _Settings:
-    """The configs of the three stages."""
+    """The configs of the three stages, of the model that speaks, and of RL."""
 
     sft: SftConfig
     qa: QaConfig
     bam: BamConfig
+    speak: LmConfig
+    rl: RlConfig
 
 
 def run_demo(folder: Path, *, size: str, seed: int, overrides: Sequence[str] = ()) -> DemoResult:
     """Make everything below `folder`; run again after an interruption to go on.
 
-    `overrides` change values of the recipes: train.epochs=2 of stage 1, qa.train.epochs=2 and bam.train.epochs=2 of
-    the later ones. Raises InputError for a folder that holds a demo of another size, seed or recipe.
+    `overrides` change values of the recipes: train.epochs=2 of stage 1, qa.train.epochs=2, bam.train.epochs=2,
+    speak.train.max_steps=9 and rl.train.max_steps=9 of the later ones. Raises InputError for a folder that holds a
+    demo of another size, seed or recipe.
     """
     seconds: dict[str, float] = {}
     atlas, backbone = folder / "atlas", folder / "tiny"
@@ -101,10 +110,13 @@ def run_demo(folder: Path, *, size: str, seed: int, overrides: Sequence[str] = (
     compared = timed("compare", lambda: stages([compare_runs(before, after, seed=seed) for before, after in pairs]))
     write_stages(compared, runs["bam"])
     report = timed("report", lambda: [write_report(run, atlas_root=atlas) for run in runs.values()])[-1]
-    left_out = {record["id"]: record for run in runs.values() for record in QuarantineLog(run).records()}
+    learnt = run_rl(folder, settings.speak, settings.rl, seed, timed)
+    all_runs = [*runs.values(), folder / "speak", *(folder / f"rl-{name}" for name in learnt)]
+    left_out = {record["id"]: record for run in all_runs for record in QuarantineLog(run).records()}
     return DemoResult(
         metrics=metrics,
         stages=compared,
+        rl=learnt,
         report=report,
         quarantined=list(left_out.values()),
         seconds=seconds,
@@ -118,10 +130,12 @@ def _settings(folder: Path, seed: int, overrides: Sequence[str]) -> _Settings:
         "": {"atlas": atlas, "model.name": str(folder / "tiny"), "train.seed": seed, "answer_weight": 1.0},
         "qa.": {"atlas": atlas, "base": str(folder / "sft"), "train.seed": seed, "features.folder": features},
         "bam.": {"atlas": atlas, "base": str(folder / "qa"), "train.seed": seed, "features.folder": features},
+        "speak.": {"atlas": atlas, "model.name": str(folder / "sft"), "train.seed": seed},
+        "rl.": {"atlas": atlas, "model.name": str(folder / "speak"), "train.seed": seed},
     }
     given: dict[str, list[str]] = {prefix: [] for prefix in own}
     for override in overrides:
-        prefix = next((prefix for prefix in ("qa.", "bam.") if override.startswith(prefix)), "")
+        prefix = next((prefix for prefix in own if prefix and override.startswith(prefix)), "")
         key = override.partition("=")[0].strip()
         if key.removeprefix(prefix) in own[prefix]:
             raise ConfigError(f"the demo itself sets {key}", where=override, fix="Use --run, --size and --seed.")
@@ -132,6 +146,8 @@ def _settings(folder: Path, seed: int, overrides: Sequence[str]) -> _Settings:
         sft=load_config(SftConfig, recipe_path("sft_tiny"), given[""]),
         qa=load_config(QaConfig, recipe_path("qa_tiny"), given["qa."]),
         bam=load_config(BamConfig, recipe_path("bam_tiny"), given["bam."]),
+        speak=load_config(LmConfig, recipe_path("speak_tiny"), given["speak."]),
+        rl=load_config(RlConfig, recipe_path("rl_tiny"), given["rl."]),
     )
 
 

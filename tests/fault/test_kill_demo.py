@@ -20,6 +20,8 @@ import pytest
 STEPS = ["train.max_steps=12", "train.validate_every=3", "train.log_every=1", "train.batch_size=8"]
 STEPS += ["qa.train.max_steps=6", "qa.train.validate_every=3", "qa.train.log_every=1"]
 STEPS += ["bam.train.max_steps=12", "bam.train.validate_every=4", "bam.train.log_every=1"]
+STEPS += ["speak.train.max_steps=2", "rl.train.max_steps=1", "rl.validation_rows=4", "rl.rollout.max_new_tokens=4"]
+STEPS += ["speak.validation_split=validation[:8]"]
 RUNS = ("sft", "qa", "bam")
 SEED = 20
 ROUND_SECONDS = 300

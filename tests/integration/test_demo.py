@@ -17,7 +17,8 @@ from hba.errors import ConfigError
 from hba.report.stages import read_stages, stages_table
 
 FEW_STEPS = ["train.max_steps=6", "train.validate_every=3", "train.batch_size=8", "encode.num_frames=4"]
-FEW_STEPS += ["qa.train.max_steps=4", "bam.train.max_steps=8"]
+FEW_STEPS += ["qa.train.max_steps=4", "bam.train.max_steps=8", "speak.train.max_steps=2", "rl.train.max_steps=1"]
+FEW_STEPS += ["speak.validation_split=validation[:8]", "rl.validation_rows=8", "rl.rollout.max_new_tokens=4"]
 STAGES = ("sft", "qa", "bam")
 TASKS = {"SEN", "EMO", "HUM", "SAR", "ANX", "DEP", "PTSD"}
 
@@ -59,7 +60,8 @@ def test_the_demo_leaves_every_file_of_the_contract(demo):
         assert there == expected | ({"stages.json"} if run == "bam" else set()), run
     assert result.quarantined == []
     predicted = {f"predict {run}" for run in STAGES}
-    assert set(result.seconds) == {"mini-atlas", "backbone", *STAGES, *predicted, "score", "compare", "report"}
+    rl = {"speak", "rl grpo", "rl harpo"}
+    assert set(result.seconds) == {"mini-atlas", "backbone", *STAGES, *predicted, "score", "compare", "report", *rl}
     assert not [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
 
 
@@ -116,6 +118,17 @@ def test_each_stage_is_compared_with_the_one_before(demo):
     assert re.search(r"SEN +[\d.]+ +[\d.]+ += ", text)
     assert re.search(r"sft +qa +difference +bam +difference", text)
     assert "Stage by stage" in page and "SOC (exact match)" in page
+
+
+def test_two_algorithms_start_from_the_model_that_speaks_and_say_what_they_changed(demo):
+    folder, result = demo
+    assert list(result.rl) == ["grpo", "harpo"]
+    before = [[change.before for change in changes] for changes in result.rl.values()]
+    assert before[0] == before[1], "the same model, prompts and draws"
+    for name in result.rl:
+        assert {c.name for c in result.rl[name]} >= {"reward, sampled", "format, sampled", "right answers, greedy"}
+        assert f"Reinforcement learning: {name}" in (folder / f"rl-{name}" / "report.html").read_text()
+        assert (folder / f"rl-{name}" / "checkpoints" / "step_1" / "rl_state.json").is_file()
 
 
 def test_one_seed_gives_one_result_wherever_it_runs(demo, tmp_path, mini_atlas, monkeypatch, capfd):

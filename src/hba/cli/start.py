@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -17,9 +18,7 @@ def demo_command(
     seed: Annotated[int, typer.Option(help="Seed of data, weights and order.")] = 0,
     json: JsonFlag = False,
 ) -> None:
-    """Make a synthetic mini-atlas, train a tiny OmniSapiens in three stages, score and report. Resumes when killed."""
-    from dataclasses import asdict
-
+    """Make a synthetic mini-atlas, train a tiny OmniSapiens in three stages and by RL, score and report. Resumes."""
     from hba.demo import run_demo
 
     result = run_demo(run, size=size, seed=seed, overrides=overrides or [])
@@ -27,17 +26,20 @@ def demo_command(
     def show() -> None:
         from rich.console import Console
 
+        from hba.report.rl import changes_table
         from hba.report.stages import stages_table
         from hba.report.terminal import metrics_table
 
         Console().print(metrics_table(result.metrics))
         Console().print(stages_table(result.stages))
+        Console().print(changes_table(result.rl))
         say("The mini-atlas is synthetic: these scores say that the system works, not how well people are understood.")
         say(f"Report: {bold(result.report)}   Time: {result.timing()}")
 
     values = {
         "metrics": result.metrics,
         "stages": asdict(result.stages),
+        "rl": {name: [asdict(change) for change in found] for name, found in result.rl.items()},
         "report": str(result.report),
         "seconds": result.seconds,
     }

@@ -65,7 +65,7 @@ def lm_command(
     finish(quarantined, allow_quarantined)
 
 
-RL_EXAMPLE = "Example: hba train rl --algorithm harpo --config rl_tiny --run runs/rl atlas=runs/mini model.name=runs/lm"
+RL_EXAMPLE = "Example: hba train rl --algorithm harpo --config rl_tiny atlas=runs/mini model.name=runs/speak"
 
 
 @train_app.command("rl", epilog=RL_EXAMPLE)

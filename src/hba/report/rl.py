@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 
 from hba.report.curves import Chart
 from hba.report.html import environment, style
@@ -110,6 +111,18 @@ def changes(run: Path) -> list[Change]:
             values = np.array([[one[way][part], other[way][part]] for one, other in pairs], np.float64)
             found.append(_change(f"{name}, {way}", values[:, 0], values[:, 1]))
     return found
+
+
+def changes_table(found: Mapping[str, Sequence[Change]]) -> Table:
+    """What each algorithm changed on held-out prompts, for the terminal."""
+    table = Table(title="RL: held-out prompts before and after")
+    for column in ("algorithm", "figure", "start", "end", "difference", "95 % interval"):
+        table.add_column(column, justify="left" if column in ("algorithm", "figure") else "right")
+    for algorithm, rows in found.items():
+        for row in rows:
+            figures = [f"{value:.3f}" for value in (row.before, row.after)]
+            table.add_row(algorithm, row.name, *figures, f"{row.difference:+.3f}", f"{row.low:+.3f} to {row.high:+.3f}")
+    return table
 
 
 def _change(name: str, before_N: Any, after_N: Any) -> Change:
