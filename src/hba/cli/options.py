@@ -6,12 +6,16 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hba.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    from hba.train.state import Progress
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Overrides = Annotated[
@@ -60,6 +64,16 @@ def bold(value: object) -> str:
     from rich.markup import escape
 
     return f"[bold]{escape(str(value))}[/bold]"
+
+
+def trained(
+    run: Path, progress: Progress, quarantined: Sequence[dict[str, Any]], allowed: int, *, best: str, as_json: bool
+) -> None:
+    """The answer of every training command; `best` says what the best checkpoint is best in, and how good it is."""
+    result = {"run": str(run), **asdict(progress), "quarantined": len(quarantined)}
+    text = f"Trained {progress.step} steps in {bold(run)}: best {best} at step {progress.best_step}."
+    answer(result, as_json=as_json, show=lambda: say(text))
+    finish(quarantined, allowed)
 
 
 def finish(quarantined: Sequence[dict[str, Any]], allowed: int) -> None:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from hba.cli.options import AllowQuarantined, ConfigOption, JsonFlag, Overrides, answer, bold, finish, recipe_path, say
+from hba.cli.options import AllowQuarantined, ConfigOption, JsonFlag, Overrides, recipe_path, trained
 from hba.errors import InputError
-
-if TYPE_CHECKING:
-    from hba.train.state import Progress
 
 QA_EXAMPLE = "Example: hba train qa --config qa_tiny --from runs/sft --run runs/qa atlas=runs/mini"
 BAM_EXAMPLE = "Example: hba train bam --config bam_tiny --from runs/qa --dataset daicwoz --run runs/bam atlas=runs/mini"
@@ -42,7 +37,8 @@ def qa_command(
     ):
         progress = train_qa(settings, folder, told)
         quarantined = folder.quarantine.records()
-    _report(run, progress, quarantined, allow_quarantined, as_json=json)
+    best = f"validation mean {progress.best_score:.3f}"
+    trained(run, progress, quarantined, allow_quarantined, best=best, as_json=json)
 
 
 def bam_command(
@@ -79,19 +75,11 @@ def bam_command(
     ):
         progress = train_bam(settings, folder, told)
         quarantined = folder.quarantine.records()
-    _report(run, progress, quarantined, allow_quarantined, as_json=json)
+    best = f"validation mean {progress.best_score:.3f}"
+    trained(run, progress, quarantined, allow_quarantined, best=best, as_json=json)
 
 
 def _key(name: str, value: object) -> list[str]:
     """`name=value` as an override; nothing for None."""
     text = str(value).lower() if isinstance(value, bool) else str(value)
     return [] if value is None else [f"{name}={text}"]
-
-
-def _report(
-    run: Path, progress: Progress, quarantined: Sequence[dict[str, Any]], allowed: int, *, as_json: bool
-) -> None:
-    result = {"run": str(run), **asdict(progress), "quarantined": len(quarantined)}
-    best = f"best validation mean {progress.best_score:.3f} at step {progress.best_step}"
-    answer(result, as_json=as_json, show=lambda: say(f"Trained {progress.step} steps in {bold(run)}: {best}."))
-    finish(quarantined, allowed)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hba.cli.options import AllowQuarantined, ConfigOption, JsonFlag, Overrides, answer, bold, finish, recipe_path, say
+from hba.cli.options import AllowQuarantined, ConfigOption, JsonFlag, Overrides, recipe_path, trained
 
 train_app = typer.Typer(no_args_is_help=True, help="Train OmniSapiens, one command a stage.")
 
@@ -33,10 +32,8 @@ def sft_command(
     with training_run(run, config=settings, command="train sft", seed=settings.train.seed) as folder:
         progress = train_sft(settings, folder)
         quarantined = folder.quarantine.records()
-    result = {"run": str(run), **asdict(progress), "quarantined": len(quarantined)}
-    best = f"best validation mean {progress.best_score:.3f} at step {progress.best_step}"
-    answer(result, as_json=json, show=lambda: say(f"Trained {progress.step} steps in {bold(run)}: {best}."))
-    finish(quarantined, allow_quarantined)
+    best = f"validation mean {progress.best_score:.3f}"
+    trained(run, progress, quarantined, allow_quarantined, best=best, as_json=json)
 
 
 LM_EXAMPLE = "Example: hba train lm --config lm_tiny --run runs/lm atlas=runs/mini model.name=runs/tiny"
@@ -59,10 +56,8 @@ def lm_command(
     with training_run(run, config=settings, command="train lm", seed=settings.train.seed) as folder:
         progress = train_lm(settings, folder)
         quarantined = folder.quarantine.records()
-    result = {"run": str(run), **asdict(progress), "quarantined": len(quarantined)}
-    best = f"best validation loss {-(progress.best_score or 0.0):.3f} at step {progress.best_step}"
-    answer(result, as_json=json, show=lambda: say(f"Trained {progress.step} steps in {bold(run)}: {best}."))
-    finish(quarantined, allow_quarantined)
+    best = f"validation loss {-(progress.best_score or 0.0):.3f}"
+    trained(run, progress, quarantined, allow_quarantined, best=best, as_json=json)
 
 
 RL_EXAMPLE = "Example: hba train rl --algorithm harpo --config rl_tiny atlas=runs/mini model.name=runs/speak"
@@ -91,7 +86,5 @@ def rl_command(
     with training_run(run, config=settings, command="train rl", seed=settings.train.seed) as folder:
         progress = train_rl(settings, folder)
         quarantined = folder.quarantine.records()
-    result = {"run": str(run), **asdict(progress), "quarantined": len(quarantined)}
-    best = f"best greedy reward {progress.best_score:.3f} at step {progress.best_step}"
-    answer(result, as_json=json, show=lambda: say(f"Trained {progress.step} steps in {bold(run)}: {best}."))
-    finish(quarantined, allow_quarantined)
+    best = f"greedy reward {progress.best_score:.3f}"
+    trained(run, progress, quarantined, allow_quarantined, best=best, as_json=json)
