@@ -11,7 +11,6 @@ Shapes: B samples, T tokens, A audios, M mel frames, F mel bins, P vision patche
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, NamedTuple, Protocol
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from hba.atlas import padding
 from hba.atlas.media import Frames, Image, Video
+from hba.atlas.omni_features import MEDIA_FEATURES, omni_features
 from hba.atlas.prompt import AS_WRITTEN, MODALITIES, Message, Modality, Wording, build_messages
 from hba.atlas.sample import Quarantined, Sample
 from hba.config import option
@@ -164,22 +164,17 @@ class Encoder:
         Raises MediaError naming the place when a medium cannot be read, is longer than `max_audio_seconds`, or the
         prompt has more than `max_tokens` tokens.
         """
-        audios, images, videos = load_media(sample, self.config, self.processor.feature_extractor.sampling_rate)
-        spans = [v.duration_seconds for v in videos]
-        call: dict[str, Any] = {"text": [self.text(sample)], "return_tensors": "pt"}
-        if audios:
-            call |= {"audio": audios, "audio_kwargs": {"max_length": self._window(audios)}}
-        pixels = {"min_pixels": self.config.min_pixels, "max_pixels": self.config.max_pixels}
-        if images:
-            call |= {"images": images, "images_kwargs": pixels}
-        if videos:
-            frames = [torch.from_numpy(v.frames).permute(0, 3, 1, 2) for v in videos]
-            call |= {"videos": frames, "videos_kwargs": pixels | {"do_sample_frames": False}}
-        features = self.processor(**call)
-        media = {k: v for k, v in features.items() if k.startswith(("pixel_values", "image_grid", "video_grid"))}
-        if videos:
-            step = self.processor.video_processor.temporal_patch_size / self.config.num_frames
-            media["video_second_per_grid"] = torch.tensor([step * span for span in spans], dtype=torch.float32)
+        media_of = load_media(sample, self.config, self.processor.feature_extractor.sampling_rate)
+        features = omni_features(
+            self.processor,
+            self.text(sample),
+            media_of.audios,
+            media_of.images,
+            [torch.from_numpy(v.frames).permute(0, 3, 1, 2) for v in media_of.videos],
+            [v.duration_seconds for v in media_of.videos],
+            pixels={"min_pixels": self.config.min_pixels, "max_pixels": self.config.max_pixels},
+        )
+        media = {k: v for k, v in features.items() if k.startswith(MEDIA_FEATURES)}
         input_ids_T = features["input_ids"][0]
         require_short(input_ids_T, sample, self.config)
         tokenizer, answer = self.processor.tokenizer, None
@@ -194,14 +189,6 @@ class Encoder:
             answer_ids_T=answer,
             descriptors={} if wanted is None else pooled_descriptors(sample, wanted),
         )
-
-    def _window(self, audios: Sequence[np.ndarray[Any, Any]]) -> int:
-        # The extractor's own window (30 or 300 s) pads short clips and silently cuts long ones. One FFT window of
-        # zeros behind the longest clip gives the same valid frames as any longer padding does.
-        extractor = self.processor.feature_extractor
-        hop = int(extractor.hop_length)
-        longest: int = max(map(len, audios)) + int(extractor.n_fft)
-        return math.ceil(longest / hop) * hop
 
 
 def messages_of(sample: Sample, config: EncodeConfig, wording: Wording) -> list[Message]:

@@ -19,6 +19,7 @@ from hba.cli.export import LMMS_EXAMPLE, export_app
 from hba.cli.judge import JUDGE_EXAMPLE, judge_command
 from hba.cli.predict import predict_command
 from hba.cli.release import MERGE_EXAMPLE, PUSH_EXAMPLE, merge_command, push_command
+from hba.cli.rl import RL_EXAMPLE, rl_command
 from hba.cli.stages import BAM_EXAMPLE, QA_EXAMPLE, bam_command, qa_command
 from hba.cli.start import demo_command, doctor_command, tiny_command
 from hba.cli.train import SFT_EXAMPLE, train_app
@@ -38,6 +39,7 @@ app = typer.Typer(
 )
 app.command("demo", epilog="Example: hba demo --run runs/demo")(demo_command)
 app.add_typer(atlas_app, name="atlas", epilog="Example: hba atlas mini runs/mini")
+train_app.command("rl", epilog=RL_EXAMPLE)(rl_command)
 train_app.command("qa", epilog=QA_EXAMPLE)(qa_command)
 train_app.command("bam", epilog=BAM_EXAMPLE)(bam_command)
 app.add_typer(train_app, name="train", epilog=SFT_EXAMPLE)

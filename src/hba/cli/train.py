@@ -58,33 +58,3 @@ def lm_command(
         quarantined = folder.quarantine.records()
     best = f"validation loss {-(progress.best_score or 0.0):.3f}"
     trained(run, progress, quarantined, allow_quarantined, best=best, as_json=json)
-
-
-RL_EXAMPLE = "Example: hba train rl --algorithm harpo --config rl_tiny atlas=runs/mini model.name=runs/speak"
-
-
-@train_app.command("rl", epilog=RL_EXAMPLE)
-def rl_command(
-    overrides: Overrides = None,
-    config: ConfigOption = None,
-    algorithm: Annotated[
-        str | None,
-        typer.Option(help="grpo, harpo, dr_grpo, rloo, reinforce_pp, gpg, ema_grpo, dapo, gspo: docs/rl.md."),
-    ] = None,
-    run: Annotated[Path, typer.Option(help="Run folder; an unfinished one is resumed.")] = Path("runs/rl"),
-    allow_quarantined: AllowQuarantined = 0,
-    json: JsonFlag = False,
-) -> None:
-    """Reinforcement learning of a model that speaks: GRPO, HARPO and their rivals, on one machine."""
-    from hba.config import load_config
-    from hba.rl.config import RlConfig
-    from hba.rl.local import train_rl
-    from hba.train.start import training_run
-
-    chosen = [] if algorithm is None else [f"algorithm={algorithm}"]
-    settings = load_config(RlConfig, recipe_path(config), [*(overrides or []), *chosen])
-    with training_run(run, config=settings, command="train rl", seed=settings.train.seed) as folder:
-        progress = train_rl(settings, folder)
-        quarantined = folder.quarantine.records()
-    best = f"greedy reward {progress.best_score:.3f}"
-    trained(run, progress, quarantined, allow_quarantined, best=best, as_json=json)

@@ -13,6 +13,7 @@ from hba.rl.algorithms import AlgorithmName
 from hba.rl.rollout import RolloutConfig
 from hba.rl.scoring import RewardConfig
 from hba.rl.update import LossConfig
+from hba.rl.verl.settings import VerlConfig
 from hba.train.loop import Count, TrainConfig
 
 
@@ -33,6 +34,7 @@ class RlConfig:
     encode: EncodeConfig = field(default_factory=EncodeConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     mix: MixConfig = field(default_factory=MixConfig)
+    verl: VerlConfig = field(default_factory=VerlConfig)
     format: str = option("think", "how prompts ask: plain, boxed, think, or a path to a .jinja file")
     train_split: str = option("train", "split whose prompts are trained on; slices such as train[:10%] work")
     validation_split: str = option("validation", "split of the evaluations")

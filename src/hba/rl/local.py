@@ -22,11 +22,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from hba.atlas import Atlas, open_atlas
+from hba.atlas import Atlas
 from hba.atlas.answer_format import FormatMix
 from hba.atlas.batch import SampleEncoder
 from hba.atlas.chat_encoder import encoder_for
-from hba.atlas.mixing import subsample
 from hba.errors import HbaError
 from hba.model import chat
 from hba.model.chat import ChatModel
@@ -39,6 +38,7 @@ from hba.rl.evaluation_log import summary, write_evaluation
 from hba.rl.policy import Reference, build_policy, build_reference
 from hba.rl.prompts import PromptFeed
 from hba.rl.rollout import Rollouts, roll_out
+from hba.rl.rows import training_rows, validation_rows
 from hba.rl.scoring import Scorer
 from hba.rl.telemetry import CollapseWatch, Outcome, RunLog
 from hba.rl.update import update
@@ -86,7 +86,7 @@ def train_rl(config: RlConfig, run: RunFolder) -> Progress:
     """Run (or resume) it in `run`. Raises InputError for bad data, config or reward, HbaError for a failing step."""
     accelerator = start_accelerator(config.model.dtype)
     prepare_process(config.train.seed)
-    train, validation = _rows(config, config.train_split), _validation_rows(config)
+    train, validation = training_rows(config), validation_rows(config)
     run.record_data(data_record(config.atlas, train))
     checkpoint = latest(run.checkpoints)
     setup = _setup(config, run, accelerator, train, validation, checkpoint)
@@ -264,15 +264,3 @@ def _memory(setup: Setup, train: Atlas, checkpoint: Path | None) -> tuple[Memory
         memory.watch.load_state_dict(state["watch"])
     setup.run.truncate_log(progress.step)
     return memory, progress
-
-
-def _rows(config: RlConfig, split: str) -> Atlas:
-    atlas = open_atlas(config.atlas, split=split)
-    return atlas if config.datasets is None else atlas.filter(datasets=config.datasets)
-
-
-def _validation_rows(config: RlConfig) -> Atlas:
-    atlas = _rows(config, config.validation_split)
-    if config.validation_rows is None or config.validation_rows >= len(atlas):
-        return atlas
-    return atlas.select(subsample(atlas.columns, config.validation_rows, seed=config.train.seed))

@@ -1,0 +1,244 @@
+"""An RL run as verl's own config: every key that we set, and nothing that we do not.
+
+`translate` is a pure function of the run, so that `--dry-run` can show all of it. What verl cannot do as the local
+engine does is refused with a ConfigError that names the key, never approximated: `dapo`'s sampling on, the average by
+group. Three things differ and are said in docs/scale.md: verl decays all parameters alike, its learning rate moves by
+its own formula between the same points, and a batch that is not full is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from hba.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hba.rl.algorithms import Algorithm
+    from hba.rl.config import RlConfig
+
+TRAINER_MODE = ESTIMATOR = "hba"
+AGENT = "hba_omni"
+TRAINING, VALIDATION = "training", "validation"
+PLUGIN = "hba.rl.verl.plugin"
+AVERAGES = {"token": "token-mean", "sequence": "seq-mean-token-mean", "constant": "seq-mean-token-sum-norm"}
+KL_KINDS = {"k1": "kl", "k2": "mse", "k3": "low_var_kl"}
+# LoRA on the language model alone; the towers have layers of the same names (model/omni.py).
+LORA_TARGETS = r"thinker\.model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
+
+
+class Place(NamedTuple):
+    """Where a run on verl has its files, and what it starts from."""
+
+    run: Path
+    model: str  # a release of the whole Qwen2.5-Omni: a hub id or a folder such as `hba merge` writes
+    steps: int  # optimizer steps in all
+
+    @property
+    def folder(self) -> Path:
+        """Everything that verl writes and reads."""
+        return self.run / "verl"
+
+
+def translate(config: RlConfig, place: Place) -> dict[str, Any]:
+    """verl's keys, dotted, with their values. Raises ConfigError for what verl cannot do as asked."""
+    algorithm = _algorithm(config)
+    return {
+        **_data(config, place),
+        **_model(config, place),
+        **_actor(config, algorithm),
+        **_rollout(config),
+        **_reward(config),
+        **_trainer(config, place),
+    }
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys as nested mappings."""
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        *sections, name = key.split(".")
+        at = tree
+        for section in sections:
+            at = at.setdefault(section, {})
+        at[name] = value
+    return tree
+
+
+def modules(config: RlConfig) -> str:
+    """VERL_USE_EXTERNAL_MODULES: what verl's processes import; the user's first, which may hold a platform."""
+    return ",".join((*config.verl.modules, PLUGIN))
+
+
+def prompts_of_step(config: RlConfig) -> int:
+    """Prompts of one optimizer step, over all GPUs."""
+    return config.train.batch_size * config.train.accumulation
+
+
+def _algorithm(config: RlConfig) -> Algorithm:
+    from hba.rl.algorithms import ALGORITHMS
+
+    algorithm = config.loss.resolved(ALGORITHMS[config.algorithm])
+    if algorithm.dynamic_sampling:
+        fix = "Use algorithm=grpo with loss.clip_high=0.28 and loss.average=token, or the local engine."
+        raise ConfigError("dynamic sampling is not translated for verl", where=f"algorithm={config.algorithm}", fix=fix)
+    if algorithm.average not in AVERAGES:
+        fix = f"Use one of {', '.join(AVERAGES)}, or the local engine."
+        raise ConfigError("verl has no average by group", where="loss.average", fix=fix)
+    if prompts_of_step(config) % config.loss.updates:
+        fix = "Use a number that divides train.batch_size * train.accumulation."
+        raise ConfigError(f"{config.loss.updates} updates a step", where="loss.updates", fix=fix)
+    return algorithm
+
+
+def _data(config: RlConfig, place: Place) -> dict[str, Any]:
+    return {
+        "data.train_files": TRAINING,  # which of the run's two sets of rows; the data set opens it
+        "data.val_files": VALIDATION,
+        "data.hba_run": str(place.run),  # a key of ours: where the plug-ins find the run's config.yaml
+        "data.custom_cls.path": "pkg://hba.rl.verl.dataset",
+        "data.custom_cls.name": "AtlasDataset",
+        "data.train_batch_size": prompts_of_step(config),
+        "data.max_prompt_length": config.encode.max_tokens,
+        "data.max_response_length": config.rollout.max_new_tokens,
+        "data.dataloader_num_workers": 0,  # rows hold references, so that there is nothing to prepare
+        "data.shuffle": False,  # the order is that of the training plan
+        "data.validation_shuffle": False,
+        "data.seed": config.train.seed,
+        "data.mm_processor_kwargs": {"min_pixels": config.encode.min_pixels, "max_pixels": config.encode.max_pixels},
+    }
+
+
+def _model(config: RlConfig, place: Place) -> dict[str, Any]:
+    at = "actor_rollout_ref.model"
+    lora = {
+        f"{at}.lora_rank": config.model.lora_r,
+        f"{at}.lora_alpha": config.model.lora_alpha,
+        f"{at}.target_modules": LORA_TARGETS,
+    }
+    frozen = config.model.strategy == "full" and config.freeze_towers
+    return {
+        f"{at}._target_": "hba.rl.verl.model.OmniModelConfig",
+        f"{at}.path": place.model,
+        f"{at}.override_config": {"attn_implementation": config.model.attention, "hba_language_layers_alone": frozen},
+        f"{at}.use_remove_padding": config.model.attention == "flash_attention_2",
+        f"{at}.enable_gradient_checkpointing": config.train.activation_checkpointing,
+        **(lora if config.model.strategy == "lora" else {}),
+    }
+
+
+def _actor(config: RlConfig, algorithm: Algorithm) -> dict[str, Any]:
+    at, loss, train = "actor_rollout_ref.actor", config.loss, config.train
+    rows = _rows_at_once(config)
+    keys = {
+        f"{at}.strategy": "fsdp2",
+        f"{at}.ppo_mini_batch_size": prompts_of_step(config) // loss.updates,
+        f"{at}.ppo_micro_batch_size_per_gpu": rows,
+        f"{at}.ppo_epochs": 1,
+        f"{at}.grad_clip": train.max_grad_norm,
+        f"{at}.clip_ratio": algorithm.clip_low,
+        f"{at}.clip_ratio_low": algorithm.clip_low,
+        f"{at}.clip_ratio_high": algorithm.clip_high,
+        f"{at}.clip_ratio_c": math.exp(20.0),  # verl's second clip of bad responses, which no paper of ours has: off
+        f"{at}.loss_agg_mode": AVERAGES[algorithm.average],
+        f"{at}.loss_scale_factor": config.rollout.max_new_tokens if algorithm.average == "constant" else None,
+        f"{at}.policy_loss.loss_mode": "gspo" if algorithm.ratio == "sequence" else "vanilla",
+        f"{at}.entropy_coeff": 0,
+        f"{at}.calculate_entropy": True,
+        f"{at}.use_kl_loss": loss.kl_weight > 0,
+        f"{at}.kl_loss_coef": loss.kl_weight,
+        f"{at}.kl_loss_type": KL_KINDS[loss.kl],
+        f"{at}.use_torch_compile": False,
+        f"{at}.fsdp_config.use_torch_compile": False,
+        f"{at}.fsdp_config.param_offload": config.verl.offload,
+        f"{at}.fsdp_config.optimizer_offload": config.verl.offload,
+        # Safetensors beside verl's shards: `hba merge` and everything behind it read them without verl.
+        f"{at}.checkpoint.save_contents": ["model", "optimizer", "extra", "hf_model"],
+        f"{at}.checkpoint.load_contents": ["model", "optimizer", "extra"],
+        "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": rows,
+    }
+    if config.model.dtype == "float32":
+        names = ("param_dtype", "reduce_dtype", "buffer_dtype")
+        keys |= {f"{at}.fsdp_config.mixed_precision.{name}": "fp32" for name in names}
+        keys |= {f"{at}.fsdp_config.dtype": "float32"}
+    return keys | _optimizer(config)
+
+
+def _optimizer(config: RlConfig) -> dict[str, Any]:
+    at, train = "actor_rollout_ref.actor.optim", config.train
+    return {
+        f"{at}.lr": train.learning_rate,
+        f"{at}.betas": [train.beta1, train.beta2],
+        f"{at}.weight_decay": train.weight_decay,
+        f"{at}.clip_grad": train.max_grad_norm,
+        f"{at}.lr_scheduler_type": "cosine",
+        f"{at}.lr_warmup_steps_ratio": train.warmup_share,
+        f"{at}.min_lr_ratio": train.final_share,
+        f"{at}.zero_indexed_step": False,
+    }
+
+
+def _rollout(config: RlConfig) -> dict[str, Any]:
+    at, verl = "actor_rollout_ref.rollout", config.verl
+    return {
+        f"{at}.name": verl.rollout,
+        f"{at}.n": config.rollout.per_prompt,
+        f"{at}.temperature": config.rollout.temperature,
+        f"{at}.top_p": 1.0,
+        f"{at}.top_k": -1,
+        f"{at}.seed": config.train.seed,
+        f"{at}.dtype": "float32" if config.model.dtype == "float32" else "bfloat16",
+        f"{at}.tensor_model_parallel_size": verl.tensor_parallel,
+        f"{at}.gpu_memory_utilization": verl.gpu_memory_utilization,
+        f"{at}.max_model_len": config.encode.max_tokens + config.rollout.max_new_tokens,
+        f"{at}.log_prob_micro_batch_size_per_gpu": _rows_at_once(config),
+        f"{at}.calculate_log_probs": True,
+        f"{at}.val_kwargs.do_sample": False,
+        f"{at}.val_kwargs.temperature": 0,
+        f"{at}.agent.num_workers": verl.agent_workers,
+        f"{at}.agent.default_agent_loop": AGENT,
+    }
+
+
+def _reward(config: RlConfig) -> dict[str, Any]:
+    return {
+        "reward.num_workers": config.verl.reward_workers,
+        "reward.reward_manager.source": "importlib",
+        "reward.reward_manager.name": "ScorerRewardManager",
+        "reward.reward_manager.module.path": "pkg://hba.rl.verl.reward",
+    }
+
+
+def _trainer(config: RlConfig, place: Place) -> dict[str, Any]:
+    every = config.train.validate_every
+    return {
+        "algorithm.adv_estimator": ESTIMATOR,
+        "trainer.v1.trainer_mode": TRAINER_MODE,
+        "trainer.project_name": "hba",
+        "trainer.experiment_name": place.run.name,
+        "trainer.logger": ["console", "file", *(["wandb"] if config.train.wandb_project else [])],
+        "trainer.nnodes": config.verl.nodes,
+        "trainer.n_gpus_per_node": config.verl.gpus_per_node,
+        "trainer.total_epochs": config.train.epochs,
+        "trainer.total_training_steps": place.steps,
+        "trainer.save_freq": every,
+        "trainer.test_freq": every,
+        "trainer.val_before_train": True,
+        "trainer.resume_mode": "auto",
+        "trainer.default_local_dir": str(place.folder / "checkpoints"),
+        "ray_kwargs.ray_init.runtime_env.env_vars": {"VERL_USE_EXTERNAL_MODULES": modules(config)},
+    }
+
+
+def _rows_at_once(config: RlConfig) -> int:
+    """Rollouts on one GPU in one pass. Raises ConfigError where a step cannot be split evenly."""
+    world = config.verl.nodes * config.verl.gpus_per_node
+    share, rest = divmod(prompts_of_step(config) * config.rollout.per_prompt, world * config.loss.updates)
+    if rest:
+        found = f"{prompts_of_step(config)} prompts x {config.rollout.per_prompt} responses on {world} GPUs"
+        raise ConfigError(f"{found} do not divide evenly", where="train.batch_size", fix="Change one of them.")
+    limit = config.train.device_batch_size
+    wanted = share if limit is None else min(share, limit * config.rollout.per_prompt)
+    return next(rows for rows in range(wanted, 0, -1) if share % rows == 0)

@@ -1,0 +1,113 @@
+"""verl's `data.custom_cls`: the rows of a run as prompts, and their media when a prompt is about to be sampled.
+
+Nothing is decoded here; a row is a few hundred bytes of text. The order of the prompts is `PlanSampler`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from hba.atlas import Atlas
+from hba.atlas.batch import Media
+from hba.atlas.media import Video
+from hba.atlas.sampler import Indices
+from hba.errors import ConfigError
+from hba.rl.config import RlConfig
+from hba.rl.verl.config import AGENT
+from hba.rl.verl.rows import Reference, media_of, messages, referred, run_config, run_rows
+from hba.train.plan import training_plan
+
+
+class AtlasDataset(Dataset[dict[str, Any]]):
+    """Rows of any atlas store. `data_files` is the role: training or validation."""
+
+    def __init__(
+        self, data_files: Any, tokenizer: Any, config: Any, processor: Any = None, max_samples: int = -1
+    ) -> None:
+        """verl's constructor; `config.hba_run` is the run folder. Raises InputError for rows that cannot be opened."""
+        self.role = data_files if isinstance(data_files, str) else str(data_files[0])
+        self.config = run_config(config.hba_run)
+        atlas = run_rows(config.hba_run, self.role)
+        self.atlas = atlas if max_samples < 0 else atlas[:max_samples]
+
+    def __len__(self) -> int:
+        return len(self.atlas)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The columns of a prompt; verl's own names, then ours, which reach the rewards and the advantages."""
+        sample = self.atlas[int(index)]
+        return {
+            "raw_prompt": messages(sample, self.config, Reference(self.role, int(index))),
+            "data_source": sample.dataset,
+            "reward_model": {"style": "rule", "ground_truth": sample.target},
+            "extra_info": {"index": int(index)},
+            "index": int(index),
+            "agent_name": AGENT,
+            "dummy_tensor": torch.zeros(1, dtype=torch.uint8),  # verl's batches need one tensor
+            "role": self.role,
+            "sample_id": sample.id,
+            "task": sample.task,
+            "dataset": sample.dataset,
+        }
+
+    @classmethod
+    async def process_multi_modal_info(
+        cls, messages: list[dict[str, Any]], image_patch_size: int, config: Any
+    ) -> tuple[Any, Any, Any]:
+        """Images, videos and sounds that the messages refer to, decoded in a thread. Raises MediaError."""
+        reference = referred(messages)
+        if reference is None:
+            return None, None, None
+        found: Media = await asyncio.get_running_loop().run_in_executor(None, media_of, config.hba_run, reference)
+        return found.images or None, [_clip(video) for video in found.videos] or None, found.audios or None
+
+
+def _clip(video: Video) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Frames [N, 3, H, W] with the metadata that transformers and vLLM read."""
+    count = len(video.frames)
+    metadata = {
+        "fps": count / video.duration_seconds,
+        "duration": video.duration_seconds,
+        "total_num_frames": count,
+        "frames_indices": list(range(count)),
+        "do_sample_frames": False,
+    }
+    return torch.from_numpy(video.frames).permute(0, 3, 1, 2), metadata
+
+
+def step_rows(atlas: Atlas, config: RlConfig) -> list[Indices]:
+    """The rows of each step of the run, all epochs: the training plan's batches that are full, in its order.
+
+    verl's batches have one size, so that the rest of a modality signature, and batches that fill no step, are left
+    out. Raises ConfigError when nothing is left.
+    """
+    single = replace(config.train, accumulation=1, device_batch_size=None)
+    plan = training_plan(atlas.columns, atlas.estimated_tokens, config.mix, single, rank=0, world=1)
+    full = [batch for batch in plan.micro_batches if len(batch) == config.train.batch_size]
+    together = config.train.accumulation
+    steps = [np.concatenate(full[i : i + together]) for i in range(0, len(full) - together + 1, together)]
+    if not steps:
+        found = f"no modality has {config.train.batch_size} rows"
+        raise ConfigError(found, where="train.batch_size", fix="Use a smaller batch, or fewer accumulation.")
+    return steps if config.train.max_steps is None else steps[: config.train.max_steps]
+
+
+class PlanSampler(Sampler[int]):
+    """The rows of all steps in one row; a resumed loader skips those that were taken, without touching them."""
+
+    def __init__(self, atlas: Atlas, config: RlConfig) -> None:
+        self.steps = step_rows(atlas, config)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.steps))
+
+    def __iter__(self) -> Iterator[int]:
+        return map(int, chain.from_iterable(self.steps))

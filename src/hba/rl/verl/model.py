@@ -1,0 +1,29 @@
+"""verl's `actor_rollout_ref.model._target_`: the model config with the processor that verl has not for Qwen2.5-Omni."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import AutoProcessor
+from verl.workers.config import HFModelConfig
+
+from hba.rl.verl.processor import OmniProcessor
+
+
+@dataclass
+class OmniModelConfig(HFModelConfig):  # type: ignore[misc]
+    """verl's own, for a folder or hub id of the whole Qwen2.5-Omni."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        text = self.hf_config.thinker_config.text_config
+        self.hf_config.tie_word_embeddings = bool(getattr(text, "tie_word_embeddings", False))
+        self.hf_config.max_position_embeddings = text.max_position_embeddings
+        # By this name verl finds the class with which it writes Hugging Face checkpoints.
+        self.hf_config.architectures = ["Qwen2_5OmniForConditionalGeneration"]
+        if self.load_tokenizer:
+            real = AutoProcessor.from_pretrained(self.local_tokenizer_path)
+            self.processor = OmniProcessor(real, self.hf_config)
+            self.hf_config.hba_media_token_ids = self.processor.media_token_ids
+            if self.custom_chat_template is not None:
+                self.processor.chat_template = self.custom_chat_template

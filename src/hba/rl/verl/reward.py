@@ -1,0 +1,72 @@
+"""verl's reward manager: the rewards of the local engine, many responses at once.
+
+verl asks for one response at a time, of many at the same time. Those that arrive within a moment are scored together,
+so that the sentence encoder sees batches; each reward worker holds one encoder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, NamedTuple
+
+from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
+
+from hba.atlas.sample import Sample
+from hba.errors import HbaError
+from hba.rl.scoring import Scorer
+from hba.rl.verl.rows import run_config, run_rows
+
+GATHER_SECONDS = 0.02
+MOST_AT_ONCE = 256
+
+
+class _Asked(NamedTuple):
+    response: str
+    sample: Sample
+    tokens: int
+    answer: asyncio.Future[dict[str, float]]
+
+
+class ScorerRewardManager(RewardManagerBase):  # type: ignore[misc]
+    """`hba.rl.scoring.Scorer` behind verl's interface; every column of a row is at hand."""
+
+    def __init__(self, config: Any, tokenizer: Any, compute_score: Any, **_: Any) -> None:
+        """verl's constructor. Raises InputError when the reward function or the encoder cannot be had."""
+        super().__init__(config, tokenizer, compute_score)
+        self._run = str(config.data.hba_run)
+        settings = run_config(self._run)
+        self._scorer = Scorer(settings.reward, run_rows(self._run, "training").taxonomy)
+        self._asked: list[_Asked] = []
+
+    async def run_single(self, data: Any) -> dict[str, Any]:
+        """Reward of the last of a session's outputs, as verl wants it: `reward_score` and its named parts."""
+        row = data[-1:][0]
+        ids_L, mask_T = row.batch["responses"], row.batch["attention_mask"]
+        tokens = int(mask_T[-len(ids_L) :].sum())
+        loop = asyncio.get_running_loop()
+        asked = _Asked(
+            self.tokenizer.decode(ids_L[:tokens], skip_special_tokens=True),
+            run_rows(self._run, str(row.non_tensor_batch["role"]))[int(row.non_tensor_batch["index"])],
+            tokens,
+            loop.create_future(),
+        )
+        self._asked.append(asked)
+        if len(self._asked) >= MOST_AT_ONCE:
+            self._score()
+        elif len(self._asked) == 1:
+            loop.call_later(GATHER_SECONDS, self._score)
+        parts = await asked.answer
+        return {"reward_score": parts["score"], "reward_extra_info": {**parts, "tokens": float(tokens)}}
+
+    def _score(self) -> None:
+        asked, self._asked = self._asked, []
+        if not asked:
+            return
+        try:
+            scored = self._scorer([a.response for a in asked], [a.sample for a in asked], [a.tokens for a in asked])
+        except HbaError as error:  # to whoever asked; verl ends the rollouts with it
+            for one in asked:
+                one.answer.set_exception(error)
+            return
+        for one, parts in zip(asked, scored, strict=True):
+            one.answer.set_result(parts)

@@ -1,0 +1,103 @@
+"""A run as verl's config: pure, without verl."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hba.config import load_config
+from hba.errors import ConfigError
+from hba.rl.config import RlConfig
+from hba.rl.verl.config import Place, nested, translate
+
+PLACE = Place(Path("/runs/rl"), "Qwen/Qwen2.5-Omni-7B", 120)
+
+
+def keys(*overrides):
+    return translate(load_config(RlConfig, None, ["atlas=DATA", "train.batch_size=32", *overrides]), PLACE)
+
+
+def test_a_published_run_on_one_machine():
+    found = keys("train.device_batch_size=1", "encode.max_tokens=3072", "train.learning_rate=1e-6")
+    actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+    assert found["data.train_batch_size"] == found[f"{actor}.ppo_mini_batch_size"] == 32
+    assert found[f"{rollout}.n"] == found[f"{actor}.ppo_micro_batch_size_per_gpu"] == 5  # one prompt's rollouts
+    assert (found["data.max_prompt_length"], found["data.max_response_length"]) == (3072, 2048)
+    assert found[f"{rollout}.max_model_len"] == 5120
+    assert found[f"{actor}.optim.lr"] == 1e-6
+    assert found[f"{actor}.loss_agg_mode"] == "seq-mean-token-mean"  # HARPO's loss is GRPO's
+    assert found["trainer.total_training_steps"] == 120
+    assert found["trainer.default_local_dir"] == "/runs/rl/verl/checkpoints"
+    assert not found[f"{actor}.use_kl_loss"]
+
+
+@pytest.mark.parametrize(
+    "overrides, key, value",
+    [
+        (["algorithm=gspo"], "policy_loss.loss_mode", "gspo"),
+        (["algorithm=gspo"], "clip_ratio_high", 4e-4),
+        (["algorithm=dr_grpo"], "loss_agg_mode", "seq-mean-token-sum-norm"),
+        (["algorithm=dr_grpo"], "loss_scale_factor", 2048),
+        (["algorithm=gpg"], "loss_agg_mode", "token-mean"),
+        (["loss.kl_weight=0.01", "loss.kl=k1"], "kl_loss_type", "kl"),
+        (["loss.updates=4"], "ppo_mini_batch_size", 8),
+        (["train.accumulation=2"], "ppo_mini_batch_size", 64),
+        (["model.dtype=float32"], "fsdp_config.mixed_precision.param_dtype", "fp32"),
+    ],
+)
+def test_what_the_actor_is_told(overrides, key, value):
+    assert keys(*overrides)[f"actor_rollout_ref.actor.{key}"] == value
+
+
+@pytest.mark.parametrize(
+    "overrides, where",
+    [
+        (["algorithm=dapo"], "algorithm=dapo"),
+        (["loss.average=group"], "loss.average"),
+        (["loss.updates=5"], "loss.updates"),
+        (["train.batch_size=33"], "train.batch_size"),
+    ],
+)
+def test_what_verl_cannot_do_is_refused_by_name(overrides, where):
+    with pytest.raises(ConfigError) as error:
+        keys(*overrides)
+    assert error.value.where == where
+
+
+def test_lora_is_that_of_the_language_model():
+    found = keys("model.strategy=lora")
+    assert found["actor_rollout_ref.model.lora_rank"] == 32
+    assert found["actor_rollout_ref.model.target_modules"].startswith(r"thinker\.model\.layers")
+    assert "actor_rollout_ref.model.lora_rank" not in keys("model.strategy=full")
+
+
+def test_the_users_modules_come_before_the_plugin():
+    found = keys("verl.modules=[mine]")["ray_kwargs.ray_init.runtime_env.env_vars"]
+    assert found == {"VERL_USE_EXTERNAL_MODULES": "mine,hba.rl.verl.plugin"}
+
+
+def test_nested():
+    assert nested({"a.b.c": 1, "a.b.d": 2, "e": {"f.g": 3}}) == {"a": {"b": {"c": 1, "d": 2}}, "e": {"f.g": 3}}
+
+
+def test_a_dry_run_shows_every_key_and_makes_nothing(hba, tmp_path, mini_atlas, backbone):
+    options = ["--engine", "verl", "--dry-run", "--json", "--run", tmp_path / "rl"]
+    small = [
+        f"atlas={mini_atlas}",
+        f"model.name={backbone}",
+        "train.batch_size=4",
+        "train.epochs=1",
+        "verl.gpus_per_node=1",
+    ]
+    code, out, err = hba("train", "rl", *options, *small)
+    assert code == 0, err
+    shown = json.loads(out)
+    assert shown["actor_rollout_ref.model.path"] == str(tmp_path / "rl" / "verl" / "model")
+    assert shown["trainer.total_training_steps"] > 1
+    assert not (tmp_path / "rl").exists()
+
+
+def test_a_dry_run_is_verls(hba):
+    code, _, err = hba("train", "rl", "--dry-run", "atlas=nowhere")
+    assert code == 2
+    assert "--engine verl" in err
