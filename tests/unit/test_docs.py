@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import pkgutil
 import re
 import shlex
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import typer
 
+import hba
 from hba.cli import app
 from hba.config import describe
 from hba.evaluate.config import PredictConfig
@@ -28,6 +30,8 @@ CONFIGS = {
     "transfer": SftConfig, "predict": PredictConfig, "judge": JudgeConfig,
 }  # fmt: skip
 KEYS = {name: {key.key for key in describe(config)} for name, config in CONFIGS.items()}
+SECTIONS = {key.partition(".")[0] for names in KEYS.values() for key in names if "." in key}
+FILE_ENDINGS = (".jsonl", ".parquet", ".json", ".yaml")
 # Options in the text that belong to other programs.
 OF_OTHERS = {"--dist", "--use_fsdp"}
 
@@ -93,9 +97,33 @@ def test_commands_options_and_keys_in_the_text_are_there(page):
         if re.match(r"(hba |--)", piece):
             flags = re.findall(r"(?<!\S)--[a-z][\w-]*", piece)
             wrong += [piece for flag in flags if flag not in options]
-        if (key := re.fullmatch(r"([a-z_]+\.[a-z_.0-9]+)=[^=].*", piece)) is not None:
-            wrong += [piece] if not any(key[1] in known for known in KEYS.values()) else []
+        if (key := re.fullmatch(r"(\w+(?:\.\w+)+)(=[^=].*)?", piece)) is not None:
+            section = key[1].partition(".")[0]
+            known = {name for names in KEYS.values() for name in names}
+            if key[2] or (section in SECTIONS and not piece.endswith(FILE_ENDINGS)):
+                wrong += [piece] if key[1] not in known else []
     assert wrong == []
+
+
+PYTHON = [
+    (page.name, code)
+    for page in PAGES
+    for kind, code in re.findall(r"(?ms)^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"))
+    if kind == "python"
+]
+
+
+@pytest.mark.parametrize(("page", "code"), PYTHON, ids=[page for page, _ in PYTHON])
+def test_what_a_python_block_takes_from_hba_is_there(page, code):
+    tree, known = ast.parse(code), {"hba": hba}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("hba"):
+            known |= {
+                each.asname or each.name: pkgutil.resolve_name(f"{node.module}:{each.name}") for each in node.names
+            }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in known:
+            assert hasattr(known[node.value.id], node.attr), ast.unparse(node)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
