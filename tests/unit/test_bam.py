@@ -1,4 +1,4 @@
-"""Adapters touch the samples that have descriptors of their own data set, and no other, to the bit."""
+"""Adapters touch the samples that have descriptors of their own dataset, and no other, to the bit."""
 
 import json
 

@@ -228,9 +228,9 @@ def _open_store(path: str | Path, wanted: Split | None, taxonomy: Taxonomy | Non
 
 
 def open_atlas(path: str | Path, split: str | None = None, *, taxonomy: Taxonomy | None = None) -> Atlas:
-    """Open one split of the atlas at `path`: a folder, one JSONL file, one parquet shard, or a data set on the hub.
+    """Open one split of the atlas at `path`: a folder, one JSONL file, one parquet shard, or a dataset on the hub.
 
-    A data set on the Hugging Face hub is named 'org/name' or 'org/name@revision' (see `hub`).
+    A dataset on the Hugging Face hub is named 'org/name' or 'org/name@revision' (see `hub`).
 
     `split` is a name, or a slice of one: 'train', 'train[:1000]' (rows), 'train[:10%]'; a single file needs none.
     Rows are checked against `taxonomy`; by default the published one with what `taxonomy.yaml` beside the rows adds.

@@ -34,7 +34,7 @@ OnProgress = Callable[[int, int], None]
 
 
 class Downloaded(NamedTuple):
-    """What a folder holds now. `missing` are the media that rows name and the data set does not have."""
+    """What a folder holds now. `missing` are the media that rows name and the dataset does not have."""
 
     path: Path
     repo: str
@@ -53,10 +53,10 @@ def download_atlas(
     workers: int = WORKERS,
     progress: OnProgress | None = None,
 ) -> Downloaded:
-    """Download splits (all by default) of the data set `repo`, org/name, into the folder `out`.
+    """Download splits (all by default) of the dataset `repo`, org/name, into the folder `out`.
 
     Goes on with what an earlier call began, at the same commit. `progress(done, total)` is told of each file of the
-    split at work. Raises InputError when the data set, revision or split is not there or needs permission, when the hub
+    split at work. Raises InputError when the dataset, revision or split is not there or needs permission, when the hub
     cannot be reached, for a bad row, and when `out` holds something else; StorageError when the disk is full.
     """
     out = Path(out)
@@ -87,7 +87,7 @@ def download_atlas(
 
 
 def cached_copy(wanted: HubId, splits: Sequence[str] | None, progress: OnProgress | None) -> Path:
-    """A folder of the cache with the rows and media of a data set, downloaded first. Raises as `download_atlas`."""
+    """A folder of the cache with the rows and media of a dataset, downloaded first. Raises as `download_atlas`."""
     repo = list_repo(wanted).repo
     out = repo.home("copies") / repo.commit
     return download_atlas(repo.id, out, splits=splits, revision=repo.commit, progress=progress).path
@@ -162,7 +162,7 @@ def _fetch_media(
     workers: int,
     progress: OnProgress | None,
 ) -> list[str]:
-    """Put the media of `rows` below `folder`; returns the names of those that the data set does not have."""
+    """Put the media of `rows` below `folder`; returns the names of those that the dataset does not have."""
     within = PurePosixPath(layout.folder)
     names = {(within / path).as_posix() for path in media_paths(store, rows)}
     texts = {(within / path).as_posix() for path in media_paths(store, rows, ("texts",))}
@@ -203,7 +203,7 @@ def _likeliest_first(tars: Sequence[str], absent: Iterable[str]) -> list[str]:
 
 
 def _fetch_tar(repo: Repo, tar: str, folder: Path) -> None:
-    """Download a tar, unpack it where it lies in the data set, mark it as done and delete it."""
+    """Download a tar, unpack it where it lies in the dataset, mark it as done and delete it."""
     own = folder / _OWN
     marker = own / "unpacked" / f"{tar}.json"
     if marker.is_file():

@@ -35,7 +35,7 @@ _ALIASES = {"val": "validation", "valid": "validation", "dev": "validation"}
 
 
 class Layout(NamedTuple):
-    """The files of one split in a data set, and the form that they have."""
+    """The files of one split in a dataset, and the form that they have."""
 
     split: str
     form: Literal["parquet", "jsonl", "tar"]
@@ -45,12 +45,12 @@ class Layout(NamedTuple):
 
     @property
     def folder(self) -> str:
-        """The folder of the rows in the data set; paths of media are relative to it."""
+        """The folder of the rows in the dataset; paths of media are relative to it."""
         return PurePosixPath(self.rows[0]).parent.as_posix()
 
 
 def splits_of(names: Iterable[str]) -> list[str]:
-    """The splits that a data set has: the published ones, or others where there is none of those."""
+    """The splits that a dataset has: the published ones, or others where there is none of those."""
     found = {split for split in map(_split_at, names) if split is not None}
     return [name for name in PUBLISHED["splits_jsonl"] if name in found] or sorted(found)
 
@@ -94,9 +94,9 @@ def _is_of_other_split(tar: str, split: str) -> bool:
 
 
 def open_hub(name: HubId, wanted: Split | None, taxonomy: Taxonomy | None) -> HubStore | JsonlStore | ParquetStore:
-    """Open a split of a data set on the hub; its rows, and its tars, are downloaded first, if they are not there.
+    """Open a split of a dataset on the hub; its rows, and its tars, are downloaded first, if they are not there.
 
-    Raises InputError when the data set, revision or split is not there or needs permission, when the hub cannot be
+    Raises InputError when the dataset, revision or split is not there or needs permission, when the hub cannot be
     reached, and for a bad row; StorageError when the disk is full.
     """
     listing = list_repo(name)
@@ -161,11 +161,11 @@ class HubStore:
         return replace(self._rows.sample(number), source=self)
 
     def _name(self, path: str) -> str:
-        """The name in the data set of a medium that a row names."""
+        """The name in the dataset of a medium that a row names."""
         return (PurePosixPath(self._folder) / path).as_posix()
 
     def medium(self, number: int, name: Field, index: int, *, where: str) -> Source:
-        """The file of a medium, fetched if it is not there. Raises MediaError when the data set has no such file.
+        """The file of a medium, fetched if it is not there. Raises MediaError when the dataset has no such file.
 
         Raises InputError when the hub cannot be reached: that is no fault of the sample.
         """
@@ -173,7 +173,7 @@ class HubStore:
         try:
             return self.repo.fetch(self._name(paths[index]))
         except NotInRepoError:
-            what = f"the data set {self.repo} has no file {paths[index]}"
+            what = f"the dataset {self.repo} has no file {paths[index]}"
             raise MediaError(what, where=where, fix="Tell its authors, or remove the row.") from None
 
     def audio_bytes(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

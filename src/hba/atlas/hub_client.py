@@ -1,4 +1,4 @@
-"""A data set on the Hugging Face hub at one commit: what files it has, and getting them.
+"""A dataset on the Hugging Face hub at one commit: what files it has, and getting them.
 
 The revision is resolved to a commit once; everything after is asked for at that commit, so that files of two revisions
 never mix. What may pass by itself (a dropped connection, an overloaded server) is tried again; everything else is one
@@ -52,7 +52,7 @@ T = TypeVar("T")
 _PAUSES = (1.0, 2.0, 4.0)
 _LONGEST_PAUSE = 300.0
 _TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
-# The hub may leave files out of the list in a data set's description when there are more than this.
+# The hub may leave files out of the list in a dataset's description when there are more than this.
 _SURELY_LISTED = 40_000
 _FOLDERS = ("", "data", "index", "data/index")
 _PATHS_A_QUESTION = 500
@@ -60,7 +60,7 @@ _FIX_AGAIN = "Run the same again: what is complete is kept."
 
 
 class NotInRepoError(InputError):
-    """The data set has no such file at this commit."""
+    """The dataset has no such file at this commit."""
 
 
 class FileInfo(NamedTuple):
@@ -72,7 +72,7 @@ class FileInfo(NamedTuple):
 
 @dataclass(frozen=True)
 class Repo:
-    """A data set at one commit. Picklable; opens a connection only when it is asked for something."""
+    """A dataset at one commit. Picklable; opens a connection only when it is asked for something."""
 
     id: str
     commit: str
@@ -124,7 +124,7 @@ class Repo:
         _ask(download, f"{self}/{name}", self.id)
 
     def infos(self, names: Iterable[str]) -> dict[str, FileInfo]:
-        """Size and identity of those of the files that the data set has. Raises InputError."""
+        """Size and identity of those of the files that the dataset has. Raises InputError."""
         wanted, found = list(names), dict[str, FileInfo]()
         for start in range(0, len(wanted), _PATHS_A_QUESTION):
             part = wanted[start : start + _PATHS_A_QUESTION]
@@ -138,21 +138,21 @@ class Repo:
         return list(HfApi().get_paths_info(self.id, names, revision=self.commit, repo_type="dataset"))
 
     def home(self, part: str) -> Path:
-        """A folder of the assets cache for what is made from this data set."""
+        """A folder of the assets cache for what is made from this dataset."""
         return _home(self.id, part)
 
 
 class Listing(NamedTuple):
-    """A data set at one commit and the files that it has."""
+    """A dataset at one commit and the files that it has."""
 
     repo: Repo
     names: frozenset[str]
 
 
 def list_repo(wanted: HubId) -> Listing:
-    """Resolve the revision and list the files; of a very large data set, those in the folders that hold rows.
+    """Resolve the revision and list the files; of a very large dataset, those in the folders that hold rows.
 
-    Raises InputError when the data set or revision does not exist, needs permission, or the hub cannot be reached.
+    Raises InputError when the dataset or revision does not exist, needs permission, or the hub cannot be reached.
     """
     revision = wanted.revision or constants.DEFAULT_REVISION
     home = _home(wanted.repo, "listings")
@@ -249,15 +249,15 @@ def _asked_to_wait(error: BaseException) -> float:
 def _explained(error: BaseException, where: str, repo: str) -> InputError:
     page, status = f"{constants.ENDPOINT}/datasets/{repo}", _status(error)
     if isinstance(error, RemoteEntryNotFoundError):
-        return NotInRepoError("no such file in the data set", where=where, fix=f"See {page}/tree/main for what it has.")
+        return NotInRepoError("no such file in the dataset", where=where, fix=f"See {page}/tree/main for what it has.")
     if isinstance(error, RevisionNotFoundError):
         return InputError("no such revision", where=where, fix=f"Choose a branch, tag or commit of {page}/commits.")
     if isinstance(error, GatedRepoError) or status == 403:
         fix = f"Accept the terms at {page}, then run `hf auth login` with a token of that account."
-        return InputError("the data set asks for its terms to be accepted", where=where, fix=fix)
+        return InputError("the dataset asks for its terms to be accepted", where=where, fix=fix)
     if status in (401, 404):
-        what = f"neither a path on this machine nor a data set that the hub shows you (status {status})"
-        fix = "Check the path or the name; if the data set is private, run `hf auth login`."
+        what = f"neither a path on this machine nor a dataset that the hub shows you (status {status})"
+        fix = "Check the path or the name; if the dataset is private, run `hf auth login`."
         return InputError(what, where=where, fix=fix)
     if status is not None:
         return InputError(f"the hub answered with status {status}", where=where, fix=f"Wait a little. {_FIX_AGAIN}")

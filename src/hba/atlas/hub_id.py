@@ -1,4 +1,4 @@
-"""Names of data sets on the Hugging Face hub: `org/name`, `org/name@revision`, `hf://datasets/org/name@revision`.
+"""Names of datasets on the Hugging Face hub: `org/name`, `org/name@revision`, `hf://datasets/org/name@revision`.
 
 What exists on this machine is never taken for a name on the hub, and neither is a path below a folder that exists, so
 that a mistyped path is reported as one; the form with `hf://` is always a name. Only `local_copy` asks the network.
@@ -20,7 +20,7 @@ _FILES = (".jsonl", ".json", ".parquet", ".yaml", ".git")
 
 
 class HubId(NamedTuple):
-    """A data set on the hub; without a revision, the newest commit of its main branch."""
+    """A dataset on the hub; without a revision, the newest commit of its main branch."""
 
     repo: str
     revision: str | None = None
@@ -30,7 +30,7 @@ class HubId(NamedTuple):
 
 
 def hub_id_of(path: str | Path) -> HubId | None:
-    """The data set that `path` names, None when it is, or is meant to be, a path on this machine."""
+    """The dataset that `path` names, None when it is, or is meant to be, a path on this machine."""
     text = os.fspath(path)
     if not _SCHEME.match(text) and (Path(text).exists() or Path(text).parent.is_dir()):
         return None
@@ -40,7 +40,7 @@ def hub_id_of(path: str | Path) -> HubId | None:
 def local_copy(
     path: str | Path, splits: Sequence[str] | None = None, progress: Callable[[int, int], None] | None = None
 ) -> Path:
-    """`path`; when it names a data set on the hub, a folder of the cache with its rows and media, downloaded first.
+    """`path`; when it names a dataset on the hub, a folder of the cache with its rows and media, downloaded first.
 
     For what looks at every medium of whole splits. Raises what `download.download_atlas` raises.
     """
@@ -53,10 +53,10 @@ def local_copy(
 
 
 def parse_hub_id(text: str) -> HubId:
-    """The data set that `text` names, whatever lies on this machine. Raises InputError when it is no such name."""
+    """The dataset that `text` names, whatever lies on this machine. Raises InputError when it is no such name."""
     found = _parsed(text)
     if found is None:
-        raise InputError(f"{text!r} is not a data set on the hub", fix="Write org/name or org/name@revision.")
+        raise InputError(f"{text!r} is not a dataset on the hub", fix="Write org/name or org/name@revision.")
     return found
 
 

@@ -26,7 +26,7 @@ _AT_ONCE = 8
 
 @dataclass(frozen=True)
 class RemoteShard:
-    """The shard `name` of a data set and the file `path` that is filled with it. Picklable; holds nothing open."""
+    """The shard `name` of a dataset and the file `path` that is filled with it. Picklable; holds nothing open."""
 
     repo: Repo
     name: str

@@ -136,7 +136,7 @@ def atlas_info(
     """Count the rows of the atlas at `path`; `splits` None takes all that are there, slices work for counts.
 
     `durations` reads the headers of all sounds and clips with `workers` processes and remembers them in the folder
-    `cache`; `progress(done, total)` is told of each. Of a data set on the hub the rows are fetched, and for durations
+    `cache`; `progress(done, total)` is told of each. Of a dataset on the hub the rows are fetched, and for durations
     everything. Raises InputError as `open_atlas` does, for a bad row too, and
     for durations of a slice.
     """
@@ -169,7 +169,7 @@ def _splits_at(path: str | Path, hub_id: HubId | None) -> Sequence[str]:
 
 
 def _open_rows(path: str | Path, hub_id: HubId | None, spec: str, taxonomy: Taxonomy | None) -> Atlas:
-    """The rows of a split; of a data set on the hub nothing else is fetched."""
+    """The rows of a split; of a dataset on the hub nothing else is fetched."""
     if hub_id is None:
         return open_atlas(path, spec, taxonomy=taxonomy)
     from hba.atlas.hub import open_rows

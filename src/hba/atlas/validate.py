@@ -113,9 +113,9 @@ def validate_atlas(
     progress: OnProgress | None = None,
     taxonomy: Taxonomy | None = None,
 ) -> Validation:
-    """Check the atlas at `path` (a folder, one file of rows, or a data set on the hub) and say all that is wrong.
+    """Check the atlas at `path` (a folder, one file of rows, or a dataset on the hub) and say all that is wrong.
 
-    A data set on the hub is downloaded to the cache first, since every medium is opened.
+    A dataset on the hub is downloaded to the cache first, since every medium is opened.
 
     `splits` None takes all that are there. With `out`, a folder, validate.json is written there, and media.jsonl, by
     which an interrupted check resumes; `fresh` checks every file again. `quick` reads headers of media alone. `release`

@@ -15,7 +15,7 @@ _NAMED = 5
 
 
 def download_command(
-    repo: Annotated[str, typer.Argument(help="Data set on the hub: org/name, or org/name@revision.")],
+    repo: Annotated[str, typer.Argument(help="Dataset on the hub: org/name, or org/name@revision.")],
     out: Annotated[Path, typer.Argument(help="New folder, or one that an earlier call began.")],
     split: Annotated[
         list[str] | None, typer.Option("--split", help="A split; repeat the option for more. All by default.")
@@ -32,7 +32,7 @@ def download_command(
         done = download_atlas(repo, out, splits=split, revision=revision, workers=workers, progress=progress)
     if done.missing:
         named = ", ".join(done.missing[:_NAMED]) + (", ..." if len(done.missing) > _NAMED else "")
-        sys.stderr.write(f"{len(done.missing)} media are named by rows and not in the data set: {named}\n")
+        sys.stderr.write(f"{len(done.missing)} media are named by rows and not in the dataset: {named}\n")
     values = done._asdict() | {"path": str(out)}
 
     def show() -> None:

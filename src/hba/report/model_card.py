@@ -71,7 +71,7 @@ def evaluations(metrics: Metrics, *, dataset: str | None) -> list[EvalResult]:
             task_name=f"{key}, {task_name(key)}".removesuffix(", "),
             dataset_type=dataset or "human_behavior_atlas",
             dataset_name=f"{SYNTHETIC if synthetic else ATLAS}: {', '.join(task.datasets)}",
-            dataset_config=key,  # entries of the same data set and configuration would be taken for one
+            dataset_config=key,  # entries of the same dataset and configuration would be taken for one
             dataset_split=split,
             metric_type=task.metric,
             metric_name=metric_name(task.metric),
