@@ -27,7 +27,6 @@ class Groups(NamedTuple):
 
     index_N: Ints  # the group of each rollout, 0..K-1
     size_K: Floats
-    mean_K: Floats
     std_K: Floats  # population
     informative_K: npt.NDArray[np.bool_]  # rewards are not all equal
     centred_N: Floats  # reward minus the mean of its group, exactly 0 in a group without signal
@@ -51,7 +50,7 @@ def grouped(rewards: npt.ArrayLike, groups: Names) -> Groups:
     std_K = np.sqrt(np.bincount(index_N, centred_N**2, count) / np.maximum(size_K, 1))
     informative_K = np.zeros(count, np.bool_)
     informative_K[index_N[np.abs(centred_N) > SIGNAL]] = True
-    return Groups(index_N, size_K, mean_K, std_K, informative_K, np.where(informative_K[index_N], centred_N, 0.0))
+    return Groups(index_N, size_K, std_K, informative_K, np.where(informative_K[index_N], centred_N, 0.0))
 
 
 def codes(names: Names) -> tuple[Ints, int]:

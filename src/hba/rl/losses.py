@@ -30,7 +30,6 @@ class Surrogate(NamedTuple):
 
     loss_NL: Tensor  # to be minimised
     clipped_NL: Tensor  # bool: the clip decided, so that the token has no gradient
-    ratio_NL: Tensor
 
 
 def surrogate(
@@ -57,7 +56,7 @@ def surrogate(
     free_NL = ratio_NL * advantages_N1
     bounded_NL = ratio_NL.clamp(1 - clip_low, 1 + clip_high) * advantages_N1
     clipped_NL = (bounded_NL < free_NL) & mask_NL.bool()
-    return Surrogate(-torch.minimum(free_NL, bounded_NL), clipped_NL, ratio_NL)
+    return Surrogate(-torch.minimum(free_NL, bounded_NL), clipped_NL)
 
 
 def kl_divergence(new_logps_NL: Tensor, reference_logps_NL: Tensor, kind: KlKind = "k3") -> Tensor:
