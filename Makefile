@@ -29,8 +29,8 @@ demo: $(STAMP)
 
 # The explorer's tests drive a real browser. Where apt can, it is installed; elsewhere the tests say how to get one.
 browser:
-	@command -v chromium chromium-browser google-chrome >/dev/null || { \
-	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq chromium; } \
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq chromium \
 	  || echo "No Chromium on the PATH: the explorer's browser tests will be skipped."
 
 # One thread a process: with more, torch's threads fight the other test processes for the same cores.
