@@ -1,5 +1,6 @@
 # make demo   train and evaluate on the synthetic mini-atlas, then write a report (installs first)
 # make test   all tests            make check  ruff and mypy          make bench  every file of benchmarks/
+# make test-verl  the tests of verl, in an environment of its own (.venv-verl)
 # make harnesses  environments of lmms-eval and Inspect for their tests (2 GB are not copied: torch is shared)
 # make clean  caches and builds    make distclean  also .venv         Neither touches runs/ or data.
 #
@@ -11,7 +12,7 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install browser demo test check bench harnesses clean distclean
+.PHONY: install browser demo test check test-verl bench harnesses clean distclean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -38,6 +39,17 @@ browser:
 test: $(STAMP) browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
+# verl and Ray contradict pins of ours and are 2 GB: an environment of their own, and no part of `make test`.
+VERL := .venv-verl/.installed
+
+$(VERL): pyproject.toml constraints-verl-cpu.txt
+	$(PYTHON) -m venv .venv-verl
+	.venv-verl/bin/python -m pip install --disable-pip-version-check -c constraints-verl-cpu.txt -e '.[verl,minilm]' pytest
+	@touch $@
+
+test-verl: $(VERL)
+	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest tests/verl tests/unit/test_verl_config.py $(ARGS)
+
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -62,4 +74,4 @@ clean:
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf .venv .harnesses
+	rm -rf .venv .venv-verl .harnesses

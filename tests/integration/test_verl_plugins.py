@@ -24,7 +24,7 @@ from hba.rl.verl.dataset import AtlasDataset, PlanSampler
 from hba.rl.verl.launch import _release, place_of
 from hba.rl.verl.processor import OmniProcessor
 from hba.rl.verl.rows import Reference
-from hba.rl.verl.thinker import NEVER, OmniPolicy
+from hba.rl.verl.thinker import NEVER, OmniForConditionalGeneration
 
 SETTINGS = [
     *("model.strategy=full", "model.dtype=float32", "train.epochs=2", "train.batch_size=3", "train.accumulation=2"),
@@ -140,7 +140,7 @@ def test_one_placeholder_a_medium_reaches_the_sampling_engine(run):
 
 
 def test_weights_are_named_as_in_the_release(run):
-    actor = OmniPolicy.from_pretrained(run.place.model, config=run.whole, dtype=torch.float32)
+    actor = OmniForConditionalGeneration.from_pretrained(run.place.model, config=run.whole, dtype=torch.float32)
     assert all(name.startswith("thinker.") for name in actor.state_dict())
     local = {f"thinker.{name}": tensor for name, tensor in run.policy.transformer.state_dict().items()}
     assert actor.state_dict().keys() == local.keys()
@@ -150,7 +150,7 @@ def test_weights_are_named_as_in_the_release(run):
 
 def test_probabilities_are_the_local_policys(run):
     """Right-padded rows with positions of verl's form, against the local engine's left-padded batch."""
-    actor = OmniPolicy.from_pretrained(run.place.model, config=run.whole, dtype=torch.float32).eval()
+    actor = OmniForConditionalGeneration.from_pretrained(run.place.model, config=run.whole, dtype=torch.float32).eval()
     encoder = encoder_for(run.policy.processor, run.config.encode, run.dataset.atlas.taxonomy,
                           wording=FormatMix((run.config.format,)))  # fmt: skip
     from hba.atlas.batch import collate
@@ -178,7 +178,7 @@ def test_probabilities_are_the_local_policys(run):
 
 def test_both_towers_run_whatever_the_media_and_the_language_layers_alone_train(run):
     run.whole.hba_language_layers_alone = True
-    actor = OmniPolicy.from_pretrained(run.place.model, config=run.whole, dtype=torch.float32)
+    actor = OmniForConditionalGeneration.from_pretrained(run.place.model, config=run.whole, dtype=torch.float32)
     run.whole.hba_language_layers_alone = False
     trained = {name for name, parameter in actor.named_parameters() if parameter.requires_grad}
     assert trained

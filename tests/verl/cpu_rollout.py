@@ -9,7 +9,7 @@ from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, TokenOutput
 
 from hba.model.generate import generate_tokens, media_token_ids
-from hba.rl.verl.thinker import OmniPolicy
+from hba.rl.verl.thinker import OmniForConditionalGeneration
 
 NAME = "transformers_cpu"
 
@@ -22,7 +22,9 @@ class Server:
         torch.set_flush_denormal(True)
         torch.manual_seed(rank)
         self.config, self.model_config = omega_conf_to_dataclass(config), omega_conf_to_dataclass(model_config)
-        self.model = OmniPolicy.from_pretrained(self.model_config.local_path, dtype=torch.float32).eval()
+        self.model = OmniForConditionalGeneration.from_pretrained(
+            self.model_config.local_path, dtype=torch.float32
+        ).eval()
         self.step = 0
 
     async def generate(

@@ -48,12 +48,16 @@ def merge_command(
     json: JsonFlag = False,
 ) -> None:
     """Fold LoRA into one full model that plain transformers and vLLM load; heads and adapters lie beside it."""
+    from hba.model.checkpoint import resolve_dtype
     from hba.model.merge import merge_checkpoint, merge_released
     from hba.model.released import Release
     from hba.process import prepare_process
+    from hba.rl.verl.merge import is_verl_run, merge_verl_run
 
     prepare_process(seed=0)
-    if backbone is None and onto is None:
+    if is_verl_run(run):
+        merge_verl_run(run, out, dtype=resolve_dtype(dtype.value))
+    elif backbone is None and onto is None:
         merge_checkpoint(run, out, dtype=dtype.value)
     else:
         release = Release(

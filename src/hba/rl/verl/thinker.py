@@ -29,8 +29,11 @@ NEVER = -1e4  # logit of a token that is not sampled
 STAND_IN_FRAMES, STAND_IN_GRID = 8, (1, 4, 4)
 
 
-class OmniPolicy(Qwen2_5OmniPreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """`forward` takes what verl collects: padded tokens, positions [4, B, T] and the media of all rows in a row."""
+class OmniForConditionalGeneration(Qwen2_5OmniPreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """`forward` takes what verl collects: padded tokens, positions [4, B, T] and the media of all rows in a row.
+
+    verl tells from the end of the class's name how it writes a checkpoint.
+    """
 
     config_class = Qwen2_5OmniConfig
     base_model_prefix = ""
@@ -47,9 +50,9 @@ class OmniPolicy(Qwen2_5OmniPreTrainedModel, GenerationMixin):  # type: ignore[m
         self._banned = getattr(config, "hba_media_token_ids", None) or media_token_ids(config.thinker_config)
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **options: Any) -> OmniPolicy:
+    def from_pretrained(cls, *args: Any, **options: Any) -> OmniForConditionalGeneration:
         """transformers' own; then, where the config has `hba_language_layers_alone`, nothing else is trained."""
-        policy: OmniPolicy = super().from_pretrained(*args, **options)
+        policy: OmniForConditionalGeneration = super().from_pretrained(*args, **options)
         if getattr(policy.config, "hba_language_layers_alone", False):
             for name, parameter in policy.named_parameters():  # loading makes parameters anew
                 parameter.requires_grad = name.startswith(TRAINED_LAYERS)
@@ -128,6 +131,6 @@ def _placed(embeddings_BTH: Tensor, input_ids: Tensor, features: Tensor, token: 
 
 
 def register() -> None:
-    """Make `OmniPolicy` what transformers' Auto classes build for a config of Qwen2.5-Omni, as verl asks them."""
+    """Make it what transformers' Auto classes build for a config of Qwen2.5-Omni, as verl asks them."""
     for auto in (AutoModel, AutoModelForImageTextToText):
-        auto.register(Qwen2_5OmniConfig, OmniPolicy, exist_ok=True)
+        auto.register(Qwen2_5OmniConfig, OmniForConditionalGeneration, exist_ok=True)

@@ -1,0 +1,51 @@
+"""`hba merge` of a run on verl: its newest whole checkpoint as one full model, which predict, score and report take.
+
+verl writes the weights of a checkpoint in Hugging Face form beside its own shards (`actor/huggingface`); nothing here
+needs verl, and nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from hba.errors import InputError
+from hba.model import checkpoint
+from hba.model.merge import require_free, write_full
+from hba.rl.verl.launch import latest_step
+from hba.rl.verl.rows import run_config
+from hba.storage import atomic_folder
+
+FOLDER = "verl"
+
+
+def is_verl_run(path: Path) -> bool:
+    """Whether a folder is a run of `hba train rl --engine verl`."""
+    return (path / FOLDER / "hba.yaml").is_file()
+
+
+def merge_verl_run(run: Path, out: Path, *, dtype: torch.dtype) -> int:
+    """Write the model into the new folder `out`; gives the step that it is from.
+
+    Raises InputError when no checkpoint is whole, `out` is taken, or the run trained LoRA, which verl keeps apart.
+    """
+    require_free(out)
+    config, step = run_config(str(run)), latest_step(run / FOLDER)
+    if config.model.strategy == "lora":
+        fix = "Use verl's own `python -m verl.model_merger`."
+        raise InputError("LoRA of verl is not folded in here", where=str(run), fix=fix)
+    weights = run / FOLDER / "checkpoints" / f"global_step_{step}" / "actor" / "huggingface"
+    if not step or not list(weights.glob("*.safetensors")):
+        raise InputError("no whole checkpoint", where=str(run / FOLDER), fix="Run the command of the run again.")
+    card = {
+        "format": checkpoint.FORMAT,
+        "backbone": config.model.name,
+        "strategy": "full",
+        "columns": None,
+        "encode": asdict(config.encode),
+    }
+    with atomic_folder(out) as new:
+        write_full(checkpoint.load(weights, dtype="float32"), new, dtype=dtype, card=card)
+    return step

@@ -1,0 +1,137 @@
+"""Each plug-in point of verl that hba uses, by name: a verl that moves one fails here first, and says which."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+
+verl = pytest.importorskip("verl", reason="verl is not installed: make test-verl", exc_type=ImportError)
+hydra = pytest.importorskip("hydra")
+
+from omegaconf import OmegaConf  # noqa: E402
+
+from hba import yaml_core  # noqa: E402
+from hba.config import load_config, to_yaml  # noqa: E402
+from hba.rl.config import RlConfig  # noqa: E402
+from hba.rl.verl.config import AGENT, ESTIMATOR, TRAINER_MODE, Place, nested, translate  # noqa: E402
+
+# Keys that are ours, that verl reads without listing them, or that it has no default for.
+NOT_IN_VERLS_DEFAULTS = (
+    *("data.hba_run", "actor_rollout_ref.actor.fsdp_config.mixed_precision", "actor_rollout_ref.model.override_config"),
+    *("data.mm_processor_kwargs", "ray_kwargs.ray_init.runtime_env.env_vars", "actor_rollout_ref.rollout.name"),
+)
+SOURCE = Path(verl.__file__).parent
+
+
+def composed(overrides, folder=None):
+    """verl's config as `python -m verl.trainer.main_ppo` composes it, with ours on top."""
+    with hydra.initialize_config_dir(str(SOURCE / "trainer" / "config"), version_base=None):
+        return hydra.compose("ppo_trainer", overrides=overrides)
+
+
+@pytest.fixture(scope="module")
+def translated():
+    config = load_config(
+        RlConfig,
+        None,
+        ["atlas=DATA", "train.batch_size=8", "model.strategy=full", "model.dtype=float32", "verl.gpus_per_node=2"],
+    )
+    return translate(config, Place(Path("/runs/rl"), "/models/omni", 10))
+
+
+def test_every_key_that_we_set_is_one_of_verls(translated):
+    default = composed([])
+    unknown = [
+        key
+        for key in translated
+        if not key.startswith(NOT_IN_VERLS_DEFAULTS) and OmegaConf.select(default, key, default="?") == "?"
+    ]
+    assert unknown == [], "verl has renamed or dropped these; see hba/rl/verl/config.py"
+
+
+def test_our_config_composes_and_passes_verls_own_validation(translated, tmp_path):
+    from verl.utils.config import validate_config
+
+    (tmp_path / "hba.yaml").write_text(yaml_core.dump({"defaults": ["ppo_trainer", "_self_"], **nested(translated)}))
+    searched = [f"hydra.searchpath=[file://{SOURCE / 'trainer' / 'config'}]"]
+    with hydra.initialize_config_dir(str(tmp_path), version_base=None):
+        config = hydra.compose("hba", overrides=searched)
+    for key, value in translated.items():
+        found = OmegaConf.select(config, key)
+        assert (OmegaConf.to_container(found) if OmegaConf.is_config(found) else found) == value, key
+    validate_config(config, use_reference_policy=False, use_critic=False)
+
+
+def test_what_is_registered_by_name():
+    from verl.experimental.agent_loop.agent_loop import _agent_loop_registry
+    from verl.trainer.ppo.v1 import get_trainer_cls
+    from verl.workers.rollout.replica import RolloutReplicaRegistry
+
+    from hba.rl.verl.trainer import OmniTrainer
+
+    assert get_trainer_cls(TRAINER_MODE) is OmniTrainer
+    assert _agent_loop_registry[AGENT]["_target_"] == "hba.rl.verl.agent.OmniAgentLoop"
+    assert callable(RolloutReplicaRegistry.register)
+
+
+def test_what_is_loaded_by_path(translated):
+    from verl.trainer.ppo.reward import resolve_reward_manager_cls
+    from verl.utils.dataset.rl_dataset import get_dataset_class
+
+    from hba.rl.verl.dataset import AtlasDataset
+    from hba.rl.verl.reward import ScorerRewardManager
+
+    config = OmegaConf.create(nested(translated))
+    assert get_dataset_class(config.data).__name__ == AtlasDataset.__name__
+    assert resolve_reward_manager_cls(config).__name__ == ScorerRewardManager.__name__
+
+
+@pytest.mark.parametrize("name", ["_init_dataloader", "_compute_advantage", "_save_checkpoint", "_load_checkpoint"])
+def test_the_steps_of_the_trainer_that_we_extend(name):
+    from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
+    from hba.rl.verl.trainer import OmniTrainer
+
+    ours, theirs = (list(inspect.signature(getattr(c, name)).parameters) for c in (OmniTrainer, PPOTrainerSync))
+    assert ours == theirs
+
+
+def test_the_estimator_is_called_with_rewards_mask_and_group():
+    from verl.trainer.ppo.core_algos import register_adv_est
+    from verl.trainer.ppo.ray_trainer import compute_advantage
+
+    assert callable(register_adv_est) and ESTIMATOR == "hba"
+    source = inspect.getsource(compute_advantage)
+    for name in ("token_level_rewards", "response_mask", "index"):
+        assert f'"{name}"' in source
+
+
+def test_processors_and_positions_are_asked_for_as_ours_answers():
+    from verl.experimental.agent_loop.agent_loop import AgentLoopWorker
+    from verl.utils.tokenizer import build_multimodal_processor_inputs
+    from verl.workers.config import HFModelConfig
+
+    source = inspect.getsource(AgentLoopWorker._compute_position_ids)
+    assert "self.processor.get_rope_index(" in source and "get_rope_index_kwargs" in source
+    seen = build_multimodal_processor_inputs(
+        lambda **call: call, text=["a"], videos=[("frames", {"duration": 2.0})], audio=["sound"],
+        mm_processor_kwargs={"min_pixels": 1, "max_pixels": 2},
+    )  # fmt: skip
+    assert seen["videos"] == ["frames"] and seen["video_metadata"] == [{"duration": 2.0}]
+    assert seen["audio"] == ["sound"] and (seen["min_pixels"], seen["max_pixels"]) == (1, 2)
+    assert hasattr(HFModelConfig, "__post_init__")
+
+
+def test_the_vllm_server_has_the_step_that_we_replace():
+    source = (SOURCE / "workers/rollout/vllm_rollout/vllm_async_server.py").read_text()  # vllm need not be installed
+    for name in ("def _init_model_config(self, model_config)", "class vLLMHttpServer", "self.server_class ="):
+        assert name in source
+    assert "omega_conf_to_dataclass(model_config, dataclass_type=HFModelConfig)" in source, "it honours _target_ now"
+
+
+def test_a_config_of_a_run_reaches_the_plugins(tmp_path):
+    from hba.rl.verl.rows import run_config
+
+    config = load_config(RlConfig, None, ["atlas=DATA", "algorithm=grpo"])
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert run_config(str(tmp_path)) == config
