@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
+from hba.abandoned import remove_abandoned
 from hba.atlas import open_atlas
 from hba.atlas.mini import build_mini_atlas
 from hba.cli.options import recipe_path
@@ -28,7 +29,7 @@ from hba.evaluate.predict import predict_run
 from hba.evaluate.runs import compare_runs
 from hba.evaluate.score import score_run
 from hba.model.tiny import atlas_texts, build_tiny
-from hba.process import prepare_process, remove_abandoned
+from hba.process import prepare_process
 from hba.quarantine import QuarantineLog
 from hba.report import write_report
 from hba.report.rl import Change

@@ -1,13 +1,9 @@
-"""What every training and prediction process does first: threads, seeds, accelerator, a record of the data, and the
-removal of what killed processes had begun to write."""
+"""What every training and prediction process does first: threads, seeds, accelerator, a record of the data."""
 
 from __future__ import annotations
 
 import os
 import random
-import re
-import shutil
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +17,6 @@ from hba.model.checkpoint import resolve_dtype
 
 FEW_CORES = 4
 _SHARDING_LAUNCHERS = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
-_BEGUN = re.compile(r"\..+\.(\d+)\.tmp")  # as storage names what is not yet whole
 
 
 def prepare_process(seed: int) -> None:
@@ -56,21 +51,3 @@ def start_accelerator(dtype: str) -> Accelerator:
 def data_record(path: str, atlas: Atlas) -> dict[str, Any]:
     """What environment.json says of the data."""
     return {"path": path, "fingerprint": atlas.fingerprint, "synthetic": atlas.synthetic, "rows": len(atlas)}
-
-
-def remove_abandoned(folder: Path) -> None:
-    """Remove files and folders that a process which no longer lives had begun to write into `folder`."""
-    for begun in folder.glob(".*.tmp"):
-        match = _BEGUN.fullmatch(begun.name)
-        if match and not _lives(int(match[1])):
-            shutil.rmtree(begun) if begun.is_dir() else begun.unlink()
-
-
-def _lives(process_id: int) -> bool:
-    try:
-        os.kill(process_id, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # of another user
-        return True
-    return True

@@ -14,8 +14,8 @@ FAULTS = {"429": 0.04, "500": 0.04, "hang": 0.01, "drop": 0.03, "cut": 0.02, "ma
           "strange": 0.02, "slow_seconds": 0.1, "hang_seconds": 5.0, "retry_after": "0.05"}  # fmt: skip
 
 
-def config(server, provider="openai", **changes):
-    client = ClientConfig(base_url=server.url, provider=provider, first_backoff_seconds=0.01, timeout_seconds=1.0)
+def config(server, provider="openai", *, timeout=1.0, **changes):
+    client = ClientConfig(base_url=server.url, provider=provider, first_backoff_seconds=0.01, timeout_seconds=timeout)
     return JudgeConfig(client=client, **changes)
 
 
@@ -43,7 +43,7 @@ def test_every_answer_gets_its_own_verdict_through_every_fault(chat_server, tmp_
 def test_a_misled_judge_gives_no_verdict_and_nothing_is_guessed(chat_server, tmp_path):
     make_run(tmp_path, 60)
     server = chat_server("misled")
-    judged = judge(tmp_path / "run", config(server))
+    judged = judge(tmp_path / "run", config(server, timeout=60.0))  # a request asked twice would be counted twice
     assert len(judged.unjudged) == len(judged.judgements) == 59
     assert all("no verdict in 3 replies" in j.error and j.attempts == 3 for j in judged.judgements)
     assert server.stats()["requests"] == 3 * 59

@@ -12,7 +12,8 @@ from hba.atlas.columns import Columns
 from hba.atlas.mixing import MixConfig, epoch_rows, subsample
 from hba.config import load_config, to_dict
 from hba.errors import ConfigError, InputError
-from hba.train.loop import TrainConfig, training_plan
+from hba.train.loop import TrainConfig
+from hba.train.plan import training_plan
 from hba.train.sft import SftConfig
 
 NAMES = ("meld", "cremad", "tess", "mosei")
@@ -124,11 +125,11 @@ def test_the_plan_of_a_run_repeats_what_the_mix_asks_for():
     lengths = np.arange(1000)
     ranks = [training_plan(ROWS, lengths, mix, config, rank=rank, world=2) for rank in (0, 1)]
     again = training_plan(ROWS, lengths, mix, config, rank=1, world=2)
-    assert all(map(np.array_equal, ranks[1], again)) and len(again) == len(ranks[1])
-    rows = np.concatenate([batch for plan in ranks for batch in plan])
+    assert [part.tolist() for part in ranks[1].micro_batches] == [part.tolist() for part in again.micro_batches]
+    rows = np.concatenate([batch for plan in ranks for batch in plan.micro_batches])
     assert len(rows) == 2000
     assert shares(ROWS, rows) == pytest.approx({"cremad": 0.25, "tess": 0.25, "mosei": 0.5}, abs=0.001)
-    assert all(len(set(ROWS.signature_codes[batch])) == 1 for plan in ranks for batch in plan)
+    assert all(len(set(ROWS.signature_codes[batch])) == 1 for plan in ranks for batch in plan.micro_batches)
 
 
 BAD = {

@@ -24,8 +24,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from hba.abandoned import remove_abandoned
 from hba.atlas import Atlas, open_atlas
 from hba.atlas.columns import Columns
+from hba.atlas.embedded import index_path
 from hba.atlas.records import media_bytes, read_records
 from hba.atlas.shards import STAGING, Summary, read_summary, write_shard
 from hba.atlas.split import present_splits
@@ -155,6 +157,8 @@ def _locked(out: Path) -> Iterator[None]:
         raise HbaError("another process converts into this folder", where=str(out), fix=fix) from None
     finally:
         os.close(descriptor)
+        for folder in (out, index_path(out / "shard").parent):
+            remove_abandoned(folder)  # of workers that outlived their killed process by a moment
         with suppress(OSError):  # not empty: the work is not done
             (out / STAGING).rmdir()
 

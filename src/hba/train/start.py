@@ -12,8 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from hba.abandoned import remove_abandoned
 from hba.errors import InputError
-from hba.process import remove_abandoned
 from hba.run import RunFolder
 
 RECORDS = {".lock", "config.yaml", "environment.json"}

@@ -22,7 +22,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import nn
 
-from hba.process import remove_abandoned
+from hba.abandoned import remove_abandoned
 from hba.storage import atomic_folder, read_json, write_json
 from hba.train.optimizer_state import save_optimizer
 from hba.train.sharding import whole_weights
