@@ -48,7 +48,7 @@ $(VERL): pyproject.toml constraints-verl-cpu.txt
 	@touch $@
 
 test-verl: $(VERL)
-	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest tests/verl tests/unit/test_verl_config.py $(ARGS)
+	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest tests/with_verl tests/unit/test_verl_config.py $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

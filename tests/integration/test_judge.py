@@ -93,7 +93,7 @@ def test_one_refused_row_does_not_lose_the_run(chat_server, tmp_path):
 def test_a_server_that_refuses_everything_stops_the_command_and_leaves_the_rest_open(chat_server, tmp_path):
     make_run(tmp_path, 100)
     server = chat_server("judge", refuse="clip")
-    with pytest.raises(ServiceError, match="every one of 20 requests failed, the last: HTTP 400"):
+    with pytest.raises(ServiceError, match=r"every one of \d+ requests failed, the last: HTTP 400"):
         judge(tmp_path / "run", config(server))
     assert server.stats()["requests"] < 60
 

@@ -93,7 +93,7 @@ def make_runs(root, atlas_root):
     write_lines(root / "a" / "quarantine.jsonl", [quarantined])
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def served(tmp_path_factory, mini_atlas):
     """The explorer over a copy of the tiny mini-atlas with one hostile row, and runs a and b."""
     root = tmp_path_factory.mktemp("explorer")
@@ -126,13 +126,13 @@ def running(app):
     thread.join(20)
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def serve():
     """`running`, for tests that need an app of their own."""
     return running
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def browser():
     """Debian's Chromium. Skipped where there is none, but never on CI."""
     from playwright.sync_api import sync_playwright

@@ -91,12 +91,17 @@ async function followPose(canvas) {
 }
 
 // What the browser cannot play as it is stored is asked for once more, made anew for it ---------------------------------
-document.addEventListener("error", (event) => {
-  const player = event.target, address = player.getAttribute?.("src") ?? "";
+function convert(player) {
+  const address = player.getAttribute?.("src") ?? "";
   if (!address.startsWith("/media/")) return;
   player.src = address.replace("/media/", "/picture/playable/");
   byId("said").textContent = "A medium that browsers do not play as it is stored is shown converted; a long one is cut.";
-}, true);
+}
+document.addEventListener("error", (event) => convert(event.target), true);
+// What had failed before this script ran.
+for (const player of document.querySelectorAll("audio, video, img")) {
+  if (player.error || (player.complete && !player.naturalWidth)) convert(player);
+}
 
 const started = new WeakSet();
 function start(root) {

@@ -1,6 +1,6 @@
 """What every process of verl imports first (VERL_USE_EXTERNAL_MODULES): all that verl knows by name.
 
-verl is not changed: these are its registries. `tests/verl/test_contract.py` pins each of them.
+verl is not changed: these are its registries. `tests/with_verl/test_contract.py` pins each of them.
 """
 
 from __future__ import annotations
