@@ -21,11 +21,11 @@ from hba.atlas import Atlas, Sample, open_atlas
 from hba.atlas.split import find_files, present_splits
 from hba.errors import HbaError, InputError
 from hba.explorer.database import ROWS_VERSION, Database
+from hba.explorer.query import SAMPLE_COLUMNS
 from hba.taxonomy import Taxonomy, of_folder
 
 CHUNK = 5000
 NO_TASK = "no task"
-COLUMNS = ("split", "dataset", "task", "label", "signature")
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class AtlasIndex:
         """What the filters offer: the values of split, dataset, task, label and signature that occur, in order."""
         done = self.state.done
         if self._known is None or self._known[0] != done:
-            self._known = (done, {name: list(_distinct(self._database, name)) for name in COLUMNS})
+            self._known = (done, {name: list(_distinct(self._database, name)) for name in SAMPLE_COLUMNS})
         return self._known[1]
 
     def _facts(self) -> dict[str, str]:
