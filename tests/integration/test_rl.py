@@ -2,52 +2,33 @@
 
 import json
 import math
-import os
-import signal
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from rl_run import PHASES, die_in, logged, result, settings, train, write_reward
 from safetensors.torch import load_file
 
 from hba import open_atlas
 from hba.atlas.answer_format import FormatMix
 from hba.atlas.batch import EncodeConfig, collate
 from hba.atlas.chat_encoder import encoder_for
-from hba.config import load_config
 from hba.errors import HbaError, InputError
 from hba.model import chat
 from hba.model.generate import media_token_ids
 from hba.rl import evaluation_log, local
-from hba.rl.config import RlConfig
-from hba.rl.rollout import RolloutConfig, probabilities, roll_out
+from hba.rl.rollout import probabilities, roll_out
+from hba.rl.sampler import Draws, PolicySampler
 from hba.rl.scoring import RewardConfig, Scorer
 from hba.run import RunFolder
 from hba.storage import read_json, read_jsonl
 
-SMALL = [
-    *("model.strategy=full", "model.dtype=float32", "train.epochs=1", "train.batch_size=3", "train.accumulation=2"),
-    *("train.max_steps=4", "train.learning_rate=2e-3", "train.validate_every=2", "train.weight_decay=0.0"),
-    *("rollout.per_prompt=3", "rollout.max_new_tokens=5", "table_every=2", "validation_rows=6"),
-    *("encode.num_frames=2", "encode.max_pixels=3136", "loader.workers=0"),
-]
-# A random model says nothing right: how many different letters it uses is something that it can learn.
-REWARD = """
-def letters(responses, **_):
-    return [{"score": len(set(r)) / 10, "even": len(r) % 2} for r in responses]
-
-def nan(responses, **_):
-    return [float("nan")] * len(responses)
-"""
-
 
 @pytest.fixture(scope="module")
 def reward(tmp_path_factory):
-    path = tmp_path_factory.mktemp("reward") / "own.py"
-    path.write_text(REWARD)
-    return path
+    return write_reward(tmp_path_factory.mktemp("reward"))
 
 
 @pytest.fixture(scope="module")
@@ -99,12 +80,15 @@ def local_batch(prompts, rows, encoded):
     return with_responses(prompts, rows, encoded.pad)
 
 
+def drawn(policy, batch, max_new_tokens, temperature):
+    return roll_out(PolicySampler(policy), policy, [batch], Draws("", max_new_tokens, temperature))[0]
+
+
 def test_replicated_prompts_are_rolled_out_as_if_alone(policy, encoded):
     """num_return_sequences mixes up video patches; replicated rows do not."""
-    greedy = RolloutConfig(per_prompt=3, max_new_tokens=6, temperature=1e-4)
-    replicated = roll_out(policy, batch_of(encoded, [s for s in encoded.samples for _ in range(3)]), greedy)
+    replicated = drawn(policy, batch_of(encoded, [s for s in encoded.samples for _ in range(3)]), 6, 1e-4)
     for number, sample in enumerate(encoded.samples):
-        alone = roll_out(policy, batch_of(encoded, [sample]), greedy)
+        alone = drawn(policy, batch_of(encoded, [sample]), 6, 1e-4)
         assert replicated.texts[3 * number : 3 * number + 3] == alone.texts * 3
 
 
@@ -115,7 +99,7 @@ def test_media_tokens_have_no_probability(policy, encoded):
     rows = [torch.tensor([banned[0]])]
     with torch.no_grad():
         assert probabilities(policy, policy, local_batch(prompts, rows, encoded), 1.0).logps_BL.item() == -math.inf
-    hot = roll_out(policy, batch_of(encoded, encoded.samples * 8), RolloutConfig(max_new_tokens=8, temperature=50.0))
+    hot = drawn(policy, batch_of(encoded, encoded.samples * 8), 8, 50.0)
     said = hot.batch.labels_BT[hot.batch.labels_BT >= 0]
     assert not np.isin(said.numpy(), banned).any()
 
@@ -140,37 +124,6 @@ def test_task_and_token_lengths_reach_the_harpo_reward(mini_atlas):
     graded = scorer(answers, [free, classed], [15, 5])
     assert graded[0]["similarity_score"] > 0.7 and graded[0]["overlong_score"] == -0.5
     assert graded[1]["similarity_score"] == 0 and graded[1]["overlong_score"] == 0
-
-
-def settings(atlas, model, reward, *changes):
-    given = [f"atlas={atlas}", f"model.name={model}", f"reward.function={reward}:letters", *SMALL]
-    return load_config(RlConfig, None, [*given, *changes])
-
-
-def train(path, config):
-    with RunFolder.open(path, config=config, command="train rl", seed=config.train.seed) as run:
-        return local.train_rl(config, run)
-
-
-def logged(path, kind):
-    return [line.record for line in read_jsonl(path / "log.jsonl") if line.record["kind"] == kind]
-
-
-def without_times(record):
-    return {key: value for key, value in record.items() if not key.endswith("_seconds")}
-
-
-def result(path):
-    """Everything that must not depend on interruptions."""
-    last = path / "checkpoints" / "step_4"
-    return {
-        "weights": {name: tensor.tolist() for name, tensor in load_file(last / "model.safetensors").items()},
-        "state": read_json(last / local.STATE),
-        "log": [without_times(line.record) for line in read_jsonl(path / "log.jsonl")],
-        "rollouts": [line.record for line in read_jsonl(path / "rollouts.jsonl")],
-        "evaluations": evaluation_log.read_evaluations(path),
-        "best": read_json(path / "checkpoints" / "best.json"),
-    }
 
 
 @pytest.fixture(scope="module")
@@ -217,39 +170,6 @@ def test_a_policy_opens_again_and_the_next_stage_may_start_from_it(straight):
     opened = chat.load(straight, dtype="float32")
     assert read_json(straight / "checkpoints" / "best.json")["step"] in (0, 2, 4)
     assert opened.processor.tokenizer.pad_token_id is not None
-
-
-# Where the process dies, in the order in which a step passes: module, function, before or after it.
-PHASES = [
-    (local, "roll_out", "after"),
-    (local, "_rewarded", "after"),
-    (local, "update", "before"),
-    (torch.optim.AdamW, "step", "after"),
-    (local.RunLog, "step", "after"),
-    (local, "evaluate", "after"),
-    (local, "write_evaluation", "after"),
-    (local.Memory, "save", "after"),
-    (local, "save_state", "after"),
-]
-
-
-def die_in(owner, name, when, path, config):
-    """Run in a forked process that kills itself in the named phase of the first step that it makes."""
-    child = os.fork()
-    if child == 0:
-        whole = getattr(owner, name)
-
-        def fatal(*args, **options):
-            if when == "after":
-                whole(*args, **options)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        setattr(owner, name, fatal)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        train(path, config)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (name, status)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hba.errors import InputError
-from hba.rl.losses import kl_divergence, surrogate, token_weights
+from hba.rl.losses import importance_weights, kl_divergence, surrogate, token_weights
 
 LENGTHS = [3, 1, 5, 2]
 GROUPS = [0, 0, 1, 1]
@@ -101,3 +101,16 @@ def test_k3_pulls_towards_the_reference():
     new = torch.tensor([-1.0, -3.0], requires_grad=True)
     kl_divergence(new, torch.tensor([-2.0, -2.0])).sum().backward()
     assert new.grad[0] > 0 > new.grad[1]
+
+
+def test_importance_weights_are_ratios_up_to_the_cap():
+    """pi / mu = exp(-1 + 1.5), exp(-2 + 1), exp(0); then padding, which may hold anything."""
+    policy = torch.tensor([[-1.0, -2.0, -0.5, math.nan]], requires_grad=True)
+    sampler = torch.tensor([[-1.5, -1.0, -0.5, 0.0]])
+    mask = torch.tensor([[1.0, 1.0, 1.0, 0.0]])
+    free = importance_weights(policy, sampler, mask, 2.0)
+    assert free.tolist()[0] == pytest.approx([1.6487213, 0.3678794, 1.0, 1.0])
+    assert importance_weights(policy, sampler, mask, 1.25).tolist()[0] == pytest.approx([1.25, 0.3678794, 1.0, 1.0])
+    assert not free.requires_grad
+    far = importance_weights(torch.tensor([[0.0]]), torch.tensor([[-1e9]]), torch.ones(1, 1), 3.0)
+    assert far.item() == 3.0

@@ -17,6 +17,7 @@ from hba.remote.cost import Meter, Price, find_price
 from hba.remote.errors import TransientError
 from hba.remote.faults import Response, of_response, retry_after_seconds
 from hba.remote.provider import PROVIDERS
+from hba.remote.tokens import TokenChat
 
 steady = settings(deadline=None, derandomize=True)
 SCHEMA = Schema(name="verdict", schema={"type": "object"})
@@ -75,6 +76,19 @@ def test_openai_replies(message, text, finish):
     data = {"choices": [{"message": message, "finish_reason": "stop"}], "usage": {"prompt_tokens": 3}}
     read = PROVIDERS["openai"].read(data)
     assert (read.text, read.finish, read.tokens_in, read.tokens_out) == (text, finish, 3, None)
+
+
+def test_replies_token_by_token():
+    logprobs = {"content": [{"token": "a", "logprob": -0.5}, {"token": "b", "logprob": -1}]}
+    choices = [
+        {"index": 1, "message": {"content": "b"}, "finish_reason": "length", "token_ids": [6], "logprobs": None},
+        {"index": 0, "message": {"content": "ab"}, "finish_reason": "stop", "token_ids": [5, 2], "logprobs": logprobs},
+    ]
+    reply = TokenChat().read({"choices": choices, "prompt_token_ids": [1, 2], "model": "m"})
+    assert reply.prompt_token_ids == (1, 2) and [choice.token_ids for choice in reply.choices] == [(5, 2), (6,)]
+    assert [choice.logps for choice in reply.choices] == [(-0.5, -1.0), None]
+    plain = TokenChat().read({"choices": [{"index": 0, "message": {"content": "x"}}]})
+    assert plain.prompt_token_ids is None and plain.choices[0].token_ids is None and plain.text == "x"
 
 
 def test_anthropic_replies():

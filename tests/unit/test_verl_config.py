@@ -56,6 +56,7 @@ def test_what_the_actor_is_told(overrides, key, value):
         (["loss.average=group"], "loss.average"),
         (["loss.updates=5"], "loss.updates"),
         (["train.batch_size=33"], "train.batch_size"),
+        (["rollout.sampler=server", "rollout.server.url=http://localhost:8000/v1"], "rollout.sampler"),
     ],
 )
 def test_what_verl_cannot_do_is_refused_by_name(overrides, where):

@@ -116,6 +116,7 @@ class SampleEncoder(Protocol):
     processor: Any
     config: EncodeConfig
     taxonomy: Taxonomy
+    wording: Wording
 
     @property
     def pad_token_id(self) -> int:

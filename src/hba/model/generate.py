@@ -57,7 +57,7 @@ def generate_tokens(
     Sampling is from the most probable tokens that together have the share `top_p` of the probability.
     """
     tokenizer = processor.tokenizer
-    ends = _end_token_ids(model, processor)
+    ends = end_token_ids(model, processor)
     sampling: dict[str, Any] = {"do_sample": temperature > 0, "top_k": None, "top_p": None, "temperature": None}
     if temperature > 0:
         sampling |= {"temperature": temperature, "top_k": 0, "top_p": top_p}
@@ -76,7 +76,7 @@ def generate_tokens(
     return SaidTokens(answers_BL, lengths)
 
 
-def _end_token_ids(model: Any, processor: Any) -> list[int]:
+def end_token_ids(model: Any, processor: Any) -> list[int]:
     """The token that ends a turn, the tokenizer's end, and those that the model was published with."""
     own = getattr(model.generation_config, "eos_token_id", None)
     published = own if isinstance(own, list) else [own]

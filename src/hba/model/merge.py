@@ -24,6 +24,7 @@ from hba.storage import atomic_folder, write_json
 
 # The class name by which every version of vLLM finds its thinker.
 ARCHITECTURE = "Qwen2_5OmniModel"
+PREFIX = "thinker."  # of a thinker's parameters in the whole model
 BESIDE = ("heads.safetensors", "bam")
 
 
@@ -72,24 +73,34 @@ def require_free(out: Path) -> None:
 def write_full(model: OmniSapiens, folder: Path, *, dtype: torch.dtype, card: dict[str, Any]) -> None:
     """Write thinker, processor and `hba.json` (`card`, as of strategy full) into `folder`. Folds the model's LoRA."""
     thinker = fold_lora(model.thinker)
-    weights: dict[str, Tensor] = thinker.state_dict()
-    tied = weights["lm_head.weight"].data_ptr() == weights["model.embed_tokens.weight"].data_ptr()
-    if tied:
-        del weights["lm_head.weight"]
-    rounded = {f"thinker.{name}": t.to(dtype) if t.is_floating_point() else t for name, t in weights.items()}
-    save_torch_state_dict(rounded, folder)
-    write_json(folder / "config.json", _config(thinker, dtype, tied=tied))
+    write_thinker(thinker, folder, dtype=dtype)
     if thinker.generation_config is not None:
         thinker.generation_config.save_pretrained(folder)
     model.processor.save_pretrained(folder)
     write_json(folder / checkpoint.CARD, {**card, "strategy": "full"})
 
 
+def write_thinker(thinker: Any, folder: Path, *, dtype: torch.dtype) -> None:
+    """Write weights and config.json of a thinker without LoRA layers into `folder`, named as in the whole model."""
+    weights: dict[str, Tensor] = thinker.state_dict()
+    tied = weights["lm_head.weight"].data_ptr() == weights["model.embed_tokens.weight"].data_ptr()
+    if tied:
+        del weights["lm_head.weight"]
+    rounded = {f"{PREFIX}{name}": t.to(dtype) if t.is_floating_point() else t for name, t in weights.items()}
+    save_torch_state_dict(rounded, folder)
+    write_json(folder / "config.json", _config(thinker, dtype, tied=tied))
+
+
 def _is_thinker(folder: Path, card: dict[str, Any]) -> bool:
     from transformers import AutoConfig
 
     name = folder if card["strategy"] == "full" else card["backbone"]
-    return str(AutoConfig.from_pretrained(name).model_type).startswith("qwen2_5_omni")
+    return is_thinker(AutoConfig.from_pretrained(name))
+
+
+def is_thinker(config: Any) -> bool:
+    """Whether `config` is of a Qwen2.5-Omni, or of its thinker."""
+    return str(config.model_type).startswith("qwen2_5_omni")
 
 
 def _merge_chat_model(folder: Path, out: Path, dtype: torch.dtype, card: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -33,7 +33,7 @@ from hba.remote.concurrency import AdaptiveLimit
 from hba.remote.cost import Meter, find_price
 from hba.remote.errors import RequestError, ServiceError, TransientError
 from hba.remote.faults import Response, of_response, service_fault
-from hba.remote.provider import provider
+from hba.remote.provider import Provider, provider
 from hba.remote.request import ChatRequest, Reply
 
 CONNECT_SECONDS = 10.0
@@ -69,8 +69,11 @@ class ClientConfig:
 
 
 class _Prepared(NamedTuple):
-    body: bytes
-    key: str
+    method: str
+    url: str
+    body: bytes | None
+    read: Callable[[Any], Any] | None  # of the decoded body, fails for one that is no reply; None: any body will do
+    key: str = ""
 
 
 class RemoteClient:
@@ -79,12 +82,13 @@ class RemoteClient:
     Raises ConfigError for a base URL that is none or carries a secret, or a key that is not in the environment.
     """
 
-    def __init__(self, model: str, config: ClientConfig) -> None:
+    def __init__(self, model: str, config: ClientConfig, api: Provider | None = None) -> None:
+        """`api` reads more from replies than the one of `config.provider`, whose URL and keys it shares."""
         self.model, self.config = model, config
-        self._provider = provider(config.provider)
-        base = (config.base_url or self._provider.base_url).rstrip("/")
+        self._provider = api or provider(config.provider)
+        self._base = _checked((config.base_url or self._provider.base_url).rstrip("/"))
         self.official = is_official(config.provider, config.base_url)
-        self._url = _checked(base) + self._provider.path(model)
+        self._url = self._base + self._provider.path(model)
         self._secret = _key(config.api_key_env or (self._provider.key_env if self.official else None))
         self.meter = Meter(find_price(config.provider, model, official=self.official, file=config.prices))
         self.limit = AdaptiveLimit(config.max_concurrency)
@@ -116,11 +120,11 @@ class RemoteClient:
         Raises RequestError when this request has no reply, ServiceError when no request will have one.
         """
         prepared = self._prepare(request)
-        if self._cache is not None and (reply := self._cache.get(prepared.key)) is not None:
+        if self._cache is not None and (kept := self._cache.get(prepared.key)) is not None:
             self.meter.cached += 1
-            return reply
+            return kept
         try:
-            reply = await self._until_answered(prepared)
+            reply: Reply = await self._until_answered(prepared)
         except RequestError as error:
             self.meter.failed += 1
             if not self.meter.replies and self.meter.failed >= self.config.stop_after:
@@ -128,19 +132,30 @@ class RemoteClient:
                 what = f"every one of {self.meter.failed} requests failed, the last: {error.what}"
                 raise ServiceError(what, where=self._url, fix=fix) from None
             raise
+        self.meter.add(reply)
         if accept is not None:
             accept(reply)
         if self._cache is not None:
             self._cache.put(prepared.key, reply)
         return reply
 
+    async def call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """The JSON that a server gives beyond the chat API, None for a body of another kind; as patient as `complete`.
+
+        `path` stands below the server's root, the base URL without a last `/v1`. Raises as `complete` does.
+        """
+        url = self._base.removesuffix("/v1") + path
+        encoded = None if body is None else json.dumps(body).encode()
+        return await self._until_answered(_Prepared(method, url, encoded, None))
+
     def _prepare(self, request: ChatRequest) -> _Prepared:
         body = self._provider.body(self.model, request, official=self.official)
         encoded = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
         identity = f"{self.config.provider}\n{self._url}\n{request.draw}\n".encode()
-        return _Prepared(encoded, sha256(identity + encoded).hexdigest())
+        key = sha256(identity + encoded).hexdigest()
+        return _Prepared("POST", self._url, encoded, self._provider.read, key)
 
-    async def _until_answered(self, prepared: _Prepared) -> Reply:
+    async def _until_answered(self, prepared: _Prepared) -> Any:
         reason = ""
         for attempt in range(self.config.max_attempts):
             try:
@@ -153,14 +168,13 @@ class RemoteClient:
                     await asyncio.sleep(self._backoff(attempt))
             else:
                 self._failed_in_a_row = 0
-                self.meter.add(reply)
                 return reply
         self._failed_in_a_row += 1
         what = f"no reply after {self.config.max_attempts} attempts (the last: {reason})"
         if self._failed_in_a_row >= self.config.stop_after:
             fix = "Check the server; then run the same command again to resume."
-            raise ServiceError(f"{self._failed_in_a_row} requests in a row had {what}", where=self._url, fix=fix)
-        raise RequestError(what, where=self._url)
+            raise ServiceError(f"{self._failed_in_a_row} requests in a row had {what}", where=prepared.url, fix=fix)
+        raise RequestError(what, where=prepared.url)
 
     def _honour(self, fault: TransientError) -> None:
         """Let all requests wait as long as the server asked for."""
@@ -177,7 +191,7 @@ class RemoteClient:
         longest = min(self.config.longest_backoff_seconds, self.config.first_backoff_seconds * 2**attempt)
         return random.uniform(0, longest)
 
-    async def _attempt(self, prepared: _Prepared) -> Reply:
+    async def _attempt(self, prepared: _Prepared) -> Any:
         """One exchange. Raises TransientError, RequestError or ServiceError."""
         async with self.limit.slot():
             self.meter.requests += 1
@@ -196,8 +210,9 @@ class RemoteClient:
             finally:
                 self.limit.report(overloaded=overloaded)
         if response.status != 200:
-            raise of_response(response, self.redacted, self._url, answered=self.meter.replies > 0)
-        return self._read(response.raw, time.perf_counter() - started)
+            raise of_response(response, self.redacted, prepared.url, answered=self.meter.replies > 0)
+        reply = self._read(response.raw, prepared)
+        return replace(reply, seconds=time.perf_counter() - started) if isinstance(reply, Reply) else reply
 
     async def _exchange(self, prepared: _Prepared) -> Response:
         if self._http is None:
@@ -205,28 +220,29 @@ class RemoteClient:
         headers = {"content-type": "application/json"}
         if self._secret is not None:
             headers |= self._provider.headers(self._secret)
-        async with self._http.stream("POST", self._url, content=prepared.body, headers=headers) as response:
+        async with self._http.stream(prepared.method, prepared.url, content=prepared.body, headers=headers) as response:
             parts, size = [], 0
             async for part in response.aiter_bytes():
                 size += len(part)
                 if size > MAX_REPLY_BYTES:
-                    raise RequestError(f"a reply of more than {MAX_REPLY_BYTES >> 20} MiB", where=self._url)
+                    raise RequestError(f"a reply of more than {MAX_REPLY_BYTES >> 20} MiB", where=prepared.url)
                 parts.append(part)
             return Response(response.status_code, response.headers, b"".join(parts))
 
-    def _read(self, raw: bytes, seconds: float) -> Reply:
+    def _read(self, raw: bytes, prepared: _Prepared) -> Any:
         """Raises TransientError for a body that is no reply: cut, malformed, or of another kind."""
         try:
             data = json.loads(raw)
         except ValueError:
+            if prepared.read is None:
+                return None
             raise TransientError("body: not JSON") from None
         if isinstance(data, dict) and isinstance(data.get("error"), dict):  # an error that came as 200
-            raise service_fault(data["error"], self.redacted, self._url) or TransientError("body: an error")
+            raise service_fault(data["error"], self.redacted, prepared.url) or TransientError("body: an error")
         try:
-            reply = self._provider.read(data)
+            return data if prepared.read is None else prepared.read(data)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             raise TransientError("body: no reply") from None
-        return replace(reply, seconds=seconds)
 
     def redacted(self, text: str) -> str:
         """`text` without the key, or anything that looks like one, for messages."""

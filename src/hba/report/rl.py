@@ -31,6 +31,8 @@ NAMES = {
     "abs_advantage": "mean |advantage|",
     "entropy": "entropy, nats a token",
     "kl": "KL from the start, nats a token",
+    "sampler_gap": "sampler gap: |server - policy|, nats a token",
+    "importance": "importance weight of the sampling, mean",
     "clipped": "share of clipped tokens",
     "tokens": "tokens a response",
     "silent_groups": "share of groups without signal",

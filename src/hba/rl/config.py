@@ -8,9 +8,10 @@ from hba.atlas.batch import EncodeConfig
 from hba.atlas.loader import LoaderConfig
 from hba.atlas.mixing import MixConfig
 from hba.config import option
+from hba.errors import ConfigError
 from hba.model.omni import ModelConfig
 from hba.rl.algorithms import AlgorithmName
-from hba.rl.rollout import RolloutConfig
+from hba.rl.sampler import RolloutConfig
 from hba.rl.scoring import RewardConfig
 from hba.rl.update import LossConfig
 from hba.rl.verl.settings import VerlConfig
@@ -43,3 +44,8 @@ class RlConfig:
     datasets: tuple[str, ...] | None = option(None, "train and evaluate on these dataset keys alone")
     table_every: Count = option(10, "steps between the samples of rollouts in rollouts.jsonl", affects_result=False)
     table_prompts: Count = option(4, "prompts in such a sample", affects_result=False)
+
+    def __post_init__(self) -> None:
+        if self.loss.importance_cap is not None and self.rollout.sampler != "server":
+            what = "the policy that samples is the policy that learns: there is no mismatch to correct"
+            raise ConfigError(what, where="loss.importance_cap", fix="Leave it out, or use rollout.sampler=server.")

@@ -22,16 +22,16 @@ from hba.errors import InputError
 from hba.evaluate.answers import extract, same_answer, to_label, without_latex
 from hba.evaluate.backends.batches import evaluation_plan
 from hba.model.chat import ChatModel
-from hba.model.generate import generate
 from hba.quarantine import QuarantineLog
 from hba.rl.evaluation_log import WAYS
 from hba.rl.rewards import well_formed
-from hba.rl.rollout import RolloutConfig
+from hba.rl.sampler import Draws, RolloutConfig, Sampler, texts_of
 from hba.rl.scoring import Scorer
 from hba.taxonomy import Taxonomy
 
 
 def evaluate(
+    sampler: Sampler,
     policy: ChatModel,
     atlas: Atlas,
     encoder: SampleEncoder,
@@ -56,12 +56,11 @@ def evaluate(
         if not len(batch):
             continue
         made = [{"id": s.id, "task": s.task, "dataset": s.dataset, "number": s.number} for s in batch.samples]
-        inputs = batch.to(accelerator.device).inputs
+        batch = batch.to(accelerator.device)
         for way in WAYS:
             temperature = rollout.temperature if way == "sampled" else 0.0
-            options = {"max_new_tokens": rollout.max_new_tokens, "temperature": temperature}
-            said = generate(policy.transformer, policy.processor, inputs, **options)  # type: ignore[arg-type]
-            texts, lengths = [each.text for each in said], [each.tokens for each in said]
+            (drawn,) = sampler.draw([batch], Draws(f"{seed}/evaluation", rollout.max_new_tokens, temperature))
+            texts, lengths = texts_of(drawn, policy), drawn.lengths
             scores = scorer(texts, batch.samples, lengths)
             for record, sample, text, length, parts in zip(made, batch.samples, texts, lengths, scores, strict=True):
                 right = is_right(sample, text, encoder.taxonomy)

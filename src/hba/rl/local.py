@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from torch import nn
 
 from hba.atlas import Atlas
 from hba.atlas.answer_format import FormatMix
-from hba.atlas.batch import SampleEncoder
+from hba.atlas.batch import Batch, SampleEncoder
 from hba.atlas.chat_encoder import encoder_for
 from hba.errors import HbaError
 from hba.model import chat
@@ -39,7 +40,9 @@ from hba.rl.policy import Reference, build_policy, build_reference
 from hba.rl.prompts import PromptFeed
 from hba.rl.rollout import Rollouts, roll_out
 from hba.rl.rows import training_rows, validation_rows
+from hba.rl.sampler import Draws, Sampler
 from hba.rl.scoring import Scorer
+from hba.rl.server import build_sampler, require_small_gap
 from hba.rl.telemetry import CollapseWatch, Outcome, RunLog
 from hba.rl.update import update
 from hba.run import RunFolder
@@ -62,6 +65,7 @@ class Setup(NamedTuple):
     run: RunFolder
     policy: ChatModel
     model: nn.Module  # the policy as it is prepared for training
+    sampler: Sampler
     reference: Reference | None
     optimizer: torch.optim.Optimizer
     scorer: Scorer
@@ -93,7 +97,8 @@ def train_rl(config: RlConfig, run: RunFolder) -> Progress:
     memory, progress = _memory(setup, train, checkpoint)
     planned = max(1, len(memory.feed) // config.train.accumulation)
     total = min(planned, config.train.max_steps) if config.train.max_steps is not None else planned
-    with TrainingDisplay(run, total, progress, config.train, enabled=accelerator.is_main_process) as display:
+    display = TrainingDisplay(run, total, progress, config.train, enabled=accelerator.is_main_process)
+    with closing(setup.sampler), display:
         log = RunLog(run, display, config)
         if checkpoint is None:
             progress = _evaluate_and_save(setup, memory, progress, log)
@@ -108,7 +113,8 @@ def _step(setup: Setup, memory: Memory, progress: Progress, log: RunLog, total: 
     """Sample, reward, compare, update."""
     accelerator, started = setup.accelerator, time.perf_counter()
     torch.manual_seed(step_seed(setup.config.train.seed, progress.step, accelerator.process_index))
-    sampled, own = _sample(setup, memory.feed)
+    setup.sampler.renew(progress.step)
+    sampled, own = _sample(setup, memory.feed, progress.step)
     everyone: list[Outcome] = gather_object(own)
     if not everyone:
         fix = "Repair the media named in quarantine.jsonl."
@@ -128,28 +134,36 @@ def _step(setup: Setup, memory: Memory, progress: Progress, log: RunLog, total: 
     progress = replace(progress, step=progress.step + 1, samples_seen=progress.samples_seen + prompts)
     seconds = {"rollout_seconds": sampled_at - started, "update_seconds": time.perf_counter() - sampled_at}
     log.step(progress, everyone, memory.advantage, memory.watch, updated, rate, seconds)
+    require_small_gap([outcome.sampler_gap for outcome in everyone], setup.config.rollout.server)
     return progress
 
 
-def _sample(setup: Setup, feed: PromptFeed) -> tuple[list[Rollouts], list[Outcome]]:
+def _sample(setup: Setup, feed: PromptFeed, step: int) -> tuple[list[Rollouts], list[Outcome]]:
     """This rank's rollouts of a step, rewarded; with dynamic sampling of as many batches as give enough signal."""
     sampled: list[Rollouts] = []
     outcomes: list[Outcome] = []
-    wanted = setup.config.train.accumulation
-    most = wanted + (setup.config.max_extra_batches if setup.algorithm.dynamic_sampling else 0)
+    rank, rollout = setup.accelerator.process_index, setup.config.rollout
     with gathered(setup.policy):
-        for batch in range(most):
-            if batch >= wanted and _has_enough_signal(setup, outcomes):
-                break
-            for prompts in feed.take():
-                for sample in prompts.quarantined:
-                    setup.run.quarantine.add(sample)
-                if len(prompts):
-                    rollouts = roll_out(setup.policy, prompts.to(setup.accelerator.device), setup.config.rollout)
-                    place = f"{setup.accelerator.process_index}/{len(sampled)}"
-                    outcomes += _rewarded(setup.scorer, rollouts, place)
-                    sampled.append(rollouts)
-    return sampled, outcomes
+        taken = setup.config.train.accumulation
+        most = taken + (setup.config.max_extra_batches if setup.algorithm.dynamic_sampling else 0)
+        prompts = _prompts(setup, feed, taken)
+        while True:
+            name = f"{setup.config.train.seed}/{step}/{rank}/{len(sampled)}"
+            draws = Draws(name, rollout.max_new_tokens, rollout.temperature)
+            for rollouts in roll_out(setup.sampler, setup.policy, prompts, draws):
+                outcomes += _rewarded(setup.scorer, rollouts, f"{rank}/{len(sampled)}")
+                sampled.append(rollouts)
+            if taken == most or _has_enough_signal(setup, outcomes):
+                return sampled, outcomes
+            prompts, taken = _prompts(setup, feed, 1), taken + 1
+
+
+def _prompts(setup: Setup, feed: PromptFeed, count: int) -> list[Batch]:
+    """The micro-batches of the next `count` batches of the plan, without what cannot be read."""
+    taken = [prompts for _ in range(count) for prompts in feed.take()]
+    for refused in (sample for prompts in taken for sample in prompts.quarantined):
+        setup.run.quarantine.add(refused)
+    return [prompts.to(setup.accelerator.device) for prompts in taken if len(prompts)]
 
 
 def _has_enough_signal(setup: Setup, own: Sequence[Outcome]) -> bool:
@@ -182,8 +196,10 @@ def _rewarded(scorer: Scorer, rollouts: Rollouts, place: str) -> list[Outcome]:
 
 def _evaluate_and_save(setup: Setup, memory: Memory, progress: Progress, log: RunLog) -> Progress:
     config = setup.config
+    setup.sampler.renew(progress.step)
     with gathered(setup.policy):
         records = evaluate(
+            setup.sampler,
             setup.policy,
             setup.validation,
             setup.encoder,
@@ -225,6 +241,7 @@ def _setup(
     model = prepare_model(policy, accelerator, shard=shard, checkpoint_activations=checkpointing)
     policy.train()
     regularised = config.loss.kl_weight > 0
+    encoder = encoder_for(policy.processor, config.encode, train.taxonomy, wording=FormatMix((config.format,)))
     return Setup(
         config=config,
         algorithm=config.loss.resolved(ALGORITHMS[config.algorithm]),
@@ -232,10 +249,11 @@ def _setup(
         run=run,
         policy=policy,
         model=model,
+        sampler=build_sampler(config, policy, encoder, accelerator, run.path),
         reference=build_reference(config.model, policy, accelerator.device) if regularised else None,
         optimizer=build_optimizer(policy, config.train, {}),
         scorer=scorer,
-        encoder=encoder_for(policy.processor, config.encode, train.taxonomy, wording=FormatMix((config.format,))),
+        encoder=encoder,
         validation=validation,
     )
 

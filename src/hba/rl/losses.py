@@ -6,7 +6,8 @@ sampled tokens; positions beyond a response have mask 0 and touch neither value 
 
 Sources: PPO (arXiv 1707.06347) for the clipped surrogate, DAPO (arXiv 2503.14476) for the higher upper clip and the
 token average, Dr. GRPO (arXiv 2503.20783) for the constant divisor, GSPO (arXiv 2507.18071) for the sequence ratio,
-Schulman's note "Approximating KL divergence" for k1 to k3. Shapes: N rollouts, L response tokens.
+Schulman's note "Approximating KL divergence" for k1 to k3, Yao et al. 2025, "Your efficient RL framework secretly
+brings you off-policy RL training", for the truncated importance weights. Shapes: N rollouts, L response tokens.
 """
 
 from __future__ import annotations
@@ -57,6 +58,16 @@ def surrogate(
     bounded_NL = ratio_NL.clamp(1 - clip_low, 1 + clip_high) * advantages_N1
     clipped_NL = (bounded_NL < free_NL) & mask_NL.bool()
     return Surrogate(-torch.minimum(free_NL, bounded_NL), clipped_NL)
+
+
+def importance_weights(policy_logps_NL: Tensor, sampler_logps_NL: Tensor, mask_NL: Tensor, cap: float) -> Tensor:
+    """min(pi / mu, cap) of every token [N, L], without a gradient, 1 beyond a response: truncated importance sampling.
+
+    pi is the policy that learns, before the step's updates, mu the distribution from which the sampler drew (the same
+    weights in another implementation). Ionides 2008; for RL with a separate sampler Yao et al. 2025.
+    """
+    difference_NL = torch.where(mask_NL.bool(), policy_logps_NL.detach() - sampler_logps_NL, 0.0)
+    return difference_NL.clamp(max=MAX_LOG_RATIO).exp().clamp(max=cap)
 
 
 def kl_divergence(new_logps_NL: Tensor, reference_logps_NL: Tensor, kind: KlKind = "k3") -> Tensor:

@@ -12,26 +12,16 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Annotated, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from hba.atlas.batch import IGNORED, Batch
-from hba.config import option
 from hba.model.chat import ChatModel
-from hba.model.generate import generate_tokens, media_token_ids
-
-
-@dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
-    """How responses are sampled. Defaults are those of the published runs."""
-
-    per_prompt: Annotated[int, Field(ge=1)] = option(5, "responses sampled for each prompt")
-    max_new_tokens: Annotated[int, Field(ge=1)] = option(2048, "longest response, in tokens")
-    temperature: Annotated[float, Field(gt=0)] = option(1.0, "of the sampling, and of the policy that is trained")
+from hba.model.generate import media_token_ids
+from hba.rl.sampler import Draws, Sampler, padded, texts_of
 
 
 class Rollouts(NamedTuple):
@@ -40,6 +30,7 @@ class Rollouts(NamedTuple):
     batch: Batch  # prompts and responses; labels_BT marks the response tokens
     texts: list[str]
     lengths: list[int]  # tokens, the end token included
+    sampler_logps_BL: Tensor | None  # as the server says; None where the policy sampled
 
 
 class Probabilities(NamedTuple):
@@ -50,28 +41,25 @@ class Probabilities(NamedTuple):
     mask_BL: Tensor  # 1 at response tokens, float
 
 
-def roll_out(policy: ChatModel, prompts: Batch, config: RolloutConfig) -> Rollouts:
-    """Sample one response for each row of `prompts`."""
-    said = generate_tokens(
-        policy.transformer,
-        policy.processor,
-        prompts.inputs,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-    )
-    rows = [ids_L[:length].cpu() for ids_L, length in zip(said.ids_BL, said.lengths, strict=True)]
-    texts = policy.processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
-    return Rollouts(with_responses(prompts, rows, policy.processor.tokenizer.pad_token_id or 0), texts, said.lengths)
+def roll_out(sampler: Sampler, policy: ChatModel, prompts: Sequence[Batch], draws: Draws) -> list[Rollouts]:
+    """Sample one response for each row of each batch of `prompts`."""
+    pad = policy.processor.tokenizer.pad_token_id or 0
+    return [
+        Rollouts(
+            batch=with_responses(batch, drawn.tokens, pad),
+            texts=texts_of(drawn, policy),
+            lengths=drawn.lengths,
+            sampler_logps_BL=None if drawn.logps is None else padded(drawn.logps, 0.0),
+        )
+        for batch, drawn in zip(prompts, sampler.draw(prompts, draws), strict=True)
+    ]
 
 
 def with_responses(prompts: Batch, responses: Sequence[Tensor], pad_token_id: int) -> Batch:
     """`prompts` with the token ids of a response behind each row, to be looked at in one forward pass."""
     ids_BP = prompts.inputs["input_ids"]
-    response_BL = ids_BP.new_full((len(responses), max(map(len, responses))), pad_token_id)
-    mask_BL = torch.zeros_like(response_BL)
-    for row_L, kept_L, ids in zip(response_BL, mask_BL, responses, strict=True):
-        row_L[: len(ids)] = ids.to(row_L)
-        kept_L[: len(ids)] = 1
+    response_BL = padded(responses, pad_token_id).to(ids_BP)
+    mask_BL = padded([torch.ones(len(ids)) for ids in responses], 0.0).to(ids_BP)
     inputs = dict(prompts.inputs)
     for name, value in prompts.inputs.items():
         if value.shape == ids_BP.shape and name != "attention_mask":  # kinds of tokens, 0 for text

@@ -32,7 +32,7 @@ FALL_REWARD = 0.15
 
 @dataclass(kw_only=True)
 class Outcome:
-    """One rollout, from response to update. The last four are known when its step is done."""
+    """One rollout, from response to update. The last six are known when its step is done."""
 
     id: str
     task: str
@@ -46,6 +46,8 @@ class Outcome:
     advantage: float = 0.0
     entropy: float = math.nan  # mean over the response's tokens, nats
     kl: float = math.nan  # k3 against the reference, mean over the tokens; nan without a reference
+    sampler_gap: float = math.nan  # mean |log-probability of the server - of the policy|, nats; nan without a server
+    importance: float = math.nan  # mean truncated importance weight; nan where there is none
     clipped: float = math.nan  # share of the tokens whose gradient the clip took away
 
 
@@ -70,7 +72,7 @@ def means(outcomes: Sequence[Outcome]) -> dict[str, float]:
     names = sorted({name for outcome in outcomes for name in outcome.parts})
     values = {name: [outcome.parts.get(name, math.nan) for outcome in outcomes] for name in names}
     values["abs_advantage"] = [abs(outcome.advantage) for outcome in outcomes]
-    for name in ("tokens", "entropy", "kl", "clipped"):
+    for name in ("tokens", "entropy", "kl", "clipped", "sampler_gap", "importance"):
         values[name] = [float(getattr(outcome, name)) for outcome in outcomes]
     found = {name: _mean(each) for name, each in values.items()}
     known = {name: value for name, value in found.items() if not math.isnan(value)}

@@ -23,7 +23,7 @@ from hba.atlas.batch import Batch
 from hba.config import option
 from hba.errors import HbaError
 from hba.rl.algorithms import Algorithm
-from hba.rl.losses import Average, KlKind, kl_divergence, surrogate, token_weights
+from hba.rl.losses import Average, KlKind, importance_weights, kl_divergence, surrogate, token_weights
 from hba.rl.rollout import Probabilities, Rollouts, probabilities
 from hba.rl.telemetry import Outcome
 
@@ -43,6 +43,9 @@ class LossConfig:
     updates: Annotated[int, Field(ge=1)] = option(1, "optimizer updates in a step, each over a part of its prompts")
     kl_weight: Share = option(0.0, "weight of the KL divergence from the policy at the start; 0 needs no reference")
     kl: KlKind = option("k3", "its estimator: k1, k2 or k3")
+    importance_cap: Annotated[float, Field(ge=1)] | None = option(
+        None, "correct for a server's sampling with importance weights of at most this, such as 2; null: do not"
+    )
 
     def resolved(self, algorithm: Algorithm) -> Algorithm:
         """The algorithm with what this config changes of it."""
@@ -60,6 +63,7 @@ class _Part:
     outcomes: Sequence[Outcome]
     advantages_B: Tensor
     weights_B: Tensor  # of one token of the row, in the loss of the update
+    sampler_logps_BL: Tensor | None  # None: the policy sampled itself
     old_logps_BL: Tensor | None = None  # None: those of the update itself
     reference_logps_BL: Tensor | None = None
 
@@ -119,6 +123,7 @@ def _parts(
                 outcomes=own[rows],
                 advantages_B=advantages_N[rows],
                 weights_B=weights_N[rows],
+                sampler_logps_BL=None if rollouts.sampler_logps_BL is None else rollouts.sampler_logps_BL.to(device),
             )
         )
         start = rows.stop
@@ -160,6 +165,13 @@ def _loss(setup: Setup, part: _Part) -> Tensor:
         ratio=algorithm.ratio,
     )
     loss_BL, reported = terms.loss_NL, {"entropy": new.entropy_BL, "clipped": terms.clipped_NL.float()}
+    if part.sampler_logps_BL is not None:
+        reported["sampler_gap"] = (old_BL - part.sampler_logps_BL).abs()
+        if config.importance_cap is not None:
+            reported["importance"] = importance_weights(
+                old_BL, part.sampler_logps_BL, new.mask_BL, config.importance_cap
+            )
+            loss_BL = loss_BL * reported["importance"]
     if part.reference_logps_BL is not None:
         loss_BL = loss_BL + config.kl_weight * kl_divergence(new.logps_BL, part.reference_logps_BL, config.kl)
         reported["kl"] = kl_divergence(new.logps_BL.detach(), part.reference_logps_BL, "k3")

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import PIL.Image
 import soundfile
 
-from hba.atlas.batch import EncodeConfig, load_media
+from hba.atlas.batch import EncodeConfig, Media, load_media
 from hba.atlas.media import SAMPLE_RATE, Image, Video
 from hba.atlas.prompt import Message, Modality
 from hba.atlas.sample import Sample
@@ -43,6 +43,20 @@ def media_parts(sample: Sample, encode: EncodeConfig, *, video: str) -> Parts:
     }
 
 
+def decoded_parts(media: Media) -> Parts:
+    """The parts of decoded media, bit for bit: for a server that shall see what a model here sees.
+
+    Sound goes as float samples, images as they are, and a clip as one video of PNG frames in the form in which vLLM
+    takes frames (`video/jpeg`, whatever they are compressed with); sizes and times are for the server's processor.
+    """
+    clips = [",".join(_base64(_png(PIL.Image.fromarray(frame))) for frame in clip.frames) for clip in media.videos]
+    return {
+        "audio": [[_wav(samples, "FLOAT")] for samples in media.audios],
+        "image": [[_image_url(_png(PIL.Image.fromarray(image)))] for image in media.images],
+        "video": [[{"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{clip}"}}] for clip in clips],
+    }
+
+
 def filled(messages: list[Message], parts: Parts) -> list[RemoteMessage]:
     """`messages` with every placeholder replaced by the parts of its medium; text alone stays a plain string."""
     waiting: dict[str, Iterator[list[Part]]] = {modality: iter(each) for modality, each in parts.items()}
@@ -59,9 +73,12 @@ def filled(messages: list[Message], parts: Parts) -> list[RemoteMessage]:
 
 def _sound(samples: npt.NDArray[Any]) -> Part:
     # libsndfile scales floats by 32767 when it writes and by 32768 when it reads: whole numbers come back as they were.
-    whole = np.clip(np.round(samples * 32768.0), -32768, 32767).astype(np.int16)
+    return _wav(np.clip(np.round(samples * 32768.0), -32768, 32767).astype(np.int16), "PCM_16")
+
+
+def _wav(samples: npt.NDArray[Any], subtype: str) -> Part:
     buffer = io.BytesIO()
-    soundfile.write(buffer, whole, SAMPLE_RATE, format="WAV", subtype="PCM_16")
+    soundfile.write(buffer, samples, SAMPLE_RATE, format="WAV", subtype=subtype)
     return {"type": "input_audio", "input_audio": {"data": _base64(buffer.getvalue()), "format": "wav"}}
 
 
@@ -77,9 +94,17 @@ def _picture(image: Image, max_pixels: int) -> Part:
     if scale < 1:
         size = (max(1, int(picture.width * scale)), max(1, int(picture.height * scale)))
         picture = picture.resize(size, PIL.Image.Resampling.BICUBIC)
+    return _image_url(_png(picture))
+
+
+def _image_url(png: bytes) -> Part:
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{_base64(png)}"}}
+
+
+def _png(picture: PIL.Image.Image) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{_base64(buffer.getvalue())}"}}
+    return buffer.getvalue()
 
 
 def _file(data: bytes) -> Part:

@@ -87,6 +87,9 @@ def _algorithm(config: RlConfig) -> Algorithm:
     if algorithm.average not in AVERAGES:
         fix = f"Use one of {', '.join(AVERAGES)}, or the local engine."
         raise ConfigError("verl has no average by group", where="loss.average", fix=fix)
+    if config.rollout.sampler != "generate":
+        fix = "Leave rollout.sampler out: verl starts and renews its own vLLM (verl.rollout)."
+        raise ConfigError("a server of the local engine", where="rollout.sampler", fix=fix)
     if prompts_of_step(config) % config.loss.updates:
         fix = "Use a number that divides train.batch_size * train.accumulation."
         raise ConfigError(f"{config.loss.updates} updates a step", where="loss.updates", fix=fix)

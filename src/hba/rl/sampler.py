@@ -1,0 +1,133 @@
+"""Who draws responses: the policy itself, or a server that is given its weights. Training and evaluations share them.
+
+A sampler is renewed before it draws: it must answer with the weights that the policy has now. What it says of the
+tokens it drew (`logps`) is compared with the policy; the policy has nothing to say about its own draws.
+
+Shapes: B rows of a batch, L response tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, NamedTuple, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from hba.atlas.batch import Batch
+from hba.config import option
+from hba.errors import ConfigError
+from hba.model.chat import ChatModel
+from hba.model.generate import generate_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """A vLLM server that samples; how to start it: docs/rl.md."""
+
+    url: str | None = option(None, "of the server, such as http://localhost:8000/v1", affects_result=False)
+    api_key_env: str | None = option(None, "environment variable with its key; null: none", affects_result=False)
+    max_concurrency: Annotated[int, Field(ge=1)] = option(64, "most prompts under way at once", affects_result=False)
+    timeout_seconds: Annotated[float, Field(gt=0)] = option(600.0, "for one attempt", affects_result=False)
+    max_attempts: Annotated[int, Field(ge=1)] = option(6, "attempts before a request has failed", affects_result=False)
+    weights: str | None = option(
+        None,
+        "folder that trainer and server both see, where weights are handed over; null: in the run",
+        affects_result=False,
+    )
+    max_gap: Annotated[float, Field(gt=0)] = option(
+        0.3, "mean |log-probability of server - of policy| of a step, in nats, above which the run ends"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How responses are sampled. Defaults are those of the published runs."""
+
+    per_prompt: Annotated[int, Field(ge=1)] = option(5, "responses sampled for each prompt")
+    max_new_tokens: Annotated[int, Field(ge=1)] = option(2048, "longest response, in tokens")
+    temperature: Annotated[float, Field(gt=0)] = option(1.0, "of the sampling, and of the policy that is trained")
+    sampler: Literal["generate", "server"] = option("generate", "transformers' generate, or the server of server.url")
+    server: ServerConfig = field(default_factory=ServerConfig)
+
+    def __post_init__(self) -> None:
+        if (self.sampler == "server") != (self.server.url is not None):
+            what = f"rollout.sampler is {self.sampler}, rollout.server.url is {self.server.url}"
+            raise ConfigError(what, fix="Give rollout.sampler=server and rollout.server.url=http://... together.")
+
+
+class Draws(NamedTuple):
+    """What is drawn. `name` tells draws of a run apart: a server seeds itself by it and by the sample."""
+
+    name: str
+    max_new_tokens: int
+    temperature: float  # 0 is greedy
+
+
+class Drawn(NamedTuple):
+    """The responses to a batch, one a row; the end token is part of a response."""
+
+    tokens: list[Tensor]  # [L] each
+    logps: list[Tensor] | None  # of these tokens, as the server says; None from the policy itself
+
+    @property
+    def lengths(self) -> list[int]:
+        """In tokens."""
+        return [len(tokens_L) for tokens_L in self.tokens]
+
+
+class Sampler(Protocol):
+    """Draws one response for each row of a batch."""
+
+    def renew(self, version: int) -> None:
+        """Take over the policy's weights; those of one `version` are the same. Called by all ranks together."""
+        ...
+
+    def draw(self, prompts: Sequence[Batch], draws: Draws) -> list[Drawn]:
+        """Responses to each batch of `prompts`."""
+        ...
+
+    def close(self) -> None:
+        """Nothing is drawn any more."""
+        ...
+
+
+class PolicySampler:
+    """The policy answers itself, through transformers' `generate`; draws come from torch's random numbers."""
+
+    def __init__(self, policy: ChatModel) -> None:
+        self._policy = policy
+
+    def renew(self, version: int) -> None:
+        """The weights are the policy's own."""
+
+    def draw(self, prompts: Sequence[Batch], draws: Draws) -> list[Drawn]:
+        """A batch after the other."""
+        return [self._one(batch, draws) for batch in prompts]
+
+    def _one(self, batch: Batch, draws: Draws) -> Drawn:
+        said = generate_tokens(
+            self._policy.transformer,
+            self._policy.processor,
+            batch.inputs,
+            max_new_tokens=draws.max_new_tokens,
+            temperature=draws.temperature,
+        )
+        rows = [ids_L[:length].cpu() for ids_L, length in zip(said.ids_BL, said.lengths, strict=True)]
+        return Drawn(rows, None)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def texts_of(drawn: Drawn, policy: ChatModel) -> list[str]:
+    """The responses as text, without special tokens."""
+    texts: list[str] = policy.processor.tokenizer.batch_decode(drawn.tokens, skip_special_tokens=True)
+    return texts
+
+
+def padded(rows: Sequence[Tensor], value: float) -> Tensor:
+    """Rows of different lengths as one tensor [B, L], padded on the right."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)

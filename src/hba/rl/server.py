@@ -1,0 +1,259 @@
+"""A vLLM server as the sampler: the policy's prompts and media over HTTP, and the very tokens that were drawn.
+
+One request a prompt with `n` choices, seeded by the draws' name and the sample, so that a resumed run asks for what an
+uninterrupted one does. Media go bit for bit as the policy's own encoder gets them. The server says which tokens it saw
+and drew: prompts that are not the policy's, tokens that were not asked for and answers without tokens end the run with
+one error. Nothing is tokenised again and no reply is cached.
+
+A server that is overloaded or away for a while is asked again (`hba.remote`); one that stays away ends the run, whose
+last checkpoint stands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import Counter
+from collections.abc import Coroutine, Iterator, Sequence
+from hashlib import sha256
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from hba.atlas.batch import Batch, SampleEncoder, load_media, messages_of
+from hba.atlas.chat_encoder import SAMPLING_RATE, media_placeholders
+from hba.atlas.media import Video
+from hba.atlas.prompt import MODALITIES
+from hba.atlas.sample import Sample
+from hba.errors import HbaError, InputError
+from hba.evaluate.backends.wire import decoded_parts, filled
+from hba.model.chat import ChatModel
+from hba.model.generate import end_token_ids, media_token_ids
+from hba.remote import ChatRequest, ClientConfig, RemoteClient, RequestError, ServiceError, bounded
+from hba.remote.tokens import Choice, TokenChat, TokenReply
+from hba.rl.config import RlConfig
+from hba.rl.sampler import Drawn, Draws, PolicySampler, Sampler, ServerConfig
+from hba.rl.server_weights import ServedWeights
+from hba.train.sharding import whole_weights
+
+T = TypeVar("T")
+BANNED_BIAS = -100.0  # as far down as logit_bias goes
+# What a server would otherwise take from the model's generation config.
+PLAIN = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+RESUME = "The last checkpoint stands: see to the server, then run the same command again."
+
+
+class _Question(NamedTuple):
+    """A prompt, and the rows of its batch that it is asked for."""
+
+    batch: int
+    rows: tuple[int, ...]
+    sample: Sample
+    prompt_ids: tuple[int, ...]
+    request: ChatRequest
+
+
+class ServerSampler:
+    """A `Sampler` behind `rollout.server.url`, for the run in the folder `run`.
+
+    Raises ConfigError for a bad URL, or a key that is not in the environment.
+    """
+
+    def __init__(
+        self, config: RlConfig, policy: ChatModel, encoder: SampleEncoder, accelerator: Accelerator, run: Path
+    ) -> None:
+        self._config, self._policy = config.rollout.server, policy
+        self._encoder, self._accelerator = encoder, accelerator
+        self._client = _client(self._config)
+        shared = self._config.weights
+        folder = run / "served" if shared is None else Path(shared) / f"hba-{run.name}"
+        self._weights = ServedWeights(self._client, policy, config.model, folder)
+        self._model, self._version = "", -1
+        self._banned = media_token_ids(policy.transformer.config, policy.processor)
+        self._ends = end_token_ids(policy.transformer, policy.processor)
+        self._loop = asyncio.new_event_loop()
+        self._run(self._client.__aenter__())
+        if accelerator.is_main_process:
+            self._weights.remove()
+
+    def renew(self, version: int) -> None:
+        """Let the server load the policy's weights, unless it has those of this version."""
+        if version == self._version:
+            return
+        accelerator = self._accelerator
+        with whole_weights(self._policy, accelerator):
+            if accelerator.is_main_process:
+                self._run(self._weights.renew(version))
+        name = [self._weights.name]
+        broadcast_object_list(name)
+        self._model, self._version = name[0], version
+
+    def draw(self, prompts: Sequence[Batch], draws: Draws) -> list[Drawn]:
+        """All batches at once, as the server bears. Raises HbaError naming the sample of a reply that is of no use."""
+        found: list[list[Choice | None]] = [[None] * len(batch) for batch in prompts]
+
+        async def ask_all() -> None:
+            width = self._config.max_concurrency
+            async for question, choices in bounded(self._questions(prompts, draws), self._ask, width):
+                for row, choice in zip(question.rows, choices, strict=True):
+                    found[question.batch][row] = choice
+
+        self._run(ask_all())
+        return [_drawn([choice for choice in rows if choice is not None]) for rows in found]
+
+    def close(self) -> None:
+        """Close connections; remove what was handed over."""
+        self._run(self._client.__aexit__())
+        self._loop.run_until_complete(self._loop.shutdown_default_executor())
+        self._loop.close()
+        if self._accelerator.is_main_process:
+            self._weights.remove()
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return self._loop.run_until_complete(work)
+
+    def _questions(self, prompts: Sequence[Batch], draws: Draws) -> Iterator[_Question]:
+        for number, batch in enumerate(prompts):
+            shown_BT = batch.inputs["attention_mask"].bool().cpu()
+            ids_BT = batch.inputs["input_ids"].cpu()
+            for _, group in groupby(range(len(batch)), key=lambda row: id(batch.samples[row])):
+                rows = tuple(group)
+                sample = batch.samples[rows[0]]
+                ids = tuple(ids_BT[rows[0]][shown_BT[rows[0]]].tolist())
+                request = self.request(sample, draws._replace(name=f"{draws.name}/{number}"), len(rows))
+                yield _Question(number, rows, sample, ids, request)
+
+    def request(self, sample: Sample, draws: Draws, count: int) -> ChatRequest:
+        """What is sent for `count` responses to a sample. Raises MediaError for a medium that cannot be read."""
+        encode = self._encoder.config
+        media = load_media(sample, encode, SAMPLING_RATE)
+        seed = int.from_bytes(sha256(f"{draws.name}/{sample.id}".encode()).digest()[:4], "big") >> 1
+        extra: dict[str, Any] = {"model": self._model, "n": count, "seed": seed, **PLAIN}
+        extra |= {"logprobs": True, "return_token_ids": True, "stop_token_ids": self._ends}
+        extra["logit_bias"] = {str(token): BANNED_BIAS for token in self._banned}
+        if media.images or media.videos:
+            pixels = {"min_pixels": encode.min_pixels, "max_pixels": encode.max_pixels}
+            extra["mm_processor_kwargs"] = pixels | frame_rate(media.videos, sample)
+        if media.videos:
+            extra["media_io_kwargs"] = {"video": {"num_frames": -1}}
+        return ChatRequest(
+            messages=filled(messages_of(sample, encode, self._encoder.wording), decoded_parts(media)),
+            max_tokens=draws.max_new_tokens,
+            temperature=draws.temperature,
+            top_p=1.0,
+            extra=extra,
+        )
+
+    async def _ask(self, question: _Question) -> tuple[_Question, tuple[Choice, ...]]:
+        try:
+            reply = await self._client.complete(question.request)
+        except (RequestError, ServiceError) as error:
+            what = f"the sampling server gave no response to sample {question.sample.id}: {error.what}"
+            raise HbaError(what, where=error.where, fix=RESUME) from None
+        assert isinstance(reply, TokenReply)  # the client speaks TokenChat
+        try:
+            self._check(question, reply)
+        except _UnfitError as unfit:
+            raise HbaError(
+                str(unfit), where=f"{self._config.url}, sample {question.sample.id}", fix=unfit.fix
+            ) from None
+        return question, reply.choices
+
+    def _check(self, question: _Question, reply: TokenReply) -> None:
+        """Raises _UnfitError for a reply on which the policy must not be trained."""
+        known = all(choice.token_ids and choice.logps is not None for choice in reply.choices)
+        if reply.prompt_token_ids is None or not known:
+            fix = "Use vLLM 0.10.2 or later: the update needs the sampled tokens (return_token_ids) and their logprobs."
+            raise _UnfitError("the server gives no token ids, or no log-probabilities", fix)
+        if reply.prompt_token_ids != question.prompt_ids:
+            raise _UnfitError(self._difference(question.prompt_ids, reply.prompt_token_ids), PROMPT_FIX)
+        if len(reply.choices) != len(question.rows):
+            raise _UnfitError(f"{len(reply.choices)} responses, {len(question.rows)} were asked for", RESUME)
+        for choice in reply.choices:
+            tokens, logps = choice.token_ids or (), choice.logps or ()
+            if len(tokens) != len(logps) or len(tokens) > question.request.max_tokens:
+                raise _UnfitError(f"{len(tokens)} tokens with {len(logps)} log-probabilities", RESUME)
+            if choice.finish not in ("stop", "length") or (choice.finish == "stop") != (tokens[-1] in self._ends):
+                what = f"a response ended with {choice.finish!r} at token {tokens[-1]}"
+                raise _UnfitError(what, f"Responses end with one of the tokens {self._ends} or at the longest length.")
+            if banned := set(tokens) & set(self._banned):
+                fix = "Use a server that obeys logit_bias, and a lower rollout.temperature."
+                raise _UnfitError(f"media tokens {sorted(banned)} in a response", fix)
+
+    def _difference(self, ours: Sequence[int], theirs: Sequence[int]) -> str:
+        processor = self._policy.processor
+        for modality in MODALITIES:
+            tokens = set(media_placeholders(processor, modality))
+            here, there = (sum(Counter(ids)[token] for token in tokens) for ids in (ours, theirs))
+            if here != there:
+                return f"the server sees {there} tokens of {modality} in the prompt, the policy {here}"
+        at = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), -1)
+        where = min(len(ours), len(theirs)) if at < 0 else at
+        said = [processor.tokenizer.decode(list(ids[where : where + 8])) for ids in (ours, theirs)]
+        return f"the server's prompt differs from the policy's at token {where}: {said[1]!r} instead of {said[0]!r}"
+
+
+PROMPT_FIX = (
+    "Serve the backbone that the run trains, with its own chat template and processor; encode.min_pixels and "
+    "max_pixels are sent with each request."
+)
+
+
+class _UnfitError(Exception):
+    def __init__(self, what: str, fix: str) -> None:
+        super().__init__(what)
+        self.fix = fix
+
+
+def frame_rate(videos: Sequence[Video], sample: Sample) -> dict[str, float]:
+    """`fps`, from which a server's processor takes the times of all videos of a prompt.
+
+    Raises InputError for videos of different spans: one number cannot say both.
+    """
+    rates = {round(len(video.frames) / video.duration_seconds, 6) for video in videos}
+    if len(rates) > 1:
+        fix = "Train on rows of one video, or with rollout.sampler=generate."
+        raise InputError(f"videos of one prompt have {len(rates)} different frame rates", where=sample.where, fix=fix)
+    return {"fps": rates.pop()} if rates else {}
+
+
+def _client(config: ServerConfig) -> RemoteClient:
+    settings = ClientConfig(
+        base_url=config.url,
+        api_key_env=config.api_key_env,
+        max_concurrency=config.max_concurrency,
+        timeout_seconds=config.timeout_seconds,
+        max_attempts=config.max_attempts,
+    )
+    return RemoteClient("", settings, TokenChat())
+
+
+def build_sampler(
+    config: RlConfig, policy: ChatModel, encoder: SampleEncoder, accelerator: Accelerator, run: Path
+) -> Sampler:
+    """The sampler of `rollout.sampler`."""
+    if config.rollout.sampler == "generate":
+        return PolicySampler(policy)
+    return ServerSampler(config, policy, encoder, accelerator, run)
+
+
+def require_small_gap(gaps: Sequence[float], config: ServerConfig) -> None:
+    """Raises HbaError when the server's log-probabilities are on average too far from the policy's (NaN: not known)."""
+    known = [gap for gap in gaps if not math.isnan(gap)]
+    mean = sum(known) / len(known) if known else 0.0
+    if mean > config.max_gap:
+        what = f"log-probabilities of server and policy differ by {mean:.3g} nats, more than max_gap={config.max_gap:g}"
+        fix = (
+            "The last checkpoint stands. Start the server with the same model, processor and --logprobs-mode "
+            "processed_logprobs, alone behind its URL; or raise rollout.server.max_gap."
+        )
+        raise HbaError(what, where=str(config.url), fix=fix)
+
+
+def _drawn(choices: Sequence[Choice]) -> Drawn:
+    tokens = [torch.tensor(choice.token_ids) for choice in choices]
+    return Drawn(tokens, [torch.tensor(choice.logps, dtype=torch.float32) for choice in choices])

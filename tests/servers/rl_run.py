@@ -1,0 +1,98 @@
+"""RL runs on the tiny model, and their death in a chosen phase, for tests of the loop and of who samples for it."""
+
+import os
+import signal
+
+import torch
+from safetensors.torch import load_file
+
+from hba.config import load_config
+from hba.rl import evaluation_log, local
+from hba.rl.config import RlConfig
+from hba.run import RunFolder
+from hba.storage import read_json, read_jsonl
+
+SMALL = [
+    *("model.strategy=full", "model.dtype=float32", "train.epochs=1", "train.batch_size=3", "train.accumulation=2"),
+    *("train.max_steps=4", "train.learning_rate=2e-3", "train.validate_every=2", "train.weight_decay=0.0"),
+    *("rollout.per_prompt=3", "rollout.max_new_tokens=5", "table_every=2", "validation_rows=6"),
+    *("encode.num_frames=2", "encode.max_pixels=3136", "loader.workers=0"),
+]
+# A random model says nothing right: how many different letters it uses is something that it can learn.
+REWARD = """
+def letters(responses, **_):
+    return [{"score": len(set(r)) / 10, "even": len(r) % 2} for r in responses]
+
+def nan(responses, **_):
+    return [float("nan")] * len(responses)
+"""
+
+
+def write_reward(folder):
+    path = folder / "own.py"
+    path.write_text(REWARD)
+    return path
+
+
+def settings(atlas, model, reward, *changes):
+    given = [f"atlas={atlas}", f"model.name={model}", f"reward.function={reward}:letters", *SMALL]
+    return load_config(RlConfig, None, [*given, *changes])
+
+
+def train(path, config):
+    with RunFolder.open(path, config=config, command="train rl", seed=config.train.seed) as run:
+        return local.train_rl(config, run)
+
+
+def logged(path, kind):
+    return [line.record for line in read_jsonl(path / "log.jsonl") if line.record["kind"] == kind]
+
+
+def without_times(record):
+    return {key: value for key, value in record.items() if not key.endswith("_seconds")}
+
+
+def result(path):
+    """Everything that must not depend on interruptions."""
+    last = path / "checkpoints" / "step_4"
+    return {
+        "weights": {name: tensor.tolist() for name, tensor in load_file(last / "model.safetensors").items()},
+        "state": read_json(last / local.STATE),
+        "log": [without_times(line.record) for line in read_jsonl(path / "log.jsonl")],
+        "rollouts": [line.record for line in read_jsonl(path / "rollouts.jsonl")],
+        "evaluations": evaluation_log.read_evaluations(path),
+        "best": read_json(path / "checkpoints" / "best.json"),
+    }
+
+
+# Where the process dies, in the order in which a step passes: module, function, before or after it.
+PHASES = [
+    (local, "roll_out", "after"),
+    (local, "_rewarded", "after"),
+    (local, "update", "before"),
+    (torch.optim.AdamW, "step", "after"),
+    (local.RunLog, "step", "after"),
+    (local, "evaluate", "after"),
+    (local, "write_evaluation", "after"),
+    (local.Memory, "save", "after"),
+    (local, "save_state", "after"),
+]
+
+
+def die_in(owner, name, when, path, config):
+    """Run in a forked process that kills itself in the named phase of the first step that it makes."""
+    child = os.fork()
+    if child == 0:
+        whole = getattr(owner, name)
+
+        def fatal(*args, **options):
+            if when == "after":
+                whole(*args, **options)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        setattr(owner, name, fatal)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        train(path, config)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (name, status)
