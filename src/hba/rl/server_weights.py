@@ -29,7 +29,7 @@ from hba.storage import atomic_folder
 ADAPTER = "adapter_model.safetensors"
 PEFT_ROOT = "base_model.model."
 LORA_START = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve MODEL --enable-lora --max-lora-rank RANK"
-FULL_START = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL"
+FULL_START = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL, without --enable-lora"
 PROBE_TOKENS = 32
 
 
@@ -97,9 +97,11 @@ class ServedWeights:
             self.name = self.name or await self._base_model()
             before = await self._probe() if changed else None
             await self._client.call("POST", "/pause?mode=abort")
-            reload = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-            await self._client.call("POST", "/collective_rpc", reload)
-            await self._client.call("POST", "/resume")
+            try:
+                reload = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+                await self._client.call("POST", "/collective_rpc", reload)
+            finally:
+                await self._client.call("POST", "/resume")
         except (RequestError, ServiceError) as error:
             raise _refused(error, FULL_START) from None
         if before is not None and before == await self._probe():
@@ -133,5 +135,6 @@ class ServedWeights:
 
 
 def _refused(error: HbaError, start: str) -> HbaError:
-    fix = f"The last checkpoint stands. Start the server as docs/rl.md says ({start} ...), then run this again."
+    how = f"See its log, and how docs/rl.md starts it ({start} ...)."
+    fix = f"The last checkpoint stands. {how} Then run the same command again."
     return HbaError(f"the server did not take the weights: {error.what}", where=error.where, fix=fix)
