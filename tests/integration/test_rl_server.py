@@ -128,6 +128,19 @@ def test_what_the_server_says_of_its_samples_is_what_the_policy_says(served, pro
     torch.testing.assert_close(found.logps_BL, said.sampler_logps_BL, atol=2e-5, rtol=0)
 
 
+def test_batches_change_nothing_of_what_is_drawn(served, prompts, tmp_path):
+    """Neither their size nor the number of processes that share them."""
+    rows = [collate([prompts.encoder.encode(sample)] * 2, pad_token_id=0) for sample in prompts.batch.samples[::2]]
+    draws = Draws("test", 4, 1.0)
+    with sampler(served, prompts, tmp_path) as there:
+        there.renew(0)
+        together = there.draw([prompts.batch], draws)[0].tokens
+        apart = [tokens for drawn in there.draw(rows[::-1], draws)[::-1] for tokens in drawn.tokens]
+        twice = there.draw([rows[0], rows[0]], draws)
+    assert all(torch.equal(one, other) for one, other in zip(together, apart, strict=True))
+    assert not all(torch.equal(one, other) for one, other in zip(twice[0].tokens, twice[1].tokens, strict=True))
+
+
 def test_media_arrive_bit_for_bit(prompts, tmp_path):
     sample = next(s for s in prompts.batch.samples if s.videos and s.audios)
     with sampler("http://127.0.0.1:9/v1", prompts, tmp_path) as there:

@@ -148,8 +148,7 @@ def _sample(setup: Setup, feed: PromptFeed, step: int) -> tuple[list[Rollouts], 
         most = taken + (setup.config.max_extra_batches if setup.algorithm.dynamic_sampling else 0)
         prompts = _prompts(setup, feed, taken)
         while True:
-            name = f"{setup.config.train.seed}/{step}/{rank}/{len(sampled)}"
-            draws = Draws(name, rollout.max_new_tokens, rollout.temperature)
+            draws = Draws(f"{setup.config.train.seed}/{step}/{taken}", rollout.max_new_tokens, rollout.temperature)
             for rollouts in roll_out(setup.sampler, setup.policy, prompts, draws):
                 outcomes += _rewarded(setup.scorer, rollouts, f"{rank}/{len(sampled)}")
                 sampled.append(rollouts)

@@ -117,6 +117,7 @@ class ServerSampler:
         return self._loop.run_until_complete(work)
 
     def _questions(self, prompts: Sequence[Batch], draws: Draws) -> Iterator[_Question]:
+        seen: Counter[str] = Counter()  # a plan may take a sample twice
         for number, batch in enumerate(prompts):
             shown_BT = batch.inputs["attention_mask"].bool().cpu()
             ids_BT = batch.inputs["input_ids"].cpu()
@@ -124,7 +125,8 @@ class ServerSampler:
                 rows = tuple(group)
                 sample = batch.samples[rows[0]]
                 ids = tuple(ids_BT[rows[0]][shown_BT[rows[0]]].tolist())
-                request = self.request(sample, draws._replace(name=f"{draws.name}/{number}"), len(rows))
+                request = self.request(sample, draws._replace(name=f"{draws.name}/{seen[sample.id]}"), len(rows))
+                seen[sample.id] += 1
                 yield _Question(number, rows, sample, ids, request)
 
     def request(self, sample: Sample, draws: Draws, count: int) -> ChatRequest:
