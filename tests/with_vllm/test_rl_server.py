@@ -1,10 +1,9 @@
-"""`hba train rl` against a real `vllm serve`: the executable that HBA_VLLM names, or the one on the path; else skipped.
+"""`hba train rl` against a real vLLM server, in the environment whose Python HBA_VLLM names (`make test-vllm`).
 
 vLLM's attention on a CPU wants heads of 32 at least, hence a backbone of its own.
 """
 
 import os
-import shutil
 import socket
 import subprocess
 import time
@@ -32,13 +31,13 @@ from hba.rl.rollout import probabilities, roll_out
 from hba.rl.sampler import Draws, PolicySampler
 from hba.rl.server import ServerSampler
 
-VLLM = os.environ.get("HBA_VLLM") or shutil.which("vllm")
+VLLM = os.environ.get("HBA_VLLM")
 START_SECONDS = 300
 CPU = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 FULL = {"VLLM_SERVER_DEV_MODE": "1"}
 LORA = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 
-pytestmark = pytest.mark.skipif(VLLM is None, reason="no vllm: name its executable in HBA_VLLM")
+pytestmark = pytest.mark.skipif(VLLM is None, reason="no vLLM here: make test-vllm")
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +66,8 @@ def serving(model, log, environment, *options):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     given = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "32"]
-    command = [VLLM, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *given, *options]
+    command = [VLLM, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "tiny"]
+    command += ["--host", "127.0.0.1", "--port", str(port), *given, *options]
     own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     with log.open("w") as handle:
         started = [*command, "--logprobs-mode", "processed_logprobs"]
