@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,8 @@ class ServedWeights:
             raise _refused(error, LORA_START) from None
         self.name = name
         if old:
-            await self._client.call("POST", "/v1/unload_lora_adapter", {"lora_name": old})
+            with suppress(RequestError):  # a server that was started anew never had it
+                await self._client.call("POST", "/v1/unload_lora_adapter", {"lora_name": old})
 
     async def _load_full(self, folder: Path) -> None:
         checksum = self._sum()
