@@ -165,6 +165,7 @@ def test_media_arrive_bit_for_bit(prompts, tmp_path):
     ("faults", "message"),
     [
         ({"mute": True}, "gives no token ids.*return_token_ids"),
+        ({"short": True}, r"a response of 1 tokens ended with 'length'.*max-model-len"),
         ({"deaf": True}, r"sees \d+ tokens of video in the prompt, the policy \d+.*min_pixels"),
     ],
 )

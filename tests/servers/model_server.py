@@ -5,10 +5,10 @@
 prints its port. Messages go through the processor's own chat template one request at a time, without batches or
 padding. Only the choice of a clip's frames is hba's, since every server has its own. Of vLLM it has what sampling for
 training needs: choices by seed, token ids, log-probabilities of what was sampled, frame lists as videos, processor
-settings of a request, adapters by name, weights loaded in place while paused. A POST to /restart gives it
-the weights with which it was started, one to /faults makes it misbehave:
-{"stale": true} keeps its weights, {"mute": true} gives no token ids, {"deaf": true} has its own size of frames,
-{"busy": n} and {"die": n} refuse n requests and exit at the n-th, {"shift": x} has other log-probabilities.
+settings of a request, adapters by name, weights loaded in place while paused. A POST to /restart gives it the weights
+with which it was started, one to /faults makes it misbehave: {"stale": true} keeps its weights, {"mute": true} gives no
+token ids, {"deaf": true} has its own size of frames, {"short": true} cuts responses, {"busy": n} and {"die": n} refuse
+n requests and exit at the n-th, {"shift": x} has other log-probabilities.
 """
 
 import argparse
@@ -127,6 +127,8 @@ class Model:
         tokens = made.sequences[0, inputs["input_ids"].shape[1] :].tolist()
         shift = self.faults.get("shift", 0.0)
         logps = [torch.log_softmax(s[0], -1)[t].item() + shift for s, t in zip(made.scores, tokens, strict=True)]
+        if self.faults.get("short"):
+            tokens, logps = tokens[:1], logps[:1]
         finish = "stop" if tokens[-1] in ends else "length"
         message = {"role": "assistant", "content": tokenizer.decode(tokens, skip_special_tokens=True)}
         content = [{"token": tokenizer.decode(t), "logprob": p} for t, p in zip(tokens, logps, strict=True)]

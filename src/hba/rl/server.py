@@ -179,9 +179,14 @@ class ServerSampler:
             tokens, logps = choice.token_ids or (), choice.logps or ()
             if len(tokens) != len(logps) or len(tokens) > question.request.max_tokens:
                 raise _UnfitError(f"{len(tokens)} tokens with {len(logps)} log-probabilities", RESUME)
-            if choice.finish not in ("stop", "length") or (choice.finish == "stop") != (tokens[-1] in self._ends):
-                what = f"a response ended with {choice.finish!r} at token {tokens[-1]}"
-                raise _UnfitError(what, f"Responses end with one of the tokens {self._ends} or at the longest length.")
+            ended = tokens[-1] in self._ends
+            whole = ended if choice.finish == "stop" else len(tokens) == question.request.max_tokens
+            if choice.finish not in ("stop", "length") or not whole:
+                what = f"a response of {len(tokens)} tokens ended with {choice.finish!r} at token {tokens[-1]}"
+                fix = (
+                    f"It must go on to one of the tokens {self._ends} or to the longest length: raise --max-model-len."
+                )
+                raise _UnfitError(what, fix)
             if banned := set(tokens) & set(self._banned):
                 fix = "Use a server that obeys logit_bias, and a lower rollout.temperature."
                 raise _UnfitError(f"media tokens {sorted(banned)} in a response", fix)
@@ -216,11 +221,12 @@ def frame_rate(videos: Sequence[Video], sample: Sample) -> dict[str, float]:
 
     Raises InputError for videos of different spans: one number cannot say both.
     """
-    rates = {round(len(video.frames) / video.duration_seconds, 6) for video in videos}
+    exact = [len(video.frames) / video.duration_seconds for video in videos]
+    rates = {round(rate, 6) for rate in exact}
     if len(rates) > 1:
         fix = "Train on rows of one video, or with rollout.sampler=generate."
         raise InputError(f"videos of one prompt have {len(rates)} different frame rates", where=sample.where, fix=fix)
-    return {"fps": rates.pop()} if rates else {}
+    return {"fps": exact[0]} if exact else {}  # rounded, it would move positions by one
 
 
 def _client(config: ServerConfig) -> RemoteClient:

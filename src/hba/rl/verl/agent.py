@@ -42,11 +42,12 @@ def _frame_rate(request: dict[str, Any]) -> dict[str, float]:
 
     Raises InputError for videos of different spans: one number cannot say both.
     """
-    rates = {round(metadata["fps"], 6) for _, metadata in request.get("video_data") or ()}
+    exact = [float(metadata["fps"]) for _, metadata in request.get("video_data") or ()]
+    rates = {round(rate, 6) for rate in exact}
     if len(rates) > 1:
         fix = "Train on rows of one video, or with the local engine."
         raise InputError(f"videos of one prompt have {len(rates)} different frame rates", fix=fix)
-    return {"fps": rates.pop()} if rates else {}
+    return {"fps": exact[0]} if exact else {}  # rounded, it would move positions by one
 
 
 @register(AGENT)
