@@ -66,6 +66,14 @@ def test_rows_per_dataset_keep_the_shares_of_labels(mini_atlas):
     assert few.fingerprint != atlas.fingerprint
 
 
+def test_datasets_alone_are_predicted_and_a_mistyped_one_is_named(hba, mini_atlas, tmp_path):
+    command = ["predict", "random", "--atlas", mini_atlas, "--run", tmp_path]
+    assert hba(*command, "--datasets", "tess, mmsd")[0] == 0
+    assert {prediction.dataset for prediction in predictions(tmp_path).values()} == {"tess", "mmsd"}
+    code, _, err = hba(*command, "--datasets", "mmds")
+    assert code == 2 and "Did you mean 'mmsd'?" in err
+
+
 def test_a_pilot_is_not_taken_for_the_whole(hba, mini_atlas, tmp_path):
     command = ["predict", "random", "--atlas", mini_atlas, "--run", tmp_path]
     assert hba(*command, "--limit", 5)[0] == 0 and len(predictions(tmp_path)) == 5

@@ -9,6 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+import hba
 from hba.cli import app
 
 # Every command with its arguments and options, `!` behind what is required. A change here is a change for users.
@@ -28,7 +29,7 @@ COMMANDS = {
     "merge": "run! out! --dtype --backbone --onto --adapters-of --pooling --lora-alpha --json",
     "train lm": "overrides --config --run --allow-quarantined --json",
     "train rl": "overrides --config --algorithm --run --engine --dry-run --allow-quarantined --json",
-    "predict": "model! overrides --atlas! --split --backend --run --modalities --limit --per-dataset --shard"
+    "predict": "model! overrides --atlas! --split --backend --run --modalities --datasets --limit --per-dataset --shard"
     " --retry-failed --dry-run --allow-failed --allow-quarantined --json",
     "push": "run! repo! --license! --merge --private --json",
     "score": "run! --resamples --seed --by --cluster --atlas --json",
@@ -84,6 +85,11 @@ def test_every_option_says_what_it_does(name):
         command = command.commands[part]
     assert command.help
     assert [p.name for p in command.params if not p.help] == []
+
+
+def test_version_is_that_of_the_package():
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.stdout.strip()) == (0, f"hba {hba.__version__}")
 
 
 def test_help_imports_nothing_heavy():

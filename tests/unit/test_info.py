@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+from typer.testing import CliRunner
 
 from hba.atlas import open_atlas
 from hba.atlas.histogram import histogram
 from hba.atlas.info import atlas_info
+from hba.cli import app
 from hba.errors import InputError
 from hba.report.atlas_page import render_info
 
@@ -34,6 +36,11 @@ def write_atlas(folder: Path, seconds: dict[str, list[float]], **changes: Any) -
             rows.append(row | {"modality_signature": "text_audio", "audios": [name]} | changes)
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+def test_a_narrow_terminal_takes_bars_and_leaves_figures(mini_atlas: Path) -> None:
+    result = CliRunner().invoke(app, ["atlas", "info", str(mini_atlas)], env={"COLUMNS": "60"})
+    assert "text_video_audio" in result.stdout and "█" in result.stdout and "…" not in result.stdout
 
 
 def test_counts_are_those_of_the_rows(mini_atlas: Path) -> None:

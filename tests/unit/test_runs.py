@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,8 @@ def folder(path: Path, predictions: list[Prediction], fingerprint: str | None = 
     return path
 
 
-def hba(*arguments: Any) -> tuple[int, str, BaseException | None]:
-    result = CliRunner().invoke(app, [*map(str, arguments)], env={"COLUMNS": "100"})
+def hba(*arguments: Any, columns: int = 100) -> tuple[int, str, BaseException | None]:
+    result = CliRunner().invoke(app, [*map(str, arguments)], env={"COLUMNS": str(columns)})
     return result.exit_code, result.stdout, result.exception
 
 
@@ -130,6 +131,15 @@ def test_compare_on_the_command_line(tmp_path: Path) -> None:
     assert json.loads(out)["runs"] == ["a", "b"]
     assert "same answer" in hba("compare", "--seeds", a, b)[1]
     assert isinstance(hba("compare", a)[2], InputError)
+
+
+def test_no_figure_is_cut_on_a_narrow_terminal(tmp_path: Path) -> None:
+    a, b = judged(tmp_path / "a", [True] * 8), judged(tmp_path / "b", [False] * 8)
+    for left in (a, b):
+        (left / "judgements.jsonl").unlink()  # by exact match: the longest name of a task
+    wide, narrow = (hba("compare", a, b, columns=columns)[1] for columns in (200, 60))
+    assert "(exact match)" in wide and "(exact match)" not in narrow and "…" not in narrow
+    assert sorted(re.findall(r"[-+]?\d[\d./–-]*", narrow)) == sorted(re.findall(r"[-+]?\d[\d./–-]*", wide))
 
 
 def judged(path: Path, right: list[bool], judge: str = "gpt", url: str = "a") -> Path:

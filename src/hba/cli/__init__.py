@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import sys
+from typing import Annotated
 
 import typer
 
@@ -17,6 +18,7 @@ from hba.cli.evaluate import report_command, score_command
 from hba.cli.explore import explore_command
 from hba.cli.export import LMMS_EXAMPLE, export_app
 from hba.cli.judge import JUDGE_EXAMPLE, judge_command
+from hba.cli.options import say
 from hba.cli.predict import predict_command
 from hba.cli.release import MERGE_EXAMPLE, PUSH_EXAMPLE, merge_command, push_command
 from hba.cli.rl import RL_EXAMPLE, rl_command
@@ -37,6 +39,26 @@ app = typer.Typer(
     help="Open the Human Behavior Atlas, train OmniSapiens on it, evaluate any model, read the results.",
     epilog="Example: hba demo",
 )
+
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        import hba
+
+        say(f"hba {hba.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Options of `hba` itself."""
+
+
 app.command("demo", epilog="Example: hba demo --run runs/demo")(demo_command)
 app.add_typer(atlas_app, name="atlas", epilog="Example: hba atlas mini runs/mini")
 train_app.command("rl", epilog=RL_EXAMPLE)(rl_command)

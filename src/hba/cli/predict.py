@@ -29,6 +29,7 @@ def predict_command(
         str | None,
         typer.Option(help="Media that reach the model beside its text: audio, video or both; text for none."),
     ] = None,
+    datasets: Annotated[str | None, typer.Option(help="Dataset keys to predict alone, such as tess,mmsd.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Predict the first N rows only.")] = None,
     per_dataset: Annotated[int | None, typer.Option(min=1, help="At most N rows of each dataset.")] = None,
     shard: Annotated[str | None, typer.Option(help="Share i/N of the rows; launchers set it.")] = None,
@@ -48,8 +49,9 @@ def predict_command(
 
     settings = load_config(PredictConfig, None, overrides or [])
     folder = run or _run_folder(model)
-    channels = None if modalities is None else tuple(name.strip() for name in modalities.split(","))
-    selection = Selection(limit=limit, per_dataset=per_dataset, channels=channels)
+    selection = Selection(
+        limit=limit, per_dataset=per_dataset, channels=_names(modalities), datasets=_names(datasets)
+    )
     if dry_run:
         from hba.evaluate.estimate import estimate
 
@@ -73,6 +75,10 @@ def predict_command(
     answer(_record(summary, folder), as_json=json, show=lambda: _show(summary, folder))
     _finish_failed(summary, allow_failed)
     return finish(summary.quarantined, allow_quarantined)
+
+
+def _names(listed: str | None) -> tuple[str, ...] | None:
+    return None if listed is None else tuple(name.strip() for name in listed.split(","))
 
 
 def _record(summary: PredictSummary, folder: Path) -> dict[str, object]:

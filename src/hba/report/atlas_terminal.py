@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from rich.bar import Bar
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -87,7 +88,7 @@ def _counts_table(title: str, info: AtlasInfo, kind: str) -> Table:
     for split in info.splits:
         table.add_column(split.name, justify="right", no_wrap=True)
     table.add_column("rows", justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
+    table.add_column("", max_width=BAR_CELLS)  # alone may shrink: a narrow terminal takes bars, never figures
     totals = info.totals(kind)
     largest = max(totals.values(), default=1)
     for name, total in totals.items():
@@ -110,7 +111,7 @@ def _duration_tables(durations: Durations) -> Iterator[Table]:
     table = Table(title="Durations", title_justify="left")
     table.add_column("from", justify="right")
     table.add_column("rows", justify="right")
-    table.add_column("", no_wrap=True)
+    table.add_column("", max_width=BAR_CELLS)
     for edge, number in zip(shape.edges, shape.counts, strict=False):
         table.add_row(span(edge), count(number), _bar(number, max(shape.counts)))
     yield table
@@ -130,12 +131,8 @@ def _lengths_table(lengths: Mapping[str, Seconds], unknown: int) -> Table:
     return table
 
 
-def _bar(number: int, largest: int) -> Text:
-    cells = BAR_CELLS * number / (largest or 1)
-    eighths = "▏▎▍▌▋▊▉"
-    part = round(8 * (cells % 1))
-    end = "█" if part == 8 else eighths[part - 1] if part else ""
-    return Text("█" * int(cells) + end, style="blue")
+def _bar(number: int, largest: int) -> Bar:
+    return Bar(largest or 1, 0, number, color="blue")
 
 
 def _plain(text: str) -> str:

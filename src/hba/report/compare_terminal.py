@@ -59,7 +59,7 @@ def variance_table(found: Variance) -> Table:
 
 
 def _table(title: str) -> Table:
-    return Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    return Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
 
 
 def _name(key: str, metric: str) -> str:
