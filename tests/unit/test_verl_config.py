@@ -52,7 +52,6 @@ def test_what_the_actor_is_told(overrides, key, value):
 @pytest.mark.parametrize(
     "overrides, where",
     [
-        (["algorithm=dapo"], "algorithm=dapo"),
         (["loss.average=group"], "loss.average"),
         (["loss.updates=5"], "loss.updates"),
         (["train.batch_size=33"], "train.batch_size"),
@@ -63,6 +62,15 @@ def test_what_verl_cannot_do_is_refused_by_name(overrides, where):
     with pytest.raises(ConfigError) as error:
         keys(*overrides)
     assert error.value.where == where
+
+
+def test_dapo_samples_on_through_verls_filter_of_groups():
+    found = keys("algorithm=dapo")
+    assert found["algorithm.filter_groups.enable"] and found["algorithm.filter_groups.metric"] == "reward"
+    assert found["data.gen_batch_size"] == 1
+    assert found["actor_rollout_ref.actor.clip_ratio_high"] == 0.28
+    without = keys("algorithm=grpo")
+    assert not without["algorithm.filter_groups.enable"] and without["data.gen_batch_size"] is None
 
 
 def test_lora_is_that_of_the_language_model():

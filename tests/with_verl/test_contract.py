@@ -8,10 +8,14 @@ import pytest
 verl = pytest.importorskip("verl", reason="verl is not installed: make test-verl", exc_type=ImportError)
 hydra = pytest.importorskip("hydra")
 
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 
 from hba import yaml_core  # noqa: E402
 from hba.config import load_config, to_yaml  # noqa: E402
+from hba.rl.advantages import build_advantage  # noqa: E402
+from hba.rl.algorithms import ALGORITHMS  # noqa: E402
 from hba.rl.config import RlConfig  # noqa: E402
 from hba.rl.verl.config import AGENT, ESTIMATOR, TRAINER_MODE, Place, nested, translate  # noqa: E402
 
@@ -86,7 +90,13 @@ def test_what_is_loaded_by_path(translated):
     assert resolve_reward_manager_cls(config).__name__ == ScorerRewardManager.__name__
 
 
-@pytest.mark.parametrize("name", ["_init_dataloader", "_compute_advantage", "_save_checkpoint", "_load_checkpoint"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("_init_dataloader", "_compute_advantage", "_update_actor", "_save_checkpoint", "_load_checkpoint"),
+        *("prepare_step", "_add_prompts_to_generate", "_val_metrics_update"),
+    ],
+)
 def test_the_steps_of_the_trainer_that_we_extend(name):
     from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
@@ -104,6 +114,63 @@ def test_the_estimator_is_called_with_rewards_mask_and_group():
     source = inspect.getsource(compute_advantage)
     for name in ("token_level_rewards", "response_mask", "index"):
         assert f'"{name}"' in source
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_every_algorithms_advantages_are_the_local_engines_through_verls_registry(name, monkeypatch):
+    from verl.protocol import DataProto
+    from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, register_adv_est
+    from verl.trainer.ppo.ray_trainer import compute_advantage
+
+    from hba.rl.verl.trainer import OmniTrainer
+
+    random = np.random.default_rng(3)
+    trainer, expected = OmniTrainer.__new__(OmniTrainer), build_advantage(ALGORITHMS[name].advantage)
+    trainer.advantage = build_advantage(ALGORITHMS[name].advantage)
+    monkeypatch.delitem(ADV_ESTIMATOR_REGISTRY, ESTIMATOR, raising=False)  # one trainer a process
+    register_adv_est(ESTIMATOR)(trainer._estimate)
+    for _ in range(3):  # harpo and ema_grpo remember
+        rewards = random.integers(0, 3, 12) / 2
+        groups, tasks = [str(i // 4) for i in range(12)], ["emotion_cls"] * 8 + ["siq2_qa"] * 4
+        mask, scores = torch.ones(14, 5), torch.zeros(14, 5)
+        mask[::3, 3:], scores[:12, 2] = 0, torch.as_tensor(rewards, dtype=torch.float32)
+        trainer._tasks = [*tasks, None, None]  # two rows that fill the batch
+        batch = DataProto.from_dict(
+            {"token_level_rewards": scores, "response_mask": mask}, {"uid": np.array([*groups, "x", "x"], object)}
+        )
+        found = compute_advantage(batch, adv_estimator=ESTIMATOR, config=OmegaConf.create({})).batch["advantages"]
+        wanted = np.append(expected(rewards, groups, tasks), [0, 0])
+        np.testing.assert_allclose(found, wanted[:, None] * mask.numpy(), atol=1e-6)
+
+
+def test_groups_without_signal_are_replaced_up_to_the_limit():
+    from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+    from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+
+    from hba.errors import HbaError
+    from hba.rl.verl.trainer import OmniTrainer
+
+    assert "refill_fn=self._add_prompts_to_generate" in inspect.getsource(PPOTrainer._build_replay_buffer)
+    assert "self.refill_fn(dispatch_count)" in inspect.getsource(ReplayBuffer.sample)
+    trainer = OmniTrainer.__new__(OmniTrainer)
+    trainer.settings = load_config(
+        RlConfig, None, ["atlas=DATA", "algorithm=dapo", "max_extra_batches=2", "train.batch_size=4"]
+    )
+    trainer.global_steps, trainer._refilled = 7, 6
+    with pytest.raises(HbaError, match="step 7 is not full after 8 prompts more"):
+        trainer._add_prompts_to_generate(3)
+
+
+def test_evaluations_and_agents_are_called_as_ours_answer():
+    from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
+    from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopWorkerTQ
+    from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+
+    validate = inspect.getsource(PPOTrainer._validate)
+    assert 'extra_field.get("reward_extra_info", {})' in validate and "return self._val_metrics_update(" in validate
+    assert list(inspect.signature(SingleTurnAgentLoop.run).parameters)[:3] == ["self", "sampling_params", "priority"]
+    failed = inspect.getsource(AgentLoopWorkerTQ._run_prompt)
+    assert 'status = "failure"' in failed, "a prompt whose media cannot be read no longer leaves the rest alone"
 
 
 def test_processors_and_positions_are_asked_for_as_ours_answers():

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hba.cli.options import AllowQuarantined, ConfigOption, JsonFlag, Overrides, answer, recipe_path, say, trained
+from hba.cli.options import (
+    AllowQuarantined,
+    ConfigOption,
+    JsonFlag,
+    Overrides,
+    answer,
+    finish,
+    recipe_path,
+    say,
+    trained,
+)
 
 if TYPE_CHECKING:
     from hba.rl.config import RlConfig
@@ -48,7 +58,7 @@ def rl_command(
     if dry_run:
         _show_verl(settings, run, as_json=json)
     elif engine is Engine.verl:
-        _on_verl(settings, run, as_json=json)
+        _on_verl(settings, run, allow_quarantined, as_json=json)
     else:
         _here(settings, run, allow_quarantined, as_json=json)
 
@@ -73,7 +83,7 @@ def _show_verl(settings: RlConfig, run: Path, *, as_json: bool) -> None:
     answer(keys, as_json=as_json, show=lambda: typer.echo(yaml_core.dump(nested(keys)), nl=False))
 
 
-def _on_verl(settings: RlConfig, run: Path, *, as_json: bool) -> None:
+def _on_verl(settings: RlConfig, run: Path, allow_quarantined: int, *, as_json: bool) -> None:
     from hba.cli.progress import counted
     from hba.rl.verl.launch import train_on_verl
     from hba.train.start import training_run
@@ -84,5 +94,8 @@ def _on_verl(settings: RlConfig, run: Path, *, as_json: bool) -> None:
         counted("steps on verl") as told,
     ):
         steps = train_on_verl(settings, folder, told)
+        quarantined = folder.quarantine.records()
     then = f"hba merge {run} MODEL makes the model"
-    answer({"run": str(run), "step": steps}, as_json=as_json, show=lambda: say(f"Trained {steps} steps: {then}."))
+    result = {"run": str(run), "step": steps, "quarantined": len(quarantined)}
+    answer(result, as_json=as_json, show=lambda: say(f"Trained {steps} steps: {then}."))
+    finish(quarantined, allow_quarantined)

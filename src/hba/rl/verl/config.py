@@ -1,9 +1,9 @@
 """An RL run as verl's own config: every key that we set, and nothing that we do not.
 
 `translate` is a pure function of the run, so that `--dry-run` can show all of it. What verl cannot do as the local
-engine does is refused with a ConfigError that names the key, never approximated: `dapo`'s sampling on, the average by
-group. Three things differ and are said in docs/scale.md: verl decays all parameters alike, its learning rate moves by
-its own formula between the same points, and a batch that is not full is left out.
+engine does is refused with a ConfigError that names the key, never approximated. What differs is said in docs/scale.md:
+verl decays all parameters alike, its learning rate moves by its own formula between the same points, a batch that is
+not full is left out, and dynamic sampling drops the groups without signal.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def translate(config: RlConfig, place: Place) -> dict[str, Any]:
     """verl's keys, dotted, with their values. Raises ConfigError for what verl cannot do as asked."""
     algorithm = _algorithm(config)
     return {
-        **_data(config, place),
+        **_data(config, place, algorithm),
         **_model(config, place),
         **_actor(config, algorithm),
         **_rollout(config),
@@ -81,9 +81,6 @@ def _algorithm(config: RlConfig) -> Algorithm:
     from hba.rl.algorithms import ALGORITHMS
 
     algorithm = config.loss.resolved(ALGORITHMS[config.algorithm])
-    if algorithm.dynamic_sampling:
-        fix = "Use algorithm=grpo with loss.clip_high=0.28 and loss.average=token, or the local engine."
-        raise ConfigError("dynamic sampling is not translated for verl", where=f"algorithm={config.algorithm}", fix=fix)
     if algorithm.average not in AVERAGES:
         fix = f"Use one of {', '.join(AVERAGES)}, or the local engine."
         raise ConfigError("verl has no average by group", where="loss.average", fix=fix)
@@ -96,8 +93,11 @@ def _algorithm(config: RlConfig) -> Algorithm:
     return algorithm
 
 
-def _data(config: RlConfig, place: Place) -> dict[str, Any]:
+def _data(config: RlConfig, place: Place, algorithm: Algorithm) -> dict[str, Any]:
     return {
+        "data.gen_batch_size": 1 if algorithm.dynamic_sampling else None,  # prompts in place of groups without signal
+        "algorithm.filter_groups.enable": algorithm.dynamic_sampling,
+        "algorithm.filter_groups.metric": "reward",
         "data.train_files": TRAINING,  # which of the run's two sets of rows; the data set opens it
         "data.val_files": VALIDATION,
         "data.hba_run": str(place.run),  # a key of ours: where the plug-ins find the run's config.yaml

@@ -1,14 +1,16 @@
 """verl's `data.custom_cls`: the rows of a run as prompts, and their media when a prompt is about to be sampled.
 
-Nothing is decoded here; a row is a few hundred bytes of text. The order of the prompts is `PlanSampler`'s.
+A row is a few hundred bytes of text; media are decoded when its prompt is built, and a sample whose media cannot be
+read is named in the run's quarantine.jsonl. The order of the prompts is `PlanSampler`'s.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,15 +21,17 @@ from hba.atlas import Atlas
 from hba.atlas.batch import Media
 from hba.atlas.media import Video
 from hba.atlas.sampler import Indices
-from hba.errors import ConfigError
+from hba.errors import ConfigError, MediaError
+from hba.quarantine import QuarantineLog
 from hba.rl.config import RlConfig
-from hba.rl.verl.config import AGENT
+from hba.rl.evaluation_log import WAYS
+from hba.rl.verl.config import AGENT, VALIDATION
 from hba.rl.verl.rows import Reference, media_of, messages, referred, run_config, run_rows
 from hba.train.plan import training_plan
 
 
 class AtlasDataset(Dataset[dict[str, Any]]):
-    """Rows of any atlas store. `data_files` is the role: training or validation."""
+    """Rows of any atlas store. `data_files` is the role: training, or validation, where each row stands once a way."""
 
     def __init__(
         self, data_files: Any, tokenizer: Any, config: Any, processor: Any = None, max_samples: int = -1
@@ -39,20 +43,26 @@ class AtlasDataset(Dataset[dict[str, Any]]):
         self.atlas = atlas if max_samples < 0 else atlas[:max_samples]
 
     def __len__(self) -> int:
-        return len(self.atlas)
+        return len(self.atlas) * len(self._ways)
+
+    @property
+    def _ways(self) -> Sequence[str]:
+        return WAYS if self.role == VALIDATION else WAYS[:1]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The columns of a prompt; verl's own names, then ours, which reach the rewards and the advantages."""
-        sample = self.atlas[int(index)]
+        """The columns of a prompt; verl's own names, then ours, which reach sampling, rewards and advantages."""
+        row, way = divmod(int(index), len(self._ways))
+        sample = self.atlas[row]
         return {
-            "raw_prompt": messages(sample, self.config, Reference(self.role, int(index))),
+            "raw_prompt": messages(sample, self.config, Reference(self.role, row)),
             "data_source": sample.dataset,
             "reward_model": {"style": "rule", "ground_truth": sample.target},
-            "extra_info": {"index": int(index)},
-            "index": int(index),
+            "extra_info": {"index": row},
+            "index": row,
             "agent_name": AGENT,
             "dummy_tensor": torch.zeros(1, dtype=torch.uint8),  # verl's batches need one tensor
             "role": self.role,
+            "way": self._ways[way],
             "sample_id": sample.id,
             "task": sample.task,
             "dataset": sample.dataset,
@@ -62,11 +72,20 @@ class AtlasDataset(Dataset[dict[str, Any]]):
     async def process_multi_modal_info(
         cls, messages: list[dict[str, Any]], image_patch_size: int, config: Any
     ) -> tuple[Any, Any, Any]:
-        """Images, videos and sounds that the messages refer to, decoded in a thread. Raises MediaError."""
+        """Images, videos and sounds that the messages refer to, decoded in a thread.
+
+        Raises MediaError for what cannot be read, when the run's quarantine has its sample.
+        """
         reference = referred(messages)
         if reference is None:
             return None, None, None
-        found: Media = await asyncio.get_running_loop().run_in_executor(None, media_of, config.hba_run, reference)
+        run = str(config.hba_run)
+        try:
+            found: Media = await asyncio.get_running_loop().run_in_executor(None, media_of, run, reference)
+        except MediaError as error:
+            with QuarantineLog(Path(run)) as quarantine:  # opened anew: other processes write to it
+                quarantine.add(run_rows(run, reference.role)[reference.row].quarantined(error))
+            raise
         return found.images or None, [_clip(video) for video in found.videos] or None, found.audios or None
 
 

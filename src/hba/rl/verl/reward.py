@@ -14,6 +14,8 @@ from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 from hba.atlas.sample import Sample
 from hba.errors import HbaError
 from hba.rl.scoring import Scorer
+from hba.rl.verl.config import VALIDATION
+from hba.rl.verl.evaluation import verdict
 from hba.rl.verl.rows import run_config, run_rows
 
 GATHER_SECONDS = 0.02
@@ -35,7 +37,8 @@ class ScorerRewardManager(RewardManagerBase):  # type: ignore[misc]
         super().__init__(config, tokenizer, compute_score)
         self._run = str(config.data.hba_run)
         settings = run_config(self._run)
-        self._scorer = Scorer(settings.reward, run_rows(self._run, "training").taxonomy)
+        self._taxonomy = run_rows(self._run, "training").taxonomy
+        self._scorer = Scorer(settings.reward, self._taxonomy)
         self._asked: list[_Asked] = []
 
     async def run_single(self, data: Any) -> dict[str, Any]:
@@ -44,19 +47,19 @@ class ScorerRewardManager(RewardManagerBase):  # type: ignore[misc]
         ids_L, mask_T = row.batch["responses"], row.batch["attention_mask"]
         tokens = int(mask_T[-len(ids_L) :].sum())
         loop = asyncio.get_running_loop()
-        asked = _Asked(
-            self.tokenizer.decode(ids_L[:tokens], skip_special_tokens=True),
-            run_rows(self._run, str(row.non_tensor_batch["role"]))[int(row.non_tensor_batch["index"])],
-            tokens,
-            loop.create_future(),
-        )
+        text = self.tokenizer.decode(ids_L[:tokens], skip_special_tokens=True)
+        role, number = str(row.non_tensor_batch["role"]), int(row.non_tensor_batch["index"])
+        sample = run_rows(self._run, role)[number]
+        asked = _Asked(text, sample, tokens, loop.create_future())
         self._asked.append(asked)
         if len(self._asked) >= MOST_AT_ONCE:
             self._score()
         elif len(self._asked) == 1:
             loop.call_later(GATHER_SECONDS, self._score)
-        parts = await asked.answer
-        return {"reward_score": parts["score"], "reward_extra_info": {**parts, "tokens": float(tokens)}}
+        parts = {**await asked.answer, "tokens": float(tokens)}
+        if role == VALIDATION:
+            parts |= verdict(sample, text, number, str(row.non_tensor_batch["way"]), self._taxonomy)
+        return {"reward_score": parts["score"], "reward_extra_info": parts}
 
     def _score(self) -> None:
         asked, self._asked = self._asked, []
