@@ -2,6 +2,8 @@
 
 import asyncio
 import itertools
+import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,15 +14,16 @@ from transformers import AutoConfig
 from hba.atlas.answer_format import FormatMix
 from hba.atlas.chat_encoder import encoder_for
 from hba.config import load_config, to_yaml
-from hba.errors import ConfigError, InputError
+from hba.errors import ConfigError, InputError, MediaError
 from hba.model import chat
 from hba.model.generate import media_token_ids
 from hba.rl.config import RlConfig
 from hba.rl.prompts import PromptFeed
 from hba.rl.rollout import probabilities, with_responses
-from hba.rl.rows import training_rows
+from hba.rl.rows import training_rows, validation_rows
 from hba.rl.verl.config import AGENT
 from hba.rl.verl.dataset import AtlasDataset, PlanSampler
+from hba.rl.verl.evaluation import records, verdict
 from hba.rl.verl.launch import _release, place_of
 from hba.rl.verl.processor import OmniProcessor
 from hba.rl.verl.rows import Reference
@@ -85,6 +88,45 @@ def test_rows_hold_references_and_what_rewards_and_advantages_need(run):
 def test_nothing_else_is_a_reference(text):
     with pytest.raises(InputError, match="not a reference"):
         Reference.parse(text)
+
+
+def test_what_cannot_be_read_is_named_once_in_the_runs_quarantine(run, tmp_path, mini_atlas):
+    atlas = tmp_path / "atlas"
+    shutil.copytree(mini_atlas, atlas)
+    lines = [json.loads(line) for line in (atlas / "train.jsonl").read_text().splitlines()]
+    number = next(i for i, line in enumerate(lines) if line["audios"] and not line["videos"])
+    (medium,) = lines[number]["audios"]
+    (atlas / medium).write_bytes(b"RIFF")
+    (tmp_path / "config.yaml").write_text(to_yaml(load_config(RlConfig, run.path / "config.yaml", [f"atlas={atlas}"])))
+    config = SimpleNamespace(hba_run=str(tmp_path))
+    messages = AtlasDataset("training", None, config)[number]["raw_prompt"]
+    for _ in range(3):  # the rollouts of a prompt
+        with pytest.raises(MediaError):
+            asyncio.run(AtlasDataset.process_multi_modal_info(messages, 14, config))
+    (record,) = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    assert (record["id"], record["split"], record["field"]) == (f"train/{number + 1}", "train", "audios")
+
+
+def test_an_evaluation_has_both_responses_to_each_row_in_the_local_engines_form(run):
+    validation = AtlasDataset("validation", None, run.data_config)
+    rows = validation_rows(run.config)
+    asked = [validation[i] for i in range(len(validation))]
+    assert [(row["index"], row["way"]) for row in asked] == list(itertools.product(range(6), ("sampled", "greedy")))
+    assert {run.dataset[i]["way"] for i in range(len(run.dataset))} == {"sampled"}
+    answered = []
+    for row in asked:  # right where it is greedy
+        sample = rows[row["index"]]
+        text = f"<think>So.</think> \\boxed{{{sample.target}}}" if row["way"] == "greedy" else "no"
+        parts = {"score": float(len(text)), "tokens": 3.0}
+        answered.append({**parts, **verdict(sample, text, row["index"], row["way"], rows.taxonomy)})
+    lost = answered.pop(4)  # the sampled response to the third row
+    columns = {name: [each[name] for each in answered] for name in lost} | {"reward": [0.0] * len(answered)}
+    found = records(rows, columns)
+    assert [record["number"] for record in found] == sorted(rows[i].number for i in range(6) if i != 2)
+    for record in found:
+        assert record.keys() == {"id", "task", "dataset", "number", "sampled", "greedy"}
+        assert record["sampled"].keys() == {"score", "tokens", "right", "format"}
+        assert (record["greedy"]["right"], record["greedy"]["format"], record["sampled"]["format"]) == (1, 1, 0)
 
 
 def test_prompts_and_features_are_the_local_engines(run):
