@@ -14,7 +14,8 @@ PLACE = Place(Path("/runs/rl"), "Qwen/Qwen2.5-Omni-7B", 120)
 
 
 def keys(*overrides):
-    return translate(load_config(RlConfig, None, ["atlas=DATA", "train.batch_size=32", *overrides]), PLACE)
+    given = ["atlas=DATA", "train.batch_size=32", "model.strategy=full", *overrides]
+    return translate(load_config(RlConfig, None, given), PLACE)
 
 
 def test_a_published_run_on_one_machine():
@@ -52,6 +53,7 @@ def test_what_the_actor_is_told(overrides, key, value):
 @pytest.mark.parametrize(
     "overrides, where",
     [
+        (["model.strategy=lora"], "model.strategy"),
         (["loss.average=group"], "loss.average"),
         (["loss.updates=5"], "loss.updates"),
         (["train.batch_size=33"], "train.batch_size"),
@@ -73,13 +75,6 @@ def test_dapo_samples_on_through_verls_filter_of_groups():
     assert not without["algorithm.filter_groups.enable"] and without["data.gen_batch_size"] is None
 
 
-def test_lora_is_that_of_the_language_model():
-    found = keys("model.strategy=lora")
-    assert found["actor_rollout_ref.model.lora_rank"] == 32
-    assert found["actor_rollout_ref.model.target_modules"].startswith(r"thinker\.model\.layers")
-    assert "actor_rollout_ref.model.lora_rank" not in keys("model.strategy=full")
-
-
 def test_the_users_modules_come_before_the_plugin():
     found = keys("verl.modules=[mine]")["ray_kwargs.ray_init.runtime_env.env_vars"]
     assert found == {"VERL_USE_EXTERNAL_MODULES": "mine,hba.rl.verl.plugin"}
@@ -94,6 +89,7 @@ def test_a_dry_run_shows_every_key_and_makes_nothing(hba, tmp_path, mini_atlas, 
     small = [
         f"atlas={mini_atlas}",
         f"model.name={backbone}",
+        "model.strategy=full",
         "train.batch_size=4",
         "train.epochs=1",
         "verl.gpus_per_node=1",

@@ -25,8 +25,6 @@ TRAINING, VALIDATION = "training", "validation"
 PLUGIN = "hba.rl.verl.plugin"
 AVERAGES = {"token": "token-mean", "sequence": "seq-mean-token-mean", "constant": "seq-mean-token-sum-norm"}
 KL_KINDS = {"k1": "kl", "k2": "mse", "k3": "low_var_kl"}
-# LoRA on the language model alone; the towers have layers of the same names (model/omni.py).
-LORA_TARGETS = r"thinker\.model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 
 
 class Place(NamedTuple):
@@ -81,6 +79,10 @@ def _algorithm(config: RlConfig) -> Algorithm:
     from hba.rl.algorithms import ALGORITHMS
 
     algorithm = config.loss.resolved(ALGORITHMS[config.algorithm])
+    if config.model.strategy != "full":
+        # Tried: verl writes the adapters unmerged, and actor and sampler differed by 8e-4 in log-probabilities.
+        fix = "Use model.strategy=full, or the local engine."
+        raise ConfigError("only the whole language model trains on verl", where="model.strategy", fix=fix)
     if algorithm.average not in AVERAGES:
         fix = f"Use one of {', '.join(AVERAGES)}, or the local engine."
         raise ConfigError("verl has no average by group", where="loss.average", fix=fix)
@@ -116,19 +118,13 @@ def _data(config: RlConfig, place: Place, algorithm: Algorithm) -> dict[str, Any
 
 def _model(config: RlConfig, place: Place) -> dict[str, Any]:
     at = "actor_rollout_ref.model"
-    lora = {
-        f"{at}.lora_rank": config.model.lora_r,
-        f"{at}.lora_alpha": config.model.lora_alpha,
-        f"{at}.target_modules": LORA_TARGETS,
-    }
-    frozen = config.model.strategy == "full" and config.freeze_towers
+    own = {"attn_implementation": config.model.attention, "hba_language_layers_alone": config.freeze_towers}
     return {
         f"{at}._target_": "hba.rl.verl.model.OmniModelConfig",
         f"{at}.path": place.model,
-        f"{at}.override_config": {"attn_implementation": config.model.attention, "hba_language_layers_alone": frozen},
+        f"{at}.override_config": own,
         f"{at}.use_remove_padding": config.model.attention == "flash_attention_2",
         f"{at}.enable_gradient_checkpointing": config.train.activation_checkpointing,
-        **(lora if config.model.strategy == "lora" else {}),
     }
 
 

@@ -29,13 +29,10 @@ def is_verl_run(path: Path) -> bool:
 def merge_verl_run(run: Path, out: Path, *, dtype: torch.dtype) -> int:
     """Write the model into the new folder `out`; gives the step that it is from.
 
-    Raises InputError when no checkpoint is whole, `out` is taken, or the run trained LoRA, which verl keeps apart.
+    Raises InputError when no checkpoint is whole or `out` is taken.
     """
     require_free(out)
     config, step = run_config(str(run)), latest_step(run / FOLDER)
-    if config.model.strategy == "lora":
-        fix = "Use verl's own `python -m verl.model_merger`."
-        raise InputError("LoRA of verl is not folded in here", where=str(run), fix=fix)
     weights = run / FOLDER / "checkpoints" / f"global_step_{step}" / "actor" / "huggingface"
     if not step or not list(weights.glob("*.safetensors")):
         raise InputError("no whole checkpoint", where=str(run / FOLDER), fix="Run the command of the run again.")
