@@ -40,7 +40,7 @@ browser:
 test: $(STAMP) browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
-# verl and Ray contradict pins of ours and are 2 GB: an environment of their own, and no part of `make test`.
+# verl and Ray contradict pins of ours and are 7 GB: an environment of their own, and no part of `make test`.
 VERL := .venv-verl/.installed
 
 $(VERL): pyproject.toml constraints-verl-cpu.txt
