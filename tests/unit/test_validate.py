@@ -20,13 +20,14 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from typer.testing import CliRunner
 
 from hba.atlas import open_atlas
 from hba.atlas.convert import convert_to_parquet
 from hba.atlas.findings import CODES, LEVELS
 from hba.atlas.probe import probe
 from hba.atlas.validate import Validation, validate_atlas
-from hba.cli import main
+from hba.cli import app, main
 from hba.errors import InputError, MediaError
 from hba.report.atlas_page import render_validation
 
@@ -444,3 +445,10 @@ def test_shards_give_the_same_findings(mini_atlas: Path, tmp_path: Path) -> None
     assert said(shards) == expected
     shutil.rmtree(shards / "index")
     assert said(shards) == expected
+
+
+def test_the_terminal_shows_the_code_of_a_finding_and_how_to_mend_it(tmp_path: Path) -> None:
+    write_rows(tmp_path, {"train": [text_row(answer="humuor")]})
+    result = CliRunner().invoke(app, ["atlas", "validate", str(tmp_path)], env={"COLUMNS": "200"})
+    assert result.exit_code == 1
+    assert "row-label" in result.stdout and "Did you mean 'humour'?" in result.stdout

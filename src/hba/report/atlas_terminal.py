@@ -58,7 +58,9 @@ def _findings_table(result: Validation) -> Table:
             table.add_row(Text(finding.level, style=STYLES[finding.level]), Text(_plain(finding.where)), what)
         if len(findings) > MAX_PER_CODE:
             left = len(findings) - MAX_PER_CODE
-            table.add_row("", "", Text(f"and {left:,} more of {code}", style="dim"))
+            table.add_row("", "", Text(f"and {left:,} more", style="dim"))
+        fixes = dict.fromkeys(finding.fix for finding in findings[:MAX_PER_CODE])
+        table.add_row("", Text(code, style="dim"), Text(_plain("Fix: " + " ".join(fixes)), style="dim"))
         table.add_section()
     return table
 
