@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -78,6 +79,16 @@ def local_batch(prompts, rows, encoded):
     from hba.rl.rollout import with_responses
 
     return with_responses(prompts, rows, encoded.pad)
+
+
+def test_sounds_with_as_many_frames_as_the_prompts_have_tokens_stay_as_they_are(encoded):
+    sounds = next(s for s in encoded.samples if "feature_attention_mask" in batch_of(encoded, [s]).inputs)
+    prompts = batch_of(encoded, [sounds, sounds])
+    frames_AM = torch.ones_like(prompts.inputs["input_ids"])
+    same = replace(prompts, inputs={**prompts.inputs, "feature_attention_mask": frames_AM})
+    batch = local_batch(same, [torch.tensor([5, 6]), torch.tensor([5])], encoded)
+    assert torch.equal(batch.inputs["feature_attention_mask"], frames_AM)
+    assert batch.inputs["input_ids"].shape[1] == frames_AM.shape[1] + 2
 
 
 def drawn(policy, batch, max_new_tokens, temperature):

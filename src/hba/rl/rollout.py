@@ -62,7 +62,7 @@ def with_responses(prompts: Batch, responses: Sequence[Tensor], pad_token_id: in
     mask_BL = padded([torch.ones(len(ids)) for ids in responses], 0.0).to(ids_BP)
     inputs = dict(prompts.inputs)
     for name, value in prompts.inputs.items():
-        if value.shape == ids_BP.shape and name != "attention_mask":  # kinds of tokens, 0 for text
+        if name.endswith("token_type_ids"):  # 0 for text
             inputs[name] = torch.cat([value, torch.zeros_like(response_BL)], 1)
     inputs["input_ids"] = torch.cat([ids_BP, response_BL], 1)
     inputs["attention_mask"] = torch.cat([prompts.inputs["attention_mask"], mask_BL], 1)
