@@ -5,7 +5,7 @@
 Rows hold random bytes of 0.5 to 4.5 MB in the place of clips, in shards of about 500 MB as published. A layout is
 written, measured in a process of its own and removed again. A read takes all bytes of its row. Cold: every file is
 dropped from the page cache before each of the five runs; `read` is what came from the disk for a row, by its own size.
-Warm: the same rows again. Sample: the row as one item of the data set, ready to decode, warm; only the atlas gives it
+Warm: the same rows again. Sample: the row as one item of the dataset, ready to decode, warm; only the atlas gives it
 without the bytes. The index checks what it reads (CRC-32), the others do not. Memory is the peak above that of the
 start, mapped pages of files included. Lance and `datasets` are measured with PYTHON, where they can be imported.
 """

@@ -4,7 +4,7 @@
 
 Prints lines of JSON with ratios of CPU seconds of one process, both sides in the same run. DEMO is a folder of
 `hba demo`, of which atlas, tiny and sft are read; without it a mini-atlas of size small and a stage-1 run of one step
-are made. BAM: 4 epochs over three data sets, with the backbone in every step, with the cache filled first, and with a
+are made. BAM: 4 epochs over three datasets, with the backbone in every step, with the cache filled first, and with a
 cache that stands; QA: 5 epochs. The backbone in every step is measured twice: with media decoded in every epoch, as it
 is where memory holds a small part of the samples, and with all of them kept in memory, encoded. Losses of all sides
 have to be equal to 1e-5, or the benchmark fails.

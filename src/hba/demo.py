@@ -111,13 +111,13 @@ def run_demo(folder: Path, *, size: str, seed: int, overrides: Sequence[str] = (
     compared = timed("compare", lambda: stages([compare_runs(before, after, seed=seed) for before, after in pairs]))
     write_stages(compared, runs["bam"])
     report = timed("report", lambda: [write_report(run, atlas_root=atlas) for run in runs.values()])[-1]
-    learnt = run_rl(folder, settings.speak, settings.rl, seed, timed)
-    all_runs = [*runs.values(), folder / "speak", *(folder / f"rl-{name}" for name in learnt)]
+    learned = run_rl(folder, settings.speak, settings.rl, seed, timed)
+    all_runs = [*runs.values(), folder / "speak", *(folder / f"rl-{name}" for name in learned)]
     left_out = {record["id"]: record for run in all_runs for record in QuarantineLog(run).records()}
     return DemoResult(
         metrics=metrics,
         stages=compared,
-        rl=learnt,
+        rl=learned,
         report=report,
         quarantined=list(left_out.values()),
         seconds=seconds,

@@ -1,4 +1,4 @@
-"""A Hugging Face hub on the loopback: the requests that huggingface_hub makes for data sets, with scripted faults.
+"""A Hugging Face hub on the loopback: the requests that huggingface_hub makes for datasets, with scripted faults.
 
 Small files are served in place, archives and shards from another host, as the hub does. Every request is recorded.
 """
@@ -33,7 +33,7 @@ class Fault:
 
 @dataclass
 class Repository:
-    """Files of a data set by name, at one commit."""
+    """Files of a dataset by name, at one commit."""
 
     files: dict[str, Path]
     commit: str

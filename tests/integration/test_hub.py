@@ -218,7 +218,7 @@ def test_info_fetches_rows_and_no_media(hub, releases, mini_atlas, form):
     assert atlas_info(f"{REPO}@main", splits=["test[:4]"]).splits[0].rows == 4
 
 
-def test_validate_and_durations_of_a_data_set(hub, releases, mini_atlas, tmp_path):
+def test_validate_and_durations_of_a_dataset(hub, releases, mini_atlas, tmp_path):
     serve(hub, releases, "tar")
     result = validate_atlas(REPO, splits=["validation"], quick=True, out=tmp_path)
     here = validate_atlas(mini_atlas, splits=["validation"], quick=True)
@@ -231,7 +231,7 @@ def test_validate_and_durations_of_a_data_set(hub, releases, mini_atlas, tmp_pat
     assert {k: v.tolist() for k, v in lasting.datasets.items()} == {k: v.tolist() for k, v in wanted.datasets.items()}
 
 
-def test_info_of_a_data_set_from_the_command_line(hub, releases):
+def test_info_of_a_dataset_from_the_command_line(hub, releases):
     serve(hub, releases, "jsonl")
     done = CliRunner().invoke(app, ["atlas", "info", REPO, "--split", "test", "--json"])
     assert done.exit_code == 0, done.output

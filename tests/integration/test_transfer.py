@@ -126,7 +126,7 @@ def test_the_protocol_names_what_the_atlas_lacks_and_refuses_what_it_cannot_hold
 
 
 def test_a_task_that_shall_be_unseen_takes_its_other_datasets_along(tmp_path, mini_atlas):
-    """MUStARD is no data set of the atlas; one's own rows of it leave all of sarcasm out of the pretraining."""
+    """MUStARD is no dataset of the atlas; one's own rows of it leave all of sarcasm out of the pretraining."""
     atlas = tmp_path / "atlas"
     shutil.copytree(mini_atlas, atlas)
     added = {

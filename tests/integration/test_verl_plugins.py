@@ -38,7 +38,7 @@ SETTINGS = [
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, mini_atlas, backbone):
-    """A run folder as `hba train rl --engine verl` begins one, its config, data set and processor."""
+    """A run folder as `hba train rl --engine verl` begins one, its config, dataset and processor."""
     path = tmp_path_factory.mktemp("verl")
     config = load_config(RlConfig, None, [f"atlas={mini_atlas}", f"model.name={backbone}", *SETTINGS])
     (path / "config.yaml").write_text(to_yaml(config))
@@ -57,7 +57,7 @@ def run(tmp_path_factory, mini_atlas, backbone):
 
 
 def as_verl_calls(run, row):
-    """What verl's prompt builder does with a row: template, then the processor with what the data set decoded."""
+    """What verl's prompt builder does with a row: template, then the processor with what the dataset decoded."""
     messages = run.dataset[row]["raw_prompt"]
     found = asyncio.run(AtlasDataset.process_multi_modal_info(messages, 14, run.data_config))
     images, videos, audios = found

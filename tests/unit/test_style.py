@@ -67,3 +67,11 @@ def test_no_path_of_a_machine_is_named():
             if hits:
                 found[str(path.relative_to(ROOT))] = hits
     assert found == {}
+
+
+def test_one_word_for_one_thing():
+    """Texts that people read and search: two spellings of a term are two terms to a search."""
+    other = re.compile(r"\bdata[ _-]sets?\b|\blearnt\b|\bmini atlas\b|\bcheck[ -]points?\b", re.IGNORECASE)
+    pages = [*FILES, *SOURCE.rglob("*.yaml"), *(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"]
+    found = [(path.name, match[0]) for path in pages for match in other.finditer(path.read_text(encoding="utf-8"))]
+    assert found == []

@@ -40,7 +40,7 @@ def merge_command(
     onto: Annotated[
         str | None, typer.Option(help="RUN holds adapters that the authors released: put them on this checkpoint.")
     ] = None,
-    adapters_of: Annotated[str | None, typer.Option(help="Data set of released adapters.")] = None,
+    adapters_of: Annotated[str | None, typer.Option(help="Dataset of released adapters.")] = None,
     pooling: Annotated[Pooling, typer.Option(help="How released adapters pool descriptors.")] = Pooling.meanstd,
     lora_alpha: Annotated[
         int, typer.Option(min=1, help="With --backbone: LoRA scale numerator, 64 as published.")

@@ -46,9 +46,9 @@ def bam_command(
     config: ConfigOption = None,
     base: From = None,
     dataset: Annotated[
-        list[str] | None, typer.Option(help="Data set that gets adapters; give it again for more.")
+        list[str] | None, typer.Option(help="Dataset that gets adapters; give it again for more.")
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="Adapt every data set that has descriptors.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Adapt every dataset that has descriptors.")] = False,
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Leave samples whose descriptors are missing unchanged.")
     ] = False,
@@ -56,7 +56,7 @@ def bam_command(
     allow_quarantined: AllowQuarantined = 0,
     json: JsonFlag = False,
 ) -> None:
-    """Stage 3: adapters over openSMILE and landmark descriptors, data set by data set."""
+    """Stage 3: adapters over openSMILE and landmark descriptors, dataset by dataset."""
     from hba.cli.progress import counted
     from hba.config import load_config
     from hba.train.bam import BamConfig, train_bam
@@ -68,7 +68,7 @@ def bam_command(
     chosen += _key("datasets", "null" if every else None) + _key("descriptors.allow_missing", allow_missing or None)
     settings = load_config(BamConfig, recipe_path(config), [*(overrides or []), *chosen])
     if settings.datasets is None and not every:
-        raise InputError("no data set is named", where="hba train bam", fix="Give --dataset KEY, or --all.")
+        raise InputError("no dataset is named", where="hba train bam", fix="Give --dataset KEY, or --all.")
     with (
         training_run(run, config=settings, command="train bam", seed=settings.train.seed) as folder,
         counted("features") as told,

@@ -1,4 +1,4 @@
-"""`hba transfer`: the paper's protocol of held-out data sets."""
+"""`hba transfer`: the paper's protocol of held-out datasets."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def transfer_command(
         "runs/transfer"
     ),
     heldout: Annotated[
-        list[str] | None, typer.Option(help="Data set to hold out; repeat it. Those of the paper by default.")
+        list[str] | None, typer.Option(help="Dataset to hold out; repeat it. Those of the paper by default.")
     ] = None,
     allow_quarantined: AllowQuarantined = 0,
     json: JsonFlag = False,
 ) -> None:
-    """Pretrain without the held-out data sets, fine-tune on each, compare with no pretraining."""
+    """Pretrain without the held-out datasets, fine-tune on each, compare with no pretraining."""
     from hba.cli.progress import tallied
     from hba.config import load_config
     from hba.report.transfer import transfer_markdown, transfer_table

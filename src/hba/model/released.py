@@ -3,7 +3,7 @@
     backbone.*                      the thinker; with PEFT `backbone.base_model.model.*`, its layers `*.base_layer.*`
                                     and `*.lora_A.default.weight`, `*.lora_B.default.weight`
     heads.{i}.weight | .bias        the head of the i-th domain, in the order of the taxonomy
-    video_adapter.*, audio_adapter.*    BAM of one data set (see released_bam.py), beside those or alone
+    video_adapter.*, audio_adapter.*    BAM of one dataset (see released_bam.py), beside those or alone
 
 Files are safetensors or what torch.save wrote, read with weights_only=True: nothing in them is executed. Every key must
 be known, present and of the right shape; otherwise the error names them.
@@ -61,8 +61,8 @@ def load_released(path: Path, release: Release) -> OmniSapiens:
     adapters = {name: tensor for name, tensor in whole.items() if name.startswith(PREFIXES)}
     state = {name: tensor for name, tensor in whole.items() if name not in adapters}
     if bool(adapters) != (release.dataset is not None):
-        what = "holds adapters of one data set" if adapters else "holds no adapters"
-        raise InputError(what, where=str(path), fix="Name their data set with --adapters-of; without adapters, none.")
+        what = "holds adapters of one dataset" if adapters else "holds no adapters"
+        raise InputError(what, where=str(path), fix="Name their dataset with --adapters-of; without adapters, none.")
     if release.backbone is not None:
         model = _load_sft(state, path, release.backbone, release.lora_alpha)
     elif state or release.onto is None:

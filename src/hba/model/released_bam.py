@@ -3,7 +3,7 @@
     video_adapter.alpha, .mlp.0.weight|bias, .mlp.2.weight|bias and, with layer norm, .ln_feats.weight|bias
     audio_adapter.*     the same
 
-A state dict tells neither the data set nor how descriptors were pooled over time: both are asked for.
+A state dict tells neither the dataset nor how descriptors were pooled over time: both are asked for.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def add_released_adapters(
 ) -> None:
     """Give `model` the adapters in `state` for `dataset`, beside those that it has; they replace earlier ones of it.
 
-    Raises InputError for an unknown data set, and for unknown, missing or wrongly shaped keys, which it names.
+    Raises InputError for an unknown dataset, and for unknown, missing or wrongly shaped keys, which it names.
     """
     spec = _spec(state, taxonomy.dataset(dataset).key, pooling, path)
     fresh = DatasetAdapters(spec, model.hidden_size)

@@ -1,4 +1,4 @@
-"""The transfer table: pretrained against not pretrained on each held-out data set, beside the published figures."""
+"""The transfer table: pretrained against not pretrained on each held-out dataset, beside the published figures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.text import Text
 from hba.report.words import figure, interval, metric_name
 from hba.train.transfer import Scored, TransferResult
 
-HEAD = ("data set", "task", "metric", "n", "epochs", "pretrained", "direct", "difference", "p", "published †")
+HEAD = ("dataset", "task", "metric", "n", "epochs", "pretrained", "direct", "difference", "p", "published †")
 NOTE = "† pretrained / direct of the 7B models in the paper, quoted and not measured here"
 SYNTHETIC = "Synthetic data: these figures say that the protocol runs, not what the atlas is worth."
 

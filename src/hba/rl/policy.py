@@ -52,7 +52,7 @@ def language_layers(policy: ChatModel) -> tuple[str, str]:
 
 
 def build_reference(config: ModelConfig, policy: ChatModel, device: torch.device) -> Reference:
-    """The policy as it was when the run began, whatever a resumed one has learnt since.
+    """The policy as it was when the run began, whatever a resumed one has learned since.
 
     Raises InputError for a run that goes on with LoRA layers which it was given: without them it is another model.
     """

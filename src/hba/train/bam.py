@@ -1,7 +1,7 @@
-"""BAM, stage 3: adapters over descriptors correct what stage 1 or 2 says, data set by data set.
+"""BAM, stage 3: adapters over descriptors correct what stage 1 or 2 says, dataset by dataset.
 
-Each data set has adapters of its own (model/bam.py); one run trains those of one, several or all data sets, in batches
-of one data set each. Stages: `adapters` alone, `adapters+heads`, or `full`, the backbone too. In the first two the
+Each dataset has adapters of its own (model/bam.py); one run trains those of one, several or all datasets, in batches
+of one dataset each. Stages: `adapters` alone, `adapters+heads`, or `full`, the backbone too. In the first two the
 backbone is frozen: its states are computed once and cached, and an epoch costs a small MLP. Classification rows take
 the loss of stage 1, free-form rows that of stage 2.
 
@@ -64,7 +64,7 @@ class BamConfig:
 
     atlas: str = option(doc="atlas folder, or the hub id of a release")
     base: str = option(doc="run folder or checkpoint of an earlier stage (--from)")
-    datasets: tuple[str, ...] | None = option(None, "data sets that get adapters (--dataset); all with descriptors")
+    datasets: tuple[str, ...] | None = option(None, "datasets that get adapters (--dataset); all with descriptors")
     stage: Literal["adapters", "adapters+heads", "full"] = option("adapters", "what is trained")
     adapter_learning_rate: Rate = option(5e-3, "peak learning rate of the adapters")
     hidden: Count = option(256, "hidden size of an adapter")
@@ -101,7 +101,7 @@ class AdaptedHeads(nn.Module):
         datasets = [sample.dataset for sample in batch.samples]
         if batch.tokens_L is None:
             return Said(self.heads(self.bam(batch.states_LH, datasets, batch.descriptors), batch.domain_names), None)
-        assert self.lm_head is not None  # built with one where a data set is free-form
+        assert self.lm_head is not None  # built with one where a dataset is free-form
         zeros_BH = batch.states_LH.new_zeros(len(batch), batch.states_LH.shape[1])
         delta_BH = self.bam(zeros_BH, datasets, batch.descriptors)
         states_LH = batch.states_LH.float() + delta_BH.repeat_interleave(batch.lengths_B, 0)
@@ -152,12 +152,12 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, atlas: Atlas, keys: list[str], config: BamConfig) -> Rows:
-        """The rows of the data sets `keys`. Raises InputError for missing descriptors."""
+        """The rows of the datasets `keys`. Raises InputError for missing descriptors."""
         chosen = atlas.filter(datasets=keys)
         return cls(chosen, read_descriptors(chosen, config.descriptors))
 
     def plan(self, batch_size: int) -> list[Indices]:
-        """Every row once, in batches of one data set."""
+        """Every row once, in batches of one dataset."""
         codes_N = self.atlas.columns.dataset_codes
         views = [np.flatnonzero(codes_N == code) for code in np.unique(codes_N)]
         return [batch for rows_M in views for batch in evaluation_plan(self.atlas, rows_M, batch_size)]

@@ -51,7 +51,7 @@ class _Place(NamedTuple):
 
 
 class FeatureCache:
-    """The features of one data set in one split, by row number."""
+    """The features of one dataset in one split, by row number."""
 
     def __init__(self, folder: Path, num_shards: int) -> None:
         """Map the shards of a finished cache. Raises InputError naming a shard that is missing or damaged."""

@@ -1,6 +1,6 @@
-"""The descriptors that stage 3 trains on: which data sets have some, one pooled vector a sample and modality.
+"""The descriptors that stage 3 trains on: which datasets have some, one pooled vector a sample and modality.
 
-Refused by name: a data set without any descriptor, and rows that have a medium but no descriptor of it, unless that is
+Refused by name: a dataset without any descriptor, and rows that have a medium but no descriptor of it, unless that is
 allowed. A descriptor that cannot be read quarantines its sample, as a medium would.
 """
 
@@ -23,9 +23,9 @@ _log = logging.getLogger(__name__)
 
 
 def described_datasets(atlas: Atlas, wanted: Sequence[str] | None) -> list[str]:
-    """The data sets to adapt: those `wanted`, or all that have descriptors; the others are named in a warning.
+    """The datasets to adapt: those `wanted`, or all that have descriptors; the others are named in a warning.
 
-    Raises InputError for a wanted data set without rows or descriptors, and when no data set has any.
+    Raises InputError for a wanted dataset without rows or descriptors, and when no dataset has any.
     """
     with_some: set[str] = set()
     present: set[str] = set()
@@ -66,7 +66,7 @@ def read_descriptors(rows: Atlas, config: DescriptorConfig) -> Descriptors:
 
 
 def training_matrix(rows: Atlas, vectors: Descriptors, dataset: str) -> dict[str, Tensor]:
-    """{'video': [N, F], 'audio': [N, F]} of the rows of a data set, without a modality that none of them has.
+    """{'video': [N, F], 'audio': [N, F]} of the rows of a dataset, without a modality that none of them has.
 
     Raises InputError naming a sample whose descriptor has another size than the first.
     """
@@ -80,7 +80,7 @@ def training_matrix(rows: Atlas, vectors: Descriptors, dataset: str) -> dict[str
             parts.append(vector[modality])
             if len(parts[-1]) != len(parts[0]):
                 what = f"the pooled descriptor has {len(parts[-1])} values, others of {dataset} have {len(parts[0])}"
-                fix = "Extract all descriptors of a data set with the same settings."
+                fix = "Extract all descriptors of a dataset with the same settings."
                 raise InputError(what, where=sample.place(SOURCES[modality].field), fix=fix)
         if parts:
             found[modality] = torch.stack(parts)

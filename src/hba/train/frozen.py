@@ -1,7 +1,7 @@
 """Batches of features for the stages that stand on a frozen backbone: from its cache, or from the backbone itself.
 
 `FrozenBase` is the checkpoint that a stage starts from; its backbone is loaded only when features are missing.
-`features` fills the caches of the data sets that a stage uses and opens them. Cached or not, the same plan gives the
+`features` fills the caches of the datasets that a stage uses and opens them. Cached or not, the same plan gives the
 same `FeatureBatch`es to float tolerance, and the loop cannot tell them apart.
 
 Shapes: B samples, L states of all samples in a row, H hidden size.
@@ -146,7 +146,7 @@ def extract(model: OmniSapiens, batch: Batch) -> list[Feature]:
 
 
 def is_free_form(atlas: Atlas, dataset: str) -> bool:
-    """Whether the rows of a data set are answered in words."""
+    """Whether the rows of a dataset are answered in words."""
     return atlas.taxonomy.dataset(dataset).domain is None
 
 
@@ -160,7 +160,7 @@ def features(
     world: int = 1,
     wait: Callable[[], None] = lambda: None,
 ) -> dict[str, FeatureCache]:
-    """The cache of every data set of `atlas`, filled where it is not. Each rank computes its share; `wait` joins them.
+    """The cache of every dataset of `atlas`, filled where it is not. Each rank computes its share; `wait` joins them.
 
     Raises StorageError when the folder cannot be written, InputError for a damaged shard.
     """

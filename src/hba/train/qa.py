@@ -106,7 +106,7 @@ def qa_loss(lm_head: nn.Module, batch: FeatureBatch) -> Tensor:
 def answer_tokens(batch: FeatureBatch) -> Tensor:
     """The tokens of the answers [L]. Raises InputError for a batch of classification rows."""
     if batch.tokens_L is None:
-        raise InputError("rows with classes have no answer to train lm_head on", fix="Choose free-form data sets.")
+        raise InputError("rows with classes have no answer to train lm_head on", fix="Choose free-form datasets.")
     return batch.tokens_L
 
 
@@ -116,7 +116,7 @@ def lm_head_dtype(lm_head: nn.Module) -> torch.dtype:
 
 
 def free_form_rows(atlas: Atlas, datasets: tuple[str, ...] | None) -> Atlas:
-    """The rows without classes, of the given data sets or of all. Raises InputError when there are none."""
+    """The rows without classes, of the given datasets or of all. Raises InputError when there are none."""
     keys = {key for key, dataset in atlas.taxonomy.datasets.items() if dataset.domain is None}
     return atlas.filter(datasets=keys if datasets is None else keys & {atlas.taxonomy.dataset(k).key for k in datasets})
 

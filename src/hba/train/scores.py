@@ -25,7 +25,7 @@ def exact(logits_LV: Tensor, tokens_L: Tensor, lengths_B: Tensor, banned: Sequen
 
 
 def exact_matches(rows: Atlas, said: Iterable[tuple[str, bool]]) -> dict[str, float]:
-    """The exact match of each task: the mean over its data sets of the share of answers that are right."""
+    """The exact match of each task: the mean over its datasets of the share of answers that are right."""
     by_task: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for key, right in said:
         by_task[str(rows.taxonomy.dataset(key).task or key)][key].append(right)

@@ -1,6 +1,6 @@
-"""The transfer protocol (paper, table 5): does training on the atlas help on a data set that it did not contain?
+"""The transfer protocol (paper, table 5): does training on the atlas help on a dataset that it did not contain?
 
-One pretraining leaves all held-out data sets out. Each of these is then fine-tuned twice, from the pretrained model and
+One pretraining leaves all held-out datasets out. Each of these is then fine-tuned twice, from the pretrained model and
 from the backbone, with the same rows, order and steps, and tested on its own test rows. The published fine-tuning lasts
 one epoch, two for DAIC-WOZ. Every part is a run folder below the given one (`pretrain`, `KEY/pretrained`, `KEY/direct`)
 that resumes by itself or is skipped when it stands, so that a killed protocol ends with the same figures.
@@ -52,7 +52,7 @@ class Scored:
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
-    """One held-out data set. `difference` is pretrained minus direct over the same rows, with its interval and p-value.
+    """One held-out dataset. `difference` is pretrained minus direct over the same rows, with its interval and p-value.
 
     `published` are the paper's two figures for it, None where it has none.
     """
@@ -71,7 +71,7 @@ class Transfer:
 
 @dataclass(frozen=True, kw_only=True)
 class TransferResult:
-    """All held-out data sets, those of the protocol that the atlas lacks, and what had to be left out."""
+    """All held-out datasets, those of the protocol that the atlas lacks, and what had to be left out."""
 
     rows: list[Transfer]
     not_in_atlas: list[str]
@@ -93,7 +93,7 @@ def run_transfer(
 ) -> TransferResult | None:
     """Run (or resume) the protocol in `folder`; writes transfer.json and returns it, None on ranks but the first.
 
-    `config` is that of the pretraining; fine-tuning takes it with other rows, epochs and starts. `heldout` are data set
+    `config` is that of the pretraining; fine-tuning takes it with other rows, epochs and starts. `heldout` are dataset
     keys, by default those of the paper that the atlas has. Raises InputError for one without rows.
     """
     atlas = open_atlas(config.atlas, split=config.train_split)
@@ -122,7 +122,7 @@ def _train(run: Path, config: SftConfig, command: str) -> None:
 
 
 def heldout_datasets(atlas: Atlas, wanted: Sequence[str] | None) -> tuple[list[str], list[str]]:
-    """The data sets to hold out, and those of the protocol that the atlas has no classification rows of."""
+    """The datasets to hold out, and those of the protocol that the atlas has no classification rows of."""
     rows = classification_rows(atlas, None)
     there = {rows.columns.datasets[code] for code in set(rows.columns.dataset_codes.tolist())}
     protocol = [entry["dataset"] for entry in PUBLISHED["heldout_transfer"]]
@@ -134,13 +134,13 @@ def heldout_datasets(atlas: Atlas, wanted: Sequence[str] | None) -> tuple[list[s
         return list(dict.fromkeys(wanted)), []
     found = [key for key in protocol if key in there]
     if not found:
-        fix = "Name data sets of yours with --heldout."
-        raise InputError("the atlas has none of the held-out data sets", where=str(atlas.root), fix=fix)
+        fix = "Name datasets of yours with --heldout."
+        raise InputError("the atlas has none of the held-out datasets", where=str(atlas.root), fix=fix)
     return found, [key for key in protocol if key not in there]
 
 
 def pretraining_datasets(rows: Atlas, keys: Sequence[str]) -> tuple[str, ...]:
-    """The data sets of the pretraining: not the held-out ones, nor those of a task that it must not have seen."""
+    """The datasets of the pretraining: not the held-out ones, nor those of a task that it must not have seen."""
     unseen = [
         entry["dataset"] for entry in PUBLISHED["heldout_transfer"] if "note" in entry and entry["dataset"] in keys
     ]
@@ -149,7 +149,7 @@ def pretraining_datasets(rows: Atlas, keys: Sequence[str]) -> tuple[str, ...]:
     there = {rows.columns.datasets[code] for code in set(rows.columns.dataset_codes.tolist())}
     kept = tuple(sorted(there - out))
     if not kept:
-        fix = "Hold fewer data sets out."
+        fix = "Hold fewer datasets out."
         raise InputError("nothing is left to pretrain on", where=str(rows.root), fix=fix)
     return kept
 

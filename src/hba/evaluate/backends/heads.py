@@ -1,6 +1,6 @@
 """OmniSapiens: its heads classify, and once lm_head is trained it answers free-form rows in words, greedily.
 
-Rows with classes get the most probable label of their domain with all probabilities; adapters of a row's data set, if
+Rows with classes get the most probable label of their domain with all probabilities; adapters of a row's dataset, if
 the checkpoint holds any, take part in both.
 """
 

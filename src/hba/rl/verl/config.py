@@ -100,7 +100,7 @@ def _data(config: RlConfig, place: Place, algorithm: Algorithm) -> dict[str, Any
         "data.gen_batch_size": 1 if algorithm.dynamic_sampling else None,  # prompts in place of groups without signal
         "algorithm.filter_groups.enable": algorithm.dynamic_sampling,
         "algorithm.filter_groups.metric": "reward",
-        "data.train_files": TRAINING,  # which of the run's two sets of rows; the data set opens it
+        "data.train_files": TRAINING,  # which of the run's two sets of rows; the dataset opens it
         "data.val_files": VALIDATION,
         "data.hba_run": str(place.run),  # a key of ours: where the plug-ins find the run's config.yaml
         "data.custom_cls.path": "pkg://hba.rl.verl.dataset",
