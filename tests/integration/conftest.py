@@ -56,6 +56,7 @@ class Hub:
 
     def __init__(self):
         self.repos, self.faults, self.requests, self.tokens = {}, [], [], {}
+        self.commits = {}  # every state that a dataset has had
         self.sent = {}  # bytes of the contents of each file
         self.reached = threading.Event()  # a fault with `stall` waits
         self.page = 1000
@@ -68,7 +69,12 @@ class Hub:
 
     def add(self, repo, folder):
         self.repos[repo] = Repository.of(folder)
+        self.commits[repo, self.repos[repo].commit] = self.repos[repo]
         return self.repos[repo]
+
+    def at(self, repo, revision):
+        """The files at a revision, None where there is no such one."""
+        return self.repos[repo] if revision == "main" else self.commits.get((repo, revision))
 
     def fail(self, method, path, **what):
         self.faults.append(Fault(method, path, **what))
@@ -106,13 +112,12 @@ class _Handler(BaseHTTPRequestHandler):
         if fault is not None and fault.status != 200:
             return self.send(b"{}", status=fault.status, headers=fault.headers)
         if parts[0] == "api":
-            repo = self.hub.repos.get("/".join(parts[2:4]))
-            return self.api(repo, parts[4:], form, parse_qs(url.query))
-        repo = self.hub.repos.get("/".join(parts[1:3]))
-        if repo is None:
+            return self.api("/".join(parts[2:4]), parts[4:], form, parse_qs(url.query))
+        if "/".join(parts[1:3]) not in self.hub.repos:
             return self.error(404, "RepoNotFound")
         name = "/".join(parts[5:])
-        if parts[4] not in ("main", repo.commit):
+        repo = self.hub.at("/".join(parts[1:3]), parts[4])
+        if repo is None:
             return self.error(404, "RevisionNotFound")
         if name not in repo.files:
             return self.error(404, "EntryNotFound", {"X-Repo-Commit": repo.commit})
@@ -125,10 +130,11 @@ class _Handler(BaseHTTPRequestHandler):
                 return fault
         return None
 
-    def api(self, repo, rest, form, query):
-        if repo is None:
+    def api(self, name, rest, form, query):
+        if name not in self.hub.repos:
             return self.error(401, None)  # the hub does not tell strangers what exists
-        if rest[1] not in ("main", repo.commit):
+        repo = self.hub.at(name, rest[1])
+        if repo is None:
             return self.error(404, "RevisionNotFound")
         if rest[0] == "revision":
             siblings = [{"rfilename": name} for name in repo.files]

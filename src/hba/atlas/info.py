@@ -144,7 +144,7 @@ def atlas_info(
     if hub_id is not None and durations:
         path = local_copy(path, splits, progress)
         hub_id = None
-    specs = tuple(dict.fromkeys(splits or _splits_at(path, hub_id)))
+    specs = tuple(dict.fromkeys(splits or splits_at(path)))
     opened = [_open_rows(path, hub_id, spec, taxonomy) for spec in specs]
     path, lasting = Path(path), None
     if durations:
@@ -159,7 +159,9 @@ def atlas_info(
     )
 
 
-def _splits_at(path: str | Path, hub_id: HubId | None) -> Sequence[str]:
+def splits_at(path: str | Path) -> Sequence[str]:
+    """The splits of the atlas at `path`, a folder, a file or a dataset on the hub. Raises InputError without any."""
+    hub_id = hub_id_of(path)
     if hub_id is None:
         return present_splits(Path(path))
     from hba.atlas.hub import splits_of

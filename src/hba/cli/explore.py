@@ -16,7 +16,9 @@ NO_SERVER = "Install it: pip install 'human-behavior-atlas[explorer]'."
 
 
 def explore_command(
-    atlas: Annotated[Path | None, typer.Option(help="Atlas folder; none shows runs alone.")] = None,
+    atlas: Annotated[
+        Path | None, typer.Option(help="Atlas folder, or org/name on the hub; none shows runs alone.")
+    ] = None,
     runs: Annotated[Path, typer.Option(help="Folder below which run folders are looked for.")] = Path("runs"),
     host: Annotated[str, typer.Option(help="Address to bind; anything but loopback wants a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8377,

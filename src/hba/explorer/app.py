@@ -28,7 +28,7 @@ from hba.explorer.database import Database
 from hba.explorer.decode import Decoder
 from hba.explorer.drawings import level
 from hba.explorer.guard import Guard
-from hba.explorer.index import AtlasIndex, index_name
+from hba.explorer.index import AtlasIndex, index_name, located
 from hba.explorer.query import Form
 from hba.explorer.runs import Runs
 from hba.report import html
@@ -80,16 +80,17 @@ def form_of(request: Request) -> Form:
 
 
 def create_app(
-    *, atlas: Path | None, runs: Path | None, cache_folder: Path, token: str | None = None
+    *, atlas: str | Path | None, runs: Path | None, cache_folder: Path, token: str | None = None
 ) -> Starlette:
-    """The app over an atlas folder and a folder of runs; `cache_folder` keeps the index.
+    """The app over an atlas (a folder, or org/name on the hub) and a folder of runs; `cache_folder` keeps the index.
 
-    Raises InputError for a folder that holds no atlas.
+    Raises InputError for a folder that holds no atlas, and for a dataset on the hub that cannot be had.
     """
+    root = located(atlas) if atlas else None
     scratch = tempfile.TemporaryDirectory(prefix="hba-explore-")
-    rows = cache_folder / "explorer" / index_name(atlas) if atlas else Path(scratch.name) / "rows.sqlite"
+    rows = cache_folder / "explorer" / index_name(root) if root else Path(scratch.name) / "rows.sqlite"
     database = Database(rows, Path(scratch.name) / "runs.sqlite")
-    index = AtlasIndex(atlas, database, cache_folder) if atlas else None
+    index = AtlasIndex(root, database, cache_folder) if root else None
     explorer = Explorer(index, Runs(runs, database), database, Decoder(), _templates())
 
     @asynccontextmanager

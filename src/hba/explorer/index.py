@@ -2,7 +2,8 @@
 
 The index is keyed by the files of the rows (name, size, modification time): an atlas that has changed is indexed anew,
 an unchanged one opens at once. Pages can be read while it grows and say how far it is. Durations come last, from the
-headers that `hba atlas info --durations` reads and remembers, too.
+headers that `hba atlas info --durations` reads and remembers, too. A dataset on the hub is looked at as its branch was
+at the start; its media are fetched when a page shows them, so that their durations stay unknown.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from hba.atlas import Atlas, Sample, open_atlas
+from hba.atlas.hub_id import hub_id_of
+from hba.atlas.info import row_seconds, splits_at
 from hba.atlas.split import find_files, present_splits
 from hba.errors import HbaError, InputError
 from hba.explorer.database import ROWS_VERSION, Database
 from hba.explorer.query import SAMPLE_COLUMNS
-from hba.taxonomy import Taxonomy, of_folder
+from hba.taxonomy import Taxonomy
 
 CHUNK = 5000
 NO_TASK = "no task"
@@ -38,34 +41,44 @@ class State:
     error: str | None = None
 
 
-def index_name(root: Path) -> str:
-    """File name of the index of the atlas at `root`: another one whenever a file of rows has changed."""
-    stamps: list[Any] = [ROWS_VERSION, str(root.resolve())]
-    for split in present_splits(root):
-        for file in find_files(root, split).files:
-            status = file.stat()
-            stamps.append([file.name, status.st_size, status.st_mtime_ns])
+def located(atlas: str | Path) -> str | Path:
+    """The folder, or the dataset on the hub at the commit that it has now. Raises InputError when it has none."""
+    hub_id = hub_id_of(atlas)
+    if hub_id is None:
+        return Path(atlas)
+    from hba.atlas.hub_client import list_repo  # takes as long to load as a small atlas to open
+
+    repo = list_repo(hub_id).repo
+    return f"hf://datasets/{repo.id}@{repo.commit}"
+
+
+def index_name(root: str | Path) -> str:
+    """File name of the index of the atlas at `root`, as `located` says it: another one whenever its rows have changed.
+
+    Those of a dataset on the hub change with its commit, those of a folder with a file.
+    """
+    stamps: list[Any] = [ROWS_VERSION, str(root.resolve() if isinstance(root, Path) else root)]
+    if isinstance(root, Path):
+        for split in present_splits(root):
+            for file in find_files(root, split).files:
+                status = file.stat()
+                stamps.append([file.name, status.st_size, status.st_mtime_ns])
     return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:24] + ".sqlite"
 
 
 class AtlasIndex:
     """The rows of one atlas. `start` begins opening and indexing in a thread; everything else may be called at once."""
 
-    def __init__(self, root: Path, database: Database, headers: Path) -> None:
-        """`headers` is the folder that remembers the headers of media."""
+    def __init__(self, root: str | Path, database: Database, headers: Path) -> None:
+        """`root` as `located` says it; `headers` is the folder that remembers the headers of media."""
         self.root, self._database, self._headers = root, database, headers
-        self.splits = present_splits(root)
+        self.splits = splits_at(root)
         self._atlases: dict[str, Atlas] = {}
         self._opening = threading.Lock()
         self._thread = threading.Thread(target=self._build, name="index", daemon=True)
         self._error: str | None = None
         self._known: tuple[int, dict[str, list[str]]] | None = None
         """how many rows the values of the filters were taken from, and these"""
-
-    @cached_property
-    def taxonomy(self) -> Taxonomy:
-        """The tasks, datasets and labels of the atlas."""
-        return of_folder(find_files(self.root, self.splits[0]).files[0].parent)
 
     def start(self) -> None:
         """Open and index what has not been."""
@@ -89,7 +102,7 @@ class AtlasIndex:
             raise InputError(f"no split {split!r}", where=str(self.root), fix=f"Present: {', '.join(self.splits)}.")
         with self._opening:
             if split not in self._atlases:
-                self._atlases[split] = open_atlas(self.root, split, taxonomy=self.taxonomy)
+                self._atlases[split] = open_atlas(self.root, split)
             return self._atlases[split]
 
     def sample(self, split: str, number: int) -> Sample:
@@ -122,15 +135,15 @@ class AtlasIndex:
         try:
             if not self.state.ready:
                 self._index_rows()
-            if self._facts().get("durations") != "1":
-                self._index_durations()
+            if isinstance(self.root, Path) and self._facts().get("durations") != "1":
+                self._index_durations(self.root)
         except HbaError as error:
             self._error = str(error)
 
     def _index_rows(self) -> None:
         atlases = {split: self.atlas(split) for split in self.splits}
         self._locked(partial(self._note, total=sum(map(len, atlases.values()))))
-        rows = (_record(split, sample, self.taxonomy) for split, atlas in atlases.items() for sample in atlas)
+        rows = (_record(split, sample, atlas.taxonomy) for split, atlas in atlases.items() for sample in atlas)
         done = self._database.number("SELECT count(*) FROM rows.sample")  # of an index that was interrupted
         for _ in islice(rows, done):
             pass
@@ -146,12 +159,10 @@ class AtlasIndex:
         self._database.write("INSERT INTO rows.sample_text(rowid, words) VALUES (?, ?)", words)
         self._note(rows=done)
 
-    def _index_durations(self) -> None:
-        from hba.atlas.info import row_seconds
-
+    def _index_durations(self, root: Path) -> None:
         update = "UPDATE rows.sample SET seconds = ? WHERE split = ? AND number = ?"
         for split in self.splits:
-            found = row_seconds(self.root, split, cache=self._headers, taxonomy=self.taxonomy)
+            found = row_seconds(root, split, cache=self._headers)
             values = [(seconds, split, number) for number, seconds in enumerate(found)]
             self._locked(partial(self._database.write, update, values))
         self._locked(partial(self._note, durations=1))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from hba import open_atlas
 from hba.atlas.convert import convert_atlas
+from hba.errors import InputError
 from hba.explorer.app import create_app
 from hba.explorer.decode import Decoder
 from hba.explorer.serve_media import MAX_RANGE_BYTES, parse_range
@@ -42,6 +43,34 @@ def test_media_come_out_of_shards_as_out_of_files(served, serve, tmp_path):
         assert httpx.get(url + address).content == served.get(address).content
         part = httpx.get(url + address, headers={"range": "bytes=3-8"})
         assert part.content == served.get(address).content[3:9]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_a_dataset_on_the_hub_is_shown_as_it_was_at_the_start(served, serve, hub, mini_atlas, tmp_path, form):
+    release, row = mini_atlas, sound_row(served)
+    if form == "parquet":
+        release = tmp_path / "release"
+        convert_atlas(mini_atlas, release / "data", to="parquet", workers=1, splits=["test"])
+    (tmp_path / "later").mkdir()
+    (tmp_path / "later" / "test.jsonl").write_text("no row")
+    address = f"/media/test/{row.number}/audios/0"
+    for asks in (True, False):
+        hub.add("org/mini", release)
+        app = create_app(atlas="org/mini", runs=None, cache_folder=tmp_path / "cache")
+        with serve(app) as url:
+            hub.add("org/mini", tmp_path / "later")
+            asked = len(hub.requests)
+            assert row.id in httpx.get(url + f"/atlas?split=test&dataset={row.dataset}").text
+            assert hub.fetched(asked) == []
+            assert httpx.get(url + address).content == served.get(address).content
+            assert bool(hub.fetched(asked)) == asks
+            assert row.id in httpx.get(url + f"/sample/test/{row.number}").text
+    assert len(list((tmp_path / "cache" / "explorer").glob("*.sqlite"))) == 1
+
+
+def test_a_hub_that_is_away_is_told_at_the_start(hub, tmp_path):
+    with pytest.raises(InputError, match="org/nothing"):
+        create_app(atlas="org/nothing", runs=None, cache_folder=tmp_path / "cache")
 
 
 @pytest.mark.parametrize(
