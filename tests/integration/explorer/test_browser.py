@@ -1,8 +1,10 @@
 """What a person does in the explorer, in a real browser."""
 
-import json
 import os
 import re
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -113,12 +115,24 @@ def test_a_verdict_is_saved_and_found_after_a_reload(served, page):
     assert item.question == open_atlas(served.atlas, split="test")[int(said.split("/")[1]) - 1].problem
 
 
-def test_curves_move_while_a_run_goes_on(served, page):
-    page.goto(served.url + "/run?run=a")
-    before = page.locator("polyline").first.get_attribute("points")
-    with (served.runs / "a" / "log.jsonl").open("a") as log:
-        log.write(json.dumps({"step": 9, "kind": "train", "loss": 0.01}) + "\n")
-    until(page, f"document.querySelector('polyline').getAttribute('points') != '{before}'")
+def test_curves_move_while_a_run_trains(served, page, backbone, tmp_path):
+    given = [f"atlas={served.atlas}", f"model.name={backbone}", "train.epochs=1000", "datasets=[mmsd]"]
+    command = [sys.executable, "-m", "hba", "train", "sft", "--config", "sft_tiny", "--run", served.runs / "live"]
+    with (tmp_path / "out").open("w") as out:
+        training = subprocess.Popen([*map(str, command), *given], stdout=out, stderr=out)
+        try:
+            log = served.runs / "live" / "log.jsonl"
+            while not (log.is_file() and log.read_text().count('"train"') > 1):
+                assert training.poll() is None, (tmp_path / "out").read_text()
+                time.sleep(0.1)
+            page.goto(served.url + "/run?run=live")
+            before = page.locator("polyline").first.get_attribute("points")
+            until(page, f"document.querySelector('polyline').getAttribute('points') != '{before}'")
+            assert training.poll() is None
+        finally:
+            training.kill()
+            training.wait()
+            shutil.rmtree(served.runs / "live", ignore_errors=True)
 
 
 def test_rollouts_of_a_prompt_and_the_curves_of_each_task(served, page):
