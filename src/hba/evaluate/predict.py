@@ -42,8 +42,12 @@ Predicted: TypeAlias = Prediction | Quarantined
 
 def answerable(atlas: Atlas, backend: Backend) -> Indices:
     """Row numbers that `backend` can answer."""
-    labelled_N = atlas.columns.label_codes >= 0
-    return np.flatnonzero(labelled_N | backend.free_form)
+    columns, taxonomy = atlas.columns, atlas.taxonomy
+    labelled_N = columns.label_codes >= 0
+    if backend.domains is None:
+        return np.flatnonzero(labelled_N | backend.free_form)
+    known = np.array([taxonomy.dataset(key).domain in backend.domains for key in columns.datasets], dtype=bool)
+    return np.flatnonzero(np.where(labelled_N, known[columns.dataset_codes], backend.free_form))
 
 
 def predict(atlas: Atlas, rows: Indices, backend: Backend, done: Set[str] = frozenset()) -> Iterator[Predicted]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,19 @@ _DAMAGED = "Use another checkpoint of the run, or train again."
 
 
 def save(
-    model: OmniSapiens, folder: Path, *, backbone: str, strategy: Strategy, encode: EncodeConfig, speaks: bool = False
+    model: OmniSapiens,
+    folder: Path,
+    *,
+    backbone: str,
+    strategy: Strategy,
+    encode: EncodeConfig,
+    speaks: bool = False,
+    domains: Collection[str] | None = None,
 ) -> None:
     """Write a checkpoint into `folder` (which the caller makes atomic).
 
-    `speaks` says that training has taught the model to answer free-form rows in words.
+    `speaks` says that training has taught the model to answer free-form rows in words; `domains` are those whose heads
+    have seen rows, None all of them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if strategy in ("lora", "full"):
@@ -59,6 +67,7 @@ def save(
         "columns": model.heads.columns,
         "encode": asdict(encode),
         "speaks": speaks,
+        "domains": None if domains is None else sorted(domains),
     }
     write_json(folder / CARD, card)
 

@@ -16,6 +16,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from hba.atlas import Atlas
+from hba.atlas.answer_format import FORMATS, AnswerFormat
 from hba.storage import atomic_folder
 
 # The pre-tokenizer and the special tokens of Qwen2.5-Omni.
@@ -207,7 +208,13 @@ def _vision_config(sizes: TinySizes) -> dict[str, Any]:
 
 
 def atlas_texts(atlas: Atlas) -> Iterator[str]:
-    """The prompts and answers of an atlas, for the tokenizer."""
+    """The prompts and answers of an atlas in every format that comes with the package, for the tokenizer.
+
+    Qwen's tokenizer spells `<think>` and `\\boxed{` in few tokens, and so must this one: a model that has to spell
+    them slips.
+    """
+    formats = [AnswerFormat(path.stem) for path in sorted(FORMATS.glob("*.jinja"))]
     for sample in atlas:
-        yield sample.problem
-        yield sample.target
+        for each in formats:
+            yield each.prompt(sample.problem)
+            yield each.response(sample.target, sample.target if each.shows_reasoning else None)

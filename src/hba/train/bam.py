@@ -287,7 +287,7 @@ def validate_bam(
 def save_checkpoint(config: BamConfig, model: AdaptedHeads | OmniSapiens, base: FrozenBase, folder: Path) -> None:
     """Write a checkpoint that `OmniSapiens.from_pretrained` loads: what was frozen is linked from the base."""
     if isinstance(model, OmniSapiens):
-        known = {name: base.card[name] for name in ("backbone", "strategy")}
+        known = {name: base.card[name] for name in ("backbone", "strategy")} | {"domains": base.card.get("domains")}
         checkpoint.save(model, folder, encode=base.encode, speaks=bool(base.card.get("speaks", False)), **known)
         return
     trained = [FOLDER, *([checkpoint.HEADS] if config.stage == "adapters+heads" else [])]

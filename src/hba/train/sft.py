@@ -81,7 +81,7 @@ def train_sft(config: SftConfig, run: RunFolder) -> Progress:
         loss=partial(sft_loss, answer_weight=config.answer_weight),
         batches=lambda plan, start: load_batches(train, train_encoder, plan, config.loader, start=start),
         validate=partial(validate_heads, model, validation, encoder, config, run, accelerator),
-        save_model=partial(save_checkpoint, model, config),
+        save_model=partial(save_checkpoint, model, config, trained_domains(train, config)),
         learning_rates={},
     )
     return run_training(stage, plan, config.train, accelerator, run)
@@ -121,10 +121,25 @@ def build_model(config: SftConfig, resume: Path | None, taxonomy: Taxonomy) -> O
     return apply_strategy(model, config.model)
 
 
-def save_checkpoint(model: OmniSapiens, config: SftConfig, folder: Path) -> None:
+def trained_domains(train: Atlas, config: SftConfig) -> set[str] | None:
+    """Domains whose heads see rows of `train`, and those of the checkpoint that the run starts from; None for all."""
+    base = checkpoint.resolve(config.model.name)
+    card = {"columns": None} if base is None else checkpoint.read_card(base)
+    known: list[str] | None = [] if card["columns"] is None else card.get("domains")
+    if known is None:
+        return None
+    columns, weights = train.columns, config.mix.weights or {}
+    keys = {columns.datasets[code] for code in set(columns.dataset_codes[columns.label_codes >= 0].tolist())}
+    found = {train.taxonomy.dataset(key).domain for key in keys if weights.get(key, 1) > 0}
+    return {*known, *(name for name in found if name is not None)}
+
+
+def save_checkpoint(model: OmniSapiens, config: SftConfig, domains: set[str] | None, folder: Path) -> None:
     """Write the model of a run as a checkpoint that `OmniSapiens.from_pretrained` loads."""
     backbone, strategy, speaks = backbone_of(config.model.name), config.model.strategy, config.answer_weight > 0
-    checkpoint.save(model, folder, backbone=backbone, strategy=strategy, encode=config.encode, speaks=speaks)
+    checkpoint.save(
+        model, folder, backbone=backbone, strategy=strategy, encode=config.encode, speaks=speaks, domains=domains
+    )
 
 
 def validate_heads(

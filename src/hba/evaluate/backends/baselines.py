@@ -29,6 +29,7 @@ class Baseline:
     """A `Backend`. `counts` has, by dataset key, how often each training answer occurs, the most frequent first."""
 
     free_form = True
+    domains = None
     meter: Meter | None = None
 
     def __init__(self, name: str, counts: Mapping[str, Mapping[str, int]], seed: int) -> None:

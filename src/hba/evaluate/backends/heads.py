@@ -6,7 +6,7 @@ the checkpoint holds any, take part in both.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -40,11 +40,16 @@ class HeadsBackend:
         loader: LoaderConfig,
         origin: Mapping[str, Any] | None = None,
         max_tokens: int = 0,
+        domains: Collection[str] | None = None,
     ) -> None:
-        """Free-form rows are answered if the model has learned to and `max_tokens` is above 0."""
+        """Free-form rows are answered if the model has learned to and `max_tokens` is above 0.
+
+        `domains` are those whose heads were trained, None all: what another head says is noise.
+        """
         self.model, self.encoder, self.batch_size, self.loader = model, encoder, batch_size, loader
         self.origin, self.max_tokens = origin or {}, max_tokens
         self.free_form = model.speaks and max_tokens > 0
+        self.domains = None if domains is None else frozenset(domains)
 
     def identity(self) -> Mapping[str, Any]:
         """Hash of the heads and name of the checkpoint."""
@@ -92,4 +97,5 @@ def open_backend(_name: str, opening: Opening) -> HeadsBackend:
     adapters = {} if model.bam is None else model.bam.descriptors
     encoder = Encoder(model.processor, opening.encode, taxonomy, descriptors=adapters)
     options: dict[str, Any] = {"batch_size": config.batch_size, "loader": config.loader, "max_tokens": max_tokens}
-    return HeadsBackend(model, encoder, origin=origin, **options)
+    domains = checkpoint.read_card(trained).get("domains")
+    return HeadsBackend(model, encoder, origin=origin, domains=domains, **options)

@@ -33,6 +33,7 @@ class ChatBackend:
 
     name = "hf"
     free_form = True
+    domains = None
     meter: Meter | None = None
 
     def __init__(

@@ -50,12 +50,13 @@ Result: TypeAlias = Answered | Quarantined
 class Backend(Protocol):
     """A way to answer rows.
 
-    `free_form` says whether it can answer rows that have no classes. `meter` counts what a paid service has used so
-    far; None where nothing is paid.
+    `free_form` says whether it can answer rows that have no classes, `domains` of which domains it can answer rows that
+    have some; None: of all. `meter` counts what a paid service has used so far; None where nothing is paid.
     """
 
     name: str
     free_form: bool
+    domains: frozenset[str] | None
     meter: Meter | None
 
     def identity(self) -> Mapping[str, Any]:

@@ -41,6 +41,7 @@ class RemoteBackend:
     """A `Backend` over one remote model. Raises ConfigError for a bad URL or a missing key."""
 
     free_form = True
+    domains = None
 
     def __init__(self, name: str, opening: Opening) -> None:
         self.name, self._opening = name, opening

@@ -48,6 +48,7 @@ class VllmBackend:
 
     name = "vllm"
     free_form = True
+    domains = None
     meter: Meter | None = None
 
     def __init__(self, opening: Opening, engine: Any, params: Any, processor: Any) -> None:

@@ -1,0 +1,62 @@
+"""A head that has seen no row of its domain says nothing: neither the run itself nor what stands on it scores it."""
+
+import json
+
+import pytest
+
+from hba import open_atlas
+from hba.evaluate.predictions import read_predictions
+
+FEW = ["loader.workers=0", "encode.num_frames=2", "encode.max_pixels=3136"]
+
+
+@pytest.fixture(scope="module")
+def call(request):
+    """The command line, for fixtures of a module."""
+    import subprocess
+    import sys
+
+    def run(*arguments):
+        done = subprocess.run(
+            [sys.executable, "-m", "hba", *map(str, arguments)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(call, tmp_path_factory, mini_atlas, backbone):
+    """Two steps on sarcasm alone."""
+    run = tmp_path_factory.mktemp("trained") / "sft"
+    settings = [f"atlas={mini_atlas}", f"model.name={backbone}", "model.strategy=heads", "datasets=[mmsd]", *FEW]
+    call("train", "sft", "--run", run, *settings, "train.max_steps=2", "train.validate_every=2")
+    return run
+
+
+def predicted(hba, model, atlas, run):
+    code, out, err = hba("predict", model, "--atlas", atlas, "--run", run, "--json", *FEW)
+    assert code == 0, err
+    rows = open_atlas(atlas, split="test")
+    found = {p.dataset for p in read_predictions(run / "predictions.jsonl")}
+    assert json.loads(out)["skipped"] == sum(sample.dataset != "mmsd" for sample in rows)
+    return found
+
+
+def test_rows_of_untrained_heads_are_left_out_and_counted(hba, trained, mini_atlas, tmp_path):
+    assert predicted(hba, trained, mini_atlas, tmp_path / "run") == {"mmsd"}
+    code, _, err = hba("score", tmp_path / "run", "--json")
+    assert code == 0, err
+    tasks = json.loads((tmp_path / "run" / "metrics.json").read_text())["tasks"]
+    assert {key for key, task in tasks.items() if task.get("score") is not None} == {"SAR"}
+
+
+def test_a_merged_model_and_one_trained_on_know_it_too(hba, call, trained, mini_atlas, tmp_path):
+    call("merge", trained, tmp_path / "merged", "--dtype", "float32")
+    assert predicted(hba, tmp_path / "merged", mini_atlas, tmp_path / "a") == {"mmsd"}
+    settings = [f"atlas={mini_atlas}", f"model.name={trained}", "model.strategy=heads", "datasets=[urfunny]", *FEW]
+    call("train", "sft", "--run", tmp_path / "on", *settings, "train.max_steps=1", "train.validate_every=1")
+    code, _, err = hba("predict", tmp_path / "on", "--atlas", mini_atlas, "--run", tmp_path / "b", *FEW)
+    assert code == 0, err
+    assert {p.dataset for p in read_predictions(tmp_path / "b" / "predictions.jsonl")} == {"mmsd", "urfunny"}
