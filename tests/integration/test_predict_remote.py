@@ -172,7 +172,7 @@ def test_what_was_answered_once_is_not_asked_again_by_another_run(mini_atlas, ch
     assert server.stats()["distinct"] > asked
 
 
-# --- vLLM: what its engine is given; the engine itself needs a GPU ---------------------------------------------------
+# --- vLLM: what its engine is given; the engine itself runs in tests/with_vllm ---------------------------------------
 
 
 def test_the_engine_gets_what_the_loader_decodes(mini_atlas, backbone):
@@ -190,6 +190,8 @@ def test_the_engine_gets_what_the_loader_decodes(mini_atlas, backbone):
     np.testing.assert_array_equal(heard, sample.load_audios()[0].samples)
     np.testing.assert_array_equal(given["multi_modal_data"]["video"], [sample.load_videos(2)[0].frames])
     assert rate == 16000 and "image" not in given["multi_modal_data"]
+    span = sample.load_videos(ENCODE.num_frames)[0].duration_seconds
+    assert given["mm_processor_kwargs"] == {"fps": pytest.approx(ENCODE.num_frames / span)}
 
 
 def test_a_missing_engine_says_how_to_get_one(mini_atlas):

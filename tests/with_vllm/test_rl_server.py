@@ -14,6 +14,7 @@ from contextlib import closing, contextmanager
 import pytest
 import torch
 from accelerate import Accelerator
+from real_vllm import CPU, VLLM
 from rl_run import die_in, logged, settings, train, write_reward
 
 from hba import open_atlas
@@ -22,37 +23,18 @@ from hba.atlas.batch import EncodeConfig, collate
 from hba.atlas.chat_encoder import encoder_for
 from hba.config import load_config
 from hba.errors import HbaError
-from hba.model import OmniSapiens, chat
-from hba.model.merge import write_thinker
-from hba.model.tiny import TinySizes, atlas_texts, build_tiny
+from hba.model import chat
 from hba.rl import local
 from hba.rl.config import RlConfig
 from hba.rl.rollout import probabilities, roll_out
 from hba.rl.sampler import Draws, PolicySampler
 from hba.rl.server import ServerSampler
 
-VLLM = os.environ.get("HBA_VLLM")
 START_SECONDS = 300
-CPU = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 FULL = {"VLLM_SERVER_DEV_MODE": "1"}
 LORA = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 
 pytestmark = pytest.mark.skipif(VLLM is None, reason="no vLLM here: make test-vllm")
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory, mini_atlas):
-    """A tiny backbone laid out as the release is."""
-    folder = tmp_path_factory.mktemp("served")
-    texts = atlas_texts(open_atlas(mini_atlas, split="train"))
-    model = OmniSapiens.from_pretrained(
-        build_tiny(folder / "thinker", texts, seed=0, sizes=TinySizes(heads=2, key_value_heads=1))
-    )
-    (folder / "whole").mkdir()
-    write_thinker(model.thinker, folder / "whole", dtype=torch.float32)
-    model.thinker.generation_config.save_pretrained(folder / "whole")
-    model.processor.save_pretrained(folder / "whole")
-    return folder / "whole"
 
 
 @pytest.fixture(scope="module")

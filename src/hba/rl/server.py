@@ -26,11 +26,10 @@ from accelerate.utils import broadcast_object_list
 
 from hba.atlas.batch import Batch, SampleEncoder, load_media, messages_of
 from hba.atlas.chat_encoder import SAMPLING_RATE, media_placeholders
-from hba.atlas.media import Video
 from hba.atlas.prompt import MODALITIES
 from hba.atlas.sample import Sample
-from hba.errors import HbaError, InputError
-from hba.evaluate.backends.wire import decoded_parts, filled
+from hba.errors import HbaError
+from hba.evaluate.backends.wire import decoded_parts, filled, frame_rate
 from hba.model.chat import ChatModel
 from hba.model.generate import end_token_ids, media_token_ids
 from hba.remote import ChatRequest, ClientConfig, RemoteClient, RequestError, ServiceError, bounded
@@ -214,19 +213,6 @@ class _UnfitError(Exception):
     def __init__(self, what: str, fix: str) -> None:
         super().__init__(what)
         self.fix = fix
-
-
-def frame_rate(videos: Sequence[Video], sample: Sample) -> dict[str, float]:
-    """`fps`, from which a server's processor takes the times of all videos of a prompt.
-
-    Raises InputError for videos of different spans: one number cannot say both.
-    """
-    exact = [len(video.frames) / video.duration_seconds for video in videos]
-    rates = {round(rate, 6) for rate in exact}
-    if len(rates) > 1:
-        fix = "Train on rows of one video, or with rollout.sampler=generate."
-        raise InputError(f"videos of one prompt have {len(rates)} different frame rates", where=sample.where, fix=fix)
-    return {"fps": exact[0]} if exact else {}  # rounded, it would move positions by one
 
 
 def _client(config: ServerConfig) -> RemoteClient:

@@ -26,6 +26,7 @@ from hba.atlas.sample import Quarantined, Sample
 from hba.atlas.sampler import Indices
 from hba.errors import ConfigError, MediaError
 from hba.evaluate.backends.interface import Answered, Result, samples, spoken
+from hba.evaluate.backends.wire import frame_rate
 from hba.evaluate.config import Opening
 from hba.remote.cost import Meter
 from hba.taxonomy import Taxonomy
@@ -99,7 +100,10 @@ def engine_inputs(sample: Sample, processor: Any, encode: EncodeConfig, wording:
     }
     messages = messages_of(sample, encode, wording)
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return {"prompt": prompt, "multi_modal_data": {name: items for name, items in given.items() if items}}
+    inputs = {"prompt": prompt, "multi_modal_data": {name: items for name, items in given.items() if items}}
+    if media.videos:  # frames alone say nothing of when they were
+        inputs["mm_processor_kwargs"] = frame_rate(media.videos, sample)
+    return inputs
 
 
 def chunks(items: Iterator[T]) -> Iterator[list[T]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from hba.atlas.batch import EncodeConfig, Media, load_media
 from hba.atlas.media import SAMPLE_RATE, Image, Video
 from hba.atlas.prompt import Message, Modality
 from hba.atlas.sample import Sample
+from hba.errors import InputError
 from hba.remote.request import Message as RemoteMessage
 from hba.remote.request import Part
 
@@ -115,3 +116,16 @@ def _file(data: bytes) -> Part:
 
 def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
+
+
+def frame_rate(videos: Sequence[Video], sample: Sample) -> dict[str, float]:
+    """`fps`, from which vLLM's processor takes the times of all videos of a prompt; nothing without videos.
+
+    Raises InputError for videos of different spans: one number cannot say both.
+    """
+    exact = [len(video.frames) / video.duration_seconds for video in videos]
+    rates = {round(rate, 6) for rate in exact}
+    if len(rates) > 1:
+        fix = "Take rows of one video, or ask transformers: --backend hf, rollout.sampler=generate."
+        raise InputError(f"videos of one prompt have {len(rates)} different frame rates", where=sample.where, fix=fix)
+    return {"fps": exact[0]} if exact else {}  # rounded, it would move positions by one
