@@ -196,3 +196,43 @@ def test_from_an_atlas_to_judged_scores(chat_server, tmp_path, mini_atlas, hba):
         key: 0.0 for key in ("SOC", "INT", "NVC") if key in scores
     }
     assert json.loads(out)["provenance"]["judge"]["model"] == "j"
+
+
+def test_a_dry_run_counts_requests_tokens_and_cost_and_asks_nothing(tmp_path, hba, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    make_run(tmp_path, 60)
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    command = ["judge", tmp_path / "run", "--model", "gpt-5-nano", "--dry-run", "temperature=null"]
+    code, out, _ = hba(*command, "--json")
+    said = json.loads(out)
+    assert code == 0 and said["left"] == said["rows"] == 59 == sum(said["datasets"].values())
+    assert said["requests_at_most"] == 3 * 59 and said["tokens_out_at_most"] == 3 * 59 * 2048
+    cost = (said["tokens_in"] * 0.05 + said["tokens_out_at_most"] * 0.4) / 1e6
+    assert said["cost_usd_at_most"] == pytest.approx(cost)
+    once = json.loads(hba(*command, "attempts=1", "--json")[1])
+    assert once["tokens_in"] * 3 == said["tokens_in"] > 59 * 3 * 200  # the rubric is sent with each
+    assert "59; 177 at most" in hba(*command)[1]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+
+
+def test_a_dry_run_of_what_is_left_goes_by_the_verdicts_that_are_there(chat_server, tmp_path, hba):
+    make_run(tmp_path, 60)
+    server = chat_server("judge")
+    (tmp_path / "prices.yaml").write_text("openai:\n  m: {input: 1000.0, output: 2000.0}\n")
+    judged = ["--model", "m", "--base-url", server.url, "--no-cache", f"client.prices={tmp_path / 'prices.yaml'}"]
+    command = ["judge", tmp_path / "run", *judged, "--json"]
+    whole = json.loads(hba(*command)[1])["usage"]
+    verdicts = tmp_path / "run" / "judgements.jsonl"
+    verdicts.write_text("".join(verdicts.read_text().splitlines(keepends=True)[:9]))
+    said = json.loads(hba(*command, "--dry-run")[1])
+    assert (said["left"], said["measured"]) == (50, True)
+    asked = server.stats()["requests"]
+    rest = json.loads(hba(*command)[1])["usage"]
+    assert rest["requests"] == 50 == server.stats()["requests"] - asked
+    assert said["cost_usd_at_most"] == pytest.approx(rest["cost_usd"], rel=0.05)
+    assert said["tokens_in"] == pytest.approx(whole["tokens_in"] * 50 / 59, rel=0.05)
+    other = hba("judge", tmp_path / "run", "--model", "other", "--base-url", server.url, "--dry-run")
+    assert other[0] == 2 and "another model" in other[2]
+    labels = hba("judge", "--calibrate", "canaries", *judged, "--out", tmp_path / "c", "--dry-run", "--json")
+    assert json.loads(labels[1])["left"] == 72 and not (tmp_path / "c").exists()
+    assert hba("judge", tmp_path / "run", "--offline", "--dry-run")[0] == 2

@@ -34,7 +34,7 @@ COMMANDS = {
     "push": "run! repo! --license! --merge --private --json",
     "score": "run! --resamples --seed --by --cluster --atlas --json",
     "judge": "run overrides --model --provider --base-url --atlas --calibrate --offline --out --retry-unjudged"
-    " --allow-unjudged --cache --json",
+    " --dry-run --allow-unjudged --cache --json",
     "report": "run! --atlas --out --json",
     "explore": "--atlas --runs --host --port --cache --json",
     "compare": "runs! --seeds --allow-other-data --flips --resamples --seed --json",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ from hba.cli.options import JsonFlag, answer, bold, say
 from hba.errors import InputError
 
 if TYPE_CHECKING:
+    from hba.evaluate.judge.items import Item
     from hba.evaluate.judge.run import JudgeConfig, Judged
 
 JUDGE_EXAMPLE = "Example: hba judge runs/mine --model gpt-5-nano temperature=null"
@@ -34,6 +36,7 @@ def judge_command(
     offline: Annotated[bool, typer.Option(help="Embedding similarity without a judge; not comparable.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for the results; RUN by default.")] = None,
     retry_unjudged: Annotated[bool, typer.Option(help="Ask again for answers recorded as unjudged.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count requests, tokens and cost, and stop.")] = False,
     allow_unjudged: Annotated[int, typer.Option(min=0, help="Exit 0 although so many answers have no verdict.")] = 0,
     cache: Annotated[bool, typer.Option(help="Keep replies in the user's cache and take them from there.")] = True,
     json: JsonFlag = False,
@@ -45,12 +48,17 @@ def judge_command(
     """
     if run is not None and "=" in str(run):  # an override that came first, as there is no RUN
         run, overrides = None, [str(run), *(overrides or [])]
+    if dry_run and (offline or (calibrate is not None and run is not None)):
+        raise InputError("no model would be asked, so that there is nothing to count", where="--dry-run")
     if offline:
         return _offline(_required(run, "RUN"), out, json)
     if calibrate is not None and run is not None:
         return _compare(run, calibrate, json)
     settings = _settings(overrides or [], provider, base_url, cache)
     asked = _required(model, "--model")
+    if dry_run:
+        items, folder = _items(run, atlas, calibrate), out or _required(run, "--out")
+        return _estimate(items, folder, asked, settings, retry_unjudged, json)
     if calibrate is not None:
         return _calibrate(calibrate, asked, settings, _required(out, "--out"), json)
     return _judge(_required(run, "RUN"), asked, settings, atlas, out, retry_unjudged, allow_unjudged, json)
@@ -71,6 +79,23 @@ def _settings(overrides: list[str], provider: str, base_url: str | None, cache: 
     given += [f"client.base_url={base_url}"] if base_url is not None else []
     given += [f"client.cache={cache_folder() / 'responses'}"] if cache else []
     return load_config(JudgeConfig, None, [*given, *overrides])
+
+
+def _items(run: Path | None, atlas: str | None, calibrate: Path | None) -> Sequence[Item]:
+    """What a call would judge: labelled items, or the answers of a run."""
+    from hba.evaluate.judge.items import items_of
+
+    return items_of(_required(run, "RUN"), atlas) if calibrate is None else _labelled_items(calibrate)
+
+
+def _estimate(
+    items: Sequence[Item], folder: Path, model: str, settings: JudgeConfig, retry_unjudged: bool, json: bool
+) -> None:
+    from hba.cli.estimate import show_estimate
+    from hba.evaluate.judge.estimate import estimate_judging
+
+    expected = estimate_judging(items, folder, model=model, config=settings, retry_unjudged=retry_unjudged)
+    show_estimate(expected, "judge", as_json=json)
 
 
 def _judge(
@@ -137,19 +162,26 @@ def _labels_path(calibrate: Path) -> Path:
     return agreement.CANARIES if str(calibrate) == CANARIES and not calibrate.exists() else calibrate
 
 
-def _calibrate(calibrate: Path, model: str, settings: JudgeConfig, out: Path, json: bool) -> None:
-    """Ask the judge about labelled items, then compare."""
-    from hba.cli.progress import tallied
-    from hba.evaluate.judge.agreement import agreement, read_items, read_labels
-    from hba.evaluate.judge.run import judge_items
-    from hba.storage import write_json
+def _labelled_items(calibrate: Path) -> Sequence[Item]:
+    from hba.evaluate.judge.agreement import read_items
 
     path = _labels_path(calibrate)
     items = read_items(path)
     if items is None:
         fix = "Give dataset, question, reference and answer for each item, or a RUN whose judgements are compared."
         raise InputError("the file has labels without items", where=str(path), fix=fix)
-    labels = read_labels(path)
+    return items
+
+
+def _calibrate(calibrate: Path, model: str, settings: JudgeConfig, out: Path, json: bool) -> None:
+    """Ask the judge about labelled items, then compare."""
+    from hba.cli.progress import tallied
+    from hba.evaluate.judge.agreement import agreement, read_labels
+    from hba.evaluate.judge.run import judge_items
+    from hba.storage import write_json
+
+    items = _labelled_items(calibrate)
+    labels = read_labels(_labels_path(calibrate))
     with tallied("judge") as progress:
         judged = judge_items(items, out, model=model, config=settings, progress=progress)
     found = agreement({j.id: j.correct for j in judged.judgements}, labels)

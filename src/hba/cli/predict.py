@@ -12,7 +12,6 @@ from hba.cli.options import AllowQuarantined, JsonFlag, Overrides, answer, bold,
 from hba.errors import InputError
 
 if TYPE_CHECKING:
-    from hba.evaluate.estimate import Estimate
     from hba.evaluate.predict import PredictSummary
 
 BACKENDS = "heads (a checkpoint), hf (chat models), openai (or compatible), anthropic, google, vllm, majority or random"
@@ -53,11 +52,12 @@ def predict_command(
         limit=limit, per_dataset=per_dataset, channels=_names(modalities), datasets=_names(datasets)
     )
     if dry_run:
+        from hba.cli.estimate import show_estimate
         from hba.evaluate.estimate import estimate
 
         opened = open_rows(model, atlas, split=split, config=settings, backend=backend, selection=selection)
         expected = estimate(opened, folder)
-        return answer(expected.record(), as_json=json, show=lambda: _show_estimate(expected))
+        return show_estimate(expected, "predict", as_json=json)
     share = launched_shard() if shard is None else parse_shard(shard)
     with tallied("predict" if share is None else f"predict {share.number}/{share.count}") as progress:
         summary = predict_run(
@@ -105,22 +105,6 @@ def _show(summary: PredictSummary, folder: Path) -> None:
     facts += [] if tally.meter is None else [f"{tally_cost(tally.meter)} in this session"]
     facts += [] if summary.merged else ["the other shards are not done: whichever ends last merges all"]
     say("; ".join(facts) + ".")
-
-
-def _show_estimate(expected: Estimate) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="Dry run: nothing was asked", title_justify="left", show_header=False, box=None)
-    for dataset, count in expected.datasets.items():
-        table.add_row(dataset, f"{count:,} rows")
-    table.add_row("left to predict", f"{expected.left:,} of {expected.rows:,} rows")
-    how = "as measured on this folder's predictions" if expected.measured else "roughly; a pilot measures it"
-    table.add_row("tokens in", f"{expected.tokens_in:,} {how}")
-    table.add_row("tokens out", f"{expected.tokens_out_at_most:,}" + ("" if expected.measured else " at most"))
-    cost = expected.cost_usd_at_most
-    table.add_row("cost", f"unknown: {expected.note}" if cost is None else f"${cost:,.2f} at most, {expected.note}")
-    Console().print(table)
 
 
 def _finish_failed(summary: PredictSummary, allowed: int) -> None:

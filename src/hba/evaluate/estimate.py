@@ -1,16 +1,18 @@
-"""What a run would do and cost, without asking a model anything: `hba predict --dry-run`.
+"""What a run would do and cost, without asking a model anything: `--dry-run` of `hba predict` and `hba judge`.
 
-Tokens are those of the predictions that the folder already has, a pilot's (`--limit`) for instance, as means a row;
+Tokens are those of the records that the folder already has, a pilot's (`--limit`) for instance, as means a row;
 without any, they come from rough figures a medium, and the answer is taken to be as long as it may be. A cost is an
-upper bound at list prices; a model without a known price has none, and that is said.
+upper bound at list prices; a model without a known price has none, and that is said. `expected` makes an estimate of
+counts and rough tokens; what these are of a judge is said in `judge/estimate.py`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -18,7 +20,7 @@ from hba.atlas import Atlas
 from hba.evaluate.config import Opening
 from hba.evaluate.predictions import read_predictions
 from hba.evaluate.shards import done_elsewhere
-from hba.remote.client import is_official
+from hba.remote.client import ClientConfig, is_official
 from hba.remote.cost import find_price
 from hba.remote.provider import PROVIDERS
 from hba.storage import read_json
@@ -31,11 +33,15 @@ FORMAT_TOKENS = 40
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Rows by dataset, how many are left, their tokens and what they cost at most in US dollars (None: unknown)."""
+    """Rows by dataset, how many are left, their tokens and what they cost at most in US dollars (None: unknown).
+
+    A row is one request, but `requests_at_most` where its reply may be asked for again; tokens are of all of these.
+    """
 
     datasets: dict[str, int]
     rows: int
     left: int
+    requests_at_most: int
     tokens_in: int
     tokens_out_at_most: int
     measured: bool
@@ -47,29 +53,67 @@ class Estimate:
         return asdict(self)
 
 
+class Counted(Protocol):
+    """A record that says the tokens of its request and reply, None where the server did not."""
+
+    @property
+    def tokens_in(self) -> int | None: ...
+    @property
+    def tokens_out(self) -> int | None: ...
+
+
+class Payee(NamedTuple):
+    """Who is asked: a backend (free unless it is a provider's), a model, and where its client finds prices."""
+
+    backend: str
+    model: str
+    client: ClientConfig
+    prices_key: str
+    """the config key of a file with prices, for the message that none is known"""
+
+
+def expected(
+    payee: Payee,
+    datasets: Iterable[str],
+    *,
+    left: int,
+    requests: int,
+    tokens: tuple[int, int],
+    before: Iterable[Counted],
+) -> Estimate:
+    """The estimate for `left` of the rows whose datasets are given, in `requests` requests at most.
+
+    `tokens` in and out are the rough ones of all of them; the mean of the records `before` takes their place.
+    """
+    names = Counter(datasets)
+    mean = _mean(before)
+    tokens_in, tokens_out = tokens if mean is None else (round(each * left) for each in mean)
+    cost, note = _cost(payee, tokens_in, tokens_out)
+    return Estimate(
+        datasets=dict(sorted(names.items())),
+        rows=names.total(),
+        left=left,
+        requests_at_most=requests,
+        tokens_in=tokens_in,
+        tokens_out_at_most=tokens_out,
+        measured=mean is not None,
+        cost_usd_at_most=cost,
+        note=note,
+    )
+
+
 def estimate(opening: Opening, folder: Path) -> Estimate:
     """The estimate for the rows that `folder` has no prediction of. No backend is opened, no key is needed."""
     atlas = opening.atlas
     done = done_elsewhere(folder) if _same_rows(folder, atlas) else set()
     left = np.array([sample.id not in done for sample in atlas], bool)
-    measured = _measured(folder, atlas)
-    if measured is None:
-        tokens_in = int(_rough_tokens(opening)[left].sum())
-        tokens_out = int(left.sum()) * opening.config.generation.max_tokens
-    else:
-        tokens_in, tokens_out = (round(mean * int(left.sum())) for mean in measured)
-    cost, note = _cost(opening, tokens_in, tokens_out)
-    names = Counter(atlas.columns.datasets[code] for code in atlas.columns.dataset_codes.tolist())
-    return Estimate(
-        datasets=dict(sorted(names.items())),
-        rows=len(atlas),
-        left=int(left.sum()),
-        tokens_in=tokens_in,
-        tokens_out_at_most=tokens_out,
-        measured=measured is not None,
-        cost_usd_at_most=cost,
-        note=note,
-    )
+    count = int(left.sum())
+    tokens = (int(_rough_tokens(opening)[left].sum()), count * opening.config.generation.max_tokens)
+    datasets = (atlas.columns.datasets[code] for code in atlas.columns.dataset_codes.tolist())
+    path = folder / "predictions.jsonl"
+    before = read_predictions(path, atlas.taxonomy) if path.is_file() else []
+    payee = Payee(opening.backend, opening.model, opening.config.remote, "remote.prices")
+    return expected(payee, datasets, left=count, requests=count, tokens=tokens, before=before)
 
 
 def _same_rows(folder: Path, atlas: Atlas) -> bool:
@@ -78,11 +122,9 @@ def _same_rows(folder: Path, atlas: Atlas) -> bool:
     return path.is_file() and read_json(path)["data"]["fingerprint"] == atlas.fingerprint
 
 
-def _measured(folder: Path, atlas: Atlas) -> tuple[float, float] | None:
-    """Mean tokens in and out of the predictions that are there; None where no prediction says its tokens."""
-    path = folder / "predictions.jsonl"
-    found = read_predictions(path, atlas.taxonomy) if path.is_file() else []
-    known = [(p.tokens_in, p.tokens_out) for p in found if p.tokens_in is not None and p.tokens_out is not None]
+def _mean(records: Iterable[Counted]) -> tuple[float, float] | None:
+    """Mean tokens in and out of the records that say both; None where none does."""
+    known = [(r.tokens_in, r.tokens_out) for r in records if r.tokens_in is not None and r.tokens_out is not None]
     return (sum(i for i, _ in known) / len(known), sum(o for _, o in known) / len(known)) if known else None
 
 
@@ -98,12 +140,11 @@ def _rough_tokens(opening: Opening) -> np.ndarray[Any, Any]:
     return tokens_N
 
 
-def _cost(opening: Opening, tokens_in: int, tokens_out: int) -> tuple[float | None, str]:
-    if opening.backend not in PROVIDERS:
+def _cost(payee: Payee, tokens_in: int, tokens_out: int) -> tuple[float | None, str]:
+    if payee.backend not in PROVIDERS:
         return 0.0, "nothing is paid for this backend"
-    remote = opening.config.remote
-    official = is_official(opening.backend, remote.base_url)
-    price = find_price(opening.backend, opening.model, official=official, file=remote.prices)
+    official = is_official(payee.backend, payee.client.base_url)
+    price = find_price(payee.backend, payee.model, official=official, file=payee.client.prices)
     if price is None:
-        return None, f"the price of {opening.model} is not known; give it with remote.prices=FILE"
+        return None, f"the price of {payee.model} is not known; give it with {payee.prices_key}=FILE"
     return price.cost(tokens_in, tokens_out), f"at {price.input:g} and {price.output:g} dollars a million tokens"

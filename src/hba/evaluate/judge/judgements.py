@@ -87,11 +87,27 @@ class JudgementLog:
         self._log.close()
 
 
+def known_judgements(folder: Path, settings: dict[str, Any]) -> dict[str, Judgement]:
+    """The judgements of a folder, none if it has none. Raises InputError if they are another judge's."""
+    if not _has_verdicts(folder):
+        return {}
+    _check_judge(folder, settings)
+    return read_judgements(folder / FILE)
+
+
+def _has_verdicts(folder: Path) -> bool:
+    return (folder / FILE).is_file() and (folder / FILE).stat().st_size > 0
+
+
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    path, verdicts = folder / SETTINGS, folder / FILE
-    if not verdicts.is_file() or not verdicts.stat().st_size:
-        write_json(path, settings)  # whoever was to judge here before came to nothing
-        return
+    if _has_verdicts(folder):
+        _check_judge(folder, settings)
+    else:
+        write_json(folder / SETTINGS, settings)  # whoever was to judge here before came to nothing
+
+
+def _check_judge(folder: Path, settings: dict[str, Any]) -> None:
+    path = folder / SETTINGS
     if not path.is_file():
         fix = "Restore judge.json, or remove judgements.jsonl."
         raise InputError("judgements of an unknown judge: judge.json is missing", where=str(folder), fix=fix)

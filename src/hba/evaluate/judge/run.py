@@ -21,7 +21,7 @@ from hba.evaluate.judge.items import Item, items_of
 from hba.evaluate.judge.judgements import Judgement, JudgementLog
 from hba.evaluate.judge.prompt import code_of, read_verdict, request_for, rubrics_sha256
 from hba.evaluate.tally import Tally
-from hba.remote import ClientConfig, RemoteClient, Reply, RequestError, UnusableReplyError, bounded
+from hba.remote import ChatRequest, ClientConfig, RemoteClient, Reply, RequestError, UnusableReplyError, bounded
 from hba.remote.client import describe
 from hba.run import locked_folder
 
@@ -83,8 +83,7 @@ def judge_items(
 ) -> Judged:
     """Judge `items` into the judgements.jsonl of `folder`, going on where it stopped."""
     with locked_folder(folder), JudgementLog(folder, settings_of(model, config)) as log:
-        _check_known(items, log.known, folder)
-        todo = [item for item in items if _open(log.known.get(item.id), retry_unjudged)]
+        todo = open_items(items, log.known, folder, retry_unjudged=retry_unjudged)
         known = [log.known[item.id] for item in items if item.id in log.known]
         unjudged = sum(judgement.correct is None for judgement in known)
         tally = Tally(total=len(items), done=len(items) - len(todo), failed=0 if retry_unjudged else unjudged)
@@ -103,16 +102,25 @@ def settings_of(model: str, config: JudgeConfig) -> dict[str, Any]:
     }
 
 
-def _open(judgement: Judgement | None, retry_unjudged: bool) -> bool:
-    return judgement is None or (retry_unjudged and judgement.correct is None)
-
-
-def _check_known(items: Sequence[Item], known: dict[str, Judgement], folder: Path) -> None:
+def open_items(items: Sequence[Item], known: dict[str, Judgement], folder: Path, *, retry_unjudged: bool) -> list[Item]:
+    """The items to ask about. Raises InputError when a verdict of `folder` is about another answer."""
     for item in items:
         judgement = known.get(item.id)
         if judgement is not None and judgement.answer_sha256 != item.answer_sha256:
             fix = "Remove judgements.jsonl and judge.json, or write elsewhere with --out."
             raise InputError(f"the verdict on {item.id!r} is about another answer", where=str(folder), fix=fix)
+    return [i for i in items if i.id not in known or (retry_unjudged and known[i.id].correct is None)]
+
+
+def asked(item: Item, attempt: int, config: JudgeConfig) -> ChatRequest:
+    """The request for a verdict on `item`."""
+    return request_for(
+        item,
+        attempt,
+        max_tokens=config.max_tokens,
+        temperature=config.temperature,
+        structured=config.structured,
+    )
 
 
 async def _judge_all(
@@ -142,13 +150,7 @@ async def judge_item(client: RemoteClient, item: Item, config: JudgeConfig) -> J
     error = ""
     for attempt in range(config.attempts):
         code = code_of(item, attempt)
-        request = request_for(
-            item,
-            attempt,
-            max_tokens=config.max_tokens,
-            temperature=config.temperature,
-            structured=config.structured,
-        )
+        request = asked(item, attempt, config)
 
         def accept(reply: Reply, code: str = code) -> None:
             replies.append(reply)
