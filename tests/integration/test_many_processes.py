@@ -1,4 +1,5 @@
-"""Stage 1 on two processes (gloo): the losses of one process, sharded or not, and resume on another number of them."""
+"""Two processes (gloo). Stage 1: the losses of one process, sharded or not, and resume on another number of them. RL:
+sharded as whole, from its first sampling on."""
 
 import json
 import os
@@ -10,7 +11,9 @@ import sys
 import time
 
 import pytest
+import rl_run
 import torch
+from rl_run import write_reward
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -31,9 +34,13 @@ LORA = ["model.strategy=lora", "model.lora_r=4", "model.lora_dropout=0.0"]
 
 
 def start(run, atlas, backbone, *overrides, processes=1):
-    """The command's processes, as a launcher starts them."""
     config = [f"atlas={atlas}", f"model.name={backbone}", *SMALL, *overrides]
-    command = [sys.executable, "-m", "hba", "train", "sft", "--run", str(run), *config]
+    return launched(["train", "sft", "--run", str(run), *config], processes)
+
+
+def launched(arguments, processes):
+    """The command's processes, as a launcher starts them."""
+    command = [sys.executable, "-m", "hba", *arguments]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -45,7 +52,11 @@ def start(run, atlas, backbone, *overrides, processes=1):
 
 
 def train(*arguments, **options):
-    for process in start(*arguments, **options):
+    ended(start(*arguments, **options))
+
+
+def ended(processes):
+    for process in processes:
         _, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors.decode()
 
@@ -180,3 +191,16 @@ def test_a_launcher_that_shards_by_itself_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigError, match=r"train\.sharding=full"):
         start_accelerator("float32")
+
+
+def test_rl_samples_and_learns_the_same_when_sharded(tmp_path, mini_atlas, backbone):
+    reward = write_reward(tmp_path)
+    config = [f"atlas={mini_atlas}", f"model.name={backbone}", f"reward.function={reward}:letters", *rl_run.SMALL]
+    config += ["train.batch_size=4", "train.accumulation=1", "train.max_steps=2", "--algorithm", "grpo"]
+    for name, extra in (("whole", []), ("sharded", [SHARDED, "train.activation_checkpointing=true"])):
+        ended(launched(["train", "rl", "--run", str(tmp_path / name), *config, *extra], 2))
+    whole, sharded = (logged(tmp_path / name, "rl") for name in ("whole", "sharded"))
+    assert len(whole) == len(sharded) == 2
+    for ours, theirs in zip(sharded, whole, strict=True):
+        for figure in ("score", "grad_norm", "entropy"):
+            assert ours[figure] == pytest.approx(theirs[figure], rel=1e-4)

@@ -145,6 +145,14 @@ def straight(tmp_path_factory, mini_atlas, backbone, reward):
     return run
 
 
+def test_layers_that_are_computed_twice_sample_and_learn_the_same(straight, tmp_path, mini_atlas, backbone, reward):
+    config = settings(mini_atlas, backbone, reward, "train.activation_checkpointing=true")
+    train(tmp_path / "run", config)
+    figures = ("step", "score", "grad_norm", "entropy", "tokens")
+    twice, once = ([[line[f] for f in figures] for line in logged(p, "rl")] for p in (tmp_path / "run", straight))
+    assert twice == [pytest.approx(line, rel=1e-5) for line in once]
+
+
 def test_the_log_says_everything_by_task_and_dataset(straight):
     records = logged(straight, "rl")
     assert [record["step"] for record in records] == [1, 2, 3, 4]

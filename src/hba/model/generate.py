@@ -9,7 +9,8 @@ since `num_return_sequences` mixes up the patches of videos.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -22,10 +23,11 @@ _MEDIA_TOKEN = re.compile(r"(audio|image|video|vision|boi|eoi|boa|eoa)(_\w+)?_to
 
 
 class Said(NamedTuple):
-    """One answer, and of how many tokens it is, the end token included."""
+    """One answer, and of how many tokens it is, the end token included; `ids_L` are these tokens, in main memory."""
 
     text: str
     tokens: int
+    ids_L: Tensor
 
 
 class SaidTokens(NamedTuple):
@@ -39,7 +41,8 @@ def generate(model: Any, processor: Any, inputs: Mapping[str, Tensor], **options
     """One answer for each left-padded row of `inputs`; `options` are those of `generate_tokens`."""
     said = generate_tokens(model, processor, inputs, **options)
     texts = processor.tokenizer.batch_decode(said.ids_BL, skip_special_tokens=True)
-    return [Said(text, tokens) for text, tokens in zip(texts, said.lengths, strict=True)]
+    rows = zip(texts, said.lengths, said.ids_BL.cpu(), strict=True)
+    return [Said(text, tokens, ids_L[:tokens]) for text, tokens, ids_L in rows]
 
 
 @torch.inference_mode()
@@ -54,26 +57,38 @@ def generate_tokens(
 ) -> SaidTokens:
     """`generate`, before its tokens become text: greedy at temperature 0.
 
-    Sampling is from the most probable tokens that together have the share `top_p` of the probability.
+    Sampling is from the most probable tokens that together have the share `top_p` of the probability. A model that is
+    being trained is set to evaluate meanwhile: layers that are computed twice drop what generation keeps of a prompt.
     """
     tokenizer = processor.tokenizer
     ends = end_token_ids(model, processor)
     sampling: dict[str, Any] = {"do_sample": temperature > 0, "top_k": None, "top_p": None, "temperature": None}
     if temperature > 0:
         sampling |= {"temperature": temperature, "top_k": 0, "top_p": top_p}
-    tokens_BT = model.generate(
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        suppress_tokens=media_token_ids(model.config, processor),
-        pad_token_id=ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        eos_token_id=ends,
-        repetition_penalty=1.0,
-        **sampling,
-    )
+    with _evaluating(model):
+        tokens_BT = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            suppress_tokens=media_token_ids(model.config, processor),
+            pad_token_id=ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+            eos_token_id=ends,
+            repetition_penalty=1.0,
+            **sampling,
+        )
     answers_BL = tokens_BT[:, inputs["input_ids"].shape[1] :]
     ended_BL = torch.isin(answers_BL, torch.tensor(ends, device=answers_BL.device))
     lengths = [int(row_L.nonzero()[0]) + 1 if row_L.any() else len(row_L) for row_L in ended_BL]
     return SaidTokens(answers_BL, lengths)
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def end_token_ids(model: Any, processor: Any) -> list[int]:

@@ -20,7 +20,6 @@ from hba.atlas.batch import Batch
 from hba.config import option
 from hba.errors import ConfigError
 from hba.model.chat import ChatModel
-from hba.model.generate import generate_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,15 +107,8 @@ class PolicySampler:
         return [self._one(batch, draws) for batch in prompts]
 
     def _one(self, batch: Batch, draws: Draws) -> Drawn:
-        said = generate_tokens(
-            self._policy.transformer,
-            self._policy.processor,
-            batch.inputs,
-            max_new_tokens=draws.max_new_tokens,
-            temperature=draws.temperature,
-        )
-        rows = [ids_L[:length].cpu() for ids_L, length in zip(said.ids_BL, said.lengths, strict=True)]
-        return Drawn(rows, None)
+        said = self._policy.generate(batch, max_new_tokens=draws.max_new_tokens, temperature=draws.temperature)
+        return Drawn([each.ids_L for each in said], None)
 
     def close(self) -> None:
         """Nothing is open."""

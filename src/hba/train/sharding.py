@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -43,6 +43,8 @@ def prepare_model(
         if isinstance(module, GradientCheckpointingLayer):  # transformers' name for a decoder or encoder layer
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    # RL's first pass is a generation: the layers would take themselves for whole models, each for one of its own.
+    register_fsdp_forward_method(model, "generate")
     sharded: nn.Module = accelerator.prepare_model(model, evaluation_mode=True)  # device and autocast, without DDP
     return sharded
 
