@@ -56,7 +56,8 @@ def lora(backbone, tmp_path_factory):
     """A model with LoRA that does something, and its checkpoint."""
     folder = tmp_path_factory.mktemp("lora") / "step_1"
     model = apply_strategy(OmniSapiens.from_pretrained(backbone), ModelConfig(name=str(backbone), lora_r=4))
-    checkpoint.save(shaken(model), folder, backbone=str(backbone), strategy="lora", encode=ENCODE)
+    known = {"encode": ENCODE, "domains": ["emotion", "humour"]}
+    checkpoint.save(shaken(model), folder, backbone=str(backbone), strategy="lora", **known)
     return model, folder
 
 
@@ -240,6 +241,7 @@ def test_released_adapters_go_onto_a_checkpoint(lora, batch, tmp_path, layer_nor
         assert torch.allclose(ours.adapter(name)(features), adapters[f"{name}_adapter"](features), atol=1e-6)
     assert ours.spec.descriptors.mode == "mean" and ours.spec.descriptors.published
     assert set(loaded.bam.datasets) == {"urfunny"}
+    assert checkpoint.read_card(tmp_path / "out")["domains"] == ["emotion", "humour"]
     assert torch.allclose(loaded.classify(batch), lora[0].classify(batch), atol=1e-4)  # no row of urfunny
 
 

@@ -46,10 +46,13 @@ def predicted(hba, model, atlas, run):
 
 def test_rows_of_untrained_heads_are_left_out_and_counted(hba, trained, mini_atlas, tmp_path):
     assert predicted(hba, trained, mini_atlas, tmp_path / "run") == {"mmsd"}
-    code, _, err = hba("score", tmp_path / "run", "--json")
+    code, _, err = hba("score", tmp_path / "run")
     assert code == 0, err
     tasks = json.loads((tmp_path / "run" / "metrics.json").read_text())["tasks"]
-    assert {key for key, task in tasks.items() if task.get("score") is not None} == {"SAR"}
+    assert {key for key, task in tasks.items() if task["score"] is not None} == {"SAR"}
+    jokes = sum(sample.dataset == "urfunny" for sample in open_atlas(mini_atlas, split="test"))
+    assert tasks["HUM"]["n_skipped"] == jokes
+    assert "no trained head" in tasks["HUM"]["note"] and "no trained head" in tasks["SOC"]["note"]
 
 
 def test_a_merged_model_and_one_trained_on_know_it_too(hba, call, trained, mini_atlas, tmp_path):
@@ -60,3 +63,20 @@ def test_a_merged_model_and_one_trained_on_know_it_too(hba, call, trained, mini_
     code, _, err = hba("predict", tmp_path / "on", "--atlas", mini_atlas, "--run", tmp_path / "b", *FEW)
     assert code == 0, err
     assert {p.dataset for p in read_predictions(tmp_path / "b" / "predictions.jsonl")} == {"mmsd", "urfunny"}
+
+
+def test_rows_of_untrained_heads_alone_are_no_empty_file(hba, trained, mini_atlas, tmp_path):
+    code, _, err = hba("predict", trained, "--atlas", mini_atlas, "--run", tmp_path, "--datasets", "tess", *FEW)
+    assert code == 0, err
+    code, _, err = hba("score", tmp_path)
+    assert code == 2 and "heads that were not trained" in err
+
+
+def test_adapters_alone_need_a_trained_head_and_a_stage_that_trains_it_says_so(hba, trained, mini_atlas, tmp_path):
+    bam = ["train", "bam", "--from", trained, f"atlas={mini_atlas}", "--dataset", "daicwoz", "train.max_steps=1"]
+    code, _, err = hba(*bam, "--run", tmp_path / "alone")
+    assert code == 2 and "no head of mental_health_depression was trained" in err and "adapters+heads" in err
+    code, _, err = hba(*bam, "--run", tmp_path / "both", "stage=adapters+heads")
+    assert code == 0, err
+    (card,) = (json.loads(path.read_text()) for path in (tmp_path / "both").glob("checkpoints/step_*/hba.json"))
+    assert card["domains"] == ["mental_health_depression", "sarcasm"]

@@ -82,7 +82,7 @@ def _prediction(answered: Answered) -> Prediction:
 class PredictSummary(NamedTuple):
     """What one call of `predict_run` leaves: the counts of the run (of the shard, if it is one), and what is missing.
 
-    `skipped` rows have no head; `merged` is False while other shards of the run have rows left.
+    `skipped` rows have no trained head; `merged` is False while other shards of the run have rows left.
     """
 
     tally: Tally
@@ -121,13 +121,13 @@ def predict_run(
     with ExitStack() as locks:
         with locked_folder(folder) if shard is not None else nullcontext():
             locks.enter_context(locked_folder(own))
-            start_predictions(folder, _settings(opening, split, answering))
+            rows = answerable(opening.atlas, answering)
+            start_predictions(folder, _settings(opening, split, answering, rows))
             save_beside(opening.atlas.taxonomy, folder)
         if shard is None:
             merge(folder, opening.atlas.taxonomy)
         if retry_failed:
             forget_failed(own / "predictions.jsonl", opening.atlas.taxonomy)
-        rows = answerable(opening.atlas, answering)
         share = rows if shard is None else rows[shard.number - 1 :: shard.count]
         summary = _append_predictions(folder, own, opening.atlas, share, answering, progress)
     if shard is None:
@@ -147,7 +147,7 @@ def open_rows(
     return Opening(model=model, backend=name, place=atlas, atlas=rows, config=config, encode=chosen)
 
 
-def _settings(opening: Opening, split: str, backend: Backend) -> dict[str, Any]:
+def _settings(opening: Opening, split: str, backend: Backend, rows: Indices) -> dict[str, Any]:
     settings = {
         "model": opening.model,
         "backend": opening.backend,
@@ -155,9 +155,19 @@ def _settings(opening: Opening, split: str, backend: Backend) -> dict[str, Any]:
         "split": split,
         "data": data_record(opening.place, opening.atlas),
         "encode": asdict(opening.encode),
+        "skipped": _skipped(opening.atlas, rows),
     }
     plain: dict[str, Any] = json.loads(json.dumps(settings))
     return plain
+
+
+def _skipped(atlas: Atlas, rows: Indices) -> dict[str, int]:
+    """How many rows of each dataset are not among `rows`, which the model can answer."""
+    columns = atlas.columns
+    out_N = np.ones(len(atlas), dtype=bool)
+    out_N[rows] = False
+    counts = np.bincount(columns.dataset_codes[out_N], minlength=len(columns.datasets))
+    return {key: int(count) for key, count in zip(columns.datasets, counts, strict=True) if count}
 
 
 def _append_predictions(

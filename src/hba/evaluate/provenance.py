@@ -25,7 +25,7 @@ def run_facts(folder: Path) -> dict[str, Any]:
 
     Raises InputError for a malformed file.
     """
-    environment, predict = (_facts(folder / name) for name in ("environment.json", "predict.json"))
+    environment, predict = (run_record(folder / name) for name in ("environment.json", "predict.json"))
     data = predict.get("data") or environment.get("data") or {}
     model = predict.get("model")
     return {
@@ -49,8 +49,8 @@ def provenance_of(folder: Path, predictions: Sequence[Prediction], given: Mappin
     return dict.fromkeys(KEYS) | run_facts(folder) | found | dict(given)
 
 
-def _facts(path: Path) -> dict[str, Any]:
-    """environment.json or predict.json of the run, empty without one."""
+def run_record(path: Path) -> dict[str, Any]:
+    """environment.json or predict.json of a run, empty without one. Raises InputError for a malformed file."""
     facts = read_json(path) if path.is_file() else {}
     if not isinstance(facts, dict) or not isinstance(facts.get("data") or {}, dict):
         raise InputError("expected an object with an object `data`", where=str(path), fix="Restore or remove the file.")

@@ -2,8 +2,8 @@
 
 Every prediction counts. An answer that could not be mapped is wrong (n_invalid); a sample that failed without
 an output is wrong (n_failed); a quarantined sample, whose medium could not be read, is left out and counted
-(n_quarantined). A task whose answers need a judge has score null until judgements.jsonl of the folder has a verdict on
-each of them, never a default verdict.
+(n_quarantined), and so is a row whose head was not trained (n_skipped). A task whose answers need a judge has score
+null until judgements.jsonl of the folder has a verdict on each of them, never a default verdict.
 
 Refused: a missing or malformed file, and a run without a single row to score. metrics.json is written whole
 or not at all. Invariant: the same predictions in any order and the same seed give the same file apart from
@@ -27,7 +27,7 @@ from hba.evaluate.freeform import generation_metrics, majority_levels
 from hba.evaluate.judge.scores import Verdicts, add_judged, judge_record, judged_rows, read_verdicts
 from hba.evaluate.metrics import mean_of, score_rows
 from hba.evaluate.predictions import Prediction, read_predictions
-from hba.evaluate.provenance import provenance_of
+from hba.evaluate.provenance import provenance_of, run_record
 from hba.evaluate.slices import breakdown
 from hba.evaluate.stats import LEVEL, Chance, Intervals, bootstrap, chance
 from hba.evaluate.unmapped import unmapped
@@ -35,7 +35,9 @@ from hba.storage import read_jsonl, write_json
 from hba.taxonomy import BUILTIN, Taxonomy, of_folder
 
 JUDGED_NOTE = "not scored: free-form answers need a judge"
+SKIPPED_NOTE = "not scored: the model has no trained head for these rows"
 EMPTY_NOTE = "not scored: no row with a defined score"
+COUNTS = ("n", "n_invalid", "n_failed", "n_quarantined", "n_skipped")
 AUTO_CLUSTERS, NO_CLUSTERS = "auto", "none"
 FEW_GROUPS = 10
 
@@ -77,15 +79,17 @@ def score_run(
     folder = path.parent
     taxonomy = taxonomy or of_folder(folder)
     predictions = read_predictions(path, taxonomy)
+    skipped: Counter[str] = Counter(run_record(folder / "predict.json").get("skipped") or {})
     if not predictions:
-        fix = "Run `hba predict` on a split that has rows."
-        raise InputError("no prediction to score: the file is empty", where=str(path), fix=fix)
+        what = f"all {skipped.total():,} rows are of heads that were not trained" if skipped else "the file is empty"
+        fix = "Run `hba predict` on rows that the model can answer."
+        raise InputError(f"no prediction to score: {what}", where=str(path), fix=fix)
     left_out = Path(quarantine) if quarantine is not None else folder / "quarantine.jsonl"
     quarantined = _quarantine(left_out, quarantine is not None, predictions, taxonomy)
     read = partial(field_values, predictions=predictions, taxonomy=taxonomy, folder=folder, atlas=atlas)
     verdicts = read_verdicts(folder, predictions, taxonomy)
     metrics = score_predictions(predictions, options=options, taxonomy=taxonomy, read=read, verdicts=verdicts)
-    _add_counts(metrics, Counter(p.dataset for p in predictions if p.failed), quarantined, taxonomy)
+    _add_counts(metrics, Counter(p.dataset for p in predictions if p.failed), quarantined, skipped, taxonomy)
     metrics["aggregate"]["unmapped"] = unmapped(predictions, taxonomy)
     how = {"scoring": metrics.pop("scoring")} | ({"judge": judge_record(folder)} if verdicts else {})
     metrics["provenance"] = provenance_of(folder, predictions, provenance or {}) | how
@@ -238,13 +242,19 @@ def _as_list(interval: Iterable[float] | None) -> list[float] | None:
     return None if interval is None else list(interval)
 
 
-def _add_counts(metrics: dict[str, Any], failed: Counter[str], quarantined: Counter[str], taxonomy: Taxonomy) -> None:
+def _add_counts(
+    metrics: dict[str, Any],
+    failed: Counter[str],
+    quarantined: Counter[str],
+    skipped: Counter[str],
+    taxonomy: Taxonomy,
+) -> None:
     """Add what could not be scored, per dataset, task and in all, and the tasks that have no score."""
     datasets = metrics["datasets"]
-    for key in filter(None, quarantined):
+    for key in filter(None, [*quarantined, *skipped]):
         datasets.setdefault(key, {"n": 0, "n_invalid": 0, "chance": None})
     for key, entry in datasets.items():
-        entry["n_failed"], entry["n_quarantined"] = failed[key], quarantined[key]
+        entry |= {"n_failed": failed[key], "n_quarantined": quarantined[key], "n_skipped": skipped[key]}
         entry["n_invalid"] -= failed[key]  # a failed sample gave no answer that could be invalid
         entry["invalid_share"] = entry["n_invalid"] / entry["n"] if entry["n"] else None
     tasks = {}
@@ -255,13 +265,14 @@ def _add_counts(metrics: dict[str, Any], failed: Counter[str], quarantined: Coun
             entry = tasks[task.key] = metrics["tasks"].get(task.key, nothing) | {"datasets": keys}
             entry |= {
                 name: sum(datasets[key][name] for key in keys)
-                for name in ("n", "n_invalid", "n_failed", "n_quarantined")
+                for name in COUNTS
             }
             if entry["score"] is None:
-                entry.setdefault("note", JUDGED_NOTE if task.judged else EMPTY_NOTE)
+                skips = entry["n_skipped"] and not entry["n"]
+                entry.setdefault("note", SKIPPED_NOTE if skips else JUDGED_NOTE if task.judged else EMPTY_NOTE)
     metrics["tasks"] = tasks
     aggregate = metrics["aggregate"]
-    for name in ("n", "n_invalid", "n_failed", "n_quarantined"):
+    for name in COUNTS:
         aggregate[name] = sum(entry[name] for entry in datasets.values())
     aggregate["n_quarantined"] += quarantined[""]
     aggregate["n_quarantined_unassigned"] = quarantined[""]

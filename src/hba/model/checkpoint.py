@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def save(
     strategy: Strategy,
     encode: EncodeConfig,
     speaks: bool = False,
-    domains: Collection[str] | None = None,
+    domains: list[str] | None = None,
 ) -> None:
     """Write a checkpoint into `folder` (which the caller makes atomic).
 
@@ -67,7 +67,7 @@ def save(
         "columns": model.heads.columns,
         "encode": asdict(encode),
         "speaks": speaks,
-        "domains": None if domains is None else sorted(domains),
+        "domains": domains,
     }
     write_json(folder / CARD, card)
 

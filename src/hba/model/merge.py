@@ -57,10 +57,11 @@ def merge_released(path: Path, out: Path, release: Release, *, dtype: str = "bfl
     model = load_released(path, release)
     name = str(release.backbone or chat.backbone_of(str(release.onto)))
     encode = checkpoint.encode_config(release.onto) if release.onto is not None else None
+    base = checkpoint.resolve(release.onto) if release.onto is not None else None
+    domains = None if base is None else checkpoint.read_card(base).get("domains")
+    kept: dict[str, Any] = {"encode": encode or EncodeConfig(), "speaks": model.speaks, "domains": domains}
     with atomic_folder(out) as new:
-        checkpoint.save(
-            model, new, backbone=name, strategy="heads", encode=encode or EncodeConfig(), speaks=model.speaks
-        )
+        checkpoint.save(model, new, backbone=name, strategy="heads", **kept)
         write_full(model, new, dtype=checkpoint.resolve_dtype(dtype), card=checkpoint.read_card(new))
 
 

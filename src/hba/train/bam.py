@@ -41,6 +41,7 @@ from hba.model.omni import ModelConfig, OmniSapiens, apply_strategy
 from hba.process import data_record, prepare_process, start_accelerator
 from hba.run import RunFolder
 from hba.train.described import described_datasets, read_descriptors, training_matrix
+from hba.train.domains import after_bam
 from hba.train.frozen import (
     Descriptors,
     FeatureBatch,
@@ -119,6 +120,7 @@ def train_bam(config: BamConfig, run: RunFolder, progress: Progressed = lambda d
     train, validation = Rows.of(opened, keys, config), Rows.of(held_out, keys, config)
     run.record_data(data_record(config.atlas, train.atlas))
     base = FrozenBase(config.base, dtype=config.dtype, attention=config.attention, taxonomy=opened.taxonomy)
+    domains = after_bam(base.card, keys, base.taxonomy, base.folder, heads=config.stage != "adapters")
     resume = latest(run.checkpoints)
     bam = build_bam(config, keys, train, base, resume)
     model = build_model(config, bam, base, resume, speaks=any(is_free_form(opened, key) for key in keys))
@@ -138,7 +140,7 @@ def train_bam(config: BamConfig, run: RunFolder, progress: Progressed = lambda d
         loss=bam_loss,
         batches=give,
         validate=lambda: validate_bam(model, base, give_validation(held_out_plan, 0), validation.atlas, accelerator),
-        save_model=lambda folder: save_checkpoint(config, model, base, folder),
+        save_model=lambda folder: save_checkpoint(config, model, base, domains, folder),
         learning_rates={"bam.": config.adapter_learning_rate},
     )
     return run_training(stage, plan, config.train, accelerator, run)
@@ -225,9 +227,8 @@ def batch_source(
         return lambda plan, start: load_batches(atlas, encoder, plan, loader, start=start)
     if not config.features.cache:
         return lambda plan, start: streamed_batches(atlas, base, encoder, plan, loader, start)
-    rank, world = accelerator.process_index, accelerator.num_processes
-    wait = accelerator.wait_for_everyone
-    caches = features(base, atlas, config.features, progress, rank=rank, world=world, wait=wait)
+    ranks = {"rank": accelerator.process_index, "world": accelerator.num_processes}
+    caches = features(base, atlas, config.features, progress, **ranks, wait=accelerator.wait_for_everyone)
     return lambda plan, start: cached_batches(atlas, caches, plan, rows.descriptors, start)
 
 
@@ -284,14 +285,16 @@ def validate_bam(
     return mean_over_tasks(scores | exact_matches(rows, gather_object(right)), rows)
 
 
-def save_checkpoint(config: BamConfig, model: AdaptedHeads | OmniSapiens, base: FrozenBase, folder: Path) -> None:
+def save_checkpoint(
+    config: BamConfig, model: AdaptedHeads | OmniSapiens, base: FrozenBase, domains: list[str] | None, folder: Path
+) -> None:
     """Write a checkpoint that `OmniSapiens.from_pretrained` loads: what was frozen is linked from the base."""
     if isinstance(model, OmniSapiens):
-        known = {name: base.card[name] for name in ("backbone", "strategy")} | {"domains": base.card.get("domains")}
-        checkpoint.save(model, folder, encode=base.encode, speaks=bool(base.card.get("speaks", False)), **known)
+        known = {name: base.card.get(name, False) for name in ("backbone", "strategy", "speaks")}
+        checkpoint.save(model, folder, encode=base.encode, domains=domains, **known)
         return
     trained = [FOLDER, *([checkpoint.HEADS] if config.stage == "adapters+heads" else [])]
-    checkpoint.link(base.folder, folder, without=trained)
+    checkpoint.link(base.folder, folder, without=trained, domains=domains)
     save_bam(model.bam, folder)
     if config.stage == "adapters+heads":
         checkpoint.save_heads(model.heads, folder)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -34,6 +35,7 @@ from hba.model.omni import ModelConfig, OmniOutput, OmniSapiens, apply_strategy
 from hba.process import data_record, prepare_process, start_accelerator
 from hba.run import RunFolder
 from hba.taxonomy import Taxonomy
+from hba.train.domains import after_sft
 from hba.train.loop import Count, Stage, TrainConfig, Validation, run_training
 from hba.train.plan import training_plan
 from hba.train.state import Progress, latest
@@ -67,6 +69,9 @@ def train_sft(config: SftConfig, run: RunFolder) -> Progress:
     run.record_data(data_record(config.atlas, train))
     model = build_model(config, latest(run.checkpoints), taxonomy)
     encoder = Encoder(model.processor, config.encode, taxonomy)
+    domains = after_sft(train, config.mix, config.train, config.model.name)
+    options: dict[str, Any] = {"batch_size": config.validation_batch_size, "loader": config.loader}
+    backend = HeadsBackend(model, encoder, domains=domains, **options)
     train_encoder = Encoder(model.processor, config.encode, taxonomy, answers=config.answer_weight > 0)
     plan = training_plan(
         train.columns,
@@ -80,8 +85,8 @@ def train_sft(config: SftConfig, run: RunFolder) -> Progress:
         model=model,
         loss=partial(sft_loss, answer_weight=config.answer_weight),
         batches=lambda plan, start: load_batches(train, train_encoder, plan, config.loader, start=start),
-        validate=partial(validate_heads, model, validation, encoder, config, run, accelerator),
-        save_model=partial(save_checkpoint, model, config, trained_domains(train, config)),
+        validate=partial(validate_heads, backend, validation, run, accelerator),
+        save_model=partial(save_checkpoint, model, config, domains),
         learning_rates={},
     )
     return run_training(stage, plan, config.train, accelerator, run)
@@ -121,20 +126,7 @@ def build_model(config: SftConfig, resume: Path | None, taxonomy: Taxonomy) -> O
     return apply_strategy(model, config.model)
 
 
-def trained_domains(train: Atlas, config: SftConfig) -> set[str] | None:
-    """Domains whose heads see rows of `train`, and those of the checkpoint that the run starts from; None for all."""
-    base = checkpoint.resolve(config.model.name)
-    card = {"columns": None} if base is None else checkpoint.read_card(base)
-    known: list[str] | None = [] if card["columns"] is None else card.get("domains")
-    if known is None:
-        return None
-    columns, weights = train.columns, config.mix.weights or {}
-    keys = {columns.datasets[code] for code in set(columns.dataset_codes[columns.label_codes >= 0].tolist())}
-    found = {train.taxonomy.dataset(key).domain for key in keys if weights.get(key, 1) > 0}
-    return {*known, *(name for name in found if name is not None)}
-
-
-def save_checkpoint(model: OmniSapiens, config: SftConfig, domains: set[str] | None, folder: Path) -> None:
+def save_checkpoint(model: OmniSapiens, config: SftConfig, domains: list[str] | None, folder: Path) -> None:
     """Write the model of a run as a checkpoint that `OmniSapiens.from_pretrained` loads."""
     backbone, strategy, speaks = backbone_of(config.model.name), config.model.strategy, config.answer_weight > 0
     checkpoint.save(
@@ -142,20 +134,12 @@ def save_checkpoint(model: OmniSapiens, config: SftConfig, domains: set[str] | N
     )
 
 
-def validate_heads(
-    model: OmniSapiens,
-    atlas: Atlas,
-    encoder: Encoder,
-    config: SftConfig,
-    run: RunFolder,
-    accelerator: Accelerator,
-) -> Validation:
-    """The published metrics of the heads on the validation rows; the mean over tasks chooses the best checkpoint.
+def validate_heads(backend: HeadsBackend, atlas: Atlas, run: RunFolder, accelerator: Accelerator) -> Validation:
+    """The published metrics of the trained heads on the validation rows; their mean over tasks chooses the checkpoint.
 
     Every rank answers its share of the rows and gets the score of all. Samples that cannot be read go into the run's
     quarantine. Raises InputError when none is left to score.
     """
-    backend = HeadsBackend(model, encoder, batch_size=config.validation_batch_size, loader=config.loader)
     own = answerable(atlas, backend)[accelerator.process_index :: accelerator.num_processes]
     said: list[tuple[str | None, str, str]] = []
     for step in predict(atlas, own, backend):

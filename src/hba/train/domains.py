@@ -1,0 +1,55 @@
+"""Which domains' heads are trained at the end of a stage. What another head says is noise: it is not scored.
+
+A checkpoint's card names them; None stands for all, as of the checkpoints that the authors released.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hba.atlas import Atlas
+from hba.atlas.mixing import MixConfig, epoch_rows
+from hba.errors import InputError
+from hba.model import checkpoint
+from hba.taxonomy import Taxonomy
+
+if TYPE_CHECKING:
+    from hba.train.loop import TrainConfig
+
+
+def after_sft(train: Atlas, mix: MixConfig, config: TrainConfig, start: str) -> list[str] | None:
+    """Those that the plan gives rows of `train`, and those of the checkpoint `start`, if the run starts from one."""
+    base = checkpoint.resolve(start)
+    card: dict[str, Any] = {"columns": None} if base is None else checkpoint.read_card(base)
+    known: list[str] | None = [] if card["columns"] is None else card.get("domains")
+    if known is None:
+        return None
+    columns = train.columns
+    epochs = [epoch_rows(columns, mix, seed=config.seed, epoch=epoch) for epoch in range(config.epochs)]
+    codes = set(columns.dataset_codes[np.concatenate(epochs)].tolist())
+    return sorted({*known, *_domains(train.taxonomy, (columns.datasets[code] for code in codes))})
+
+
+def after_bam(
+    card: dict[str, Any], datasets: Iterable[str], taxonomy: Taxonomy, base: Path, *, heads: bool
+) -> list[str] | None:
+    """Those of the checkpoint `base` (`card` is its card), and those of `datasets` if the stage trains `heads`, too.
+
+    Raises InputError for adapters alone before a head that was never trained.
+    """
+    known: list[str] | None = card.get("domains")
+    if known is None:
+        return None
+    wanted = _domains(taxonomy, datasets)
+    if not heads and (fresh := wanted - set(known)):
+        fix = "Leave its datasets out (datasets=[...]), use stage=adapters+heads, or train its head first (train sft)."
+        raise InputError(f"no head of {', '.join(sorted(fresh))} was trained", where=str(base), fix=fix)
+    return sorted({*known, *wanted})
+
+
+def _domains(taxonomy: Taxonomy, datasets: Iterable[str]) -> set[str]:
+    return {domain for key in datasets if (domain := taxonomy.dataset(key).domain) is not None}
