@@ -3,7 +3,6 @@ killed and resumed, its rollouts judged by the local engine, one sample unreadab
 GRPO on two workers."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -17,6 +16,7 @@ pytest.importorskip("verl", reason="verl is not installed: make test-verl", exc_
 psutil = pytest.importorskip("psutil")
 
 import numpy as np  # noqa: E402
+from verl_run import environment, lines, on_a_cpu  # noqa: E402
 
 from hba import open_atlas  # noqa: E402
 from hba.config import load_config  # noqa: E402
@@ -28,6 +28,7 @@ from hba.rl.scoring import Scorer  # noqa: E402
 from hba.rl.verl.trainer import STATE  # noqa: E402
 
 pytestmark = pytest.mark.slow
+HERE = Path(__file__).parent
 MINUTES, STEPS, SAVED, KILLED = 60, 20, 10, 12
 DATA = ["datasets=[mmpsy_anxiety,mmsd]", "encode.num_frames=2", "encode.min_pixels=3136", "encode.max_pixels=3136"]
 SETTINGS = [
@@ -37,9 +38,7 @@ SETTINGS = [
     *("validation_split=train", "validation_rows=null", "encode.max_tokens=1024", "loader.workers=0"),
     *("verl.rollout=transformers_cpu", "verl.modules=[cpu_support]", "verl.agent_workers=1", "verl.reward_workers=1"),
 ]
-CPU = [
-    *("trainer.device=cpu", "ray_kwargs.ray_init.num_cpus=16", "++ray_kwargs.ray_init.include_dashboard=false"),
-    "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
+QUICK = [  # verl's own buffer of prompts polls every two seconds
     "trainer.v1.sampler.custom_sampler.path=pkg://cpu_rollout",
     "trainer.v1.sampler.custom_sampler.name=QuickBuffer",
 ]
@@ -63,35 +62,24 @@ def speaks(tmp_path_factory, mini_atlas, backbone):
     options = [f"atlas={mini_atlas}", f"model.name={backbone}", *DATA, "train.epochs=60", "train.max_steps=150"]
     called = [sys.executable, "-m", "hba", "train", "lm", "--config", "speak_tiny", "--run", str(run), *options]
     done = subprocess.run(
-        [*called, "train.validate_every=150"], env=environment(), capture_output=True, text=True, check=False
+        [*called, "train.validate_every=150"], env=environment(HERE), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return run
 
 
 def command(run, atlas, model, *settings, gpus=1):
-    cpu = [*CPU, f"++ray_kwargs.ray_init.num_gpus={gpus}"]
     options = [f"atlas={atlas}", f"model.name={model}", *DATA, *SETTINGS, *settings]
-    options += [f"verl.gpus_per_node={gpus}", f"verl.overrides=[{', '.join(cpu)}]"]
+    options += [f"verl.gpus_per_node={gpus}", f"verl.overrides=[{', '.join([*on_a_cpu(gpus), *QUICK])}]"]
     return [sys.executable, "-m", "hba", "train", "rl", "--engine", "verl", "--json", "--run", str(run), *options]
-
-
-def environment():
-    here = Path(__file__).parent
-    paths = os.pathsep.join([str(here.parents[1] / "src"), str(here)])
-    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 
 def trained(arguments, code=0):
     done = subprocess.run(
-        arguments, env=environment(), capture_output=True, text=True, timeout=10 * MINUTES, check=False
+        arguments, env=environment(HERE), capture_output=True, text=True, timeout=10 * MINUTES, check=False
     )
     assert done.returncode == code, done.stderr[-6000:]
     return json.loads(done.stdout), done.stderr
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def steps_of(run):
@@ -100,7 +88,7 @@ def steps_of(run):
 
 def killed_after(arguments, run, steps):
     """Start, and kill -9 the command and all that it started when `steps` steps are logged."""
-    process = subprocess.Popen(arguments, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(arguments, env=environment(HERE), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 8 * MINUTES
     while len(steps_of(run)) < steps:
         assert process.poll() is None, (run / "verl" / "verl.log").read_text()[-6000:]

@@ -126,7 +126,7 @@ class ChatEncoder:
 
     def _videos(self, videos: Sequence[Video]) -> dict[str, Any]:
         # The frames are evenly spread over the clip; processors that tell the model of time ask for their rate.
-        rates = [len(video.frames) / video.duration_seconds for video in videos]
+        rates = [video.rate_hz for video in videos]
         metadata = [
             {"total_num_frames": len(v.frames), "fps": rate, "frames_indices": list(range(len(v.frames)))}
             for v, rate in zip(videos, rates, strict=True)

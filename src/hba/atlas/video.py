@@ -46,6 +46,11 @@ class Video:
     timestamps_seconds: npt.NDArray[np.float64]
     duration_seconds: float
 
+    @property
+    def rate_hz(self) -> float:
+        """Frames a second, as they are spread over the clip."""
+        return len(self.frames) / self.duration_seconds
+
 
 class _Span(NamedTuple):
     """Extent of the video track, in ticks of `base` seconds."""

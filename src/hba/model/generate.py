@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hba.atlas.chat_encoder import end_token_id
 
+BANNED_BIAS = -100.0  # of a media token in a server's sampling, as far down as logit_bias goes
 _MEDIA_ID = re.compile(r"(audio|image|video|vision|boi|eoi|boa|eoa)(_\w+)?_token_(id|index)")
 _MEDIA_TOKEN = re.compile(r"(audio|image|video|vision|boi|eoi|boa|eoa)(_\w+)?_token")
 

@@ -31,7 +31,7 @@ from hba.atlas.sample import Sample
 from hba.errors import HbaError
 from hba.evaluate.backends.wire import decoded_parts, filled, frame_rate
 from hba.model.chat import ChatModel
-from hba.model.generate import end_token_ids, media_token_ids
+from hba.model.generate import BANNED_BIAS, end_token_ids, media_token_ids
 from hba.remote import ChatRequest, ClientConfig, RemoteClient, RequestError, ServiceError, bounded
 from hba.remote.tokens import Choice, TokenChat, TokenReply
 from hba.rl.config import RlConfig
@@ -40,7 +40,6 @@ from hba.rl.server_weights import ServedWeights
 from hba.train.sharding import whole_weights
 
 T = TypeVar("T")
-BANNED_BIAS = -100.0  # as far down as logit_bias goes
 # What a server would otherwise take from the model's generation config.
 PLAIN = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 RESUME = "The last checkpoint stands: see to the server, then run the same command again."
@@ -138,7 +137,7 @@ class ServerSampler:
         extra["logit_bias"] = {str(token): BANNED_BIAS for token in self._banned}
         if media.images or media.videos:
             pixels = {"min_pixels": encode.min_pixels, "max_pixels": encode.max_pixels}
-            extra["mm_processor_kwargs"] = pixels | frame_rate(media.videos, sample)
+            extra["mm_processor_kwargs"] = pixels | frame_rate([v.rate_hz for v in media.videos], sample.where)
         if media.videos:
             extra["media_io_kwargs"] = {"video": {"num_frames": -1}}
         return ChatRequest(

@@ -84,10 +84,12 @@ class VllmBackend:
         started = time.perf_counter()
         replies = self._engine.generate([q.inputs for q in questions], self._params, use_tqdm=False)
         seconds = (time.perf_counter() - started) / len(questions)
+        decode = self._processor.tokenizer.decode  # the engine's own text lacks a character that the last token cuts
         for question, reply in zip(questions, replies, strict=True):
             said = reply.outputs[0]
+            text = decode(said.token_ids, skip_special_tokens=True)
             counts = {"tokens_in": len(reply.prompt_token_ids), "tokens_out": len(said.token_ids), "seconds": seconds}
-            yield Answered(question.sample, spoken(question.sample, said.text, taxonomy, **counts))
+            yield Answered(question.sample, spoken(question.sample, text, taxonomy, **counts))
 
 
 def engine_inputs(sample: Sample, processor: Any, encode: EncodeConfig, wording: Wording) -> dict[str, Any]:
@@ -102,7 +104,7 @@ def engine_inputs(sample: Sample, processor: Any, encode: EncodeConfig, wording:
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     inputs = {"prompt": prompt, "multi_modal_data": {name: items for name, items in given.items() if items}}
     if media.videos:  # frames alone say nothing of when they were
-        inputs["mm_processor_kwargs"] = frame_rate(media.videos, sample)
+        inputs["mm_processor_kwargs"] = frame_rate([video.rate_hz for video in media.videos], sample.where)
     return inputs
 
 

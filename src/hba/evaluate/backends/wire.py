@@ -118,14 +118,14 @@ def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
 
 
-def frame_rate(videos: Sequence[Video], sample: Sample) -> dict[str, float]:
+def frame_rate(rates_hz: Sequence[float], where: str = "") -> dict[str, float]:
     """`fps`, from which vLLM's processor takes the times of all videos of a prompt; nothing without videos.
 
-    Raises InputError for videos of different spans: one number cannot say both.
+    `rates_hz` are the frames of each video by the seconds that they span. Raises InputError where these differ:
+    one number cannot say them all.
     """
-    exact = [len(video.frames) / video.duration_seconds for video in videos]
-    rates = {round(rate, 6) for rate in exact}
-    if len(rates) > 1:
-        fix = "Take rows of one video, or ask transformers: --backend hf, rollout.sampler=generate."
-        raise InputError(f"videos of one prompt have {len(rates)} different frame rates", where=sample.where, fix=fix)
-    return {"fps": exact[0]} if exact else {}  # rounded, it would move positions by one
+    different = {round(rate, 6) for rate in rates_hz}
+    if len(different) > 1:
+        fix = "Take rows of one video, or let transformers answer: --backend hf, rollout.sampler=generate."
+        raise InputError(f"videos of one prompt have {len(different)} different frame rates", where=where, fix=fix)
+    return {"fps": rates_hz[0]} if different else {}  # rounded, it would move positions by one

@@ -12,10 +12,9 @@ from typing import Any
 from verl.experimental.agent_loop.agent_loop import register
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 
-from hba.errors import InputError
+from hba.evaluate.backends.wire import frame_rate
+from hba.model.generate import BANNED_BIAS
 from hba.rl.verl.config import AGENT
-
-BANNED_BIAS = -100.0  # as far down as vLLM's logit_bias goes
 
 
 class OmniClient:
@@ -32,22 +31,10 @@ class OmniClient:
     ) -> Any:
         """verl's call, for a prompt whose placeholders are expanded."""
         sampling = {**sampling_params, "logit_bias": dict.fromkeys(self._processor.media_token_ids, BANNED_BIAS)}
-        request["mm_processor_kwargs"] = {**(request.get("mm_processor_kwargs") or {}), **_frame_rate(request)}
+        rates = [float(metadata["fps"]) for _, metadata in request.get("video_data") or ()]
+        request["mm_processor_kwargs"] = {**(request.get("mm_processor_kwargs") or {}), **frame_rate(rates)}
         prompt = self._processor.collapsed(prompt_ids)
         return await self._client.generate(request_id, prompt_ids=prompt, sampling_params=sampling, **request)
-
-
-def _frame_rate(request: dict[str, Any]) -> dict[str, float]:
-    """`fps`, from which the engine's processor takes the times of all videos of a prompt.
-
-    Raises InputError for videos of different spans: one number cannot say both.
-    """
-    exact = [float(metadata["fps"]) for _, metadata in request.get("video_data") or ()]
-    rates = {round(rate, 6) for rate in exact}
-    if len(rates) > 1:
-        fix = "Train on rows of one video, or with the local engine."
-        raise InputError(f"videos of one prompt have {len(rates)} different frame rates", fix=fix)
-    return {"fps": exact[0]} if exact else {}  # rounded, it would move positions by one
 
 
 @register(AGENT)

@@ -93,7 +93,7 @@ def _clip(video: Video) -> tuple[torch.Tensor, dict[str, Any]]:
     """Frames [N, 3, H, W] with the metadata that transformers and vLLM read."""
     count = len(video.frames)
     metadata = {
-        "fps": count / video.duration_seconds,
+        "fps": video.rate_hz,
         "duration": video.duration_seconds,
         "total_num_frames": count,
         "frames_indices": list(range(count)),

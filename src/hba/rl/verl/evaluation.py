@@ -37,9 +37,9 @@ def records(atlas: Atlas, parts: Mapping[str, Sequence[float]]) -> list[dict[str
     for i, (row, way) in enumerate(zip(parts[ROW], parts[WAY], strict=True)):
         by_row[int(row)][WAYS[int(way)]] = {name: parts[name][i] for name in names}
     found = []
-    for row in sorted(by_row):
-        if len(by_row[row]) == len(WAYS):
+    for row, ways in by_row.items():
+        if len(ways) == len(WAYS):
             sample = atlas[row]
             identity = {"id": sample.id, "task": sample.task, "dataset": sample.dataset, "number": sample.number}
-            found.append({**identity, **by_row[row]})
+            found.append({**identity, **ways})
     return sorted(found, key=lambda record: int(record["number"]))
