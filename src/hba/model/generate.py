@@ -24,11 +24,11 @@ _MEDIA_TOKEN = re.compile(r"(audio|image|video|vision|boi|eoi|boa|eoa)(_\w+)?_to
 
 
 class Said(NamedTuple):
-    """One answer, and of how many tokens it is, the end token included; `ids_L` are these tokens, in main memory."""
+    """One answer, its tokens, the end token included, and how many they are."""
 
     text: str
     tokens: int
-    ids_L: Tensor
+    ids: tuple[int, ...]
 
 
 class SaidTokens(NamedTuple):
@@ -42,8 +42,8 @@ def generate(model: Any, processor: Any, inputs: Mapping[str, Tensor], **options
     """One answer for each left-padded row of `inputs`; `options` are those of `generate_tokens`."""
     said = generate_tokens(model, processor, inputs, **options)
     texts = processor.tokenizer.batch_decode(said.ids_BL, skip_special_tokens=True)
-    rows = zip(texts, said.lengths, said.ids_BL.cpu(), strict=True)
-    return [Said(text, tokens, ids_L[:tokens]) for text, tokens, ids_L in rows]
+    rows = zip(texts, said.lengths, said.ids_BL.tolist(), strict=True)
+    return [Said(text, tokens, tuple(ids[:tokens])) for text, tokens, ids in rows]
 
 
 @torch.inference_mode()

@@ -108,7 +108,7 @@ class PolicySampler:
 
     def _one(self, batch: Batch, draws: Draws) -> Drawn:
         said = self._policy.generate(batch, max_new_tokens=draws.max_new_tokens, temperature=draws.temperature)
-        return Drawn([each.ids_L for each in said], None)
+        return Drawn([torch.tensor(each.ids) for each in said], None)
 
     def close(self) -> None:
         """Nothing is open."""

@@ -83,7 +83,7 @@ class BamConfig:
     attention: Literal["sdpa", "eager", "flash_attention_2"] = option("sdpa", "attention implementation")
 
 
-class Said(NamedTuple):
+class AdaptedLogits(NamedTuple):
     """What adapted states lead to: logits over the classes, or over the tokens of the answers."""
 
     logits_BC: Tensor
@@ -97,17 +97,18 @@ class AdaptedHeads(nn.Module):
         super().__init__()
         self.bam, self.heads, self.lm_head = bam, heads, lm_head
 
-    def forward(self, batch: FeatureBatch) -> Said:
+    def forward(self, batch: FeatureBatch) -> AdaptedLogits:
         """Class logits [B, C] of classification rows, token logits [L, V] of free-form ones."""
         datasets = [sample.dataset for sample in batch.samples]
         if batch.tokens_L is None:
-            return Said(self.heads(self.bam(batch.states_LH, datasets, batch.descriptors), batch.domain_names), None)
+            adapted_BH = self.bam(batch.states_LH, datasets, batch.descriptors)
+            return AdaptedLogits(self.heads(adapted_BH, batch.domain_names), None)
         assert self.lm_head is not None  # built with one where a dataset is free-form
         zeros_BH = batch.states_LH.new_zeros(len(batch), batch.states_LH.shape[1])
         delta_BH = self.bam(zeros_BH, datasets, batch.descriptors)
         states_LH = batch.states_LH.float() + delta_BH.repeat_interleave(batch.lengths_B, 0)
         weight = next(self.lm_head.parameters())
-        return Said(self.heads(zeros_BH, batch.domain_names), self.lm_head(states_LH.to(weight.dtype)))
+        return AdaptedLogits(self.heads(zeros_BH, batch.domain_names), self.lm_head(states_LH.to(weight.dtype)))
 
 
 def train_bam(config: BamConfig, run: RunFolder, progress: Progressed = lambda done, total: None) -> Progress:
