@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from hba.atlas.chat_encoder import encoder_for
 from hba.errors import HbaError, InputError
 from hba.model import chat
 from hba.model.generate import media_token_ids
+from hba.report import write_report
 from hba.rl import evaluation_log, local
 from hba.rl.rollout import probabilities, roll_out
 from hba.rl.sampler import Draws, PolicySampler
@@ -235,8 +237,6 @@ def test_a_reward_that_is_not_a_number_ends_the_run_with_its_name(tmp_path, mini
 
 
 def test_a_prompt_that_cannot_be_read_is_quarantined_and_the_run_goes_on(tmp_path, mini_atlas, backbone, reward):
-    import shutil
-
     atlas = tmp_path / "atlas"
     shutil.copytree(mini_atlas, atlas)
     clips = sorted(atlas.rglob("*.wav")) + sorted(atlas.rglob("*.mp4"))
@@ -258,10 +258,6 @@ def test_evaluations_can_be_compared_prompt_by_prompt(straight):
 
 
 def test_the_report_shows_curves_changes_and_rollouts_and_escapes_them(straight, tmp_path):
-    import shutil
-
-    from hba.report import write_report
-
     run = tmp_path / "run"
     shutil.copytree(straight, run)
     with (run / "rollouts.jsonl").open("a") as handle:
@@ -272,5 +268,6 @@ def test_the_report_shows_curves_changes_and_rollouts_and_escapes_them(straight,
     page = write_report(run).read_text()
     for text in ("Reinforcement learning: harpo", "reward, sampled", "right answers, greedy", "HARPO task factor"):
         assert text in page
+    assert "1 sampled response and a greedy one to each" in page
     assert "share of groups without signal" in page and "the reward of x has collapsed" in page
     assert "<script>" not in page and "&lt;script&gt;alert(1)" in page

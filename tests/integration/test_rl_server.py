@@ -143,6 +143,17 @@ def test_batches_change_nothing_of_what_is_drawn(served, prompts, tmp_path):
     assert not all(torch.equal(one, other) for one, other in zip(twice[0].tokens, twice[1].tokens, strict=True))
 
 
+def test_several_responses_to_a_row_are_one_request_and_those_to_its_copies(served, prompts, tmp_path):
+    single = collate([prompts.encoder.encode(s) for s in prompts.batch.samples[::2]], pad_token_id=0)
+    draws = Draws("test", 4, 1.0)
+    with sampler(served, prompts, tmp_path) as there:
+        there.renew(0)
+        (copies,), before = there.draw([prompts.batch], draws), stats(served)
+        (counted,), after = there.draw([single], draws._replace(per_row=2)), stats(served)
+    assert [ids.tolist() for ids in counted.tokens] == [ids.tolist() for ids in copies.tokens]
+    assert after["chats"] - before["chats"] == 3
+
+
 def test_media_arrive_bit_for_bit(prompts, tmp_path):
     sample = next(s for s in prompts.batch.samples if s.videos and s.audios)
     with sampler("http://127.0.0.1:9/v1", prompts, tmp_path) as there:

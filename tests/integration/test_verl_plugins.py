@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -121,12 +122,44 @@ def test_an_evaluation_has_both_responses_to_each_row_in_the_local_engines_form(
         answered.append({**parts, **verdict(sample, text, row["index"], row["way"], rows.taxonomy)})
     lost = answered.pop(4)  # the sampled response to the third row
     columns = {name: [each[name] for each in answered] for name in lost} | {"reward": [0.0] * len(answered)}
-    found = records(rows, columns)
+    found = records(rows, columns, draws=1)
     assert [record["number"] for record in found] == sorted(rows[i].number for i in range(6) if i != 2)
     for record in found:
         assert record.keys() == {"id", "task", "dataset", "number", "sampled", "greedy"}
         assert record["sampled"].keys() == {"score", "tokens", "right", "format"}
         assert (record["greedy"]["right"], record["greedy"]["format"], record["sampled"]["format"]) == (1, 1, 0)
+
+
+def test_several_draws_of_a_row_stand_next_to_each_other_and_become_one_mean(run, tmp_path):
+    (tmp_path / "config.yaml").write_text(to_yaml(replace(run.config, validation_draws=3)))
+    validation = AtlasDataset("validation", None, SimpleNamespace(hba_run=str(tmp_path)))
+    rows, asked = validation.atlas, [validation[i] for i in range(len(validation))]
+    expected = list(itertools.product(range(6), ("sampled", "sampled", "sampled", "greedy")))
+    assert [(row["index"], row["way"]) for row in asked] == expected
+    answered = []
+    for i, row in enumerate(asked):
+        parts = {"score": np.float64(i % 4), "tokens": 5.0 + i}
+        answered.append({**parts, **verdict(rows[row["index"]], "nothing", row["index"], row["way"], rows.taxonomy)})
+    lost = answered.pop(9)  # one of the sampled responses to the third row
+    columns = {name: [each[name] for each in answered[::-1]] for name in lost}  # in any order
+    found = {record["id"]: record for record in records(rows, columns, draws=3)}
+    assert found.keys() == {rows[i].id for i in range(6) if i != 2}
+    for i in (0, 1, 3, 4, 5):
+        record = json.loads(json.dumps(found[rows[i].id]))
+        assert record["sampled"] == {"score": 1.0, "tokens": 6.0 + 4 * i, "right": 0.0, "format": 0.0}
+        assert (record["greedy"]["score"], record["greedy"]["tokens"]) == (3.0, 8.0 + 4 * i)
+
+
+def test_responses_to_a_prompt_share_its_decoded_media(run):
+    """Also those that ask while the first still decodes."""
+    number = next(i for i, sample in enumerate(run.dataset.atlas) if sample.videos)
+    messages = run.dataset[number]["raw_prompt"]
+
+    async def all_at_once():
+        asked = [AtlasDataset.process_multi_modal_info(messages, 14, run.data_config) for _ in range(8)]
+        return await asyncio.gather(*asked)
+
+    assert len({videos[0][0].data_ptr() for _, videos, _ in asyncio.run(all_at_once())}) == 1
 
 
 def test_prompts_and_features_are_the_local_engines(run):

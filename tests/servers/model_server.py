@@ -242,7 +242,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         if self.path == "/stats":
-            return self.send(200, {"loads": self.model.loads, "key": self.model.key})
+            return self.send(200, {"loads": self.model.loads, "chats": self.model.chats, "key": self.model.key})
         models = [{"id": name, "parent": "tiny"} for name in self.model.adapters]
         return self.send(200, {"data": [*models, {"id": "tiny", "parent": None}]})
 

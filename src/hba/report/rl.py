@@ -1,8 +1,8 @@
 """The RL part of a report: what reward, policy and advantages did, by task and dataset, and what came of it.
 
 Evaluations before and after are compared prompt by prompt: the mean difference with a bootstrap interval over the
-prompts, for sampled and for greedy responses, whatever it is. Curves are those of log.jsonl; the table of rollouts is
-the last one of rollouts.jsonl.
+prompts, for sampled responses (a prompt's value is the mean over all of them) and for greedy ones, whatever it is.
+Curves are those of log.jsonl; the table of rollouts is the last one of rollouts.jsonl.
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ COUNTS = ("rollouts", "samples_seen", "step", "loss", "learning_rate", "rollout_
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """A figure of the evaluations, before and after; `low` and `high` are the 95 % interval of the difference."""
+    """A figure of the evaluations, before and after; `low` and `high` are the 95 % interval of the difference.
+
+    The value of each of the `n` prompts is a mean over `draws` responses to it.
+    """
 
     name: str
     before: float
@@ -55,6 +58,7 @@ class Change:
     low: float
     high: float
     n: int
+    draws: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +84,7 @@ def rl_part(run: Path) -> RlPart | None:
         return None
     evaluations = {r["step"]: r["figures"] for r in records if r.get("kind") == "evaluation"}
     return RlPart(
-        algorithm=_algorithm(run),
+        algorithm=str(_config(run).get("algorithm", "")),
         steps=int(steps[-1]["step"]),
         changes=tuple(changes(run)),
         charts=(*_evaluation_charts(evaluations), *_overall(steps)),
@@ -101,7 +105,7 @@ def changes(run: Path) -> list[Change]:
     """The first and the last evaluation of a run, compared prompt by prompt."""
     from hba.rl.evaluation_log import WAYS, read_evaluations
 
-    by_step = read_evaluations(run)
+    by_step, sampled = read_evaluations(run), int(_config(run).get("validation_draws", 1))
     if len(by_step) < 2:
         return []
     first, last = (by_step[step] for step in (min(by_step), max(by_step)))
@@ -111,13 +115,16 @@ def changes(run: Path) -> list[Change]:
     for way in WAYS:
         for name, part in (("reward", "score"), ("format", "format"), ("right answers", "right"), ("tokens", "tokens")):
             values = np.array([[one[way][part], other[way][part]] for one, other in pairs], np.float64)
-            found.append(_change(f"{name}, {way}", values[:, 0], values[:, 1]))
+            draws = sampled if way == "sampled" else 1
+            found.append(_change(f"{name}, {way}", values[:, 0], values[:, 1], draws))
     return found
 
 
 def changes_table(found: Mapping[str, Sequence[Change]]) -> Table:
     """What each algorithm changed on held-out prompts, for the terminal."""
-    table = Table(title="RL: held-out prompts before and after")
+    draws = max((row.draws for rows in found.values() for row in rows), default=1)
+    caption = f"Sampled: the mean of {draws} responses to each prompt." if draws > 1 else None
+    table = Table(title="RL: held-out prompts before and after", caption=caption)
     for column in ("algorithm", "figure", "start", "end", "difference", "95 % interval"):
         table.add_column(column, justify="left" if column in ("algorithm", "figure") else "right")
     for algorithm, rows in found.items():
@@ -127,7 +134,7 @@ def changes_table(found: Mapping[str, Sequence[Change]]) -> Table:
     return table
 
 
-def _change(name: str, before_N: Any, after_N: Any) -> Change:
+def _change(name: str, before_N: Any, after_N: Any, draws: int) -> Change:
     rng = np.random.default_rng(0)
     difference_N = after_N - before_N
     drawn = rng.multinomial(len(difference_N), [1 / len(difference_N)] * len(difference_N), RESAMPLES)
@@ -141,14 +148,15 @@ def _change(name: str, before_N: Any, after_N: Any) -> Change:
         low=float(low),
         high=float(high),
         n=len(difference_N),
+        draws=draws,
     )
 
 
-def _algorithm(run: Path) -> str:
+def _config(run: Path) -> Mapping[str, Any]:
     from hba import yaml_core
 
     config = run / "config.yaml"
-    return str(yaml_core.read(config).get("algorithm", "")) if config.is_file() else ""
+    return yaml_core.read(config) if config.is_file() else {}
 
 
 def _evaluation_charts(evaluations: Mapping[int, Mapping[str, float]]) -> list[Chart]:

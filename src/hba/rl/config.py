@@ -40,6 +40,7 @@ class RlConfig:
     train_split: str = option("train", "split whose prompts are trained on; slices such as train[:10%] work")
     validation_split: str = option("validation", "split of the evaluations")
     validation_rows: Count | None = option(512, "rows of an evaluation, a stratified sample; null for all")
+    validation_draws: Count = option(1, "sampled responses to each of these rows; their record has the mean")
     validation_batch_size: Count = option(32, "rows in an evaluation batch")
     datasets: tuple[str, ...] | None = option(None, "train and evaluate on these dataset keys alone")
     table_every: Count = option(10, "steps between the samples of rollouts in rollouts.jsonl", affects_result=False)

@@ -1,4 +1,4 @@
-"""The evaluations of an RL run on disk: one file a step, one line a held-out prompt with both its responses.
+"""The evaluations of an RL run on disk: one file a step, one line a held-out prompt with both ways of answering it.
 
 Reading needs neither torch nor the model, so that a report and the explorer can show a run from any machine.
 """
@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,12 @@ from hba.storage import atomic_write, read_jsonl
 
 FOLDER = "evaluations"
 WAYS = ("sampled", "greedy")
+
+
+def mean_parts(responses: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The parts of the responses to one row, each the mean over those that have it; of one response its very own."""
+    names = dict.fromkeys(name for parts in responses for name in parts)
+    return {name: mean([parts[name] for parts in responses if name in parts]) for name in names}
 
 
 def summary(records: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -206,6 +206,7 @@ def _evaluate_and_save(setup: Setup, memory: Memory, progress: Progress, log: Ru
             config.rollout,
             setup.accelerator,
             setup.run.quarantine,
+            draws=config.validation_draws,
             batch_size=config.validation_batch_size,
             seed=config.train.seed,
         )

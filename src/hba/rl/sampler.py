@@ -63,10 +63,11 @@ class Draws(NamedTuple):
     name: str
     max_new_tokens: int
     temperature: float  # 0 is greedy
+    per_row: int = 1  # responses to each row
 
 
 class Drawn(NamedTuple):
-    """The responses to a batch, one a row; the end token is part of a response."""
+    """The responses to a batch, row after row as many as were asked for; the end token is part of a response."""
 
     tokens: list[Tensor]  # [L] each
     logps: list[Tensor] | None  # of these tokens, as the server says; None from the policy itself
@@ -78,7 +79,7 @@ class Drawn(NamedTuple):
 
 
 class Sampler(Protocol):
-    """Draws one response for each row of a batch."""
+    """Draws responses to the rows of batches."""
 
     def renew(self, version: int) -> None:
         """Take over the policy's weights; those of one `version` are the same. Called by all ranks together."""
@@ -107,8 +108,11 @@ class PolicySampler:
         return [self._one(batch, draws) for batch in prompts]
 
     def _one(self, batch: Batch, draws: Draws) -> Drawn:
-        said = self._policy.generate(batch, max_new_tokens=draws.max_new_tokens, temperature=draws.temperature)
-        return Drawn([torch.tensor(each.ids) for each in said], None)
+        rounds = [
+            self._policy.generate(batch, max_new_tokens=draws.max_new_tokens, temperature=draws.temperature)
+            for _ in range(draws.per_row)
+        ]
+        return Drawn([torch.tensor(said.ids) for row in zip(*rounds, strict=True) for said in row], None)
 
     def close(self) -> None:
         """Nothing is open."""

@@ -46,10 +46,10 @@ RESUME = "The last checkpoint stands: see to the server, then run the same comma
 
 
 class _Question(NamedTuple):
-    """A prompt, and the rows of its batch that it is asked for."""
+    """A prompt, and which responses to its batch are asked for."""
 
     batch: int
-    rows: tuple[int, ...]
+    places: tuple[int, ...]
     sample: Sample
     prompt_ids: tuple[int, ...]
     request: ChatRequest
@@ -92,16 +92,16 @@ class ServerSampler:
 
     def draw(self, prompts: Sequence[Batch], draws: Draws) -> list[Drawn]:
         """All batches at once, as the server bears. Raises HbaError naming the sample of a reply that is of no use."""
-        found: list[list[Choice | None]] = [[None] * len(batch) for batch in prompts]
+        found: list[list[Choice | None]] = [[None] * (len(batch) * draws.per_row) for batch in prompts]
 
         async def ask_all() -> None:
             width = self._config.max_concurrency
             async for question, choices in bounded(self._questions(prompts, draws), self._ask, width):
-                for row, choice in zip(question.rows, choices, strict=True):
-                    found[question.batch][row] = choice
+                for place, choice in zip(question.places, choices, strict=True):
+                    found[question.batch][place] = choice
 
         self._run(ask_all())
-        return [_drawn([choice for choice in rows if choice is not None]) for rows in found]
+        return [_drawn([choice for choice in choices if choice is not None]) for choices in found]
 
     def close(self) -> None:
         """Close connections; remove what was handed over."""
@@ -123,9 +123,10 @@ class ServerSampler:
                 rows = tuple(group)
                 sample = batch.samples[rows[0]]
                 ids = tuple(ids_BT[rows[0]][shown_BT[rows[0]]].tolist())
-                request = self.request(sample, draws._replace(name=f"{draws.name}/{seen[sample.id]}"), len(rows))
+                places = tuple(row * draws.per_row + i for row in rows for i in range(draws.per_row))
+                request = self.request(sample, draws._replace(name=f"{draws.name}/{seen[sample.id]}"), len(places))
                 seen[sample.id] += 1
-                yield _Question(number, rows, sample, ids, request)
+                yield _Question(number, places, sample, ids, request)
 
     def request(self, sample: Sample, draws: Draws, count: int) -> ChatRequest:
         """What is sent for `count` responses to a sample. Raises MediaError for a medium that cannot be read."""
@@ -171,8 +172,8 @@ class ServerSampler:
             raise _UnfitError("the server gives no token ids, or no log-probabilities", fix)
         if reply.prompt_token_ids != question.prompt_ids:
             raise _UnfitError(self._difference(question.prompt_ids, reply.prompt_token_ids), PROMPT_FIX)
-        if len(reply.choices) != len(question.rows):
-            raise _UnfitError(f"{len(reply.choices)} responses, {len(question.rows)} were asked for", RESUME)
+        if len(reply.choices) != len(question.places):
+            raise _UnfitError(f"{len(reply.choices)} responses, {len(question.places)} were asked for", RESUME)
         for choice in reply.choices:
             tokens, logps = choice.token_ids or (), choice.logps or ()
             if len(tokens) != len(logps) or len(tokens) > question.request.max_tokens:

@@ -46,7 +46,7 @@ class OmniAgentLoop(SingleTurnAgentLoop):  # type: ignore[misc]
         self.server_manager: Any = OmniClient(self.server_manager, self.processor)
 
     async def run(self, sampling_params: dict[str, Any], priority: int = 0, **columns: Any) -> Any:
-        """verl's call. Evaluations of verl are greedy; the row says whether this response is the sampled one."""
+        """verl's call. Evaluations of verl are greedy; the row says whether this response is sampled."""
         if columns["way"] == "sampled":
             sampling_params = {**sampling_params, "temperature": self.rollout_config.temperature}
         return await super().run(sampling_params, priority, **columns)

@@ -26,12 +26,13 @@ from hba.quarantine import QuarantineLog
 from hba.rl.config import RlConfig
 from hba.rl.evaluation_log import WAYS
 from hba.rl.verl.config import AGENT, VALIDATION
-from hba.rl.verl.rows import Reference, media_of, messages, referred, run_config, run_rows
+from hba.rl.verl.evaluation import ways
+from hba.rl.verl.rows import Reference, messages, referred, row_media, run_config, run_rows
 from hba.train.plan import training_plan
 
 
 class AtlasDataset(Dataset[dict[str, Any]]):
-    """Rows of any atlas store. `data_files` is the role: training, or validation, where each row stands once a way."""
+    """Rows of any atlas store. `data_files` is the role: training, or validation, where each stands once a response."""
 
     def __init__(
         self, data_files: Any, tokenizer: Any, config: Any, processor: Any = None, max_samples: int = -1
@@ -47,7 +48,8 @@ class AtlasDataset(Dataset[dict[str, Any]]):
 
     @property
     def _ways(self) -> Sequence[str]:
-        return WAYS if self.role == VALIDATION else WAYS[:1]
+        """Of the responses to a row, the copies of which are next to each other."""
+        return ways(self.config.validation_draws) if self.role == VALIDATION else WAYS[:1]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The columns of a prompt; verl's own names, then ours, which reach sampling, rewards and advantages."""
@@ -81,7 +83,7 @@ class AtlasDataset(Dataset[dict[str, Any]]):
             return None, None, None
         run = str(config.hba_run)
         try:
-            found: Media = await asyncio.get_running_loop().run_in_executor(None, media_of, run, reference)
+            found: Media = await asyncio.get_running_loop().run_in_executor(None, row_media(run, reference).decoded)
         except MediaError as error:
             with QuarantineLog(Path(run)) as quarantine:  # opened anew: other processes write to it
                 quarantine.add(run_rows(run, reference.role)[reference.row].quarantined(error))

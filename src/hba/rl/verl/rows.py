@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 from hba.atlas import Atlas
@@ -20,7 +21,7 @@ from hba.rl.config import RlConfig
 from hba.rl.rows import training_rows, validation_rows
 from hba.rl.verl.config import TRAINING, VALIDATION
 
-DECODED = 16  # samples whose media are kept: the rollouts of a prompt ask for the same
+DECODED = 16  # rows whose media are kept: the responses to a prompt ask for the same, at the same time
 
 
 class Reference(NamedTuple):
@@ -76,7 +77,24 @@ def referred(messages: list[dict[str, Any]]) -> Reference | None:
     return None
 
 
+class RowMedia:
+    """The media of a row, decoded by the first that asks; those that ask meanwhile wait for it."""
+
+    def __init__(self, run: str, reference: Reference) -> None:
+        self._run, self._reference = run, reference
+        self._lock = Lock()
+        self._media: Media | None = None
+
+    def decoded(self) -> Media:
+        """From any thread. Raises MediaError naming what cannot be read."""
+        with self._lock:
+            if self._media is None:
+                sample = run_rows(self._run, self._reference.role)[self._reference.row]
+                self._media = load_media(sample, run_config(self._run).encode, SAMPLE_RATE)
+            return self._media
+
+
 @lru_cache(maxsize=DECODED)
-def media_of(run: str, reference: Reference) -> Media:
-    """The decoded media of a row. Raises MediaError naming what cannot be read."""
-    return load_media(run_rows(run, reference.role)[reference.row], run_config(run).encode, SAMPLE_RATE)
+def row_media(run: str, reference: Reference) -> RowMedia:
+    """The media of a row, the same object for all its responses. To be called from one thread."""
+    return RowMedia(run, reference)

@@ -150,7 +150,7 @@ class OmniTrainer(PPOTrainerSync):  # type: ignore[misc]
         expected_acc_counts: Any = None,
     ) -> dict[str, float]:
         parts = dict(reward_extra_infos_dict)
-        found = records(self.val_dataset.atlas, parts)
+        found = records(self.val_dataset.atlas, parts, self.settings.validation_draws)
         if not found:
             fix = "Repair the media named in quarantine.jsonl."
             raise InputError("no row of the evaluation can be read", where=str(self.run), fix=fix)
