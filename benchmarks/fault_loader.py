@@ -17,8 +17,9 @@ import fault_sandbox
 from fault_media import FIELDS, SUFFIX, Damaged
 from hba.atlas import Atlas, Sample
 from hba.atlas import media as reader
-from hba.atlas.batch import EncodeConfig, Encoded, Encoder
-from hba.atlas.loader import LoaderConfig, load_batches
+from hba.atlas.batch import Encoded, Encoder
+from hba.atlas.config import EncodeConfig, LoaderConfig
+from hba.atlas.loader import load_batches
 from hba.errors import MediaError
 from hba.quarantine import QuarantineLog
 

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from hba import open_atlas
 from hba.atlas.answer_format import FormatMix
-from hba.atlas.batch import Batch, EncodeConfig, collate
+from hba.atlas.batch import Batch, collate
 from hba.atlas.chat_encoder import encoder_for
+from hba.atlas.config import EncodeConfig
 from hba.model import chat
 from hba.model.heads import answer_loss
 

@@ -29,9 +29,10 @@ import torch.multiprocessing
 from torch.utils.data import DataLoader
 
 from hba.atlas import Atlas, Sample, open_atlas
-from hba.atlas.batch import EncodeConfig, Encoded, Encoder, collate
+from hba.atlas.batch import Encoded, Encoder, collate
+from hba.atlas.config import EncodeConfig, LoaderConfig
 from hba.atlas.handover import pack, unpack
-from hba.atlas.loader import LoaderConfig, load_batches
+from hba.atlas.loader import load_batches
 from hba.model import OmniSapiens
 
 TRIALS = 5

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 
 from hba.atlas import open_atlas
-from hba.atlas.batch import Batch, EncodeConfig, Encoder, collate
+from hba.atlas.batch import Batch, Encoder, collate
+from hba.atlas.config import EncodeConfig
 from hba.atlas.mini import build_mini_atlas
 from hba.atlas.sampler import plan_batches
 from hba.config import load_config
@@ -33,9 +34,10 @@ from hba.model.tiny import atlas_texts, build_tiny
 from hba.process import prepare_process
 from hba.run import RunFolder
 from hba.storage import read_jsonl
-from hba.train.bam import BamConfig, train_bam
-from hba.train.qa import QaConfig, train_qa
-from hba.train.sft import SftConfig, sft_loss, train_sft
+from hba.train.bam import train_bam
+from hba.train.config import BamConfig, QaConfig, SftConfig
+from hba.train.qa import train_qa
+from hba.train.sft import sft_loss, train_sft
 
 DATASETS = ("daicwoz", "ptsd_in_the_wild", "cremad")
 PADDED_TOKENS = 4096  # the length to which the released trainer pads

@@ -188,7 +188,7 @@ def _check_keys(
         if name not in fields:
             elsewhere = [known.key for known in describe(root) if known.key.rpartition(".")[2] == name]
             # Compared without the prefix, whose letters would make any key of the section look near.
-            fix = f"Did you mean {elsewhere[0]!r}?" if elsewhere else nearest(name, fields)
+            fix = f"Did you mean {elsewhere[0]!r}?" if elsewhere else nearest(name, fields, prefix=prefix)
             raise ConfigError(f"unknown key {key!r}", where=where, fix=fix)
         section = fields[name].section
         if section is None:
@@ -239,6 +239,9 @@ def _translated(cls: type[Any], error: ValidationError, places: Mapping[str, str
         return ConfigError(f"key {key!r}: {first['ctx']['error']}", where=where, fix=doc)
     messages = dict.fromkeys(detail["msg"] for detail in details if _key(cls, detail["loc"]) == key)
     expected = " or ".join(message.removeprefix("Input should be ") for message in messages)
+    expected = expected.replace("a valid array", "a list")
+    if first["type"] == "tuple_type" and isinstance(first["input"], (str, int, float)):
+        doc = f"Write {_as_list(key, first['input'], where)}. {doc}"
     return ConfigError(f"key {key!r}: expected {expected}, found {_found(first['input'])}", where=where, fix=doc)
 
 
@@ -252,6 +255,12 @@ def _key(cls: type[Any], loc: Sequence[int | str]) -> str:
         names.append(str(part))
         current = fields[str(part)].section
     return ".".join(names)
+
+
+def _as_list(key: str, value: Any, where: str) -> str:
+    """The one value as a list of one, as it is written at `where`."""
+    listed = yaml_core.dump_inline([value])
+    return f"{key}={listed}" if where.startswith(COMMAND_LINE) else f"{key.rpartition('.')[2]}: {listed}"
 
 
 def _found(value: Any) -> str:

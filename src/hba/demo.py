@@ -36,10 +36,10 @@ from hba.report.rl import Change
 from hba.report.stages import Stages, stages, write_stages
 from hba.rl.config import RlConfig
 from hba.run import RunFolder
-from hba.train.bam import BamConfig, train_bam
-from hba.train.lm import LmConfig
-from hba.train.qa import QaConfig, train_qa
-from hba.train.sft import SftConfig, train_sft
+from hba.train.bam import train_bam
+from hba.train.config import BamConfig, LmConfig, QaConfig, SftConfig
+from hba.train.qa import train_qa
+from hba.train.sft import train_sft
 from hba.train.start import training_run
 from hba.yaml_core import dump_inline
 

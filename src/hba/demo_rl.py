@@ -17,7 +17,8 @@ from hba.report.rl import Change, changes
 from hba.rl.algorithms import AlgorithmName
 from hba.rl.config import RlConfig
 from hba.rl.local import train_rl
-from hba.train.lm import LmConfig, train_lm
+from hba.train.config import LmConfig
+from hba.train.lm import train_lm
 from hba.train.start import training_run
 
 ALGORITHMS: tuple[AlgorithmName, ...] = ("grpo", "harpo")

@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from transformers import AutoModel, AutoTokenizer
 
 from hba.errors import InputError
 from hba.storage import file_sha256
@@ -36,6 +34,9 @@ class Embedder:
     """
 
     def __init__(self, model: str = MINILM, *, device: str = "cpu", batch_size: int = 64, cached: int = 50_000) -> None:
+        import torch
+        from transformers import AutoModel, AutoTokenizer
+
         path = _resolve(model)
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(path)
@@ -71,11 +72,13 @@ class Embedder:
         """Components of a vector."""
         return int(self._model.config.hidden_size)
 
-    @torch.inference_mode()
     def _encode(self, texts: Sequence[str]) -> Floats:
+        import torch
+
         cut = {"truncation": True, "max_length": LENGTH_TOKENS, "padding": True, "return_tensors": "pt"}
         inputs = self._tokenizer(list(texts), **cut).to(self._model.device)
-        hidden_BTD = self._model(**inputs).last_hidden_state
+        with torch.inference_mode():
+            hidden_BTD = self._model(**inputs).last_hidden_state
         mask_BT1 = inputs["attention_mask"].unsqueeze(-1).to(hidden_BTD.dtype)
         mean_BD = (hidden_BTD * mask_BT1).sum(1) / mask_BT1.sum(1)
         unit: Floats = torch.nn.functional.normalize(mean_BD, dim=-1).cpu().numpy()

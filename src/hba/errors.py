@@ -47,9 +47,13 @@ def _rebuild(kind: type[HbaError], what: str, where: str, fix: str) -> HbaError:
     return kind(what, where=where, fix=fix)
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A sentence that lists the `known` names and suggests the one nearest to `word`."""
+def nearest(word: str, known: Iterable[str], *, prefix: str = "") -> str:
+    """A sentence that lists the `known` names and suggests the one nearest to `word`, or the only one that it begins.
+
+    `prefix` stands in front of each name that is shown and takes no part in the comparison.
+    """
     names = sorted(known)
-    close = get_close_matches(word, names, n=1)
-    hint = f"Did you mean {close[0]!r}? " if close else ""
-    return f"{hint}Known: {', '.join(names)}."
+    begun = [name for name in names if word and name.startswith(word)]
+    close = get_close_matches(word, names, n=1) or (begun if len(begun) == 1 else [])
+    hint = f"Did you mean {prefix + close[0]!r}? " if close else ""
+    return f"{hint}Known: {', '.join(prefix + name for name in names)}."

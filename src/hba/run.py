@@ -1,8 +1,8 @@
 """The run folder: where a command leaves its config, its logs and its results, and finds them again to go on.
 
 `RunFolder.open` makes the folder or resumes it. It refuses a folder that another process uses, and one that holds a
-run with another config, seed or data: going on there would mix two experiments. Under `accelerate launch` the first
-rank alone locks and records; other ranks only add to the quarantine.
+run with another config, seed, command or data: going on there would mix two experiments. Under `accelerate launch` the
+first rank alone locks and records; other ranks only add to the quarantine.
 
 Invariants: config.yaml and environment.json are those of the run's start; after `truncate_log(step)` the log holds
 what an uninterrupted run had logged by that step; a sample stands in quarantine.jsonl once.
@@ -143,7 +143,7 @@ class RunFolder:
     def _start_or_resume(self, config: Any, command: str, seed: int) -> None:
         here = environment(command=command, seed=seed)
         if self.config.is_file():
-            self._require_same(config, seed)
+            self._require_same(config, command, seed)
         if self.environment.is_file():
             self._note_resume(here)
         else:
@@ -155,12 +155,13 @@ class RunFolder:
             if log.is_file():
                 AppendLog(log).close()  # cuts off a line that a kill left torn, before anyone reads it
 
-    def _require_same(self, config: Any, seed: int) -> None:
+    def _require_same(self, config: Any, command: str, seed: int) -> None:
         recorded = flat(yaml_core.read(self.config))
         given = flat(to_dict(config))
         if self.environment.is_file():
-            recorded["seed (of the run)"] = read_json(self.environment)["seed"]
-            given["seed (of the run)"] = seed
+            of_run = read_json(self.environment)
+            recorded |= {"seed (of the run)": of_run["seed"], "command (of the run)": of_run["command"]}
+            given |= {"seed (of the run)": seed, "command (of the run)": command}
         changed = [
             f"{key} was {_shown(recorded, key)}, is {_shown(given, key)}"
             for key in sorted({*recorded, *given} - keys_without_effect(type(config)))

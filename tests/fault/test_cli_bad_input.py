@@ -156,7 +156,7 @@ def test_an_empty_and_a_missing_split(tmp_path, atlas, backbone, expect):
     (atlas / "validation.jsonl").write_bytes(b"")
     expect(r"validation\.jsonl: split 'validation' has no rows", *sft(tmp_path / "new", atlas, backbone))
     (atlas / "validation.jsonl").unlink()
-    expect(r"has no split 'validation'.*Present: test, train", *sft(tmp_path / "new", atlas, backbone))
+    expect(r"has no split 'validation'.*Known: test, train", *sft(tmp_path / "new", atlas, backbone))
     expect("selects none", *sft(tmp_path / "new", atlas, backbone, "train_split=train[:0]"))
     assert not (tmp_path / "new").exists()
 
@@ -287,7 +287,7 @@ def test_a_step_without_a_readable_sample_is_survived(tmp_path, atlas, backbone,
 # --- config and run folder -------------------------------------------------------------------------------------------
 
 BAD_CONFIG = {
-    "unknown key": ("train.lerning_rate=1", "unknown key 'train.lerning_rate'.*Did you mean '(train.)?learning_rate'"),
+    "unknown key": ("train.lerning_rate=1", "unknown key 'train.lerning_rate'.*Did you mean 'train.learning_rate'"),
     "unknown section": ("trian.epochs=1", "unknown key 'trian'.*Did you mean 'train'"),
     "wrong type": ("train.epochs=many", "'train.epochs=many'.*expected a valid integer, found str 'many'"),
     "out of range": ("train.accumulation=0", "'train.accumulation': expected greater than or equal to 1, found int 0"),
@@ -295,6 +295,8 @@ BAD_CONFIG = {
     "not key=value": ("epochs", "expected key=value"),
     "unknown choice": ("model.strategy=all", "'model.strategy': expected 'heads', 'lora' or 'full'"),
     "unknown dataset": ("datasets=[tes]", "'tes'.*Did you mean 'tess'"),
+    "one value for a list": ("datasets=tess", r"expected a list, found str 'tess'.*Write datasets=\[tess\]"),
+    "the beginning of a split": ("train_split=val", "no split 'val'.*Did you mean 'validation'"),
 }
 
 
@@ -305,11 +307,28 @@ def test_a_bad_config(tmp_path, mini_atlas, backbone, expect, name):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_model_that_is_not_there(tmp_path, mini_atlas, monkeypatch, expect):
+    """A path below a folder that exists is no hub id, and nothing is looked up on the hub."""
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    missing = "error: runs/nope: no such folder. Fix: Give a run folder, a checkpoint, .* or a hub id such as"
+    for train in (["sft"], ["lm"], ["rl", "--config", "rl_tiny"]):
+        expect(missing, "train", *train, f"atlas={mini_atlas}", "model.name=runs/nope")
+    expect(missing, "train", "qa", "--from", "runs/nope", f"atlas={mini_atlas}")
+    expect(missing, "train", "bam", "--all", "--from", "runs/nope", f"atlas={mini_atlas}")
+    for more in ([], ["--run", "runs/new"], ["--run", "runs/new", "--backend", "hf"]):
+        expect(missing, "predict", "runs/nope", "--atlas", mini_atlas, *more)
+    expect(missing, "merge", "runs/nope", "runs/new")
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
 def test_a_bad_config_file(tmp_path, expect):
     file = tmp_path / "my.yaml"
     file.write_text("train:\n  epochs: 3\n  lerning_rate: 1\n")
     expect(rf"{file}:3: unknown key 'train.lerning_rate'", "train", "sft", "--config", file, "atlas=x")
     expect("no config file or recipe 'sft_tini'.*'sft_tiny'", "train", "sft", "--config", "sft_tini")
+    file.write_text("mix: {}\nencode:\n  modalities: audio\n")
+    expect(rf"{file}:3: key 'encode.modalities'.*Write modalities: \[audio\]", "train", "sft", "--config", file)
     expect("required key 'atlas' is missing", "train", "sft", "--run", tmp_path / "new")
     expect("unknown key 'batch'.*'batch_size'", "predict", tmp_path, "--atlas", "x", "batch=1")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["my.yaml"]
@@ -319,6 +338,14 @@ def test_a_run_folder_of_another_config(run, mini_atlas, backbone, expect):
     before = snapshot(run)
     expect("another config: train.batch_size was 4, is 8", *sft(run, mini_atlas, backbone, "train.batch_size=8"))
     assert snapshot(run) == before
+
+
+def test_a_training_says_at_the_start_where_it_writes(tmp_path, mini_atlas, backbone, hba, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = [part for part in sft("--", mini_atlas, backbone) if part not in ("--run", "--")]
+    for state in ("new", "goes on with the run in it"):
+        code, _, err = hba(*command)
+        assert (code, err.splitlines()[0]) == (0, f"Run folder: runs/sft ({state}; --run chooses another).")
 
 
 def test_a_run_folder_that_is_a_file(tmp_path, mini_atlas, backbone, expect):

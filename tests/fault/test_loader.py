@@ -14,13 +14,15 @@ import pytest
 import torch
 
 from hba.atlas import open_atlas
-from hba.atlas.batch import EncodeConfig, Encoded, Encoder
-from hba.atlas.loader import LoaderConfig, load_batches
+from hba.atlas.batch import Encoded, Encoder
+from hba.atlas.config import EncodeConfig, LoaderConfig
+from hba.atlas.loader import load_batches
 from hba.atlas.workers import DEATHS_WITHOUT_RESULT
 from hba.config import load_config
 from hba.errors import ConfigError, HbaError, InputError, MediaError
 from hba.run import RunFolder
-from hba.train.sft import SftConfig, train_sft
+from hba.train.config import SftConfig
+from hba.train.sft import train_sft
 
 VICTIM = 5
 PLAN = [np.arange(k, k + 4) for k in range(0, 24, 4)]
@@ -250,8 +252,10 @@ import sys, time
 from pathlib import Path
 import numpy as np, multiprocessing
 from hba.atlas import open_atlas
-from hba.atlas.batch import EncodeConfig, Encoder
-from hba.atlas.loader import LoaderConfig, load_batches
+from hba.atlas.batch import Encoder
+from hba.atlas.config import EncodeConfig
+from hba.atlas.loader import load_batches
+from hba.atlas.config import LoaderConfig
 from hba.atlas.workers import DEATHS_WITHOUT_RESULT
 
 class Slow(Encoder):

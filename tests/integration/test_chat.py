@@ -11,13 +11,15 @@ import torch
 
 from hba import open_atlas
 from hba.atlas.answer_format import FormatMix
-from hba.atlas.batch import IGNORED, EncodeConfig, collate
+from hba.atlas.batch import IGNORED, collate
 from hba.atlas.chat_encoder import encoder_for, end_token_id, media_placeholders
+from hba.atlas.config import EncodeConfig
 from hba.errors import ConfigError, InputError, MediaError
 from hba.model import chat
+from hba.model.config import ModelConfig
 from hba.model.generate import media_token_ids
 from hba.model.heads import answer_loss
-from hba.model.omni import LORA_TARGETS, ModelConfig
+from hba.model.omni import LORA_TARGETS
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import tiny_chat

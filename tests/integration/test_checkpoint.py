@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from hba import open_atlas
-from hba.atlas.batch import EncodeConfig, Encoder, collate
+from hba.atlas.batch import Encoder, collate
+from hba.atlas.config import EncodeConfig
 from hba.config import load_config
 from hba.errors import ConfigError, InputError
 from hba.model import OmniSapiens, checkpoint
-from hba.model.omni import ModelConfig, apply_strategy
-from hba.train.sft import SftConfig
+from hba.model.config import ModelConfig
+from hba.model.omni import apply_strategy
+from hba.train.config import SftConfig
 
 ENCODE = EncodeConfig(num_frames=4, min_pixels=3136, max_pixels=3136)
 

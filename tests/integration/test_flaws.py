@@ -11,17 +11,19 @@ import pytest
 import torch
 
 from hba import open_atlas
-from hba.atlas.batch import MODALITIES, EncodeConfig, Encoder, collate
-from hba.atlas.loader import LoaderConfig, load_batches
+from hba.atlas.batch import MODALITIES, Encoder, collate
+from hba.atlas.config import EncodeConfig, LoaderConfig
+from hba.atlas.loader import load_batches
 from hba.config import load_config
 from hba.errors import InputError
 from hba.model import OmniSapiens
-from hba.model.omni import ModelConfig
+from hba.model.config import ModelConfig
 from hba.rl.policy import build_policy
 from hba.run import RunFolder
 from hba.storage import read_jsonl
-from hba.train.loop import TrainConfig, build_optimizer, learning_rate_at
-from hba.train.sft import SftConfig, sft_loss, train_sft
+from hba.train.config import SftConfig, TrainConfig
+from hba.train.loop import build_optimizer, learning_rate_at
+from hba.train.sft import sft_loss, train_sft
 
 SMALL = [
     "model.strategy=full", "train.batch_size=4", "train.validate_every=2", "train.log_every=1", "encode.num_frames=2",

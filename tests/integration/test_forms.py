@@ -8,10 +8,11 @@ import torch
 from transformers import AutoProcessor
 
 from hba import open_atlas
-from hba.atlas.batch import EncodeConfig, Encoder
+from hba.atlas.batch import Encoder
+from hba.atlas.config import EncodeConfig, LoaderConfig
 from hba.atlas.convert import convert_atlas
 from hba.atlas.embedded import index_path
-from hba.atlas.loader import LoaderConfig, load_batches
+from hba.atlas.loader import load_batches
 from hba.atlas.sample import MEDIA_FIELDS
 from hba.atlas.sampler import plan_batches
 from hba.atlas.slices import read_bytes

@@ -21,7 +21,8 @@ from hba.evaluate.predictions import read_predictions
 from hba.model import OmniSapiens
 from hba.run import RunFolder
 from hba.storage import read_json
-from hba.train.lm import LmConfig, train_lm
+from hba.train.config import LmConfig
+from hba.train.lm import train_lm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import tiny_chat
@@ -156,7 +157,7 @@ def test_a_broken_medium_is_quarantined_and_scored_rows_stay(tmp_path, mini_atla
 
 
 def test_a_language_head_of_stage_two_is_heard_and_adapters_are_not_ignored(tmp_path, mini_atlas, backbone):
-    from hba.atlas.batch import EncodeConfig
+    from hba.atlas.config import EncodeConfig
     from hba.model import chat, checkpoint
 
     model = OmniSapiens.from_pretrained(backbone)

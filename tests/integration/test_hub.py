@@ -20,7 +20,8 @@ import torch
 from typer.testing import CliRunner
 
 from hba import open_atlas
-from hba.atlas.batch import EncodeConfig, Encoder, collate
+from hba.atlas.batch import Encoder, collate
+from hba.atlas.config import EncodeConfig
 from hba.atlas.convert import convert_to_parquet
 from hba.atlas.download import download_atlas
 from hba.atlas.info import atlas_info

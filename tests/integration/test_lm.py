@@ -16,7 +16,8 @@ from hba.errors import ConfigError, InputError
 from hba.model import OmniSapiens, chat, checkpoint
 from hba.run import RunFolder
 from hba.storage import read_json, read_jsonl
-from hba.train.lm import LmConfig, train_lm
+from hba.train.config import LmConfig
+from hba.train.lm import train_lm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import tiny_chat

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from hba import open_atlas
-from hba.atlas.batch import IGNORED, EncodeConfig, Encoder, collate
+from hba.atlas.batch import IGNORED, Encoder, collate
+from hba.atlas.config import EncodeConfig
 from hba.errors import InputError
 from hba.model.generate import media_token_ids
 

@@ -11,7 +11,7 @@ import pytest
 import soundfile
 
 from hba import open_atlas
-from hba.atlas.batch import EncodeConfig
+from hba.atlas.config import EncodeConfig
 from hba.config import load_config
 from hba.errors import ConfigError, InputError
 from hba.evaluate.backends import open_backend

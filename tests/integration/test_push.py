@@ -12,12 +12,13 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from hba.atlas.batch import EncodeConfig
+from hba.atlas.config import EncodeConfig
 from hba.cli import app
 from hba.errors import HbaError, InputError
 from hba.evaluate.score import score_run
 from hba.model import OmniSapiens, checkpoint
-from hba.model.omni import ModelConfig, apply_strategy
+from hba.model.config import ModelConfig
+from hba.model.omni import apply_strategy
 from hba.push import push_run
 from hba.storage import write_json
 

@@ -14,12 +14,14 @@ from torch import nn
 from transformers import AutoConfig, AutoProcessor, Qwen2_5OmniThinkerForConditionalGeneration
 
 from hba import open_atlas
-from hba.atlas.batch import EncodeConfig, Encoder, collate
+from hba.atlas.batch import Encoder, collate
+from hba.atlas.config import EncodeConfig
 from hba.errors import InputError
 from hba.model import OmniSapiens, chat, checkpoint
+from hba.model.config import ModelConfig
 from hba.model.heads import masked_mean
 from hba.model.merge import merge_checkpoint, merge_released
-from hba.model.omni import ModelConfig, apply_strategy
+from hba.model.omni import apply_strategy
 from hba.model.released import Release
 
 sys.path.insert(0, str(Path(__file__).parent.parent))

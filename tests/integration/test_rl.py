@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 
 from hba import open_atlas
 from hba.atlas.answer_format import FormatMix
-from hba.atlas.batch import EncodeConfig, collate
+from hba.atlas.batch import collate
 from hba.atlas.chat_encoder import encoder_for
+from hba.atlas.config import EncodeConfig
 from hba.errors import HbaError, InputError
 from hba.model import chat
 from hba.model.generate import media_token_ids

@@ -11,14 +11,15 @@ from rl_run import settings, train, write_reward
 
 from hba import open_atlas
 from hba.atlas.answer_format import FormatMix
-from hba.atlas.batch import EncodeConfig
 from hba.atlas.chat_encoder import encoder_for
+from hba.atlas.config import EncodeConfig
 from hba.model import chat
 from hba.quarantine import QuarantineLog
 from hba.report import write_report
 from hba.report.rl import changes, changes_table
+from hba.rl.config import RolloutConfig
 from hba.rl.evaluation import evaluate
-from hba.rl.sampler import PolicySampler, RolloutConfig
+from hba.rl.sampler import PolicySampler
 from hba.rl.scoring import RewardConfig, Scorer
 
 

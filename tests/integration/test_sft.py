@@ -18,8 +18,9 @@ from hba.config import load_config
 from hba.errors import HbaError
 from hba.run import RunFolder
 from hba.storage import read_jsonl
-from hba.train.loop import TrainConfig, learning_rate_at
-from hba.train.sft import SftConfig, train_sft
+from hba.train.config import SftConfig, TrainConfig
+from hba.train.loop import learning_rate_at
+from hba.train.sft import train_sft
 
 SMALL = [
     "model.strategy=full", "train.max_steps=6", "train.epochs=9", "train.batch_size=4", "train.validate_every=2",

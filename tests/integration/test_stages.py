@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from hba import open_atlas
-from hba.atlas.batch import EncodeConfig, Encoder, collate
+from hba.atlas.batch import Encoder, collate
+from hba.atlas.config import EncodeConfig
 from hba.config import load_config
 from hba.errors import InputError
 from hba.evaluate.config import PredictConfig
@@ -24,11 +25,12 @@ from hba.model import OmniSapiens, checkpoint
 from hba.model.generate import media_token_ids
 from hba.run import RunFolder
 from hba.storage import read_jsonl
-from hba.train.bam import BamConfig, train_bam
+from hba.train.bam import train_bam
+from hba.train.config import BamConfig, QaConfig, SftConfig
 from hba.train.frozen import extract
-from hba.train.qa import QaConfig, train_qa
+from hba.train.qa import train_qa
 from hba.train.scores import exact
-from hba.train.sft import SftConfig, train_sft
+from hba.train.sft import train_sft
 
 SFT = [
     "model.strategy=full", "train.max_steps=30", "train.epochs=9", "train.batch_size=8", "train.validate_every=30",

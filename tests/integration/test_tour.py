@@ -20,7 +20,8 @@ from hba.evaluate.predict import predict_run
 from hba.evaluate.predictions import Prediction
 from hba.evaluate.score import score_run
 from hba.run import RunFolder
-from hba.train.sft import SftConfig, train_sft
+from hba.train.config import SftConfig
+from hba.train.sft import train_sft
 
 SOURCE = Path(hba.__file__).parent
 TOUR = SOURCE.parents[1] / "docs" / "tour.md"

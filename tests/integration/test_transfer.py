@@ -16,7 +16,8 @@ from hba import open_atlas
 from hba.cli import app
 from hba.errors import ConfigError, InputError
 from hba.model import OmniSapiens
-from hba.model.omni import ModelConfig, apply_strategy
+from hba.model.config import ModelConfig
+from hba.model.omni import apply_strategy
 from hba.storage import read_jsonl
 from hba.train.transfer import heldout_datasets, pretraining_datasets
 

@@ -1,6 +1,7 @@
 """The command line: what it offers is pinned, help is light, --json leaves nothing but JSON on standard output."""
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -102,6 +103,28 @@ for name in {[*GROUPS, *COMMANDS]!r}:
 print(*sorted({HEAVY!r} & set(sys.modules)))
 """
     assert python("-c", code).stdout.split() == []
+
+
+WRONG_CONFIGS = [["predict", "x", "--atlas", "x", "batch_siz=1"]]
+for _stage in ("train sft", "train qa", "train bam --all", "train lm", "train rl", "transfer"):
+    WRONG_CONFIGS += [[*_stage.split(), *wrong] for wrong in (["train.epoch=3"], ["--config", "rl_tin"])]
+
+
+def test_a_wrong_config_is_reported_before_torch_is_imported():
+    code = f"""
+import sys
+from hba.cli import main
+for arguments in {WRONG_CONFIGS!r}:
+    sys.argv = ["hba", *arguments]
+    try:
+        main()
+    except SystemExit as stop:
+        print(stop.code, arguments)
+print(*sorted({{"torch", "transformers"}} & set(sys.modules)))
+"""
+    done = python("-c", code)
+    assert done.stdout.splitlines() == [*(f"2 {arguments}" for arguments in WRONG_CONFIGS), ""]
+    assert len(re.findall(r"^error: .*(?:unknown key|no config file or recipe) ", done.stderr, re.MULTILINE)) == 13
 
 
 def test_help_is_there_at_once():

@@ -17,10 +17,7 @@ from hba.config import describe
 from hba.evaluate.config import PredictConfig
 from hba.evaluate.judge.run import JudgeConfig
 from hba.rl.config import RlConfig
-from hba.train.bam import BamConfig
-from hba.train.lm import LmConfig
-from hba.train.qa import QaConfig
-from hba.train.sft import SftConfig
+from hba.train.config import BamConfig, LmConfig, QaConfig, SftConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -48,3 +48,6 @@ def test_nearest_suggests_and_lists() -> None:
     assert nearest("cremat", ["tess", "cremad"]) == "Did you mean 'cremad'? Known: cremad, tess."
     assert nearest("xyz", ["tess", "cremad"]) == "Known: cremad, tess."
     assert nearest("x", []) == "Known: ."
+    assert nearest("val", ["test", "validation"]) == "Did you mean 'validation'? Known: test, validation."
+    assert nearest("t", ["tess", "test"]) == "Known: tess, test."  # it begins both
+    assert nearest("epoch", ["epochs"], prefix="train.") == "Did you mean 'train.epochs'? Known: train.epochs."

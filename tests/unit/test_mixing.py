@@ -12,9 +12,8 @@ from hba.atlas.columns import Columns
 from hba.atlas.mixing import MixConfig, epoch_rows, subsample
 from hba.config import load_config, to_dict
 from hba.errors import ConfigError, InputError
-from hba.train.loop import TrainConfig
+from hba.train.config import SftConfig, TrainConfig
 from hba.train.plan import training_plan
-from hba.train.sft import SftConfig
 
 NAMES = ("meld", "cremad", "tess", "mosei")
 

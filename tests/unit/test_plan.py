@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hba import open_atlas
 from hba.atlas.mixing import MixConfig
 from hba.errors import ConfigError
-from hba.train.loop import TrainConfig
+from hba.train.config import TrainConfig
 from hba.train.plan import training_plan
 
 

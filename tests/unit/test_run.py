@@ -140,6 +140,9 @@ def test_a_config_of_another_kind_is_refused(tmp_path: Path) -> None:
     open_run(tmp_path).close()
     with pytest.raises(ConfigError, match=r"inner\.learning_rate was 0\.0001, is not there"):
         RunFolder.open(tmp_path, config=Inner(learning_rate=1.0), command="other", seed=0)
+    other = r'another config: command \(of the run\) was train sft, is train sft --engine verl'
+    with pytest.raises(ConfigError, match=other):
+        RunFolder.open(tmp_path, config=Settings(), command="train sft --engine verl", seed=0)
 
 
 def test_other_data_are_refused(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from rl_run import die_in, logged, settings, train, write_reward
 
 from hba import open_atlas
 from hba.atlas.answer_format import FormatMix
-from hba.atlas.batch import EncodeConfig, collate
+from hba.atlas.batch import collate
 from hba.atlas.chat_encoder import encoder_for
+from hba.atlas.config import EncodeConfig
 from hba.config import load_config
 from hba.errors import HbaError
 from hba.model import chat

@@ -13,45 +13,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from hba.atlas import padding
-from hba.atlas.media import Frames, Image, Video
+from hba.atlas.config import EncodeConfig
+from hba.atlas.media import Image, Video
 from hba.atlas.omni_features import MEDIA_FEATURES, omni_features
-from hba.atlas.prompt import AS_WRITTEN, MODALITIES, Message, Modality, Wording, build_messages
+from hba.atlas.prompt import AS_WRITTEN, Message, Modality, Wording, build_messages
 from hba.atlas.sample import Quarantined, Sample
-from hba.config import option
 from hba.descriptors.pooled import DescriptorConfig, pooled_descriptors
-from hba.errors import ConfigError, MediaError
+from hba.errors import MediaError
 from hba.taxonomy import BUILTIN, Taxonomy
 
 IGNORED = padding.IGNORED
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodeConfig:
-    """How a sample becomes tokens, mel frames and patches."""
-
-    num_frames: Annotated[int, Field(ge=2, multiple_of=2)] = option(8, "frames taken from each video, an even number")
-    frames: Frames = option("exact", "exact frames, or nearest_keyframe: inexact, faster where keyframes are close")
-    min_pixels: Annotated[int, Field(ge=784)] = option(3136, "smallest area of a frame or image after resizing")
-    max_pixels: Annotated[int, Field(ge=784)] = option(50176, "largest area of a frame or image after resizing")
-    max_audio_seconds: Annotated[float, Field(gt=0)] = option(
-        300.0, "a longer audio quarantines its sample; nothing is cut"
-    )
-    max_tokens: Annotated[int, Field(ge=1)] = option(32768, "a longer prompt quarantines its sample; nothing is cut")
-    modalities: tuple[Modality, ...] = option(MODALITIES, "media that reach the model; the others are left out")
-    system_prompt: str | None = option(None, "system message put in front of every prompt")
-
-    def __post_init__(self) -> None:
-        if self.max_pixels < self.min_pixels:
-            what = f"encode.max_pixels is {self.max_pixels}, below encode.min_pixels of {self.min_pixels}"
-            raise ConfigError(what, fix="Raise max_pixels or lower min_pixels.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,17 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hba.atlas.batch import (
-    EncodeConfig,
-    Encoded,
-    Encoder,
-    Media,
-    SampleEncoder,
-    answer_ids,
-    load_media,
-    messages_of,
-    require_short,
-)
+from hba.atlas.batch import Encoded, Encoder, Media, SampleEncoder, answer_ids, load_media, messages_of, require_short
+from hba.atlas.config import EncodeConfig
 from hba.atlas.media import Video
 from hba.atlas.prompt import AS_WRITTEN, MODALITIES, Message, Modality, Wording
 from hba.atlas.sample import Field, Sample

@@ -25,7 +25,7 @@ from hba.atlas.jsonl import JsonlStore
 from hba.atlas.parquet import ParquetStore
 from hba.atlas.sample import MEDIA_FIELDS, Field, Row, Sample
 from hba.atlas.slices import Source
-from hba.atlas.split import Bound, Split, check_shards, split_of
+from hba.atlas.split import Bound, Split, check_shards, no_split, split_of
 from hba.errors import InputError, MediaError
 from hba.taxonomy import PUBLISHED, Taxonomy, of_folder
 
@@ -63,7 +63,7 @@ def layout_of(listing: Listing, split: str | None) -> Layout:
         raise InputError("no split was named", where=str(repo), fix=f"Choose one of: {known}.")
     rows = sorted(name for name in names if _split_at(name) == split)
     if not rows:
-        raise InputError(f"has no split {split!r}", where=str(repo), fix=f"Present: {known}.")
+        raise no_split(split, splits_of(names), where=str(repo))
     shards = [name for name in rows if name.endswith(".parquet")]
     chosen = shards or rows
     several = len(chosen) > 1 and (not shards or any("-of-" not in name for name in shards))

@@ -8,53 +8,23 @@ error is raised when the turn of its batch comes. Encoded samples are kept for t
 
 from __future__ import annotations
 
-import os
-import sys
 from collections import Counter, OrderedDict, deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Annotated, TypeAlias
-
-from pydantic import Field
+from typing import TypeAlias
 
 from hba.atlas import Atlas
 from hba.atlas.batch import Batch, Encoded, SampleEncoder, collate
+from hba.atlas.config import LoaderConfig
 from hba.atlas.sample import Quarantined
 from hba.atlas.sampler import Indices
 from hba.atlas.workers import Failure, Outcome, WorkerPool, encode_row, raise_failure
-from hba.config import option
-from hba.errors import ConfigError
 
 Outcomes: TypeAlias = Generator[Outcome, None, None]
 
 # Each finished row holds a file descriptor on its way, and processes may have few.
 MAX_ROWS_AHEAD = 256
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoaderConfig:
-    """Where batches are prepared."""
-
-    workers: Annotated[int, Field(ge=-1)] = option(
-        -1, "worker processes; 0 prepares in the main process, -1 is one a spare core, at most 8", affects_result=False
-    )
-    prefetch: Annotated[int, Field(ge=1)] = option(4, "batches that each worker prepares ahead", affects_result=False)
-    cache_megabytes: Annotated[int, Field(ge=0)] = option(
-        256, "encoded samples that are kept for the next epoch, 0 for none", affects_result=False
-    )
-    decode_timeout_seconds: Annotated[float, Field(gt=0)] = option(
-        60.0, "a sample that twice takes longer to read and decode is quarantined; needs workers", affects_result=False
-    )
-
-    def resolved_workers(self) -> int:
-        """Number of worker processes on this machine. Raises ConfigError for workers elsewhere than on Linux."""
-        if sys.platform != "linux":
-            if self.workers > 0:
-                raise ConfigError("worker processes need Linux", where="loader.workers", fix="Use loader.workers=0.")
-            return 0
-        return min(8, max(0, (os.cpu_count() or 1) - 1)) if self.workers < 0 else self.workers
 
 
 class _Cache:

@@ -8,10 +8,11 @@ are; another file is never taken in its place.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
-from hba.errors import InputError
+from hba.errors import InputError, nearest
 from hba.taxonomy import PUBLISHED
 
 _SPEC = re.compile(r"(?P<name>\w[\w.-]*)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?", re.ASCII)
@@ -89,14 +90,19 @@ def find_files(path: Path, name: str | None) -> SplitFiles:
     if name is None:
         raise InputError("no split was named", where=str(path), fix=f"Choose one of: {', '.join(present) or 'none'}.")
     if name not in present:
-        known = ", ".join(sorted(present)) or "no .jsonl and no .parquet file"
-        raise InputError(f"has no split {name!r}", where=str(path), fix=f"Present: {known}.")
+        raise no_split(name, present, where=str(path))
     files = present[name]
     if len(files) > 1 and any(file.suffix != ".parquet" or "-of-" not in file.name for file in files):
         listed = ", ".join(file.name for file in files)
         raise InputError(f"split {name!r} is ambiguous: {listed}", where=str(path), fix="Name one of the files.")
     check_shards(files)
     return SplitFiles(name, files)
+
+
+def no_split(name: str, present: Collection[str], *, where: str) -> InputError:
+    """The error of a split that is not among those `present` at a place."""
+    fix = nearest(name, present) if present else "Name a place with .jsonl or .parquet files."
+    return InputError(f"has no split {name!r}", where=where, fix=fix)
 
 
 def present_splits(path: Path) -> tuple[str, ...]:

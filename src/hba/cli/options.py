@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,7 @@ import typer
 from hba.errors import InputError, nearest
 
 if TYPE_CHECKING:
+    from hba.run import RunFolder
     from hba.train.state import Progress
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
@@ -64,6 +66,19 @@ def bold(value: object) -> str:
     from rich.markup import escape
 
     return f"[bold]{escape(str(value))}[/bold]"
+
+
+@contextmanager
+def training(run: Path, settings: Any, command: str) -> Iterator[RunFolder]:
+    """The folder of a training run, made or resumed; says which it is, and how to choose another, before it trains."""
+    from hba.train.start import training_run
+
+    resumed = (run / "config.yaml").is_file()
+    with training_run(run, config=settings, command=command, seed=settings.train.seed) as folder:
+        if folder.is_main:
+            state = "goes on with the run in it" if resumed else "new"
+            sys.stderr.write(f"Run folder: {run} ({state}; --run chooses another).\n")
+        yield folder
 
 
 def trained(

@@ -42,7 +42,6 @@ def predict_command(
     from hba.cli.progress import tallied
     from hba.config import load_config
     from hba.evaluate.config import PredictConfig
-    from hba.evaluate.predict import open_rows, predict_run
     from hba.evaluate.selection import Selection
     from hba.evaluate.shards import launched_shard, parse_shard
 
@@ -51,6 +50,8 @@ def predict_command(
     selection = Selection(
         limit=limit, per_dataset=per_dataset, channels=_names(modalities), datasets=_names(datasets)
     )
+    from hba.evaluate.predict import open_rows, predict_run
+
     if dry_run:
         from hba.cli.estimate import show_estimate
         from hba.evaluate.estimate import estimate
@@ -117,7 +118,10 @@ def _finish_failed(summary: PredictSummary, allowed: int) -> None:
 
 def _run_folder(model: str) -> Path:
     """Where predictions go without --run: the model's own run folder, and no other place is guessed."""
+    from hba.model.names import require_place
+
     if not (Path(model) / "checkpoints").is_dir():
+        require_place(model)
         fix = "Check the path, or say with --run where the predictions go."
         raise InputError("no run folder of a training", where=model, fix=fix)
     return Path(model)

@@ -18,6 +18,7 @@ from hba.cli.options import (
     recipe_path,
     say,
     trained,
+    training,
 )
 
 if TYPE_CHECKING:
@@ -65,9 +66,8 @@ def rl_command(
 
 def _here(settings: RlConfig, run: Path, allow_quarantined: int, *, as_json: bool) -> None:
     from hba.rl.local import train_rl
-    from hba.train.start import training_run
 
-    with training_run(run, config=settings, command="train rl", seed=settings.train.seed) as folder:
+    with training(run, settings, "train rl") as folder:
         progress = train_rl(settings, folder)
         quarantined = folder.quarantine.records()
     best = f"greedy reward {progress.best_score:.3f}"
@@ -86,13 +86,8 @@ def _show_verl(settings: RlConfig, run: Path, *, as_json: bool) -> None:
 def _on_verl(settings: RlConfig, run: Path, allow_quarantined: int, *, as_json: bool) -> None:
     from hba.cli.progress import counted
     from hba.rl.verl.launch import train_on_verl
-    from hba.train.start import training_run
 
-    command = "train rl --engine verl"
-    with (
-        training_run(run, config=settings, command=command, seed=settings.train.seed) as folder,
-        counted("steps on verl") as told,
-    ):
+    with training(run, settings, "train rl --engine verl") as folder, counted("steps on verl") as told:
         steps = train_on_verl(settings, folder, told)
         quarantined = folder.quarantine.records()
     then = f"hba merge {run} MODEL makes the model"

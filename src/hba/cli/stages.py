@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hba.cli.options import AllowQuarantined, ConfigOption, JsonFlag, Overrides, recipe_path, trained
+from hba.cli.options import AllowQuarantined, ConfigOption, JsonFlag, Overrides, recipe_path, trained, training
 from hba.errors import InputError
 
 QA_EXAMPLE = "Example: hba train qa --config qa_tiny --from runs/sft --run runs/qa atlas=runs/mini"
@@ -27,14 +27,12 @@ def qa_command(
     """Stage 2: lm_head learns to answer free-form rows; backbone and heads stay as they are."""
     from hba.cli.progress import counted
     from hba.config import load_config
-    from hba.train.qa import QaConfig, train_qa
-    from hba.train.start import training_run
+    from hba.train.config import QaConfig
 
     settings = load_config(QaConfig, recipe_path(config), [*(overrides or []), *_key("base", base)])
-    with (
-        training_run(run, config=settings, command="train qa", seed=settings.train.seed) as folder,
-        counted("features") as told,
-    ):
+    from hba.train.qa import train_qa
+
+    with training(run, settings, "train qa") as folder, counted("features") as told:
         progress = train_qa(settings, folder, told)
         quarantined = folder.quarantine.records()
     best = f"validation mean {progress.best_score:.3f}"
@@ -59,8 +57,7 @@ def bam_command(
     """Stage 3: adapters over openSMILE and landmark descriptors, dataset by dataset."""
     from hba.cli.progress import counted
     from hba.config import load_config
-    from hba.train.bam import BamConfig, train_bam
-    from hba.train.start import training_run
+    from hba.train.config import BamConfig
 
     if every and dataset:
         raise InputError("--all and --dataset exclude each other", where="hba train bam", fix="Give one of them.")
@@ -69,10 +66,9 @@ def bam_command(
     settings = load_config(BamConfig, recipe_path(config), [*(overrides or []), *chosen])
     if settings.datasets is None and not every:
         raise InputError("no dataset is named", where="hba train bam", fix="Give --dataset KEY, or --all.")
-    with (
-        training_run(run, config=settings, command="train bam", seed=settings.train.seed) as folder,
-        counted("features") as told,
-    ):
+    from hba.train.bam import train_bam
+
+    with training(run, settings, "train bam") as folder, counted("features") as told:
         progress = train_bam(settings, folder, told)
         quarantined = folder.quarantine.records()
     best = f"validation mean {progress.best_score:.3f}"

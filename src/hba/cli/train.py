@@ -1,4 +1,4 @@
-"""`hba train`: one command a training stage."""
+"""`hba train`: one command a training stage. A config is checked before torch is imported, which takes seconds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hba.cli.options import AllowQuarantined, ConfigOption, JsonFlag, Overrides, recipe_path, trained
+from hba.cli.options import AllowQuarantined, ConfigOption, JsonFlag, Overrides, recipe_path, trained, training
 
 train_app = typer.Typer(no_args_is_help=True, help="Train OmniSapiens, one command a stage.")
 
@@ -25,11 +25,12 @@ def sft_command(
 ) -> None:
     """Stage 1: LoRA (or everything) and one classification head a domain."""
     from hba.config import load_config
-    from hba.train.sft import SftConfig, train_sft
-    from hba.train.start import training_run
+    from hba.train.config import SftConfig
 
     settings = load_config(SftConfig, recipe_path(config), overrides or [])
-    with training_run(run, config=settings, command="train sft", seed=settings.train.seed) as folder:
+    from hba.train.sft import train_sft
+
+    with training(run, settings, "train sft") as folder:
         progress = train_sft(settings, folder)
         quarantined = folder.quarantine.records()
     best = f"validation mean {progress.best_score:.3f}"
@@ -49,11 +50,12 @@ def lm_command(
 ) -> None:
     """Generative SFT: any chat model learns to answer in words."""
     from hba.config import load_config
-    from hba.train.lm import LmConfig, train_lm
-    from hba.train.start import training_run
+    from hba.train.config import LmConfig
 
     settings = load_config(LmConfig, recipe_path(config), overrides or [])
-    with training_run(run, config=settings, command="train lm", seed=settings.train.seed) as folder:
+    from hba.train.lm import train_lm
+
+    with training(run, settings, "train lm") as folder:
         progress = train_lm(settings, folder)
         quarantined = folder.quarantine.records()
     best = f"validation loss {-(progress.best_score or 0.0):.3f}"

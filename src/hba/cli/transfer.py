@@ -27,15 +27,17 @@ def transfer_command(
     """Pretrain without the held-out datasets, fine-tune on each, compare with no pretraining."""
     from hba.cli.progress import tallied
     from hba.config import load_config
-    from hba.report.transfer import transfer_markdown, transfer_table
-    from hba.storage import atomic_write
-    from hba.train.sft import SftConfig
-    from hba.train.transfer import run_transfer
+    from hba.train.config import SftConfig
 
     settings = load_config(SftConfig, recipe_path(config), overrides or [])
+    from hba.train.transfer import run_transfer
+
     result = run_transfer(run, settings, heldout=heldout or None, progress=tallied)
     if result is None:  # another rank reports
         return
+    from hba.report.transfer import transfer_markdown, transfer_table
+    from hba.storage import atomic_write
+
     with atomic_write(run / "transfer.md") as handle:
         handle.write(transfer_markdown(result))
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import torch
-from torch import Tensor
-
 from hba.config import option
 from hba.descriptors.pool import pool, sequence
 from hba.errors import InputError, MediaError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from hba.atlas.media import Descriptor
     from hba.atlas.sample import Sample
 
@@ -59,6 +58,8 @@ def pooled_descriptors(sample: Sample, config: DescriptorConfig) -> dict[str, Te
     for name in missing(sample) if not config.allow_missing else ():
         fix = "Run `hba atlas describe`, or leave such samples unchanged with --allow-missing."
         raise MediaError(f"has no {name} descriptor", where=sample.place(SOURCES[name].field), fix=fix)
+    import torch
+
     found = {}
     for name, (field, _) in SOURCES.items():
         vectors = [_vector(loaded, config, sample.place(field)) for loaded in sample.load_descriptors(field)]
@@ -68,6 +69,8 @@ def pooled_descriptors(sample: Sample, config: DescriptorConfig) -> dict[str, Te
 
 
 def _vector(loaded: Descriptor, config: DescriptorConfig, where: str) -> Tensor:
+    import torch
+
     try:
         frames_TD = sequence(loaded, where=where, confidence=config.confidence, published=config.published)
         return torch.from_numpy(pool(frames_TD, config.mode, config.norm, config.published))

@@ -9,9 +9,9 @@ from pydantic import Field
 
 from hba.atlas import Atlas
 from hba.atlas.answer_format import AnswerFormat
-from hba.atlas.batch import EncodeConfig
-from hba.atlas.loader import LoaderConfig
+from hba.atlas.config import EncodeConfig, LoaderConfig
 from hba.config import option
+from hba.model.config import Attention, Dtype
 from hba.remote import ClientConfig
 from hba.storage import json_sha256
 
@@ -58,8 +58,8 @@ class PredictConfig:
     """How predictions are made. Samples are encoded as in the checkpoint's training unless `encode` is given."""
 
     batch_size: Annotated[int, Field(ge=1)] = option(16, "samples in a batch")
-    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of the weights")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = option("sdpa", "attention implementation")
+    dtype: Dtype = option("auto", "of the weights")
+    attention: Attention = option("sdpa", "attention implementation")
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     encode: EncodeConfig | None = option(None, "how samples become tokens, frames and patches")
     generation: GenerationConfig = field(default_factory=GenerationConfig)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from hba.atlas import Atlas, open_atlas
-from hba.atlas.batch import EncodeConfig
+from hba.atlas.config import EncodeConfig
 from hba.atlas.sample import Quarantined
 from hba.atlas.sampler import Indices
 from hba.errors import InputError

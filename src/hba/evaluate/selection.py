@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hba.atlas import Atlas
-from hba.atlas.batch import EncodeConfig
+from hba.atlas.config import EncodeConfig
 from hba.atlas.mixing import subsample
 from hba.atlas.prompt import Modality
 from hba.errors import InputError, nearest

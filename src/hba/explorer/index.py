@@ -21,7 +21,7 @@ from typing import Any
 from hba.atlas import Atlas, Sample, open_atlas
 from hba.atlas.hub_id import hub_id_of
 from hba.atlas.info import row_seconds, splits_at
-from hba.atlas.split import find_files, present_splits
+from hba.atlas.split import find_files, no_split, present_splits
 from hba.errors import HbaError, InputError
 from hba.explorer.database import ROWS_VERSION, Database
 from hba.explorer.query import SAMPLE_COLUMNS
@@ -99,7 +99,7 @@ class AtlasIndex:
     def atlas(self, split: str) -> Atlas:
         """The opened split. Raises InputError for a split that is not there, or whose rows are bad."""
         if split not in self.splits:
-            raise InputError(f"no split {split!r}", where=str(self.root), fix=f"Present: {', '.join(self.splits)}.")
+            raise no_split(split, self.splits, where=str(self.root))
         with self._opening:
             if split not in self._atlases:
                 self._atlases[split] = open_atlas(self.root, split)

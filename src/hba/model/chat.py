@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hba.atlas.batch import IGNORED, Batch, EncodeConfig
+from hba.atlas.batch import IGNORED, Batch
+from hba.atlas.config import EncodeConfig
 from hba.errors import ConfigError, InputError
 from hba.model import checkpoint
 from hba.model.bam import FOLDER
+from hba.model.config import ModelConfig, Strategy
 from hba.model.generate import Said, generate
-from hba.model.omni import ModelConfig, Strategy, choose_trained, has_lora
+from hba.model.omni import choose_trained, has_lora
 from hba.storage import write_json
 
 # Of these the class in transformers' own list is the model with its talker.

@@ -21,11 +21,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hba.atlas.batch import EncodeConfig
+from hba.atlas.config import EncodeConfig
 from hba.errors import InputError
 from hba.model.bam import FOLDER, load_bam, save_bam
+from hba.model.config import Strategy
 from hba.model.heads import DomainHeads
-from hba.model.omni import OmniSapiens, Strategy
+from hba.model.names import require_place
+from hba.model.omni import OmniSapiens
 from hba.storage import file_sha256, json_sha256, read_json, write_json
 from hba.taxonomy import BUILTIN, Taxonomy
 
@@ -178,7 +180,11 @@ def _tensors(file: Path) -> dict[str, Tensor]:
 
 
 def resolve(path: str | Path) -> Path | None:
-    """The checkpoint folder that `path` means: itself, or the best of a run folder. None for a plain backbone."""
+    """The checkpoint folder that `path` means: itself, or the best of a run folder. None for a plain backbone.
+
+    Raises InputError when there is no such folder, and when there is no model in it.
+    """
+    require_place(path)
     folder = Path(path)
     if (folder / CARD).is_file():
         return folder

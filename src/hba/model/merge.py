@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
-from hba.atlas.batch import EncodeConfig
+from hba.atlas.config import EncodeConfig
 from hba.errors import InputError
 from hba.model import chat, checkpoint
 from hba.model.omni import OmniSapiens

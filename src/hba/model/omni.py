@@ -12,38 +12,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from hba.atlas.batch import IGNORED, Batch
-from hba.config import option
 from hba.errors import ConfigError, InputError
 from hba.model.bam import Bam
+from hba.model.config import ModelConfig
 from hba.model.generate import generate
 from hba.model.heads import DomainHeads, masked_mean
 
-Strategy = Literal["heads", "lora", "full"]
-
 # Scoped to the language model: the audio and vision towers have layers of the same names.
 LORA_TARGETS = r"model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Which backbone, what of it is trained, in what precision. LoRA defaults are those of the paper's SFT."""
-
-    name: str = option(doc="backbone: a hub id such as Qwen/Qwen2.5-Omni-7B, or a folder")
-    strategy: Strategy = option("lora", "what is trained: heads alone, LoRA and heads, or everything")
-    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of frozen weights; auto: bfloat16 on GPUs")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = option("sdpa", "attention implementation")
-    lora_r: Annotated[int, Field(ge=1)] = option(32, "LoRA rank")
-    lora_alpha: Annotated[int, Field(ge=1)] = option(64, "LoRA scale numerator")
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = option(0.05, "dropout in front of LoRA, 0..1")
 
 
 class OmniOutput(NamedTuple):

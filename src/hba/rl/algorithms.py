@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-from hba.rl.losses import Average, Ratio
-
+Average = Literal["token", "sequence", "group", "constant"]
+Ratio = Literal["token", "sequence"]
+KlKind = Literal["k1", "k2", "k3"]
 AlgorithmName = Literal[
     "grpo",
     "harpo",

@@ -3,19 +3,80 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
-from hba.atlas.batch import EncodeConfig
-from hba.atlas.loader import LoaderConfig
+from pydantic import Field
+
+from hba.atlas.config import EncodeConfig, LoaderConfig
 from hba.atlas.mixing import MixConfig
 from hba.config import option
 from hba.errors import ConfigError
-from hba.model.omni import ModelConfig
-from hba.rl.algorithms import AlgorithmName
-from hba.rl.sampler import RolloutConfig
+from hba.model.config import ModelConfig
+from hba.rl.algorithms import Algorithm, AlgorithmName, Average, KlKind
 from hba.rl.scoring import RewardConfig
-from hba.rl.update import LossConfig
 from hba.rl.verl.settings import VerlConfig
-from hba.train.loop import Count, TrainConfig
+from hba.train.config import Count, TrainConfig
+
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """A vLLM server that samples; how to start it: docs/rl.md."""
+
+    url: str | None = option(None, "of the server, such as http://localhost:8000/v1", affects_result=False)
+    api_key_env: str | None = option(None, "environment variable with its key; null: none", affects_result=False)
+    max_concurrency: Annotated[int, Field(ge=1)] = option(64, "most prompts under way at once", affects_result=False)
+    timeout_seconds: Annotated[float, Field(gt=0)] = option(600.0, "for one attempt", affects_result=False)
+    max_attempts: Annotated[int, Field(ge=1)] = option(6, "attempts before a request has failed", affects_result=False)
+    weights: str | None = option(
+        None,
+        "folder that trainer and server both see, where weights are handed over; null: in the run",
+        affects_result=False,
+    )
+    max_gap: Annotated[float, Field(gt=0)] = option(
+        0.3, "mean |log-probability of server - of policy| of a step, in nats, above which the run ends"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How responses are sampled. Defaults are those of the published runs."""
+
+    per_prompt: Annotated[int, Field(ge=1)] = option(5, "responses sampled for each prompt")
+    max_new_tokens: Annotated[int, Field(ge=1)] = option(2048, "longest response, in tokens")
+    temperature: Annotated[float, Field(gt=0)] = option(1.0, "of the sampling, and of the policy that is trained")
+    sampler: Literal["generate", "server"] = option("generate", "transformers' generate, or the server of server.url")
+    server: ServerConfig = field(default_factory=ServerConfig)
+
+    def __post_init__(self) -> None:
+        if (self.sampler == "server") != (self.server.url is not None):
+            what = f"rollout.sampler is {self.sampler}, rollout.server.url is {self.server.url}"
+            raise ConfigError(what, fix="Give rollout.sampler=server and rollout.server.url=http://... together.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The policy loss; what is not given is as the algorithm's paper has it (docs/rl.md)."""
+
+    average: Average | None = option(None, "token, sequence, group or constant: what weighs the same")
+    clip_low: NotNegative | None = option(None, "a ratio below 1 - clip_low gains nothing more")
+    clip_high: NotNegative | None = option(None, "a ratio above 1 + clip_high gains nothing more")
+    updates: Annotated[int, Field(ge=1)] = option(1, "optimizer updates in a step, each over a part of its prompts")
+    kl_weight: NotNegative = option(
+        0.0, "weight of the KL divergence from the policy at the start; 0 needs no reference"
+    )
+    kl: KlKind = option("k3", "its estimator: k1, k2 or k3")
+    importance_cap: Annotated[float, Field(ge=1)] | None = option(
+        None, "correct for a server's sampling with importance weights of at most this, such as 2; null: do not"
+    )
+
+    def resolved(self, algorithm: Algorithm) -> Algorithm:
+        """The algorithm with what this config changes of it."""
+        average = algorithm.average if self.average is None else self.average
+        low = algorithm.clip_low if self.clip_low is None else self.clip_low
+        high = algorithm.clip_high if self.clip_high is None else self.clip_high
+        return algorithm._replace(average=average, clip_low=low, clip_high=high)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,16 +18,18 @@ from accelerate.utils import gather_object
 
 from hba.atlas import Atlas
 from hba.atlas.batch import SampleEncoder
-from hba.atlas.loader import LoaderConfig, load_batches
+from hba.atlas.config import LoaderConfig
+from hba.atlas.loader import load_batches
 from hba.atlas.sample import Sample
 from hba.errors import InputError
 from hba.evaluate.answers import extract, same_answer, to_label, without_latex
 from hba.evaluate.backends.batches import evaluation_plan
 from hba.model.chat import ChatModel
 from hba.quarantine import QuarantineLog
+from hba.rl.config import RolloutConfig
 from hba.rl.evaluation_log import WAYS, mean_parts
 from hba.rl.rewards import well_formed
-from hba.rl.sampler import Draws, RolloutConfig, Sampler, texts_of
+from hba.rl.sampler import Draws, Sampler, texts_of
 from hba.rl.scoring import Scorer
 from hba.taxonomy import Taxonomy
 

@@ -12,16 +12,13 @@ brings you off-policy RL training", for the truncated importance weights. Shapes
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hba.errors import InputError
-
-Average = Literal["token", "sequence", "group", "constant"]
-Ratio = Literal["token", "sequence"]
-KlKind = Literal["k1", "k2", "k3"]
+from hba.rl.algorithms import Average, KlKind, Ratio
 
 MAX_LOG_RATIO = 20.0  # exp of more is no ratio of policies that are near each other, and overflows in half precision
 

@@ -18,7 +18,7 @@ from hba.atlas.batch import Batch
 from hba.errors import InputError
 from hba.model import chat, checkpoint
 from hba.model.chat import ChatModel
-from hba.model.omni import ModelConfig
+from hba.model.config import ModelConfig
 from hba.rl.rollout import probabilities
 
 Reference = Callable[[Batch, float], Tensor]  # (batch, temperature) -> log-probabilities [B, L]

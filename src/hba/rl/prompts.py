@@ -14,9 +14,10 @@ import numpy as np
 
 from hba.atlas import Atlas
 from hba.atlas.batch import Batch, SampleEncoder
-from hba.atlas.loader import LoaderConfig, load_batches
+from hba.atlas.config import LoaderConfig
+from hba.atlas.loader import load_batches
 from hba.atlas.mixing import MixConfig
-from hba.train.loop import TrainConfig
+from hba.train.config import TrainConfig
 from hba.train.plan import training_plan
 
 

@@ -9,52 +9,13 @@ Shapes: B rows of a batch, L response tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from hba.atlas.batch import Batch
-from hba.config import option
-from hba.errors import ConfigError
 from hba.model.chat import ChatModel
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerConfig:
-    """A vLLM server that samples; how to start it: docs/rl.md."""
-
-    url: str | None = option(None, "of the server, such as http://localhost:8000/v1", affects_result=False)
-    api_key_env: str | None = option(None, "environment variable with its key; null: none", affects_result=False)
-    max_concurrency: Annotated[int, Field(ge=1)] = option(64, "most prompts under way at once", affects_result=False)
-    timeout_seconds: Annotated[float, Field(gt=0)] = option(600.0, "for one attempt", affects_result=False)
-    max_attempts: Annotated[int, Field(ge=1)] = option(6, "attempts before a request has failed", affects_result=False)
-    weights: str | None = option(
-        None,
-        "folder that trainer and server both see, where weights are handed over; null: in the run",
-        affects_result=False,
-    )
-    max_gap: Annotated[float, Field(gt=0)] = option(
-        0.3, "mean |log-probability of server - of policy| of a step, in nats, above which the run ends"
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
-    """How responses are sampled. Defaults are those of the published runs."""
-
-    per_prompt: Annotated[int, Field(ge=1)] = option(5, "responses sampled for each prompt")
-    max_new_tokens: Annotated[int, Field(ge=1)] = option(2048, "longest response, in tokens")
-    temperature: Annotated[float, Field(gt=0)] = option(1.0, "of the sampling, and of the policy that is trained")
-    sampler: Literal["generate", "server"] = option("generate", "transformers' generate, or the server of server.url")
-    server: ServerConfig = field(default_factory=ServerConfig)
-
-    def __post_init__(self) -> None:
-        if (self.sampler == "server") != (self.server.url is not None):
-            what = f"rollout.sampler is {self.sampler}, rollout.server.url is {self.server.url}"
-            raise ConfigError(what, fix="Give rollout.sampler=server and rollout.server.url=http://... together.")
 
 
 class Draws(NamedTuple):

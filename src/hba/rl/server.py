@@ -34,8 +34,8 @@ from hba.model.chat import ChatModel
 from hba.model.generate import BANNED_BIAS, end_token_ids, media_token_ids
 from hba.remote import ChatRequest, ClientConfig, RemoteClient, RequestError, ServiceError, bounded
 from hba.remote.tokens import Choice, TokenChat, TokenReply
-from hba.rl.config import RlConfig
-from hba.rl.sampler import Drawn, Draws, PolicySampler, Sampler, ServerConfig
+from hba.rl.config import RlConfig, ServerConfig
+from hba.rl.sampler import Drawn, Draws, PolicySampler, Sampler
 from hba.rl.server_weights import ServedWeights
 from hba.train.sharding import whole_weights
 

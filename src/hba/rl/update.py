@@ -12,48 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hba.atlas.batch import Batch
-from hba.config import option
 from hba.errors import HbaError
-from hba.rl.algorithms import Algorithm
-from hba.rl.losses import Average, KlKind, importance_weights, kl_divergence, surrogate, token_weights
+from hba.rl.losses import importance_weights, kl_divergence, surrogate, token_weights
 from hba.rl.rollout import Probabilities, Rollouts, probabilities
 from hba.rl.telemetry import Outcome
 
 if TYPE_CHECKING:
     from hba.rl.local import Setup
-
-Share = Annotated[float, Field(ge=0)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """The policy loss; what is not given is as the algorithm's paper has it (docs/rl.md)."""
-
-    average: Average | None = option(None, "token, sequence, group or constant: what weighs the same")
-    clip_low: Share | None = option(None, "a ratio below 1 - clip_low gains nothing more")
-    clip_high: Share | None = option(None, "a ratio above 1 + clip_high gains nothing more")
-    updates: Annotated[int, Field(ge=1)] = option(1, "optimizer updates in a step, each over a part of its prompts")
-    kl_weight: Share = option(0.0, "weight of the KL divergence from the policy at the start; 0 needs no reference")
-    kl: KlKind = option("k3", "its estimator: k1, k2 or k3")
-    importance_cap: Annotated[float, Field(ge=1)] | None = option(
-        None, "correct for a server's sampling with importance weights of at most this, such as 2; null: do not"
-    )
-
-    def resolved(self, algorithm: Algorithm) -> Algorithm:
-        """The algorithm with what this config changes of it."""
-        average = algorithm.average if self.average is None else self.average
-        low = algorithm.clip_low if self.clip_low is None else self.clip_low
-        high = algorithm.clip_high if self.clip_high is None else self.clip_high
-        return algorithm._replace(average=average, clip_low=low, clip_high=high)
-
 
 @dataclass(kw_only=True)
 class _Part:

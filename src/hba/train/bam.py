@@ -11,76 +11,48 @@ A row that has a medium but no descriptor of it stops the run, by name, unless `
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hba.atlas import Atlas, open_atlas
 from hba.atlas.batch import IGNORED, Batch, Encoder
 from hba.atlas.loader import load_batches
-from hba.atlas.mixing import MixConfig
 from hba.atlas.sampler import Indices
-from hba.config import option
-from hba.descriptors.pooled import DescriptorConfig
 from hba.errors import InputError
 from hba.evaluate.backends.batches import evaluation_plan
 from hba.evaluate.metrics import score
 from hba.model import checkpoint
 from hba.model.bam import FOLDER, AdapterSpec, Bam, load_bam, save_bam
+from hba.model.config import ModelConfig
 from hba.model.generate import media_token_ids
 from hba.model.heads import DomainHeads, token_loss
-from hba.model.omni import ModelConfig, OmniSapiens, apply_strategy
+from hba.model.omni import OmniSapiens, apply_strategy
 from hba.process import data_record, prepare_process, start_accelerator
 from hba.run import RunFolder
+from hba.train.config import BamConfig
 from hba.train.described import described_datasets, read_descriptors, training_matrix
 from hba.train.domains import after_bam
 from hba.train.frozen import (
     Descriptors,
     FeatureBatch,
-    FeatureConfig,
     FrozenBase,
     cached_batches,
     features,
     is_free_form,
     streamed_batches,
 )
-from hba.train.loop import Count, Rate, Share, Stage, TrainConfig, Validation, run_training
+from hba.train.loop import Stage, Validation, run_training
 from hba.train.plan import training_plan
 from hba.train.qa import Progressed
 from hba.train.scores import exact, exact_matches, mean_over_tasks
 from hba.train.state import Progress, latest
-
-
-@dataclass(frozen=True, kw_only=True)
-class BamConfig:
-    """Everything that decides a stage-3 run. Defaults are the published ones; heads train at train.learning_rate."""
-
-    atlas: str = option(doc="atlas folder, or the hub id of a release")
-    base: str = option(doc="run folder or checkpoint of an earlier stage (--from)")
-    datasets: tuple[str, ...] | None = option(None, "datasets that get adapters (--dataset); all with descriptors")
-    stage: Literal["adapters", "adapters+heads", "full"] = option("adapters", "what is trained")
-    adapter_learning_rate: Rate = option(5e-3, "peak learning rate of the adapters")
-    hidden: Count = option(256, "hidden size of an adapter")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = option(0.1, "of descriptor values, 0..1")
-    modality_dropout: Share = option(0.3, "share of samples that train without a modality, drawn for each, 0..1")
-    layer_norm: bool = option(False, "LayerNorm over the descriptor")
-    standardise: bool = option(True, "centre and scale each descriptor value by the training rows; false as released")
-    descriptors: DescriptorConfig = field(default_factory=DescriptorConfig)
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=4, learning_rate=2.5e-4))
-    features: FeatureConfig = field(default_factory=FeatureConfig)
-    mix: MixConfig = field(default_factory=MixConfig)
-    train_split: str = option("train", "split to train on; slices such as train[:10%] work")
-    validation_split: str = option("validation", "split that chooses the best checkpoint")
-    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of frozen weights; auto: bfloat16 on GPUs")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = option("sdpa", "attention implementation")
 
 
 class AdaptedLogits(NamedTuple):

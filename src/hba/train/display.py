@@ -19,7 +19,7 @@ from hba.run import RunFolder
 from hba.train.state import Progress
 
 if TYPE_CHECKING:
-    from hba.train.loop import TrainConfig
+    from hba.train.config import TrainConfig
 
 
 class TrainingDisplay:

@@ -18,7 +18,7 @@ from hba.model import checkpoint
 from hba.taxonomy import Taxonomy
 
 if TYPE_CHECKING:
-    from hba.train.loop import TrainConfig
+    from hba.train.config import TrainConfig
 
 
 def after_sft(train: Atlas, mix: MixConfig, config: TrainConfig, start: str) -> list[str] | None:

@@ -11,23 +11,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import transformers
-from pydantic import Field
 from torch import Tensor
 
 from hba.atlas import Atlas
-from hba.atlas.batch import IGNORED, Batch, EncodeConfig, Encoder, collate
-from hba.atlas.loader import LoaderConfig, load_batches
+from hba.atlas.batch import IGNORED, Batch, Encoder, collate
+from hba.atlas.config import EncodeConfig, LoaderConfig
+from hba.atlas.loader import load_batches
 from hba.atlas.sample import Quarantined, Sample
 from hba.atlas.sampler import Indices
-from hba.config import option
 from hba.errors import InputError
 from hba.evaluate.backends.batches import evaluation_plan
 from hba.model import checkpoint, heads
@@ -36,20 +35,11 @@ from hba.run import locked_folder
 from hba.storage import json_sha256
 from hba.taxonomy import Taxonomy
 from hba.train.cache import Feature, FeatureCache, Shard, missing_shards, start_cache, write_shards
+from hba.train.config import FeatureConfig
 
 SHARD_BATCHES = 16
 Descriptors: TypeAlias = Mapping[int, Mapping[str, Tensor] | Quarantined]
 """By row number: the pooled descriptors of a sample, or why it has none."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FeatureConfig:
-    """How the frozen backbone's features are computed and kept."""
-
-    cache: bool = option(True, "compute features once and keep them; false runs the backbone in every step")
-    folder: str | None = option(None, "where they are kept; FROM/features by default", affects_result=False)
-    batch_size: Annotated[int, Field(ge=1)] = option(32, "samples in a batch of the frozen backbone")
-    loader: LoaderConfig = field(default_factory=LoaderConfig)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,6 @@ Media of modalities that are left out neither reach the model nor leave their ta
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -20,43 +19,19 @@ from torch import Tensor, nn
 
 from hba.atlas import Atlas, open_atlas
 from hba.atlas.answer_format import FormatMix
-from hba.atlas.batch import IGNORED, Batch, EncodeConfig, SampleEncoder
+from hba.atlas.batch import IGNORED, Batch, SampleEncoder
 from hba.atlas.chat_encoder import encoder_for
-from hba.atlas.loader import LoaderConfig, load_batches
-from hba.atlas.mixing import MixConfig
-from hba.config import option
+from hba.atlas.loader import load_batches
 from hba.errors import InputError
 from hba.evaluate.backends.batches import evaluation_plan
 from hba.model import chat, checkpoint
 from hba.model.heads import answer_loss
-from hba.model.omni import ModelConfig
 from hba.process import data_record, prepare_process, start_accelerator
 from hba.run import RunFolder
-from hba.train.loop import Count, Stage, TrainConfig, Validation, run_training
+from hba.train.config import LmConfig
+from hba.train.loop import Stage, Validation, run_training
 from hba.train.plan import training_plan
 from hba.train.state import Progress, latest
-
-
-@dataclass(frozen=True, kw_only=True)
-class LmConfig:
-    """Everything that decides a run of generative SFT. `model.name` may be a run or checkpoint of another stage."""
-
-    atlas: str = option(doc="atlas folder, or the hub id of a release")
-    model: ModelConfig = field(default_factory=lambda: ModelConfig(name="Qwen/Qwen2.5-Omni-7B"))
-    train: TrainConfig = field(default_factory=TrainConfig)
-    encode: EncodeConfig = field(default_factory=EncodeConfig)
-    loader: LoaderConfig = field(default_factory=LoaderConfig)
-    mix: MixConfig = field(default_factory=MixConfig)
-    train_split: str = option("train", "split to train on; slices such as train[:10%] work")
-    validation_split: str = option("validation", "split that chooses the best checkpoint")
-    datasets: tuple[str, ...] | None = option(None, "train on these dataset keys alone")
-    validation_batch_size: Count = option(32, "samples in a validation batch")
-    formats: tuple[str, ...] = option(
-        ("plain",), "plain, boxed, think, or a path to a .jinja file; of several, each has an equal share of the rows"
-    )
-    reasoning: str = option(
-        "{{ reasoning }}", "what stands in <think>: a jinja text over the row's fields, answer, problem, dataset, task"
-    )
 
 
 def train_lm(config: LmConfig, run: RunFolder) -> Progress:

@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import Annotated, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -27,9 +27,9 @@ from torch.distributed.tensor import DTensor
 
 from hba.atlas.sample import Quarantined, Sample
 from hba.atlas.sampler import Indices
-from hba.config import option
 from hba.errors import ConfigError, HbaError
 from hba.run import RunFolder
+from hba.train.config import TrainConfig
 from hba.train.display import TrainingDisplay
 from hba.train.optimizer_state import restore_optimizer
 from hba.train.plan import Plan
@@ -39,36 +39,6 @@ from hba.train.state import Progress, latest, read_progress, save_state, settle
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How a stage is trained."""
-
-    epochs: Count = option(5, "passes over the training rows")
-    max_steps: Count | None = option(None, "stop after so many optimizer steps, even in mid-epoch")
-    batch_size: Count = option(8, "samples in a batch, over all devices together")
-    accumulation: Count = option(1, "batches in one optimizer step")
-    device_batch_size: Count | None = option(
-        None, "most samples on one device at once: a larger share of a batch runs in parts", affects_result=False
-    )
-    sharding: Literal["none", "full"] = option(
-        "none", "none: each device holds the model; full: it is split over the devices (FSDP2)", affects_result=False
-    )
-    activation_checkpointing: bool = option(
-        False, "save memory: compute layers again in the backward pass", affects_result=False
-    )
-    learning_rate: Rate = option(1e-4, "peak learning rate")
-    warmup_share: Share = option(0.05, "share of the steps with a rising learning rate, 0..1")
-    final_share: Share = option(0.05, "learning rate at the end of the cosine, as a share of the peak")
-    weight_decay: float = option(0.01, "AdamW weight decay of matrices; biases and norms have none")
-    beta1: Share = option(0.9, "AdamW first-moment decay")
-    beta2: Share = option(0.98, "AdamW second-moment decay")
-    max_grad_norm: Rate = option(1.0, "gradients are scaled down to this norm")
-    validate_every: Count = option(200, "optimizer steps between validations; each writes a checkpoint")
-    log_every: Count = option(10, "optimizer steps between log lines", affects_result=False)
-    seed: int = option(0, "orders the samples, starts fresh weights and dropout")
-    wandb_project: str | None = option(None, "also log to this Weights & Biases project", affects_result=False)
 
 
 class Validation(NamedTuple):

@@ -16,7 +16,7 @@ from hba.atlas.sampler import Indices, plan_batches
 from hba.errors import ConfigError
 
 if TYPE_CHECKING:
-    from hba.train.loop import TrainConfig
+    from hba.train.config import TrainConfig
 
 
 class Plan(NamedTuple):

@@ -9,10 +9,8 @@ decoding gives, so that validation needs no decoding either.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -22,9 +20,7 @@ from torch import Tensor, nn
 
 from hba.atlas import Atlas, open_atlas
 from hba.atlas.batch import Encoder
-from hba.atlas.mixing import MixConfig
 from hba.atlas.sampler import Indices
-from hba.config import option
 from hba.errors import InputError
 from hba.evaluate.backends.batches import evaluation_plan
 from hba.model import checkpoint
@@ -32,35 +28,12 @@ from hba.model.generate import media_token_ids
 from hba.model.heads import token_loss
 from hba.process import data_record, prepare_process, start_accelerator
 from hba.run import RunFolder
-from hba.train.frozen import (
-    FeatureBatch,
-    FeatureConfig,
-    FrozenBase,
-    cached_batches,
-    features,
-    streamed_batches,
-)
-from hba.train.loop import Stage, TrainConfig, Validation, run_training
+from hba.train.config import FeatureConfig, QaConfig
+from hba.train.frozen import FeatureBatch, FrozenBase, cached_batches, features, streamed_batches
+from hba.train.loop import Stage, Validation, run_training
 from hba.train.plan import training_plan
 from hba.train.scores import exact, exact_matches, mean_over_tasks
 from hba.train.state import Progress, latest
-
-
-@dataclass(frozen=True, kw_only=True)
-class QaConfig:
-    """Everything that decides a stage-2 run."""
-
-    atlas: str = option(doc="atlas folder, or the hub id of a release")
-    base: str = option(doc="run folder or checkpoint of stage 1 (--from)")
-    train: TrainConfig = field(default_factory=TrainConfig)
-    features: FeatureConfig = field(default_factory=FeatureConfig)
-    mix: MixConfig = field(default_factory=MixConfig)
-    train_split: str = option("train", "split to train on; slices such as train[:10%] work")
-    validation_split: str = option("validation", "split that chooses the best checkpoint")
-    datasets: tuple[str, ...] | None = option(None, "train on these free-form dataset keys alone")
-    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of the frozen backbone; auto: bfloat16 on GPUs")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = option("sdpa", "attention implementation")
-
 
 Progressed = Callable[[int, int], None]
 BatchSource = Callable[[Sequence[Indices], int], Iterator[FeatureBatch]]

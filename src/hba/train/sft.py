@@ -7,7 +7,6 @@ text, response tokens only: that is how a backbone with random weights learns to
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hba.atlas import Atlas, open_atlas
-from hba.atlas.batch import IGNORED, Batch, EncodeConfig, Encoder
-from hba.atlas.loader import LoaderConfig, load_batches
-from hba.atlas.mixing import MixConfig
-from hba.config import option
+from hba.atlas.batch import IGNORED, Batch, Encoder
+from hba.atlas.loader import load_batches
 from hba.errors import InputError
 from hba.evaluate.backends.heads import HeadsBackend
 from hba.evaluate.metrics import score
@@ -31,31 +28,15 @@ from hba.evaluate.predictions import Prediction
 from hba.model import checkpoint
 from hba.model.chat import backbone_of
 from hba.model.heads import answer_loss
-from hba.model.omni import ModelConfig, OmniOutput, OmniSapiens, apply_strategy
+from hba.model.omni import OmniOutput, OmniSapiens, apply_strategy
 from hba.process import data_record, prepare_process, start_accelerator
 from hba.run import RunFolder
 from hba.taxonomy import Taxonomy
+from hba.train.config import SftConfig
 from hba.train.domains import after_sft
-from hba.train.loop import Count, Stage, TrainConfig, Validation, run_training
+from hba.train.loop import Stage, Validation, run_training
 from hba.train.plan import training_plan
 from hba.train.state import Progress, latest
-
-
-@dataclass(frozen=True, kw_only=True)
-class SftConfig:
-    """Everything that decides a stage-1 run. `model.name` may be a run or checkpoint, from which it then starts."""
-
-    atlas: str = option(doc="atlas folder, or the hub id of a release")
-    model: ModelConfig = field(default_factory=lambda: ModelConfig(name="Qwen/Qwen2.5-Omni-7B"))
-    train: TrainConfig = field(default_factory=TrainConfig)
-    encode: EncodeConfig = field(default_factory=EncodeConfig)
-    loader: LoaderConfig = field(default_factory=LoaderConfig)
-    mix: MixConfig = field(default_factory=MixConfig)
-    train_split: str = option("train", "split to train on; slices such as train[:10%] work")
-    validation_split: str = option("validation", "split that chooses the best checkpoint")
-    datasets: tuple[str, ...] | None = option(None, "train on these dataset keys alone")
-    validation_batch_size: Count = option(32, "samples in a validation batch")
-    answer_weight: float = option(0.0, "weight of the answer's token loss; above 0, free-form rows train too")
 
 
 def train_sft(config: SftConfig, run: RunFolder) -> Progress:

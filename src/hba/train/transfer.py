@@ -27,7 +27,8 @@ from hba.published import published_table
 from hba.quarantine import QuarantineLog
 from hba.storage import write_json
 from hba.taxonomy import PUBLISHED
-from hba.train.sft import SftConfig, classification_rows, train_sft
+from hba.train.config import SftConfig
+from hba.train.sft import classification_rows, train_sft
 from hba.train.start import training_run
 
 ShowProgress: TypeAlias = Callable[[str], AbstractContextManager[Callable[[Tally], None]]]

@@ -12,7 +12,8 @@ from dataclasses import replace
 
 from hba.atlas import Atlas
 from hba.atlas.batch import Batch, SampleEncoder
-from hba.atlas.loader import LoaderConfig, load_batches
+from hba.atlas.config import LoaderConfig
+from hba.atlas.loader import load_batches
 from hba.atlas.sampler import Indices, plan_batches
 from hba.evaluate.backends.interface import Answered, Output, Result
 

@@ -13,7 +13,7 @@ import torch
 
 from hba.atlas import Atlas
 from hba.atlas.batch import Batch, Encoder
-from hba.atlas.loader import LoaderConfig
+from hba.atlas.config import LoaderConfig
 from hba.atlas.sampler import Indices
 from hba.errors import InputError
 from hba.evaluate.backends.batches import batched_answers

@@ -19,7 +19,8 @@ import PIL.Image
 
 from hba.atlas import Atlas
 from hba.atlas.answer_format import FormatMix
-from hba.atlas.batch import EncodeConfig, load_media, messages_of
+from hba.atlas.batch import load_media, messages_of
+from hba.atlas.config import EncodeConfig
 from hba.atlas.media import SAMPLE_RATE
 from hba.atlas.prompt import Wording
 from hba.atlas.sample import Quarantined, Sample

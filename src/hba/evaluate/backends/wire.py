@@ -17,7 +17,8 @@ import numpy.typing as npt
 import PIL.Image
 import soundfile
 
-from hba.atlas.batch import EncodeConfig, Media, load_media
+from hba.atlas.batch import Media, load_media
+from hba.atlas.config import EncodeConfig
 from hba.atlas.media import SAMPLE_RATE, Image, Video
 from hba.atlas.prompt import Message, Modality
 from hba.atlas.sample import Sample

@@ -1,0 +1,27 @@
+"""Which model is trained, and what of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import Field
+
+from hba.config import option
+
+Strategy = Literal["heads", "lora", "full"]
+Dtype: TypeAlias = Literal["auto", "float32", "bfloat16"]
+Attention: TypeAlias = Literal["sdpa", "eager", "flash_attention_2"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which backbone, what of it is trained, in what precision. LoRA defaults are those of the paper's SFT."""
+
+    name: str = option(doc="backbone: a hub id such as Qwen/Qwen2.5-Omni-7B, or a folder")
+    strategy: Strategy = option("lora", "what is trained: heads alone, LoRA and heads, or everything")
+    dtype: Dtype = option("auto", "of frozen weights; auto: bfloat16 on GPUs")
+    attention: Attention = option("sdpa", "attention implementation")
+    lora_r: Annotated[int, Field(ge=1)] = option(32, "LoRA rank")
+    lora_alpha: Annotated[int, Field(ge=1)] = option(64, "LoRA scale numerator")
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = option(0.05, "dropout in front of LoRA, 0..1")

@@ -1,0 +1,137 @@
+"""Everything that decides a training run, one config a stage; what all stages share stands first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from hba.atlas.config import EncodeConfig, LoaderConfig
+from hba.atlas.mixing import MixConfig
+from hba.config import option
+from hba.descriptors.pooled import DescriptorConfig
+from hba.model.config import Attention, Dtype, ModelConfig
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(gt=0)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a stage is trained."""
+
+    epochs: Count = option(5, "passes over the training rows")
+    max_steps: Count | None = option(None, "stop after so many optimizer steps, even in mid-epoch")
+    batch_size: Count = option(8, "samples in a batch, over all devices together")
+    accumulation: Count = option(1, "batches in one optimizer step")
+    device_batch_size: Count | None = option(
+        None, "most samples on one device at once: a larger share of a batch runs in parts", affects_result=False
+    )
+    sharding: Literal["none", "full"] = option(
+        "none", "none: each device holds the model; full: it is split over the devices (FSDP2)", affects_result=False
+    )
+    activation_checkpointing: bool = option(
+        False, "save memory: compute layers again in the backward pass", affects_result=False
+    )
+    learning_rate: Rate = option(1e-4, "peak learning rate")
+    warmup_share: Share = option(0.05, "share of the steps with a rising learning rate, 0..1")
+    final_share: Share = option(0.05, "learning rate at the end of the cosine, as a share of the peak")
+    weight_decay: float = option(0.01, "AdamW weight decay of matrices; biases and norms have none")
+    beta1: Share = option(0.9, "AdamW first-moment decay")
+    beta2: Share = option(0.98, "AdamW second-moment decay")
+    max_grad_norm: Rate = option(1.0, "gradients are scaled down to this norm")
+    validate_every: Count = option(200, "optimizer steps between validations; each writes a checkpoint")
+    log_every: Count = option(10, "optimizer steps between log lines", affects_result=False)
+    seed: int = option(0, "orders the samples, starts fresh weights and dropout")
+    wandb_project: str | None = option(None, "also log to this Weights & Biases project", affects_result=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureConfig:
+    """How the frozen backbone's features are computed and kept."""
+
+    cache: bool = option(True, "compute features once and keep them; false runs the backbone in every step")
+    folder: str | None = option(None, "where they are kept; FROM/features by default", affects_result=False)
+    batch_size: Annotated[int, Field(ge=1)] = option(32, "samples in a batch of the frozen backbone")
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftConfig:
+    """Everything that decides a stage-1 run. `model.name` may be a run or checkpoint, from which it then starts."""
+
+    atlas: str = option(doc="atlas folder, or the hub id of a release")
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(name="Qwen/Qwen2.5-Omni-7B"))
+    train: TrainConfig = field(default_factory=TrainConfig)
+    encode: EncodeConfig = field(default_factory=EncodeConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    mix: MixConfig = field(default_factory=MixConfig)
+    train_split: str = option("train", "split to train on; slices such as train[:10%] work")
+    validation_split: str = option("validation", "split that chooses the best checkpoint")
+    datasets: tuple[str, ...] | None = option(None, "train on these dataset keys alone")
+    validation_batch_size: Count = option(32, "samples in a validation batch")
+    answer_weight: float = option(0.0, "weight of the answer's token loss; above 0, free-form rows train too")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QaConfig:
+    """Everything that decides a stage-2 run."""
+
+    atlas: str = option(doc="atlas folder, or the hub id of a release")
+    base: str = option(doc="run folder or checkpoint of stage 1 (--from)")
+    train: TrainConfig = field(default_factory=TrainConfig)
+    features: FeatureConfig = field(default_factory=FeatureConfig)
+    mix: MixConfig = field(default_factory=MixConfig)
+    train_split: str = option("train", "split to train on; slices such as train[:10%] work")
+    validation_split: str = option("validation", "split that chooses the best checkpoint")
+    datasets: tuple[str, ...] | None = option(None, "train on these free-form dataset keys alone")
+    dtype: Dtype = option("auto", "of the frozen backbone; auto: bfloat16 on GPUs")
+    attention: Attention = option("sdpa", "attention implementation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BamConfig:
+    """Everything that decides a stage-3 run. Defaults are the published ones; heads train at train.learning_rate."""
+
+    atlas: str = option(doc="atlas folder, or the hub id of a release")
+    base: str = option(doc="run folder or checkpoint of an earlier stage (--from)")
+    datasets: tuple[str, ...] | None = option(None, "datasets that get adapters (--dataset); all with descriptors")
+    stage: Literal["adapters", "adapters+heads", "full"] = option("adapters", "what is trained")
+    adapter_learning_rate: Rate = option(5e-3, "peak learning rate of the adapters")
+    hidden: Count = option(256, "hidden size of an adapter")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = option(0.1, "of descriptor values, 0..1")
+    modality_dropout: Share = option(0.3, "share of samples that train without a modality, drawn for each, 0..1")
+    layer_norm: bool = option(False, "LayerNorm over the descriptor")
+    standardise: bool = option(True, "centre and scale each descriptor value by the training rows; false as released")
+    descriptors: DescriptorConfig = field(default_factory=DescriptorConfig)
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=4, learning_rate=2.5e-4))
+    features: FeatureConfig = field(default_factory=FeatureConfig)
+    mix: MixConfig = field(default_factory=MixConfig)
+    train_split: str = option("train", "split to train on; slices such as train[:10%] work")
+    validation_split: str = option("validation", "split that chooses the best checkpoint")
+    dtype: Dtype = option("auto", "of frozen weights; auto: bfloat16 on GPUs")
+    attention: Attention = option("sdpa", "attention implementation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LmConfig:
+    """Everything that decides a run of generative SFT. `model.name` may be a run or checkpoint of another stage."""
+
+    atlas: str = option(doc="atlas folder, or the hub id of a release")
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(name="Qwen/Qwen2.5-Omni-7B"))
+    train: TrainConfig = field(default_factory=TrainConfig)
+    encode: EncodeConfig = field(default_factory=EncodeConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    mix: MixConfig = field(default_factory=MixConfig)
+    train_split: str = option("train", "split to train on; slices such as train[:10%] work")
+    validation_split: str = option("validation", "split that chooses the best checkpoint")
+    datasets: tuple[str, ...] | None = option(None, "train on these dataset keys alone")
+    validation_batch_size: Count = option(32, "samples in a validation batch")
+    formats: tuple[str, ...] = option(
+        ("plain",), "plain, boxed, think, or a path to a .jinja file; of several, each has an equal share of the rows"
+    )
+    reasoning: str = option(
+        "{{ reasoning }}", "what stands in <think>: a jinja text over the row's fields, answer, problem, dataset, task"
+    )
