@@ -38,7 +38,7 @@ COMMANDS = {
     " --dry-run --allow-unjudged --cache --json",
     "report": "run! --atlas --out --json",
     "explore": "--atlas --runs --host --port --cache --json",
-    "compare": "runs! --seeds --allow-other-data --flips --resamples --seed --json",
+    "compare": "runs! --seeds --allow-other-data --out --flips --resamples --seed --json",
     "leaderboard": "runs! --out --published --tasks --max-quarantined --allow-other-data --json",
     "export lmms-eval": "out! --atlas! --split --json",
     "export inspect": "out! --atlas! --split --json",

@@ -135,7 +135,8 @@ def test_names_from_data_break_no_format(tmp_path: Path) -> None:
         written[suffix] = (tmp_path / f"x{suffix}").read_text(encoding="utf-8")
     assert "<script>" not in written[".html"]
     assert "a\\|b\\_\\<script" in written[".md"]
-    assert r"a|b\_<script>\&\%" in written[".tex"]
+    assert r"a\textbar{}b\_\textless{}script\textgreater{}\&\%" in written[".tex"]
+    assert r"\caption{Leaderboard" in written[".tex"] and r"\end{table}" in written[".tex"]
     rows = list(csv.DictReader(written[".csv"].splitlines()))
     assert rows[0]["source"] == "'=cmd()" and rows[0]["SEN"] == "0.7" and rows[0]["SEN_low"]
     with pytest.raises(InputError, match=r"no table is written as '\.pdf'"):

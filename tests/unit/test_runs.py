@@ -133,6 +133,52 @@ def test_compare_on_the_command_line(tmp_path: Path) -> None:
     assert isinstance(hba("compare", a)[2], InputError)
 
 
+def test_compare_writes_tables_for_papers_and_pages(tmp_path: Path) -> None:
+    a, b = folder(tmp_path / "run_a&1", answered(1, 0.4)), folder(tmp_path / "50%_<b>", answered(2, 0.95))
+    for more in ([], ["--seeds"]):
+        files = tmp_path / "table.tex", tmp_path / "table.md"
+        code, out, _ = hba("compare", a, b, *more, "--json", "--out", files[0], "--out", files[1])
+        assert code == 0
+        found = json.loads(out)
+        tasks = found["tasks"] if more else found["paired"]["tasks"]
+        latex, page = (path.read_text(encoding="utf-8") for path in files)
+        rows = well_formed(latex)
+        assert [row[0] for row in rows] == ["task", *tasks, "mean"]
+        assert r"50\%\_\textless{}b\textgreater{}" in latex and r"run\_a\&1" in latex
+        lines = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+        assert [line[0] for line in lines] == ["task", *tasks, "mean"]
+        assert r"50%\_\<b\>" in page
+        if not more:
+            line = tasks["EMO"]
+            shown = [f"{line['a']:.3f}", f"{line['b']:.3f}", rf"\textbf{{+{line['difference']:.3f}}}"]
+            assert rows[1][1:4] == shown and rows[1][4] == "{:.3f}--{:.3f}".format(*line["ci95"])
+            assert lines[1][3] == f"**+{line['difference']:.3f}**"
+    error = hba("compare", a, b, "--out", tmp_path / "table.csv")[2]
+    assert isinstance(error, InputError) and "no table is written as '.csv'" in str(error)
+
+
+def well_formed(latex: str) -> list[list[str]]:
+    """The rows of the one tabular, after checks of what makes LaTeX stop: environments, braces, bare signs, columns."""
+    latex = re.sub(r"^%.*\n", "", latex)
+    begun = []
+    for kind, name in re.findall(r"\\(begin|end)\{(\w+)\}", latex):
+        assert kind == "begin" or begun.pop() == name
+        begun += [name] if kind == "begin" else []
+    assert begun == []
+    plain = re.sub(r"\\[&%$#_{}]", "", latex)  # without what is escaped
+    depth = [plain[:end].count("{") - plain[:end].count("}") for end in range(len(plain) + 1)]
+    assert min(depth) == depth[-1] == 0
+    assert plain.count("$") % 2 == 0
+    assert not re.search(r"[_%#<>|~]", plain)
+    assert plain.count(r"\caption{") == 1
+    columns = re.search(r"\\begin\{tabular\}\{([lr]+)\}", latex)
+    body = latex.partition(r"\toprule")[2].partition(r"\bottomrule")[0]
+    rows = [line.removesuffix(r" \\").split(" & ") for line in body.splitlines() if line.endswith(r"\\")]
+    assert columns and {len(row) for row in rows} == {len(columns[1])}
+    assert r"&" not in plain.partition(r"\begin{tabular}")[0]
+    return rows
+
+
 def test_no_figure_is_cut_on_a_narrow_terminal(tmp_path: Path) -> None:
     a, b = judged(tmp_path / "a", [True] * 8), judged(tmp_path / "b", [False] * 8)
     for left in (a, b):

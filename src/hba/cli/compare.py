@@ -17,6 +17,13 @@ class _Options(NamedTuple):
     seed: int
 
 
+class _Answer(NamedTuple):
+    """How a comparison is answered: the files that are written, and --json."""
+
+    out: list[Path]
+    as_json: bool
+
+
 AllowOtherData = Annotated[
     bool, typer.Option("--allow-other-data", help="Compare the common rows of runs on different data.")
 ]
@@ -28,54 +35,69 @@ def compare_command(
         bool, typer.Option("--seeds", help="The runs are one model with other seeds or prompts: show their spread.")
     ] = False,
     allow_other_data: AllowOtherData = False,
+    out: Annotated[list[Path] | None, typer.Option(help="File to write: .md or .tex; may be repeated.")] = None,
     flips: Annotated[int, typer.Option(min=0, help="Print so many of the samples that changed sides.")] = 0,
     resamples: Annotated[int, typer.Option(min=100, help="Bootstrap resamples.")] = 2000,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     json: JsonFlag = False,
 ) -> None:
     """Test B against A over the same samples (two runs), or show the spread of several (--seeds)."""
-    options = _Options(allow_other_data, resamples, seed)
+    from hba.report.tables import WRITERS, writer_of
+
+    options, how = _Options(allow_other_data, resamples, seed), _Answer(out or [], json)
+    for path in how.out:
+        writer_of(path, WRITERS)  # refused before minutes of resampling
     if seeds:
-        _show_variance(runs, options, json)
+        _show_variance(runs, options, how)
     elif len(runs) == 2:
-        _show_comparison(runs[0], runs[1], options, flips, json)
+        _show_comparison(runs[0], runs[1], options, flips, how)
     else:
         fix = "Give A and B, or say with --seeds that all are one model."
         raise InputError(f"{len(runs)} runs to compare, expected 2", fix=fix)
 
 
-def _show_comparison(a: Path, b: Path, options: _Options, flips: int, as_json: bool) -> None:
+def _show_comparison(a: Path, b: Path, options: _Options, flips: int, how: _Answer) -> None:
     from hba.evaluate.runs import compare_runs
+    from hba.report.comparison import comparison
+    from hba.report.tables import write_table
 
     found = compare_runs(a, b, **options._asdict())
+    table = comparison(found)
+    for path in how.out:
+        write_table(table, path)
 
     def show() -> None:
         from rich.console import Console
 
-        from hba.report.compare_terminal import comparison_table, flips_table
+        from hba.report.compare_terminal import flips_table, terminal_table
 
-        Console().print(comparison_table(found))
+        Console().print(terminal_table(table))
         if flips:
             Console().print(flips_table(found, flips))
 
-    answer(found.record(), as_json=as_json, show=show)
+    answer(found.record(), as_json=how.as_json, show=show)
 
 
-def _show_variance(runs: list[Path], options: _Options, as_json: bool) -> None:
+def _show_variance(runs: list[Path], options: _Options, how: _Answer) -> None:
     from dataclasses import asdict
 
     from hba.evaluate.variance import run_variance
+    from hba.report.comparison import variance
+    from hba.report.tables import write_table
 
     found = run_variance(runs, **options._asdict())
+    table = variance(found)
+    for path in how.out:
+        write_table(table, path)
 
     def show() -> None:
         from rich.console import Console
 
-        from hba.report.compare_terminal import variance_table
+        from hba.report.compare_terminal import terminal_table
 
-        Console().print(variance_table(found))
+        Console().print(terminal_table(table))
 
-    answer(asdict(found), as_json=as_json, show=show)
+    answer(asdict(found), as_json=how.as_json, show=show)
 
 
 def leaderboard_command(

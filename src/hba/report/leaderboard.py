@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,16 +15,13 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from hba.errors import InputError, nearest
 from hba.evaluate.leaderboard import Entry, Leaderboard
 from hba.report.html import environment, style
+from hba.report.tables import DAGGER, Cell, TextTable, to_latex, to_markdown, writer_of
 from hba.report.words import DASH, figure
 from hba.storage import atomic_write
 
-DAGGER = "†"
 PUBLISHED_NOTE = f"{DAGGER} published, quoted and not measured here"
-_TEX = re.compile(r"[&%$#_{}~^\\]")
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#!])")
 
 
 def leaderboard_table(board: Leaderboard) -> Group:
@@ -48,34 +44,20 @@ def leaderboard_table(board: Leaderboard) -> Group:
 
 def write_leaderboard(board: Leaderboard, path: Path) -> None:
     """Write the table to `path`; its suffix says how: .html, .md, .tex or .csv. Raises InputError for another."""
-    if path.suffix not in WRITERS:
-        fix = nearest(path.suffix, WRITERS)
-        raise InputError(f"no table is written as {path.suffix or 'a file without suffix'!r}", where=str(path), fix=fix)
+    writer = writer_of(path, WRITERS)
     with atomic_write(path) as handle:
-        handle.write(WRITERS[path.suffix](board))
+        handle.write(writer(board))
 
 
-def to_markdown(board: Leaderboard) -> str:
-    """A GitHub table with its notes below."""
-    lines = ["| # | model | " + " | ".join((*board.tasks, "mean", "mean rank")) + " |"]
-    lines.append("|---|---|" + "---:|" * (len(board.tasks) + 2))
+def text_table(board: Leaderboard) -> TextTable:
+    """For LaTeX and Markdown: three decimals."""
+    rows = []
     for entry in board.entries:
-        scores = (f"**{text}**" if best else text for text, best in _cells(board, entry))
-        cells = (_rank(entry), _MARKDOWN.sub(r"\\\1", _name(entry)), *scores, figure(entry.mean))
-        lines.append("| " + " | ".join((*cells, figure(entry.mean_rank, 2))) + " |")
-    return "\n".join([*lines, "", *(f"- {_MARKDOWN.sub(_escaped, note)}" for note in _notes(board))]) + "\n"
-
-
-def to_latex(board: Leaderboard) -> str:
-    """A booktabs table."""
-    head = " & ".join(_tex(text) for text in ("#", "Model", *board.tasks, "Mean", "Mean rank"))
-    lines = [rf"\begin{{tabular}}{{rl{'r' * (len(board.tasks) + 2)}}}", r"\toprule", head + r" \\", r"\midrule"]
-    for entry in board.entries:
-        scores = (rf"\textbf{{{text}}}" if best else _tex(text) for text, best in _cells(board, entry))
-        ends = (figure(entry.mean), figure(entry.mean_rank, 2))
-        lines.append(" & ".join((_tex(_rank(entry)), _tex(_name(entry)), *scores, *map(_tex, ends))) + r" \\")
-    notes = (f"% {note}" for note in _notes(board))
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", *notes]) + "\n"
+        names = (Cell(_rank(entry)), Cell(_name(entry)))
+        ends = (Cell(figure(entry.mean)), Cell(figure(entry.mean_rank, 2)))
+        rows.append([*names, *(Cell(text, best) for text, best in _cells(board, entry)), *ends])
+    head = ("#", "model", *board.tasks, "mean", "mean rank")
+    return TextTable(_caption(board), head, rows, notes=_notes(board), left=2)
 
 
 def to_csv(board: Leaderboard) -> str:
@@ -102,8 +84,8 @@ def to_html(board: Leaderboard) -> str:
 
 WRITERS: dict[str, Callable[[Leaderboard], str]] = {
     ".html": to_html,
-    ".md": to_markdown,
-    ".tex": to_latex,
+    ".md": lambda board: to_markdown(text_table(board)),
+    ".tex": lambda board: to_latex(text_table(board)),
     ".csv": to_csv,
 }
 
@@ -135,16 +117,6 @@ def _notes(board: Leaderboard) -> list[str]:
     found += [f"{PUBLISHED_NOTE} ({'; '.join(sources)})"] if sources else []
     shared = {note for entry in board.entries if entry.published for note in entry.notes}
     return found + [f"{entry.name}: {note}" for entry in board.entries for note in entry.notes if note not in shared]
-
-
-def _escaped(found: re.Match[str]) -> str:
-    return "\\" + found[1]
-
-
-def _tex(text: str) -> str:
-    names = {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
-    plain = _TEX.sub(lambda found: names.get(found[0], "\\" + found[0]), text)
-    return plain.replace(DAGGER, r"$^\dagger$").replace(DASH, "--")
 
 
 def _spelled(text: str) -> str:
