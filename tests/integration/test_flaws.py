@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from hba import open_atlas
-from hba.atlas.batch import MODALITIES, Encoder, collate
+from hba.atlas.batch import Encoder, collate
 from hba.atlas.config import EncodeConfig, LoaderConfig
 from hba.atlas.loader import load_batches
+from hba.atlas.prompt import MODALITIES
 from hba.config import load_config
 from hba.errors import InputError
 from hba.model import OmniSapiens
