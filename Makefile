@@ -2,7 +2,7 @@
 # make test   all tests            make check  ruff and mypy          make bench  every file of benchmarks/
 # make test-verl  the tests of verl, in an environment of its own (.venv-verl)
 # make test-vllm  tests against a real vLLM on this CPU, in an environment of its own (.venv-vllm, 7 GB)
-# make harnesses  environments of lmms-eval and Inspect for their tests (2 GB are not copied: torch is shared)
+# make harnesses  environments of lmms-eval and Inspect for their tests (1 GB; torch is shared with .venv)
 # make clean  caches and builds    make distclean  also .venv         Neither touches runs/ or data.
 #
 # PYTHON=python3.12 chooses the interpreter; WORKERS=4 the number of test processes; ARGS="..." goes to the command.
