@@ -1,6 +1,7 @@
 """A head that has seen no row of its domain says nothing: neither the run itself nor what stands on it scores it."""
 
 import json
+import shutil
 
 import pytest
 
@@ -63,6 +64,23 @@ def test_a_merged_model_and_one_trained_on_know_it_too(hba, call, trained, mini_
     code, _, err = hba("predict", tmp_path / "on", "--atlas", mini_atlas, "--run", tmp_path / "b", *FEW)
     assert code == 0, err
     assert {p.dataset for p in read_predictions(tmp_path / "b" / "predictions.jsonl")} == {"mmsd", "urfunny"}
+
+
+def test_a_checkpoint_that_does_not_name_its_heads_is_warned_of_once(hba, trained, mini_atlas, tmp_path):
+    (step,) = (path.parent for path in trained.glob("checkpoints/step_*/hba.json"))
+    old = tmp_path / "old"
+    shutil.copytree(step, old)
+    card = json.loads((old / "hba.json").read_text())
+    del card["domains"]
+    (old / "hba.json").write_text(json.dumps(card))
+    command = ["predict", old, "--atlas", mini_atlas, "--run", tmp_path / "run", "--datasets", "mmsd,tess", *FEW]
+    code, _, err = hba(*command)
+    assert code == 0, err
+    (warning,) = (line for line in err.splitlines() if "warning" in line)
+    assert warning.startswith(f"warning: {old} does not name the domains whose heads were trained")
+    assert {p.dataset for p in read_predictions(tmp_path / "run" / "predictions.jsonl")} == {"mmsd", "tess"}
+    code, _, err = hba("predict", trained, "--atlas", mini_atlas, "--run", tmp_path / "named", *FEW)
+    assert code == 0 and "warning" not in err
 
 
 def test_rows_of_untrained_heads_alone_are_no_empty_file(hba, trained, mini_atlas, tmp_path):

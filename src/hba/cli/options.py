@@ -61,6 +61,12 @@ def say(text: str) -> None:
     Console(soft_wrap=True, highlight=False).print(text)
 
 
+def warn(text: str) -> None:
+    """One line on standard error; once, although a launcher runs the command on several ranks."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"warning: {text}.\n")
+
+
 def bold(value: object) -> str:
     """Rich markup for a path or name, whatever brackets it has."""
     from rich.markup import escape

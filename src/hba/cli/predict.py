@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hba.cli.options import AllowQuarantined, JsonFlag, Overrides, answer, bold, finish, say
+from hba.cli.options import AllowQuarantined, JsonFlag, Overrides, answer, bold, finish, say, warn
 from hba.errors import InputError
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ def predict_command(
             shard=share,
             retry_failed=retry_failed,
         )
+    if summary.unnamed_heads:
+        warn(f"{model} does not name the domains whose heads were trained: all count, and an untrained one says noise")
     answer(_record(summary, folder), as_json=json, show=lambda: _show(summary, folder))
     _finish_failed(summary, allow_failed)
     return finish(summary.quarantined, allow_quarantined)

@@ -82,7 +82,8 @@ def _prediction(answered: Answered) -> Prediction:
 class PredictSummary(NamedTuple):
     """What one call of `predict_run` leaves: the counts of the run (of the shard, if it is one), and what is missing.
 
-    `skipped` rows have no trained head; `merged` is False while other shards of the run have rows left.
+    `skipped` rows have no trained head; `merged` is False while other shards of the run have rows left. `unnamed_heads`
+    says that the rows were answered by heads of which nobody knows whether they were trained.
     """
 
     tally: Tally
@@ -90,6 +91,7 @@ class PredictSummary(NamedTuple):
     skipped: int
     quarantined: Sequence[dict[str, Any]]
     merged: bool
+    unnamed_heads: bool
 
 
 def predict_run(
@@ -189,7 +191,8 @@ def _append_predictions(
             progress(tally)
         left_out = [r for r in quarantine.records(atlas.split) if r["id"] not in log.done_ids()]
         skipped = len(atlas) - len(answerable(atlas, backend))
-        return PredictSummary(tally, len(log.done_ids()), skipped, left_out, merged=True)
+        unnamed = backend.name == "heads" and backend.domains is None
+        return PredictSummary(tally, len(log.done_ids()), skipped, left_out, merged=True, unnamed_heads=unnamed)
 
 
 def _counted(path: Path, atlas: Atlas, total: int, backend: Backend) -> Tally:
