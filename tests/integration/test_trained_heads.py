@@ -45,15 +45,21 @@ def predicted(hba, model, atlas, run):
     return found
 
 
-def test_rows_of_untrained_heads_are_left_out_and_counted(hba, trained, mini_atlas, tmp_path):
+def test_rows_of_untrained_heads_are_left_out_and_counted(hba, trained, mini_atlas, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     assert predicted(hba, trained, mini_atlas, tmp_path / "run") == {"mmsd"}
-    code, _, err = hba("score", tmp_path / "run")
+    code, out, err = hba("score", tmp_path / "run")
     assert code == 0, err
     tasks = json.loads((tmp_path / "run" / "metrics.json").read_text())["tasks"]
     assert {key for key, task in tasks.items() if task["score"] is not None} == {"SAR"}
     jokes = sum(sample.dataset == "urfunny" for sample in open_atlas(mini_atlas, split="test"))
     assert tasks["HUM"]["n_skipped"] == jokes
-    assert "no trained head" in tasks["HUM"]["note"] and "no trained head" in tasks["SOC"]["note"]
+    untrained = "not scored ({} rows that the model is not trained to answer)"
+    assert tasks["HUM"]["note"] == untrained.format(jokes)
+    assert tasks["SOC"]["note"] == untrained.format(tasks["SOC"]["n_skipped"])
+    shown = " ".join(out.split())
+    assert f"HUM humor detection, {tasks['HUM']['note']}" in shown
+    assert f"SOC social reasoning, {tasks['SOC']['note']}" in shown  # a judge would have nothing to judge
 
 
 def test_a_merged_model_and_one_trained_on_know_it_too(hba, call, trained, mini_atlas, tmp_path):

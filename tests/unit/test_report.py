@@ -27,7 +27,10 @@ METRICS = {
         "HUM": {"score": 0.4, "metric": "weighted_f1", "ci95": [0.3, 0.55], "n": 9, "chance": 0.5},
         "EMO": {"score": 0.9, "metric": "mean_weighted_accuracy", "ci95": [0.8, 0.95], "n": 80, "datasets": ["tess"],
                 "chance": 0.5, "n_invalid": 2, "n_quarantined": 1},
-        "SOC": {"score": None, "metric": "llm_judge_accuracy", "ci95": None, "n": 7, "datasets": ["siq2"]},
+        "SOC": {
+            "score": None, "metric": "llm_judge_accuracy", "ci95": None, "n": 7, "datasets": ["siq2"],
+            "note": "not scored (needs a judge)",
+        },
     },
     "datasets": {"tess": {"macro_f1": 0.88, "n": 80, "n_invalid": 2, "n_quarantined": 1}},
     "aggregate": {"mean": {"score": 0.65, "ci95": [0.6, 0.7]}, "n": 96},

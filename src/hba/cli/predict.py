@@ -103,7 +103,7 @@ def _show(summary: PredictSummary, folder: Path) -> None:
 
     tally = summary.tally
     facts = [f"{summary.predicted:,} predictions in {bold(folder)}"]
-    facts += [f"{summary.skipped:,} rows have no trained head"] if summary.skipped else []
+    facts += [f"{summary.skipped:,} rows left out that the model is not trained to answer"] if summary.skipped else []
     facts += [f"{tally.invalid:,} answers mean no label and count as wrong"] if tally.invalid else []
     facts += [] if tally.meter is None else [f"{tally_cost(tally.meter)} in this session"]
     facts += [] if summary.merged else ["the other shards are not done: whichever ends last merges all"]

@@ -34,8 +34,8 @@ from hba.evaluate.unmapped import unmapped
 from hba.storage import read_jsonl, write_json
 from hba.taxonomy import BUILTIN, Taxonomy, of_folder
 
-JUDGED_NOTE = "not scored: free-form answers need a judge"
-SKIPPED_NOTE = "not scored: the model has no trained head for these rows"
+JUDGED_NOTE = "not scored (needs a judge)"
+SKIPPED_NOTE = "not scored ({n_skipped} rows that the model is not trained to answer)"
 EMPTY_NOTE = "not scored: no row with a defined score"
 COUNTS = ("n", "n_invalid", "n_failed", "n_quarantined", "n_skipped")
 AUTO_CLUSTERS, NO_CLUSTERS = "auto", "none"
@@ -269,7 +269,8 @@ def _add_counts(
             }
             if entry["score"] is None:
                 skips = entry["n_skipped"] and not entry["n"]
-                entry.setdefault("note", SKIPPED_NOTE if skips else JUDGED_NOTE if task.judged else EMPTY_NOTE)
+                note = SKIPPED_NOTE.format(**entry) if skips else JUDGED_NOTE if task.judged else EMPTY_NOTE
+                entry.setdefault("note", note)
     metrics["tasks"] = tasks
     aggregate = metrics["aggregate"]
     for name in COUNTS:

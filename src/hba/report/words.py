@@ -68,6 +68,4 @@ def clusters(provenance: Mapping[str, Any]) -> str:
 
 def not_scored(task: TaskScore) -> str:
     """Why a task has no score."""
-    if task.metric == "llm_judge_accuracy" and "unjudged" not in (task.note or ""):
-        return "not scored (needs a judge)"
     return task.note or "not scored"
