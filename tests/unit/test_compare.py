@@ -54,6 +54,25 @@ def test_paired_difference_sees_what_two_intervals_cannot() -> None:
     assert (turned.difference, turned.gained) == (pytest.approx(-gained), 0)
 
 
+def turned(interval: tuple[float, float]) -> tuple[float, float]:
+    return pytest.approx(-interval[1]), pytest.approx(-interval[0])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_swapping_the_runs_turns_the_signs_and_nothing_else(seed: int) -> None:
+    guesses, targets, keys = make(150, 0.5, ["cremad", "tess", "mmsd"], seed)
+    better = [t if i % 9 == seed else g for i, (g, t) in enumerate(zip(guesses, targets, strict=True))]
+    a, b = encode(guesses, targets, keys), encode(better, targets, keys)
+    groups = [str(i // 3) for i in range(150)]
+    for clusters in (None, groups):
+        there, back = (paired_difference(x, y, clusters=clusters) for x, y in ((a, b), (b, a)))
+        for key, one in [*there.tasks.items(), *there.datasets.items()]:
+            other = back.tasks.get(key) or back.datasets[key]
+            assert one.ci95 and other.ci95 and other.difference == pytest.approx(-(one.difference or 0))
+            assert other.ci95 == turned(one.ci95) and other.p_value == one.p_value and other.p_holm == one.p_holm
+        assert there.mean and back.mean and there.mean.ci95 and back.mean.ci95 == turned(there.mean.ci95)
+
+
 def test_a_run_does_not_differ_from_itself() -> None:
     data = encode(*make(500, 0.6, ["cremad", "tess", "mmsd", "daicwoz"]))
     result = paired_difference(data, data, clusters=[str(i // 5) for i in range(500)])

@@ -124,6 +124,16 @@ def test_intervals_chance_and_comparison_hold_for_label_sets() -> None:
         paired_difference(a, encode(guesses, truth[::-1], keys, ZERO_SHOT))
 
 
+def test_the_order_of_rows_changes_no_interval() -> None:
+    guesses, truth = made(200)
+    order = random.Random(0).sample(range(200), 200)
+    rows = encode(guesses, truth, ["av_asd"] * 200, ZERO_SHOT)
+    mixed = encode([guesses[i] for i in order], [truth[i] for i in order], ["av_asd"] * 200, ZERO_SHOT)
+    assert bootstrap(mixed) == bootstrap(rows)
+    groups = [str(i // 4) for i in range(200)]
+    assert bootstrap(mixed, clusters=[groups[i] for i in order]) == bootstrap(rows, clusters=groups)
+
+
 def test_blind_answers_do_not_beat_the_chance_level() -> None:
     rng = random.Random(3)
     _, truth = made(2000)

@@ -108,8 +108,12 @@ class _Compared(NamedTuple):
 
 
 def _compared(a: Part, b: Part, groups_M: Ints | None, resamples: int, seed: int) -> _Compared:
-    columns = [(a.cells_M, a.size), (b.cells_M, b.size)]
-    counts_a, counts_b = resample(columns, groups_M, resamples, rng_of(seed, a.key))
+    # Types of rows are drawn in the order of their cells: the same order of the two runs, whichever is called a.
+    cells_a, cells_b = a.cells_M.tolist(), b.cells_M.tolist()
+    turned = sorted(zip(cells_a, cells_b, strict=True)) > sorted(zip(cells_b, cells_a, strict=True))
+    pair = [b, a] if turned else [a, b]
+    drawn = resample([(part.cells_M, part.size) for part in pair], groups_M, resamples, rng_of(seed, a.key))
+    counts_a, counts_b = reversed(drawn) if turned else drawn
     real_a, real_b = (part.score(np.bincount(part.cells_M, minlength=part.size)[None]) for part in (a, b))
     return _Compared(a, b, real_a, real_b, b.score(counts_b) - a.score(counts_a), groups_M is None)
 

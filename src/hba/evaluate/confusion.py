@@ -152,8 +152,12 @@ class Rows:
         return np.flatnonzero(self.cells // self.layout.block == code)
 
     def multilabel(self, key: str) -> tuple[Ints, Ints, Table]:
-        """Of a multilabel dataset: positions of its rows [M], their cells [M] in its table of pairs, the table."""
+        """Of a multilabel dataset: positions of its rows [M], their cells [M] in its table of pairs, the table.
+
+        The table is sorted, so that what is drawn from it does not depend on the order of the rows.
+        """
         mine = [number for number, pair in enumerate(self.pairs) if pair.dataset == key]
+        mine.sort(key=lambda number: (self.pairs[number].true, self.pairs[number].predicted or ""))
         cells_M = np.full(len(self.pairs), -1, dtype=np.int64)
         cells_M[mine] = np.arange(len(mine))
         rows_M = np.flatnonzero(self.cells >= self.layout.size)
