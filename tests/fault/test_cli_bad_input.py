@@ -348,6 +348,19 @@ def test_a_training_says_at_the_start_where_it_writes(tmp_path, mini_atlas, back
         assert (code, err.splitlines()[0]) == (0, f"Run folder: runs/sft ({state}; --run chooses another).")
 
 
+def test_a_tiny_backbone_is_written_over_nothing(tmp_path, run, mini_atlas, hba, expect):
+    (tmp_path / "file").write_text("mine")
+    for place in (run, tmp_path / "file", tmp_path):
+        before = snapshot(place) or place.read_bytes()
+        expect("already holds something other than this tiny backbone", "tiny", place, "--atlas", mini_atlas)
+        assert (snapshot(place) or place.read_bytes()) == before
+    for _ in range(2):  # the same one again is no loss
+        code, _, err = hba("tiny", tmp_path / "new", "--atlas", mini_atlas)
+        assert code == 0, err
+    expect("already holds", "tiny", tmp_path / "new", "--atlas", mini_atlas, "--seed", 1)
+    assert unfinished(tmp_path) == []
+
+
 def test_a_run_folder_that_is_a_file(tmp_path, mini_atlas, backbone, expect):
     (tmp_path / "file").write_text("mine")
     expect("the run folder is a file", *sft(tmp_path / "file", mini_atlas, backbone))

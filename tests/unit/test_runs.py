@@ -153,6 +153,7 @@ def test_compare_writes_tables_for_papers_and_pages(tmp_path: Path) -> None:
             shown = [f"{line['a']:.3f}", f"{line['b']:.3f}", rf"\textbf{{+{line['difference']:.3f}}}"]
             assert rows[1][1:4] == shown and rows[1][4] == "{:.3f}--{:.3f}".format(*line["ci95"])
             assert lines[1][3] == f"**+{line['difference']:.3f}**"
+    assert "table.tex." in hba("compare", a, b, "--out", files[0], columns=300)[1]
     error = hba("compare", a, b, "--out", tmp_path / "table.csv")[2]
     assert isinstance(error, InputError) and "no table is written as '.csv'" in str(error)
 

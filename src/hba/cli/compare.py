@@ -7,7 +7,7 @@ from typing import Annotated, NamedTuple
 
 import typer
 
-from hba.cli.options import JsonFlag, answer
+from hba.cli.options import JsonFlag, answer, say_written
 from hba.errors import InputError
 
 
@@ -74,6 +74,7 @@ def _show_comparison(a: Path, b: Path, options: _Options, flips: int, how: _Answ
         Console().print(terminal_table(table))
         if flips:
             Console().print(flips_table(found, flips))
+        say_written(how.out)
 
     answer(found.record(), as_json=how.as_json, show=show)
 
@@ -96,6 +97,7 @@ def _show_variance(runs: list[Path], options: _Options, how: _Answer) -> None:
         from hba.report.compare_terminal import terminal_table
 
         Console().print(terminal_table(table))
+        say_written(how.out)
 
     answer(asdict(found), as_json=how.as_json, show=show)
 
@@ -139,5 +141,6 @@ def leaderboard_command(
         from hba.report.leaderboard import leaderboard_table
 
         Console().print(leaderboard_table(board))
+        say_written(out or ())
 
     answer(board.record(), as_json=json, show=show)

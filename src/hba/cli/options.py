@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -59,6 +59,12 @@ def say(text: str) -> None:
     from rich.console import Console
 
     Console(soft_wrap=True, highlight=False).print(text)
+
+
+def say_written(files: Iterable[Path]) -> None:
+    """One line a file that a command was asked to write."""
+    for file in files:
+        say(f"Wrote {bold(file)}.")
 
 
 def warn(text: str) -> None:

@@ -17,7 +17,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from hba.atlas import Atlas
 from hba.atlas.answer_format import FORMATS, AnswerFormat
-from hba.storage import atomic_folder
+from hba.errors import InputError
+from hba.storage import atomic_folder, file_sha256
 
 # The pre-tokenizer and the special tokens of Qwen2.5-Omni.
 SPLIT = (
@@ -68,7 +69,8 @@ class TinySizes:
 def build_tiny(out: str | Path, texts: Iterable[str], *, seed: int, sizes: TinySizes | None = None) -> Path:
     """Write a tiny backbone and its processor to `out` and return it. `texts` trains the tokenizer.
 
-    Deterministic in (texts, seed, sizes); works without a network.
+    Deterministic in (texts, seed, sizes); works without a network. Raises InputError when `out` holds anything else
+    than this backbone: nothing is ever written over.
     """
     from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
@@ -78,10 +80,22 @@ def build_tiny(out: str | Path, texts: Iterable[str], *, seed: int, sizes: TinyS
         torch.manual_seed(seed)
         config = _config(processor.tokenizer, sizes)
         model = Qwen2_5OmniThinkerForConditionalGeneration._from_config(config)
-    with atomic_folder(out) as folder:
+    with atomic_folder(Path(out).absolute()) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
+        if Path(out).exists() and not _empty_or_same(Path(out), folder):
+            fix = "Name a new folder, or remove this one."
+            raise InputError("already holds something other than this tiny backbone", where=str(out), fix=fix)
     return Path(out)
+
+
+def _empty_or_same(out: Path, made: Path) -> bool:
+    """Whether the folder `out` holds nothing, or the very files of `made`."""
+    if not out.is_dir():
+        return False
+    names = {file.name for file in out.iterdir()}
+    same = names == {file.name for file in made.iterdir()} and all((out / name).is_file() for name in names)
+    return not names or (same and all(file_sha256(out / name) == file_sha256(made / name) for name in names))
 
 
 def _tokenizer(texts: list[str], vocabulary: int) -> Any:
