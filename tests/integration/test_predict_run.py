@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from hba import open_atlas
+from hba.evaluate.judge.items import items_of
 from hba.evaluate.predictions import read_predictions
 from hba.evaluate.selection import Selection
 from hba.evaluate.shards import launched_shard, parse_shard
@@ -81,6 +82,25 @@ def test_a_pilot_is_not_taken_for_the_whole(hba, mini_atlas, tmp_path):
     assert code == 2 and "another data" in err
 
 
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        ["--datasets", "siq2", "--limit", 2],
+        ["--datasets", "siq2,cremad"],
+        ["--per-dataset", 2],
+        ["--split", "test[:60]"],
+    ],
+)
+def test_chosen_rows_are_found_again_by_whoever_reads_the_atlas_later(hba, mini_atlas, tmp_path, chosen):
+    assert hba("predict", "majority", "--atlas", mini_atlas, "--run", tmp_path, *chosen)[0] == 0
+    code, _, err = hba("score", tmp_path, "--by", "modality_signature")
+    assert code == 0, err
+    free_form = {p.id for p in predictions(tmp_path).values() if p.dataset in ("siq2", "intentqa", "mimeqa")}
+    assert {item.id for item in items_of(tmp_path)} == free_form and free_form
+    code, _, err = hba("score", tmp_path, "--by", "modality_signature", "--atlas", tmp_path / "none")
+    assert code == 2 and "none" in err
+
+
 # --- what reaches the model ------------------------------------------------------------------------------------------
 
 
@@ -123,6 +143,17 @@ def test_failures_are_counted_and_asked_again_on_request(hba, mini_atlas, chat_s
     assert code == 0 and json.loads(out)["failed"] == 0
     assert whole.stats()["requests"] == said["failed"]
     assert len(predictions(tmp_path)) == said["predicted"]
+
+
+def test_what_failed_in_a_merged_run_is_asked_again_by_shards_too(hba, mini_atlas, chat_server, tmp_path):
+    common = ["predict", "m", "--atlas", mini_atlas, "--backend", "openai", "--run", tmp_path, *ASKED]
+    broken = chat_server(brain="choose", refuse="anxiety")
+    failed = json.loads(hba(*common, f"remote.base_url={broken.url}", "--json")[1])["failed"]
+    whole = chat_server(brain="choose")
+    again = [*common, f"remote.base_url={whole.url}", "--retry-failed", "--json"]
+    said = [json.loads(hba(*again, "--shard", f"{number}/2")[1]) for number in (1, 2)]
+    assert whole.stats()["requests"] == failed > 0 and said[1]["merged"] is True
+    assert not any(p.failed for p in predictions(tmp_path).values())
 
 
 # --- dry run ---------------------------------------------------------------------------------------------------------

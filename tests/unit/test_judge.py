@@ -196,7 +196,7 @@ def test_a_prediction_that_does_not_fit_its_row_is_an_error(tmp_path, change, sa
 
 def test_another_atlas_is_refused(tmp_path):
     facts = {"data": {"path": str(tmp_path / "atlas"), "fingerprint": "0" * 64}}
-    with pytest.raises(InputError, match="not the one that was predicted"):
+    with pytest.raises(InputError, match="not the atlas that was predicted"):
         items_of(run_folder(tmp_path, ROWS, PREDICTIONS, **facts))
 
 

@@ -2,7 +2,7 @@
 
 `dataset`, `task`, `split`, `language`, `modality` and `group` come from the predictions and the taxonomy. Any other
 name is a field of the atlas' rows, read from the atlas that the run recorded or the one that is given. Refused: a field
-that no row has, and an atlas of another fingerprint than the run's.
+that no row has, and rows of another fingerprint than the run's.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def field_values(
 
 
 def _from_atlas(field: str, predictions: Sequence[Prediction], folder: Path, atlas: Path | None) -> list[str | None]:
-    from hba.atlas import open_atlas
+    from hba.evaluate.selection import predicted_rows
 
     path = folder / "predict.json"
     asked = read_json(path) if path.is_file() else {}
@@ -49,11 +49,7 @@ def _from_atlas(field: str, predictions: Sequence[Prediction], folder: Path, atl
     if not place:
         fix = "Say with --atlas where the rows are."
         raise InputError(f"the run does not record the atlas that has the field {field!r}", where=str(path), fix=fix)
-    opened = open_atlas(place, split=split)
-    if data.get("fingerprint") not in (None, opened.fingerprint):
-        raise InputError(
-            "is not the atlas that was predicted", where=str(place), fix="Say with --atlas which one it was."
-        )
+    opened = predicted_rows(asked, place, split)
     wanted, found, names = {p.id for p in predictions}, {}, set(PREDICTED)
     for index, sample in enumerate(opened):
         if sample.id in wanted:

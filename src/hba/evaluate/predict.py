@@ -124,8 +124,10 @@ def predict_run(
         with locked_folder(folder) if shard is not None else nullcontext():
             locks.enter_context(locked_folder(own))
             rows = answerable(opening.atlas, answering)
-            start_predictions(folder, _settings(opening, split, answering, rows))
+            start_predictions(folder, {**_settings(opening, split, answering, rows), "selection": asdict(selection)})
             save_beside(opening.atlas.taxonomy, folder)
+            if retry_failed and shard is not None:  # what earlier shards have merged; the first that comes takes it out
+                forget_failed(folder / "predictions.jsonl", opening.atlas.taxonomy)
         if shard is None:
             merge(folder, opening.atlas.taxonomy)
         if retry_failed:

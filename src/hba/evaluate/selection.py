@@ -7,12 +7,13 @@ and with it a transcript where the row has one. "Audio alone" is therefore the q
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from hba.atlas import Atlas
+from hba.atlas import Atlas, open_atlas
 from hba.atlas.config import EncodeConfig
 from hba.atlas.mixing import subsample
 from hba.atlas.prompt import Modality
@@ -57,6 +58,18 @@ class Selection:
 
 
 EVERYTHING = Selection()
+
+
+def predicted_rows(facts: Mapping[str, Any], place: str, split: str) -> Atlas:
+    """The rows of `split` of the atlas at `place` that a run was asked to predict; `facts` are its predict.json.
+
+    Raises InputError when their fingerprint is not the one that the run recorded.
+    """
+    atlas = Selection(**facts.get("selection") or {}).rows(open_atlas(place, split=split))
+    if (facts.get("data") or {}).get("fingerprint") not in (None, atlas.fingerprint):
+        fix = "Say with --atlas which one it was."
+        raise InputError("is not the atlas that was predicted (another fingerprint)", where=place, fix=fix)
+    return atlas
 
 
 def reaching(channels: Sequence[str]) -> tuple[Modality, ...]:
