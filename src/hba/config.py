@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
@@ -149,9 +150,10 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 def _apply(override: str, data: dict[str, Any], places: dict[str, str]) -> None:
     """Put the value of one `key=value` into `data`."""
-    where = f"{COMMAND_LINE}, {override!r}"
     key, equals, text = override.partition("=")
     *sections, name = parts = key.strip().split(".")
+    secret = re.search(r"(key|token|secret|password)(_env)?$", name.lower())  # messages end up in logs
+    where = f"{COMMAND_LINE}, {f'{key}=...' if secret else override!r}"
     if not equals or not all(parts):
         raise ConfigError("expected key=value", where=where, fix="For example train.learning_rate=1e-4.")
     for depth, section in enumerate(sections, 1):

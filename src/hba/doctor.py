@@ -262,8 +262,7 @@ def check_disk(folder: Path = Path()) -> Check:
 
 def check_extra(extra: str) -> Check:
     """Whether the packages of an optional extra are installed."""
-    lacking = unmet(declared(extra))
-    name = f"extra [{extra}]"
+    name, lacking = f"extra [{extra}]", unmet(declared(extra))
     if not lacking:
         return Check(name=name, status="ok", detail="installed", required=False)
     fix = f"pip install '{DISTRIBUTION}[{extra}]'"
@@ -286,12 +285,14 @@ def check_hub() -> Check:
     """Whether the hub (HF_ENDPOINT, if set) answers within 5 s."""
 
     def look(constants: Any) -> Check:
-        address = constants.ENDPOINT  # the user's own setting
+        from hba.remote.addresses import shown
+
+        address = shown(constants.ENDPOINT)  # what doctor says is pasted into issues
         try:
-            with urllib.request.urlopen(address, timeout=ONLINE_SECONDS) as answer:  # noqa: S310
+            with urllib.request.urlopen(constants.ENDPOINT, timeout=ONLINE_SECONDS) as answer:  # noqa: S310
                 status = answer.status
-        except urllib.error.HTTPError as error:
-            status = error.code  # it answered, if only to say no
+        except urllib.error.HTTPError as error:  # it answered, if only to say no
+            status = error.code
         except (OSError, ValueError) as error:
             return Check(name="hub", status="missing", detail=f"{address}: {error}", fix=NO_HUB, required=False)
         return Check(name="hub", status="ok", detail=f"{address} answers ({status})", required=False)

@@ -19,6 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from hba.errors import HbaError, InputError
 from hba.model import checkpoint
 from hba.model.merge import merge_checkpoint, require_free
+from hba.remote.addresses import shown, unusable_proxy
 from hba.report.load import load_run
 from hba.report.model_card import model_card, public_name
 from hba.storage import atomic_folder, write_json
@@ -84,6 +85,8 @@ def _commit(folder: Path, repo: str, *, private: bool) -> Pushed:
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         done = api.create_commit(repo, operations, commit_message="Model, card and figures from hba")
+    except httpx.InvalidURL:
+        raise unusable_proxy() from None
     except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
         raise _explained(error, repo) from None
     return Pushed(str(done.commit_url), len(files))
@@ -101,4 +104,4 @@ def _explained(error: Exception, repo: str) -> HbaError:
             "not accepted as a repository or as its files", where=repo, fix="Use a name such as org/model."
         )
     fix = "Check the network and run the same command again: what has arrived is not sent again."
-    return HbaError(f"the hub at {constants.ENDPOINT} cannot be reached", where=repo, fix=fix)
+    return HbaError(f"the hub at {shown(constants.ENDPOINT)} cannot be reached", where=repo, fix=fix)

@@ -135,6 +135,23 @@ def test_neither_key_nor_host_stands_in_the_run_folder(mini_atlas, chat_server, 
     assert json.loads((tmp_path / "predict.json").read_text())["identity"]["model"] == "m"
 
 
+def test_a_key_in_the_wrong_place_is_neither_written_nor_repeated(hba, mini_atlas, tmp_path):
+    key = "AIzaSyD0123456789"
+    command = ["predict", "m", "--backend", "openai", "--atlas", mini_atlas, "--run", tmp_path / "run"]
+    places = ["remote.api_key={}", "remote.api_key_env={}", "generation.extra={{api_key: {}}}"]
+    for place in [*places, "generation.extra={{extra_body: {{Authorization: {}}}}}"]:
+        code, out, err = hba(*command, place.format(key))
+        assert code == 2 and "Fix: " in err and key not in out + err
+    assert not (tmp_path / "run").exists()
+
+
+def test_why_samples_failed_is_said_once(hba, mini_atlas, chat_server, tmp_path):
+    server = chat_server(brain="choose", refuse="Choose from")
+    command = ["predict", "m", "--backend", "openai", "--atlas", mini_atlas, "--run", tmp_path]
+    code, _, err = hba(*command, f"remote.base_url={server.url}", "encode.modalities=[]", "--datasets", "tess,siq2")
+    assert code == 1 and "samples failed and count as wrong (HTTP 400: this is refused); everything else is done" in err
+
+
 def test_another_prompt_is_another_run(mini_atlas, chat_server, tmp_path):
     server = chat_server()
     run(tmp_path, mini_atlas, server, "encode.modalities=[]")

@@ -175,6 +175,13 @@ def test_a_dry_run_counts_and_asks_nothing(hba, mini_atlas, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_refuses_what_the_run_would(hba, mini_atlas, tmp_path):
+    for backend, message in {"gemini": "no backend 'gemini'", "anthropic": "takes no audio"}.items():
+        command = ["predict", "m", "--atlas", mini_atlas, "--backend", backend, "--run", tmp_path, "--dry-run"]
+        code, out, err = hba(*command)
+        assert (code, out) == (2, "") and message in err
+
+
 def test_an_unknown_price_is_said_and_not_guessed(hba, mini_atlas, chat_server, tmp_path):
     url = f"remote.base_url={chat_server(brain='choose').url}"
     command = ["predict", "my-model", "--atlas", mini_atlas, "--backend", "openai", "--run", tmp_path, url, *ASKED]

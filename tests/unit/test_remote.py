@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from hba.errors import ConfigError, InputError
 from hba.remote import ChatRequest, ClientConfig, RemoteClient, Reply, RequestError, Schema, ServiceError, bounded
+from hba.remote.addresses import shown
 from hba.remote.cache import ResponseCache
 from hba.remote.concurrency import AdaptiveLimit
 from hba.remote.cost import Meter, Price, find_price
@@ -18,6 +19,7 @@ from hba.remote.errors import TransientError
 from hba.remote.faults import Response, of_response, retry_after_seconds
 from hba.remote.provider import PROVIDERS
 from hba.remote.tokens import TokenChat
+from hba.rl.config import ServerConfig
 
 steady = settings(deadline=None, derandomize=True)
 SCHEMA = Schema(name="verdict", schema={"type": "object"})
@@ -345,8 +347,46 @@ def test_a_torn_or_foreign_line_of_a_cache_is_no_entry(tmp_path):
     ],
 )
 def test_base_urls(url, said):
+    with pytest.raises(ConfigError, match=said) as refused:
+        ClientConfig(base_url=url)
+    assert "pass" not in str(refused.value)
     with pytest.raises(ConfigError, match=said):
-        RemoteClient("m", ClientConfig(base_url=url or "x"))
+        ServerConfig(url=url)
+
+
+@pytest.mark.parametrize("key", ["sk-proj-0123456789", "AIzaSyD0123456789"])
+def test_a_key_in_place_of_its_variable_is_refused_and_not_repeated(key):
+    for build in (ClientConfig, ServerConfig):
+        with pytest.raises(ConfigError, match="not the name of an environment variable") as refused:
+            build(api_key_env=key)
+        assert key not in str(refused.value)
+
+
+@pytest.mark.parametrize("raw", [b'{"error": {"message": "%s"}}', b"%s"])
+@pytest.mark.parametrize("before", range(280, 300, 3))
+def test_a_key_at_the_end_of_a_message_is_cut_out_before_the_message_is_cut_short(monkeypatch, raw, before):
+    monkeypatch.setenv("MY_KEY", "AIzaSyD0123456789")
+    client = RemoteClient("m", ClientConfig(base_url="http://x/v1", api_key_env="MY_KEY"))
+    response = Response(400, {}, raw % (b"x " * (before // 2) + b"AIzaSyD0123456789"))
+    assert "AI" not in str(of_response(response, client.redacted, "url", answered=False))
+
+
+@pytest.mark.parametrize("proxy", ["http://me:hunt/er2@127.0.0.1:1", "socks9://me:hunter2@127.0.0.1:1"])
+def test_a_proxy_that_cannot_be_used_is_not_repeated(monkeypatch, proxy):
+    monkeypatch.setenv("HTTP_PROXY", proxy)
+
+    async def ask():
+        async with RemoteClient("m", ClientConfig(base_url="http://x.invalid/v1")):
+            pass
+
+    with pytest.raises(InputError, match=r"HTTPS_PROXY.*password") as refused:
+        asyncio.run(ask())
+    assert "hunt" not in str(refused.value) and refused.value.__suppress_context__
+
+
+def test_an_address_is_shown_without_its_user():
+    assert shown("https://me:hunter2@mirror/hf") == "https://mirror/hf"
+    assert "hunt" not in shown("https://me:hunt/er2@mirror:1")
 
 
 def test_a_missing_key_is_named(monkeypatch):

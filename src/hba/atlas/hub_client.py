@@ -45,6 +45,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but
 
 from hba.atlas.hub_id import HubId
 from hba.errors import InputError
+from hba.remote.addresses import shown, unusable_proxy
 from hba.storage import StorageError, read_json, write_json
 
 T = TypeVar("T")
@@ -210,6 +211,8 @@ def _ask(call: Callable[[], T], where: str, repo: str) -> T:
     for pause in (*_PAUSES, None):
         try:
             return call()
+        except httpx.InvalidURL:
+            raise unusable_proxy() from None
         except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
             cause = _cause(error)
             if pause is None or not _may_pass(cause):
@@ -247,7 +250,7 @@ def _asked_to_wait(error: BaseException) -> float:
 
 
 def _explained(error: BaseException, where: str, repo: str) -> InputError:
-    page, status = f"{constants.ENDPOINT}/datasets/{repo}", _status(error)
+    page, status = f"{shown(constants.ENDPOINT)}/datasets/{repo}", _status(error)
     if isinstance(error, RemoteEntryNotFoundError):
         return NotInRepoError("no such file in the dataset", where=where, fix=f"See {page}/tree/main for what it has.")
     if isinstance(error, RevisionNotFoundError):
@@ -266,7 +269,7 @@ def _explained(error: BaseException, where: str, repo: str) -> InputError:
         return InputError("is not on this machine, and the hub may not be asked", where=where, fix=fix)
     if isinstance(error, httpx.HTTPError):
         fix = f"Check the path and the network. {_FIX_AGAIN} With HF_HUB_OFFLINE=1 what was downloaded before is used."
-        what = f"is not on this machine, and the hub at {constants.ENDPOINT} cannot be reached"
+        what = f"is not on this machine, and the hub at {shown(constants.ENDPOINT)} cannot be reached"
         return InputError(what, where=where, fix=fix)
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

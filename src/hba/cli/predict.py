@@ -114,7 +114,10 @@ def _finish_failed(summary: PredictSummary, allowed: int) -> None:
     failed = summary.tally.failed
     if failed > allowed:
         fix = f"Ask again with --retry-failed, or accept this with --allow-failed {failed}."
-        sys.stderr.write(f"error: {failed} samples failed and count as wrong; everything else is done. Fix: {fix}\n")
+        ((reason, times),) = summary.tally.reasons.most_common(1)
+        why = f"{times} of them: {reason}" if times < failed else reason
+        done = "everything else is done"
+        sys.stderr.write(f"error: {failed} samples failed and count as wrong ({why}); {done}. Fix: {fix}\n")
         raise typer.Exit(1)
 
 

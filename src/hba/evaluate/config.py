@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -10,7 +11,8 @@ from pydantic import Field
 from hba.atlas import Atlas
 from hba.atlas.answer_format import AnswerFormat
 from hba.atlas.config import EncodeConfig, LoaderConfig
-from hba.config import option
+from hba.config import flat, option
+from hba.errors import ConfigError
 from hba.model.config import Attention, Dtype
 from hba.remote import ClientConfig
 from hba.storage import json_sha256
@@ -31,6 +33,13 @@ class GenerationConfig:
     extra: dict[str, Any] | None = option(
         None, "further fields of a remote request, such as {reasoning_effort: low} or vLLM's chat_template_kwargs"
     )
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a key in `extra`, since that is written into the run folder."""
+        for name in flat(self.extra or {}):
+            if re.search(r"(api_?key|access_?token|auth_?token|authorization|secret|password)$", name.lower()):
+                fix = "Put it into an environment variable and name that with remote.api_key_env."
+                raise ConfigError(f"{name!r} would stand in the run folder", where="generation.extra", fix=fix)
 
     def identity(self) -> dict[str, Any]:
         """What decides an answer, by name; the format by the words of its file."""

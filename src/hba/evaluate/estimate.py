@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from hba.atlas import Atlas
+from hba.evaluate.backends.remote import check_media
 from hba.evaluate.config import Opening
 from hba.evaluate.predictions import read_predictions
 from hba.evaluate.shards import done_elsewhere
@@ -103,7 +104,11 @@ def expected(
 
 
 def estimate(opening: Opening, folder: Path) -> Estimate:
-    """The estimate for the rows that `folder` has no prediction of. No backend is opened, no key is needed."""
+    """The estimate for the rows that `folder` has no prediction of. No backend is opened, no key is needed.
+
+    Raises InputError for media that an API would refuse.
+    """
+    check_media(opening.backend, opening)
     atlas = opening.atlas
     done = done_elsewhere(folder) if _same_rows(folder, atlas) else set()
     left = np.array([sample.id not in done for sample in atlas], bool)

@@ -22,7 +22,7 @@ from hba.atlas.config import EncodeConfig
 from hba.atlas.sample import Quarantined
 from hba.atlas.sampler import Indices
 from hba.errors import InputError
-from hba.evaluate.backends import LOCAL, detect, open_backend
+from hba.evaluate.backends import LOCAL, detect, known, open_backend
 from hba.evaluate.backends.interface import Answered, Backend
 from hba.evaluate.config import Opening, PredictConfig
 from hba.evaluate.groups import sample_groups
@@ -143,8 +143,8 @@ def predict_run(
 def open_rows(
     model: str, atlas: str, *, split: str, config: PredictConfig, backend: str | None, selection: Selection
 ) -> Opening:
-    """The chosen rows, and how they reach the model. Raises InputError for a bad atlas or selection."""
-    name = backend or detect(model)
+    """The chosen rows, and how they reach the model. Raises InputError for a bad backend, atlas or selection."""
+    name = detect(model) if backend is None else known(backend)
     rows = selection.rows(open_atlas(atlas, split=split))
     encode = config.encode or (checkpoint.encode_config(model) if name in LOCAL else None) or EncodeConfig()
     chosen = selection.media(encode)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 from hba.evaluate.predictions import Prediction
 from hba.remote.cost import Meter
@@ -15,6 +16,7 @@ class Tally:
     total: int
     done: int = 0  # predictions and quarantined samples
     failed: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)  # why samples failed
     invalid: int = 0  # answers of labelled rows that mean no label
     quarantined: int = 0
     fresh: int = 0
@@ -26,6 +28,7 @@ class Tally:
         """Count a prediction; `fresh` says that it was made in this session, `labelled` that a label was asked for."""
         self.done += 1
         self.failed += prediction.failed
+        self.reasons.update([prediction.error] if prediction.failed and prediction.error is not None else [])
         self.invalid += labelled and prediction.label is None and not prediction.failed
         if fresh:
             self.fresh += 1

@@ -28,6 +28,7 @@ from pydantic import Field
 
 from hba.config import option
 from hba.errors import ConfigError
+from hba.remote.addresses import check_base_url, check_variable, proxies_checked
 from hba.remote.cache import ResponseCache
 from hba.remote.concurrency import AdaptiveLimit
 from hba.remote.cost import Meter, find_price
@@ -67,6 +68,11 @@ class ClientConfig:
     cache: Path | None = option(None, "folder of the response cache; null: none", affects_result=False)
     prices: Path | None = option(None, "YAML file with prices of your own", affects_result=False)
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a base URL that is none, and for a secret where its place is not."""
+        check_variable(self.api_key_env)
+        check_base_url(self.base_url)
+
 
 class _Prepared(NamedTuple):
     method: str
@@ -79,14 +85,14 @@ class _Prepared(NamedTuple):
 class RemoteClient:
     """One connection pool, limit, cache and meter for all requests to one model; an async context manager.
 
-    Raises ConfigError for a base URL that is none or carries a secret, or a key that is not in the environment.
+    Raises ConfigError for a key that is not in the environment.
     """
 
     def __init__(self, model: str, config: ClientConfig, api: Provider | None = None) -> None:
         """`api` reads more from replies than the one of `config.provider`, whose URL and keys it shares."""
         self.model, self.config = model, config
         self._provider = api or provider(config.provider)
-        self._base = _checked((config.base_url or self._provider.base_url).rstrip("/"))
+        self._base = (config.base_url or self._provider.base_url).rstrip("/")
         self.official = is_official(config.provider, config.base_url)
         self._url = self._base + self._provider.path(model)
         self._secret = _key(config.api_key_env or (self._provider.key_env if self.official else None))
@@ -99,11 +105,12 @@ class RemoteClient:
     async def __aenter__(self) -> RemoteClient:
         self._cache = None if self.config.cache is None else ResponseCache(self.config.cache)
         most = self.config.max_concurrency
-        self._http = httpx.AsyncClient(
-            timeout=httpx.Timeout(self.config.timeout_seconds, connect=CONNECT_SECONDS, pool=None),
-            limits=httpx.Limits(max_connections=most, max_keepalive_connections=most),
-            trust_env=httpx.URL(self._url).host not in LOOPBACK,  # a proxy does not reach this machine's loopback
-        )
+        with proxies_checked():
+            self._http = httpx.AsyncClient(
+                timeout=httpx.Timeout(self.config.timeout_seconds, connect=CONNECT_SECONDS, pool=None),
+                limits=httpx.Limits(max_connections=most, max_keepalive_connections=most),
+                trust_env=httpx.URL(self._url).host not in LOOPBACK,  # a proxy does not reach this machine's loopback
+            )
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -265,20 +272,6 @@ def _key(variable: str | None) -> str | None:
     if not value.isascii() or not value.isprintable():
         raise ConfigError("the API key has characters that no header can carry", where=variable, fix="Set it again.")
     return value
-
-
-def _checked(base: str) -> str:
-    """The base URL, once it is sure that it can stand in logs."""
-    try:
-        url = httpx.URL(base)
-    except (httpx.InvalidURL, TypeError):
-        url = httpx.URL("")
-    if url.scheme not in ("http", "https") or not url.host:
-        raise ConfigError("not an http(s) URL", where="base_url", fix="Write it like http://localhost:8000/v1.")
-    if url.userinfo or url.query or url.fragment:
-        fix = "Put the key into an environment variable and name that with api_key_env."
-        raise ConfigError("the base URL carries a user, a query or a fragment", where="base_url", fix=fix)
-    return base
 
 
 def describe(config: ClientConfig, model: str) -> dict[str, Any]:

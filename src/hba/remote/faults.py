@@ -32,13 +32,13 @@ def of_response(response: Response, redact: Redact, where: str, *, answered: boo
     refused its text), and not about key or model.
     """
     status, headers, raw = response
-    error = _error_object(raw)
+    error = _error_object(raw, redact)
     stopped = service_fault(error, redact, where)
     if stopped is not None:
         return stopped
     if status in RETRIED or status >= 500:
         return TransientError(f"HTTP {status}", retry_after_seconds(headers))
-    said = redact(_message(error))
+    said = _message(error, redact)
     what = f"HTTP {status}: {said}" if said else f"HTTP {status}"
     fixes = {401: "Check the API key.", 403: "Check what the API key may do.", 404: "Check base URL and model name."}
     if status in fixes and not (answered and status != 401):
@@ -51,7 +51,7 @@ def of_response(response: Response, redact: Redact, where: str, *, answered: boo
 def service_fault(error: Mapping[str, object], redact: Redact, where: str) -> HbaError | None:
     """ServiceError for an account that is empty, which some services call a rate limit; else None."""
     if "insufficient_quota" in (error.get("code"), error.get("type")):
-        return ServiceError(redact(_message(error)) or "quota used up", where=where, fix="Add credit, then resume.")
+        return ServiceError(_message(error, redact) or "quota used up", where=where, fix="Add credit, then resume.")
     return None
 
 
@@ -79,17 +79,20 @@ def _until(text: str, now: datetime) -> float:
     return max(0.0, (then - now).total_seconds())
 
 
-def _error_object(raw: bytes) -> Mapping[str, object]:
+def _error_object(raw: bytes, redact: Redact) -> Mapping[str, object]:
     try:
         data = json.loads(raw)
     except ValueError:
-        return {"message": raw[: 4 * MESSAGE_CHARACTERS].decode(errors="replace")}
+        return {"message": redact(raw.decode(errors="replace"))[: 4 * MESSAGE_CHARACTERS]}
     error = data.get("error", data) if isinstance(data, dict) else data
     return error if isinstance(error, dict) else {"message": str(error)}
 
 
-def _message(error: Mapping[str, object]) -> str:
-    """The server's words on one line, without control characters (a terminal would obey them)."""
-    text = str(error.get("message") or error.get("detail") or "")
+def _message(error: Mapping[str, object], redact: Redact) -> str:
+    """The server's words on one line, without control characters (a terminal would obey them).
+
+    Keys are cut out before the words are cut short: a part of a key would no longer be known as one.
+    """
+    text = redact(str(error.get("message") or error.get("detail") or ""))
     printable = "".join(letter if letter.isprintable() else " " for letter in text)
     return " ".join(printable.split())[:MESSAGE_CHARACTERS]

@@ -12,6 +12,7 @@ from hba.atlas.mixing import MixConfig
 from hba.config import option
 from hba.errors import ConfigError
 from hba.model.config import ModelConfig
+from hba.remote.addresses import check_base_url, check_variable
 from hba.rl.algorithms import Algorithm, AlgorithmName, Average, KlKind
 from hba.rl.scoring import RewardConfig
 from hba.rl.verl.settings import VerlConfig
@@ -37,6 +38,11 @@ class ServerConfig:
     max_gap: Annotated[float, Field(gt=0)] = option(
         0.3, "mean |log-probability of server - of policy| of a step, in nats, above which the run ends"
     )
+
+    def __post_init__(self) -> None:
+        """Before config.yaml is written, which must hold no secret."""
+        check_variable(self.api_key_env)
+        check_base_url(self.url)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,11 +26,16 @@ LOCAL = ("heads", "hf")  # over checkpoints of ours, which say how their samples
 
 
 def open_backend(name: str, opening: Opening) -> Backend:
-    """The backend of that name over a model. Raises InputError for an unknown name or a model that it cannot use."""
-    if name not in MODULES:
-        raise InputError(f"no backend {name!r}", where="--backend", fix=nearest(name, MODULES))
+    """The backend of that name, one of `MODULES`, over a model. Raises InputError for a model that it cannot use."""
     backend: Backend = import_module(MODULES[name]).open_backend(name, opening)
     return backend
+
+
+def known(name: str) -> str:
+    """The name of a backend. Raises InputError for another."""
+    if name not in MODULES:
+        raise InputError(f"no backend {name!r}", where="--backend", fix=nearest(name, MODULES))
+    return name
 
 
 def detect(model: str) -> str:

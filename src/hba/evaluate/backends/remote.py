@@ -115,14 +115,20 @@ def drained(source: AsyncGenerator[T, None]) -> Iterator[T]:
         loop.close()
 
 
+def check_media(name: str, opening: Opening) -> None:
+    """Raises InputError when the API cannot take the media of the rows."""
+    if name != "anthropic":
+        return
+    refused = {"audio": opening.atlas.columns.num_audios, "video": opening.atlas.columns.num_videos}
+    if opening.config.video == "frames":
+        del refused["video"]
+    for modality, counts_N in refused.items():
+        if modality in opening.encode.modalities and counts_N.any():
+            fix = "Leave it out with --modalities video (the prompt keeps its text)."
+            raise InputError(f"the anthropic API takes no {modality}, but rows have it", where="--backend", fix=fix)
+
+
 def open_backend(name: str, opening: Opening) -> RemoteBackend:
     """The remote model. Raises InputError when the API cannot take the media of the rows."""
-    if name == "anthropic":
-        refused = {"audio": opening.atlas.columns.num_audios, "video": opening.atlas.columns.num_videos}
-        if opening.config.video == "frames":
-            del refused["video"]
-        for modality, counts_N in refused.items():
-            if modality in opening.encode.modalities and counts_N.any():
-                fix = "Leave it out with --modalities video (the prompt keeps its text)."
-                raise InputError(f"the anthropic API takes no {modality}, but rows have it", where="--backend", fix=fix)
+    check_media(name, opening)
     return RemoteBackend(name, opening)
