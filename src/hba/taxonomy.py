@@ -19,6 +19,7 @@ import yaml
 
 from hba import labelsets
 from hba.errors import TaxonomyError, nearest
+from hba.metric_fit import require_fit
 from hba.storage import atomic_write
 
 QA, MULTILABEL = "qa", "multilabel"
@@ -97,7 +98,7 @@ class Taxonomy:
         )
         for task in self.tasks.values():
             for dataset in task.datasets:
-                self.dataset(dataset)
+                require_fit(task.key, task.metric, self.dataset(dataset))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Worker processes get a taxonomy by pickle, which cannot hold mapping proxies.

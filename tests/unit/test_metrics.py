@@ -154,6 +154,20 @@ def test_task_score_is_the_mean_over_datasets_not_over_rows() -> None:
     }  # fmt: skip
 
 
+def test_mean_weighted_accuracy_is_for_tasks_of_ones_own_domains_too() -> None:
+    mine = BUILTIN.extended(
+        {
+            "domains": {"engagement": {25: "low", 26: "high"}},
+            "datasets": {"classroom": {"domain": "engagement", "labels": ["low", "high"]}},
+            "tasks": {"ENG": {"name": "x", "metric": "mean_weighted_accuracy", "datasets": ["classroom"]}},
+        }
+    )
+    targets, guesses = ["low", "low", "low", "high"], ["low", "low", "high", "high"]
+    found = score(guesses, targets, ["classroom"] * 4, taxonomy=mine)
+    assert found["tasks"]["ENG"]["score"] == pytest.approx(balanced_accuracy_score(targets, guesses))
+    assert "emotion_weighted_accuracy_mean" not in score(["sarcasm"], ["sarcasm"], ["mmsd"])["datasets"]["mmsd"]
+
+
 def test_every_task_metric_has_a_function() -> None:
     for task in BUILTIN.tasks.values():
         if not task.judged:

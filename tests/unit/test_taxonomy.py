@@ -103,6 +103,25 @@ def test_extension_adds_and_leaves_the_published_one_alone() -> None:
 
 
 @pytest.mark.parametrize(
+    ("metric", "domain"),
+    [
+        *(("weighted_f1", domain) for domain in ("multilabel", "qa")),
+        *(("binary_weighted_f1", domain) for domain in ("emotion", "sarcasm", "multilabel")),
+        *(("llm_judge_accuracy", domain) for domain in ("emotion", "multilabel")),
+        *(("multilabel_macro_f1", domain) for domain in ("emotion", "qa")),
+    ],
+)
+def test_a_metric_that_the_rows_cannot_have_is_refused_when_the_taxonomy_is_read(metric: str, domain: str) -> None:
+    labels = ["x", "y"] if domain == "multilabel" else []
+    entries = {
+        "tasks": {"NEW": {"name": "x", "metric": metric, "datasets": ["mine"]}},
+        "datasets": {"mine": {"domain": domain, "labels": labels}},
+    }
+    with pytest.raises(TaxonomyError, match=rf"task 'NEW': metric {metric} does not suit the .*'mine'.*Fix: Use "):
+        BUILTIN.extended(entries)
+
+
+@pytest.mark.parametrize(
     ("entries", "message"),
     [
         ({"datasets": {"cremad": {"domain": "emotion", "labels": ["anger"]}}}, "already in the taxonomy"),

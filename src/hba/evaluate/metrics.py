@@ -34,9 +34,11 @@ from hba.evaluate.confusion import (
     pooled_confusion,
 )
 from hba.evaluate.multilabel import METRIC as MULTILABEL
+from hba.metric_fit import SENTIMENT
 from hba.taxonomy import BUILTIN, Taxonomy
 
-EMOTION, SENTIMENT = "emotion", "sentiment_intensity"
+EMOTION = "emotion"
+WEIGHTED_ACCURACY = "mean_weighted_accuracy"
 # Group of each of the seven points, highly negative to highly positive; None: left out of the ground truth.
 SENTIMENT_GROUPS: Mapping[int, tuple[int | None, ...]] = {
     7: (0, 1, 2, 3, 4, 5, 6),
@@ -46,7 +48,7 @@ SENTIMENT_GROUPS: Mapping[int, tuple[int | None, ...]] = {
 }
 PRIMARY_NAMES = {
     "binary_weighted_f1": "F1w2",
-    "mean_weighted_accuracy": "emotion_weighted_accuracy_mean",
+    WEIGHTED_ACCURACY: "emotion_weighted_accuracy_mean",
     "weighted_f1": "weighted_f1",
     MULTILABEL: "macro_f1",
 }
@@ -131,7 +133,7 @@ def primary(metric: str, published: bool = False) -> Callable[[Ints], Floats]:
     """The function [..., K, K + 1] -> [...] of a task's metric. TaxonomyError for a metric without one."""
     functions: dict[str, Callable[[Ints], Floats]] = {
         "binary_weighted_f1": lambda x: np.nan_to_num(binary_weighted_f1(x)) if published else binary_weighted_f1(x),
-        "mean_weighted_accuracy": lambda x: mean_weighted_accuracy(x, published),
+        WEIGHTED_ACCURACY: lambda x: mean_weighted_accuracy(x, published),
         "weighted_f1": weighted_f1,
     }
     if metric not in functions:
@@ -184,14 +186,15 @@ def local_confusion(layout: Layout, code: int, confusion_CP: Ints) -> Ints:
 
 def _dataset_metrics(layout: Layout, code: int, confusion_CP: Ints, published: bool) -> dict[str, Any]:
     local = local_confusion(layout, code, confusion_CP)
-    domain = layout.taxonomy.domains[layout.domain(layout.classified[code])]
+    taxonomy, key = layout.taxonomy, layout.classified[code]
+    domain, task = taxonomy.domains[layout.domain(key)], taxonomy.dataset(key).task
     result: dict[str, Any] = {"n": int(local.sum()), "n_invalid": int(local[:, -1].sum())}
     result |= averages(confusion_CP, published)
     right, support, predicted = one_vs_rest(local)
     f1 = _ratio(2 * right, support + predicted)
     present = [(i, label) for i, label in enumerate(domain.labels) if support[i]]
     result |= {f"{label}/class_f1": float(f1[i]) for i, label in present}
-    if domain.name == EMOTION:
+    if domain.name == EMOTION or (task and taxonomy.tasks[task].metric == WEIGHTED_ACCURACY):
         values = emotion_weighted_accuracy(local, published)
         result["emotion_weighted_accuracy_mean"] = _known(mean_weighted_accuracy(local, published))
         result |= {f"{label}/emotion_weighted_accuracy": float(values[i]) for i, label in present}
