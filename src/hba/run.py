@@ -31,7 +31,7 @@ from hba.storage import AppendLog, StorageError, atomic_write, read_json, read_j
 MACHINE_FACTS = ("hba_version", "git_commit", "python", "platform", "cpu", "cpu_cores", "gpus", "packages")
 # A killed process holds its lock until it is torn down, and a worker forked in that moment until it starts.
 LOCK_GRACE_SECONDS = 1.0
-ELSEWHERE = "Use another run folder, or give the old values to resume this one."
+ELSEWHERE = "Name another run folder with --run, or give the old values to resume this one."
 
 
 class FolderInUseError(HbaError):
