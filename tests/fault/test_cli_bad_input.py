@@ -327,7 +327,7 @@ def test_a_bad_config_file(tmp_path, expect):
     file.write_text("train:\n  epochs: 3\n  lerning_rate: 1\n")
     expect(rf"{file}:3: unknown key 'train.lerning_rate'", "train", "sft", "--config", file, "atlas=x")
     expect("no config file or recipe 'sft_tini'.*'sft_tiny'", "train", "sft", "--config", "sft_tini")
-    file.write_text("mix: {}\nencode:\n  modalities: audio\n")
+    file.write_text("atlas: x\nencode:\n  modalities: audio\n")
     expect(rf"{file}:3: key 'encode.modalities'.*Write modalities: \[audio\]", "train", "sft", "--config", file)
     expect("required key 'atlas' is missing", "train", "sft", "--run", tmp_path / "new")
     expect("unknown key 'batch'.*'batch_size'", "predict", tmp_path, "--atlas", "x", "batch=1")

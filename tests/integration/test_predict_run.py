@@ -131,6 +131,11 @@ def test_an_ablated_prompt_has_no_tag(hba, mini_atlas, chat_server, tmp_path):
 # --- failures --------------------------------------------------------------------------------------------------------
 
 
+def test_a_remote_model_without_its_backend_is_told_of_it(hba, mini_atlas, tmp_path):
+    code, _, err = hba("predict", "gpt-4o", "--atlas", mini_atlas, "--run", tmp_path / "run")
+    assert code == 2 and "gpt-4o: no such folder" in err and "with --backend also the name of a remote model" in err
+
+
 def test_failures_are_counted_and_asked_again_on_request(hba, mini_atlas, chat_server, tmp_path):
     common = ["predict", "m", "--atlas", mini_atlas, "--backend", "openai", "--run", tmp_path, *ASKED]
     broken = chat_server(brain="choose", refuse="anxiety")

@@ -12,11 +12,15 @@ from hba.atlas.hub_id import hub_id_of
 from hba.errors import InputError
 
 ACCEPTED = (
-    "Give a run folder, a checkpoint, a folder with a Hugging Face model, or a hub id such as Qwen/Qwen2.5-Omni-7B"
+    "a run folder, a checkpoint, a folder with a Hugging Face model, or a hub id such as Qwen/Qwen2.5-Omni-7B (a path"
+    " below a folder that exists is none)"
 )
 
 
-def require_place(name: str | Path) -> None:
-    """Raise InputError when `name` is neither a folder on this machine nor may be an id of the hub."""
+def require_place(name: str | Path, *, also: str = "") -> None:
+    """Raise InputError when `name` is neither a folder on this machine nor may be an id of the hub.
+
+    `also` is what else would be accepted where it is asked for.
+    """
     if not Path(name).is_dir() and hub_id_of(name) is None:
-        raise InputError("no such folder", where=str(name), fix=f"{ACCEPTED}; a path is no hub id.")
+        raise InputError("no such folder", where=str(name), fix=f"Give {ACCEPTED}{also}.")

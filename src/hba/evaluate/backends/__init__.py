@@ -10,6 +10,7 @@ from importlib import import_module
 from hba.errors import InputError, nearest
 from hba.evaluate.backends.interface import Backend
 from hba.evaluate.config import Opening
+from hba.model.names import require_place
 
 MODULES = {
     "heads": "hba.evaluate.backends.heads",
@@ -41,10 +42,12 @@ def known(name: str) -> str:
 def detect(model: str) -> str:
     """The backend for `model` when none is named: a baseline by its name, else what its checkpoint was trained for.
 
-    Heads, which refuses what has none, for everything else: nothing is guessed.
+    Heads, which refuses what has none, for everything else: nothing is guessed. Raises InputError for a name that is
+    neither a folder nor an id of the hub: a remote model needs its backend.
     """
     if model in ("majority", "random"):
         return model
+    require_place(model, also="; with --backend also the name of a remote model")
     from hba.model import checkpoint  # not before it is needed: it imports torch
 
     folder = checkpoint.resolve(model)
