@@ -7,6 +7,7 @@ the hub has already are not sent again, so that a broken push is simply repeated
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,6 +18,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 
 from hba.errors import HbaError, InputError
+from hba.evaluate.provenance import run_record
 from hba.model import checkpoint
 from hba.model.merge import merge_checkpoint, require_free
 from hba.remote.addresses import shown, unusable_proxy
@@ -46,16 +48,19 @@ def push_run(run: Path, repo: str, *, license_id: str, merge: bool = False, priv
         out = Path(repo.removeprefix("file://"))
         require_free(out)
         with atomic_folder(out) as new:
-            gather(run, new, name=out.name, license_id=license_id, merge=merge)
+            gather(run, new, place=out.name, license_id=license_id, merge=merge)
             return Pushed(str(out), sum(file.is_file() for file in new.rglob("*")))
     with tempfile.TemporaryDirectory(prefix="hba-push-") as temporary:
         folder = Path(temporary)
-        gather(run, folder, name=repo.rpartition("/")[2], license_id=license_id, merge=merge)
+        gather(run, folder, place=repo, license_id=license_id, merge=merge)
         return _commit(folder, repo, private=private)
 
 
-def gather(run: Path, folder: Path, *, name: str, license_id: str, merge: bool) -> None:
-    """Put model, README.md and metrics.json of `run` into `folder`."""
+def gather(run: Path, folder: Path, *, place: str, license_id: str, merge: bool) -> None:
+    """Put model, README.md and metrics.json of `run` into `folder`; `place` is what others will call it."""
+    if re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license_id) is None:
+        fix = "Write it as the hub does: apache-2.0, cc-by-nc-4.0, other."
+        raise InputError("no identifier of a licence", where=f"--license {license_id}", fix=fix)
     best = checkpoint.resolve(run)
     if best is None:
         raise InputError("a plain backbone: nothing to push", where=str(run), fix="Name a run folder.")
@@ -74,7 +79,14 @@ def gather(run: Path, folder: Path, *, name: str, license_id: str, merge: bool) 
     sent = checkpoint.read_card(folder)
     write_json(folder / checkpoint.CARD, {**sent, "backbone": public_name(sent["backbone"])})
     shutil.copyfile(run / "metrics.json", folder / "metrics.json")
-    text = model_card(loaded, name=name, base_model=card["backbone"], license_id=license_id, card=card)
+    text = model_card(
+        loaded,
+        place=place,
+        base_model=card["backbone"],
+        license_id=license_id,
+        card=card,
+        predict=run_record(run / "predict.json"),
+    )
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -101,7 +113,9 @@ def _explained(error: Exception, repo: str) -> HbaError:
         return HbaError(f"the hub answered with status {status}", where=repo, fix="Run the same command again.")
     if isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError):
         return InputError(
-            "not accepted as a repository or as its files", where=repo, fix="Use a name such as org/model."
+            "not accepted as a repository or as its files",
+            where=repo,
+            fix="Use a name such as org/model, and a licence that the hub knows.",
         )
     fix = "Check the network and run the same command again: what has arrived is not sent again."
     return HbaError(f"the hub at {shown(constants.ENDPOINT)} cannot be reached", where=repo, fix=fix)

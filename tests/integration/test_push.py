@@ -18,11 +18,13 @@ from hba.errors import HbaError, InputError
 from hba.evaluate.score import score_run
 from hba.model import OmniSapiens, checkpoint
 from hba.model.config import ModelConfig
+from hba.model.hub_model import hub_checkpoint
 from hba.model.omni import apply_strategy
 from hba.push import push_run
 from hba.storage import write_json
 
 TOKEN = "hf_secretoftests"
+COMMIT = "c" * 40
 LICENSE = "apache-2.0"
 
 
@@ -106,7 +108,7 @@ def test_a_run_without_figures_is_refused(run, tmp_path):
 
 
 class ModelHub:
-    """The endpoints that a push uses: repositories, upload modes, large files, one commit."""
+    """The endpoints that a push uses (repositories, upload modes, large files, one commit), and those of a download."""
 
     def __init__(self):
         self.files, self.blobs, self.commits, self.tokens, self.status = {}, {}, [], set(), 200
@@ -144,6 +146,26 @@ class _Handler(BaseHTTPRequestHandler):
         self.commit([json.loads(line) for line in body.splitlines()])
         return self.send({"commitUrl": f"{self.hub.url}/org/model/commit/1", "commitOid": "1", "success": True})
 
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = urlsplit(self.path).path
+        if self.hub.status != 200:
+            return self.send({"error": f"no: {self.headers.get('Authorization')}"}, self.hub.status)
+        if path.startswith("/api/models/org/model/tree/"):
+            files = self.hub.files.items()
+            return self.send([{"type": "file", "path": f, "size": len(data), "oid": "0"} for f, data in files])
+        if path.startswith("/api/models/org/model"):
+            return self.send({"id": "org/model", "sha": COMMIT, "siblings": [{"rfilename": f} for f in self.hub.files]})
+        known, _, name = path.removeprefix("/org/model/resolve/").partition("/")
+        data = self.hub.files.get(name) if path.startswith("/org/model/") else None
+        if data is None:
+            code = "EntryNotFound" if path.startswith("/org/model/") else "RepoNotFound"
+            return self.send({"error": known}, 404, {"X-Error-Code": code, "X-Repo-Commit": COMMIT})
+        etag = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT}
+        return self.send(data, 200, etag)
+
     def do_PUT(self):
         data = self.rfile.read(int(self.headers["Content-Length"]))
         self.hub.blobs[hashlib.sha256(data).hexdigest()] = data
@@ -160,17 +182,18 @@ class _Handler(BaseHTTPRequestHandler):
             data = self.hub.blobs[value["oid"]] if large else base64.b64decode(value["content"])
             self.hub.files[value["path"]] = data
 
-    def send(self, value, status=200):
-        body = json.dumps(value).encode()
+    def send(self, value, status=200, headers=None):
+        body = value if isinstance(value, bytes) else json.dumps(value).encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
+        for key, said in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(key, said)
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
 
 @pytest.fixture
-def model_hub(monkeypatch):
+def model_hub(monkeypatch, tmp_path):
     from huggingface_hub import constants
     from huggingface_hub.utils import close_session
 
@@ -179,9 +202,15 @@ def model_hub(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", served.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", served.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
     close_session()
+    hub_checkpoint.cache_clear()
     yield served
+    hub_checkpoint.cache_clear()
     close_session()
     served.server.shutdown()
     served.server.server_close()
@@ -198,6 +227,46 @@ def test_the_hub_gets_all_files_in_one_commit(run, model_hub, tmp_path):
         (tmp_path / name).write_bytes(data)
         assert TOKEN.encode() not in data
     assert OmniSapiens.from_pretrained(tmp_path).heads.num_classes == 25
+
+
+def test_what_was_pushed_opens_by_its_name(run, model_hub, tmp_path):
+    push_run(run, "org/model", license_id=LICENSE, merge=True)
+    assert "hba predict org/model --atlas" in model_hub.files["README.md"].decode()
+    assert 'from_pretrained("org/model")' in model_hub.files["README.md"].decode()
+    push_run(run, str(tmp_path / "sent"), license_id=LICENSE, merge=True)
+    here, there = (OmniSapiens.from_pretrained(place).heads.state_dict() for place in (tmp_path / "sent", "org/model"))
+    assert here.keys() == there.keys() and all(torch.equal(here[key], there[key]) for key in here)
+    assert checkpoint.describe("org/model") == COMMIT
+
+
+def test_a_backbone_on_the_hub_is_no_checkpoint_and_a_silent_hub_is_no_backbone(model_hub):
+    model_hub.files["config.json"] = b"{}"
+    assert checkpoint.resolve("org/model") is None
+    hub_checkpoint.cache_clear()
+    model_hub.status = 418
+    with pytest.raises(InputError, match=r"org/model: no such folder.*gives no answer") as refused:
+        checkpoint.resolve("org/model")
+    assert TOKEN not in str(refused.value)
+
+
+@pytest.mark.parametrize("license_id", ["Apache", "CC BY 4.0", ""])
+def test_a_licence_that_is_no_identifier_is_refused(run, tmp_path, license_id):
+    with pytest.raises(InputError, match="no identifier of a licence"):
+        push_run(run, str(tmp_path / "sent"), license_id=license_id, merge=True)
+    assert not (tmp_path / "sent").exists()
+
+
+def test_the_card_says_which_rows_were_scored_and_why_a_task_was_not(run, tmp_path):
+    asked = {"split": "test[:40]", "selection": {"limit": None, "per_dataset": 3, "channels": ["text", "audio"]}}
+    write_json(run / "predict.json", asked)
+    try:
+        push_run(run, str(tmp_path / "sent"), license_id=LICENSE, merge=True)
+    finally:
+        (run / "predict.json").unlink()
+    head, body = metadata((tmp_path / "sent" / "README.md").read_text())
+    scope = "test[:40]; at most 3 rows of each dataset; media given: text, audio"
+    assert f"Rows: `{scope}`" in body
+    assert {entry["dataset"]["split"] for entry in head["model-index"][0]["results"]} == {scope}
 
 
 @pytest.mark.parametrize(("status", "message"), [(403, "hf auth login"), (401, "hf auth login"), (418, "status 418")])

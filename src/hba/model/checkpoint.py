@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hba.atlas.config import EncodeConfig
+from hba.atlas.hub_id import parse_hub_id
 from hba.errors import InputError
 from hba.model.bam import FOLDER, load_bam, save_bam
 from hba.model.config import Strategy
@@ -180,12 +181,17 @@ def _tensors(file: Path) -> dict[str, Tensor]:
 
 
 def resolve(path: str | Path) -> Path | None:
-    """The checkpoint folder that `path` means: itself, or the best of a run folder. None for a plain backbone.
+    """The checkpoint folder that `path` means: itself, the best of a run folder, or one of the hub, downloaded first.
 
-    Raises InputError when there is no such folder, and when there is no model in it.
+    None for a plain backbone. Raises InputError when there is no such folder, when there is no model in it, and when
+    the hub cannot be asked.
     """
     require_place(path)
     folder = Path(path)
+    if not folder.is_dir():
+        from hba.model.hub_model import hub_checkpoint  # the hub's client is not needed for what lies here
+
+        return hub_checkpoint(*parse_hub_id(str(path)), CARD)
     if (folder / CARD).is_file():
         return folder
     best = folder / "checkpoints" / "best.json"

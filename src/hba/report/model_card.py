@@ -22,18 +22,22 @@ ATLAS = "Human Behavior Atlas"
 SYNTHETIC = "Human Behavior Atlas mini-atlas (synthetic)"
 
 
-def model_card(run: Run, *, name: str, base_model: str, license_id: str, card: Mapping[str, Any]) -> str:
+def model_card(
+    run: Run, *, place: str, base_model: str, license_id: str, card: Mapping[str, Any], predict: Mapping[str, Any]
+) -> str:
     """README.md for the model of `run`, as the hub reads it.
 
-    `name` is the model's, `license_id` an identifier of the hub such as apache-2.0, `card` the checkpoint's hba.json.
+    `place` is the model's id on the hub or its folder's name, `license_id` an identifier of the hub such as apache-2.0,
+    `card` the checkpoint's hba.json, `predict` the run's predict.json (empty without one).
     """
+    name, scope = place.rpartition("/")[2], scored_rows(run.metrics, predict)
     data = (run.environment or {}).get("data") or {}
     synthetic = bool(data.get("synthetic") or run.metrics.provenance.get("synthetic"))
     source = hub_id_of(str(data.get("path", "")))
     metadata = ModelCardData(
         base_model=base_model if public_name(base_model) == base_model else None,
         datasets=[source.repo] if source is not None else None,
-        eval_results=evaluations(run.metrics, dataset=source.repo if source is not None else None),
+        eval_results=evaluations(run.metrics, dataset=source.repo if source is not None else None, scope=scope),
         library_name="transformers",
         license=license_id,
         model_name=name,
@@ -44,6 +48,8 @@ def model_card(run: Run, *, name: str, base_model: str, license_id: str, card: M
         .get_template("model_card.md.jinja")
         .render(
             name=name,
+            place=place,
+            scope=scope,
             base_model=public_name(base_model),
             license_id=license_id,
             card=card,
@@ -58,13 +64,27 @@ def model_card(run: Run, *, name: str, base_model: str, license_id: str, card: M
     return f"---\n{metadata.to_yaml()}\n---\n\n{body}"
 
 
-def evaluations(metrics: Metrics, *, dataset: str | None) -> list[EvalResult]:
+def scored_rows(metrics: Metrics, predict: Mapping[str, Any]) -> str:
+    """The split, and what of it was predicted where that is not all: a pilot must not pass for a result."""
+    split = str(predict.get("split") or metrics.provenance.get("split"))
+    selection = predict.get("selection") or {}
+    named = {
+        "datasets": "only {}",
+        "per_dataset": "at most {} rows of each dataset",
+        "limit": "the first {} rows",
+        "channels": "media given: {}",
+    }
+    given = {key: selection.get(key) for key in named if selection.get(key) is not None}
+    shown = {key: ", ".join(value) if isinstance(value, list) else value for key, value in given.items()}
+    return "; ".join([split, *(named[key].format(value) for key, value in shown.items())])
+
+
+def evaluations(metrics: Metrics, *, dataset: str | None, scope: str) -> list[EvalResult]:
     """The scores of metrics.json as entries of a model-index; tasks without a score have none.
 
-    `dataset` is the hub id of the atlas, None for one that is not on the hub.
+    `dataset` is the hub id of the atlas, None for one that is not on the hub; `scope` is what `scored_rows` says.
     """
     synthetic = bool(metrics.provenance.get("synthetic"))
-    split = str(metrics.provenance.get("split"))
     return [
         EvalResult(
             task_type="other",
@@ -72,7 +92,7 @@ def evaluations(metrics: Metrics, *, dataset: str | None) -> list[EvalResult]:
             dataset_type=dataset or "human_behavior_atlas",
             dataset_name=f"{SYNTHETIC if synthetic else ATLAS}: {', '.join(task.datasets)}",
             dataset_config=key,  # entries of the same dataset and configuration would be taken for one
-            dataset_split=split,
+            dataset_split=scope,
             metric_type=task.metric,
             metric_name=metric_name(task.metric),
             metric_value=task.score,
