@@ -22,6 +22,8 @@ from hba.rl.advantages import (
     reinforce_pp_baseline,
     rloo,
 )
+from hba.rl.algorithms import ALGORITHMS
+from hba.rl.config import LossConfig
 
 REWARDS = [1.0, 0.0, 0.2, 0.2, 1.0, 0.5, 0.5, 0.5, 0.9]
 GROUPS = ["a", "b", "a", "b", "a", "c", "c", "c", "d"]  # c has no signal, d a single rollout
@@ -148,3 +150,22 @@ def test_bad_batches_are_named_errors():
     with pytest.raises(InputError, match="Did you mean 'harpo'"):
         build_advantage("harppo")
     assert grpo([], []).shape == (0,) and Harpo()([], [], []).shape == (0,)
+
+
+def test_advantages_of_ones_own(tmp_path):
+    source = tmp_path / "mine.py"
+    source.write_text(
+        "def centred(rewards, groups, tasks):\n    return rewards - rewards[tasks == 'a'].mean()\n"
+        "def short(rewards, groups, tasks):\n    return rewards[1:]\n"
+        "def broken(rewards, groups, tasks):\n    return rewards / 0.0\n"
+    )
+    chosen = LossConfig(advantage=f"{source}:centred").resolved(ALGORITHMS["gspo"])
+    assert (chosen.ratio, chosen.clip_low) == ("sequence", 3e-4)  # the rest of the algorithm stays
+    own = build_advantage(chosen.advantage)
+    np.testing.assert_array_equal(own([1.0, 3.0, 6.0], ["p", "p", "q"], ["a", "a", "b"]), [-1.0, 1.0, 4.0])
+    assert own.state_dict() == {}
+    for name, message in {"short": r"shape \(2,\)", "broken": "3 not finite"}.items():
+        with pytest.raises(InputError, match=f"{name}: expected 3 finite advantages, found .*{message}"):
+            build_advantage(f"{source}:{name}")(np.ones(3), ["p"] * 3, ["a"] * 3)
+    with pytest.raises(InputError, match=r"loss.advantage: .* has no function 'nope'"):
+        build_advantage(f"{source}:nope")

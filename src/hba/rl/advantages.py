@@ -19,6 +19,7 @@ import numpy.typing as npt
 from hba.errors import InputError, nearest
 from hba.rl.groups import EPS, Floats, Names, grouped, rows_of
 from hba.rl.harpo import Harpo
+from hba.rl.own import load_function
 
 __all__ = [
     "Advantage",
@@ -155,6 +156,35 @@ class Memoryless:
         """Nothing to take."""
 
 
+class OwnAdvantage:
+    """A function of the user's own as an `Advantage`, called with arrays `rewards`, `groups` and `tasks` [N].
+
+    What it gives is checked before it reaches the loss; a memory that it keeps is in no checkpoint.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._function = load_function(name, key="loss.advantage", known=[*MEMORYLESS, "harpo", "ema_grpo"])
+
+    def __call__(self, rewards: npt.ArrayLike, groups: Names, tasks: Names) -> Floats:
+        """Advantages [N]. Raises InputError for another number of them, or one that is not finite."""
+        rewards_N = np.asarray(rewards, np.float64)
+        given = self._function(rewards=rewards_N, groups=np.asarray(groups), tasks=np.asarray(tasks))
+        values_N = np.asarray(given, np.float64)
+        if values_N.shape != rewards_N.shape or not np.isfinite(values_N).all():
+            found = f"shape {values_N.shape}, {int((~np.isfinite(values_N)).sum())} not finite"
+            fix = "Return a finite number for each reward, in their order."
+            raise InputError(f"expected {len(rewards_N)} finite advantages, found {found}", where=self.name, fix=fix)
+        return values_N
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to keep."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing to take."""
+
+
 MEMORYLESS: Mapping[str, Callable[[npt.ArrayLike, Names], Floats]] = {
     "grpo": grpo,
     "dr_grpo": dr_grpo,
@@ -166,7 +196,9 @@ MEMORYLESS: Mapping[str, Callable[[npt.ArrayLike, Names], Floats]] = {
 
 
 def build_advantage(name: str, *, published: bool = False) -> Advantage:
-    """The estimator of that name. Raises InputError listing the names."""
+    """The estimator of that name, or a function of the user's own. Raises InputError listing the names."""
+    if ":" in name:
+        return OwnAdvantage(name)
     if name == "harpo":
         return Harpo(published=published)
     if name == "ema_grpo":

@@ -23,7 +23,7 @@ AlgorithmName = Literal[
 
 
 class Algorithm(NamedTuple):
-    """What an algorithm stands for; a run may change each but the advantages."""
+    """What an algorithm stands for; a run may change each."""
 
     advantage: str
     average: Average = "token"

@@ -73,6 +73,9 @@ class LossConfig:
         0.0, "weight of the KL divergence from the policy at the start; 0 needs no reference"
     )
     kl: KlKind = option("k3", "its estimator: k1, k2 or k3")
+    advantage: str | None = option(
+        None, "advantages of your own in place of the algorithm's, as module:function or file.py:function"
+    )
     importance_cap: Annotated[float, Field(ge=1)] | None = option(
         None, "correct for a server's sampling with importance weights of at most this, such as 2; null: do not"
     )
@@ -82,7 +85,8 @@ class LossConfig:
         average = algorithm.average if self.average is None else self.average
         low = algorithm.clip_low if self.clip_low is None else self.clip_low
         high = algorithm.clip_high if self.clip_high is None else self.clip_high
-        return algorithm._replace(average=average, clip_low=low, clip_high=high)
+        advantage = algorithm.advantage if self.advantage is None else self.advantage
+        return algorithm._replace(advantage=advantage, average=average, clip_low=low, clip_high=high)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,12 +8,9 @@ missing score or a number that is not finite is an error that names function and
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -22,6 +19,7 @@ from hba.atlas.sample import Sample
 from hba.config import option
 from hba.embedding import MINILM, Embedder
 from hba.errors import ConfigError, InputError
+from hba.rl.own import load_function
 from hba.rl.rewards import (
     MAX_RESPONSE_TOKENS,
     OVERLONG_BUFFER_TOKENS,
@@ -60,7 +58,7 @@ class Scorer:
     def __init__(self, config: RewardConfig, taxonomy: Taxonomy = BUILTIN) -> None:
         self.config, self._taxonomy = config, taxonomy
         own = config.function not in PUBLISHED_REWARDS
-        self._own = _load_function(config.function) if own else None
+        self._own = load_function(config.function, key="reward.function", known=PUBLISHED_REWARDS) if own else None
         self._embedder = None if own else Embedder(config.embedder)
 
     def __call__(
@@ -113,27 +111,3 @@ class Scorer:
                     raise InputError(f"reward {part!r} is {number!r}", where=where, fix=fix)
             checked.append({part: float(number) for part, number in parts.items()})
         return checked
-
-
-def _load_function(name: str) -> Callable[..., Sequence[Any]]:
-    module_name, colon, function_name = name.rpartition(":")
-    fix = f"Use {', '.join(PUBLISHED_REWARDS)}, module:function or file.py:function."
-    if not colon:
-        raise InputError(f"no reward {name!r}", where="reward.function", fix=fix)
-    try:
-        module = _load_file(Path(module_name)) if module_name.endswith(".py") else importlib.import_module(module_name)
-    except (ImportError, OSError) as error:
-        raise InputError(f"cannot import {module_name!r} ({error})", where="reward.function", fix=fix) from None
-    function: Callable[..., Sequence[Any]] | None = getattr(module, function_name, None)
-    if not callable(function):
-        raise InputError(f"{module_name!r} has no function {function_name!r}", where="reward.function", fix=fix)
-    return function
-
-
-def _load_file(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
