@@ -77,7 +77,7 @@ def test_dapo_samples_on_through_verls_filter_of_groups():
 
 def test_the_users_modules_come_before_the_plugin():
     found = keys("verl.modules=[mine]")["ray_kwargs.ray_init.runtime_env.env_vars"]
-    assert found == {"VERL_USE_EXTERNAL_MODULES": "mine,hba.rl.verl.plugin"}
+    assert found["VERL_USE_EXTERNAL_MODULES"] == "mine,hba.rl.verl.plugin"
 
 
 def test_nested():

@@ -75,11 +75,17 @@ class CpuPlatform(PlatformBase):
 
 # These ask for the platform when they are imported.
 from verl.workers.engine import EngineRegistry  # noqa: E402
-from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead  # noqa: E402
+from verl.workers.engine.fsdp import transformer_impl  # noqa: E402
 from verl.workers.rollout import base as rollout_base  # noqa: E402
 from verl.workers.rollout.replica import RolloutReplicaRegistry  # noqa: E402
 
-EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cpu")(FSDPEngineWithLMHead)
+EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cpu")(
+    transformer_impl.FSDPEngineWithLMHead
+)
+
+# verl keeps the policy of the start in pinned memory, which only a GPU has.
+_offload = transformer_impl.CPUOffloadPolicy
+transformer_impl.CPUOffloadPolicy = lambda **_: _offload(pin_memory=False)
 
 # verl names the backend "cpu:gloo,{device}:{backend}", which on a CPU names one device twice.
 _init_process_group = torch.distributed.init_process_group

@@ -17,11 +17,13 @@ from hba.config import load_config, to_yaml  # noqa: E402
 from hba.rl.advantages import build_advantage  # noqa: E402
 from hba.rl.algorithms import ALGORITHMS  # noqa: E402
 from hba.rl.config import RlConfig  # noqa: E402
+from hba.rl.losses import kl_divergence, surrogate, token_weights  # noqa: E402
 from hba.rl.verl.config import AGENT, ESTIMATOR, TRAINER_MODE, Place, nested, translate  # noqa: E402
 
 # Keys that are ours, that verl reads without listing them, or that it has no default for.
 NOT_IN_VERLS_DEFAULTS = (
-    *("data.hba_run", "actor_rollout_ref.actor.fsdp_config.mixed_precision", "actor_rollout_ref.model.override_config"),
+    *("actor_rollout_ref.actor.fsdp_config.mixed_precision", "actor_rollout_ref.ref.fsdp_config.mixed_precision"),
+    *("data.hba_run", "actor_rollout_ref.model.override_config"),
     *("data.mm_processor_kwargs", "ray_kwargs.ray_init.runtime_env.env_vars", "actor_rollout_ref.rollout.name"),
 )
 SOURCE = Path(verl.__file__).parent
@@ -53,13 +55,18 @@ def test_every_key_that_we_set_is_one_of_verls(translated):
     assert unknown == [], "verl has renamed or dropped these; see hba/rl/verl/config.py"
 
 
+def composed_with(translated, folder):
+    """verl's config as a run of ours composes it."""
+    (folder / "hba.yaml").write_text(yaml_core.dump({"defaults": ["ppo_trainer", "_self_"], **nested(translated)}))
+    searched = [f"hydra.searchpath=[file://{SOURCE / 'trainer' / 'config'}]"]
+    with hydra.initialize_config_dir(str(folder), version_base=None):
+        return hydra.compose("hba", overrides=searched)
+
+
 def test_our_config_composes_and_passes_verls_own_validation(translated, tmp_path):
     from verl.utils.config import validate_config
 
-    (tmp_path / "hba.yaml").write_text(yaml_core.dump({"defaults": ["ppo_trainer", "_self_"], **nested(translated)}))
-    searched = [f"hydra.searchpath=[file://{SOURCE / 'trainer' / 'config'}]"]
-    with hydra.initialize_config_dir(str(tmp_path), version_base=None):
-        config = hydra.compose("hba", overrides=searched)
+    config = composed_with(translated, tmp_path)
     for key, value in translated.items():
         found = OmegaConf.select(config, key)
         assert (OmegaConf.to_container(found) if OmegaConf.is_config(found) else found) == value, key
@@ -141,6 +148,54 @@ def test_every_algorithms_advantages_are_the_local_engines_through_verls_registr
         found = compute_advantage(batch, adv_estimator=ESTIMATOR, config=OmegaConf.create({})).batch["advantages"]
         wanted = np.append(expected(rewards, groups, tasks), [0, 0])
         np.testing.assert_allclose(found, wanted[:, None] * mask.numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_every_algorithms_loss_and_its_gradient_are_the_local_engines(name, kl, tmp_path):
+    """By the keys that a run gives verl, in micro-batches of two workers, with ratios clipped on both sides."""
+    from verl.trainer.ppo.core_algos import agg_loss, get_policy_loss_fn, kl_penalty
+    from verl.utils.config import omega_conf_to_dataclass
+
+    given = ["atlas=DATA", "train.batch_size=4", "model.strategy=full", "rollout.max_new_tokens=9", f"algorithm={name}"]
+    run = load_config(RlConfig, None, [*given, "verl.gpus_per_node=2", "loss.kl_weight=0.3", f"loss.kl={kl}"])
+    keys = translate(run, Place(Path("/runs/rl"), "/models/omni", 10))
+    actor = omega_conf_to_dataclass(composed_with(keys, tmp_path).actor_rollout_ref.actor)
+
+    torch.manual_seed(5)
+    lengths = torch.tensor([9, 1, 4, 6, 2, 7, 3, 5])
+    mask = (torch.arange(9) < lengths.unsqueeze(1)).float()
+    new = (-3 * torch.rand(8, 9)).requires_grad_()
+    old, reference = new.detach() + 0.4 * torch.randn(8, 9), new.detach() + 0.4 * torch.randn(8, 9)
+    advantages = torch.randn(8)
+
+    ranks, size = 2, {"batch_num_tokens": int(lengths.sum()), "global_batch_size": 8}
+    actor.global_batch_info.update(dp_size=ranks, loss_scale_factor=actor.loss_scale_factor, **size)
+    theirs = 0.0
+    for rows in torch.arange(8).split(2):  # a worker's loss counts half: gradients are averaged over the workers
+        loss, _ = get_policy_loss_fn(actor.policy_loss.loss_mode)(
+            old_log_prob=old[rows],
+            log_prob=new[rows],
+            advantages=advantages[rows].unsqueeze(1).expand(-1, 9),
+            response_mask=mask[rows],
+            loss_agg_mode=actor.loss_agg_mode,
+            config=actor,
+        )
+        penalty = kl_penalty(new[rows], reference[rows], actor.kl_loss_type)
+        averaged = agg_loss(penalty, mask[rows], actor.loss_agg_mode, **actor.global_batch_info)
+        theirs = theirs + (loss + actor.kl_loss_coef * averaged) / ranks
+    (their_gradient,) = torch.autograd.grad(theirs, new)
+
+    algorithm = run.loss.resolved(ALGORITHMS[name])
+    clips = {"clip_low": algorithm.clip_low, "clip_high": algorithm.clip_high, "ratio": algorithm.ratio}
+    terms = surrogate(new, old, advantages, mask, **clips).loss_NL
+    terms = terms + run.loss.kl_weight * kl_divergence(new, reference, run.loss.kl)
+    weights = token_weights(lengths, torch.arange(8) // 2, average=algorithm.average, max_tokens=9)
+    ours = (terms * mask * weights.unsqueeze(1)).sum()
+    (our_gradient,) = torch.autograd.grad(ours, new)
+
+    torch.testing.assert_close(theirs, ours, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(their_gradient, our_gradient, atol=1e-7, rtol=1e-4)
 
 
 def test_groups_without_signal_are_replaced_up_to_the_limit():

@@ -22,7 +22,7 @@ SETTINGS = [
     *("train.batch_size=2", "train.accumulation=2", "train.learning_rate=2e-3", f"train.validate_every={STEPS}"),
     *("validation_rows=4", "rollout.per_prompt=4", "rollout.max_new_tokens=6", "table_every=1", "table_prompts=100"),
     *("encode.num_frames=2", "encode.max_pixels=3136", "encode.max_tokens=1024", "loader.workers=0"),
-    *("verl.modules=[cpu_support,vllm_cpu_support]", "verl.agent_workers=1", "verl.reward_workers=1"),
+    *("verl.modules=[cpu_support,vllm_cpu_support]", "verl.agent_workers=1"),
 ]
 # Sleep is for GPUs; a bucket of weights is shared memory.
 VLLM_ON_A_CPU = [

@@ -36,7 +36,7 @@ from hba.remote import ChatRequest, ClientConfig, RemoteClient, RequestError, Se
 from hba.remote.tokens import Choice, TokenChat, TokenReply
 from hba.rl.config import RlConfig, ServerConfig
 from hba.rl.sampler import Drawn, Draws, PolicySampler, Sampler
-from hba.rl.server_weights import ServedWeights
+from hba.rl.server_weights import ServedWeights, served_folder
 from hba.train.sharding import whole_weights
 
 T = TypeVar("T")
@@ -67,9 +67,7 @@ class ServerSampler:
         self._config, self._policy = config.rollout.server, policy
         self._encoder, self._accelerator = encoder, accelerator
         self._client = _client(self._config)
-        shared = self._config.weights
-        folder = run / "served" if shared is None else Path(shared) / f"hba-{run.name}"
-        self._weights = ServedWeights(self._client, policy, config.model, folder)
+        self._weights = ServedWeights(self._client, policy, config.model, served_folder(run, self._config.weights))
         self._model, self._version = "", -1
         self._banned = media_token_ids(policy.transformer.config, policy.processor)
         self._ends = end_token_ids(policy.transformer, policy.processor)

@@ -9,6 +9,7 @@ have. Both need what the documentation of vLLM calls development mode; a server 
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import shutil
 from contextlib import suppress
@@ -32,6 +33,14 @@ PEFT_ROOT = "base_model.model."
 LORA_START = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve MODEL --enable-lora --max-lora-rank RANK"
 FULL_START = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL, without --enable-lora"
 PROBE_TOKENS = 32
+
+
+def served_folder(run: Path, shared: str | None) -> Path:
+    """Where the run in the folder `run` hands over its weights: there, or in a folder of its own below `shared`."""
+    if shared is None:
+        return run / "served"
+    place = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:8]  # runs of one name stand in other folders
+    return Path(shared) / f"hba-{run.name}-{place}"
 
 
 class ServedWeights:

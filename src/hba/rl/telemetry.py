@@ -91,6 +91,13 @@ def table(step: int, outcomes: Sequence[Outcome], groups: int) -> list[dict[str,
     return [{"step": step, **_plain(o)} for group in chosen for o in outcomes if o.group == group]
 
 
+def board_figures(record: Mapping[str, Any]) -> dict[str, float]:
+    """What the boards draw of a step's record: its means over all rollouts, and each task's reward."""
+    flat = {name: value for name, value in record.items() if isinstance(value, float)}
+    by_task = {f"{task}/score": own["score"] for task, own in record["tasks"].items()}
+    return {f"rl/{name}": value for name, value in {**flat, **by_task}.items()}
+
+
 class RunLog:
     """Writes what a run says of itself: log.jsonl and the boards, rollouts.jsonl, the line in the terminal."""
 
@@ -113,9 +120,7 @@ class RunLog:
         rates = {"learning_rate": self._config.train.learning_rate * rate}
         times = {name: round(value, 3) for name, value in seconds.items()}
         record = {"step": step, "kind": "rl", "samples_seen": progress.samples_seen, **update, **rates, **means_of}
-        flat = {name: value for name, value in record.items() if isinstance(value, float)}
-        by_task = {f"{task}/score": own["score"] for task, own in means_of["tasks"].items()}
-        self._display.record(record | times, {f"rl/{name}": value for name, value in {**flat, **by_task}.items()})
+        self._display.record(record | times, board_figures(record))
         for sentence in watch.update({task: own["score"] for task, own in means_of["tasks"].items()}):
             self._display.record({"step": step, "kind": "warning", "message": sentence}, {})
             self._display.say(f"warning: step {step}: {sentence}")

@@ -151,6 +151,7 @@ def _actor(config: RlConfig, algorithm: Algorithm) -> dict[str, Any]:
         f"{at}.kl_loss_type": KL_KINDS[loss.kl],
         f"{at}.use_torch_compile": False,
         f"{at}.fsdp_config.use_torch_compile": False,
+        "actor_rollout_ref.ref.fsdp_config.use_torch_compile": False,
         f"{at}.fsdp_config.param_offload": config.verl.offload,
         f"{at}.fsdp_config.optimizer_offload": config.verl.offload,
         # Safetensors beside verl's shards: `hba merge` and everything behind it read them without verl.
@@ -160,8 +161,9 @@ def _actor(config: RlConfig, algorithm: Algorithm) -> dict[str, Any]:
     }
     if config.model.dtype == "float32":
         names = ("param_dtype", "reduce_dtype", "buffer_dtype")
-        keys |= {f"{at}.fsdp_config.mixed_precision.{name}": "fp32" for name in names}
-        keys |= {f"{at}.fsdp_config.dtype": "float32"}
+        for module in (at, "actor_rollout_ref.ref"):  # the policy of the start, too: else a KL of rounding errors
+            keys |= {f"{module}.fsdp_config.mixed_precision.{name}": "fp32" for name in names}
+            keys |= {f"{module}.fsdp_config.dtype": "float32"}
     return keys | _optimizer(config)
 
 
@@ -217,7 +219,7 @@ def _trainer(config: RlConfig, place: Place) -> dict[str, Any]:
         "trainer.v1.trainer_mode": TRAINER_MODE,
         "trainer.project_name": "hba",
         "trainer.experiment_name": place.run.name,
-        "trainer.logger": ["console", "file", *(["wandb"] if config.train.wandb_project else [])],
+        "trainer.logger": ["console", "file", "tensorboard", *(["wandb"] if config.train.wandb_project else [])],
         "trainer.nnodes": config.verl.nodes,
         "trainer.n_gpus_per_node": config.verl.gpus_per_node,
         "trainer.total_epochs": config.train.epochs,
@@ -227,7 +229,10 @@ def _trainer(config: RlConfig, place: Place) -> dict[str, Any]:
         "trainer.val_before_train": True,
         "trainer.resume_mode": "auto",
         "trainer.default_local_dir": str(place.folder / "checkpoints"),
-        "ray_kwargs.ray_init.runtime_env.env_vars": {"VERL_USE_EXTERNAL_MODULES": modules(config)},
+        "ray_kwargs.ray_init.runtime_env.env_vars": {
+            "VERL_USE_EXTERNAL_MODULES": modules(config),
+            "TENSORBOARD_DIR": str(place.run / "tensorboard"),
+        },
     }
 
 

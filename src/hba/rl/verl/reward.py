@@ -1,7 +1,8 @@
 """verl's reward manager: the rewards of the local engine, many responses at once.
 
 verl asks for one response at a time, of many at the same time. Those that arrive within a moment are scored together,
-so that the sentence encoder sees batches; each reward worker holds one encoder.
+so that the sentence encoder sees batches. A reward worker is a Ray actor with one encoder; all agent workers share one,
+unless a run asks for more (`verl.reward_workers`).
 """
 
 from __future__ import annotations

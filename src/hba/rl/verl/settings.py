@@ -23,7 +23,9 @@ class VerlConfig:
     tensor_parallel: Count = option(1, "GPUs that share one copy of the sampling engine", affects_result=False)
     gpu_memory_utilization: Share = option(0.5, "of a GPU's memory for the sampling engine", affects_result=False)
     agent_workers: Count = option(8, "processes that prepare prompts and await responses", affects_result=False)
-    reward_workers: Count = option(2, "processes that reward, each with a sentence encoder", affects_result=False)
+    reward_workers: Count = option(
+        1, "processes that reward, each with its encoder; one shares it among all", affects_result=False
+    )
     offload: bool = option(False, "keep parameters and optimizer in main memory while sampling", affects_result=False)
     modules: tuple[str, ...] = option((), "Python modules that every process of verl imports besides hba's plug-in")
     overrides: tuple[str, ...] = option((), "verl's own keys on top, as hydra takes them: ++trainer.test_freq=5")

@@ -28,7 +28,7 @@ from hba.errors import HbaError, InputError
 from hba.rl.advantages import build_advantage
 from hba.rl.algorithms import ALGORITHMS
 from hba.rl.evaluation_log import FOLDER, summary, write_evaluation
-from hba.rl.telemetry import CollapseWatch, Outcome, step_record, table
+from hba.rl.telemetry import CollapseWatch, Outcome, board_figures, step_record, table
 from hba.rl.verl.config import ESTIMATOR, TRAINER_MODE
 from hba.rl.verl.dataset import PlanSampler
 from hba.rl.verl.evaluation import ROW, WAY, records
@@ -124,16 +124,17 @@ class OmniTrainer(PPOTrainerSync):  # type: ignore[misc]
     def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
         done = super()._update_actor(batch, metrics)
         update = {ours: float(metrics[theirs]) for ours, theirs in UPDATE.items() if theirs in metrics}
-        for task, means in self._log(self._outcomes, update)["tasks"].items():
-            metrics |= {f"hba/{task}/{name}": value for name, value in means.items()}
+        metrics |= board_figures(self._log(self._outcomes, update))
         return done
 
     def _log(self, outcomes: list[Outcome], update: dict[str, float]) -> dict[str, Any]:
         """log.jsonl and rollouts.jsonl of the run, as the local engine writes them."""
-        step, settings, record = self.global_steps, self.settings, step_record(outcomes, self.advantage)
+        step, settings = self.global_steps, self.settings
+        means = step_record(outcomes, self.advantage)
+        record = {"step": step, "kind": "rl", "engine": "verl", **update, **means}
         with AppendLog(self.run / "log.jsonl") as log:
-            log.append({"step": step, "kind": "rl", "engine": "verl", **update, **record})
-            for sentence in self.watch.update({task: own["score"] for task, own in record["tasks"].items()}):
+            log.append(record)
+            for sentence in self.watch.update({task: own["score"] for task, own in means["tasks"].items()}):
                 log.append({"step": step, "kind": "warning", "message": sentence})
         if step == 1 or step % settings.table_every == 0:
             with AppendLog(self.run / "rollouts.jsonl") as log:
@@ -154,12 +155,13 @@ class OmniTrainer(PPOTrainerSync):  # type: ignore[misc]
         if not found:
             fix = "Repair the media named in quarantine.jsonl."
             raise InputError("no row of the evaluation can be read", where=str(self.run), fix=fix)
+        figures = summary(found)
         with AppendLog(self.run / "log.jsonl") as log:  # before the file, after which it is not done again
-            log.append({"step": self.global_steps, "kind": "evaluation", "figures": summary(found)})
+            log.append({"step": self.global_steps, "kind": "evaluation", "figures": figures})
         write_evaluation(self.run, self.global_steps, found)
         means = {name: values for name, values in parts.items() if name not in (ROW, WAY)}
-        figures = super()._val_metrics_update(data_sources, sample_uids, means, sample_turns, expected_acc_counts)
-        return dict(figures)
+        theirs = super()._val_metrics_update(data_sources, sample_uids, means, sample_turns, expected_acc_counts)
+        return {**theirs, **{f"evaluation/{name}": value for name, value in figures.items()}}
 
     def _outcome(self, row: dict[str, Any], advantage: float) -> Outcome:
         parts = dict(row["extra_fields"]["reward_extra_info"])
