@@ -6,6 +6,7 @@ same samples as an uninterrupted one. Lines are appended whole, so that the rank
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,6 +32,11 @@ class QuarantineLog:
         if sample.id not in self._known:
             self._log.append(sample._asdict())
             self._known.add(sample.id)
+
+    def add_all(self, samples: Iterable[Quarantined]) -> None:
+        """Record each sample that is not there already."""
+        for sample in samples:
+            self.add(sample)
 
     def records(self, split: str | None = None) -> list[dict[str, Any]]:
         """What has been left out so far, in one split or in all, other ranks and earlier sessions included.

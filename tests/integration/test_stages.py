@@ -142,6 +142,8 @@ def test_bam_has_one_optimizer_with_a_rate_for_adapters(runs):
     moments = [name for name in state if "exp_avg_sq" in name]
     adapters = [name for name in weights(runs["bam"]) if name.split()[0] in ("daicwoz.safetensors", "siq2.safetensors")]
     assert len(moments) == len([name for name in adapters if not name.endswith(("center", "scale"))])
+    trained = [line.record for line in read_jsonl(runs["bam"] / "log.jsonl") if line.record["kind"] == "train"]
+    assert max(record["learning_rate"] for record in trained) == pytest.approx(2e-2)  # that of the adapters
 
 
 # --- the loss is on the answer ----------------------------------------------------------------------------------------
@@ -311,6 +313,20 @@ def test_a_broken_medium_is_quarantined_by_the_cache(tmp_path, mini_atlas, base)
     assert progress.samples_seen == 2 * (sum(r["dataset"] == "daicwoz" for r in rows) - 1)
     (record,) = [line.record for line in read_jsonl(run / "quarantine.jsonl")]
     assert (record["id"], record["field"]) == (f"train/{number}", "audios")
+
+
+@pytest.mark.parametrize(("stage", "dataset"), [("qa", "siq2"), ("bam", "daicwoz")])
+def test_a_validation_row_that_cannot_be_read_is_quarantined_and_no_crash(stage, dataset, tmp_path, mini_atlas, base):
+    """Batches of one row: the one that is left out leaves an empty batch."""
+    atlas = tmp_path / "atlas"
+    shutil.copytree(mini_atlas, atlas)
+    rows = [json.loads(line) for line in (atlas / "validation.jsonl").read_text().splitlines()]
+    number, row = next((i, row) for i, row in enumerate(rows, 1) if row["dataset"] == dataset)
+    (atlas / (row["audios"] or row["videos"])[0]).write_bytes(b"")
+    options = ["train.max_steps=1", f"features.folder={tmp_path / 'features'}", "features.batch_size=1"]
+    train(stage, tmp_path / "run", atlas, base, f"datasets=[{dataset}]", *options)
+    ids = [line.record["id"] for line in read_jsonl(tmp_path / "run" / "quarantine.jsonl")]
+    assert ids == [f"validation/{number}"]
 
 
 def test_stages_stand_on_trained_heads(tmp_path, mini_atlas, backbone):

@@ -45,6 +45,14 @@ def predicted(hba, model, atlas, run):
     return found
 
 
+def test_a_head_whose_rows_come_after_the_last_step_is_not_trained(call, tmp_path, mini_atlas, backbone):
+    """One step of one batch of one signature cannot have reached every domain of the plan."""
+    settings = [f"atlas={mini_atlas}", f"model.name={backbone}", "model.strategy=heads", *FEW, "train.batch_size=1"]
+    call("train", "sft", "--run", tmp_path, *settings, "train.max_steps=1", "train.validate_every=1")
+    (card,) = (json.loads(path.read_text()) for path in tmp_path.glob("checkpoints/step_*/hba.json"))
+    assert len(card["domains"]) == 1
+
+
 def test_rows_of_untrained_heads_are_left_out_and_counted(hba, trained, mini_atlas, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert predicted(hba, trained, mini_atlas, tmp_path / "run") == {"mmsd"}

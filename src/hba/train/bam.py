@@ -49,7 +49,7 @@ from hba.train.frozen import (
     streamed_batches,
 )
 from hba.train.loop import Stage, Validation, run_training
-from hba.train.plan import training_plan
+from hba.train.plan import planned_rows, training_plan
 from hba.train.qa import Progressed
 from hba.train.scores import exact, exact_matches, mean_over_tasks
 from hba.train.state import Progress, latest
@@ -93,26 +93,26 @@ def train_bam(config: BamConfig, run: RunFolder, progress: Progressed = lambda d
     train, validation = Rows.of(opened, keys, config), Rows.of(held_out, keys, config)
     run.record_data(data_record(config.atlas, train.atlas))
     base = FrozenBase(config.base, dtype=config.dtype, attention=config.attention, taxonomy=opened.taxonomy)
-    domains = after_bam(base.card, keys, base.taxonomy, base.folder, heads=config.stage != "adapters")
+    columns, heads = train.atlas.columns, config.stage != "adapters"
+    how = (columns, train.atlas.estimated_tokens, config.mix, config.train, columns.dataset_codes.astype(np.int64))
+    reached = {columns.datasets[code] for code in columns.dataset_codes[planned_rows(*how)]} if heads else keys
+    domains = after_bam(base.card, reached, base.taxonomy, base.folder, heads=heads)
     resume = latest(run.checkpoints)
     bam = build_bam(config, keys, train, base, resume)
     model = build_model(config, bam, base, resume, speaks=any(is_free_form(opened, key) for key in keys))
     give, give_validation = (
         batch_source(config, base, bam, rows, progress, accelerator) for rows in (train, validation)
     )
-    columns, rank, world = train.atlas.columns, accelerator.process_index, accelerator.num_processes
-    plan = training_plan(
-        *(columns, train.atlas.estimated_tokens, config.mix, config.train),
-        rank=rank,
-        world=world,
-        groups_N=columns.dataset_codes.astype(np.int64),
-    )
+    rank, world = accelerator.process_index, accelerator.num_processes
+    plan = training_plan(*how, rank=rank, world=world)
     held_out_plan = validation.plan(config.features.batch_size)[rank::world]
     stage: Stage[Any] = Stage(
         model=model,
         loss=bam_loss,
         batches=give,
-        validate=lambda: validate_bam(model, base, give_validation(held_out_plan, 0), validation.atlas, accelerator),
+        validate=lambda: validate_bam(
+            model, base, give_validation(held_out_plan, 0), validation.atlas, run, accelerator
+        ),
         save_model=lambda folder: save_checkpoint(config, model, base, domains, folder),
         learning_rates={"bam.": config.adapter_learning_rate},
     )
@@ -230,14 +230,19 @@ def validate_bam(
     base: FrozenBase,
     batches: Iterable[FeatureBatch | Batch],
     rows: Atlas,
+    run: RunFolder,
     accelerator: Accelerator,
 ) -> Validation:
-    """The published metrics of classification rows, exact match of free-form ones; the mean over tasks decides."""
+    """The published metrics of classification rows, exact match of free-form ones; the mean over tasks decides.
+
+    Samples that cannot be read go into the run's quarantine.
+    """
     labels: list[tuple[str | None, str, str]] = []
     right: list[tuple[str, bool]] = []
     names = rows.taxonomy.class_names
     with torch.no_grad():
         for batch in batches:
+            run.quarantine.add_all(batch.quarantined)
             if not len(batch):
                 continue
             moved = batch.to(accelerator.device)

@@ -68,16 +68,18 @@ class TrainingDisplay:
             self._wandb.finish()
 
     def step(
-        self, progress: Progress, *, loss: float, grad_norm: float, rate: float, count: int, seconds: float
+        self, progress: Progress, *, loss: float, grad_norm: float, learning_rate: float, count: int, seconds: float
     ) -> None:
         """Record one optimizer step; a line is logged every `log_every` steps, with the mean loss since the last.
 
+        Another is due with every checkpoint, since a run that resumes there does not know the steps before.
         A step of which every sample was quarantined has count 0 and adds nothing; its NaN stays out of the log.
         """
         self._loss_sum += loss * count if count else 0.0
         self._samples += count
         self._seconds += seconds
-        if (progress.step % self._config.log_every and progress.step != self._total) or not self._samples:
+        periods = (self._config.log_every, self._config.validate_every, self._total)
+        if all(progress.step % period for period in periods) or not self._samples:
             self._bar.update(self._task, completed=progress.step)
             return
         speed = self._samples / max(self._seconds, 1e-9)
@@ -87,7 +89,7 @@ class TrainingDisplay:
             "kind": "train",
             "samples_seen": progress.samples_seen,
             "loss": mean,
-            "learning_rate": self._config.learning_rate * rate,
+            "learning_rate": learning_rate,
             "grad_norm": grad_norm if count else None,
             "samples_per_second": round(speed, 2),
         }

@@ -7,30 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from hba.atlas import Atlas
-from hba.atlas.mixing import MixConfig, epoch_rows
+from hba.atlas.sampler import Indices
 from hba.errors import InputError
 from hba.model import checkpoint
 from hba.taxonomy import Taxonomy
 
-if TYPE_CHECKING:
-    from hba.train.config import TrainConfig
 
-
-def after_sft(train: Atlas, mix: MixConfig, config: TrainConfig, start: str) -> list[str] | None:
-    """Those that the plan gives rows of `train`, and those of the checkpoint `start`, if the run starts from one."""
+def after_sft(train: Atlas, rows: Indices, start: str) -> list[str] | None:
+    """Those of the `rows` of `train` that are trained on, and those of the checkpoint `start`, if there is one."""
     base = checkpoint.resolve(start)
     card: dict[str, Any] = {"columns": None} if base is None else checkpoint.read_card(base)
     known: list[str] | None = [] if card["columns"] is None else card.get("domains")
     if known is None:
         return None
     columns = train.columns
-    epochs = [epoch_rows(columns, mix, seed=config.seed, epoch=epoch) for epoch in range(config.epochs)]
-    codes = set(columns.dataset_codes[np.concatenate(epochs)].tolist())
+    codes = set(columns.dataset_codes[rows].tolist())
     return sorted({*known, *_domains(train.taxonomy, (columns.datasets[code] for code in codes))})
 
 

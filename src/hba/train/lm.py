@@ -110,8 +110,7 @@ def validate_answers(
     plan = evaluation_plan(atlas, rows, config.validation_batch_size)
     counts: list[tuple[float, int, int, int]] = []  # summed loss, rows, right tokens, tokens
     for batch in load_batches(atlas, encoder, plan, config.loader):
-        for sample in batch.quarantined:
-            run.quarantine.add(sample)
+        run.quarantine.add_all(batch.quarantined)
         if len(batch):
             counts.append(_score(model, batch.to(accelerator.device)))
     done = gather_object(counts)

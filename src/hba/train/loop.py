@@ -32,7 +32,7 @@ from hba.run import RunFolder
 from hba.train.config import TrainConfig
 from hba.train.display import TrainingDisplay
 from hba.train.optimizer_state import restore_optimizer
-from hba.train.plan import Plan
+from hba.train.plan import Plan, num_steps
 from hba.train.sharding import gathered, is_sharded, prepare_model
 from hba.train.state import Progress, latest, read_progress, save_state, settle
 
@@ -108,12 +108,17 @@ def build_optimizer(model: nn.Module, config: TrainConfig, rates: Mapping[str, f
     return torch.optim.AdamW(options, betas=(config.beta1, config.beta2))
 
 
+def shown_peak(optimizer: torch.optim.Optimizer, config: TrainConfig) -> float:
+    """The peak rate that log lines follow: the config's, or where nothing trains at it the highest that there is."""
+    peaks = {float(group["peak"]) for group in optimizer.param_groups}
+    return config.learning_rate if config.learning_rate in peaks else max(peaks)
+
+
 def run_training(
     stage: Stage[B], plan: Plan, config: TrainConfig, accelerator: Accelerator, run: RunFolder
 ) -> Progress:
     """Train `stage` over `plan`, resuming from the newest checkpoint of `run` if there is one."""
-    total = len(plan.starts) - 1
-    total = min(total, config.max_steps) if config.max_steps is not None else total
+    total = num_steps(plan, config)
     model = prepare_model(
         stage.model,
         accelerator,
@@ -132,10 +137,10 @@ def run_training(
             loss, grad_norm, count = _step(stage, model, optimizer, micro_batches, rate, config, accelerator)
             progress = replace(progress, step=progress.step + 1, samples_seen=progress.samples_seen + count)
             for batch in micro_batches:
-                for sample in batch.quarantined:
-                    run.quarantine.add(sample)
+                run.quarantine.add_all(batch.quarantined)
             seconds = time.perf_counter() - started
-            display.step(progress, loss=loss, grad_norm=grad_norm, rate=rate, count=count, seconds=seconds)
+            shown = rate * shown_peak(optimizer, config)
+            display.step(progress, loss=loss, grad_norm=grad_norm, learning_rate=shown, count=count, seconds=seconds)
             if progress.step % config.validate_every == 0 or progress.step == total:
                 progress = _validate_and_save(stage, progress, optimizer, accelerator, run, display)
     return progress

@@ -26,15 +26,29 @@ class Plan(NamedTuple):
     starts: list[int]
 
 
+def num_steps(plan: Plan, config: TrainConfig) -> int:
+    """The optimizer steps that are run: those of the plan, or the first `max_steps`."""
+    planned = len(plan.starts) - 1
+    return planned if config.max_steps is None else min(planned, config.max_steps)
+
+
+def planned_rows(
+    columns: Columns, lengths_N: Indices, mix: MixConfig, config: TrainConfig, groups_N: Indices | None = None
+) -> Indices:
+    """The rows that a run trains on, over all ranks and epochs, up to its last step; repeated ones repeat."""
+    plan = training_plan(columns, lengths_N, mix, config, groups_N, rank=0, world=1)
+    return np.concatenate(plan.micro_batches[: plan.starts[num_steps(plan, config)]])
+
+
 def training_plan(
     columns: Columns,
     lengths_N: Indices,
     mix: MixConfig,
     config: TrainConfig,
+    groups_N: Indices | None = None,
     *,
     rank: int,
     world: int,
-    groups_N: Indices | None = None,
 ) -> Plan:
     """This rank's share of the whole run, all epochs in a row. The batches are the same for any number of ranks.
 

@@ -62,7 +62,7 @@ def train_qa(config: QaConfig, run: RunFolder, progress: Progressed = lambda don
         loss=qa_loss,
         batches=give,
         validate=partial(
-            validate_answers, lm_head, base, give_validation, held_out_plan[rank::world], validation, accelerator
+            validate_answers, lm_head, base, give_validation, held_out_plan[rank::world], validation, run, accelerator
         ),
         save_model=partial(save_lm_head, base, lm_head),
         learning_rates={},
@@ -130,13 +130,20 @@ def validate_answers(
     give: BatchSource,
     plan: list[Indices],
     rows: Atlas,
+    run: RunFolder,
     accelerator: Accelerator,
 ) -> Validation:
-    """Exact match of greedy decoding on the validation rows, per task; their mean chooses the best checkpoint."""
+    """Exact match of greedy decoding on the validation rows, per task; their mean chooses the best checkpoint.
+
+    Samples that cannot be read go into the run's quarantine.
+    """
     said: list[tuple[str, bool]] = []
     banned = media_token_ids(base.model.thinker.config, base.processor)
     with torch.no_grad():
         for batch in give(plan, 0):
+            run.quarantine.add_all(batch.quarantined)
+            if not len(batch):
+                continue
             moved = batch.to(accelerator.device)
             logits_LV = lm_head(moved.states_LH.to(lm_head_dtype(lm_head)))
             right_B = exact(logits_LV, answer_tokens(moved), moved.lengths_B, banned)

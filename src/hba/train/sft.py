@@ -35,7 +35,7 @@ from hba.taxonomy import Taxonomy
 from hba.train.config import SftConfig
 from hba.train.domains import after_sft
 from hba.train.loop import Stage, Validation, run_training
-from hba.train.plan import training_plan
+from hba.train.plan import planned_rows, training_plan
 from hba.train.state import Progress, latest
 
 
@@ -50,18 +50,12 @@ def train_sft(config: SftConfig, run: RunFolder) -> Progress:
     run.record_data(data_record(config.atlas, train))
     model = build_model(config, latest(run.checkpoints), taxonomy)
     encoder = Encoder(model.processor, config.encode, taxonomy)
-    domains = after_sft(train, config.mix, config.train, config.model.name)
+    how = (train.columns, train.estimated_tokens, config.mix, config.train)
+    domains = after_sft(train, planned_rows(*how), config.model.name)
     options: dict[str, Any] = {"batch_size": config.validation_batch_size, "loader": config.loader}
     backend = HeadsBackend(model, encoder, domains=domains, **options)
     train_encoder = Encoder(model.processor, config.encode, taxonomy, answers=config.answer_weight > 0)
-    plan = training_plan(
-        train.columns,
-        train.estimated_tokens,
-        config.mix,
-        config.train,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-    )
+    plan = training_plan(*how, rank=accelerator.process_index, world=accelerator.num_processes)
     stage = Stage(
         model=model,
         loss=partial(sft_loss, answer_weight=config.answer_weight),
