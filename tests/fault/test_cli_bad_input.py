@@ -396,8 +396,10 @@ def test_predictions_of_another_split_or_model(run, mini_atlas, expect, tmp_path
 
 
 def test_a_run_and_an_atlas_that_were_moved_are_the_same(run, atlas, hba):
+    known = (run / "predictions.jsonl").read_text()
     code, out, _ = hba("predict", run, "--atlas", atlas, "--split", "test[:16]", "--json")
-    assert (code, json.loads(out)["predicted"]) == (0, 15)
+    assert (code, json.loads(out)["predicted"]) == (0, known.count("\n")) and known
+    assert (run / "predictions.jsonl").read_text() == known
 
 
 def test_a_model_that_cannot_predict(tmp_path, run, backbone, mini_atlas, expect):

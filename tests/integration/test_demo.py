@@ -16,7 +16,7 @@ from hba.demo import run_demo
 from hba.errors import ConfigError
 from hba.report.stages import read_stages, stages_table
 
-FEW_STEPS = ["train.max_steps=6", "train.validate_every=3", "train.batch_size=8", "encode.num_frames=4"]
+FEW_STEPS = ["train.max_steps=12", "train.validate_every=3", "train.batch_size=8", "encode.num_frames=4"]
 FEW_STEPS += ["qa.train.max_steps=4", "bam.train.max_steps=8", "speak.train.max_steps=2", "rl.train.max_steps=1"]
 FEW_STEPS += ["speak.validation_split=validation[:8]", "rl.validation_rows=8", "rl.rollout.max_new_tokens=4"]
 STAGES = ("sft", "qa", "bam")

@@ -107,16 +107,13 @@ def steps_of(run):
     return [line for line in lines(run / "log.jsonl") if line["kind"] == "rl"]
 
 
-def wait_for(process, run, seen):
+def kill_after(process, run, steps):
+    """kill -9 the command and all that it started when `steps` steps are logged."""
     deadline = time.monotonic() + 8 * MINUTES
-    while not seen():
+    while len(steps_of(run)) < steps:
         assert process.poll() is None, (run / "verl" / "verl.log").read_text()[-6000:]
         assert time.monotonic() < deadline
         time.sleep(0.2)
-
-
-def kill(process):
-    """kill -9 the command and all that it started."""
     for one in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
         try:
             one.send_signal(signal.SIGKILL)
@@ -134,10 +131,8 @@ def runs(tmp_path_factory, mini_atlas, damaged, speaks):
     """
     first, second = tmp_path_factory.mktemp("harpo"), tmp_path_factory.mktemp("grpo")
     killed = started(first, damaged[0], speaks, "algorithm=harpo")
-    wait_for(killed, first / "run", lambda: read_evaluations(first / "run"))
     beside = started(second, mini_atlas, speaks, *GRPO, gpus=2)
-    wait_for(killed, first / "run", lambda: len(steps_of(first / "run")) >= KILLED)
-    kill(killed)
+    kill_after(killed, first / "run", KILLED)
     result, said = ended(started(first, damaged[0], speaks, "algorithm=harpo"), first, code=2)
     assert (result["step"], result["quarantined"]) == (STEPS, 1)
     assert f"quarantined {damaged[1]}" in said
