@@ -150,6 +150,20 @@ def test_every_algorithms_advantages_are_the_local_engines_through_verls_registr
         np.testing.assert_allclose(found, wanted[:, None] * mask.numpy(), atol=1e-6)
 
 
+def test_advantages_of_ones_own_are_those_of_the_trainer(tmp_path, monkeypatch):
+    from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
+
+    from hba.rl.verl.trainer import OmniTrainer, PPOTrainerSync
+
+    (tmp_path / "mine.py").write_text("def halved(rewards, **_):\n    return rewards / 2\n")
+    given = ["atlas=DATA", "model.strategy=full", f"loss.advantage={tmp_path / 'mine.py'}:halved"]
+    (tmp_path / "config.yaml").write_text(to_yaml(load_config(RlConfig, None, given)))
+    monkeypatch.setattr(PPOTrainerSync, "__init__", lambda self, config: None)  # verl's own part, which starts Ray's
+    monkeypatch.delitem(ADV_ESTIMATOR_REGISTRY, ESTIMATOR, raising=False)
+    trainer = OmniTrainer(OmegaConf.create({"data": {"hba_run": str(tmp_path)}, "trainer": {"v1": {}}}))
+    assert trainer.advantage([1.0, 3.0], ["a", "a"], ["t", "t"]).tolist() == [0.5, 1.5]
+
+
 @pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))
 def test_every_algorithms_loss_and_its_gradient_are_the_local_engines(name, kl, tmp_path):
@@ -186,7 +200,7 @@ def test_every_algorithms_loss_and_its_gradient_are_the_local_engines(name, kl, 
         theirs = theirs + (loss + actor.kl_loss_coef * averaged) / ranks
     (their_gradient,) = torch.autograd.grad(theirs, new)
 
-    algorithm = run.loss.resolved(ALGORITHMS[name])
+    algorithm = run.resolved_algorithm()
     clips = {"clip_low": algorithm.clip_low, "clip_high": algorithm.clip_high, "ratio": algorithm.ratio}
     terms = surrogate(new, old, advantages, mask, **clips).loss_NL
     terms = terms + run.loss.kl_weight * kl_divergence(new, reference, run.loss.kl)

@@ -24,11 +24,15 @@ _MEDIA_TOKEN = re.compile(r"(audio|image|video|vision|boi|eoi|boa|eoa)(_\w+)?_to
 
 
 class Said(NamedTuple):
-    """One answer, its tokens, the end token included, and how many they are."""
+    """One answer and its tokens, the end token included."""
 
     text: str
-    tokens: int
     ids: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """How many they are."""
+        return len(self.ids)
 
 
 class SaidTokens(NamedTuple):
@@ -43,7 +47,7 @@ def generate(model: Any, processor: Any, inputs: Mapping[str, Tensor], **options
     said = generate_tokens(model, processor, inputs, **options)
     texts = processor.tokenizer.batch_decode(said.ids_BL, skip_special_tokens=True)
     rows = zip(texts, said.lengths, said.ids_BL.tolist(), strict=True)
-    return [Said(text, tokens, tuple(ids[:tokens])) for text, tokens, ids in rows]
+    return [Said(text, tuple(ids[:length])) for text, length, ids in rows]
 
 
 @torch.inference_mode()

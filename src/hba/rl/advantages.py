@@ -141,7 +141,7 @@ class Advantage(Protocol):
 class Memoryless:
     """An estimator without memory as an `Advantage`."""
 
-    def __init__(self, function: Callable[[npt.ArrayLike, Names], Floats]) -> None:
+    def __init__(self, function: Callable[..., Floats]) -> None:
         self._function = function
 
     def __call__(self, rewards: npt.ArrayLike, groups: Names, tasks: Names) -> Floats:
@@ -156,7 +156,7 @@ class Memoryless:
         """Nothing to take."""
 
 
-class OwnAdvantage:
+class OwnAdvantage(Memoryless):
     """A function of the user's own as an `Advantage`, called with arrays `rewards`, `groups` and `tasks` [N].
 
     What it gives is checked before it reaches the loss; a memory that it keeps is in no checkpoint.
@@ -164,7 +164,7 @@ class OwnAdvantage:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._function = load_function(name, key="loss.advantage", known=[*MEMORYLESS, "harpo", "ema_grpo"])
+        super().__init__(load_function(name, key="loss.advantage", known=[*MEMORYLESS, "harpo", "ema_grpo"]))
 
     def __call__(self, rewards: npt.ArrayLike, groups: Names, tasks: Names) -> Floats:
         """Advantages [N]. Raises InputError for another number of them, or one that is not finite."""
@@ -176,13 +176,6 @@ class OwnAdvantage:
             fix = "Return a finite number for each reward, in their order."
             raise InputError(f"expected {len(rewards_N)} finite advantages, found {found}", where=self.name, fix=fix)
         return values_N
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing to keep."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing to take."""
 
 
 MEMORYLESS: Mapping[str, Callable[[npt.ArrayLike, Names], Floats]] = {

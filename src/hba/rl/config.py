@@ -13,7 +13,7 @@ from hba.config import option
 from hba.errors import ConfigError
 from hba.model.config import ModelConfig
 from hba.remote.addresses import check_base_url, check_variable
-from hba.rl.algorithms import Algorithm, AlgorithmName, Average, KlKind
+from hba.rl.algorithms import ALGORITHMS, Algorithm, AlgorithmName, Average, KlKind
 from hba.rl.scoring import RewardConfig
 from hba.rl.verl.settings import VerlConfig
 from hba.train.config import Count, TrainConfig
@@ -121,3 +121,7 @@ class RlConfig:
         if self.loss.importance_cap is not None and self.rollout.sampler != "server":
             what = "the policy that samples is the policy that learns: there is no mismatch to correct"
             raise ConfigError(what, where="loss.importance_cap", fix="Leave it out, or use rollout.sampler=server.")
+
+    def resolved_algorithm(self) -> Algorithm:
+        """The algorithm of the run, with what `loss` changes of it; every engine runs this one."""
+        return self.loss.resolved(ALGORITHMS[self.algorithm])

@@ -32,7 +32,7 @@ from hba.model import chat
 from hba.model.chat import ChatModel
 from hba.process import data_record, prepare_process, start_accelerator
 from hba.rl.advantages import Advantage, build_advantage, informative
-from hba.rl.algorithms import ALGORITHMS, Algorithm
+from hba.rl.algorithms import Algorithm
 from hba.rl.config import RlConfig
 from hba.rl.evaluation import evaluate
 from hba.rl.evaluation_log import summary, write_evaluation
@@ -244,7 +244,7 @@ def _setup(
     encoder = encoder_for(policy.processor, config.encode, train.taxonomy, wording=FormatMix((config.format,)))
     return Setup(
         config=config,
-        algorithm=config.loss.resolved(ALGORITHMS[config.algorithm]),
+        algorithm=config.resolved_algorithm(),
         accelerator=accelerator,
         run=run,
         policy=policy,

@@ -27,6 +27,7 @@ from hba.rl.telemetry import Outcome
 if TYPE_CHECKING:
     from hba.rl.local import Setup
 
+
 @dataclass(kw_only=True)
 class _Part:
     """A micro-batch on its way through the update; `outcomes` are its rows."""

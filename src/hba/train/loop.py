@@ -16,12 +16,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -35,10 +34,6 @@ from hba.train.optimizer_state import restore_optimizer
 from hba.train.plan import Plan, num_steps
 from hba.train.sharding import gathered, is_sharded, prepare_model
 from hba.train.state import Progress, latest, read_progress, save_state, settle
-
-Count = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Rate = Annotated[float, Field(gt=0)]
 
 
 class Validation(NamedTuple):

@@ -76,9 +76,7 @@ def prompts_of_step(config: RlConfig) -> int:
 
 
 def _algorithm(config: RlConfig) -> Algorithm:
-    from hba.rl.algorithms import ALGORITHMS
-
-    algorithm = config.loss.resolved(ALGORITHMS[config.algorithm])
+    algorithm = config.resolved_algorithm()
     if config.model.strategy != "full":
         # Tried: verl writes the adapters unmerged, and actor and sampler differed by 8e-4 in log-probabilities.
         fix = "Use model.strategy=full, or the local engine."

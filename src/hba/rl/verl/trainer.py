@@ -26,7 +26,6 @@ from verl.utils.dataset.rl_dataset import collate_fn
 
 from hba.errors import HbaError, InputError
 from hba.rl.advantages import build_advantage
-from hba.rl.algorithms import ALGORITHMS
 from hba.rl.evaluation_log import FOLDER, summary, write_evaluation
 from hba.rl.telemetry import CollapseWatch, Outcome, board_figures, step_record, table
 from hba.rl.verl.config import ESTIMATOR, TRAINER_MODE
@@ -57,7 +56,7 @@ class OmniTrainer(PPOTrainerSync):  # type: ignore[misc]
             config.trainer.v1.trainer_mode = "sync"  # verl compares this name with "sync" in many places
         self.run = Path(config.data.hba_run)
         self.settings = run_config(str(self.run))
-        algorithm = ALGORITHMS[self.settings.algorithm]
+        algorithm = self.settings.resolved_algorithm()
         self.advantage = build_advantage(algorithm.advantage, published=self.settings.published_harpo)
         self.watch = CollapseWatch()
         self._outcomes: list[Outcome] = []
