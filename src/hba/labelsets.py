@@ -9,6 +9,7 @@ any label that does not say 'none' is no answer.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 
 NONE = "none"
@@ -19,16 +20,29 @@ _BULLET = re.compile(r"^\s*(?:[-*•]|\(?\d{1,2}[.):])\s*")
 _DECORATION = " \t\r\n.:!?\"'`*_$()[]。！？：“”‘’"
 
 
+def visible(raw: str) -> str:
+    """`raw` as a reader sees it: compatibility forms are folded (full-width letters are letters), and signs that nobody
+    sees (zero-width spaces, byte order marks, marks of direction) are left out."""
+    if raw.isascii():
+        return raw
+    return "".join(sign for sign in unicodedata.normalize("NFKC", raw) if unicodedata.category(sign) != "Cf").strip()
+
+
+def plain(raw: str) -> str:
+    """`raw` as labels are compared: `visible`, in lower case, runs of white space one space."""
+    return " ".join(visible(raw).lower().split())
+
+
 def read(text: str, labels: Sequence[str], synonyms: Mapping[str, str], *, strict: bool = False) -> str | None:
     """The canonical spelling of the labels that `text` gives, None if it gives none and does not say so.
 
     `strict`: None as well if any part of it is not a label.
     """
-    table = {label.lower(): label for label in labels} | {raw.lower(): label for raw, label in synonyms.items()}
-    plain = " ".join(text.lower().strip(_DECORATION).split())
-    if plain in NONE_WORDS:
+    table = {plain(label): label for label in labels} | {plain(raw): label for raw, label in synonyms.items()}
+    text = visible(text).lower()
+    if " ".join(text.strip(_DECORATION).split()) in NONE_WORDS:
         return NONE
-    parts = [part for piece in _SEPARATORS.split(text.lower()) for part in _parts(piece, table)]
+    parts = [part for piece in _SEPARATORS.split(text) for part in _parts(piece, table)]
     found = {table[part] for part in parts if part in table}
     unknown = any(part not in table for part in parts)
     if not found or (strict and unknown):

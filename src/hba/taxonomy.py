@@ -139,8 +139,8 @@ class Taxonomy:
 
     def _raw_to_label(self, domain: str) -> dict[str, str]:
         labels = self.domains[domain].labels
-        table = {label: label for label in labels}
-        table |= self._raw["synonyms"].get(domain, {})
+        table = {labelsets.plain(label): label for label in labels}
+        table |= {labelsets.plain(raw): label for raw, label in self._raw["synonyms"].get(domain, {}).items()}
         if domain in self._raw["synonyms"].get("boolean_domains", ()):
             booleans = self._raw["synonyms"]["boolean"]
             table |= {str(raw): labels[0] for raw in booleans["false"]}
@@ -156,15 +156,15 @@ class Taxonomy:
     def canonical_label(self, dataset: str, raw: str) -> str | None:
         """The canonical label that `raw` means in `dataset`, or None if it means none of its domain's.
 
-        Case and runs of white space do not count; synonyms are those of the taxonomy. Of a multilabel dataset it is
-        the canonical list of labels (see `labelsets`). Free-form datasets have no labels: None. Raises TaxonomyError
-        for an unknown dataset.
+        Case, runs of white space, full-width forms and signs that nobody sees do not count; synonyms are those of the
+        taxonomy. Of a multilabel dataset it is the canonical list of labels (see `labelsets`). Free-form datasets have
+        no labels: None. Raises TaxonomyError for an unknown dataset.
         """
         about = self.dataset(dataset)
         if about.multilabel:
             return labelsets.read(raw, about.labels, self._raw["synonyms"].get(dataset, {}))
         domain = about.domain
-        return None if domain is None else self._lookup[domain].get(" ".join(raw.lower().split()))
+        return None if domain is None else self._lookup[domain].get(labelsets.plain(raw))
 
     def require_label(self, dataset: str, raw: str) -> str:
         """`canonical_label`, or a TaxonomyError that lists the labels of the dataset's domain.

@@ -280,3 +280,23 @@ def test_what_a_view_cannot_read_stands_in_the_quarantine_of_the_atlas_once(tmp_
         with pytest.raises(MediaError):
             atlas.filter(datasets=["tess"])[0].load_audios()
     assert [(q.id, q.field) for q in atlas.quarantine] == [("gone/1", "audios")]
+
+
+def test_names_of_a_row_are_read_as_they_are_seen(tmp_path: Path) -> None:
+    seen = make_row(id="a\u200b")
+    unseen = make_row(
+        id="a",
+        dataset="\ufeffcremad",
+        task="emotion\u200b_cls",
+        modality_signature="\uff54ext_audio",
+        class_label="\uff41nger\u200e",
+        answer="",
+    )
+    atlas = open_atlas(write_rows(tmp_path, [seen, unseen]), "\u200btrain")
+    assert atlas.columns.datasets == ("cremad",) and atlas.columns.signatures == ("text_audio",)
+    assert [(s.id, s.dataset, s.task, s.label) for s in atlas] == [
+        ("a\u200b", "cremad", "emotion_cls", "anger"), ("a", "cremad", "emotion_cls", "anger"),
+    ]  # fmt: skip
+    assert len(atlas.filter(datasets=["cremad\u200b"])) == 2
+    plain = unseen | {"dataset": "cremad", "task": "emotion_cls"}
+    assert atlas.fingerprint == open_atlas(write_rows(tmp_path / "plain", [seen, plain]), "train").fingerprint

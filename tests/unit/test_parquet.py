@@ -377,3 +377,14 @@ def test_text_that_is_not_utf_8_is_refused_at_the_start(tmp_path: Path, name: st
     pq.write_table(pa.table(columns), tmp_path / "train.parquet")
     with pytest.raises(InputError, match=f"train.parquet: column {name!r}: is damaged .*UTF8"):
         open_atlas(tmp_path, "train")
+
+
+def test_names_of_a_shard_are_read_as_they_are_seen(tmp_path: Path) -> None:
+    names = {"dataset": ["urfunny", "urfunny\u200b", "\ufeffurfunny"]}
+    names["modality_signature"] = ["text", "text\u2060", "\uff54ext"]
+    answers = {"answer": ["yes", "\uff39es", "no\u200b"]}
+    atlas = open_atlas(text_shard(tmp_path, **names, **answers))
+    assert atlas.columns.datasets == ("urfunny",) and atlas.columns.signatures == ("text",)
+    assert [s.label for s in atlas] == ["humour", "humour", "not humour"]
+    (tmp_path / "plain").mkdir()
+    assert atlas.fingerprint == open_atlas(text_shard(tmp_path / "plain", **answers)).fingerprint

@@ -155,3 +155,27 @@ def test_a_file_beside_the_rows_extends_the_published_taxonomy(tmp_path: Path) -
 def test_tasks_and_datasets_can_be_sent_to_workers() -> None:
     for value in (DATASETS["cremad"], TASKS["EMO"], DOMAINS["emotion"]):
         assert pickle.loads(pickle.dumps(value)) == value
+
+
+UNSEEN = ["\ufeff", "\u200b", "\u200e", "\u2060", "\u00ad"]
+
+
+@pytest.mark.parametrize("dataset", CLASSIFIED)
+def test_full_width_letters_and_signs_that_nobody_sees_do_not_count(dataset: str) -> None:
+    for label in DOMAINS[str(DATASETS[dataset].domain)].labels:
+        wide = "".join(chr(ord(sign) + 0xFEE0) if "!" <= sign <= "~" else "\u3000" for sign in label.upper())
+        for raw in (wide, *(f"{sign}{label}{sign} \u00a0" for sign in UNSEEN), f"{label[:2]}\u200b{label[2:]}"):
+            assert canonical_label(dataset, raw) == label
+
+
+def test_labels_of_an_own_taxonomy_are_compared_as_they_are_seen(tmp_path: Path) -> None:
+    entries = {
+        "domains": {"mood": {25: "\uff2f\uff2b", 26: "low\u200b mood"}},
+        "datasets": {"diary": {"domain": "mood"}, "tags": {"domain": "multilabel", "labels": ["\uff21", "b"]}},
+        "synonyms": {"mood": {"\ufefffine": "\uff2f\uff2b"}},
+    }
+    own = BUILTIN.extended(entries)
+    assert [own.canonical_label("diary", raw) for raw in ("ok", "OK\u200b", "Fine", "low mood")] == [
+        "\uff2f\uff2b", "\uff2f\uff2b", "\uff2f\uff2b", "low\u200b mood",
+    ]  # fmt: skip
+    assert own.canonical_label("tags", "\ufeff\uff22\uff0c a") == "\uff21, b"

@@ -24,6 +24,7 @@ from hba.atlas.rows import SIGNATURES
 from hba.atlas.sample import MediaSource, Quarantined, Row, Sample
 from hba.atlas.split import Split, find_files, parse_split
 from hba.errors import InputError, nearest
+from hba.labelsets import visible
 from hba.storage import read_json
 from hba.taxonomy import Taxonomy, of_folder
 
@@ -206,7 +207,7 @@ class Atlas:
 
 
 def _checked_names(kind: str, names: Iterable[str], known: Iterable[str]) -> set[str]:
-    wanted, known = set([names] if isinstance(names, str) else names), set(known)
+    wanted, known = set(map(visible, [names] if isinstance(names, str) else names)), set(known)
     for name in sorted(wanted - known):
         raise InputError(f"unknown name {name!r} in {kind}", fix=nearest(name, known))
     return wanted

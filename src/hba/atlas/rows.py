@@ -17,6 +17,7 @@ import msgspec
 from hba.atlas.columns import ColumnsBuilder
 from hba.atlas.sample import MEDIA_FIELDS, Row
 from hba.errors import InputError, TaxonomyError, nearest
+from hba.labelsets import visible
 from hba.storage import check_relative
 from hba.taxonomy import Taxonomy
 
@@ -30,6 +31,7 @@ SIGNATURES: dict[frozenset[str], str] = {
     for mask in product((False, True), repeat=3)
 }
 PATH_FIELDS = (*MEDIA_FIELDS, "texts")
+NAME_FIELDS = ("dataset", "task", "modality_signature")
 KNOWN_FIELDS = frozenset(Row.__struct_fields__)
 _decoder = msgspec.json.Decoder(Row, strict=True)
 _canonical_encoder = msgspec.json.Encoder(order="sorted", enc_hook=repr)
@@ -47,11 +49,18 @@ def decode_row(raw: bytes, file: str, line: int) -> Row:
     try:
         if not raw.isascii():
             raw.decode()  # the decoder does not look at the text of fields that it does not know
-        return _decoder.decode(raw)
+        return _visible(_decoder.decode(raw))
     except msgspec.ValidationError as error:
         raise _schema_error(str(error), f"{file}:{line}") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"not valid JSON ({error})", where=f"{file}:{line}", fix=_FIX_JSON) from None
+
+
+def _visible(row: Row) -> Row:
+    """The row with its names as a reader sees them; what else it says is its own."""
+    if row.dataset.isascii() and row.modality_signature.isascii() and row.task.isascii():
+        return row
+    return msgspec.structs.replace(row, **{name: visible(getattr(row, name)) for name in NAME_FIELDS})
 
 
 def canonical(identity: str, said: Mapping[str, Any], extra: Mapping[str, Any]) -> bytes:
@@ -60,9 +69,10 @@ def canonical(identity: str, said: Mapping[str, Any], extra: Mapping[str, Any]) 
     `said` holds the published fields of a row with the id `identity`; those that may be left out may be left out.
     """
     get = said.get
-    text = (said["problem"], said["answer"], said["dataset"], said["task"], said["modality_signature"])
+    names = (visible(said[name]) for name in NAME_FIELDS)
     paths = [get(name) or () for name in PATH_FIELDS]
-    return _canonical_encoder.encode((identity, *text, get("class_label") or None, paths, extra))
+    text = (said["problem"], said["answer"])
+    return _canonical_encoder.encode((identity, *text, *names, get("class_label") or None, paths, extra))
 
 
 def decode_fields(raw: bytes, where: str) -> dict[str, Any]:

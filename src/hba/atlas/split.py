@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hba.errors import InputError, nearest
+from hba.labelsets import visible
 from hba.taxonomy import PUBLISHED
 
 _SPEC = re.compile(r"(?P<name>\w[\w.-]*)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?", re.ASCII)
@@ -53,7 +54,7 @@ class SplitFiles(NamedTuple):
 
 def parse_split(spec: str) -> Split:
     """Read 'name', 'name[a:b]' or 'name[a%:b%]'. Raises InputError for anything else, also for mixed units."""
-    match = _SPEC.fullmatch(spec)
+    match = _SPEC.fullmatch(visible(spec))
     fix = "Write a split as train, train[:1000] for rows, or train[:10%] for per cent."
     if match is None:
         raise InputError(f"cannot read the split {spec!r}", fix=fix)

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hba.atlas.columns import Columns, make_columns
-from hba.atlas.rows import check_paths, label_of, signature_kinds, signature_of
+from hba.atlas.rows import NAME_FIELDS, check_paths, label_of, signature_kinds, signature_of
 from hba.atlas.sample import MEDIA_FIELDS, Row
 from hba.errors import InputError
 from hba.taxonomy import Taxonomy
@@ -84,13 +84,18 @@ def _null(kind: pa.DataType) -> bool:
 
 
 def uniform(table: pa.Table) -> pa.Table:
-    """The table with plain string columns, and nulls where optional columns and sizes are absent."""
+    """The table with plain string columns, names as a reader sees them (see `labelsets.visible`), and nulls where
+    optional columns and sizes are absent."""
     for name in (*TEXT, *OPTIONAL):
         position = table.schema.get_field_index(name)
         if position < 0:
             table = table.append_column(name, pa.nulls(table.num_rows, pa.string()))
         elif table.schema.field(position).type != pa.string():
             table = table.set_column(position, name, table[name].cast(pa.string()))
+    for name in NAME_FIELDS:
+        if not pc.all(pc.string_is_ascii(table[name])).as_py():
+            seen = pc.replace_substring_regex(pc.utf8_normalize(table[name], "NFKC"), r"\p{Cf}", "")
+            table = table.set_column(table.schema.get_field_index(name), name, pc.utf8_trim_whitespace(seen))
     for name in MEDIA_FIELDS:
         if f"{name}_sizes" not in table.schema.names:
             table = table.append_column(f"{name}_sizes", pa.nulls(table.num_rows, pa.list_(pa.int64())))
