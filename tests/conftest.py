@@ -83,6 +83,16 @@ def chat_server():
         process.wait()
 
 
+@pytest.fixture(scope="session")
+def launch():
+    """Run an `hba` command on many ranks: tests/servers/ranks.py says how."""
+    from ranks import RankLauncher
+
+    launcher = RankLauncher()
+    yield launcher
+    launcher.close()
+
+
 def _get(url):
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(url, timeout=10) as response:

@@ -1,7 +1,8 @@
 """The one error family of hba.
 
 Every error says what is wrong, where it is (file, row, field) and what to do about it, in one message.
-`exit_code` is what the command line returns: 1 when the work failed, 2 when the input or the usage is bad.
+`exit_code` is what the command line returns: 1 when the work failed, 2 when the input or the usage is bad, 75 when the
+machine asked a command to stop that goes on where it was.
 """
 
 from __future__ import annotations
@@ -23,6 +24,15 @@ class HbaError(Exception):
     def __reduce__(self) -> tuple[object, ...]:
         # Keyword-only arguments are lost by the default pickling, and workers send errors to the main process.
         return (_rebuild, (type(self), self.what, self.where, self.fix))
+
+
+class StoppedError(HbaError):
+    """A signal asked the command to stop; what it has done is kept, and the same command goes on (exit code 75).
+
+    75 is EX_TEMPFAIL of sysexits: nothing is wrong, try again.
+    """
+
+    exit_code = 75
 
 
 class InputError(HbaError):

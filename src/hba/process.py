@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from transformers.utils import logging as transformers_logging
 
 from hba.atlas import Atlas
@@ -43,9 +43,7 @@ def start_accelerator(dtype: str) -> Accelerator:
         fix = "Launch without it and set train.sharding=full."
         raise ConfigError("the launcher shards models in a way of its own", where=launched[0], fix=fix)
     mixed = "bf16" if resolve_dtype(dtype) is torch.bfloat16 else "no"
-    # A batch without video leaves the vision tower without gradients, and heads alone leave the last layer so.
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(mixed_precision=mixed, kwargs_handlers=[unused])
+    return Accelerator(mixed_precision=mixed)
 
 
 def data_record(path: str, atlas: Atlas) -> dict[str, Any]:

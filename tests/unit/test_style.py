@@ -1,4 +1,4 @@
-"""What CONTRIBUTING says about the code can be measured: one word for one thing, no mention of the machines it was written on."""
+"""What CONTRIBUTING says about the code, measured: one word for one thing, no mention of where it was written."""
 
 from __future__ import annotations
 

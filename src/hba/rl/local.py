@@ -50,6 +50,7 @@ from hba.storage import read_json, write_json
 from hba.train.display import TrainingDisplay
 from hba.train.loop import build_optimizer, learning_rate_at, step_seed
 from hba.train.optimizer_state import restore_optimizer
+from hba.train.ranks import Ranks
 from hba.train.sharding import gathered, prepare_model
 from hba.train.state import Progress, latest, read_progress, save_state
 
@@ -62,6 +63,7 @@ class Setup(NamedTuple):
     config: RlConfig
     algorithm: Algorithm
     accelerator: Accelerator
+    ranks: Ranks
     run: RunFolder
     policy: ChatModel
     model: nn.Module  # the policy as it is prepared for training
@@ -88,12 +90,13 @@ class Memory(NamedTuple):
 
 def train_rl(config: RlConfig, run: RunFolder) -> Progress:
     """Run (or resume) it in `run`. Raises InputError for bad data, config or reward, HbaError for a failing step."""
-    accelerator = start_accelerator(config.model.dtype)
+    ranks = Ranks(start_accelerator(config.model.dtype))
+    accelerator = ranks.accelerator
     prepare_process(config.train.seed)
     train, validation = training_rows(config), validation_rows(config)
     run.record_data(data_record(config.atlas, train))
-    checkpoint = latest(run.checkpoints)
-    setup = _setup(config, run, accelerator, train, validation, checkpoint)
+    checkpoint = ranks.told(latest(run.checkpoints))
+    setup = _setup(config, run, ranks, train, validation, checkpoint)
     memory, progress = _memory(setup, train, checkpoint)
     planned = max(1, len(memory.feed) // config.train.accumulation)
     total = min(planned, config.train.max_steps) if config.train.max_steps is not None else planned
@@ -223,18 +226,19 @@ def _evaluate_and_save(setup: Setup, memory: Memory, progress: Progress, log: Ru
         chat.save(setup.policy, folder, backbone=backbone, strategy=strategy, encode=config.encode)
         memory.save(folder)
 
-    save_state(setup.run.checkpoints, progress, setup.policy, setup.optimizer, save_model, setup.accelerator)
+    save_state(setup.run.checkpoints, progress, setup.policy, setup.optimizer, save_model, setup.ranks)
     return progress
 
 
 def _setup(
     config: RlConfig,
     run: RunFolder,
-    accelerator: Accelerator,
+    ranks: Ranks,
     train: Atlas,
     validation: Atlas,
     checkpoint: Path | None,
 ) -> Setup:
+    accelerator = ranks.accelerator
     scorer = Scorer(config.reward, train.taxonomy)
     policy = build_policy(config.model, checkpoint, freeze_towers=config.freeze_towers)
     shard, checkpointing = config.train.sharding == "full", config.train.activation_checkpointing
@@ -246,6 +250,7 @@ def _setup(
         config=config,
         algorithm=config.resolved_algorithm(),
         accelerator=accelerator,
+        ranks=ranks,
         run=run,
         policy=policy,
         model=model,

@@ -110,9 +110,9 @@ def _one_update(setup: Setup, parts: Sequence[_Part], rate: float) -> Updated:
             continue  # no gradient; several processes run all of theirs, so that none waits for another
         loss = _loss(setup, part)
         _require_finite(loss, "loss", part.outcomes)
-        # Ranks average their gradients, and the weights are those of the sum over all ranks.
-        accelerator.backward(loss * accelerator.num_processes)
+        setup.ranks.backward(loss, setup.model)  # the weights are those of the sum over all ranks
         total += float(loss.detach())
+    setup.ranks.add_up_gradients(setup.model)
     grad_norm = accelerator.clip_grad_norm_(setup.policy.parameters(), setup.config.train.max_grad_norm)
     grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
     _require_finite(grad_norm, "gradient", [outcome for part in parts for outcome in part.outcomes])

@@ -16,8 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -51,6 +49,7 @@ from hba.train.frozen import (
 from hba.train.loop import Stage, Validation, run_training
 from hba.train.plan import planned_rows, training_plan
 from hba.train.qa import Progressed
+from hba.train.ranks import Ranks
 from hba.train.scores import exact, exact_matches, mean_over_tasks
 from hba.train.state import Progress, latest
 
@@ -85,7 +84,7 @@ class AdaptedHeads(nn.Module):
 
 def train_bam(config: BamConfig, run: RunFolder, progress: Progressed = lambda done, total: None) -> Progress:
     """Run (or resume) stage 3 in `run`. Raises InputError for bad data or config, HbaError for a failing step."""
-    accelerator = start_accelerator(config.dtype)
+    ranks = Ranks(start_accelerator(config.dtype))
     prepare_process(config.train.seed)
     opened = open_atlas(config.atlas, split=config.train_split)
     keys = described_datasets(opened, config.datasets)
@@ -97,26 +96,23 @@ def train_bam(config: BamConfig, run: RunFolder, progress: Progressed = lambda d
     how = (columns, train.atlas.estimated_tokens, config.mix, config.train, columns.dataset_codes.astype(np.int64))
     reached = {columns.datasets[code] for code in columns.dataset_codes[planned_rows(*how)]} if heads else keys
     domains = after_bam(base.card, reached, base.taxonomy, base.folder, heads=heads)
-    resume = latest(run.checkpoints)
+    resume = ranks.told(latest(run.checkpoints))
     bam = build_bam(config, keys, train, base, resume)
     model = build_model(config, bam, base, resume, speaks=any(is_free_form(opened, key) for key in keys))
     give, give_validation = (
-        batch_source(config, base, bam, rows, progress, accelerator) for rows in (train, validation)
+        batch_source(config, base, bam, rows, progress, ranks) for rows in (train, validation)
     )
-    rank, world = accelerator.process_index, accelerator.num_processes
-    plan = training_plan(*how, rank=rank, world=world)
-    held_out_plan = validation.plan(config.features.batch_size)[rank::world]
+    plan = training_plan(*how, rank=ranks.rank, world=ranks.world)
+    held_out_plan = validation.plan(config.features.batch_size)[ranks.rank :: ranks.world]
     stage: Stage[Any] = Stage(
         model=model,
         loss=bam_loss,
         batches=give,
-        validate=lambda: validate_bam(
-            model, base, give_validation(held_out_plan, 0), validation.atlas, run, accelerator
-        ),
+        validate=lambda: validate_bam(model, base, give_validation(held_out_plan, 0), validation.atlas, run, ranks),
         save_model=lambda folder: save_checkpoint(config, model, base, domains, folder),
         learning_rates={"bam.": config.adapter_learning_rate},
     )
-    return run_training(stage, plan, config.train, accelerator, run)
+    return run_training(stage, plan, config.train, ranks, run)
 
 
 class Rows(NamedTuple):
@@ -189,7 +185,7 @@ def bam_device() -> torch.device:
 
 
 def batch_source(
-    config: BamConfig, base: FrozenBase, bam: Bam, rows: Rows, progress: Progressed, accelerator: Accelerator
+    config: BamConfig, base: FrozenBase, bam: Bam, rows: Rows, progress: Progressed, ranks: Ranks
 ) -> Any:
     """What gives the batches of a plan over `rows`: of the cache, of the frozen backbone, or for the whole model."""
     atlas = rows.atlas
@@ -200,8 +196,7 @@ def batch_source(
         return lambda plan, start: load_batches(atlas, encoder, plan, loader, start=start)
     if not config.features.cache:
         return lambda plan, start: streamed_batches(atlas, base, encoder, plan, loader, start)
-    ranks = {"rank": accelerator.process_index, "world": accelerator.num_processes}
-    caches = features(base, atlas, config.features, progress, **ranks, wait=accelerator.wait_for_everyone)
+    caches = features(base, atlas, config.features, progress, ranks)
     return lambda plan, start: cached_batches(atlas, caches, plan, rows.descriptors, start)
 
 
@@ -231,7 +226,7 @@ def validate_bam(
     batches: Iterable[FeatureBatch | Batch],
     rows: Atlas,
     run: RunFolder,
-    accelerator: Accelerator,
+    ranks: Ranks,
 ) -> Validation:
     """The published metrics of classification rows, exact match of free-form ones; the mean over tasks decides.
 
@@ -245,7 +240,7 @@ def validate_bam(
             run.quarantine.add_all(batch.quarantined)
             if not len(batch):
                 continue
-            moved = batch.to(accelerator.device)
+            moved = batch.to(ranks.device)
             output, answers = model(moved), answer_parts(moved)
             if answers is not None:
                 banned = media_token_ids(base.model.thinker.config, base.processor)
@@ -254,13 +249,13 @@ def validate_bam(
                 continue
             best_B = output.logits_BC.argmax(1).tolist()
             labels += [(names[i], s.target, s.dataset) for i, s in zip(best_B, batch.samples, strict=True)]
-    said = gather_object(labels)
+    said = ranks.gather(labels)
     scores: dict[str, float] = {}
     if said:
         answers_N, targets_N, keys_N = zip(*said, strict=True)
         tasks = score(answers_N, targets_N, keys_N, taxonomy=rows.taxonomy)["tasks"]
         scores = {key: task["score"] for key, task in tasks.items() if task["score"] is not None}
-    return mean_over_tasks(scores | exact_matches(rows, gather_object(right)), rows)
+    return mean_over_tasks(scores | exact_matches(rows, ranks.gather(right)), rows)
 
 
 def save_checkpoint(

@@ -16,6 +16,7 @@ from hba.model.config import Attention, Dtype, ModelConfig
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]
+Minutes = Annotated[str, Field(pattern=r"^([1-9]\d*(\.\d+)?|0\.\d*[1-9]\d*)min$")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,9 @@ class TrainConfig:
     beta2: Share = option(0.98, "AdamW second-moment decay")
     max_grad_norm: Rate = option(1.0, "gradients are scaled down to this norm")
     validate_every: Count = option(200, "optimizer steps between validations; each writes a checkpoint")
+    save_every: Count | Minutes | None = option(
+        None, "checkpoints besides: every so many optimizer steps, or minutes such as 30min", affects_result=False
+    )
     log_every: Count = option(10, "optimizer steps between log lines", affects_result=False)
     seed: int = option(0, "orders the samples, starts fresh weights and dropout")
     wandb_project: str | None = option(None, "also log to this Weights & Biases project", affects_result=False)

@@ -7,6 +7,7 @@ throughput) are the only ones that differ between two equal runs.
 from __future__ import annotations
 
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ class TrainingDisplay:
     ) -> None:
         self._run, self._config, self._enabled = run, config, enabled
         self._total = total_steps
-        self._loss_sum = self._seconds = 0.0
+        self._seconds = 0.0  # of the steps since the last line, as far as this session ran them
         self._samples = 0
         self._bar = Bar(
             TextColumn("[bold]{task.description}"),
@@ -68,22 +69,23 @@ class TrainingDisplay:
             self._wandb.finish()
 
     def step(
-        self, progress: Progress, *, loss: float, grad_norm: float, learning_rate: float, count: int, seconds: float
-    ) -> None:
-        """Record one optimizer step; a line is logged every `log_every` steps, with the mean loss since the last.
+        self, progress: Progress, *, grad_norm: float, learning_rate: float, count: int, seconds: float
+    ) -> Progress:
+        """Record one optimizer step of `count` samples; a line is logged every `log_every` steps, with the mean loss
+        since the last. Returns `progress`, which counts the loss anew after a line.
 
-        Another is due with every checkpoint, since a run that resumes there does not know the steps before.
-        A step of which every sample was quarantined has count 0 and adds nothing; its NaN stays out of the log.
+        A step of which every sample was quarantined was skipped; it gets a line of its own.
         """
-        self._loss_sum += loss * count if count else 0.0
         self._samples += count
         self._seconds += seconds
+        if not count:
+            self.record({"step": progress.step, "kind": "skipped", "why": "every sample is quarantined"}, {})
         periods = (self._config.log_every, self._config.validate_every, self._total)
-        if all(progress.step % period for period in periods) or not self._samples:
+        if all(progress.step % period for period in periods) or not progress.loss_samples:
             self._bar.update(self._task, completed=progress.step)
-            return
+            return progress
         speed = self._samples / max(self._seconds, 1e-9)
-        mean = self._loss_sum / self._samples
+        mean = progress.loss_sum / progress.loss_samples
         record = {
             "step": progress.step,
             "kind": "train",
@@ -97,8 +99,8 @@ class TrainingDisplay:
         self.record(record, {k: record[k] for k in drawn if record[k] is not None})
         figures = f"loss {mean:.3f}  {speed:.1f} samples/s  {progress.samples_seen} seen"
         self._bar.update(self._task, completed=progress.step, figures=figures)
-        self._loss_sum = self._seconds = 0.0
-        self._samples = 0
+        self._seconds, self._samples = 0.0, 0
+        return replace(progress, loss_sum=0.0, loss_samples=0)
 
     def advance(self, step: int, figures: str) -> None:
         """Move the bar to `step`, with a few words on how it goes."""

@@ -9,18 +9,23 @@ Shapes: B samples, L states of all samples in a row, H hidden size.
 
 from __future__ import annotations
 
+import ast
 import inspect
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
+from importlib.metadata import packages_distributions, version
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
-import transformers
 from torch import Tensor
 
+import hba
 from hba.atlas import Atlas
 from hba.atlas.batch import IGNORED, Batch, Encoder, collate
 from hba.atlas.config import EncodeConfig, LoaderConfig
@@ -29,15 +34,19 @@ from hba.atlas.sample import Quarantined, Sample
 from hba.atlas.sampler import Indices
 from hba.errors import InputError
 from hba.evaluate.backends.batches import evaluation_plan
-from hba.model import checkpoint, heads
+from hba.model import checkpoint
 from hba.model.omni import OmniSapiens
 from hba.run import locked_folder
-from hba.storage import json_sha256
+from hba.storage import file_sha256, json_sha256
 from hba.taxonomy import Taxonomy
-from hba.train.cache import Feature, FeatureCache, Shard, missing_shards, start_cache, write_shards
+from hba.train.cache import Claims, Feature, FeatureCache, Shard, shard_path, start_cache, write_shard
 from hba.train.config import FeatureConfig
+from hba.train.ranks import Ranks
 
-SHARD_BATCHES = 16
+SHARD_BATCHES = 16  # most batches in a shard
+FEWEST_SHARDS = 64  # of a dataset that has so many batches
+SETTINGS = (".json", ".jinja", ".txt", ".model")  # files of a checkpoint that are not weights
+POLL_SECONDS = 0.5  # between looks at the shards that other processes compute
 Descriptors: TypeAlias = Mapping[int, Mapping[str, Tensor] | Quarantined]
 """By row number: the pooled descriptors of a sample, or why it has none."""
 
@@ -60,8 +69,9 @@ class FeatureBatch:
 
     def to(self, device: torch.device | str) -> FeatureBatch:
         """The same batch with its tensors on `device`."""
-        tokens = None if self.tokens_L is None else self.tokens_L.to(device)
-        moved = {name: getattr(self, name).to(device) for name in ("class_index_B", "states_LH", "lengths_B")}
+        tokens = None if self.tokens_L is None else self.tokens_L.to(device, non_blocking=True)
+        named = ("class_index_B", "states_LH", "lengths_B")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in named}
         return replace(self, tokens_L=tokens, **moved)
 
 
@@ -108,17 +118,88 @@ class FrozenBase:
             "precision": str(checkpoint.resolve_dtype(self.dtype)),
             "data": rows.fingerprint,
             "encoding": asdict(self.encode),
-            "code": code_version(),
-            "transformers": transformers.__version__,
+            "processor": self.processor_files,
+            "code": code_between().source,
+            "packages": code_between().packages,
             "batch_size": batch_size,
         }
 
+    @cached_property
+    def processor_files(self) -> str:
+        """Hash of what tells processor and backbone how to work: their settings, vocabulary and chat template."""
+        others = (checkpoint.CARD, "trainer_state.json")
+        files = [f for f in sorted(self.folder.iterdir()) if f.suffix in SETTINGS and f.name not in others]
+        backbone = Path(self.card["backbone"]) / "config.json"
+        return json_sha256([[f.name, file_sha256(f)] for f in (*files, *([backbone] if backbone.is_file() else []))])
+
+
+class Code(NamedTuple):
+    """What the way from a sample to its features is made of, as it is when this process first asks."""
+
+    source: str  # hash of our own code
+    packages: dict[str, str]  # versions
+
 
 @cache
-def code_version() -> str:
-    """Hash of the source of everything between a sample and its features, as it is when this process first asks."""
-    parts = (OmniSapiens, heads.masked_mean, Encoder, collate, extract)
-    return json_sha256([inspect.getsource(part) for part in parts])
+def code_between() -> Code:
+    """The code of every module that loading, encoding, padding and the model import, and the versions of packages.
+
+    Found from the imports, those within functions included. Comments and docstrings do not count. Of other packages
+    those count that a module imports beside numpy or torch: it may hand them a sample's numbers.
+    """
+    begin = [inspect.getmodule(part) for part in (load_batches, Encoder, collate, OmniSapiens)]
+    todo = [Path(inspect.getfile(module)) for module in begin if module is not None]
+    root = Path(inspect.getfile(hba)).parent
+    sources: dict[str, str] = {"extract": inspect.getsource(extract)}
+    packages: set[str] = set()
+    while todo:
+        file = todo.pop()
+        name = file.relative_to(root).as_posix()
+        if name in sources:
+            continue
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        names = _imported(tree)
+        outside = {each.partition(".")[0] for each in names} - {"hba"}
+        if outside & {"numpy", "torch"}:
+            packages |= outside
+        todo += [path for each in names if (path := _module_file(root, each)) is not None]
+        sources[name] = ast.dump(_without_docstrings(tree))
+    known = packages_distributions()
+    versions = {known[name][0]: version(known[name][0]) for name in sorted(packages) if name in known}
+    return Code(json_sha256(sources), versions)
+
+
+def _imported(tree: ast.Module) -> list[str]:
+    """The modules that a module imports, and names in them that may be modules; not those for type checkers."""
+    skipped = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
+    found: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import) and id(node) not in skipped:
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module is not None and id(node) not in skipped:
+            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return found
+
+
+def _module_file(root: Path, name: str) -> Path | None:
+    """The file of a module of ours, None for anything else."""
+    package, *parts = name.split(".")
+    if package != root.name:
+        return None
+    path = root.joinpath(*parts)
+    return next((file for file in (path / "__init__.py", path.with_suffix(".py")) if file.is_file()), None)
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, clean=False):
+            node.body = node.body[1:]
+    return tree
 
 
 @torch.no_grad()
@@ -141,70 +222,67 @@ def is_free_form(atlas: Atlas, dataset: str) -> bool:
 
 
 def features(
-    base: FrozenBase,
-    atlas: Atlas,
-    config: FeatureConfig,
-    progress: Callable[[int, int], None],
-    *,
-    rank: int = 0,
-    world: int = 1,
-    wait: Callable[[], None] = lambda: None,
+    base: FrozenBase, atlas: Atlas, config: FeatureConfig, progress: Callable[[int, int], None], ranks: Ranks
 ) -> dict[str, FeatureCache]:
-    """The cache of every dataset of `atlas`, filled where it is not. Each rank computes its share; `wait` joins them.
+    """The cache of every dataset of `atlas`, filled where it is not, by all ranks and whoever else shares the folder.
 
-    Raises StorageError when the folder cannot be written, InputError for a damaged shard.
+    `progress` is told of the rows that are done, as far as this rank knows, and of all. Raises StorageError when the
+    folder cannot be written, InputError for a damaged shard.
     """
     root = Path(config.folder) if config.folder is not None else base.path / "features"
-    views = {key: atlas.filter(datasets=[key]) for key in sorted({atlas.columns.datasets[c] for c in _codes(atlas)})}
-    folders = {key: root / atlas.split / key for key in views}
-    plans = {key: _shard_plan(view, config.batch_size) for key, view in views.items()}
-    total, done = len(atlas), 0
-    if rank == 0:
-        for key, view in views.items():
-            with locked_folder(folders[key]):
-                start_cache(folders[key], base.identity(view, config.batch_size))
-    wait()
-    for key, view in views.items():
-        todo = missing_shards(folders[key], len(plans[key]))
-        done += len(view) - sum(len(batch) for index in todo for batch in plans[key][index])
-        own = todo[rank::world]
-        for count in write_shards(folders[key], own, _computed(base, view, [plans[key][i] for i in own], config)):
-            done += count
-            progress(done, total)
-    wait()
-    return {key: FeatureCache(folders[key], len(plans[key])) for key in views}
+    datasets = sorted({atlas.columns.datasets[code] for code in set(atlas.columns.dataset_codes.tolist())})
+    views = {name: atlas.filter(datasets=[name]) for name in datasets}
+    folders = {name: root / atlas.split / name for name in datasets}
+    plans = {name: _shard_plan(view, config.batch_size) for name, view in views.items()}
+    keys: dict[str, str] = {}
+    if ranks.is_first:
+        for name, view in views.items():
+            with locked_folder(folders[name]):
+                keys[name] = start_cache(folders[name], base.identity(view, config.batch_size))
+    keys = ranks.told(keys)
 
-
-def _codes(atlas: Atlas) -> list[int]:
-    return sorted(set(atlas.columns.dataset_codes.tolist()))
+    done = 0
+    missing = [(name, index) for name in datasets for index in range(len(plans[name]))]
+    with ExitStack() as stack:
+        claims = {name: stack.enter_context(Claims(folders[name])) for name in datasets}
+        while missing:
+            elsewhere = []
+            for name, index in missing:
+                path = shard_path(folders[name], index)
+                if not path.is_file():
+                    if not claims[name].take(index):
+                        elsewhere.append((name, index))
+                        continue
+                    if not path.is_file():  # another may have finished it before the claim was free
+                        write_shard(path, _computed(base, views[name], plans[name][index], config), keys[name])
+                    claims[name].free(index)
+                done += sum(map(len, plans[name][index]))
+                progress(done, len(atlas))
+            if len(elsewhere) == len(missing):
+                time.sleep(POLL_SECONDS)
+            missing = elsewhere
+    return {name: FeatureCache(folders[name], len(plans[name]), keys[name]) for name in datasets}
 
 
 def _shard_plan(rows: Atlas, batch_size: int) -> list[list[Indices]]:
-    import numpy as np
-
+    """The batches of each shard. A small dataset has many small shards: it, too, is work for all ranks."""
     plan = evaluation_plan(rows, np.arange(len(rows)), batch_size)
-    return [plan[start : start + SHARD_BATCHES] for start in range(0, len(plan), SHARD_BATCHES)]
+    size = min(max(1, len(plan) // FEWEST_SHARDS), SHARD_BATCHES)
+    return [plan[start : start + size] for start in range(0, len(plan), size)]
 
 
-def _computed(
-    base: FrozenBase, rows: Atlas, shards: Sequence[list[Indices]], config: FeatureConfig
-) -> Iterator[Shard]:
-    if not shards:
-        return
+def _computed(base: FrozenBase, rows: Atlas, batches: Sequence[Indices], config: FeatureConfig) -> Shard:
     answers = is_free_form(rows, rows[0].dataset)
     encoder = Encoder(base.processor, base.encode, rows.taxonomy, answers=answers)
-    batches = load_batches(rows, encoder, [batch for shard in shards for batch in shard], config.loader)
-    numbers = {rows[i].id: int(number) for i, number in enumerate(rows.numbers)}
-    for shard in shards:
-        found: dict[int, Feature] = {}
-        quarantined: list[Quarantined] = []
-        for batch in islice(batches, len(shard)):
-            quarantined += batch.quarantined
-            computed = extract(base.model, batch.to(base.model.device)) if len(batch) else []
-            for sample, feature in zip(batch.samples, computed, strict=True):
-                tokens = None if feature.tokens_L is None else feature.tokens_L.cpu()
-                found[numbers[sample.id]] = Feature(feature.states_LH.cpu(), tokens)
-        yield Shard(found, quarantined)
+    found: dict[int, Feature] = {}
+    quarantined: list[Quarantined] = []
+    for batch in load_batches(rows, encoder, batches, config.loader):
+        quarantined += batch.quarantined
+        computed = extract(base.model, batch.to(base.model.device)) if len(batch) else []
+        for sample, feature in zip(batch.samples, computed, strict=True):
+            tokens = None if feature.tokens_L is None else feature.tokens_L.cpu()
+            found[sample.number] = Feature(feature.states_LH.cpu(), tokens)
+    return Shard(found, quarantined)
 
 
 def assemble(

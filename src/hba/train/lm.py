@@ -13,8 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from hba.atlas import Atlas, open_atlas
@@ -31,35 +29,30 @@ from hba.run import RunFolder
 from hba.train.config import LmConfig
 from hba.train.loop import Stage, Validation, run_training
 from hba.train.plan import training_plan
+from hba.train.ranks import Ranks
 from hba.train.state import Progress, latest
 
 
 def train_lm(config: LmConfig, run: RunFolder) -> Progress:
     """Run (or resume) it in `run`. Raises InputError for bad data or config, HbaError for a failing step."""
-    accelerator = start_accelerator(config.model.dtype)
+    ranks = Ranks(start_accelerator(config.model.dtype))
     prepare_process(config.train.seed)
     train, validation = (_rows(config, split) for split in (config.train_split, config.validation_split))
     run.record_data(data_record(config.atlas, train))
-    model = build_model(config, latest(run.checkpoints))
+    model = build_model(config, ranks.told(latest(run.checkpoints)))
     wording = FormatMix(config.formats, reasoning=config.reasoning, seed=config.train.seed)
     encoder = encoder_for(model.processor, config.encode, train.taxonomy, answers=True, wording=wording)
-    plan = training_plan(
-        train.columns,
-        train.estimated_tokens,
-        config.mix,
-        config.train,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-    )
+    how = (train.columns, train.estimated_tokens, config.mix, config.train)
+    plan = training_plan(*how, rank=ranks.rank, world=ranks.world)
     stage = Stage(
         model=model,
         loss=lm_loss,
         batches=lambda plan, start: load_batches(train, encoder, plan, config.loader, start=start),
-        validate=partial(validate_answers, model, validation, encoder, config, run, accelerator),
+        validate=partial(validate_answers, model, validation, encoder, config, run, ranks),
         save_model=partial(save_checkpoint, model, config),
         learning_rates={},
     )
-    return run_training(stage, plan, config.train, accelerator, run)
+    return run_training(stage, plan, config.train, ranks, run)
 
 
 def lm_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -99,21 +92,21 @@ def validate_answers(
     encoder: SampleEncoder,
     config: LmConfig,
     run: RunFolder,
-    accelerator: Accelerator,
+    ranks: Ranks,
 ) -> Validation:
     """Loss of the right responses and share of their tokens that greedy decoding would give, on the validation rows.
 
     The lowest loss chooses the best checkpoint. Every rank takes its share of the rows and gets the figures of all.
     Raises InputError when no row is left to score.
     """
-    rows = np.arange(len(atlas))[accelerator.process_index :: accelerator.num_processes]
+    rows = np.arange(len(atlas))[ranks.rank :: ranks.world]
     plan = evaluation_plan(atlas, rows, config.validation_batch_size)
     counts: list[tuple[float, int, int, int]] = []  # summed loss, rows, right tokens, tokens
     for batch in load_batches(atlas, encoder, plan, config.loader):
         run.quarantine.add_all(batch.quarantined)
         if len(batch):
-            counts.append(_score(model, batch.to(accelerator.device)))
-    done = gather_object(counts)
+            counts.append(_score(model, batch.to(ranks.device)))
+    done = ranks.gather(counts)
     if not done:
         fix = "Repair the media named in quarantine.jsonl."
         raise InputError(f"no sample of split {atlas.split!r} can be read", where=str(atlas.root), fix=fix)

@@ -3,8 +3,9 @@ logging, validation, checkpoints, resume) is here and the same for every stage.
 
 One optimizer step = `accumulation` batches, each shared out over the ranks; its loss is the sum over their samples
 divided by the number of samples of all ranks, so that accumulation, world size and uneven batches do not change the
-gradient. The run is a function of (config, data, seed): killed and resumed, on as many devices or on others, it gives
-the losses and weights of an uninterrupted one. Only dropout depends on the number of ranks.
+gradient. A rank may have none of them (see `ranks`); a step of which no sample can be read on any rank is skipped by
+all. The run is a function of (config, data, seed): killed and resumed, on as many devices or on others, it gives the
+losses and weights of an uninterrupted one. Only dropout depends on the number of ranks.
 """
 
 from __future__ import annotations
@@ -12,19 +13,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hba.atlas.sample import Quarantined, Sample
+from hba.atlas.sample import MediaSource, Quarantined, Sample
 from hba.atlas.sampler import Indices
 from hba.errors import ConfigError, HbaError
 from hba.run import RunFolder
@@ -32,14 +31,16 @@ from hba.train.config import TrainConfig
 from hba.train.display import TrainingDisplay
 from hba.train.optimizer_state import restore_optimizer
 from hba.train.plan import Plan, num_steps
-from hba.train.sharding import gathered, is_sharded, prepare_model
-from hba.train.state import Progress, latest, read_progress, save_state, settle
+from hba.train.ranks import Ranks, Turn
+from hba.train.sharding import gathered, prepare_model
+from hba.train.state import STOP, Progress, Saving, latest, read_progress, save_state, settle
 
 
 class Validation(NamedTuple):
-    """What a validation gives: the score that chooses the best checkpoint, and everything to log."""
+    """What a validation gives: the score that chooses the best checkpoint (None if no task has one), and everything to
+    log."""
 
-    score: float
+    score: float | None
     metrics: dict[str, Any]
 
 
@@ -109,35 +110,58 @@ def shown_peak(optimizer: torch.optim.Optimizer, config: TrainConfig) -> float:
     return config.learning_rate if config.learning_rate in peaks else max(peaks)
 
 
-def run_training(
-    stage: Stage[B], plan: Plan, config: TrainConfig, accelerator: Accelerator, run: RunFolder
-) -> Progress:
-    """Train `stage` over `plan`, resuming from the newest checkpoint of `run` if there is one."""
+def run_training(stage: Stage[B], plan: Plan, config: TrainConfig, ranks: Ranks, run: RunFolder) -> Progress:
+    """Train `stage` over `plan`, resuming from the newest checkpoint of `run` if there is one.
+
+    Raises StoppedError, after a checkpoint was written, when a signal asks a rank to stop.
+    """
     total = num_steps(plan, config)
-    model = prepare_model(
-        stage.model,
-        accelerator,
-        shard=config.sharding == "full",
-        checkpoint_activations=config.activation_checkpointing,
-    )
+    shard, recompute = config.sharding == "full", config.activation_checkpointing
+    model = prepare_model(stage.model, ranks.accelerator, shard=shard, checkpoint_activations=recompute)
     optimizer: torch.optim.Optimizer = build_optimizer(stage.model, config, stage.learning_rates)
-    progress = _resume(run, stage.model, optimizer, accelerator)
+    progress = _resume(run, stage.model, optimizer, ranks)
+    saved_step = progress.step
     batches = stage.batches(plan.micro_batches, plan.starts[progress.step])
-    with TrainingDisplay(run, total, progress, config, enabled=accelerator.is_main_process) as display:
+    saving = Saving(config.save_every)
+    with saving, TrainingDisplay(run, total, progress, config, enabled=ranks.is_first) as display:
         while progress.step < total:
             started = time.perf_counter()
-            rate = learning_rate_at(progress.step, total, config)
-            torch.manual_seed(step_seed(config.seed, progress.step, accelerator.process_index))
             micro_batches = list(islice(batches, plan.starts[progress.step + 1] - plan.starts[progress.step]))
-            loss, grad_norm, count = _step(stage, model, optimizer, micro_batches, rate, config, accelerator)
-            progress = replace(progress, step=progress.step + 1, samples_seen=progress.samples_seen + count)
-            for batch in micro_batches:
+            for batch in micro_batches:  # before anything that could fail: a resumed run shall know of them
                 run.quarantine.add_all(batch.quarantined)
-            seconds = time.perf_counter() - started
-            shown = rate * shown_peak(optimizer, config)
-            display.step(progress, loss=loss, grad_norm=grad_norm, learning_rate=shown, count=count, seconds=seconds)
+            met = ranks.meet([len(batch) for batch in micro_batches], saving.wish(progress.step))
+            if met.wish and progress.step > saved_step:
+                save_state(run.checkpoints, progress, stage.model, optimizer, stage.save_model, ranks)
+                saved_step = progress.step
+                saving.saved()
+            if met.wish == STOP:
+                raise saving.stopped(progress, total)
+
+            rate = learning_rate_at(progress.step, total, config)
+            torch.manual_seed(step_seed(config.seed, progress.step, ranks.rank))
+            loss, grad_norm, count = 0.0, 0.0, met.num_samples
+            if count:
+                turns = ranks.turns(micro_batches, met, model, portable)
+                loss, grad_norm = _step(stage, model, optimizer, turns, count, rate, config, ranks)
+            progress = replace(
+                progress,
+                step=progress.step + 1,
+                samples_seen=progress.samples_seen + count,
+                loss_sum=progress.loss_sum + loss * count,
+                loss_samples=progress.loss_samples + count,
+            )
+            seconds, shown = time.perf_counter() - started, rate * shown_peak(optimizer, config)
+            progress = display.step(progress, grad_norm=grad_norm, learning_rate=shown, count=count, seconds=seconds)
+
             if progress.step % config.validate_every == 0 or progress.step == total:
-                progress = _validate_and_save(stage, progress, optimizer, accelerator, run, display)
+                stage.model.eval()
+                with gathered(stage.model):
+                    validation = stage.validate()
+                display.validation(progress, validation.metrics)
+                progress = progress.validated(validation.score)
+                save_state(run.checkpoints, progress, stage.model, optimizer, stage.save_model, ranks)
+                saved_step = progress.step
+                saving.saved()
     return progress
 
 
@@ -145,35 +169,38 @@ def _step(
     stage: Stage[B],
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    micro_batches: Sequence[B],
+    turns: Sequence[Turn[B]],
+    count: int,
     rate: float,
     config: TrainConfig,
-    accelerator: Accelerator,
-) -> tuple[float, float, int]:
-    """One optimizer step. Returns the mean loss over all ranks, the gradient norm before clipping, and the samples."""
+    ranks: Ranks,
+) -> tuple[float, float]:
+    """One optimizer step over `count` samples of all ranks: the mean loss, and the gradient norm before clipping.
+
+    Raises HbaError on all ranks, before the optimizer moves, when one of the two is not finite.
+    """
     model.train()
-    count = _count_samples(micro_batches, accelerator)
-    full = [batch for batch in micro_batches if len(batch)]
-    if not count:
-        return math.nan, math.nan, 0
-    summed = torch.zeros((), device=accelerator.device)
-    for number, batch in enumerate(full, 1):
-        # A sharded model keeps its gradients sharded: it reduces them after every micro-batch.
-        with nullcontext() if number == len(full) or is_sharded(model) else accelerator.no_sync(model):
-            total = stage.loss(model, batch.to(accelerator.device))
-            _require_finite(total, "loss", [batch])
-            # Ranks average their gradients; times their number it is the sum that the mean over all samples needs.
-            accelerator.backward(total * accelerator.num_processes / count)
-            summed += total.detach()
-    grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-    grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
-    _require_finite(grad_norm, "gradient", micro_batches)
+    losses: list[Tensor] = []
+    for turn in turns:
+        loss = stage.loss(model, turn.batch.to(ranks.device)) * turn.weight
+        ranks.backward(loss / count, model)
+        losses.append(loss.detach())
+    ranks.add_up_gradients(model)
+    norm = ranks.accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    summed = ranks.total(torch.stack(losses).sum() if losses else torch.zeros((), device=ranks.device))
+    # The one place in a step where the host waits for the device.
+    mean, grad_norm = torch.stack([summed.float() / count, norm.float()]).tolist()
+    if not math.isfinite(mean):
+        wrong = [turn for turn, loss in zip(turns, losses, strict=True) if not bool(torch.isfinite(loss))]
+        raise _not_finite("loss", mean * count, wrong, ranks)
+    if not math.isfinite(grad_norm):
+        raise _not_finite("gradient", grad_norm, turns, ranks)
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    mean = float(accelerator.reduce(summed, reduction="sum")) / count
-    return mean, float(grad_norm), count
+    return mean, grad_norm
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
@@ -181,50 +208,27 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
 
 
-def _count_samples(micro_batches: Sequence[TrainBatch], accelerator: Accelerator) -> int:
-    """Samples of a step on all ranks. Raises HbaError on every rank when one has a batch to run that another has not.
-
-    Ranks exchange gradients and gather layers in every pass: one that has none to run would keep the others waiting.
-    """
-    own = torch.tensor([[len(batch) for batch in micro_batches]], device=accelerator.device)
-    counted_RM = accelerator.gather(own)
-    if bool(((counted_RM > 0) != (counted_RM[:1] > 0)).any()):
-        what = "every sample of one process's batch is quarantined, while other processes have samples"
-        raise HbaError(what, where="quarantine.jsonl", fix="Repair the media, or use larger batches.")
-    return int(counted_RM.sum())
+def portable(batch: B) -> B:
+    """A copy of a micro-batch for another rank: its samples without the atlas that their media lie in."""
+    nowhere = cast(MediaSource, None)  # whoever computes with a batch opens no medium
+    samples = tuple(replace(sample, source=nowhere, refused={}) for sample in batch.samples)
+    copied: B = replace(batch, samples=samples)  # type: ignore[type-var]
+    return copied
 
 
-def _require_finite(value: Tensor, name: str, batches: Sequence[TrainBatch]) -> None:
-    if not bool(torch.isfinite(value)):
-        ids = ", ".join(s.id for b in batches for s in b.samples)
-        fix = "Look at these samples; lower the learning rate; the last checkpoint is good."
-        raise HbaError(f"{name} is {float(value.detach())}", where=f"samples {ids}", fix=fix)
+def _not_finite(name: str, value: float, turns: Sequence[Turn[Any]], ranks: Ranks) -> HbaError:
+    """The error that names the samples of `turns` of all ranks; made by all of them together."""
+    ids = ranks.gather([sample.id for turn in turns if turn.weight for sample in turn.batch.samples])
+    fix = "Look at these samples; lower the learning rate; the last checkpoint is good."
+    return HbaError(f"{name} is {value}", where=f"samples {', '.join(ids)}", fix=fix)
 
 
-def _validate_and_save(
-    stage: Stage[Any],
-    progress: Progress,
-    optimizer: torch.optim.Optimizer,
-    accelerator: Accelerator,
-    run: RunFolder,
-    display: TrainingDisplay,
-) -> Progress:
-    stage.model.eval()
-    with gathered(stage.model):
-        validation = stage.validate()
-    display.validation(progress, validation.metrics)
-    if progress.best_score is None or validation.score > progress.best_score:
-        progress = replace(progress, best_step=progress.step, best_score=validation.score)
-    save_state(run.checkpoints, progress, stage.model, optimizer, stage.save_model, accelerator)
-    return progress
-
-
-def _resume(run: RunFolder, model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> Progress:
-    checkpoint = latest(run.checkpoints)
+def _resume(run: RunFolder, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> Progress:
+    checkpoint = ranks.told(latest(run.checkpoints))
     progress = Progress() if checkpoint is None else read_progress(checkpoint)
     if checkpoint is not None:
         restore_optimizer(checkpoint, model, optimizer)
-    if accelerator.is_main_process:
+    if ranks.is_first:
         run.truncate_log(progress.step)
         if checkpoint is not None:
             settle(run.checkpoints, progress)

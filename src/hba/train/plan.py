@@ -1,7 +1,8 @@
 """Which samples a rank trains on at which step: a pure function of (rows, mix, config, rank, number of ranks).
 
 Invariants: the samples of an optimizer step are the same for any number of ranks and any `device_batch_size`; every
-rank has as many micro-batches a step, none of them empty, and those at the same place have the same modalities.
+rank has as many micro-batches a step, and those at the same place have the same modalities. Where a batch has fewer
+samples than there are places for, some micro-batches are empty (see `ranks`): no number of rows or ranks is refused.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import numpy as np
 from hba.atlas.columns import Columns
 from hba.atlas.mixing import MixConfig, epoch_rows
 from hba.atlas.sampler import Indices, plan_batches
-from hba.errors import ConfigError
 
 if TYPE_CHECKING:
     from hba.train.config import TrainConfig
@@ -53,7 +53,7 @@ def training_plan(
     """This rank's share of the whole run, all epochs in a row. The batches are the same for any number of ranks.
 
     A batch has one modality signature, so that all ranks run the same layers at the same time; `groups_N` may divide
-    the rows further. Raises ConfigError for a batch of fewer samples than ranks.
+    the rows further.
     """
     codes_N = columns.signature_codes.astype(np.int64)
     if groups_N is not None:
@@ -64,11 +64,8 @@ def training_plan(
         codes_M, size = codes_N[rows], config.batch_size
         planned = plan_batches(codes_M, lengths_N[rows], batch_size=size, seed=config.seed, epoch=epoch)
         batches += [rows[batch] for batch in planned]
-    smallest = min(map(len, batches))
-    if smallest < world:
-        fix = "Use fewer processes or a batch size that does not leave so small a rest."
-        raise ConfigError(f"a batch of {smallest} samples cannot be split over {world} processes", fix=fix)
-    shares = [_share(batch, config.device_batch_size, rank, world) for batch in batches]
+    limit = config.device_batch_size
+    shares = [_share(batch, limit, (rank + number) % world, world) for number, batch in enumerate(batches)]
     ends = np.cumsum([len(share) for share in shares])
     starts = [0, *ends[config.accumulation - 1 :: config.accumulation].tolist()]
     if starts[-1] != ends[-1]:
@@ -76,7 +73,15 @@ def training_plan(
     return Plan([part for share in shares for part in share], starts)
 
 
-def _share(batch: Indices, limit: int | None, rank: int, world: int) -> list[Indices]:
-    """A rank's samples of a batch, in as many parts on every rank, none empty."""
-    parts = 1 if limit is None else min(-(-len(batch) // (world * limit)), len(batch) // world)
-    return [batch[start :: parts * world] for start in range(rank, parts * world, world)]
+def _share(batch: Indices, limit: int | None, place: int, world: int) -> list[Indices]:
+    """A rank's samples of a batch, in as many parts on every rank; a part may be empty.
+
+    A batch is sorted by length. It is cut into pieces that are dealt over the ranks in its order, so that a piece is
+    padded little and ranks run pieces of similar length at the same time. A rank's `place` changes from batch to batch:
+    no rank always has the longest pieces, or always those that a remainder leaves empty.
+    """
+    parts = 1 if limit is None else -(-len(batch) // (world * limit))
+    size, longer = divmod(len(batch), parts * world)  # so many pieces, the first ones, have one sample more
+    starts = [piece * size + min(piece, longer) for piece in range(place, parts * world, world)]
+    pieces = range(place, parts * world, world)
+    return [batch[start : start + size + (piece < longer)] for start, piece in zip(starts, pieces, strict=True)]

@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -32,6 +30,7 @@ from hba.train.config import FeatureConfig, QaConfig
 from hba.train.frozen import FeatureBatch, FrozenBase, cached_batches, features, streamed_batches
 from hba.train.loop import Stage, Validation, run_training
 from hba.train.plan import training_plan
+from hba.train.ranks import Ranks
 from hba.train.scores import exact, exact_matches, mean_over_tasks
 from hba.train.state import Progress, latest
 
@@ -41,33 +40,30 @@ BatchSource = Callable[[Sequence[Indices], int], Iterator[FeatureBatch]]
 
 def train_qa(config: QaConfig, run: RunFolder, progress: Progressed = lambda done, total: None) -> Progress:
     """Run (or resume) stage 2 in `run`. Raises InputError for bad data or config, HbaError for a failing step."""
-    accelerator = start_accelerator(config.dtype)
+    ranks = Ranks(start_accelerator(config.dtype))
     prepare_process(config.train.seed)
     train = free_form_rows(open_atlas(config.atlas, split=config.train_split), config.datasets)
-    held_out = open_atlas(config.atlas, split=config.validation_split, taxonomy=train.taxonomy)
-    validation = free_form_rows(held_out, config.datasets)
+    opened = open_atlas(config.atlas, split=config.validation_split, taxonomy=train.taxonomy)
+    validation = free_form_rows(opened, config.datasets)
     run.record_data(data_record(config.atlas, train))
     base = FrozenBase(config.base, dtype=config.dtype, attention=config.attention, taxonomy=train.taxonomy)
-    lm_head = build_lm_head(base, latest(run.checkpoints))
+    lm_head = build_lm_head(base, ranks.told(latest(run.checkpoints)))
     give, give_validation = (
-        batch_source(base, rows, config.features, progress, accelerator) for rows in (train, validation)
+        batch_source(base, rows, config.features, progress, ranks) for rows in (train, validation)
     )
-    rank, world = accelerator.process_index, accelerator.num_processes
-    plan = training_plan(
-        train.columns, train.estimated_tokens, config.mix, config.train, rank=rank, world=world
-    )
-    held_out_plan = evaluation_plan(validation, torch.arange(len(validation)).numpy(), config.features.batch_size)
+    how = (train.columns, train.estimated_tokens, config.mix, config.train)
+    plan = training_plan(*how, rank=ranks.rank, world=ranks.world)
+    held_out = evaluation_plan(validation, torch.arange(len(validation)).numpy(), config.features.batch_size)
+    own = held_out[ranks.rank :: ranks.world]
     stage = Stage(
         model=lm_head,
         loss=qa_loss,
         batches=give,
-        validate=partial(
-            validate_answers, lm_head, base, give_validation, held_out_plan[rank::world], validation, run, accelerator
-        ),
+        validate=partial(validate_answers, lm_head, base, give_validation, own, validation, run, ranks),
         save_model=partial(save_lm_head, base, lm_head),
         learning_rates={},
     )
-    return run_training(stage, plan, config.train, accelerator, run)
+    return run_training(stage, plan, config.train, ranks, run)
 
 
 def qa_loss(lm_head: nn.Module, batch: FeatureBatch) -> Tensor:
@@ -113,14 +109,13 @@ def save_lm_head(base: FrozenBase, lm_head: nn.Linear, folder: Path) -> None:
 
 
 def batch_source(
-    base: FrozenBase, rows: Atlas, config: FeatureConfig, progress: Progressed, accelerator: Accelerator
+    base: FrozenBase, rows: Atlas, config: FeatureConfig, progress: Progressed, ranks: Ranks
 ) -> BatchSource:
     """What gives the batches of a plan over `rows`: caches, filled here, or the backbone where nothing is kept."""
     if not config.cache:
         encoder = Encoder(base.processor, base.encode, rows.taxonomy, answers=True)
         return lambda plan, start: streamed_batches(rows, base, encoder, plan, config.loader, start)
-    rank, world = accelerator.process_index, accelerator.num_processes
-    caches = features(base, rows, config, progress, rank=rank, world=world, wait=accelerator.wait_for_everyone)
+    caches = features(base, rows, config, progress, ranks)
     return lambda plan, start: cached_batches(rows, caches, plan, {}, start)
 
 
@@ -131,7 +126,7 @@ def validate_answers(
     plan: list[Indices],
     rows: Atlas,
     run: RunFolder,
-    accelerator: Accelerator,
+    ranks: Ranks,
 ) -> Validation:
     """Exact match of greedy decoding on the validation rows, per task; their mean chooses the best checkpoint.
 
@@ -144,8 +139,8 @@ def validate_answers(
             run.quarantine.add_all(batch.quarantined)
             if not len(batch):
                 continue
-            moved = batch.to(accelerator.device)
+            moved = batch.to(ranks.device)
             logits_LV = lm_head(moved.states_LH.to(lm_head_dtype(lm_head)))
             right_B = exact(logits_LV, answer_tokens(moved), moved.lengths_B, banned)
             said += zip([sample.dataset for sample in batch.samples], right_B, strict=True)
-    return mean_over_tasks(exact_matches(rows, gather_object(said)), rows)
+    return mean_over_tasks(exact_matches(rows, ranks.gather(said)), rows)

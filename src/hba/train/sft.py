@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -36,35 +34,36 @@ from hba.train.config import SftConfig
 from hba.train.domains import after_sft
 from hba.train.loop import Stage, Validation, run_training
 from hba.train.plan import planned_rows, training_plan
+from hba.train.ranks import Ranks
 from hba.train.state import Progress, latest
 
 
 def train_sft(config: SftConfig, run: RunFolder) -> Progress:
     """Run (or resume) stage 1 in `run`. Raises InputError for bad data or config, HbaError for a failing step."""
-    accelerator = start_accelerator(config.model.dtype)
+    ranks = Ranks(start_accelerator(config.model.dtype))
     prepare_process(config.train.seed)
     train = training_rows(open_atlas(config.atlas, split=config.train_split), config)
     taxonomy = train.taxonomy
     held_out = open_atlas(config.atlas, split=config.validation_split, taxonomy=taxonomy)
     validation = classification_rows(held_out, config.datasets)
     run.record_data(data_record(config.atlas, train))
-    model = build_model(config, latest(run.checkpoints), taxonomy)
+    model = build_model(config, ranks.told(latest(run.checkpoints)), taxonomy)
     encoder = Encoder(model.processor, config.encode, taxonomy)
     how = (train.columns, train.estimated_tokens, config.mix, config.train)
     domains = after_sft(train, planned_rows(*how), config.model.name)
     options: dict[str, Any] = {"batch_size": config.validation_batch_size, "loader": config.loader}
     backend = HeadsBackend(model, encoder, domains=domains, **options)
     train_encoder = Encoder(model.processor, config.encode, taxonomy, answers=config.answer_weight > 0)
-    plan = training_plan(*how, rank=accelerator.process_index, world=accelerator.num_processes)
+    plan = training_plan(*how, rank=ranks.rank, world=ranks.world)
     stage = Stage(
         model=model,
         loss=partial(sft_loss, answer_weight=config.answer_weight),
         batches=lambda plan, start: load_batches(train, train_encoder, plan, config.loader, start=start),
-        validate=partial(validate_heads, backend, validation, run, accelerator),
+        validate=partial(validate_heads, backend, validation, run, ranks),
         save_model=partial(save_checkpoint, model, config, domains),
         learning_rates={},
     )
-    return run_training(stage, plan, config.train, accelerator, run)
+    return run_training(stage, plan, config.train, ranks, run)
 
 
 def sft_loss(model: nn.Module, batch: Batch, *, answer_weight: float) -> Tensor:
@@ -109,20 +108,20 @@ def save_checkpoint(model: OmniSapiens, config: SftConfig, domains: list[str] | 
     )
 
 
-def validate_heads(backend: HeadsBackend, atlas: Atlas, run: RunFolder, accelerator: Accelerator) -> Validation:
+def validate_heads(backend: HeadsBackend, atlas: Atlas, run: RunFolder, ranks: Ranks) -> Validation:
     """The published metrics of the trained heads on the validation rows; their mean over tasks chooses the checkpoint.
 
     Every rank answers its share of the rows and gets the score of all. Samples that cannot be read go into the run's
     quarantine. Raises InputError when none is left to score.
     """
-    own = answerable(atlas, backend)[accelerator.process_index :: accelerator.num_processes]
+    own = answerable(atlas, backend)[ranks.rank :: ranks.world]
     said: list[tuple[str | None, str, str]] = []
     for step in predict(atlas, own, backend):
         if isinstance(step, Prediction):
             said.append((step.label, step.target, step.dataset))
         else:
             run.quarantine.add(step)
-    done = gather_object(said)
+    done = ranks.gather(said)
     if not done:
         fix = "Repair the media named in quarantine.jsonl."
         raise InputError(f"no sample of split {atlas.split!r} can be read", where=str(atlas.root), fix=fix)

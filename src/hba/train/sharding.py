@@ -1,4 +1,4 @@
-"""One model over many processes: each holds all of it (DDP), or a part of every parameter (FSDP2).
+"""One model over many processes: each holds all of it, or a part of every parameter (FSDP2).
 
 A sharded model gathers one layer at a time while it computes. Training batches run the same layers on every rank (one
 modality signature each), so that all ranks gather together; validation and saving do not, hence two contexts:
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -26,17 +26,23 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 def prepare_model(
     model: nn.Module, accelerator: Accelerator, *, shard: bool, checkpoint_activations: bool
 ) -> nn.Module:
-    """`model` on this process's device, in autocast where precision is mixed, over all processes if there are several.
+    """`model` on this process's device, in autocast where precision is mixed; with `shard` over all processes.
 
-    The optimizer is built after this: sharding replaces the parameters. `checkpoint_activations` computes the layers of
-    transformers models again in the backward pass instead of keeping what they computed.
+    A model that each process holds whole is not wrapped: nothing of it waits for another process, and `Ranks` adds up
+    the gradients. The optimizer is built after this: sharding replaces the parameters. `checkpoint_activations`
+    computes the layers of transformers models again in the backward pass instead of keeping what they computed.
     """
     if checkpoint_activations:
         for module in model.modules():
             if isinstance(module, PreTrainedModel) and module.supports_gradient_checkpointing:
                 module.gradient_checkpointing_enable({"use_reentrant": False})
+    # "Evaluation" is Accelerate's word for: device and autocast alone, without DDP.
     if not shard or accelerator.num_processes == 1:
-        prepared: nn.Module = accelerator.prepare_model(model)
+        prepared: nn.Module = accelerator.prepare_model(model, evaluation_mode=True)
+        if accelerator.num_processes > 1:  # built alike from one seed; that they are the same is not left to that
+            for parameter in prepared.parameters():
+                if parameter.requires_grad:
+                    distributed.broadcast(parameter.data, src=0)
         return prepared
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for module in model.modules():
@@ -45,7 +51,7 @@ def prepare_model(
     fully_shard(model, mesh=mesh)
     # RL's first pass is a generation: the layers would take themselves for whole models, each for one of its own.
     register_fsdp_forward_method(model, "generate")
-    sharded: nn.Module = accelerator.prepare_model(model, evaluation_mode=True)  # device and autocast, without DDP
+    sharded: nn.Module = accelerator.prepare_model(model, evaluation_mode=True)
     return sharded
 
 
