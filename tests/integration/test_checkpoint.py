@@ -1,6 +1,7 @@
 """Checkpoints come back as they were saved, whatever was trained."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hba.atlas.batch import Encoder, collate
 from hba.atlas.config import EncodeConfig
 from hba.config import load_config
 from hba.errors import ConfigError, InputError
-from hba.model import OmniSapiens, checkpoint
+from hba.model import OmniSapiens, chat, checkpoint
 from hba.model.config import ModelConfig
 from hba.model.omni import apply_strategy
 from hba.train.config import SftConfig
@@ -85,6 +86,84 @@ def test_a_cut_checkpoint_is_named(backbone, tmp_path, file, message):
     (tmp_path / "ck" / file).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match=message):
         OmniSapiens.from_pretrained(tmp_path / "ck")
+
+
+def old(folder, backbone):
+    """Let a checkpoint's card name its backbone as it was typed."""
+    card = json.loads((folder / "hba.json").read_text())
+    (folder / "hba.json").write_text(json.dumps({**card, "backbone": backbone}))
+
+
+def test_a_checkpoint_opens_from_any_folder(backbone, tmp_path, monkeypatch):
+    """Those of older versions, too, where what they name lies below a folder that they lie below."""
+    shutil.copytree(backbone, tmp_path / "models" / "tiny")
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "sft" / "checkpoints" / "step_1"
+    name = chat.backbone_of("models/tiny")
+    checkpoint.save(trained("models/tiny", "lora"), folder, backbone=name, strategy="lora", encode=ENCODE)
+    assert checkpoint.read_card(folder)["backbone"] == str(tmp_path / "models" / "tiny")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    hashes = checkpoint.backbone_hashes(folder)
+    for card in (name, "models/tiny"):
+        old(folder, card)
+        assert OmniSapiens.from_pretrained(folder) and chat.load(folder)
+        assert checkpoint.backbone_hashes(folder) == hashes
+        checkpoint.link(folder, tmp_path / card.replace("/", "-") / "later", speaks=True)
+        assert checkpoint.read_card(tmp_path / card.replace("/", "-") / "later")["backbone"] == name
+
+
+@pytest.mark.parametrize("load", [OmniSapiens.from_pretrained, chat.load])
+@pytest.mark.parametrize("name", ["/nowhere/models/tiny", "nowhere/models/tiny/7", "models/tiny"])
+def test_a_backbone_that_is_gone_is_named_with_the_places_where_it_was_looked_for(
+    backbone, tmp_path, monkeypatch, name, load
+):
+    folder = tmp_path / "runs" / "step_1"
+    checkpoint.save(trained(backbone, "heads"), folder, backbone=str(backbone), strategy="heads", encode=ENCODE)
+    old(folder, name)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"the backbone of this checkpoint is gone: no folder") as refused:
+        load(folder)
+    places = [name] if name.startswith("/") else [str(tmp_path / name), str(tmp_path / "runs" / name)]
+    assert all(place in str(refused.value) for place in places)
+    assert "hba.json" in str(refused.value)
+
+
+def test_a_folder_beside_the_run_is_no_id_of_the_hub(backbone, tmp_path):
+    assert checkpoint.place_of("Qwen/Qwen2.5-Omni-7B") == "Qwen/Qwen2.5-Omni-7B"
+    folder = tmp_path / "step_1"
+    checkpoint.save(trained(backbone, "heads"), folder, backbone="Qwen/Omni", strategy="heads", encode=ENCODE)
+    assert checkpoint.base_of(folder) == "Qwen/Omni"
+
+
+# --- LoRA that goes on -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "fix"),
+    [({"lora_r": 8}, "model.lora_r=4"), ({"lora_alpha": 8}, "model.lora_alpha=64"), ({}, "model.lora_r=4")],
+)
+def test_lora_of_another_rank_or_alpha_is_refused_with_what_to_type(backbone, tmp_path, change, fix):
+    checkpoint.save(trained(backbone, "lora"), tmp_path, backbone=str(backbone), strategy="lora", encode=ENCODE)
+    wanted = {"lora_r": 4, "lora_alpha": 64, **change} if change else {}
+    config = ModelConfig(name=str(tmp_path), **wanted)
+    whole, words = OmniSapiens.from_pretrained(tmp_path), chat.load(tmp_path)
+    for model, prepare in ((whole, apply_strategy), (words, chat.prepare)):
+        with pytest.raises(ConfigError, match=r"LoRA layers of rank 4 and alpha 64, the config asks for") as refused:
+            prepare(model, config)
+        assert fix in refused.value.fix and "hba merge" in refused.value.fix
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_dropout_of_the_config_is_that_of_lora_which_goes_on(backbone, batch, tmp_path, dropout):
+    kept = {"backbone": str(backbone), "strategy": "lora", "encode": ENCODE}
+    checkpoint.save(trained(backbone, "lora"), tmp_path / "a", **kept)
+    config = ModelConfig(name=str(tmp_path), lora_r=4, lora_dropout=dropout)
+    model = apply_strategy(OmniSapiens.from_pretrained(tmp_path / "a"), config).train()
+    first, second = (model(batch).pooled_BH for _ in range(2))
+    assert torch.equal(first, second) == (dropout == 0)
+    checkpoint.save(model, tmp_path / "b", **kept)
+    assert json.loads((tmp_path / "b" / "adapter_config.json").read_text())["lora_dropout"] == dropout
 
 
 @pytest.mark.parametrize(

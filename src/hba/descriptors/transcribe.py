@@ -35,16 +35,22 @@ class Transcriber:
 
     def __init__(self, model: str) -> None:
         import torch
-        from transformers import pipeline
+        import transformers
+        from transformers import AutoConfig, pipeline
         from transformers.utils import logging
+
+        from hba.model.weights import require_whole, without_load_reports
 
         logging.disable_progress_bar()  # it would mix with the command's own
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.float16 if device == "cuda" else torch.float32
         try:
-            self._pipeline: Any = pipeline("automatic-speech-recognition", model=model, device=device, dtype=dtype)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+            written = (AutoConfig.from_pretrained(model).architectures or [""])[0]
+            require_whole(model, getattr(transformers, written))
+            with without_load_reports():
+                self._pipeline: Any = pipeline("automatic-speech-recognition", model=model, device=device, dtype=dtype)
+        except (OSError, ValueError, KeyError, ImportError, AttributeError, InputError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             fix = "Name a folder or a hub id of a speech recognition model, such as openai/whisper-large-v3."
             raise InputError(f"cannot load a recognition model ({reason})", where=model, fix=fix) from None

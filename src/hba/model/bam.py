@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hba.descriptors.pooled import DescriptorConfig
 from hba.errors import InputError
+from hba.model.weights import read_tensors
 from hba.storage import read_json, write_json
 
 FOLDER = "bam"
@@ -184,10 +184,12 @@ def load_bam(folder: Path, hidden_size: int) -> Bam | None:
     bam = Bam(specs, hidden_size)
     for spec in specs:
         file, adapters = folder / FOLDER / f"{spec.dataset}.safetensors", bam.adapters(spec.dataset)
-        buffers = dict(adapters.named_buffers())
+        fix = "Use another checkpoint, or train again."
+        tensors, measured = read_tensors(file, "the adapters", fix), dict(adapters.named_buffers())
         try:
-            adapters.load_state_dict(buffers | load_file(file))
-        except (OSError, SafetensorError, RuntimeError) as error:
-            what = f"cannot load the adapters ({str(error).splitlines()[0]})"
-            raise InputError(what, where=str(file), fix="Use another checkpoint, or train again.") from error
+            # All of a released file's are absent; a part of them is a file that is not whole.
+            adapters.load_state_dict(tensors if measured.keys() & tensors.keys() else measured | tensors)
+        except RuntimeError as error:
+            what = f"cannot load the adapters ({' '.join(str(error).split())})"
+            raise InputError(what, where=str(file), fix=fix) from error
     return bam

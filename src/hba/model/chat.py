@@ -96,13 +96,11 @@ def load(path: str | Path, *, dtype: str = "auto", attention: str = "sdpa") -> C
     if folder is None:
         name, adapter = str(path), None
     else:
-        card = checkpoint.read_card(folder)
-        name = str(folder) if card["strategy"] == "full" else card["backbone"]
-        adapter = str(folder) if card["strategy"] == "lora" else None
-    transformer = checkpoint.pretrained(_model_class(name), name, dtype, attention)
-    if adapter is not None:
-        transformer.load_adapter(adapter)
-    return ChatModel(transformer, _processor(str(folder or path)))
+        name = checkpoint.base_of(folder)
+        checkpoint.require_config(folder, name)
+        adapter = folder if checkpoint.read_card(folder)["strategy"] == "lora" else None
+    transformer = checkpoint.pretrained(model_class(name), name, dtype, attention, adapter=adapter, what="the model")
+    return ChatModel(transformer, load_processor(str(folder or path)))
 
 
 def save(model: ChatModel, folder: Path, *, backbone: str, strategy: Strategy, encode: EncodeConfig) -> None:
@@ -126,10 +124,7 @@ def save(model: ChatModel, folder: Path, *, backbone: str, strategy: Strategy, e
 def backbone_of(path: str) -> str:
     """The model that an adapter trained from `path` stands on: that of its card, where it has one."""
     folder = checkpoint.resolve(path)
-    if folder is None:
-        return path
-    card = checkpoint.read_card(folder)
-    return str(folder) if card["strategy"] == "full" else str(card["backbone"])
+    return checkpoint.place_of(path if folder is None else checkpoint.base_of(folder))
 
 
 def prepare(model: ChatModel, config: ModelConfig) -> ChatModel:
@@ -139,12 +134,11 @@ def prepare(model: ChatModel, config: ModelConfig) -> ChatModel:
     """
     if config.strategy == "heads":
         raise ConfigError("a chat model has no heads to train", where="model.strategy", fix="Use lora or full.")
-    if has_lora(model.transformer):
+    if config.strategy == "full" and has_lora(model.transformer):
         rank = next(iter(model.transformer.peft_config.values())).r
-        if config.strategy == "full" or rank != config.lora_r:
-            found = f"the model has LoRA layers of rank {rank}, which strategy {config.strategy} cannot train"
-            fix = f"Merge it first, or use model.strategy=lora and model.lora_r={rank}."
-            raise ConfigError(found, where="model", fix=fix)
+        fix = f"Merge it first (hba merge), or use model.strategy=lora and model.lora_r={rank}."
+        found = f"the model has LoRA layers of rank {rank}, which strategy full cannot train"
+        raise ConfigError(found, where="model", fix=fix)
     adapts = config.strategy == "lora" and not has_lora(model.transformer)
     choose_trained(model.transformer, config, lora_targets(model.transformer) if adapts else "")
     return model
@@ -166,26 +160,23 @@ def lora_targets(transformer: Any) -> str:
     return rf"{re.escape(start)}\d+\.({'|'.join(map(re.escape, kinds))})"
 
 
-def _model_class(name: str) -> Any:
+def model_class(name: str | Path) -> Any:
+    """The class of transformers for the chat model in a folder or on the hub. Raises InputError when there is none."""
     import transformers
-    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        fix = "Check the name; a hub model needs a network or a filled cache."
-        raise InputError(f"cannot load the model ({str(error).splitlines()[0]})", where=name, fix=fix) from error
+    config = checkpoint.read_config(name, what="the model")
     kind = config.model_type
     written = (getattr(config, "architectures", None) or [""])[0]
     known = THINKERS.get(kind) or MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(kind) or written
     if not isinstance(known, str) or not hasattr(transformers, known):
         found = f"no chat model of type {kind!r} in transformers {transformers.__version__}"
-        raise InputError(found, where=name, fix="Use a model that transformers knows; code of models is not run.")
+        raise InputError(found, where=str(name), fix="Use a model that transformers knows; code of models is not run.")
     return getattr(transformers, known)
 
 
-def _processor(name: str) -> Any:
+def load_processor(name: str) -> Any:
+    """The processor of a chat model. Raises InputError when it cannot be loaded or has no chat template."""
     from transformers import AutoProcessor
 
     try:

@@ -18,17 +18,18 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from hba.atlas.config import EncodeConfig
-from hba.atlas.hub_id import parse_hub_id
+from hba.atlas.hub_id import hub_id_of, parse_hub_id
 from hba.errors import InputError
 from hba.model.bam import FOLDER, load_bam, save_bam
-from hba.model.config import Strategy
+from hba.model.config import Strategy, computes_bfloat16
 from hba.model.heads import DomainHeads
 from hba.model.names import require_place
 from hba.model.omni import OmniSapiens
+from hba.model.weights import Fit, Weights, fit, read_header, read_tensors, skeleton, some, without_load_reports
 from hba.storage import file_sha256, json_sha256, read_json, write_json
 from hba.taxonomy import BUILTIN, Taxonomy
 
@@ -36,7 +37,9 @@ FORMAT = 1
 CARD = "hba.json"
 HEADS, LM_HEAD = "heads.safetensors", "lm_head.safetensors"
 _STATE_OF_TRAINING = ("optimizer", "trainer_state")  # files of a run's checkpoint that are none of its model
+ADAPTER = "adapter_model.safetensors"
 _DAMAGED = "Use another checkpoint of the run, or train again."
+_OTHER_BACKBONE = f"Check that {CARD} names the backbone that it was trained on. {_DAMAGED}"
 
 
 def save(
@@ -100,7 +103,9 @@ def link(base: Path, folder: Path, *, without: Sequence[str] = (), **changes: An
             os.link(file, folder / name)
         except OSError:
             shutil.copyfile(file, folder / name)
-    write_json(folder / CARD, {**read_card(base), **changes})
+    card = read_card(base)
+    backbone = card["backbone"] if card["strategy"] == "full" else place_of(base_of(base))
+    write_json(folder / CARD, {**card, "backbone": backbone, **changes})
 
 
 def trained_hash(folder: Path) -> str:
@@ -120,13 +125,13 @@ def backbone_hashes(folder: Path) -> dict[str, str]:
     found = {f.name: file_sha256(f) for f in folder.glob("*.safetensors") if not f.name.startswith(others)}
     if card["strategy"] == "full":
         return found
-    backbone = Path(card["backbone"])
-    if backbone.is_dir():
-        return found | {f"backbone/{f.name}": file_sha256(f) for f in backbone.glob("*.safetensors")}
+    base = base_of(folder)
+    if Path(base).is_dir():
+        return found | {f"backbone/{f.name}": file_sha256(f) for f in Path(base).glob("*.safetensors")}
     from huggingface_hub import try_to_load_from_cache
 
-    cached = try_to_load_from_cache(card["backbone"], "config.json")
-    return found | {"backbone": f"{card['backbone']}@{Path(cached).parent.name if isinstance(cached, str) else None}"}
+    cached = try_to_load_from_cache(base, "config.json")
+    return found | {"backbone": f"{base}@{Path(cached).parent.name if isinstance(cached, str) else None}"}
 
 
 def load(
@@ -139,45 +144,50 @@ def load(
     """
     folder = resolve(path)
     if folder is None:
-        thinker, processor = _backbone(str(path), dtype, attention), load_processor(path)
+        thinker, processor = _thinker(str(path), dtype, attention), load_processor(path)
         hidden = int(thinker.config.get_text_config().hidden_size)
         return OmniSapiens(thinker, DomainHeads.for_taxonomy(hidden, taxonomy), processor)
-    card = read_card(folder)
-    whole = card["strategy"] == "full"
-    thinker = _backbone(str(folder) if whole else card["backbone"], dtype, attention)
-    if card["strategy"] == "lora":
-        thinker.load_adapter(str(folder))
+    card, base = read_card(folder), base_of(folder)
+    require_config(folder, base)
+    adapter = folder if card["strategy"] == "lora" else None
+    thinker = _thinker(base, dtype, attention, adapter)
     hidden = int(thinker.config.get_text_config().hidden_size)
     if card["columns"] is None:  # generative training leaves no heads that would fit
         return OmniSapiens(thinker, DomainHeads.for_taxonomy(hidden, taxonomy), load_processor(folder))
-    model = OmniSapiens(thinker, load_heads(folder), load_processor(folder), load_bam(folder, hidden))
+    heads = load_heads(folder)
+    if heads.hidden_size != hidden:
+        what = f"the heads read states of {heads.hidden_size} numbers, the backbone {base} gives {hidden}"
+        raise InputError(what, where=str(folder / HEADS), fix=_OTHER_BACKBONE)
+    model = OmniSapiens(thinker, heads, load_processor(folder), load_bam(folder, hidden))
     model.speaks = bool(card.get("speaks", False))
     if (folder / LM_HEAD).is_file():
         model.own_lm_head = True
         model.untie_lm_head()
-        model.thinker.lm_head.load_state_dict(_tensors(folder / LM_HEAD))
+        weight_VH = load_lm_head(folder, model.thinker.lm_head.weight.shape)
+        model.thinker.lm_head.load_state_dict({"weight": weight_VH})
     return model
 
 
 def load_heads(folder: Path) -> DomainHeads:
-    """The heads of a checkpoint folder alone. Raises InputError when they are damaged."""
-    tensors, columns = _tensors(folder / HEADS), read_card(folder)["columns"]
+    """The heads of a checkpoint folder alone. Raises InputError when they are damaged or others than its card names."""
+    tensors, columns = read_tensors(folder / HEADS, "the heads", _DAMAGED), read_card(folder)["columns"]
     try:
         heads = DomainHeads(tensors[f"linear.{next(iter(columns))}.weight"].shape[1], columns)
         heads.load_state_dict(tensors)
-    except (RuntimeError, KeyError) as error:
-        what = f"cannot load the heads ({str(error).splitlines()[0]})"
+    except (RuntimeError, KeyError, IndexError) as error:
+        what = f"cannot load the heads ({' '.join(str(error).split())})"
         raise InputError(what, where=str(folder / HEADS), fix=_DAMAGED) from error
     return heads
 
 
-def _tensors(file: Path) -> dict[str, Tensor]:
-    try:
-        tensors: dict[str, Tensor] = load_file(file)
-    except (OSError, SafetensorError) as error:
-        what = f"cannot load the {file.stem} ({str(error).splitlines()[0]})"
-        raise InputError(what, where=str(file), fix=_DAMAGED) from error
-    return tensors
+def load_lm_head(folder: Path, shape: Sequence[int]) -> Tensor:
+    """The weights [V, H] of `lm_head.safetensors`. Raises InputError when it is damaged or of another shape."""
+    tensors = read_tensors(folder / LM_HEAD, "the lm_head", _DAMAGED)
+    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    if found != {"weight": list(shape)} or not tensors["weight"].is_floating_point():
+        what = f"cannot load the lm_head: expected weight {list(shape)}, found {found}"
+        raise InputError(what, where=str(folder / LM_HEAD), fix=_DAMAGED)
+    return tensors["weight"]
 
 
 def resolve(path: str | Path) -> Path | None:
@@ -219,31 +229,171 @@ def encode_config(path: str | Path) -> EncodeConfig | None:
 
 
 def resolve_dtype(dtype: str) -> torch.dtype:
-    """The torch dtype of a config value; auto is bfloat16 on GPUs that have it, else float32."""
+    """The torch dtype of a config value; auto is bfloat16 on GPUs that compute in it, else float32."""
     if dtype == "auto":
-        dtype = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+        capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+        dtype = "bfloat16" if computes_bfloat16(capability) else "float32"
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if dtype not in known:
         raise InputError(f"unknown dtype {dtype!r}", fix=f"Known: auto, {', '.join(known)}.")
     return known[dtype]
 
 
-def _backbone(name: str, dtype: str, attention: str) -> Any:
+def base_of(folder: Path) -> str:
+    """The folder or hub id whose weights a checkpoint stands on: its own, where everything was trained.
+
+    Raises InputError for a folder that is gone, naming where it was looked for.
+    """
+    card = read_card(folder)
+    if card["strategy"] == "full":
+        return str(folder)
+    name = str(card["backbone"])
+    # Checkpoints of older versions have the path as it was typed, relative to where training was started.
+    looked = [Path(name)] if Path(name).is_absolute() else [Path(name), *(p / name for p in folder.absolute().parents)]
+    found = next((place for place in looked if place.is_dir()), None)
+    if found is not None:
+        return str(found.absolute())
+    if Path(name).is_absolute() or hub_id_of(name) is None:
+        raise _gone(folder, looked)
+    return name
+
+
+def require_config(folder: Path, base: str) -> None:
+    """Raise InputError when the checkpoint `folder` stands on a model `base` of the hub that cannot be had.
+
+    It may have been the path of a folder that is gone: both are said.
+    """
+    if not Path(base).is_dir():
+        try:
+            read_config(base)
+        except InputError as error:
+            raise _gone(folder, [Path(base), *(p / base for p in folder.absolute().parents)], error.what) from error
+
+
+def _gone(folder: Path, looked: Sequence[Path], hub: str = "") -> InputError:
+    places = some([str(place.absolute()) for place in looked])
+    fix = f"Put it back, or write where it is now as `backbone` of {folder / CARD}."
+    what = f"the backbone of this checkpoint is gone: no folder {places}"
+    return InputError(f"{what}; on the hub: {hub}" if hub else what, where=str(folder), fix=fix)
+
+
+def place_of(name: str) -> str:
+    """A model's name as a checkpoint keeps it: that of a folder whole, so that it is found from anywhere."""
+    return str(Path(name).absolute()) if Path(name).is_dir() else name
+
+
+def thinker_class() -> Any:
+    """transformers' class of the backbone."""
     from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
-    return pretrained(Qwen2_5OmniThinkerForConditionalGeneration, name, dtype, attention)
+    return Qwen2_5OmniThinkerForConditionalGeneration
 
 
-def pretrained(model_class: Any, name: str, dtype: str, attention: str) -> Any:
-    """A transformers model from a folder or the hub. Raises InputError when it cannot be loaded."""
+def read_config(name: str | Path, *, what: str = "backbone") -> Any:
+    """The config of a model of transformers, called `what` in errors. Raises InputError when there is none."""
+    from transformers import AutoConfig
+
     try:
-        return model_class.from_pretrained(name, dtype=resolve_dtype(dtype), attn_implementation=attention)
-    except (OSError, SafetensorError) as error:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
         fix = "Check the name; a hub model needs a network or a filled cache."
-        raise InputError(f"cannot load backbone ({str(error).splitlines()[0]})", where=name, fix=fix) from error
+        raise InputError(f"cannot load {what} ({str(error).splitlines()[0]})", where=str(name), fix=fix) from error
+
+
+def is_thinker(config: Any) -> bool:
+    """Whether `config` is of a Qwen2.5-Omni, or of its thinker."""
+    return str(config.model_type) in ("qwen2_5_omni", "qwen2_5_omni_thinker")
+
+
+def read_thinker_config(name: str | Path) -> Any:
+    """The config of the thinker in the folder or hub model `name`. Raises InputError for a model of another type."""
+    config = read_config(name)
+    if not is_thinker(config):
+        fix = "Heads stand on a Qwen2.5-Omni; `hba train lm`, `hba train rl` and --backend hf take other chat models."
+        raise InputError(f"is a model of type {config.model_type}, not a Qwen2.5-Omni", where=str(name), fix=fix)
+    return getattr(config, "thinker_config", config)
+
+
+def fit_thinker(name: str | Path) -> Fit:
+    """Where the files of the folder or hub model `name` hold the thinker's weights. Raises InputError as `fit` does."""
+    return _fit_named(str(name), skeleton(thinker_class(), read_thinker_config(name)), "backbone")
+
+
+def _thinker(name: str, dtype: str, attention: str, adapter: Path | None = None) -> Any:
+    read_thinker_config(name)
+    return pretrained(thinker_class(), name, dtype, attention, adapter=adapter)
+
+
+def pretrained(
+    model_class: Any, name: str, dtype: str, attention: str, *, adapter: Path | None = None, what: str = "backbone"
+) -> Any:
+    """A transformers model from a folder or the hub, with the LoRA layers of the checkpoint `adapter`.
+
+    Raises InputError when its files do not hold the weights of the class, all of them and no others; before it is
+    built, but for quantised models, of which transformers alone knows the names. `what` is what errors call it.
+    """
+    try:
+        config = model_class.config_class.from_pretrained(name)
+        if getattr(config, "quantization_config", None) is None:
+            bare = skeleton(model_class, config)
+            _fit_named(name, bare, what)
+            if adapter is not None:
+                load_adapter(bare, adapter)
+        options = {"dtype": resolve_dtype(dtype), "attn_implementation": attention, "use_safetensors": True}
+        with without_load_reports():
+            model, info = model_class.from_pretrained(name, **options, output_loading_info=True)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        fix = "Check the name; a hub model needs a network or a filled cache."
+        raise InputError(f"cannot load {what} ({str(error).splitlines()[0]})", where=name, fix=fix) from error
     except ImportError as error:
         fix = "Install it, or use model.attention=sdpa."
         raise InputError(f"{attention} is not installed ({str(error).splitlines()[0]})", where=name, fix=fix) from error
+    if info["missing_keys"]:
+        found = f"{len(info['missing_keys'])} weights are missing: {some(sorted(info['missing_keys']))}"
+        raise InputError(f"cannot load {what}: {found}", where=name, fix="Its files are not whole: download it again.")
+    if adapter is not None:
+        load_adapter(model, adapter)
+    return model
+
+
+def _fit_named(name: str, bare: Any, what: str) -> Fit:
+    try:
+        return fit(Weights.of(name), bare)
+    except InputError as error:
+        raise InputError(f"cannot load {what}: {error.what}", where=error.where, fix=error.fix) from error
+
+
+def load_adapter(model: Any, folder: Path) -> None:
+    """Add the LoRA layers of a checkpoint to a transformers model, or to a `skeleton`, which then holds them alone.
+
+    Raises InputError when the adapter is damaged, or is not that of this model: weights missing, unknown or of another
+    shape.
+    """
+    file = folder / ADAPTER
+    stored = read_header(file)
+    if model.device.type == "meta":
+        model.hf_device_map = {"": "cpu"}  # where the adapter's weights go
+    try:
+        with without_load_reports():
+            info = model.load_adapter(str(folder))
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        shapes = {f"base_model.model.{_unnamed(name)}": list(p.shape) for name, p in model.named_parameters()}
+        wrong = [
+            f"{name} is {list(each.shape)}, expected {shapes[name]}"
+            for name, each in stored.items()
+            if name in shapes and list(each.shape) != shapes[name]
+        ]
+        said = some(wrong) if wrong else str(error).splitlines()[0]
+        raise InputError(f"cannot load the adapter ({said})", where=str(file), fix=_OTHER_BACKBONE) from error
+    for what, names in (("missing", info.missing_keys), ("unknown", info.unexpected_keys)):
+        if names:
+            found = f"{len(names)} weights of the adapter are {what}: {some(sorted(map(_unnamed, names)))}"
+            raise InputError(found, where=str(file), fix=_OTHER_BACKBONE)
+
+
+def _unnamed(name: str) -> str:
+    """A parameter of a LoRA layer as adapter files call it, without the adapter's name."""
+    return name.replace(".default.", ".")
 
 
 def load_processor(name: str | Path) -> Any:

@@ -25,3 +25,12 @@ class ModelConfig:
     lora_r: Annotated[int, Field(ge=1)] = option(32, "LoRA rank")
     lora_alpha: Annotated[int, Field(ge=1)] = option(64, "LoRA scale numerator")
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = option(0.05, "dropout in front of LoRA, 0..1")
+
+
+def computes_bfloat16(capability: tuple[int, int] | None) -> bool:
+    """Whether a GPU of that CUDA compute capability computes in bfloat16 itself (8.0, Ampere, and later); None: no GPU.
+
+    Earlier ones (V100, T4) convert to float32 and back at every step: torch calls that supported, and it is slower
+    than float32.
+    """
+    return capability is not None and capability >= (8, 0)

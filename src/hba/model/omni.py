@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from hba.atlas.batch import IGNORED, Batch
 from hba.errors import ConfigError, InputError
 from hba.model.bam import Bam
-from hba.model.config import ModelConfig
+from hba.model.config import ModelConfig, Strategy
 from hba.model.generate import generate
 from hba.model.heads import DomainHeads, masked_mean
 
@@ -209,11 +209,17 @@ def apply_strategy(model: OmniSapiens, config: ModelConfig) -> OmniSapiens:
 
 
 def choose_trained(model: Any, config: ModelConfig, targets: str = LORA_TARGETS) -> None:
-    """Set requires_grad of a transformers model's parameters; LoRA layers go on the modules that `targets` matches."""
+    """Set requires_grad of a transformers model's parameters; LoRA layers go on the modules that `targets` matches.
+
+    A model that has them already keeps their weights and takes the dropout of `config`. Raises ConfigError for another
+    rank or alpha than theirs.
+    """
     model.requires_grad_(config.strategy == "full")
     if config.strategy != "lora":
         return
-    if not has_lora(model):
+    if has_lora(model):
+        _continue_lora(model, config)
+    else:
         from peft import LoraConfig
 
         lora = LoraConfig(
@@ -225,6 +231,38 @@ def choose_trained(model: Any, config: ModelConfig, targets: str = LORA_TARGETS)
         if parameter.requires_grad:
             # Adapters keep float32 master weights; autocast casts them in the forward pass.
             parameter.data = parameter.data.float()
+
+
+def _continue_lora(model: Any, config: ModelConfig) -> None:
+    from peft.tuners.lora import LoraLayer
+
+    (name, adapter), *_ = model.peft_config.items()
+    differing = [
+        f"model.{key}={has}"
+        for key, has, wanted in (
+            ("lora_r", adapter.r, config.lora_r),
+            ("lora_alpha", adapter.lora_alpha, config.lora_alpha),
+        )
+        if has != wanted
+    ]
+    if differing:
+        found = f"the model has LoRA layers of rank {adapter.r} and alpha {adapter.lora_alpha}"
+        what = f"{found}, the config asks for {config.lora_r} and {config.lora_alpha}"
+        fix = f"Use {' '.join(differing)} to train them further, or fold them in first (hba merge) and begin new ones."
+        raise ConfigError(what, where=config.name, fix=fix)
+    adapter.lora_dropout = config.lora_dropout
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.lora_dropout[name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+
+
+def config_of(model: OmniSapiens, name: str, strategy: Strategy) -> ModelConfig:
+    """The config with which `model`, LoRA layers included, is trained further as it is."""
+    if strategy != "lora":
+        return ModelConfig(name=name, strategy=strategy)
+    adapter, *_ = model.thinker.peft_config.values()
+    sizes = {"lora_r": adapter.r, "lora_alpha": adapter.lora_alpha, "lora_dropout": adapter.lora_dropout}
+    return ModelConfig(name=name, strategy=strategy, **sizes)
 
 
 def has_lora(model: nn.Module) -> bool:

@@ -1,0 +1,360 @@
+"""The weights of a model on disk: safetensors files, known by their headers and read tensor by tensor.
+
+`Weights.of` finds the files of a folder or of a model of the hub; `fit` compares what they hold with what a class of
+transformers expects, before anything is built: a weight that is missing would be drawn at random, one that the class
+does not know is a sign of another model, and transformers only warns of both. `write_weights` writes files piece by
+piece, so that a model is never in memory whole. Files are read, not mapped: one that is cut off meanwhile is an error
+here, where a mapped one would end the process. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from hba.errors import InputError
+from hba.storage import read_json, write_json
+
+FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Parts of a published Qwen-Omni that its thinker does without: they speak.
+LEFTOVERS = re.compile(r"(talker|token2wav|code2wav)\.")
+BLOCK_BYTES = 16 << 20
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_FLOATS = ("F", "BF")
+_SHOWN = 5
+_DOWNLOAD = "Download or copy the model again."
+
+
+class Stored(NamedTuple):
+    """Where a tensor lies: `size` bytes of `file` from byte `start` on. `dtype` is the name that safetensors has."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of a model by the names in its files. `place` is what the model was asked for by."""
+
+    place: str
+    files: tuple[Path, ...]
+    stored: Mapping[str, Stored]
+
+    @classmethod
+    def of(cls, name: str | Path) -> Weights:
+        """Those of a folder, or of a model of the hub, downloaded first.
+
+        Raises InputError when a file is missing or cut off, and when there are none in safetensors.
+        """
+        files = _files(Path(name)) if Path(name).is_dir() else _downloaded(str(name))
+        return cls.in_files(str(name), files)
+
+    @classmethod
+    def in_files(cls, place: str, files: Sequence[Path]) -> Weights:
+        """Those of these files. Raises InputError for one that is damaged."""
+        return cls(place, tuple(files), {key: value for file in files for key, value in read_header(file).items()})
+
+    def blocks(self, name: str, block_bytes: int = BLOCK_BYTES) -> Iterator[Tensor]:
+        """The values of a tensor in a row, in flat pieces of at most `block_bytes`, copied from the file.
+
+        Raises InputError when the file has become shorter, or holds numbers of a kind that is not known.
+        """
+        stored = self.stored[name]
+        if stored.dtype not in DTYPES:
+            fix = "Give the model in float32, bfloat16 or float16."
+            raise InputError(f"{name} is {stored.dtype}, which is not read here", where=str(stored.file), fix=fix)
+        dtype = DTYPES[stored.dtype]
+        step = max(1, block_bytes // dtype.itemsize) * dtype.itemsize
+        with stored.file.open("rb", buffering=0) as handle:
+            handle.seek(stored.start)
+            for start in range(0, stored.size, step):
+                raw = torch.empty(min(step, stored.size - start), dtype=torch.uint8)
+                _fill(handle, raw, stored.file)
+                yield raw.view(dtype)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, copied from its file."""
+        stored = self.stored[name]
+        flat = next(self.blocks(name, max(stored.size, 1)), None)
+        return torch.zeros(stored.shape, dtype=DTYPES[stored.dtype]) if flat is None else flat.reshape(stored.shape)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Which stored tensor is which of a class. `sources` gives each name of the class those in the files."""
+
+    weights: Weights
+    sources: Mapping[str, tuple[str, ...]]
+    tied: Mapping[str, str]  # of the class: the parameter that another one is
+
+    @property
+    def own_names(self) -> dict[str, str]:
+        """The name of the class that each stored tensor is read for."""
+        return {source: own for own, sources in self.sources.items() for source in sources}
+
+    def read(self, own: str) -> Tensor:
+        """The parameter `own`, or the one that it is tied to where the files hold it once."""
+        return self.weights.read(self.sources.get(own, self.sources.get(self.tied.get(own, own), ()))[0])
+
+
+def read_header(file: Path) -> dict[str, Stored]:
+    """What a safetensors file holds. Raises InputError when it is missing, cut off or none."""
+    try:
+        with safe_open(file, framework="pt"), file.open("rb") as handle:  # type: ignore[no-untyped-call]
+            (length,) = struct.unpack("<Q", handle.read(8))
+            header: dict[str, Any] = json.loads(handle.read(length))
+    except (OSError, SafetensorError) as error:
+        what = f"damaged weights ({str(error).splitlines()[0]})"
+        raise InputError(what, where=str(file), fix=_DOWNLOAD) from error
+    found = {}
+    for name, about in header.items():
+        if name != "__metadata__":
+            start, stop = about["data_offsets"]
+            found[name] = Stored(file, about["dtype"], tuple(about["shape"]), 8 + length + start, stop - start)
+    return found
+
+
+def read_tensors(file: Path, what: str, fix: str) -> dict[str, Tensor]:
+    """All tensors of a small file; `what` it should hold stands in errors. Raises InputError when it is damaged."""
+    try:
+        weights = Weights.in_files(str(file), [file])
+    except InputError as error:
+        raise InputError(f"cannot load {what}: {error.what}", where=str(file), fix=fix) from error
+    odd = [f"{name} is {each.dtype}" for name, each in weights.stored.items() if not each.dtype.startswith(_FLOATS)]
+    if odd:
+        raise InputError(f"cannot load {what}: no floating-point numbers: {some(odd)}", where=str(file), fix=fix)
+    return {name: weights.read(name) for name in weights.stored}
+
+
+def skeleton(model_class: Any, config: Any) -> Any:
+    """A model of transformers without any weights (on the device `meta`), in float32: names and shapes alone."""
+    from transformers.utils.generic import ContextManagers
+
+    with ContextManagers(model_class.get_init_context(torch.float32, False, False, None)):
+        return model_class(config)
+
+
+def fit(
+    weights: Weights, model: Any, *, leftovers: re.Pattern[str] = LEFTOVERS, unused: re.Pattern[str] | None = None
+) -> Fit:
+    """Find the weights of `model`, a `skeleton`, in the files, under the names that transformers accepts for them.
+
+    Raises InputError that names those that are missing, of another shape or no floating-point numbers, and those that
+    the class does not know. Names that begin as `leftovers` may be there, those that begin as `unused` may be missing.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+    from transformers.utils.loading_report import LoadStateDictInfo
+
+    expected: dict[str, Tensor] = model.state_dict()
+    transforms = get_model_conversion_mapping(model)
+    converters = [each for each in transforms if isinstance(each, WeightConverter)]
+    rules = [each for each in transforms if not isinstance(each, WeightConverter)], converters
+    by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
+    sources: dict[str, tuple[str, ...]] = {}
+    unknown, wrong = set(), []
+    for name, stored in weights.stored.items():
+        own, pattern = rename_source_key(name, *rules, model.base_model_prefix, expected)
+        if own not in expected and name in expected:
+            own, pattern = rename_source_key(name, [], [], model.base_model_prefix, expected)
+        if own not in expected:
+            unknown.add(name)
+            continue
+        targets = [own] if pattern is None else _targets(own, by_pattern[pattern])
+        for target in targets:
+            sources[target] = (*sources.get(target, ()), name)
+        if pattern is None and stored.shape != tuple(expected[own].shape):
+            wrong.append(f"{name} is {list(stored.shape)}, expected {list(expected[own].shape)}")
+        if expected[own].is_floating_point() and not stored.dtype.startswith(_FLOATS):
+            wrong.append(f"{name} is {stored.dtype}, expected floating-point numbers")
+    tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", {}) or {})
+    there = set(sources) | {a for a, b in tied.items() if b in sources} | {b for a, b in tied.items() if a in sources}
+    info = LoadStateDictInfo(set(expected) - there, unknown, set(), [], {})
+    model._adjust_missing_and_unexpected_keys(info)  # what a class of transformers itself lets pass
+    foreign = sorted(name for name in info.unexpected_keys if not leftovers.match(name))
+    missing = sorted(name for name in info.missing_keys if unused is None or not unused.match(name))
+    _require_all(weights, type(model).__name__, missing, foreign, wrong, len(expected))
+    return Fit(weights, sources, tied | {b: a for a, b in tied.items() if a in sources and b not in sources})
+
+
+def _targets(own: str, converter: Any) -> list[str]:
+    """All parameters that a conversion makes; `own` is the first of them."""
+    first, *_ = converter.target_patterns
+    return [own.replace(first, target) for target in converter.target_patterns]
+
+
+def require_whole(name: str | Path, model_class: Any, **options: Any) -> None:
+    """Raise InputError when the folder or hub model `name` is not whole as a `model_class`; `options` are `fit`'s."""
+    fit(Weights.of(name), skeleton(model_class, model_class.config_class.from_pretrained(name)), **options)
+
+
+def _require_all(
+    weights: Weights, class_name: str, missing: list[str], foreign: list[str], wrong: list[str], total: int
+) -> None:
+    if not (missing or foreign or wrong):
+        return
+    found = []
+    if missing:
+        found.append(f"{len(missing)} of the {total} weights of {class_name} are missing: {some(missing)}")
+    if foreign:
+        found.append(f"{len(foreign)} weights are not known to {class_name}: {some(foreign)}")
+    if wrong:
+        found.append(f"weights that do not fit {class_name}: {some(wrong)}")
+    fix = "Check that it is the model meant, of this size; if it is, its files are not whole: download it again."
+    if foreign and not (missing or wrong):
+        fix = "If the model can do without them, save it with transformers (from_pretrained, save_pretrained) first."
+    raise InputError("; ".join(found), where=weights.place, fix=fix)
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of `names`, and how many more there are."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{', '.join(names[:_SHOWN])}{more}"
+
+
+@contextmanager
+def without_load_reports() -> Iterator[None]:
+    """Within, transformers does not list weights that it leaves out or draws: `fit` has told of them, or need not."""
+    from transformers.utils.logging import get_logger
+
+    def keeps(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    loggers = [get_logger(f"transformers.{name}") for name in ("modeling_utils", "integrations.peft")]
+    for logger in loggers:
+        logger.addFilter(keeps)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(keeps)
+
+
+def _files(folder: Path) -> list[Path]:
+    if (folder / FILE).is_file():
+        return [folder / FILE]
+    if (folder / INDEX).is_file():
+        return _indexed(folder / INDEX)
+    pickled = sorted(file.name for file in folder.glob("*.bin"))
+    what = f"no safetensors here ({some(pickled)} is not read: it may hold code)" if pickled else "no weights here"
+    fix = f"Give a folder with {FILE} or {INDEX}; transformers' save_pretrained writes them."
+    raise InputError(what, where=str(folder), fix=fix)
+
+
+def _indexed(index: Path) -> list[Path]:
+    """The files that an index names, in their order."""
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(part, str) for part in table.values()):
+        what = "no index of weights: expected weight_map with names and files"
+        raise InputError(what, where=str(index), fix=_DOWNLOAD)
+    names = sorted(set(table.values()))
+    missing = [name for name in names if Path(name).name != name or not (index.parent / name).is_file()]
+    if missing:
+        raise InputError(f"files of the model are missing: {some(missing)}", where=str(index), fix=_DOWNLOAD)
+    return [index.parent / name for name in names]
+
+
+def _downloaded(name: str) -> list[Path]:
+    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+    try:
+        optional = {"_raise_exceptions_for_missing_entries": False}
+        if (file := cached_file(name, FILE, **optional)) is not None:
+            return [Path(file)]
+        if (index := cached_file(name, INDEX, **optional)) is not None:
+            return [Path(part) for part in get_checkpoint_shard_files(name, index)[0]]
+    except OSError as error:
+        fix = "Check the name; a hub model needs a network or a filled cache."
+        raise InputError(f"cannot load its weights ({str(error).splitlines()[0]})", where=name, fix=fix) from error
+    raise InputError("no weights in safetensors", where=name, fix="Use a model that has them: pickles are not read.")
+
+
+def _fill(handle: Any, raw: Tensor, file: Path) -> None:
+    view, done = raw.numpy().data, 0
+    while done < len(view):
+        count = handle.readinto(view[done:])
+        if not count:
+            raise InputError("the file has been cut off while it was read", where=str(file), fix=_DOWNLOAD)
+        done += count
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+class Piece(NamedTuple):
+    """A tensor to be written; `blocks` gives its values in a row, in any number of pieces, when their turn comes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    blocks: Callable[[], Iterable[Tensor]]
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_weights(folder: Path, shards: Sequence[Sequence[Piece]]) -> None:
+    """Write the tensors of each of `shards` into a file of its own, as transformers names them, with their index.
+
+    One block of one tensor is in memory at a time. ValueError when a piece gives other bytes than it announced.
+    """
+    kept = [shard for shard in shards if shard]
+    count = len(kept)
+    names = [FILE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    for name, shard in zip(names, kept, strict=True):
+        write_file(folder / name, shard)
+    if count > 1:
+        table = {piece.name: name for name, shard in zip(names, kept, strict=True) for piece in shard}
+        total = sum(piece.size for shard in kept for piece in shard)
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(table.items()))})
+
+
+def write_file(file: Path, pieces: Sequence[Piece]) -> None:
+    """Write one safetensors file: eight bytes with the length of the header, the header, then the tensors in a row."""
+    ordered = sorted(pieces, key=lambda piece: -piece.dtype.itemsize)  # each then starts at a multiple of its item size
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    place = 0
+    for piece in ordered:
+        entry = {"dtype": _NAMES[piece.dtype], "shape": list(piece.shape)}
+        header[piece.name] = {**entry, "data_offsets": [place, place + piece.size]}
+        place += piece.size
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with file.open("wb") as handle:
+        handle.write(struct.pack("<Q", len(raw)) + raw)
+        for piece in ordered:
+            written = 0
+            for block in piece.blocks():
+                flat = block.detach().to("cpu", piece.dtype).contiguous().reshape(-1)
+                written += handle.write(flat.view(torch.uint8).numpy().data)
+            if written != piece.size:
+                raise ValueError(f"{piece.name}: {written} bytes for {piece.size}")
