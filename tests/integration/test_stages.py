@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from hba import open_atlas
@@ -22,7 +24,9 @@ from hba.errors import InputError
 from hba.evaluate.config import PredictConfig
 from hba.evaluate.predict import predict_run
 from hba.model import OmniSapiens, checkpoint
+from hba.model.config import ModelConfig
 from hba.model.generate import media_token_ids
+from hba.model.omni import apply_strategy
 from hba.run import RunFolder
 from hba.storage import read_jsonl
 from hba.train.bam import train_bam
@@ -136,6 +140,34 @@ def test_other_stages_of_bam_train_what_they_say(tmp_path, base, mini_atlas, sta
     assert all(still) == (stage != "full")
 
 
+def test_the_whole_model_of_a_lora_run_trains_in_its_own_precision_and_is_loaded_once(
+    tmp_path, backbone, mini_atlas, monkeypatch
+):
+    config = ModelConfig(name=str(backbone), lora_r=4, lora_alpha=6)
+    model = apply_strategy(OmniSapiens.from_pretrained(backbone), config)
+    encode = EncodeConfig(num_frames=2, max_pixels=3136)
+    checkpoint.save(model, tmp_path / "lora", backbone=str(backbone), strategy="lora", encode=encode)
+    loaded = []
+    load = checkpoint.load
+
+    def noted(*args, **options):
+        loaded.append(load(*args, **options))
+        return loaded[-1]
+
+    monkeypatch.setattr(checkpoint, "load", noted)
+    steps = ["train.max_steps=1", "datasets=[daicwoz]", "validation_split=validation[:40]"]
+    AcceleratorState._reset_state(reset_partial_state=True)  # the process has begun in float32
+    try:
+        train("bam", tmp_path / "run", mini_atlas, tmp_path / "lora", "stage=full", "dtype=bfloat16", *steps)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    (model,) = loaded
+    kinds = {parameter.dtype for name, parameter in model.thinker.named_parameters() if "lora_" not in name}
+    assert kinds == {torch.bfloat16}
+    adapter = json.loads((newest(tmp_path / "run") / "adapter_config.json").read_text())
+    assert (adapter["r"], adapter["lora_alpha"]) == (4, 6)
+
+
 def test_bam_has_one_optimizer_with_a_rate_for_adapters(runs):
     """The flaw: adapters sat in two optimizers."""
     state = load_file(next(newest(runs["bam"]).glob("optimizer*.safetensors")))
@@ -202,9 +234,31 @@ def test_the_cache_changes_no_loss(stage, runs, tmp_path, mini_atlas, base):
 def test_a_standing_cache_is_read_without_the_backbone(runs, tmp_path, mini_atlas, base, monkeypatch):
     shards = {path: path.stat().st_mtime_ns for path in (base / "features").rglob("*.safetensors")}
     assert shards
-    monkeypatch.setattr(OmniSapiens, "forward", lambda *_: pytest.fail("the backbone ran"))
-    train("bam", tmp_path / "bam", mini_atlas, base, "train.seed=1", "datasets=[daicwoz]")
+    monkeypatch.setattr(checkpoint, "load", lambda *_, **__: pytest.fail("the backbone was loaded"))
+    train("bam", tmp_path / "bam", mini_atlas, base, "train.seed=1", "train.max_steps=2", "datasets=[siq2]")
+    train("qa", tmp_path / "qa", mini_atlas, base, "train.seed=1", "train.max_steps=2")
     assert shards == {path: path.stat().st_mtime_ns for path in (base / "features").rglob("*.safetensors")}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_backbone_goes_once_its_features_are_cached(stage, tmp_path, mini_atlas, base, monkeypatch):
+    loaded, left = weakref.WeakSet(), []
+    load, run_training = checkpoint.load, train_qa.__globals__["run_training"]
+
+    def watched(*args, **options):
+        model = load(*args, **options)
+        loaded.add(model.thinker)
+        return model
+
+    def train_now(*args):
+        left.append(len(loaded))
+        return run_training(*args)
+
+    monkeypatch.setattr(checkpoint, "load", watched)
+    monkeypatch.setattr(f"hba.train.{stage}.run_training", train_now)
+    rows = ["train_split=train[:90]", "validation_split=validation[:90]", "datasets=[siq2]", "train.max_steps=1"]
+    train(stage, tmp_path / "run", mini_atlas, base, f"features.folder={tmp_path / 'features'}", *rows)
+    assert left == [0] and list((tmp_path / "features").rglob("*.safetensors"))
 
 
 def test_stale_features_are_named_and_computed_again(runs, tmp_path, mini_atlas, base, caplog):

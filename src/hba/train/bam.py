@@ -26,12 +26,11 @@ from hba.atlas.sampler import Indices
 from hba.errors import InputError
 from hba.evaluate.backends.batches import evaluation_plan
 from hba.evaluate.metrics import score
-from hba.model import checkpoint
+from hba.model import chat, checkpoint
 from hba.model.bam import FOLDER, AdapterSpec, Bam, load_bam, save_bam
-from hba.model.config import ModelConfig
 from hba.model.generate import media_token_ids
 from hba.model.heads import DomainHeads, token_loss
-from hba.model.omni import OmniSapiens, apply_strategy
+from hba.model.omni import OmniSapiens, apply_strategy, config_of
 from hba.process import data_record, prepare_process, start_accelerator
 from hba.run import RunFolder
 from hba.train.config import BamConfig
@@ -102,6 +101,8 @@ def train_bam(config: BamConfig, run: RunFolder, progress: Progressed = lambda d
     give, give_validation = (
         batch_source(config, base, bam, rows, progress, ranks) for rows in (train, validation)
     )
+    if config.features.cache:
+        base.release()
     plan = training_plan(*how, rank=ranks.rank, world=ranks.world)
     held_out_plan = validation.plan(config.features.batch_size)[ranks.rank :: ranks.world]
     stage: Stage[Any] = Stage(
@@ -170,13 +171,15 @@ def build_model(
 ) -> AdaptedHeads | OmniSapiens:
     """What the loop trains, with requires_grad set for the stage: the adapters, the heads, or the whole model."""
     if config.stage == "full":
-        name = base.folder if resume is None else resume
-        model = checkpoint.load(name, dtype="float32", attention=config.attention, taxonomy=base.taxonomy)
+        name, strategy = base.folder if resume is None else resume, base.card["strategy"]
+        # Weights that train keep float32 masters; the configured dtype is for those that do not.
+        dtype = "float32" if strategy == "full" else config.dtype
+        model = checkpoint.load(name, dtype=dtype, attention=config.attention, taxonomy=base.taxonomy)
         model.bam = bam
-        return apply_strategy(model, ModelConfig(name=str(name), strategy=base.card["strategy"])).to(bam_device())
+        return apply_strategy(model, config_of(model, str(name), strategy)).to(bam_device())
     heads = checkpoint.load_heads(base.folder if resume is None else resume)
     heads.requires_grad_(config.stage == "adapters+heads")
-    return AdaptedHeads(bam, heads, base.model.thinker.lm_head if speaks else None).to(bam_device())
+    return AdaptedHeads(bam, heads, base.lm_head() if speaks else None).to(bam_device())
 
 
 def bam_device() -> torch.device:
@@ -243,7 +246,7 @@ def validate_bam(
             moved = batch.to(ranks.device)
             output, answers = model(moved), answer_parts(moved)
             if answers is not None:
-                banned = media_token_ids(base.model.thinker.config, base.processor)
+                banned = media_token_ids(base.config, base.processor)
                 hits_B = exact(output.answer_logits_NV, *answers, banned)
                 right += zip([sample.dataset for sample in batch.samples], hits_B, strict=True)
                 continue
@@ -263,8 +266,9 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint that `OmniSapiens.from_pretrained` loads: what was frozen is linked from the base."""
     if isinstance(model, OmniSapiens):
-        known = {name: base.card.get(name, False) for name in ("backbone", "strategy", "speaks")}
-        checkpoint.save(model, folder, encode=base.encode, domains=domains, **known)
+        known = {name: base.card.get(name, False) for name in ("strategy", "speaks")}
+        backbone = chat.backbone_of(str(base.folder))
+        checkpoint.save(model, folder, backbone=backbone, encode=base.encode, domains=domains, **known)
         return
     trained = [FOLDER, *([checkpoint.HEADS] if config.stage == "adapters+heads" else [])]
     checkpoint.link(base.folder, folder, without=trained, domains=domains)

@@ -1,6 +1,7 @@
 """Batches of features for the stages that stand on a frozen backbone: from its cache, or from the backbone itself.
 
-`FrozenBase` is the checkpoint that a stage starts from; its backbone is loaded only when features are missing.
+`FrozenBase` is the checkpoint that a stage starts from; its backbone is loaded only when features are missing, and
+does not stay once they are cached.
 `features` fills the caches of the datasets that a stage uses and opens them. Cached or not, the same plan gives the
 same `FeatureBatch`es to float tolerance, and the loop cannot tell them apart.
 
@@ -10,6 +11,7 @@ Shapes: B samples, L states of all samples in a row, H hidden size.
 from __future__ import annotations
 
 import ast
+import gc
 import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +25,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import hba
 from hba.atlas import Atlas
@@ -95,6 +97,30 @@ class FrozenBase:
         model.requires_grad_(False)
         model.bam = None  # features are those before any adapter
         return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def release(self) -> None:
+        """Let the backbone go, since nothing runs it once the features are cached."""
+        if self.__dict__.pop("model", None) is not None:
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    @cached_property
+    def config(self) -> Any:
+        """The thinker's; the backbone is not loaded for it."""
+        return checkpoint.read_thinker_config(checkpoint.base_of(self.folder))
+
+    def lm_head(self) -> nn.Linear:
+        """The layer that says what a last hidden state is as tokens, frozen; nothing else of the model is read."""
+        base = checkpoint.base_of(self.folder)
+        if (self.folder / checkpoint.LM_HEAD).is_file():
+            text = self.config.get_text_config()
+            weight_VH = checkpoint.load_lm_head(self.folder, (text.vocab_size, text.hidden_size))
+        else:
+            weight_VH = checkpoint.fit_thinker(base).read("lm_head.weight")
+        lm_head = nn.Linear(weight_VH.shape[1], weight_VH.shape[0], bias=False, device="meta")
+        lm_head.weight = nn.Parameter(weight_VH.to(checkpoint.resolve_dtype(self.dtype)), requires_grad=False)
+        return lm_head
 
     @cached_property
     def processor(self) -> Any:

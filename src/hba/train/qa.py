@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hba.atlas import Atlas, open_atlas
@@ -51,6 +50,8 @@ def train_qa(config: QaConfig, run: RunFolder, progress: Progressed = lambda don
     give, give_validation = (
         batch_source(base, rows, config.features, progress, ranks) for rows in (train, validation)
     )
+    if config.features.cache:
+        base.release()
     how = (train.columns, train.estimated_tokens, config.mix, config.train)
     plan = training_plan(*how, rank=ranks.rank, world=ranks.world)
     held_out = evaluation_plan(validation, torch.arange(len(validation)).numpy(), config.features.batch_size)
@@ -95,11 +96,10 @@ def build_lm_head(base: FrozenBase, resume: Path | None) -> nn.Linear:
 
     A copy, since the tiny backbone ties lm_head to its embeddings: training those would change the heads' outputs.
     """
-    trained = base.model.thinker.lm_head.weight.detach().float()
-    lm_head = nn.Linear(trained.shape[1], trained.shape[0], bias=False, device=trained.device)
-    weight = trained if resume is None else load_file(resume / checkpoint.LM_HEAD)["weight"]
-    lm_head.load_state_dict({"weight": weight})
-    return lm_head
+    lm_head = base.lm_head()
+    if resume is not None:
+        lm_head.weight = nn.Parameter(checkpoint.load_lm_head(resume, lm_head.weight.shape))
+    return lm_head.float().requires_grad_(True)
 
 
 def save_lm_head(base: FrozenBase, lm_head: nn.Linear, folder: Path) -> None:
@@ -133,7 +133,7 @@ def validate_answers(
     Samples that cannot be read go into the run's quarantine.
     """
     said: list[tuple[str, bool]] = []
-    banned = media_token_ids(base.model.thinker.config, base.processor)
+    banned = media_token_ids(base.config, base.processor)
     with torch.no_grad():
         for batch in give(plan, 0):
             run.quarantine.add_all(batch.quarantined)
