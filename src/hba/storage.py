@@ -80,7 +80,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Fill a temporary neighbour folder that becomes `path` in one rename; removed on failure.
 
     Raises StorageError when the disk is full. An existing `path` is replaced only after the new folder is
-    whole.
+    whole. Its files have the mode of any new file, whatever wrote them.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -89,8 +89,13 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         try:
             yield temporary
+            mode = _mode_of_new_files(temporary)
             for file in temporary.rglob("*"):
                 if file.is_file():
+                    # safetensors makes its files for their owner alone; one that is linked has the mode it was given.
+                    about = file.stat()
+                    if about.st_nlink == 1:
+                        file.chmod(about.st_mode & 0o777 | mode)
                     _fsync(file)
             if path.exists():
                 retired = path.with_name(f".{path.name}.{os.getpid()}.old")
@@ -101,6 +106,15 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
                 temporary.rename(path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _mode_of_new_files(folder: Path) -> int:
+    """The mode that this process gives a file in `folder` (the umask cannot be read without changing it)."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    return mode
 
 
 def _fsync(file: Path) -> None:

@@ -12,6 +12,8 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from hba.errors import InputError, MediaError
 from hba.storage import (
@@ -157,6 +159,25 @@ def test_a_folder_is_replaced_only_by_a_whole_one(tmp_path: Path) -> None:
         raise ZeroDivisionError
     assert (path / "step").read_text() == "2"
     assert names(tmp_path) == ["checkpoint"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_weights_have_the_mode_of_other_files(tmp_path: Path, umask: int, mode: int) -> None:
+    private = tmp_path / "base.safetensors"
+    private.touch(mode=0o600)
+    before = os.umask(umask)
+    try:
+        with atomic_folder(tmp_path / "step") as folder:
+            save_file({"weight": torch.zeros(2)}, folder / "model.safetensors")
+            (folder / "adapters").mkdir()
+            save_file({"weight": torch.zeros(2)}, folder / "adapters" / "tess.safetensors")
+            (folder / "hba.json").write_text("{}")
+            os.link(private, folder / "linked.safetensors")
+    finally:
+        os.umask(before)
+    found = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "step").rglob("*") if file.is_file()}
+    assert found.pop("linked.safetensors") == 0o600
+    assert found == dict.fromkeys(("model.safetensors", "tess.safetensors", "hba.json"), mode)
 
 
 def test_a_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
