@@ -176,15 +176,10 @@ def build_model(
         dtype = "float32" if strategy == "full" else config.dtype
         model = checkpoint.load(name, dtype=dtype, attention=config.attention, taxonomy=base.taxonomy)
         model.bam = bam
-        return apply_strategy(model, config_of(model, str(name), strategy)).to(bam_device())
+        return apply_strategy(model, config_of(model, str(name), strategy))
     heads = checkpoint.load_heads(base.folder if resume is None else resume)
     heads.requires_grad_(config.stage == "adapters+heads")
-    return AdaptedHeads(bam, heads, base.lm_head() if speaks else None).to(bam_device())
-
-
-def bam_device() -> torch.device:
-    """Where adapters train."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return AdaptedHeads(bam, heads, base.lm_head() if speaks else None)
 
 
 def batch_source(

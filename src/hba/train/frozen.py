@@ -1,9 +1,8 @@
 """Batches of features for the stages that stand on a frozen backbone: from its cache, or from the backbone itself.
 
 `FrozenBase` is the checkpoint that a stage starts from; its backbone is loaded only when features are missing, and
-does not stay once they are cached.
-`features` fills the caches of the datasets that a stage uses and opens them. Cached or not, the same plan gives the
-same `FeatureBatch`es to float tolerance, and the loop cannot tell them apart.
+does not stay once they are cached. `features` fills the caches of the datasets that a stage uses and opens them. Cached
+or not, the same plan gives the same `FeatureBatch`es to float tolerance, and the loop cannot tell them apart.
 
 Shapes: B samples, L states of all samples in a row, H hidden size.
 """
