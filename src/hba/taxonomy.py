@@ -166,6 +166,11 @@ class Taxonomy:
         domain = about.domain
         return None if domain is None else self._lookup[domain].get(labelsets.plain(raw))
 
+    def spellings(self, dataset: str) -> Mapping[str, str]:
+        """Every spelling that `canonical_label` knows of the labels of a dataset's domain, with its label."""
+        domain = self.dataset(dataset).domain
+        return {} if domain is None else self._lookup[domain]
+
     def require_label(self, dataset: str, raw: str) -> str:
         """`canonical_label`, or a TaxonomyError that lists the labels of the dataset's domain.
 

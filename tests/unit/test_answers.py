@@ -1,15 +1,26 @@
-"""Answer extraction: order of the forms, nesting, reasoning, and any text at all."""
+"""How answers are read: the order of the rules, nesting, thinking, any text at all, and a corpus of real-shaped answers
+with the label that a person reads.
+
+`answers/tuned.jsonl` was there while the rules were made. `answers/held_out.jsonl` was written before the first of them
+and not looked at until they were done. `answers/real.jsonl` is what a chat model of 135M parameters said, greedily;
+`answers/sampled.jsonl` what it said at temperature 0.8, much of it nonsense, of which three answers are read as a label
+where a person reads none (`misread`).
+"""
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hba.errors import TaxonomyError
-from hba.evaluate.answers import extract, plain, same_answer, to_label
+from hba.evaluate.answers import RULES, extract, plain, published_label, read, same_answer, to_label
+from hba.taxonomy import BUILTIN
 
 steady = settings(deadline=None, derandomize=True)
 PIECES = [
@@ -41,12 +52,17 @@ PIECES = [
         (r"\boxed{a \} b}", r"a \} b"),
         (r"\boxed{a / b}", "a / b"),
         (r"\boxed{}", ""),
-        (r"\boxed{sad} or \boxed{ }", ""),
+        (r"\boxed{sad} or \boxed{ }", "sad"),
+        (r"\boxed{sad} \boxed{answer}", "sad"),
         (r"\boxed{sad} or \boxed{ang", "sad"),
         (r"{ \boxed{sad}", "sad"),
         (r"} \boxed{sad}", "sad"),
         (r"[happy] but \boxed{sad}", "sad"),
         ("I say [sad] or [happy]", "happy"),
+        ("At [00:05] he smiles. happy", "at [00:05] he smiles. happy"),
+        ("<answer>sad</answer> [1]", "sad"),
+        ('{"answer": "Sad"}', "sad"),
+        ("Final answer: sad", "sad"),
         ("<answer>[sad]</answer>", "sad"),
         ("<answer> Sad </answer> done", "sad"),
         ("<answer>sad</answer><answer>happy</answer>", "happy"),
@@ -55,6 +71,8 @@ PIECES = [
         ("<think>a</think> fear", "fear"),
         ("[1] </think> fear", "fear"),
         (r"<think>\boxed{sad}</think>", "sad"),
+        (r"<think>was it \boxed{sad}? No,", r"<think>was it \boxed{sad}? no,"),
+        (r"<thinking>\boxed{sad}?</thinking>happy", "happy"),
         ("<think>only thoughts</think>", "<think>only thoughts</think>"),
         ("", ""),
     ],
@@ -83,18 +101,24 @@ def test_any_text_gives_a_clean_answer(text: str) -> None:
 
 
 @steady
-@given(st.text(alphabet="abc {}", max_size=30), st.text(max_size=30))
+@given(st.text(alphabet="abc {}", min_size=1, max_size=30), st.text(max_size=30))
 def test_a_balanced_box_at_the_end_is_given_back(inside: str, before: str) -> None:
-    balanced = inside.replace("{", "").replace("}", "").replace(" ", "{b}")
+    balanced = inside.replace("{", "a").replace("}", "a").replace(" ", "{b}")
     assert extract(f"{before}\n\\boxed{{{balanced}}}") == balanced
 
 
-@pytest.mark.parametrize("piece", ["\\boxed{", "[", "<answer>", "<think>", "{", "\\", "<", "</think>", "< "])
+@pytest.mark.parametrize(
+    "piece",
+    ["\\boxed{", "[", "<answer>", "<think>", "{", "\\", "<", "</think>", "< ", '{"a":', "not ", "sad, ", "no no ", "answer: "]
+    + ["the emotion is ", '"', "没有", "表现出", "therefore ", "sad or happy ", "`", "~~", "\n", " "],
+)
 def test_long_broken_output_takes_linear_time(piece: str) -> None:
     text = piece * (400_000 // len(piece))
     start = time.process_time()
     extract(text)
-    assert time.process_time() - start < 2
+    to_label("cremad", text)
+    to_label("daicwoz", text + "depression")
+    assert time.process_time() - start < 6
 
 
 @pytest.mark.parametrize(
@@ -111,7 +135,7 @@ def test_long_broken_output_takes_linear_time(piece: str) -> None:
         ("mosei_senti", "\\boxed{anger}", None),
         ("cremad", "anger or sad", None),
         ("cremad", "not anger", None),
-        ("ptsd_in_the_wild", "true", None),
+        ("ptsd_in_the_wild", "true", "ptsd"),
         ("cremad", "\\boxed{}", None),
         ("cremad", "", None),
         ("siq2", "\\boxed{anger}", None),
@@ -149,3 +173,93 @@ def test_plain_text_is_its_own_plain_text(text: str) -> None:
     once = plain(text)
     assert same_answer(once, text)
     assert once == once.strip()
+
+
+CORPUS = Path(__file__).with_name("answers")
+STYLES = {"terse", "sentence", "cot", "json", "markup", "chatty"}
+
+
+def corpus(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (CORPUS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_corpus_covers_every_task_style_and_language() -> None:
+    rows = [*corpus("tuned"), *corpus("held_out"), *corpus("real"), *corpus("sampled")]
+    assert len(rows) > 850
+    assert {row["style"] for row in rows} == STYLES
+    assert {row["language"] for row in rows} == {"en", "zh", "es"}
+    tasks = {BUILTIN.dataset(row["dataset"]).task for row in rows}
+    assert tasks == set(BUILTIN.tasks)
+
+
+@pytest.mark.parametrize(("name", "least"), [("tuned", 0.99), ("held_out", 0.99), ("real", 0.95), ("sampled", 0.8)])
+def test_no_answer_of_the_corpus_is_read_as_another_label_than_a_person_reads(name: str, least: float) -> None:
+    """Precision is 1; recall is of the answers in which a person reads a label."""
+    rows = [row for row in corpus(name) if "answer" not in row]
+    found = [read(row["text"], row["dataset"], prompt=row.get("prompt")) for row in rows]
+    wrong = {r["text"]: f for r, f in zip(rows, found, strict=True) if f.label not in (None, r["label"])}
+    assert wrong.keys() == {row["text"] for row in rows if row.get("misread")}
+    labelled = [f.label for r, f in zip(rows, found, strict=True) if r["label"] is not None]
+    assert sum(label is not None for label in labelled) / len(labelled) >= least
+
+
+@pytest.mark.parametrize("name", ["tuned", "held_out"])
+def test_free_form_answers_are_found_where_they_stand(name: str) -> None:
+    for row in corpus(name):
+        if "answer" in row:
+            assert read(row["text"], row["dataset"]).answer == row["answer"]
+
+
+def test_every_rule_reads_some_answer_and_none_other_does() -> None:
+    rows = [*corpus("tuned"), *corpus("held_out")]
+    assert {read(row["text"], row["dataset"], prompt=row.get("prompt")).rule for row in rows} == set(RULES)
+
+
+def test_the_strict_published_reading_reads_what_it_read() -> None:
+    for row in corpus("real"):
+        label = published_label(row["dataset"], row["text"])
+        assert label == BUILTIN.canonical_label(row["dataset"], extract(row["text"], published=True))
+    assert published_label("mmsd", "It is [sarcasm]") == "sarcasm"
+    assert published_label("mmsd", "It is sarcasm") is None
+    assert published_label("cremad", r"<think>\boxed{sad}? No,") == "sad"
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt", "label"),
+    [
+        ("1", "Is it sarcastic? 0 = no, 1 = yes", "sarcasm"),
+        ("1", "Choose: 1. sarcasm 2. not sarcasm", "sarcasm"),
+        ("2", "Choose: 1. sarcasm 2. not sarcasm", "not sarcasm"),
+        ("0", "Is it sarcastic? Answer 0 or 1.", "not sarcasm"),
+        ("1", "Is it sarcastic? Answer yes or no.", None),
+        ("B", "A) sarcasm\nB) not sarcasm", "not sarcasm"),
+        ("B", "Is it sarcastic?", None),
+        ("1", None, "sarcasm"),
+    ],
+)
+def test_a_sign_is_an_answer_where_the_prompt_offers_it(text: str, prompt: str | None, label: str | None) -> None:
+    assert to_label("mmsd", text, prompt=prompt) == label
+
+
+def test_the_labels_of_a_users_own_tasks_are_read_in_sentences_too() -> None:
+    mine = BUILTIN.extended(
+        {
+            "domains": {"stress": {25: "no stress", 26: "stress"}, "mood": {27: "elated", 28: "worn out"}},
+            "datasets": {"calls": {"domain": "stress"}, "diary": {"domain": "mood", "labels": ["elated", "worn out"]}},
+            "synonyms": {"mood": {"euphoric": "elated"}},
+        }
+    )
+    assert to_label("calls", "There are no signs of stress in the voice.", mine) == "no stress"
+    assert to_label("calls", "Yes", mine) == "stress"
+    assert to_label("diary", "She sounds euphoric.", mine) == "elated"
+    assert to_label("diary", "Not elated, but worn-out.", mine) == "worn out"
+    assert to_label("diary", "no", mine) is None
+
+
+@steady
+@given(st.text(), st.sampled_from(["cremad", "daicwoz", "mosei_senti", "siq2"]), st.none() | st.text())
+def test_any_text_is_read_by_a_rule(text: str, dataset: str, prompt: str | None) -> None:
+    found = read(text, dataset, prompt=prompt)
+    assert found.rule in RULES and found.answer == found.answer.strip()
+    labels = BUILTIN.domains[str(BUILTIN.dataset(dataset).domain)].labels if dataset != "siq2" else ()
+    assert found.label is None or found.label in labels

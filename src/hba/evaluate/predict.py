@@ -76,6 +76,7 @@ def _prediction(answered: Answered) -> Prediction:
         error=output.error,
         probs=output.probs,
         modality=sample.modality_signature,
+        rule=output.rule,
     )
 
 

@@ -23,7 +23,7 @@ from hba.errors import InputError, TaxonomyError
 from hba.storage import AppendLog, atomic_write
 from hba.taxonomy import BUILTIN, Taxonomy
 
-_OPTIONAL = ("probs", "group", "modality")
+_OPTIONAL = ("probs", "group", "modality", "rule")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,8 @@ class Prediction:
     None. `label` is None if the answer could not be mapped. `error` is None unless the sample failed; with an
     error and no output it counts as wrong. `latency_s` is in seconds, `tokens_in` and `tokens_out` are
     counts, None if unknown. `probs` are the heads' probabilities. Rows with one `group` share a speaker or a
-    video and are resampled together. `modality` is the row's signature, such as text_audio.
+    video and are resampled together. `modality` is the row's signature, such as text_audio. `rule` names the rule of
+    `answers.RULES` by which an answer in words was read.
     """
 
     id: str
@@ -52,6 +53,7 @@ class Prediction:
     probs: dict[str, float] | None = None
     group: str | None = None
     modality: str | None = None
+    rule: str | None = None
 
     @property
     def failed(self) -> bool:

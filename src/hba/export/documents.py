@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from hba.evaluate.answers import extract, to_label
+from hba.evaluate.answers import read
 from hba.evaluate.metrics import mean_of, score
 from hba.taxonomy import Taxonomy, of_folder
 
@@ -26,7 +26,9 @@ def read_answer(document: Mapping[str, Any], text: str) -> dict[str, Any]:
     """One scored row: dataset, target, and the label (free-form: the answer) that the model's `text` gives, or None."""
     taxonomy = taxonomy_of(document["taxonomy"])
     free_form = taxonomy.dataset(document["dataset"]).free_form
-    said = (extract(text) or None) if free_form else to_label(document["dataset"], text, taxonomy)
+    prompt = "".join(part.get("text", "") for part in document["parts"]) if "parts" in document else None
+    _, answer, label = read(text, document["dataset"], taxonomy, prompt=prompt)
+    said = (answer or None) if free_form else label
     return {name: document[name] for name in ("dataset", "target", "task", "taxonomy")} | {"answer": said}
 
 

@@ -22,7 +22,7 @@ from hba.atlas.config import LoaderConfig
 from hba.atlas.loader import load_batches
 from hba.atlas.sample import Sample
 from hba.errors import InputError
-from hba.evaluate.answers import extract, same_answer, to_label, without_latex
+from hba.evaluate.answers import read, same_answer, without_latex
 from hba.evaluate.backends.batches import evaluation_plan
 from hba.model.chat import ChatModel
 from hba.quarantine import QuarantineLog
@@ -91,6 +91,7 @@ def _judged(
 
 def is_right(sample: Sample, text: str, taxonomy: Taxonomy) -> bool:
     """Whether the evaluation would call the response right."""
+    _, answer, label = read(text, sample.dataset, taxonomy, prompt=sample.problem)
     if sample.label is not None:
-        return to_label(sample.dataset, text, taxonomy) == sample.label
-    return same_answer(without_latex(extract(text)), sample.target)
+        return label == sample.label
+    return same_answer(without_latex(answer), sample.target)

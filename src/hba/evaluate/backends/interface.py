@@ -24,12 +24,14 @@ from hba.taxonomy import Taxonomy
 class Output:
     """What a backend says about one sample. With an `error` there is no output, and the sample counts as wrong.
 
-    `text` is as the model gave it. `seconds` is the time of this sample, or its share of its batch's.
+    `text` is as the model gave it, `rule` names the rule of `answers` that found its answer. `seconds` is the time of
+    this sample, or its share of its batch's.
     """
 
     text: str | None
     answer: str | None
     label: str | None
+    rule: str | None = None
     probs: dict[str, float] | None = None
     tokens_in: int | None = None
     tokens_out: int | None = None
@@ -80,9 +82,6 @@ def samples(atlas: Atlas, rows: Indices, done: Set[str]) -> Iterator[Sample]:
 
 
 def spoken(sample: Sample, text: str, taxonomy: Taxonomy, **known: Any) -> Output:
-    """The output of a model that answered in words: its answer extracted, its label canonical or None.
-
-    `known` are further fields of `Output`.
-    """
-    label = answers.to_label(sample.dataset, text, taxonomy)
-    return Output(text=text, answer=answers.extract(text), label=label, **known)
+    """The output of a model that answered in words, read by `answers.read`. `known` are further fields of `Output`."""
+    rule, answer, label = answers.read(text, sample.dataset, taxonomy, prompt=sample.problem)
+    return Output(text=text, answer=answer, label=label, rule=rule, **known)
