@@ -14,7 +14,7 @@ from hba.atlas.batch import collate
 from hba.atlas.chat_encoder import encoder_for
 from hba.config import load_config
 from hba.errors import InputError
-from hba.evaluate.answers import extract, to_label
+from hba.evaluate.answers import read
 from hba.evaluate.config import PredictConfig
 from hba.evaluate.predict import predict_run
 from hba.evaluate.predictions import read_predictions
@@ -60,8 +60,8 @@ def test_greedy_answers_are_those_of_omni_sapiens(straight, mini_atlas, backbone
         batch = collate([enc.encode(sample)], pad_token_id=enc.pad_token_id, taxonomy=atlas.taxonomy)
         (text,) = model.generate(batch, max_new_tokens=6)
         mine = predictions[sample.id]
-        assert mine.output == text and mine.answer == extract(text)
-        assert mine.label == to_label(sample.dataset, text, atlas.taxonomy)
+        said = read(text, sample.dataset, atlas.taxonomy, prompt=sample.problem)
+        assert mine.output == text and (mine.rule, mine.answer, mine.label) == said
         assert mine.tokens_in == batch.inputs["input_ids"].shape[1]
         assert 1 <= mine.tokens_out <= 6
 

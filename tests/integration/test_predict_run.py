@@ -1,5 +1,6 @@
 """Runs of predictions: baselines, selections, ablations, shards, dry runs. Small, through the command line."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from hba import open_atlas
+from hba.evaluate.answers import READING_VERSION
 from hba.evaluate.judge.items import items_of
-from hba.evaluate.predictions import read_predictions
+from hba.evaluate.predictions import read_predictions, write_predictions
 from hba.evaluate.selection import Selection
 from hba.evaluate.shards import launched_shard, parse_shard
 from hba.run import locked_folder
@@ -148,6 +150,25 @@ def test_failures_are_counted_and_asked_again_on_request(hba, mini_atlas, chat_s
     assert code == 0 and json.loads(out)["failed"] == 0
     assert whole.stats()["requests"] == said["failed"]
     assert len(predictions(tmp_path)) == said["predicted"]
+
+
+def test_the_same_command_reads_answers_of_an_older_version_anew_and_asks_nothing(
+    hba, mini_atlas, chat_server, tmp_path
+):
+    server = chat_server(brain="choose")
+    command = ["predict", "m", "--atlas", mini_atlas, "--backend", "openai", "--run", tmp_path, *ASKED]
+    command.append(f"remote.base_url={server.url}")
+    assert hba(*command)[0] == 0
+    right, asked = predictions(tmp_path), server.stats()["requests"]
+    assert {"box", "whole"} <= {p.rule for p in right.values()}
+    path, old = tmp_path / "predict.json", [dataclasses.replace(p, label=None, rule=None) for p in right.values()]
+    write_predictions(tmp_path / "predictions.jsonl", old)
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "reading"}))
+    code, _, err = hba(*command, "--shard", "1/2")
+    assert code == 2 and "read by an older version" in err
+    assert hba(*command)[0] == 0
+    assert predictions(tmp_path) == right and server.stats()["requests"] == asked
+    assert json.loads(path.read_text())["reading"] == READING_VERSION
 
 
 def test_what_failed_in_a_merged_run_is_asked_again_by_shards_too(hba, mini_atlas, chat_server, tmp_path):

@@ -109,8 +109,8 @@ def test_a_balanced_box_at_the_end_is_given_back(inside: str, before: str) -> No
 
 @pytest.mark.parametrize(
     "piece",
-    ["\\boxed{", "[", "<answer>", "<think>", "{", "\\", "<", "</think>", "< ", '{"a":', "not ", "sad, ", "no no ", "answer: "]
-    + ["the emotion is ", '"', "没有", "表现出", "therefore ", "sad or happy ", "`", "~~", "\n", " "],
+    ["\\boxed{", "[", "<answer>", "<think>", "{", "\\", "<", "</think>", "< ", '{"a":', "not ", "sad, ", "no no "]
+    + ["answer: ", "the emotion is ", '"', "没有", "表现出", "therefore ", "sad or happy ", "`", "~~", "\n", " "],
 )
 def test_long_broken_output_takes_linear_time(piece: str) -> None:
     text = piece * (400_000 // len(piece))
@@ -213,6 +213,8 @@ def test_free_form_answers_are_found_where_they_stand(name: str) -> None:
 def test_every_rule_reads_some_answer_and_none_other_does() -> None:
     rows = [*corpus("tuned"), *corpus("held_out")]
     assert {read(row["text"], row["dataset"], prompt=row.get("prompt")).rule for row in rows} == set(RULES)
+    page = (Path(__file__).parents[2] / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    assert [rule for rule in RULES if f"`{rule}` |" not in page] == []
 
 
 def test_the_strict_published_reading_reads_what_it_read() -> None:

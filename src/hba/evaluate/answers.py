@@ -377,7 +377,8 @@ def _ending(text: str, words: Collection[str]) -> str:
     """The longest of `words` with which a text ends, Latin ones whole; empty without one."""
     for length in range(min(_LONGEST_WORD, len(text)), 0, -1):
         word = text[-length:]
-        if word in words and (word == "n't" or not re.match(_LETTER, word) or not re.match(_LETTER, text[-length - 1 : -length])):
+        inside = word != "n't" and re.match(_LETTER, word) and re.match(_LETTER, text[-length - 1 : -length])
+        if word in words and not inside:
             return word
     return ""
 
@@ -659,9 +660,7 @@ _TOPIC = (
     r"WORDS(?:\s+(?:of|in|for|behind|expressed|conveyed|shown)\b[^.:;!?\n]{0,60}?)?\s*(?:[:=]|\s[-–]\s|WORDS|\n)\s*"
 )
 _CONCLUDING = r"WORDS|(?:\A|[.!?,;\n])\s*so,?\s(?=the|it|this|that|i|he|she|we|my)"
-_ANSWERED = (
-    r"(?:\A|[?])\s*(?:i'd say |i would say |diría que )?(?:(?P<yes>WORDS)|(?P<no>WORDS))\s*(?=[.,;:!\n。]|\Z)"
-)
+_ANSWERED = r"(?:\A|[?])\s*(?:i'd say |i would say |diría que )?(?:(?P<yes>WORDS)|(?P<no>WORDS))\s*(?=[.,;:!\n。]|\Z)"
 _DENIED = (
     r"\s*[-–:=?|]?\s*WORDS\s*(?=[.,;!)\n|。]|\Z)"
     r"|\s*(?:[:=]\s*|mood\s+|tone\s+|symptoms?\s+|signs?\s+|intent\s+)?(?:(?:is|was|are|were|has|have|been|does|do|did|seems?|appears?|could|es|está|fue|是|并)\s*)+WORDS"

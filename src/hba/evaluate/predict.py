@@ -22,6 +22,7 @@ from hba.atlas.config import EncodeConfig
 from hba.atlas.sample import Quarantined
 from hba.atlas.sampler import Indices
 from hba.errors import InputError
+from hba.evaluate.answers import READING_VERSION, read
 from hba.evaluate.backends import LOCAL, detect, known, open_backend
 from hba.evaluate.backends.interface import Answered, Backend
 from hba.evaluate.config import Opening, PredictConfig
@@ -127,6 +128,7 @@ def predict_run(
             rows = answerable(opening.atlas, answering)
             start_predictions(folder, {**_settings(opening, split, answering, rows), "selection": asdict(selection)})
             save_beside(opening.atlas.taxonomy, folder)
+            read_anew(folder, opening.atlas, alone=shard is None)
             if retry_failed and shard is not None:  # what earlier shards have merged; the first that comes takes it out
                 forget_failed(folder / "predictions.jsonl", opening.atlas.taxonomy)
         if shard is None:
@@ -161,6 +163,7 @@ def _settings(opening: Opening, split: str, backend: Backend, rows: Indices) -> 
         "data": data_record(opening.place, opening.atlas),
         "encode": asdict(opening.encode),
         "skipped": _skipped(opening.atlas, rows),
+        "reading": READING_VERSION,
     }
     plain: dict[str, Any] = json.loads(json.dumps(settings))
     return plain
@@ -219,6 +222,33 @@ def forget_failed(path: Path, taxonomy: Taxonomy) -> int:
     if len(kept) < len(found):
         write_predictions(path, kept)
     return len(found) - len(kept)
+
+
+def read_anew(folder: Path, atlas: Atlas, *, alone: bool) -> None:
+    """Read answers in words that an older version read by the rules of this one; what models said stays as it is.
+
+    Raises InputError unless this process is `alone` in the run: other shards may be writing.
+    """
+    path = folder / "predict.json"
+    settings = read_json(path)
+    files = [f for f in (folder / "predictions.jsonl", *folder.glob("shards/*/predictions.jsonl")) if f.is_file()]
+    in_words = "format" in (settings.get("identity") or {})
+    if settings.get("reading") == READING_VERSION or not files or not in_words:
+        return
+    if not alone:
+        what = "answers were read by an older version of hba, and would be mixed with others"
+        raise InputError(what, where=str(folder), fix="Run the command once without shards: it reads them anew.")
+    prompts = {sample.id: sample.problem for sample in atlas}
+    for file in files:
+        PredictionLog(file, atlas.taxonomy).close()  # cuts off a line that a kill left torn
+        found = []
+        for old in read_predictions(file, atlas.taxonomy):
+            if old.output is not None and old.probs is None and old.id in prompts:
+                rule, answer, label = read(old.output, old.dataset, atlas.taxonomy, prompt=prompts[old.id])
+                old = replace(old, rule=rule, answer=answer, label=label)
+            found.append(old)
+        write_predictions(file, found)
+    write_json(path, {**settings, "reading": READING_VERSION})
 
 
 def start_predictions(folder: Path, settings: dict[str, Any]) -> None:
