@@ -117,8 +117,8 @@ def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def keys_without_effect(cls: type[Any], prefix: str = "") -> set[str]:
-    """The dotted keys that are marked as not changing a result."""
-    found: set[str] = set()
+    """The dotted keys that are marked as not changing a result, and those of earlier versions that were (RETIRED)."""
+    found = {f"{prefix}{name}" for name in getattr(cls, "RETIRED", ())}
     for name, field in _fields(cls).items():
         if not field.field.metadata.get("affects_result", True):
             found.add(f"{prefix}{name}")

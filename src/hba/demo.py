@@ -7,7 +7,6 @@ that a killed demo ends in the same metrics.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,13 +15,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hba.abandoned import remove_abandoned
 from hba.atlas import open_atlas
 from hba.atlas.mini import build_mini_atlas
 from hba.cli.options import recipe_path
 from hba.cli.progress import counted, tallied
 from hba.config import load_config
 from hba.demo_rl import run_rl
+from hba.environment import usable_cores
 from hba.errors import ConfigError
 from hba.evaluate.config import GenerationConfig, PredictConfig
 from hba.evaluate.predict import predict_run
@@ -36,6 +35,7 @@ from hba.report.rl import Change
 from hba.report.stages import Stages, stages, write_stages
 from hba.rl.config import RlConfig
 from hba.run import RunFolder
+from hba.storage import remove_abandoned
 from hba.train.bam import train_bam
 from hba.train.config import BamConfig, LmConfig, QaConfig, SftConfig
 from hba.train.qa import train_qa
@@ -154,7 +154,7 @@ def _settings(folder: Path, seed: int, overrides: Sequence[str]) -> _Settings:
 
 def _make_atlas(atlas: Path, size: str, seed: int) -> None:
     with counted("mini-atlas") as progress:
-        build_mini_atlas(atlas, size=size, seed=seed, workers=os.cpu_count() or 1, progress=progress)
+        build_mini_atlas(atlas, size=size, seed=seed, workers=usable_cores(), progress=progress)
 
 
 def _make_backbone(backbone: Path, atlas: Path, seed: int) -> None:

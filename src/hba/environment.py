@@ -12,9 +12,10 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 DISTRIBUTION = "human-behavior-atlas"
@@ -91,16 +92,50 @@ def cpu_model() -> str | None:
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on; fewer than the machine has under taskset or a batch system."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that are this process's share: how many workers and threads it may have, at least one.
+
+    Those that it may run on (taskset, a batch system), no more than the quota of its container or job, divided by the
+    processes that torchrun or accelerate started on this machine (LOCAL_WORLD_SIZE).
+    """
+    cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    for quota, period in _cpu_quotas():
+        if quota.isdigit() and period.isdigit() and int(period):
+            cores = min(cores, int(quota) / int(period))
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, int(cores / max(1, int(ranks) if ranks.isdigit() else 1)))
 
 
 def memory_bytes() -> int:
     """Main memory that this process may use: the machine's, or its container's limit where that is lower."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text(encoding="ascii").strip() if limit.is_file() else "max"
-    return min(total, int(text)) if text.isdigit() else total
+    limits = [*_cgroup_texts("", "memory.max"), *_cgroup_texts("memory", "memory.limit_in_bytes")]
+    return min([total, *(int(text) for text in limits if text.isdigit())])
+
+
+def _cpu_quotas() -> Iterator[tuple[str, str]]:
+    """(quota, period) of every control group that this process is in; a quota that is no number is none."""
+    for text in _cgroup_texts("", "cpu.max"):
+        quota, _, period = text.partition(" ")
+        yield quota, period
+    quotas, periods = (_cgroup_texts("cpu", f"cpu.cfs_{name}_us") for name in ("quota", "period"))
+    yield from zip(quotas, periods, strict=False)
+
+
+CGROUPS, CGROUPS_OF_PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def _cgroup_texts(controller: str, name: str) -> Iterator[str]:
+    """The file `name` of this process's control group and of all above it; `controller` '' is version 2."""
+    lines = CGROUPS_OF_PROCESS.read_text(encoding="utf-8").splitlines() if CGROUPS_OF_PROCESS.is_file() else []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controller in controllers.split(","):
+            root = CGROUPS / controller
+            own = PurePosixPath(path.lstrip("/"))
+            for folder in (own, *own.parents):  # inside a container the path may be that outside: then the root counts
+                file = root / folder / name
+                if file.is_file():
+                    yield file.read_text(encoding="ascii").strip()
 
 
 def _output(name: str, *arguments: str) -> list[str]:

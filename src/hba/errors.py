@@ -35,6 +35,13 @@ class StoppedError(HbaError):
     exit_code = 75
 
 
+class MachineError(HbaError):
+    """The machine is short of something, or a disk, file server or hub that it reads from is away (exit code 1).
+
+    No fault of the data: no sample is left out for it.
+    """
+
+
 class InputError(HbaError):
     """The user's data, configuration or call is wrong (exit code 2)."""
 

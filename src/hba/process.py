@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from transformers.utils import logging as transformers_logging
 
 from hba.atlas import Atlas
+from hba.environment import usable_cores
 from hba.errors import ConfigError
 from hba.model.checkpoint import resolve_dtype
 
@@ -20,7 +21,10 @@ _SHARDING_LAUNCHERS = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCEL
 
 
 def prepare_process(seed: int) -> None:
-    """Seed every generator; on a CPU with few cores use one thread: two that wait for each other are slower."""
+    """Seed every generator; use no more threads than this process has cores, on a CPU with few of them one.
+
+    Two threads that wait for each other are slower than one.
+    """
     # Its bars for weights and shards would mix with the command's own progress.
     transformers_logging.disable_progress_bar()
     random.seed(seed)
@@ -29,8 +33,9 @@ def prepare_process(seed: int) -> None:
     if not torch.cuda.is_available():
         # Denormal numbers, common in tiny networks, slow a CPU down many times.
         torch.set_flush_denormal(True)
-        if (os.cpu_count() or 1) <= FEW_CORES:
-            torch.set_num_threads(1)
+    cores = usable_cores()
+    alone = cores <= FEW_CORES and not torch.cuda.is_available()
+    torch.set_num_threads(1 if alone else min(torch.get_num_threads(), cores))
 
 
 def start_accelerator(dtype: str) -> Accelerator:

@@ -1,8 +1,9 @@
-"""Everything that hba writes goes through `atomic_write` or `AppendLog`; every path of a row through
-`confined_path`.
+"""Everything that hba writes goes through `atomic_write` or `AppendLog`; every path of a row through `confined_path`;
+what is read of media through `patiently`.
 
 Invariants: a file under its final name is whole; a log holds only whole lines, so that a killed run can go on
-where it stopped; no path taken from data leads outside its root.
+where it stopped; no path taken from data leads outside its root; what a disk, a file server or the machine lacks is
+waited for and then a MachineError, never a fault of the data.
 """
 
 from __future__ import annotations
@@ -10,21 +11,234 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import mmap
 import os
+import re
 import shutil
+import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
-from hba.errors import HbaError, InputError, MediaError
+from hba.errors import InputError, MachineError, MediaError
+
+T = TypeVar("T")
 
 _TAIL_BYTES = 1 << 16
+_SHORT = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.ENOSPC, errno.EDQUOT))
+_REFUSED = frozenset((errno.EACCES, errno.EPERM))
+AWAY = frozenset(
+    getattr(errno, name)
+    for name in (
+        *("EIO", "EREMOTEIO", "ESTALE", "ENXIO", "ENODEV", "ENOMEDIUM", "EBUSY", "EUCLEAN", "ENOLINK", "ECOMM"),
+        *("ETIMEDOUT", "ENETDOWN", "ENETUNREACH", "ENETRESET", "EHOSTDOWN", "EHOSTUNREACH", "ESHUTDOWN", "EPROTO"),
+        *("ENOTCONN", "ECONNRESET", "ECONNABORTED", "ECONNREFUSED", "EREMCHG", "EKEYEXPIRED", "EL2HLT"),
+    )
+    if hasattr(errno, name)
+)
+"""numbers of errors of a disk, a file server or a network that may pass by themselves"""
+_PATIENCE = "HBA_STORAGE_PATIENCE"
+_PATIENCE_SECONDS = 60.0
+_LONGEST_PAUSE = 15.0
+SILENT_SECONDS = 900.0
+"""a single read that takes longer will never end: a file server that is gone holds its readers for ever"""
+_PLENTY_BYTES = 256 << 20
+_AGAIN = "Then run the same command again; it goes on where it stopped."
 
 
 class StorageError(InputError):
     """The disk refused a write (full, read-only, no permission)."""
+
+
+class Clock:
+    """Since when a process is at an item, and how long of that it waited for storage, for the process that watches it.
+
+    Four numbers in memory that both may share: start of the item (0: at none), seconds that it waited, start of the
+    present wait (0: none), and when the present wait has lasted too long.
+    """
+
+    SIZE = 32
+
+    def __init__(self) -> None:
+        self.share(memoryview(bytearray(self.SIZE)))
+
+    def share(self, memory: memoryview) -> None:
+        """Use `memory`, at least SIZE bytes of it."""
+        self._cells = memory[: self.SIZE].cast("B").cast("d")
+
+    def start(self) -> None:
+        """An item begins."""
+        self._cells[1], self._cells[2], self._cells[0] = 0.0, 0.0, time.monotonic()
+
+    def stop(self) -> None:
+        """No item is worked on."""
+        self._cells[0] = 0.0
+
+    @contextmanager
+    def waiting(self, longest_seconds: float = SILENT_SECONDS) -> Iterator[None]:
+        """Time within does not count as work on the item."""
+        if self._cells[2]:
+            yield
+            return
+        now = time.monotonic()
+        self._cells[3], self._cells[2] = now + longest_seconds, now
+        try:
+            yield
+        finally:
+            self._cells[1] += time.monotonic() - self._cells[2]
+            self._cells[2] = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """How long the present item has been worked on."""
+        start = self._cells[0]
+        return time.monotonic() - start - self.waited if start else 0.0
+
+    @property
+    def waited(self) -> float:
+        """How long the process has waited for storage since the present item began."""
+        since = self._cells[2]
+        return self._cells[1] + (time.monotonic() - since if since else 0.0)
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the process waits for a read that will never end."""
+        return bool(self._cells[2]) and time.monotonic() > self._cells[3]
+
+
+CLOCK = Clock()
+"""that of this process; nobody watches it until its memory is shared"""
+
+
+def pauses() -> Iterator[float]:
+    """Seconds to wait before each new attempt at something that may pass by itself, until a minute has gone by.
+
+    HBA_STORAGE_PATIENCE is another number of seconds.
+    """
+    try:
+        end = time.monotonic() + float(os.environ.get(_PATIENCE) or _PATIENCE_SECONDS)
+    except ValueError:
+        raise InputError("is not a number of seconds", where=_PATIENCE, fix="Write one, such as 600.") from None
+    pause = 0.25
+    while (left := end - time.monotonic()) > 0:
+        yield min(pause, left)
+        pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def patiently(read: Callable[[], T], where: str) -> T:
+    """What `read` gives, tried again while storage is away or the machine short of something. The clock stands still.
+
+    Raises MachineError naming `where` when that does not pass, at once where permission is lacking; any other OSError
+    (no such file, a folder) as it is.
+    """
+    waits: Iterator[float] | None = None
+    while True:
+        try:
+            with CLOCK.waiting():
+                return read()
+        except (OSError, MemoryError) as error:
+            fault = machine_fault(error, where)
+            if fault is None:
+                raise
+            waits = pauses() if waits is None else waits
+            pause = None if getattr(error, "errno", None) in _REFUSED else next(waits, None)
+            if pause is None:
+                raise fault from error
+        with CLOCK.waiting():
+            time.sleep(pause)
+
+
+def machine_fault(error: BaseException, where: str) -> MachineError | None:
+    """What the machine or its storage lacks, where that is what `error` says; None where the data may be the cause."""
+    number, said = getattr(error, "errno", None), getattr(error, "strerror", None) or str(error)
+    if isinstance(error, MachineError):
+        return error
+    if number in _REFUSED and isinstance(error, OSError):
+        fix = f"Give yourself the right to read it (chmod, chown). {_AGAIN}"
+        return MachineError(f"cannot be read ({said})", where=where, fix=fix)
+    if number in (errno.EMFILE, errno.ENFILE):
+        fix = f"Raise the limit (`ulimit -n 65536`), or use fewer workers. {_AGAIN}"
+        return MachineError(f"this process may open no more files ({said})", where=where, fix=fix)
+    no_memory = isinstance(error, MemoryError) or number == errno.ENOMEM or "allocate memory" in said
+    if no_memory and _memory_is_short():
+        return MachineError("memory is short", where=where, fix=f"Free memory, or use fewer workers. {_AGAIN}")
+    if number in _SHORT and number != errno.ENOMEM and isinstance(error, OSError):
+        return MachineError(f"the machine is short of something ({said})", where=where, fix=f"Free some. {_AGAIN}")
+    if number in AWAY and isinstance(error, OSError):
+        fix = f"Check the disk, or the file server and its mount. {_AGAIN}"
+        return MachineError(f"cannot be read ({said}): its storage does not answer", where=where, fix=fix)
+    return None
+
+
+def _memory_is_short() -> bool:
+    """Whether not even a plenty of it is to be had; a medium for which that is too little is no honest one."""
+    try:
+        mmap.mmap(-1, _PLENTY_BYTES).close()
+    except (OSError, MemoryError):
+        return True
+    return False
+
+
+def begun(path: Path) -> Path:
+    """The name under which `path` is written until it is whole: it tells the process, and the machine that it is on."""
+    return path.with_name(f".{path.name}.{writer_name()}.tmp")
+
+
+def writer_name() -> str:
+    """A name of this process that no other has on any machine, 'machine-boot-process'."""
+    return f"{_machine()}-{_boot()}-{os.getpid()}"
+
+
+@cache
+def _machine() -> str:
+    # Processes of another container have other ids.
+    space = Path("/proc/self/ns/pid")
+    inside = space.stat().st_ino if space.exists() else 0
+    return hashlib.sha256(f"{socket.gethostname()} {inside}".encode()).hexdigest()[:8]
+
+
+@cache
+def _boot() -> str:
+    told = Path("/proc/sys/kernel/random/boot_id")
+    return hashlib.sha256(told.read_bytes()).hexdigest()[:8] if told.is_file() else "0"
+
+
+_BEGUN = re.compile(r"\..+\.([0-9a-f]{8})-([0-9a-f]+)-(\d+)\.tmp")
+_OLD_SECONDS = 7 * 24 * 3600.0
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether `path` is what a process of this machine, which no longer lives, had begun to write.
+
+    Of another machine that shares the disk nobody can tell. What is a week old and from before a restart is.
+    """
+    match = _BEGUN.fullmatch(path.name)
+    if match is None or match[1] != _machine():
+        return False
+    if match[2] != _boot():
+        return time.time() - path.lstat().st_mtime > _OLD_SECONDS
+    return not _lives(int(match[3]))
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove files and folders that a process of this machine which no longer lives had begun to write there."""
+    for path in folder.glob(".*.tmp"):
+        if is_abandoned(path):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _lives(process_id: int) -> bool:
+    try:
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        return True
+    return True
 
 
 class Line(NamedTuple):
@@ -61,7 +275,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     Raises StorageError when the disk is full or read-only; `path` then still holds what it held before.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = begun(path)
     encoding = None if "b" in mode else "utf-8"
     with named_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +297,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     whole. Its files have the mode of any new file, whatever wrote them.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = begun(path)
     with named_os_errors(path):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -98,7 +312,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
                         file.chmod(about.st_mode & 0o777 | mode)
                     _fsync(file)
             if path.exists():
-                retired = path.with_name(f".{path.name}.{os.getpid()}.old")
+                retired = temporary.with_suffix(".old")
                 path.rename(retired)
                 temporary.rename(path)
                 shutil.rmtree(retired)
@@ -251,8 +465,10 @@ def confined_path(root: Path, relative: str, *, where: str) -> Path:
     check_relative(relative, where=where)
     path = root / relative
     try:
-        resolved = path.resolve(strict=True)
+        resolved = patiently(partial(path.resolve, strict=True), where)
     except (FileNotFoundError, NotADirectoryError):
+        if not root.is_dir():
+            raise MachineError(f"{root} is gone", where=where, fix=f"Mount or restore it. {_AGAIN}") from None
         raise MediaError(f"no such file: {relative}", where=where, fix="Restore the file or remove the row.") from None
     except (OSError, RuntimeError) as error:
         raise MediaError(
@@ -295,19 +511,3 @@ def cache_folder() -> Path:
     own, shared = os.environ.get("HBA_CACHE"), os.environ.get("XDG_CACHE_HOME")
     return Path(own) if own else (Path(shared) if shared else Path.home() / ".cache") / "hba"
 
-
-__all__ = [
-    "AppendLog",
-    "HbaError",
-    "StorageError",
-    "atomic_folder",
-    "atomic_write",
-    "cache_folder",
-    "check_relative",
-    "confined_path",
-    "file_sha256",
-    "json_sha256",
-    "read_json",
-    "read_jsonl",
-    "write_json",
-]

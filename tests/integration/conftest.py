@@ -60,6 +60,7 @@ class Hub:
         self.sent = {}  # bytes of the contents of each file
         self.reached = threading.Event()  # a fault with `stall` waits
         self.page = 1000
+        self.closed = False
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
@@ -83,7 +84,12 @@ class Hub:
         """Names of the files whose contents were sent, in order."""
         return [path for method, path, status in self.requests[start:] if method == "GET" and status < 400 and path]
 
+    def leave(self):
+        """Answer nothing any more."""
+        self.closed = True
+
     def close(self):
+        self.leave()
         self.server.shutdown()
         self.server.server_close()
 
@@ -96,6 +102,9 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
+        if self.hub.closed:  # a connection that was open before
+            self.close_connection = True
+            return
         with suppress(BrokenPipeError, ConnectionResetError):
             self.answer()
 

@@ -21,7 +21,7 @@ from hba.model import OmniSapiens
 from hba.model.config import ModelConfig
 from hba.rl.policy import build_policy
 from hba.run import RunFolder
-from hba.storage import read_jsonl
+from hba.storage import begun, read_jsonl
 from hba.train.config import SftConfig, TrainConfig
 from hba.train.loop import build_optimizer, learning_rate_at
 from hba.train.sft import sft_loss, train_sft
@@ -113,8 +113,9 @@ def test_a_half_written_checkpoint_is_never_resumed_from(tmp_path, mini_atlas, b
     train(broken, mini_atlas, backbone, "train.max_steps=4")
     checkpoints = broken / "checkpoints"
     # As if the process had been killed while it wrote step 4: the whole folder is there under its unfinished name.
-    shutil.copytree(checkpoints / "step_4", checkpoints / ".step_4.4194304.tmp")
-    (checkpoints / ".step_4.4194304.tmp" / "model.safetensors").write_bytes(b"half")
+    unfinished = checkpoints / begun(checkpoints / "step_4").name.replace(f"-{os.getpid()}.", "-4194304.")
+    shutil.copytree(checkpoints / "step_4", unfinished)
+    (unfinished / "model.safetensors").write_bytes(b"half")
     shutil.rmtree(checkpoints / "step_4")
     _, progress = train(broken, mini_atlas, backbone, "train.max_steps=4")
     assert progress.step == 4

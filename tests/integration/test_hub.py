@@ -21,16 +21,17 @@ from typer.testing import CliRunner
 
 from hba import open_atlas
 from hba.atlas.batch import Encoder, collate
-from hba.atlas.config import EncodeConfig
+from hba.atlas.config import EncodeConfig, LoaderConfig
 from hba.atlas.convert import convert_to_parquet
 from hba.atlas.download import download_atlas
 from hba.atlas.info import atlas_info
+from hba.atlas.loader import load_batches
 from hba.atlas.sample import MEDIA_FIELDS
 from hba.atlas.sampler import plan_batches
 from hba.atlas.slices import read_bytes
 from hba.atlas.validate import validate_atlas
 from hba.cli import app
-from hba.errors import InputError, MediaError
+from hba.errors import InputError, MachineError, MediaError
 from hba.storage import StorageError
 
 REPO = "org/mini"
@@ -369,6 +370,42 @@ def test_no_hub_to_be_reached(hub, releases):
     hub.close()
     with pytest.raises(InputError, match=r"cannot be reached.*HF_HUB_OFFLINE=1"):
         open_atlas(REPO, split="test")
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_no_sample_is_blamed_for_a_hub_that_goes_away(hub, releases, backbone, form, workers, monkeypatch):
+    monkeypatch.setenv("HBA_STORAGE_PATIENCE", "0.3")
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # between attempts of its own
+    serve(hub, releases, form)
+    atlas = open_atlas(REPO, split="test").filter(modalities=["text_audio"])
+    stream = read_all(atlas, backbone, workers)
+    assert next(stream).samples
+    hub.leave() if workers else hub.close()  # processes that were forked here hold the port open
+    with pytest.raises(MachineError, match=r"hub at .* cannot be reached.*what is complete is kept") as caught:
+        list(stream)
+    assert caught.value.exit_code == 1 and "hf_secret" not in str(caught.value)
+    assert not atlas.quarantine
+
+
+@pytest.mark.parametrize("fault", [{"status": 503}, {"status": 429, "headers": {"Retry-After": "1"}}, {"cut_at": 9}])
+def test_a_hub_that_comes_back_is_waited_for(hub, releases, backbone, fault):
+    serve(hub, releases, "jsonl")
+    atlas = open_atlas(REPO, split="test").filter(modalities=["text_audio"])[:4]
+    hub.fail("GET", ".wav", times=3, **fault)
+    # More than a second, in which a sample would be given up if it were decoding that takes it.
+    batches = list(read_all(atlas, backbone, workers=1, decode_timeout_seconds=1.0))
+    assert sum(len(batch.samples) for batch in batches) == 4 and not atlas.quarantine
+    assert all(fault.times == 0 for fault in hub.faults)
+
+
+def read_all(atlas, backbone, workers, **options):
+    from transformers import AutoProcessor
+
+    encoder = Encoder(AutoProcessor.from_pretrained(backbone), EncodeConfig(num_frames=2))
+    plan = [np.array([k]) for k in range(len(atlas))]
+    options = {"prefetch_megabytes": 0, "cache_megabytes": 0} | options
+    return load_batches(atlas, encoder, plan, LoaderConfig(workers=workers, **options))
 
 
 def test_a_medium_that_is_not_there_is_the_samples_fault(hub, releases, tmp_path):

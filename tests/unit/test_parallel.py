@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from hba import storage
+from hba.atlas.slices import Slice, read_bytes
+from hba.errors import MachineError
 from hba.parallel import Died, each
 
 CRASH = "__import__('os').kill(__import__('os').getpid(), {})"
@@ -115,3 +118,48 @@ def _lives(pid: int) -> bool:
 def test_more_workers_than_items(workers: int) -> None:
     assert run(["1"], workers=workers) == {"1": 1}
     assert os.getpid() not in run(["__import__('os').getpid()"], workers=workers).values()
+
+
+# --- what is no fault of an item -------------------------------------------------------------------------------------
+
+
+def hangs(item: bytes) -> int:
+    """The first item makes its process hang; 100 MB that are on their way to it fill every buffer."""
+    if item == b"hang":
+        time.sleep(600)
+    return len(item)
+
+
+def test_patience_is_kept_while_a_large_item_is_on_its_way_to_a_process_that_hangs() -> None:
+    large = bytes(50_000_000)
+    started = time.monotonic()
+    found = [result for _, result in each(hangs, [b"hang", large, b"12"], workers=1, patience=lambda _: 1.0)]
+    assert found == [Died("took more than 1 s"), 50_000_000, 2]
+    assert time.monotonic() - started < 60
+
+
+def waits(seconds: float) -> str:
+    with storage.CLOCK.waiting():
+        time.sleep(seconds)
+    return "done"
+
+
+def test_time_that_an_item_waits_for_storage_does_not_count() -> None:
+    assert list(each(waits, [2.5], workers=1, patience=lambda _: 0.5)) == [(2.5, "done")]
+
+
+def reads(path: str) -> bytes:
+    part = Slice(Path(path), 0, 10)  # the kernel gives EIO for the first byte of a process's memory
+    return read_bytes(part, where="a place")
+
+
+def test_a_disk_that_does_not_answer_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HBA_STORAGE_PATIENCE", "0.3")
+    with pytest.raises(MachineError, match=r"a place: cannot be read \(Input/output error\): its storage"):
+        list(each(reads, ["/proc/self/mem"] * 3, workers=2, patience=lambda _: 60.0))
+
+
+def test_an_item_whose_process_was_killed_says_so() -> None:
+    kill = CRASH.format(int(signal.SIGKILL))
+    found = run([kill, CRASH.format(int(signal.SIGSEGV))])
+    assert [result.killed for result in found.values()] == [True, False]  # type: ignore[attr-defined]

@@ -17,6 +17,7 @@ from hba.config import load_config, option
 from hba.environment import environment
 from hba.errors import ConfigError, HbaError, InputError
 from hba.run import RunFolder
+from hba.train.config import SftConfig
 
 DATA = {"path": "atlas", "fingerprint": "abc", "synthetic": True}
 
@@ -283,3 +284,13 @@ def test_an_interrupted_start_is_completed(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").unlink()
     open_run(tmp_path).close()
     assert load_config(Settings, tmp_path / "config.yaml", []) == Settings()
+
+
+def test_a_run_of_before_goes_on_when_a_key_that_changed_no_result_is_gone(tmp_path: Path) -> None:
+    config = load_config(SftConfig, None, ["atlas=x"])
+    with RunFolder.open(tmp_path, config=config, command="train sft", seed=0) as run:
+        pass
+    run.config.write_text(run.config.read_text().replace("  prefetch_megabytes: 512\n", "  prefetch: 4\n"))
+    assert "prefetch: 4" in run.config.read_text()
+    with RunFolder.open(tmp_path, config=config, command="train sft", seed=0):
+        pass

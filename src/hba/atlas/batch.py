@@ -77,6 +77,16 @@ class Batch:
         mask_BT = self.inputs["attention_mask"]
         return mask_BT if self.labels_BT is None else mask_BT * (self.labels_BT == IGNORED)
 
+    def pinned(self) -> Batch:
+        """The same batch in page-locked memory, from which a GPU takes it while it computes."""
+        return replace(
+            self,
+            inputs={name: tensor.pin_memory() for name, tensor in self.inputs.items()},
+            class_index_B=self.class_index_B.pin_memory(),
+            labels_BT=None if self.labels_BT is None else self.labels_BT.pin_memory(),
+            descriptors=tuple({name: t.pin_memory() for name, t in each.items()} for each in self.descriptors),
+        )
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}

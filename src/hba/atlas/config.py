@@ -6,16 +6,16 @@ torch is imported, which takes seconds.
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from hba.atlas.media import Frames
 from hba.atlas.prompt import MODALITIES, Modality
 from hba.config import option
+from hba.environment import usable_cores
 from hba.errors import ConfigError
 
 
@@ -44,10 +44,14 @@ class EncodeConfig:
 class LoaderConfig:
     """Where batches are prepared."""
 
+    RETIRED: ClassVar[tuple[str, ...]] = ("prefetch",)
+
     workers: Annotated[int, Field(ge=-1)] = option(
         -1, "worker processes; 0 prepares in the main process, -1 is one a spare core, at most 8", affects_result=False
     )
-    prefetch: Annotated[int, Field(ge=1)] = option(4, "batches that each worker prepares ahead", affects_result=False)
+    prefetch_megabytes: Annotated[int, Field(ge=0)] = option(
+        512, "encoded samples that workers prepare ahead, in all", affects_result=False
+    )
     cache_megabytes: Annotated[int, Field(ge=0)] = option(
         256, "encoded samples that are kept for the next epoch, 0 for none", affects_result=False
     )
@@ -61,4 +65,4 @@ class LoaderConfig:
             if self.workers > 0:
                 raise ConfigError("worker processes need Linux", where="loader.workers", fix="Use loader.workers=0.")
             return 0
-        return min(8, max(0, (os.cpu_count() or 1) - 1)) if self.workers < 0 else self.workers
+        return min(8, max(0, usable_cores() - 1)) if self.workers < 0 else self.workers

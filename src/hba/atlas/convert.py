@@ -24,7 +24,6 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from hba.abandoned import remove_abandoned
 from hba.atlas import Atlas, open_atlas
 from hba.atlas.columns import Columns
 from hba.atlas.embedded import index_path
@@ -36,7 +35,7 @@ from hba.environment import now
 from hba.errors import HbaError, InputError
 from hba.lifeline import die_with_parent
 from hba.parallel import Died, each
-from hba.storage import atomic_write, json_sha256, write_json
+from hba.storage import atomic_write, json_sha256, remove_abandoned, write_json
 from hba.taxonomy import FILE as TAXONOMY_FILE
 
 Form = Literal["parquet", "jsonl"]

@@ -23,9 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hba.atlas.sample import MEDIA_FIELDS
-from hba.atlas.slices import PLACES, checksums_of
+from hba.atlas.slices import PLACES, Slice, checksums_of, read_bytes
 from hba.errors import InputError
-from hba.storage import atomic_write
+from hba.storage import atomic_write, machine_fault, patiently
 
 _VERSION = 3
 _CRC_BYTES = 4
@@ -53,8 +53,12 @@ class Remote(Protocol):
 def open_shard(shard: Path, remote: Remote | None = None, *, buffer_bytes: int = 0) -> pq.ParquetFile:
     """The opened shard; `remote` fetches what is read of it. Raises InputError when it is not a whole parquet file."""
     options: dict[str, Any] = {"pre_buffer": False, "page_checksum_verification": True, "buffer_size": buffer_bytes}
-    try:
+
+    def opened() -> pq.ParquetFile:
         return pq.ParquetFile(shard if remote is None else pa.PythonFile(remote.open(), mode="r"), **options)
+
+    try:
+        return patiently(opened, str(shard))
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         what = f"is not a whole parquet file ({reason})"
@@ -63,10 +67,9 @@ def open_shard(shard: Path, remote: Remote | None = None, *, buffer_bytes: int =
 
 def stamp(shard: Path) -> str:
     """What tells a shard from another: its size and a hash of its end, which holds the places of everything in it."""
-    size = shard.stat().st_size
-    with shard.open("rb") as file:
-        file.seek(max(0, size - TAIL_BYTES))
-        return f"{size}:{hashlib.sha256(file.read()).hexdigest()}"
+    size = patiently(shard.stat, str(shard)).st_size
+    tail = read_bytes(Slice(shard, max(0, size - TAIL_BYTES), min(size, TAIL_BYTES)))
+    return f"{size}:{hashlib.sha256(tail).hexdigest()}"
 
 
 def write_index(shard: Path) -> Path:
@@ -76,7 +79,8 @@ def write_index(shard: Path) -> Path:
             try:
                 tables = [_group_index(file, group, data) for group in range(file.num_row_groups)]
             except (pa.ArrowException, OSError) as error:
-                raise InputError(f"is damaged ({error})", where=str(shard), fix="Restore the shard.") from None
+                damaged = InputError(f"is damaged ({error})", where=str(shard), fix="Restore the shard.")
+                raise machine_fault(error, str(shard)) or damaged from None
         schema = file.schema_arrow
     if not tables:
         tables = [pa.schema([field for field in schema if field.name not in MEDIA_FIELDS]).empty_table()]
@@ -101,7 +105,7 @@ def read_index(shard: Path, shard_stamp: str | None = None) -> pa.Table | None:
     path = index_path(shard)
     fix = "Delete it; the shard can be indexed again."
     try:
-        data = memoryview(path.read_bytes())
+        data = memoryview(patiently(path.read_bytes, str(path)))
     except FileNotFoundError:
         return None
     except OSError as error:

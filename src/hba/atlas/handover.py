@@ -1,25 +1,30 @@
-"""Objects with large tensors from a worker process to the main process.
+"""Objects with large tensors from a worker process to the main process, as bytes over a socket.
 
-An object is pickled with its tensors and arrays out of band into an anonymous file in memory, whose descriptor goes
-over a Unix socket. The message itself is a few bytes, so that a worker never waits for a reader; nothing lies in
-/dev/shm, which containers keep small; and when either side is killed the kernel frees the memory. An object that both
-sides hold already (the store of an atlas, with all its rows) is named instead of copied.
+An object is pickled with its tensors and arrays out of band, so that they are copied into the socket and out of it, and
+nowhere else. It takes no file descriptor beyond the socket itself, of which processes may have few, and nothing in
+/dev/shm, which containers keep small; when either side is killed the kernel frees what was on its way. An object that
+both sides hold already (the store of an atlas, with all its rows) is named instead of copied.
 """
 
 from __future__ import annotations
 
 import io
-import os
 import pickle
+import socket
 import struct
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 _ALIGNMENT = 64
+_HEADER = struct.Struct("<qq")
+_PARTS_AT_ONCE = 512  # sendmsg takes 1,024 at most
+
+Bytes = npt.NDArray[np.uint8]
 
 
 class _Pickler(pickle.Pickler):
@@ -53,31 +58,24 @@ def _tensor(buffer: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> T
     return torch.frombuffer(buffer, dtype=torch.uint8).view(dtype).reshape(shape)
 
 
-def pack(value: object, shared: object) -> int:
-    """Write `value` into an anonymous file; returns its descriptor, which the caller closes.
-
-    Raises what pickling raises for a value that cannot be pickled, OSError when memory is short.
-    """
+def pack(value: object, shared: object) -> list[memoryview]:
+    """`value` as bytes in several parts, its tensors in place. Raises what pickling raises."""
     stream = io.BytesIO()
     buffers: list[pickle.PickleBuffer] = []
     _Pickler(stream, buffers.append, shared).dump(value)
     parts = [memoryview(stream.getbuffer()), *(buffer.raw() for buffer in buffers)]
     sizes = [part.nbytes for part in parts]
-    descriptor = os.memfd_create("hba")
-    with open(descriptor, "wb", closefd=False) as file:
-        file.write(struct.pack(f"<{len(sizes) + 1}q", len(sizes), *sizes))
-        for part in parts:
-            file.write(bytes(-file.tell() % _ALIGNMENT))
-            file.write(part)
-    return descriptor
+    packed = [memoryview(struct.pack(f"<{len(sizes) + 1}q", len(sizes), *sizes))]
+    at = packed[0].nbytes
+    for part in parts:
+        packed += [memoryview(bytes(-at % _ALIGNMENT)), part]
+        at += -at % _ALIGNMENT + part.nbytes
+    return packed
 
 
-def unpack(descriptor: int, shared: object) -> Any:
-    """The object that `pack` wrote; its tensors share one block of memory. `shared` takes the place of the other's."""
-    data = np.empty(os.fstat(descriptor).st_size, np.uint8)
-    view, at = data.data, 0
-    while at < len(view):
-        at += os.preadv(descriptor, [view[at:]], at)
+def unpack(data: Bytes, shared: object) -> Any:
+    """The object of which `data` are the bytes; its tensors lie in them. `shared` takes the place of the other's."""
+    view = data.data
     (count,) = struct.unpack_from("<q", view)
     at, parts = 8 * (count + 1), []
     for size in struct.unpack_from(f"<{count}q", view, 8):
@@ -85,3 +83,38 @@ def unpack(descriptor: int, shared: object) -> Any:
         parts.append(view[at : at + size])
         at += size
     return _Unpickler(io.BytesIO(parts[0]), parts[1:], shared).load()
+
+
+def send(connection: socket.socket, number: int, packed: list[memoryview]) -> None:
+    """Send what `pack` made, under a number. Waits while nobody reads."""
+    parts = [memoryview(_HEADER.pack(number, sum(part.nbytes for part in packed))), *packed]
+    parts = [part for part in parts if part.nbytes]
+    while parts:
+        sent = connection.sendmsg(parts[:_PARTS_AT_ONCE])
+        while parts and sent >= parts[0].nbytes:
+            sent -= parts.pop(0).nbytes
+        if sent:
+            parts[0] = parts[0][sent:]
+
+
+def receive_header(connection: socket.socket) -> tuple[int, int] | None:
+    """The number and the size of what comes next; None when the other side is gone."""
+    header = np.empty(_HEADER.size, np.uint8)
+    if not receive(connection, header):
+        return None
+    number, size = _HEADER.unpack(header.data)
+    return number, size
+
+
+def receive(connection: socket.socket, data: Bytes) -> bool:
+    """Fill `data` with what comes next; False when the other side is gone before it is full."""
+    view = data.data
+    while view.nbytes:
+        try:
+            count = connection.recv_into(view)
+        except ConnectionResetError:
+            return False
+        if count == 0:
+            return False
+        view = view[count:]
+    return True

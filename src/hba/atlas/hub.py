@@ -21,7 +21,7 @@ from hba.atlas.embedded import index_path
 from hba.atlas.hub_client import Listing, NotInRepoError, Repo, list_repo
 from hba.atlas.hub_id import HubId
 from hba.atlas.hub_shards import remote_shards
-from hba.atlas.jsonl import JsonlStore
+from hba.atlas.jsonl import JsonlStore, size_of
 from hba.atlas.parquet import ParquetStore
 from hba.atlas.sample import MEDIA_FIELDS, Field, Row, Sample
 from hba.atlas.slices import Source
@@ -167,7 +167,7 @@ class HubStore:
     def medium(self, number: int, name: Field, index: int, *, where: str) -> Source:
         """The file of a medium, fetched if it is not there. Raises MediaError when the dataset has no such file.
 
-        Raises InputError when the hub cannot be reached: that is no fault of the sample.
+        Raises MachineError when the hub cannot be reached: that is no fault of the sample.
         """
         paths: tuple[str, ...] = getattr(self.row(number), name)
         try:
@@ -179,7 +179,7 @@ class HubStore:
     def audio_bytes(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Stored bytes of the sounds of each row; asks the hub for the sizes of those that are not here yet."""
         sounds = {int(i): self.row(int(i)).audios for i in numbers if self.columns.num_audios[i]}
-        sizes = {path: _size(self.root / path) for paths in sounds.values() for path in paths}
+        sizes = {path: size_of(self.root / path) for paths in sounds.values() for path in paths}
         unknown = {self._name(path): path for path, size in sizes.items() if size is None}
         for name, info in self.repo.infos(unknown).items():
             sizes[unknown[name]] = info.size
@@ -188,10 +188,3 @@ class HubStore:
     def contents(self, numbers: npt.NDArray[np.integer[Any]]) -> Iterator[bytes]:
         """What the fingerprint of the given rows is made of."""
         return self._rows.contents(numbers)
-
-
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return None

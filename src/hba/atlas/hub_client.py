@@ -1,9 +1,11 @@
 """A dataset on the Hugging Face hub at one commit: what files it has, and getting them.
 
 The revision is resolved to a commit once; everything after is asked for at that commit, so that files of two revisions
-never mix. What may pass by itself (a dropped connection, an overloaded server) is tried again; everything else is one
-InputError with a fix, which never repeats what the server or the library said, since that may hold a token. Offline
-(HF_HUB_OFFLINE=1) the commit and the list of files are those of the last time; without that, no old answer is used.
+never mix. What may pass by itself (a dropped connection, an overloaded server) is tried again: briefly when a dataset
+is opened, for `storage.pauses` once it is known; a hub that is away then is a MachineError, no fault of a sample. All
+else is an InputError. Both have a fix and never repeat what the server or the library said, since that may hold a
+token. Downloads do not count as time at a sample. Offline (HF_HUB_OFFLINE=1) the commit and the list of files are those
+of the last time; without that, no old answer is used.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 from urllib.parse import quote
@@ -44,9 +47,9 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but
 )
 
 from hba.atlas.hub_id import HubId
-from hba.errors import InputError
+from hba.errors import HbaError, InputError, MachineError
 from hba.remote.addresses import shown, unusable_proxy
-from hba.storage import StorageError, read_json, write_json
+from hba.storage import AWAY, CLOCK, StorageError, machine_fault, pauses, read_json, write_json
 
 T = TypeVar("T")
 
@@ -84,13 +87,14 @@ class Repo:
     def fetch(self, name: str, folder: Path | None = None) -> Path:
         """The file `name` on this machine: below `folder`, or in the cache that all programs share.
 
-        A file that is there already costs no request. Raises NotInRepoError, InputError, StorageError (full disk).
+        A file that is there already costs no request. Raises NotInRepoError, InputError, StorageError (full disk),
+        MachineError (the hub is away).
         """
 
         def download() -> str:
             return hf_hub_download(self.id, name, repo_type="dataset", revision=self.commit, local_dir=folder)
 
-        return Path(_ask(download, f"{self}/{name}", self.id))
+        return Path(_ask(download, f"{self}/{name}", self.id, known=True))
 
     def cached(self, names: Iterable[str]) -> list[Path] | None:
         """The files in the cache that all programs share, None unless all are there."""
@@ -101,7 +105,7 @@ class Repo:
     def fetch_part(self, name: str, path: Path, start: int, stop: int) -> None:
         """Write the bytes `start` to `stop` of the file `name` to the same place of `path`, and have them on the disk.
 
-        Raises NotInRepoError, InputError, StorageError (full disk).
+        Raises NotInRepoError, InputError, StorageError (full disk), MachineError (the hub is away).
         """
         url = hf_hub_url(self.id, name, repo_type="dataset", revision=self.commit)
 
@@ -122,14 +126,14 @@ class Repo:
                     rest = rest[file.write(rest) :]
                 os.fdatasync(file.fileno())
 
-        _ask(download, f"{self}/{name}", self.id)
+        _ask(download, f"{self}/{name}", self.id, known=True)
 
     def infos(self, names: Iterable[str]) -> dict[str, FileInfo]:
         """Size and identity of those of the files that the dataset has. Raises InputError."""
         wanted, found = list(names), dict[str, FileInfo]()
         for start in range(0, len(wanted), _PATHS_A_QUESTION):
             part = wanted[start : start + _PATHS_A_QUESTION]
-            for entry in _ask(partial(self._paths_info, part), str(self), self.id):
+            for entry in _ask(partial(self._paths_info, part), str(self), self.id, known=True):
                 if isinstance(entry, RepoFile):
                     lfs = entry.lfs.sha256 if entry.lfs is not None else None
                     found[entry.path] = FileInfo(entry.size, lfs or entry.blob_id)
@@ -206,19 +210,23 @@ def _is_offline() -> bool:
     return bool(constants.HF_HUB_OFFLINE)
 
 
-def _ask(call: Callable[[], T], where: str, repo: str) -> T:
-    """What `call` gives, tried again after what may pass by itself. Raises InputError."""
-    for pause in (*_PAUSES, None):
-        try:
-            return call()
-        except httpx.InvalidURL:
-            raise unusable_proxy() from None
-        except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
-            cause = _cause(error)
-            if pause is None or not _may_pass(cause):
-                raise _explained(cause, where, repo) from None
-            wait = max(pause, _asked_to_wait(cause))
-        time.sleep(wait)
+def _ask(call: Callable[[], T], where: str, repo: str, *, known: bool = False) -> T:
+    """What `call` gives, tried again after what may pass by itself.
+
+    Raises InputError; of a dataset that is `known`, MachineError where the hub is away.
+    """
+    with CLOCK.waiting(float("inf")):  # the client has limits of its own
+        for pause in chain(pauses() if known else _PAUSES, (None,)):
+            try:
+                return call()
+            except httpx.InvalidURL:
+                raise unusable_proxy() from None
+            except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+                cause = _cause(error)
+                if pause is None or not _may_pass(cause, known=known):
+                    raise _explained(cause, where, repo, known=known) from None
+                wait = max(pause, _asked_to_wait(cause))
+            time.sleep(wait)
     raise AssertionError("unreachable")
 
 
@@ -235,13 +243,15 @@ def _status(error: BaseException) -> int | None:
     return error.response.status_code if isinstance(error, HfHubHTTPError) else None
 
 
-def _may_pass(error: BaseException) -> bool:
+def _may_pass(error: BaseException, *, known: bool) -> bool:
     if isinstance(error, HfHubHTTPError):
         return _status(error) in _TRANSIENT
     if isinstance(error, httpx.TransportError):
-        return not isinstance(error, httpx.ConnectError)
+        return known or not isinstance(error, httpx.ConnectError)
+    if not isinstance(error, OSError) or isinstance(error, OfflineModeIsEnabled):
+        return False
     # A size that is not the announced one is an OSError without a number.
-    return isinstance(error, OSError) and error.errno is None and not isinstance(error, OfflineModeIsEnabled)
+    return error.errno is None or (known and error.errno in AWAY)
 
 
 def _asked_to_wait(error: BaseException) -> float:
@@ -249,7 +259,8 @@ def _asked_to_wait(error: BaseException) -> float:
     return min(float(told), _LONGEST_PAUSE) if told.isdigit() else 0.0
 
 
-def _explained(error: BaseException, where: str, repo: str) -> InputError:
+def _explained(error: BaseException, where: str, repo: str, *, known: bool) -> HbaError:
+    failed = MachineError if known and _may_pass(error, known=known) else InputError
     page, status = f"{shown(constants.ENDPOINT)}/datasets/{repo}", _status(error)
     if isinstance(error, RemoteEntryNotFoundError):
         return NotInRepoError("no such file in the dataset", where=where, fix=f"See {page}/tree/main for what it has.")
@@ -263,18 +274,19 @@ def _explained(error: BaseException, where: str, repo: str) -> InputError:
         fix = "Check the path or the name; if the dataset is private, run `hf auth login`."
         return InputError(what, where=where, fix=fix)
     if status is not None:
-        return InputError(f"the hub answered with status {status}", where=where, fix=f"Wait a little. {_FIX_AGAIN}")
+        return failed(f"the hub answered with status {status}", where=where, fix=f"Wait a little. {_FIX_AGAIN}")
     if isinstance(error, OfflineModeIsEnabled):
         fix = "Unset HF_HUB_OFFLINE, or check the path."
         return InputError("is not on this machine, and the hub may not be asked", where=where, fix=fix)
     if isinstance(error, httpx.HTTPError):
         fix = f"Check the path and the network. {_FIX_AGAIN} With HF_HUB_OFFLINE=1 what was downloaded before is used."
         what = f"is not on this machine, and the hub at {shown(constants.ENDPOINT)} cannot be reached"
-        return InputError(what, where=where, fix=fix)
+        return failed(what, where=where, fix=fix)
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         fix = f"Free some space, or set HF_HOME to a larger disk. {_FIX_AGAIN}"
         return StorageError("no space left on the disk", where=where, fix=fix)
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return StorageError("the download folder cannot be written", where=where, fix="Set HF_HOME to another folder.")
-    return InputError(f"the download broke off ({type(error).__name__})", where=where, fix=_FIX_AGAIN)
+    broken = failed(f"the download broke off ({type(error).__name__})", where=where, fix=_FIX_AGAIN)
+    return machine_fault(error, where) or broken

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,8 +22,9 @@ from hba.atlas import media
 from hba.atlas.columns import Columns
 from hba.atlas.rows import KNOWN_FIELDS, RowChecker, canonical, decode_fields, decode_row, label_of, signature_of
 from hba.atlas.sample import Field, Row, Sample
+from hba.atlas.slices import opened
 from hba.errors import InputError
-from hba.storage import confined_path
+from hba.storage import confined_path, patiently
 from hba.taxonomy import Taxonomy
 
 MAX_LINE_BYTES = 64 << 20
@@ -54,7 +56,8 @@ class JsonlStore:
         name = str(self.path)
         checker = RowChecker(self.taxonomy, split=self.split, file=name)
         starts, lines, at = array("q"), array("q"), 0
-        with self.path.open("rb") as file:
+        status = patiently(self.path.stat, name)
+        with opened(self.path, where=name) as file:
             for line, raw in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1):
                 if len(raw) == MAX_LINE_BYTES:
                     what = f"is longer than {MAX_LINE_BYTES:,} bytes"
@@ -65,7 +68,6 @@ class JsonlStore:
                     starts.append(at + len(raw) - len(text))
                     lines.append(line)
                 at += len(raw)
-            status = os.fstat(file.fileno())
         self._stamp = (status.st_size, status.st_mtime_ns)
         if not lines:
             raise InputError(f"split {self.split!r} has no rows", where=name, fix="Write at least one row.")
@@ -78,7 +80,10 @@ class JsonlStore:
         if self._handle is None:
             self._handle = self._reopen()
         start, stop = int(self._starts[number]), int(self._starts[number + 1])
-        return os.pread(self._handle.fileno(), stop - start, start).split(b"\n", 1)[0]
+        return self._read(self._handle.fileno(), stop - start, start).split(b"\n", 1)[0]
+
+    def _read(self, descriptor: int, size: int, start: int) -> bytes:
+        return patiently(partial(os.pread, descriptor, size, start), str(self.path))
 
     def _raws(self, numbers: npt.NDArray[np.integer]) -> Iterator[bytes]:
         """What `raw` gives for each of many rows; ascending rows are read in blocks."""
@@ -89,14 +94,14 @@ class JsonlStore:
             first, block = 0, b""
             for start, stop in zip(starts, stops, strict=True):
                 if stop > first + len(block):
-                    first, block = start, os.pread(descriptor, max(_BLOCK_BYTES, stop - start), start)
+                    first, block = start, self._read(descriptor, max(_BLOCK_BYTES, stop - start), start)
                 yield block[start - first : stop - first].split(b"\n", 1)[0]
         else:
             yield from (self.raw(int(number)) for number in numbers)
 
     def _reopen(self) -> IO[bytes]:
         try:
-            handle = self.path.open("rb")
+            handle = patiently(lambda: self.path.open("rb"), str(self.path))
         except OSError as error:
             raise InputError(f"cannot be read ({error.strerror})", where=str(self.path), fix="Restore it.") from None
         status = os.fstat(handle.fileno())
@@ -179,11 +184,12 @@ def _sizes(paths: list[str]) -> list[int]:
     try:
         return [stat(path).st_size for path in paths]
     except OSError:
-        return [_size(path) for path in paths]
+        return [size_of(path) or 0 for path in paths]
 
 
-def _size(path: str) -> int:
+def size_of(path: str | Path) -> int | None:
+    """Bytes of a file, None when it is not there. Raises MachineError when its storage is away: it is no short file."""
     try:
-        return os.stat(path).st_size  # noqa: PTH116 - called for every row; a Path costs more than the call
+        return patiently(partial(os.stat, path), str(path)).st_size
     except OSError:
-        return 0
+        return None

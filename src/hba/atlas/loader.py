@@ -3,7 +3,9 @@
 The loader is a function of (atlas, plan, start): the same plan gives the same batches with any number of workers;
 `start` continues in mid-epoch without decoding what came before. A sample whose medium cannot be read, or whose
 decoding ends or hangs its worker (see `workers`), is left out of its batch and named in `Batch.quarantined`; any other
-error is raised when the turn of its batch comes. Encoded samples are kept for the next epoch as far as memory allows.
+error is raised when the turn of its batch comes. Workers are as far ahead as the memory for it allows, whatever the
+size of a batch; encoded samples are kept for the next epoch as far as memory allows. Where there is a GPU, batches lie
+in pinned memory, from which they are copied while it computes.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from contextlib import closing
 from itertools import chain, islice
 from typing import TypeAlias
 
+import torch
+
 from hba.atlas import Atlas
 from hba.atlas.batch import Batch, Encoded, SampleEncoder, collate
 from hba.atlas.config import LoaderConfig
@@ -23,8 +27,8 @@ from hba.atlas.workers import Failure, Outcome, WorkerPool, encode_row, raise_fa
 
 Outcomes: TypeAlias = Generator[Outcome, None, None]
 
-# Each finished row holds a file descriptor on its way, and processes may have few.
 MAX_ROWS_AHEAD = 256
+"""rows that workers are given; how many of them lie ready is a matter of their bytes"""
 
 
 class _Cache:
@@ -61,17 +65,23 @@ def load_batches(
     workers = min(config.resolved_workers(), sum(map(len, islice(plan, start, None))))
     cache = _Cache(config.cache_megabytes)
     if workers:
-        ahead = min(MAX_ROWS_AHEAD, workers * config.prefetch * max(map(len, plan)))
-        pool = WorkerPool(atlas, encoder, workers=workers, timeout_seconds=config.decode_timeout_seconds)
-        outcomes = _prefetched(rows, pool, cache, ahead)
+        pool = WorkerPool(
+            atlas,
+            encoder,
+            workers=workers,
+            timeout_seconds=config.decode_timeout_seconds,
+            ahead_bytes=config.prefetch_megabytes << 20,
+        )
+        outcomes = _prefetched(rows, pool, cache, MAX_ROWS_AHEAD if config.prefetch_megabytes else 2 * workers)
     else:
         outcomes = _in_turn(rows, atlas, encoder, cache)
+    pinned = torch.cuda.is_available()
     with closing(outcomes):
         for batch in islice(plan, start, None):
             made = _assemble(islice(outcomes, len(batch)), encoder)
             for sample in made.quarantined:
                 atlas.refuse(sample)
-            yield made
+            yield made.pinned() if pinned else made
 
 
 def _in_turn(rows: Iterator[int], atlas: Atlas, encoder: SampleEncoder, cache: _Cache) -> Outcomes:
@@ -89,23 +99,24 @@ def _prefetched(rows: Iterator[int], pool: WorkerPool, cache: _Cache, ahead: int
     ready: dict[int, Outcome] = {}
     with pool:
         while True:
-            ready.update(pool.finished())
             for row in islice(rows, ahead - len(coming)):
                 coming.append(row)
                 wanted[row] += 1
                 if wanted[row] == 1:
-                    known = cache.get(row) or pool.request(row)
+                    known = cache.get(row)
                     if known is not None:
                         ready[row] = known
+                    else:
+                        pool.request(row)
             if not coming:
                 return
             row = coming.popleft()
-            while row not in ready:
-                ready.update(pool.results())
-            outcome = ready[row]
+            outcome = ready.pop(row, None) or pool.outcome(row)
             wanted[row] -= 1
-            if not wanted[row]:
-                del wanted[row], ready[row]
+            if wanted[row]:
+                ready[row] = outcome
+            else:
+                del wanted[row]
                 cache.put(row, outcome)
             yield outcome
 

@@ -22,6 +22,7 @@ from hba.atlas.slices import Source, opened, read_bytes
 from hba.atlas.source import DEFAULT_LIMITS, RESTORE, Limits, check_source, head
 from hba.atlas.video import Frames, Video, load_video
 from hba.errors import MediaError
+from hba.storage import machine_fault
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +61,7 @@ def load_bytes(source: Source, *, where: str, limits: Limits = DEFAULT_LIMITS) -
     """The source as it is stored. Raises MediaError when it is empty, cannot be read or exceeds `limits`."""
     check_source(source, where=where, limits=limits)
     try:
-        return read_bytes(source)
+        return read_bytes(source, where=where)
     except OSError as error:
         raise MediaError(f"cannot be read ({error.strerror})", where=where, fix=RESTORE) from None
 
@@ -136,6 +137,9 @@ def load_descriptor(source: Source, *, where: str, limits: Limits = DEFAULT_LIMI
             with opened(source, where=where) as file:
                 value = torch.load(file, map_location="cpu", weights_only=True)
     except _DAMAGED_TENSOR as error:
+        fault = machine_fault(error, where)
+        if fault is not None:
+            raise fault from None
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         what = f"is not a plain file of tensors, or is damaged ({reason})"
         raise MediaError(what, where=where, fix="Save tensors alone with torch.save.") from None

@@ -28,6 +28,7 @@ from hba.atlas.sample import MEDIA_FIELDS, Field, Row, Sample
 from hba.atlas.slices import PLACES, Slice
 from hba.atlas.tables import MEDIA_PATHS, OPTIONAL, TEXT, Places, check_schema, check_tables, numbers_of, uniform
 from hba.errors import InputError, MediaError
+from hba.storage import machine_fault
 from hba.taxonomy import Taxonomy
 
 EXTRA = "extra_json"
@@ -96,7 +97,8 @@ class ParquetStore:
                 try:
                     table = file.read(columns=names, use_threads=False)
                 except (pa.ArrowException, OSError) as error:
-                    raise InputError(f"is damaged ({error})", where=str(shard), fix="Restore the shard.") from None
+                    damaged = InputError(f"is damaged ({error})", where=str(shard), fix="Restore the shard.")
+                    raise machine_fault(error, str(shard)) or damaged from None
                 _check_values(table, shard)
                 for name in set(MEDIA_FIELDS) - set(file.schema_arrow.names):
                     table = table.append_column(f"{name}_sizes", _empty_lists(table.num_rows))
@@ -219,7 +221,8 @@ class ParquetStore:
                     local -= batch.num_rows
             except (pa.ArrowException, OSError) as error:
                 what = f"cannot be read ({type(error).__name__}): cut off or corrupt"
-                raise MediaError(what, where=f"{self.place(number)}, {name}", fix="Restore the shard.") from None
+                where = f"{self.place(number)}, {name}"
+                raise machine_fault(error, where) or MediaError(what, where=where, fix="Restore the shard.") from None
         raise MediaError("is cut off", where=f"{self.place(number)}, {name}", fix="Restore the shard.")
 
     def audio_bytes(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -18,12 +18,14 @@ import msgspec
 import pyarrow as pa
 
 from hba.atlas import Atlas
+from hba.atlas.jsonl import size_of
 from hba.atlas.parquet import EXTRA, ParquetStore
 from hba.atlas.sample import MEDIA_FIELDS, Field, Quarantined, Row, Sample
 from hba.atlas.slices import Source, read_bytes
 from hba.atlas.source import DEFAULT_LIMITS, RESTORE, check_source
 from hba.atlas.tables import MEDIA_PATHS
 from hba.errors import InputError, MediaError
+from hba.storage import machine_fault
 
 TEXT_FIELDS = ("problem", "answer", "dataset", "task", "class_label", "modality_signature")
 _BATCH_ROWS = 1  # a clip may have hundreds of megabytes
@@ -67,16 +69,9 @@ def media_bytes(atlas: Atlas) -> list[int]:
         sizes = [size for shard in source.shards for size in _shard_sizes(source, shard)]
         return [sizes[number] for number in atlas.numbers.tolist()]
     return [
-        sum(_size(atlas.root / path) for name in MEDIA_FIELDS for path in getattr(atlas.row(index), name))
+        sum(size_of(atlas.root / path) or 0 for name in MEDIA_FIELDS for path in getattr(atlas.row(index), name))
         for index in range(len(atlas))
     ]
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
 
 
 def _from_files(sample: Sample, row: Row) -> Record:
@@ -179,7 +174,8 @@ def _rows_from(store: ParquetStore, shard: Path, first: int, number: int) -> Ite
                     yield at, values
                     at += 1
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"is damaged ({error})", where=str(shard), fix="Restore the shard.") from None
+        damaged = InputError(f"is damaged ({error})", where=str(shard), fix="Restore the shard.")
+        raise machine_fault(error, str(shard)) or damaged from None
 
 
 def _num_rows(store: ParquetStore, shard: Path) -> int:

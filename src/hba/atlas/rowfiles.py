@@ -15,8 +15,9 @@ import msgspec
 
 from hba.atlas.jsonl import MAX_LINE_BYTES
 from hba.atlas.sample import MEDIA_FIELDS, Field, Row
-from hba.atlas.slices import PLACES, Slice
+from hba.atlas.slices import PLACES, Slice, opened
 from hba.errors import InputError
+from hba.storage import machine_fault
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -56,11 +57,12 @@ def read_rows(path: Path, file: str) -> Iterator[RawRow]:
     try:
         yield from _lines(path, file) if path.suffix == ".jsonl" else _shard_rows(path)
     except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror})", where=file, fix="Restore the file.") from None
+        refused = InputError(f"cannot be read ({error.strerror})", where=file, fix="Restore the file.")
+        raise machine_fault(error, file) or refused from None
 
 
 def _lines(path: Path, file: str) -> Iterator[RawRow]:
-    with path.open("rb") as handle:
+    with opened(path, where=file) as handle:
         line = 0
         while raw := handle.readline(MAX_LINE_BYTES):
             line += 1
@@ -118,7 +120,8 @@ def stream_media(shard: Path, wanted: Collection[Embedded]) -> Iterator[tuple[Em
                                 yield medium, value
                 row += batch.num_rows
         except (pa.ArrowException, OSError) as error:
-            raise InputError(f"is damaged ({error})", where=str(shard), fix="Restore the shard.") from None
+            damaged = InputError(f"is damaged ({error})", where=str(shard), fix="Restore the shard.")
+            raise machine_fault(error, str(shard)) or damaged from None
 
 
 def _encoded(table: pa.Table | pa.RecordBatch, shard: Path, first: int) -> Iterator[RawRow]:

@@ -15,7 +15,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import msgspec
 
 from hba.atlas import media
-from hba.errors import MediaError
+from hba.errors import MachineError, MediaError
+from hba.storage import machine_fault
 
 Field = Literal["images", "videos", "audios", "ext_video_feats", "ext_audio_feats"]
 MEDIA_FIELDS: tuple[Field, ...] = ("images", "videos", "audios", "ext_video_feats", "ext_audio_feats")
@@ -48,6 +49,12 @@ class Quarantined(NamedTuple):
     where: str
     field: str
     reason: str
+
+
+def out_of_memory(error: MemoryError, where: str) -> MachineError | MediaError:
+    """What a lack of memory means: the machine is short of it, or else the medium asks for what nobody has."""
+    fix = "Restore the medium, or remove the row."
+    return machine_fault(error, where) or MediaError("asks for more memory than there is", where=where, fix=fix)
 
 
 class MediaSource(Protocol):
@@ -103,6 +110,8 @@ class Sample:
         except MediaError as error:
             self.refused[self.id] = self.quarantined(error)
             raise
+        except MemoryError as error:
+            raise out_of_memory(error, self.where) from None
 
     def load_audios(self, limits: media.Limits = media.DEFAULT_LIMITS) -> list[media.Audio]:
         """Decode every audio to 16 kHz mono. Raises MediaError naming file, line and field."""

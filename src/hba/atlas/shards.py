@@ -8,7 +8,6 @@ by medium, and only then renamed to its place, after its index part and its summ
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from hba.atlas.sample import MEDIA_FIELDS, Quarantined
 from hba.atlas.slices import PLACES, Slice, read_bytes
 from hba.atlas.tables import MEDIA_PATHS
 from hba.errors import HbaError
-from hba.storage import atomic_write, file_sha256, read_json, write_json
+from hba.storage import atomic_write, file_sha256, read_json, write_json, writer_name
 
 GROUP_BYTES = 16 << 20  # what a reader without the index part reads to serve a row
 STAGING = ".convert"
@@ -97,7 +96,7 @@ def read_summary(path: Path, origin: str) -> Summary | None:
 
 def write_shard(path: Path, records: Iterable[Record], origin: str) -> Summary:
     """Write, check and place one shard. Raises HbaError when it reads back differently, StorageError on a full disk."""
-    staged = path.parent / STAGING / str(os.getpid()) / path.name
+    staged = path.parent / STAGING / writer_name() / path.name
     tally = _Tally()
     with atomic_write(staged, "wb") as handle, pq.ParquetWriter(handle, _SCHEMA, **_OPTIONS) as writer:
         rows: list[dict[str, Any]] = []

@@ -2,7 +2,8 @@
 
 A medium that is embedded in a shard has no checksum that the file system would know of, so its slice carries one for
 every 128 KiB. What is read is checked, what is not read costs nothing: eight frames of a long clip do not read all of
-it. A changed bit is a MediaError that names the place, never another frame or another word.
+it. A changed bit is a MediaError that names the place, never another frame or another word. Storage that is away is
+waited for, and then a MachineError (see `storage.patiently`): no fault of the medium.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeAlias, cast
 
-from hba.errors import MediaError
+from hba.errors import MachineError, MediaError
+from hba.storage import patiently
 
 CHECKED_BYTES = 1 << 17
 """bytes of a medium that share a checksum: what a decoder reads at once, so that it checks what it reads and no more"""
@@ -43,15 +46,17 @@ Source: TypeAlias = Path | bytes | Slice
 class _SliceFile(io.RawIOBase):
     """A read-only file over a slice; only what a decoder asks for is read, in whole blocks where they are checked.
 
-    A block that differs from its checksum ends the file and sets `damaged`: an exception would be lost in a decoder.
+    A block that differs from its checksum, or that cannot be had, ends the file and sets `damaged` or `fault`: an
+    exception would be lost in a decoder, which would serve the beginning as the whole.
     """
 
-    def __init__(self, part: Slice) -> None:
-        self._part, self._at = part, 0
+    def __init__(self, part: Slice, where: str) -> None:
+        self._part, self._at, self._where = part, 0, where
         self._block, self._number = memoryview(b""), -1
         self.damaged: int | None = None
         """the first byte of the medium that may be wrong"""
-        self._file = part.path.open("rb", buffering=0)
+        self.fault: MachineError | None = None
+        self._file = patiently(partial(part.path.open, "rb", buffering=0), where)
 
     def readable(self) -> bool:
         return True
@@ -68,10 +73,8 @@ class _SliceFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         wanted = max(min(len(buffer), self._part.size - self._at), 0)
-        if self._part.checksums and wanted:
-            data = self._checked()[:wanted]
-        else:
-            data = memoryview(os.pread(self._file.fileno(), wanted, self._part.offset + self._at))
+        checked = bool(self._part.checksums) and wanted > 0
+        data = self._checked()[:wanted] if checked else memoryview(self._read(wanted, self._at))
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
@@ -82,12 +85,20 @@ class _SliceFile(io.RawIOBase):
         if number != self._number:
             start = number * CHECKED_BYTES
             size = min(CHECKED_BYTES, self._part.size - start)
-            block = os.pread(self._file.fileno(), size, self._part.offset + start)
-            if not _is_sound(block, number, self._part.checksums):
+            block = self._read(size, start)
+            if self.fault is None and not _is_sound(block, number, self._part.checksums):
                 self.damaged = start if self.damaged is None else self.damaged
                 return memoryview(b"")
             self._block, self._number = memoryview(block), number
         return self._block[within:]
+
+    def _read(self, size: int, start: int) -> bytes:
+        if self.fault is None:
+            try:
+                return patiently(partial(os.pread, self._file.fileno(), size, self._part.offset + start), self._where)
+            except MachineError as fault:
+                self.fault = fault
+        return b""
 
     def close(self) -> None:
         self._file.close()
@@ -113,29 +124,39 @@ def _flipped(at: int, where: str) -> MediaError:
 def opened(source: Source, *, where: str) -> Iterator[BinaryIO]:
     """What the decoders read: a binary file without a name, since they would go by the suffix of one.
 
-    Raises OSError when it cannot be opened, and in the end, whatever became of it, MediaError naming `where` when
-    something that was read differs from its checksum.
+    Raises OSError when it cannot be opened, and in the end, whatever became of it, MachineError when a part of it could
+    not be had, MediaError when something that was read differs from its checksum; both name `where`.
     """
     if isinstance(source, bytes):
         yield io.BytesIO(source)
         return
-    part = source if isinstance(source, Slice) else Slice(source, 0, source.stat().st_size)
-    with _SliceFile(part) as raw:
+    part = source if isinstance(source, Slice) else Slice(source, 0, patiently(source.stat, where).st_size)
+    with _SliceFile(part, where) as raw:
         try:
             yield cast(BinaryIO, io.BufferedReader(raw, 1 << 16))
         finally:
+            if raw.fault is not None:
+                raise raw.fault from None
             if raw.damaged is not None:
                 raise _flipped(raw.damaged, where) from None
 
 
+def _part(part: Slice) -> bytes:
+    with part.path.open("rb", buffering=0) as file:
+        return os.pread(file.fileno(), part.size, part.offset)
+
+
 def read_bytes(source: Source, *, where: str = "") -> bytes:
-    """All bytes of a source. Raises OSError when its file cannot be read, MediaError when a checksum differs."""
+    """All bytes of a source.
+
+    Raises OSError when its file cannot be read, MachineError when its storage is away, MediaError when a checksum
+    differs.
+    """
     if isinstance(source, bytes):
         return source
     if isinstance(source, Path):
-        return source.read_bytes()
-    with source.path.open("rb") as handle:
-        data = os.pread(handle.fileno(), source.size, source.offset)
+        return patiently(source.read_bytes, where or str(source))
+    data = patiently(partial(_part, source), where or str(source.path))
     if source.checksums and checksums_of(memoryview(data)) != source.checksums:
         starts = range(0, source.size, CHECKED_BYTES)
         blocks = ((at, data[at : at + CHECKED_BYTES], number) for number, at in enumerate(starts))

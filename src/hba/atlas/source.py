@@ -19,6 +19,7 @@ import av.error
 
 from hba.atlas.slices import Slice, Source, opened
 from hba.errors import MediaError
+from hba.storage import machine_fault, patiently
 
 if TYPE_CHECKING:
     from av.audio.stream import AudioStream
@@ -73,7 +74,7 @@ def check_source(source: Source, *, where: str, limits: Limits) -> int:
 
 def _file_size(path: Path, where: str) -> int:
     try:
-        status = path.stat()
+        status = patiently(path.stat, where)
     except OSError as error:
         raise MediaError(f"cannot be read ({error.strerror})", where=where, fix=RESTORE) from None
     if not stat.S_ISREG(status.st_mode):
@@ -137,7 +138,7 @@ def _vint(data: bytes, at: int) -> tuple[int, int]:
 
 @contextmanager
 def open_container(source: Source, *, where: str, limits: Limits = DEFAULT_LIMITS) -> Iterator[InputContainer]:
-    """The opened container; any decoder error inside the block becomes a MediaError."""
+    """The opened container; any decoder error inside becomes a MediaError, a want of memory a MachineError."""
     _check_matroska(source, check_source(source, where=where, limits=limits), where)
     options = {"format_whitelist": _DEMUXERS, "protocol_whitelist": "file"}
     try:
@@ -146,7 +147,10 @@ def open_container(source: Source, *, where: str, limits: Limits = DEFAULT_LIMIT
             av.open(file, "r", options=options, metadata_errors="replace") as container,
         ):
             yield container
-    except (av.error.FFmpegError, EOFError, OSError) as error:
+    except (av.error.FFmpegError, EOFError, OSError, MemoryError) as error:
+        fault = machine_fault(error, where) if isinstance(error, MemoryError) else None
+        if fault is not None:
+            raise fault from None
         reason = getattr(error, "strerror", None) or str(error)
         raise MediaError(f"cannot be decoded ({reason}): cut off or corrupt", where=where, fix=RESTORE) from None
 

@@ -23,9 +23,9 @@ from hba.atlas.rowscan import Catalogue
 from hba.atlas.sample import Field
 from hba.atlas.slices import Slice, Source
 from hba.atlas.source import RESTORE
-from hba.errors import InputError, MediaError
+from hba.errors import InputError, MachineError, MediaError
 from hba.parallel import Died, each
-from hba.storage import AppendLog, confined_path
+from hba.storage import AppendLog, confined_path, patiently
 
 VERSION = 1  # of the facts: raise it whenever the same file gives others
 LEAST_SECONDS = 120.0  # before a file counts as stalled; long clips get more
@@ -104,7 +104,7 @@ class Locator:
 
     def _shard_time(self, shard: Path) -> int:
         if shard not in self._times:
-            self._times[shard] = shard.stat().st_mtime_ns
+            self._times[shard] = patiently(shard.stat, str(shard)).st_mtime_ns
         return self._times[shard]
 
     def _plain(self, name: str) -> tuple[Path, os.stat_result] | None:
@@ -126,7 +126,7 @@ class Locator:
     def _careful(self, name: str, where: str) -> tuple[Path, os.stat_result]:
         path = confined_path(self.root, name, where=where)
         try:
-            return path, path.stat()
+            return path, patiently(path.stat, where)
         except OSError as error:
             raise MediaError(f"cannot be read ({error.strerror})", where=where, fix=RESTORE) from None
 
@@ -168,16 +168,36 @@ def survey(
         todo = [medium for medium in media if medium.number not in found]
         if progress is not None:
             progress(len(found), len(media))
-        count = min(workers, len(todo))
-        for medium, result in each(partial(_probe, quick=quick), _supplied(todo), workers=count, patience=_patience):
-            if isinstance(result, Died):
-                result = Refused("media-crash", f"{result.reason} while it was decoded", RESTORE)
+        for medium, result in _probed(todo, quick=quick, workers=workers):
             found[medium.number] = result
             if appended is not None and isinstance(result, Facts):
                 appended.append(msgspec.to_builtins(_record(medium, result, quick)))
             if progress is not None:
                 progress(len(found), len(media))
     return found
+
+
+def _probed(
+    media: Sequence[Medium], *, quick: bool, workers: int, again: bool = False
+) -> Iterator[tuple[Medium, Outcome]]:
+    """What was found of each. Those whose process was killed are tried again one at a time, when more memory is free.
+
+    Raises MachineError when it is killed then, too.
+    """
+    killed: list[Medium] = []
+    count = min(workers, len(media))
+    for medium, result in each(partial(_probe, quick=quick), _supplied(media), workers=count, patience=_patience):
+        if isinstance(result, Died) and result.killed:
+            if again:
+                fix = "Free memory, then run the same command again: what was found is kept."
+                raise MachineError(f"the process that decodes it {result.reason}", where=medium.key, fix=fix)
+            killed.append(medium)
+        elif isinstance(result, Died):
+            yield medium, Refused("media-crash", f"{result.reason} while it was decoded", RESTORE)
+        else:
+            yield medium, result
+    if killed:
+        yield from _probed(killed, quick=quick, workers=1, again=True)
 
 
 def _supplied(media: Sequence[Medium]) -> Iterator[Medium]:

@@ -20,7 +20,7 @@ from hba.atlas.records import Record
 from hba.atlas.sample import MEDIA_FIELDS, Field
 from hba.atlas.shards import STAGING, Summary
 from hba.errors import HbaError, InputError
-from hba.storage import atomic_write, check_relative, file_sha256, named_os_errors, read_json, write_json
+from hba.storage import atomic_write, check_relative, file_sha256, named_os_errors, read_json, write_json, writer_name
 from hba.taxonomy import FILE as TAXONOMY_FILE
 
 RESERVED = ("atlas.json", "convert.json", TAXONOMY_FILE)
@@ -128,7 +128,7 @@ def _place(out: Path, relative: str, data: bytes, *, where: str) -> None:
     """Write a file unless it is there with the same content."""
     path = out / relative
     digest = hashlib.sha256(data).hexdigest()
-    temporary = out / STAGING / f"{digest}.{os.getpid()}"
+    temporary = out / STAGING / f"{digest}.{writer_name()}"
     with named_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.parent.resolve().is_relative_to(out.resolve()):

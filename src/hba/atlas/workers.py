@@ -1,47 +1,63 @@
 """Processes that encode samples, and that may die: a decoder in C that crashes takes its process along, not the run.
 
 A worker gets row numbers and answers each, in order, with what became of the row; so when it dies, the row that it was
-at is known. That row is tried once more in a fresh process, since a kill may have another cause (memory was short);
-when it ends the second one, too, or takes longer than the time limit twice, it is quarantined with the reason. The rows
-behind it go to the fresh process: every row that was asked for gets exactly one outcome.
+at is known. That row is tried once more in a fresh process, since a crash may have another cause; when it ends the
+second one, too, or twice takes longer than the time limit, it is quarantined with the reason. Time that a worker waits
+for storage or for the reader of its answers does not count. The rows behind it go to the fresh process: every row that
+was asked for gets exactly one outcome.
 
-Workers are forked: a fresh one is there in milliseconds with the atlas and the encoder in its memory, and a script
-needs no `__main__` guard. A child of a process with threads may find a lock held for ever; it then counts as hanging,
-and its row is tried again. Workers die with the thread that started them, `kill -9` included. Linux only.
+What the machine lacks is never the fault of a row. A worker that is killed (SIGKILL: memory was short), or cannot be
+started, is done without, and a warning says so; the last one is started again, and when it is killed time after time
+the run stops. What a worker raises (no file descriptors, storage that is away) stops the run as well.
+
+A thread for each worker reads its answers, so that up to `ahead_bytes` of them lie ready here and no worker waits for
+the main process to look. Workers are forked: a fresh one is there in milliseconds with the atlas and the encoder in its
+memory, and a script needs no `__main__` guard. A child of a process with threads may find a lock held for ever; it then
+counts as hanging, and its row is tried again. Workers die with the thread that started them, `kill -9` included. Linux
+only.
 """
 
 from __future__ import annotations
 
 import faulthandler
 import gc
+import logging
+import mmap
 import multiprocessing
 import os
 import pickle
 import resource
 import signal
 import socket
-import time
+import threading
 import traceback
+import warnings
 from collections import Counter, deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import TypeAlias
 
+import numpy as np
 import torch
 
 from hba.atlas import Atlas
 from hba.atlas.batch import Encoded, SampleEncoder
-from hba.atlas.handover import pack, unpack
-from hba.atlas.sample import MEDIA_FIELDS, Quarantined, Sample
-from hba.errors import HbaError, MediaError
+from hba.atlas.handover import Bytes, pack, receive, receive_header, send, unpack
+from hba.atlas.sample import MEDIA_FIELDS, Quarantined, Sample, out_of_memory
+from hba.errors import HbaError, MachineError, MediaError
 from hba.lifeline import die_with_parent
+from hba.storage import CLOCK, SILENT_SECONDS, Clock, machine_fault
 
 ATTEMPTS = 2
 DEATHS_WITHOUT_RESULT = 20
+KILLS_OF_THE_LAST = 3
+_TICK_SECONDS = 0.5
 _ROW_BYTES = 8
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,44 +86,58 @@ def raise_failure(failure: Failure) -> None:
 class _Worker:
     """One process, and the rows that it was given and has not answered; it is at the first of them."""
 
-    def __init__(self, process: BaseProcess, connection: socket.socket) -> None:
+    def __init__(self, process: BaseProcess, connection: socket.socket, memory: mmap.mmap) -> None:
         self.process, self.connection = process, connection
         self.rows: deque[int] = deque()
-        self.since = time.monotonic()  # the start of the first row, as far as the main process can know
-        self._exit_code: int | None = None
+        self.clock = Clock()
+        self.clock.share(memoryview(memory))
+        self.reader: threading.Thread | None = None
+        self.gone = self.ending = False  # gone: all that it has answered is here
 
     def send(self, row: int) -> None:
-        if not self.rows:
-            self.since = time.monotonic()
         self.rows.append(row)
-        try:
-            self.connection.send(row.to_bytes(_ROW_BYTES, "little"))
-        except (BrokenPipeError, ConnectionResetError):
-            return  # it has died, which is seen where its answers are read
+        with suppress(BrokenPipeError, ConnectionResetError):  # it has died, which its reader sees
+            self.connection.sendall(row.to_bytes(_ROW_BYTES, "little"))
 
     def end(self) -> int:
-        """Kill the process if it lives; its exit code."""
-        if self._exit_code is None:
-            self.process.kill()
-            self.process.join()
-            self._exit_code = self.process.exitcode or 0
-            self.process.close()
-            self.connection.close()
-        return self._exit_code
+        """Kill the process if it lives; its exit code. What it has sent is read to the end, if it is `ending`."""
+        self.process.kill()
+        self.process.join()
+        code = self.process.exitcode or 0
+        self.process.close()
+        if self.reader is not None:
+            self.reader.join()
+        self.connection.close()
+        return code
 
 
 class WorkerPool:
     """Encodes the rows of an atlas in `workers` processes. A context manager; nothing of it outlives it."""
 
-    def __init__(self, atlas: Atlas, encoder: SampleEncoder, *, workers: int, timeout_seconds: float) -> None:
-        self._atlas, self._encoder, self._timeout = atlas, encoder, timeout_seconds
+    def __init__(
+        self,
+        atlas: Atlas,
+        encoder: SampleEncoder,
+        *,
+        workers: int,
+        timeout_seconds: float,
+        ahead_bytes: int,
+    ) -> None:
+        """`ahead_bytes` of answers lie ready at most, and one of each worker beyond. Raises MachineError when not even
+        one process can be started."""
+        self._atlas, self._encoder, self._timeout, self._ahead_bytes = atlas, encoder, timeout_seconds, ahead_bytes
         self._shared = atlas[0].source
         self._strikes: Counter[int] = Counter()
         self._condemned: dict[int, Quarantined] = {}
-        self._deaths = 0
+        self._deaths = self._kills = 0
+        self._changed = threading.Condition()
+        self._arrived: dict[int, Bytes] = {}
+        self._held = 0
+        self._awaited: int | None = None
+        self._memory_is_short = False
         self._workers: list[_Worker] = []
         for _ in range(workers):
-            self._workers.append(self._start())
+            self._start()
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -115,101 +145,163 @@ class WorkerPool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        with self._changed:
+            for worker in self._workers:
+                worker.ending = True
+            self._changed.notify_all()
         for worker in self._workers:
             worker.end()
         self._workers.clear()
+        self._arrived.clear()
 
-    def request(self, row: int) -> Quarantined | None:
-        """Have a row encoded; its outcome comes from `results`. A row that ended workers before is answered at once."""
-        if row in self._condemned:
-            return self._condemned[row]
-        worker = min(self._workers, key=lambda worker: len(worker.rows))
-        if not worker.rows and not worker.process.is_alive():  # died while it had nothing to do
-            worker.end()
-            worker = self._replace(worker)
-        worker.send(row)
-        return None
+    def request(self, row: int) -> None:
+        """Have a row encoded; its outcome comes from `outcome`."""
+        with self._changed:
+            if row not in self._condemned:
+                min(self._workers, key=lambda worker: len(worker.rows)).send(row)
 
-    def finished(self) -> dict[int, Outcome]:
-        """The outcomes that are there by now, without waiting. Raises HbaError as `results` does."""
-        found: dict[int, Outcome] = {}
-        while some := self._collect(wait_seconds=0.0):
-            found.update(some)
-        return found
+    def outcome(self, row: int) -> Outcome:
+        """Wait for the outcome of a row that was asked for. A row that ended workers before is answered at once.
 
-    def results(self) -> list[tuple[int, Outcome]]:
-        """Wait until something happens to the rows asked for; the outcomes that this gave, with their rows.
-
-        Raises HbaError when worker after worker dies and no row is ever finished.
+        Raises HbaError when worker after worker dies and no row is ever finished, MachineError when memory is short.
         """
-        oldest = min(worker.since for worker in self._workers if worker.rows)
-        return self._collect(wait_seconds=max(0.0, oldest + self._timeout - time.monotonic()))
+        with self._changed:
+            self._awaited = row
+            self._changed.notify_all()
+            while row not in self._arrived and row not in self._condemned:
+                if not self._tend():
+                    self._changed.wait(_TICK_SECONDS)
+            self._awaited = None
+            data = self._arrived.pop(row, None)
+            if data is None:
+                return self._condemned[row]
+            self._held -= data.nbytes
+            self._changed.notify_all()
+        outcome: Outcome = unpack(data, self._shared)
+        return outcome
 
-    def _collect(self, wait_seconds: float) -> list[tuple[int, Outcome]]:
-        busy = [worker for worker in self._workers if worker.rows]
-        readable = set(wait([worker.connection for worker in busy], timeout=wait_seconds))
-        found: list[tuple[int, Outcome]] = []
-        for worker in busy:
-            if worker.connection in readable:
-                answer = self._receive(worker)
-                found += [answer] if answer is not None else self._bury(worker, hung=False)
-            elif time.monotonic() - worker.since > self._timeout:
-                found += self._bury(worker, hung=True)
-        return found
-
-    def _receive(self, worker: _Worker) -> tuple[int, Outcome] | None:
-        """The next answer of a worker; None when it has died."""
+    def _read(self, worker: _Worker) -> None:
+        """The life of a reader: answers in, until the worker is gone."""
         try:
-            message, descriptors, _, _ = socket.recv_fds(worker.connection, _ROW_BYTES, 1)
-        except ConnectionResetError:
-            return None
-        if not message:
-            return None
-        outcome: Outcome = unpack(descriptors[0], self._shared)
-        os.close(descriptors[0])
-        self._deaths = 0
-        worker.since = time.monotonic()
-        worker.rows.popleft()
-        return int.from_bytes(message, "little"), outcome
+            while (header := receive_header(worker.connection)) is not None:
+                number, size = header
+                with self._changed:
+                    while self._is_full(worker):
+                        self._changed.wait()
+                data = np.empty(size, np.uint8)
+                if not receive(worker.connection, data):
+                    break
+                with self._changed:
+                    self._arrived[number] = data
+                    self._held += size
+                    self._deaths = self._kills = 0
+                    worker.rows.popleft()
+                    self._changed.notify_all()
+        except MemoryError:
+            self._memory_is_short = True
+        finally:
+            with self._changed:
+                worker.gone = True
+                self._changed.notify_all()
 
-    def _bury(self, worker: _Worker, *, hung: bool) -> list[tuple[int, Outcome]]:
-        """Replace a worker that died or hangs. Its first row is tried again, or given up; the others go on."""
-        code = worker.end()
-        limit = f"{self._timeout:g} s"
-        reason = f"decoding takes longer than {limit}" if hung else f"decoding ends its process: {_why(code)}"
-        row = worker.rows[0]
-        self._strikes[row] += 1
-        self._deaths += 1
-        if self._deaths >= DEATHS_WITHOUT_RESULT:
-            what = f"{self._deaths} worker processes failed and no sample was finished; last: {reason}"
-            fix = "Free memory or use fewer workers; loader.workers=0 shows what happens, in the main process."
-            raise HbaError(what, where=self._atlas[row].where, fix=fix)
-        given_up: list[tuple[int, Outcome]] = []
-        if self._strikes[row] == ATTEMPTS:
-            worker.rows.popleft()
-            self._condemned[row] = _condemn(self._atlas[row], f"{reason} ({ATTEMPTS} attempts)")
-            given_up.append((row, self._condemned[row]))
-        self._replace(worker)
-        return given_up
+    def _is_full(self, worker: _Worker) -> bool:
+        """Whether an answer of the worker must wait: never one that stands between the main process and its row."""
+        return self._held >= self._ahead_bytes and self._awaited not in worker.rows and not worker.ending
 
-    def _replace(self, old: _Worker) -> _Worker:
-        new = self._workers[self._workers.index(old)] = self._start(without=old)
-        for row in old.rows:
-            new.send(row)
-        return new
+    def _tend(self) -> bool:
+        """Do without one worker that died or hangs, if there is one; whether there was."""
+        for worker in self._workers:
+            hung = worker.clock.seconds > self._timeout
+            if self._memory_is_short:
+                self._stop(worker, "memory is short in the main process")
+            if not worker.gone and worker.clock.is_stuck:
+                self._stop(worker, f"storage has not answered for {SILENT_SECONDS:,.0f} s")
+            if worker.gone or hung:
+                row = worker.rows[0] if worker.rows and worker.clock.seconds > 0 else None
+                worker.ending = True
+                self._changed.notify_all()
+                self._changed.release()  # its reader must come to its end
+                try:
+                    code = worker.end()
+                finally:
+                    self._changed.acquire()
+                self._workers.remove(worker)
+                self._bury(worker, code, row if worker.rows and worker.rows[0] == row else None, hung=hung)
+                return True
+        return False
 
-    def _start(self, without: _Worker | None = None) -> _Worker:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        others = [ours, *(worker.connection for worker in self._workers if worker is not without)]
-        process = multiprocessing.get_context("fork").Process(
-            target=_work,
-            args=(theirs, others, os.getpid(), self._atlas, self._encoder, self._shared),
-            name="hba-loader",
-            daemon=True,
-        )
-        process.start()
+    def _bury(self, worker: _Worker, code: int, row: int | None, *, hung: bool) -> None:
+        """Do without a worker. The row that it was at, if any, is tried again, or given up; the others go on."""
+        killed = code == -signal.SIGKILL and not hung
+        reason = f"decoding ends its process: {_why(code)}"
+        if hung:
+            reason = f"decoding takes longer than {self._timeout:g} s"
+        if killed or row is None:
+            self._kills += 1
+            if self._kills >= (DEATHS_WITHOUT_RESULT if self._workers else KILLS_OF_THE_LAST):
+                self._stop(worker, f"worker processes were ended {self._kills} times, last by {_why(code)}")
+        else:
+            self._strikes[row] += 1
+            self._deaths += 1
+            if self._deaths >= DEATHS_WITHOUT_RESULT:
+                what = f"{self._deaths} worker processes failed and no sample was finished; last: {reason}"
+                fix = "Free memory or use fewer workers; loader.workers=0 shows what happens, in the main process."
+                raise HbaError(what, where=self._atlas[row].where, fix=fix)
+            if self._strikes[row] == ATTEMPTS:
+                worker.rows.popleft()
+                self._condemned[row] = _condemn(self._atlas[row], f"{reason} ({ATTEMPTS} attempts)")
+        if killed and self._workers:
+            place = "" if row is None else f" at {self._atlas[row].where}"
+            left = len(self._workers)
+            _log.warning("A worker process was killed%s, perhaps for want of memory: going on with %d.", place, left)
+        else:
+            self._start()
+        heir = min(self._workers, key=lambda other: len(other.rows))
+        for row in worker.rows:
+            heir.send(row)
+
+    def _stop(self, worker: _Worker, what: str) -> None:
+        where = self._atlas[worker.rows[0]].where if worker.rows else ""
+        fix = "Free memory, or use fewer loader.workers; a disk or file server that is away must be mounted again."
+        raise MachineError(what, where=where, fix=f"{fix} Then run the same command again.")
+
+    def _start(self) -> None:
+        """Start one more worker, or say why the others must do."""
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError as error:
+            self._do_without(error)
+            return
+        others = [ours, *(worker.connection for worker in self._workers)]
+        try:
+            memory = mmap.mmap(-1, mmap.PAGESIZE)  # shared with the child
+            process = multiprocessing.get_context("fork").Process(
+                target=_work,
+                args=(theirs, others, os.getpid(), self._atlas, self._encoder, self._shared, memory),
+                name="hba-loader",
+                daemon=True,
+            )
+            worker = _Worker(process, ours, memory)
+            worker.clock.start()  # a child that hangs before it gets to its first row hangs at that row
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # forks of a process with threads: see above
+                process.start()
+        except (OSError, MemoryError) as error:
+            ours.close()
+            theirs.close()
+            self._do_without(error)
+            return
         theirs.close()
-        return _Worker(process, ours)
+        worker.reader = threading.Thread(target=self._read, args=(worker,), name="hba-reader", daemon=True)
+        worker.reader.start()
+        self._workers.append(worker)
+
+    def _do_without(self, error: BaseException) -> None:
+        if not self._workers:
+            fault = machine_fault(error, "a worker process")
+            cannot = MachineError(f"a worker process cannot start ({error})", fix="Use loader.workers=0.")
+            raise fault or cannot from None
+        _log.warning("A worker process cannot start (%s): going on with %d.", error, len(self._workers))
 
 
 def _why(code: int) -> str:
@@ -228,10 +320,18 @@ def _condemn(sample: Sample, reason: str) -> Quarantined:
 
 
 def encode_row(atlas: Atlas, encoder: SampleEncoder, row: int) -> Encoded | Quarantined:
-    """Encode a row; Quarantined when a medium of it cannot be read. Any other error is the caller's."""
+    """Encode a row; Quarantined when a medium of it cannot be read.
+
+    Any other error is the caller's; MachineError when memory is short, or storage away.
+    """
     sample = atlas[row]
     try:
         return encoder.encode(sample)
+    except MemoryError as error:
+        fault = out_of_memory(error, sample.where)
+        if isinstance(fault, MediaError):
+            return sample.quarantined(fault)
+        raise fault from None
     except MediaError as error:
         return sample.quarantined(error)
 
@@ -243,20 +343,26 @@ def _work(
     atlas: Atlas,
     encoder: SampleEncoder,
     shared: object,
+    memory: mmap.mmap,
 ) -> None:
     """The life of a worker: rows in, outcomes out, until the main process closes the connection."""
     _settle(parent)
+    CLOCK.share(memoryview(memory))
     for inherited in others:
         inherited.close()
-    while message := connection.recv(_ROW_BYTES):
+    CLOCK.stop()
+    message = np.empty(_ROW_BYTES, np.uint8)
+    while receive(connection, message):
+        row = int.from_bytes(message.tobytes(), "little")
         outcome: Outcome
+        CLOCK.start()
         try:
-            outcome = encode_row(atlas, encoder, int.from_bytes(message, "little"))
+            outcome = encode_row(atlas, encoder, row)
         except Exception as error:  # noqa: BLE001 - the boundary of one sample; the main process raises it again
             outcome = Failure(_portable(error), traceback.format_exc())
-        descriptor = pack(outcome, shared)
-        socket.send_fds(connection, [message], [descriptor])
-        os.close(descriptor)
+        packed = pack(outcome, shared)
+        CLOCK.stop()  # the wait for a reader is no work on the row
+        send(connection, row, packed)
 
 
 def _settle(parent: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +12,7 @@ from hba.cli.convert import CONVERT_EXAMPLE, convert_command
 from hba.cli.describe import DESCRIBE_EXAMPLE, describe_command
 from hba.cli.download import DOWNLOAD_EXAMPLE, download_command
 from hba.cli.options import JsonFlag, answer, bold, say
+from hba.environment import usable_cores
 from hba.storage import cache_folder
 
 atlas_app = typer.Typer(no_args_is_help=True, help="Make, open and check atlases.")
@@ -26,7 +26,7 @@ def mini_command(
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
     size: Annotated[str, typer.Option(help="tiny (seconds, for a look) or small (what the demo trains on).")] = "small",
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
-    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = usable_cores(),
     json: JsonFlag = False,
 ) -> None:
     """Make a synthetic mini-atlas: real audio, video and descriptor files with learnable labels."""
@@ -57,7 +57,7 @@ def validate_command(
     quick: Annotated[bool, typer.Option("--quick", help="Read headers of media; decode nothing.")] = False,
     release: Annotated[bool, typer.Option("--release", help="Expect the counts of the published release.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Check again what an earlier run found good.")] = False,
-    workers: Workers = os.cpu_count() or 1,
+    workers: Workers = usable_cores(),
     json: JsonFlag = False,
 ) -> None:
     """Check every row, every medium and the separation of the splits; exit 1 when something is wrong."""
@@ -95,7 +95,7 @@ def info_command(
     ] = False,
     out: Annotated[Path | None, typer.Option(help="HTML page to write.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Where headers are kept; else $HBA_CACHE or ~/.cache/hba.")] = None,
-    workers: Workers = os.cpu_count() or 1,
+    workers: Workers = usable_cores(),
     json: JsonFlag = False,
 ) -> None:
     """Count rows by dataset, task, label, modality and split; with --durations, how long they last."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,7 @@ from typing import Annotated
 import typer
 
 from hba.cli.options import AllowQuarantined, JsonFlag, answer, bold, finish, say
+from hba.environment import usable_cores
 
 CONVERT_EXAMPLE = "Example: hba atlas convert runs/mini runs/mini-parquet --to parquet"
 
@@ -29,7 +29,7 @@ def convert_command(
         list[str] | None, typer.Option("--split", help="A split; repeat the option for more. All by default.")
     ] = None,
     shard_megabytes: Annotated[int, typer.Option(min=1, help="Media in one shard.")] = 512,
-    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = usable_cores(),
     allow_quarantined: AllowQuarantined = 0,
     json: JsonFlag = False,
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hba.cli.options import JsonFlag, answer, bold, say
+from hba.environment import usable_cores
 
 if TYPE_CHECKING:
     from hba.descriptors.describe import Summary
@@ -29,7 +29,7 @@ def describe_command(
     frames_per_second: Annotated[
         float | None, typer.Option(help="Look for landmarks in so many frames a second; in every one when left out.")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = usable_cores(),
     executor: Annotated[str, typer.Option(help="processes (this machine) or ray (a cluster).")] = "processes",
     out_format: Annotated[str, typer.Option(help="pt (as published) or safetensors.")] = "pt",
     replace: Annotated[bool, typer.Option("--replace", help="Also where rows name other descriptors.")] = False,

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from hba.descriptors.items import Item
 from hba.environment import now
 from hba.errors import HbaError
-from hba.storage import AppendLog, StorageError, atomic_write, file_sha256, read_jsonl
+from hba.storage import AppendLog, StorageError, atomic_write, file_sha256, is_abandoned, read_jsonl
 
 FOLDER = "describe"
 
@@ -85,7 +85,8 @@ class Ledger:
         """Enter an item before it is worked on, and remove what a killed run left half-written of it."""
         output = self.root / item.output
         for rest in output.parent.glob(f".{escape(output.name)}.*.tmp") if item.output in self._last else ():
-            rest.unlink(missing_ok=True)
+            if is_abandoned(rest):
+                rest.unlink(missing_ok=True)
         self._enter({"state": "started", "output": item.output})
 
     def finish(self, item: Item, result: Extracted) -> None:

@@ -12,9 +12,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from hba.abandoned import remove_abandoned
 from hba.errors import InputError
 from hba.run import RunFolder
+from hba.storage import remove_abandoned
 
 RECORDS = {".lock", "config.yaml", "environment.json"}
 

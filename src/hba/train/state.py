@@ -28,9 +28,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from hba.abandoned import remove_abandoned
 from hba.errors import StoppedError
-from hba.storage import atomic_folder, read_json, write_json
+from hba.storage import atomic_folder, read_json, remove_abandoned, write_json
 from hba.train.optimizer_state import save_optimizer
 from hba.train.ranks import Ranks
 from hba.train.sharding import whole_weights

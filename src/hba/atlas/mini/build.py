@@ -32,7 +32,7 @@ from hba.atlas.mini.plan import LENGTHS, SPLITS, Clip, Plan, make_plan
 from hba.atlas.mini.scenes import CARRIED_BY, SIZES
 from hba.errors import InputError, nearest
 from hba.lifeline import die_with_parent
-from hba.storage import StorageError, read_json, write_json
+from hba.storage import StorageError, begun, read_json, write_json
 
 VERSION = 3  # of the content: raise it whenever the same seed gives other bytes
 NOTE = "Synthetic: generated voices, stick figures and sentences. Scores on it say nothing about human behaviour."
@@ -105,7 +105,7 @@ def _fresh_folder(out: Path) -> Iterator[Path]:
 
     One sync of the disk before the rename, where a sync of each of the thousands of files takes most of a minute.
     """
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary = begun(out)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
