@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from hba.errors import InputError
 from hba.evaluate.metrics import score
-from hba.evaluate.predictions import Prediction, PredictionLog
+from hba.evaluate.predictions import Prediction, PredictionLog, read_predictions
 from hba.evaluate.score import score_run
 from hba.storage import read_json
 
@@ -52,6 +53,25 @@ def run_folder(folder: Path, predictions: list[Prediction], quarantined: list[di
                  for entry in quarantined)  # fmt: skip
         (folder / "quarantine.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return folder
+
+
+def test_probabilities_under_other_spellings_are_those_of_their_labels(tmp_path: Path) -> None:
+    told = {"anger": {"Angry": 0.7, "sad": 0.2, "happy": 0.1}, "sad": {"SADNESS": 0.6, "joy": 0.3, "happiness": 0.1}}
+    said = [
+        replace(p, target=spelled, label=spelled, probs=told[label])
+        for p, (label, spelled) in zip(rows(2), {"anger": "Angry", "sad": "Sadness"}.items(), strict=True)
+    ]
+    metrics = score_run(run_folder(tmp_path / "run", said))
+    found = metrics["aggregate"]["calibration"]["all"]
+    assert metrics["datasets"]["cremad"]["micro_accuracy"] == 1.0 == found["accuracy"]
+    assert found["confidence"] == pytest.approx(0.65) and found["brier"] < 0.3
+    read = read_predictions(tmp_path / "run" / "predictions.jsonl")
+    assert read[1].probs == pytest.approx({"sad": 0.6, "happy": 0.4}) and read[1].label == "sad"
+    (tmp_path / "bad").mkdir()
+    bad = [replace(said[0], probs={"anger": 0.5, "hunger": 0.5}).record()]
+    (tmp_path / "bad" / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in bad))
+    with pytest.raises(InputError, match=r"predictions.jsonl:1, probs: unknown label 'hunger'"):
+        score_run(tmp_path / "bad")
 
 
 def test_metrics_json_is_what_the_contract_says(tmp_path: Path) -> None:

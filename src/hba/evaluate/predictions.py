@@ -2,7 +2,8 @@
 
 Reading checks every line against the schema and the taxonomy and refuses the first that is wrong with file,
 line and field: malformed or truncated JSON, a missing field, a wrong type, an id that occurs twice, an
-unknown dataset, a target or label outside the dataset's domain. Unknown extra fields are ignored.
+unknown dataset, a target, label or probability outside the dataset's domain. Labels may be written in any spelling of
+the taxonomy and are read as its own. Unknown extra fields are ignored.
 
 Invariant: a log holds each id once and only whole lines, so that `done_ids` of a killed run is exactly what
 is on disk.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -79,17 +80,13 @@ def read_predictions(path: str | Path, taxonomy: Taxonomy = BUILTIN) -> list[Pre
     path = Path(path)
     found: list[Prediction] = []
     line_of: dict[str, int] = {}
-    checked: set[tuple[str, str, str | None]] = set()
+    canonical: dict[tuple[str, str | None], str | None] = {}
     for number, prediction in _lines(path):
         first = line_of.setdefault(prediction.id, number)
         if first != number:
             what = f"id {prediction.id!r} occurs twice (first in line {first})"
             raise InputError(what, where=f"{path}:{number}, id", fix="Keep one line per sample.")
-        words = (prediction.dataset, prediction.target, prediction.label)
-        if words not in checked:
-            _check_words(prediction, f"{path}:{number}", taxonomy)
-            checked.add(words)
-        found.append(prediction)
+        found.append(_canonical(prediction, f"{path}:{number}", taxonomy, canonical))
     return found
 
 
@@ -117,18 +114,37 @@ def _prediction(raw: bytes, where: str) -> Prediction:
         raise InputError(f"not valid JSON ({error})", where=where, fix=fix) from None
 
 
-def _check_words(prediction: Prediction, where: str, taxonomy: Taxonomy) -> None:
-    field = "dataset"
+def _canonical(
+    prediction: Prediction, where: str, taxonomy: Taxonomy, known: dict[tuple[str, str | None], str | None]
+) -> Prediction:
+    """A prediction with its target, its label and the labels of its probabilities as the taxonomy spells them.
+
+    `known` holds what was looked up before.
+    """
+    key, field = prediction.dataset, "dataset"
+
+    def label(raw: str | None) -> str | None:
+        if (key, raw) not in known:
+            known[key, raw] = None if raw is None else taxonomy.require_label(key, raw)
+        return known[key, raw]
+
     try:
-        if taxonomy.dataset(prediction.dataset).free_form:
-            return
+        if taxonomy.dataset(key).free_form:
+            return prediction
         field = "target"
-        taxonomy.require_label(prediction.dataset, prediction.target)
+        changed: dict[str, Any] = {"target": label(prediction.target)}
         field = "label"
-        if prediction.label is not None:
-            taxonomy.require_label(prediction.dataset, prediction.label)
+        changed["label"] = label(prediction.label)
+        field = "probs"
+        if prediction.probs is not None:
+            probs: dict[str, float] = {}
+            for raw, share in prediction.probs.items():
+                probs[str(label(raw))] = probs.get(str(label(raw)), 0.0) + share
+            changed["probs"] = probs
     except TaxonomyError as error:
         raise TaxonomyError(error.what, where=f"{where}, {field}", fix=error.fix) from None
+    same = all(getattr(prediction, name) == value for name, value in changed.items())
+    return prediction if same else replace(prediction, **changed)
 
 
 def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
