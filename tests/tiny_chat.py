@@ -37,6 +37,13 @@ GEMMA = """\
 {%- if add_generation_prompt %}<start_of_turn>model
 {% endif -%}
 """
+LLAMA = """\
+{%- for message in messages -%}
+{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif -%}
+"""
 GEMMA_TOKENS = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
 
 
@@ -139,8 +146,17 @@ def gemma(tokenizer):
     return Gemma3ForConditionalGeneration, config, processor
 
 
-FAMILIES = {"qwen_vl": qwen_vl, "qwen_audio": qwen_audio, "gemma": gemma}
-MODALITIES = {"qwen_vl": ("image", "video"), "qwen_audio": ("audio",), "gemma": ("image", "video")}
+def llama(tokenizer):
+    """Llama: text alone, so that its processor is its tokenizer, whose template takes a turn as one text."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer.chat_template = LLAMA
+    tokenizer._processor_class = tokenizer.init_kwargs["processor_class"] = None  # it was saved with another family's
+    return LlamaForCausalLM, LlamaConfig(**text_config(tokenizer)), tokenizer
+
+
+FAMILIES = {"qwen_vl": qwen_vl, "qwen_audio": qwen_audio, "gemma": gemma, "llama": llama}
+MODALITIES = {"qwen_vl": ("image", "video"), "qwen_audio": ("audio",), "gemma": ("image", "video"), "llama": ()}
 
 
 def build(family, backbone, out):

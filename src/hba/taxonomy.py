@@ -7,6 +7,7 @@ part of the released checkpoints and never change. A `Taxonomy` is immutable; `B
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,20 @@ from hba.errors import TaxonomyError, nearest
 from hba.metric_fit import require_fit
 from hba.storage import atomic_write
 
+_DENIAL = re.compile(r"^(?:(?:no|not|non|without|sin)[\s-]+|无|没有|不|非)")
+_YES_WORDS = ("yes", "true", "1", "是", "有", "sí")
+_YES_NO_WORDS = frozenset((*_YES_WORDS, "no", "false", "0", "否", "无", "没有"))
+_BETWEEN = r"['\"\s]*(?:or|and|/|,|o|或|、)['\"\s]*"
+_YES_OR_NO = re.compile(
+    "(?<!\\w)(?:"
+    + "|".join(
+        f"({a}){_BETWEEN}({b})"
+        for pair in (("yes", "no"), ("true", "false"), ("1", "0"), ("是", "否"), ("有", "没有"), ("sí", "no"))
+        for a, b in (pair, pair[::-1])
+    )
+    + ")(?!\\w)",
+    re.IGNORECASE,
+)
 QA, MULTILABEL = "qa", "multilabel"
 FILE = "taxonomy.yaml"
 ZERO_SHOT = "zero_shot"
@@ -170,6 +185,39 @@ class Taxonomy:
         """Every spelling that `canonical_label` knows of the labels of a dataset's domain, with its label."""
         domain = self.dataset(dataset).domain
         return {} if domain is None else self._lookup[domain]
+
+    def no_and_yes(self, dataset: str) -> tuple[str, str] | None:
+        """The labels of a dataset's domain where they are two of which one denies the other: (no stress, stress)."""
+        domain = self.dataset(dataset).domain
+        labels = () if domain is None else self.domains[domain].labels
+        for no, yes in (labels, labels[::-1]) if len(labels) == 2 else ():
+            if _DENIAL.sub("", labelsets.plain(no), count=1) == labelsets.plain(yes) != labelsets.plain(no):
+                return no, yes
+        return None
+
+    def worded(self, dataset: str, prompt: str) -> dict[str, str]:
+        """The labels that occur in a dataset, each in the words in which `prompt` offers it.
+
+        That is the label itself, unless the prompt has another of its spellings and not the label (`Choose from:
+        happiness, sadness`), or asks a yes-or-no question for a pair of words (`Answer yes or no`).
+        """
+        about = self.dataset(dataset)
+        labels = about.labels or (self.domains[about.domain].labels if about.domain else ())
+        text = labelsets.visible(prompt)
+        offered: dict[str, str] = {}
+        for label in labels:
+            known = [raw for raw, meant in self.spellings(dataset).items() if meant == label and len(raw) > 1]
+            for word in (label, *sorted(known, key=len, reverse=True)):
+                found = re.findall(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE)
+                if found and word not in _YES_NO_WORDS:
+                    offered[label] = label if word == label else found[-1]
+                    break
+        ends, asked = self.no_and_yes(dataset), list(_YES_OR_NO.finditer(text))
+        if ends is not None and asked and len(offered) < 2:
+            first, second = filter(None, asked[-1].groups())
+            no, yes = (second, first) if first.lower() in _YES_WORDS else (first, second)
+            return {label: {ends[0]: no, ends[1]: yes}[label] for label in labels}
+        return {label: offered.get(label, label) if len(offered) > 1 else label for label in labels}
 
     def require_label(self, dataset: str, raw: str) -> str:
         """`canonical_label`, or a TaxonomyError that lists the labels of the dataset's domain.

@@ -1,6 +1,7 @@
 """Generative SFT end to end: it learns, resumes, opens as OmniSapiens, and trains every family."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +12,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hba import open_atlas
+from hba.atlas.answer_format import FormatMix
+from hba.atlas.batch import IGNORED, collate
+from hba.atlas.chat_encoder import encoder_for
 from hba.config import load_config
 from hba.errors import ConfigError, InputError
+from hba.evaluate.config import PredictConfig
+from hba.evaluate.predict import open_rows
+from hba.evaluate.selection import Selection
 from hba.model import OmniSapiens, chat, checkpoint
 from hba.run import RunFolder
-from hba.storage import read_json, read_jsonl
+from hba.storage import read_json, read_jsonl, write_json
 from hba.train.config import LmConfig
 from hba.train.lm import train_lm
 
@@ -62,6 +70,44 @@ def test_the_loss_falls_and_validation_scores_the_response_tokens(straight):
     assert 0 < validations[-1]["metrics"]["token_accuracy"] < 1
     best = read_json(straight / "checkpoints" / "best.json")
     assert best["score"] == -min(v["loss"] for v in validations)
+
+
+def test_the_figures_of_a_validation_are_those_of_answers_without_their_end_tokens(straight, mini_atlas):
+    model, step = chat.load(straight, dtype="float32").eval(), checkpoint.resolve(straight).name
+    config = load_config(LmConfig, straight / "config.yaml")
+    wording = FormatMix(config.formats, reasoning=config.reasoning, seed=config.train.seed)
+    atlas = open_atlas(mini_atlas, split="validation[:16]")
+    encoder = encoder_for(model.processor, config.encode, atlas.taxonomy, answers=True, wording=wording)
+    right, tokens, whole = 0, 0, 0
+    for sample in atlas:
+        batch = collate([encoder.encode(sample)], pad_token_id=encoder.pad_token_id)
+        with torch.inference_mode():
+            same = model(batch).argmax(-1) == batch.labels_BT[batch.labels_BT != IGNORED]
+        right, tokens, whole = right + int(same[:-1].sum()), tokens + len(same) - 1, whole + bool(same.all())
+    (found,) = (v["metrics"] for v in logged(straight, "validation") if f"step_{v['step']}" == step)
+    assert found["token_accuracy"] == pytest.approx(right / tokens)
+    assert found["answer_accuracy"] == pytest.approx(whole / len(atlas))
+
+
+def test_a_run_is_asked_in_the_format_that_it_was_trained_in(straight, tmp_path, mini_atlas):
+    def opened(*changes):
+        config = load_config(PredictConfig, None, list(changes))
+        every = Selection(limit=2)
+        return open_rows(str(straight), str(mini_atlas), split="test", config=config, backend="hf", selection=every)
+
+    assert opened().config.generation.format == "plain" and "trained in plain and think" in opened().note
+    assert opened("generation.format=think").note is None
+    assert "asked in the format boxed, but" in opened("generation.format=boxed").note
+    old = tmp_path / "old"
+    shutil.copytree(checkpoint.resolve(straight), old)
+    card = read_json(old / "hba.json")
+    for formats, note in ((["think"], None), (None, "does not say")):
+        write_json(old / "hba.json", {**card, "formats": formats})
+        config = load_config(PredictConfig, None, [])
+        rows = {"split": "test", "config": config, "backend": "hf", "selection": Selection(limit=2)}
+        found = open_rows(str(old), str(mini_atlas), **rows)
+        assert found.config.generation.format == (formats or ["boxed"])[0]
+        assert found.note is None if note is None else note in found.note
 
 
 def test_a_checkpoint_opens_as_a_chat_model_and_as_omni_sapiens(straight):

@@ -2,15 +2,18 @@
 
 import pickle
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hba.atlas.answer_format import FORMATS, AnswerFormat, FormatMix
+from hba.atlas.prompt import taught
 from hba.atlas.sample import Sample
 from hba.errors import InputError
-from hba.evaluate.answers import extract
+from hba.evaluate.answers import extract, to_label
+from hba.taxonomy import BUILTIN
 
 WORDS = st.text(st.characters(categories=("L", "N", "Zs")), min_size=1).map(str.strip).filter(bool)
 
@@ -80,16 +83,36 @@ def test_a_mix_gives_every_format_its_share_and_a_sample_always_the_same():
     assert names == [again.format_of(sample(i)).name for i in range(2000)]
     other = FormatMix(mix.names, seed=4)
     assert names != [other.format_of(sample(i)).name for i in range(2000)]
-    asked = {mix.answer(sample(i)) for i in range(50)}
+    asked = {mix.answer(sample(i), "sad") for i in range(50)}
     assert asked == {"sad", "<think>Low voice.</think>\n\\boxed{sad}"}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "label", "problem", "words"),
+    [
+        ("cremad", "sad", "Choose from: happiness, Sadness, anger.", "Sadness"),
+        ("cremad", "sad", "Choose from: happy, sad, anger.", "sad"),
+        ("cremad", "happy", "I feel joy today. What is the emotion?", "happy"),
+        ("mmsd", "not sarcasm", "Is the tweet sarcastic? Answer yes or no.", "no"),
+        ("mmpsy_anxiety", "anxiety", "Is there anxiety? Say 'True' or 'False'.", "True"),
+        ("mmsd", "sarcasm", 'He says: "yes or no". Choose from: not sarcasm, sarcasm.', "sarcasm"),
+        ("siq2", None, "Why? Answer yes or no.", "sad"),
+    ],
+)
+def test_a_model_is_taught_the_label_in_the_words_that_the_prompt_offers(dataset, label, problem, words):
+    row = replace(sample(1), dataset=dataset, label=label, problem=problem)
+    assert taught(row, BUILTIN) == words
+    if label is not None:
+        assert to_label(dataset, words, prompt=problem) == label
 
 
 def test_reasoning_comes_from_the_row_or_is_missed_by_name():
     mix = FormatMix(["think"])
-    assert mix.answer(sample(1, reasoning="The brows are drawn.")).startswith("<think>The brows are drawn.</think>")
+    row = sample(1, reasoning="The brows are drawn.")
+    assert mix.answer(row, "sad").startswith("<think>The brows are drawn.</think>")
     with pytest.raises(InputError, match=r"train\.jsonl:7: no reasoning"):
-        mix.answer(sample(7))
-    assert FormatMix(["boxed"]).answer(sample(7)) == "\\boxed{sad}"
+        mix.answer(sample(7), "sad")
+    assert FormatMix(["boxed"]).answer(sample(7), "sad") == "\\boxed{sad}"
     with pytest.raises(InputError, match="not a jinja text"):
         FormatMix(["think"], reasoning="{{")
     with pytest.raises(InputError, match="formats: no answer format"):

@@ -110,14 +110,14 @@ class FormatMix:
         """The problem as its format asks it."""
         return self.format_of(sample).prompt(sample.problem)
 
-    def answer(self, sample: Sample) -> str:
-        """The target in its format. Raises InputError naming the row that has no reasoning to show."""
+    def answer(self, sample: Sample, target: str) -> str:
+        """`target` in the sample's format. Raises InputError naming the row that has no reasoning to show."""
         answer_format = self.format_of(sample)
         if not answer_format.shows_reasoning:
-            return answer_format.response(sample.target)
-        known = {"answer": sample.target, "problem": sample.problem, "dataset": sample.dataset, "task": sample.task}
+            return answer_format.response(target)
+        known = {"answer": target, "problem": sample.problem, "dataset": sample.dataset, "task": sample.task}
         try:
-            return answer_format.response(sample.target, self._reasoning.render({**sample.extra, **known}))
+            return answer_format.response(target, self._reasoning.render({**sample.extra, **known}))
         except jinja2.UndefinedError as error:
             fix = "Add the field to the rows, set `reasoning` to a text that needs less, or use another format."
             raise InputError(f"no reasoning: {error}", where=sample.where, fix=fix) from None

@@ -23,7 +23,7 @@ from hba.atlas import padding
 from hba.atlas.config import EncodeConfig
 from hba.atlas.media import Image, Video
 from hba.atlas.omni_features import MEDIA_FEATURES, omni_features
-from hba.atlas.prompt import AS_WRITTEN, Message, Modality, Wording, build_messages
+from hba.atlas.prompt import AS_WRITTEN, Message, Modality, Wording, build_messages, taught
 from hba.atlas.sample import Quarantined, Sample
 from hba.descriptors.pooled import DescriptorConfig, pooled_descriptors
 from hba.errors import MediaError
@@ -168,7 +168,8 @@ class Encoder:
         require_short(input_ids_T, sample, self.config)
         tokenizer, answer = self.processor.tokenizer, None
         if self.answers:
-            answer = answer_ids(tokenizer, self.wording.answer(sample), tokenizer.eos_token_id)
+            said = self.wording.answer(sample, taught(sample, self.taxonomy))
+            answer = answer_ids(tokenizer, said, tokenizer.eos_token_id)
         wanted = self.descriptors.get(sample.dataset)
         return Encoded(
             sample=sample,

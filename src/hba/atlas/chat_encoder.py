@@ -11,7 +11,7 @@ those of the other samples). Encoding alone and padding afterwards gives what a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from hba.atlas.batch import Encoded, Encoder, Media, SampleEncoder, answer_ids, load_media, messages_of, require_short
 from hba.atlas.config import EncodeConfig
 from hba.atlas.media import Video
-from hba.atlas.prompt import AS_WRITTEN, MODALITIES, Message, Modality, Wording
+from hba.atlas.prompt import AS_WRITTEN, MODALITIES, Message, Modality, Wording, taught
 from hba.atlas.sample import Field, Sample
 from hba.errors import InputError, MediaError
 from hba.taxonomy import BUILTIN, Taxonomy
@@ -44,6 +44,31 @@ def encoder_for(
 
     kind = Encoder if isinstance(processor, Qwen2_5OmniProcessor) else ChatEncoder
     return kind(processor, config, taxonomy, answers=answers, wording=wording)
+
+
+class TextProcessor:
+    """The processor of a chat model of text alone: its tokenizer, behind what processors have. It takes no media."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    @property
+    def chat_template(self) -> Any:
+        """That of the tokenizer."""
+        return self.tokenizer.chat_template
+
+    def apply_chat_template(self, messages: Sequence[Message], **options: Any) -> Any:
+        """The tokenizer's, whose templates take a turn's content as one text."""
+        texts = [{**turn, "content": "".join(part["text"] for part in turn["content"])} for turn in messages]
+        return self.tokenizer.apply_chat_template(texts, **options)
+
+    def __call__(self, text: Sequence[str], *, text_kwargs: Mapping[str, Any] | None = None, **options: Any) -> Any:
+        """The tokens of texts."""
+        return self.tokenizer(list(text), **options, **(text_kwargs or {}))
+
+    def save_pretrained(self, folder: Any) -> None:
+        """Write the tokenizer."""
+        self.tokenizer.save_pretrained(folder)
 
 
 class ChatEncoder:
@@ -85,7 +110,8 @@ class ChatEncoder:
         per_token = {k: v[0] for k, v in features.items() if k.endswith("token_type_ids")}
         answer = None
         if self.answers:
-            answer = answer_ids(self.processor.tokenizer, self.wording.answer(sample), self.end_token_id)
+            said = self.wording.answer(sample, taught(sample, self.taxonomy))
+            answer = answer_ids(self.processor.tokenizer, said, self.end_token_id)
         return Encoded(
             sample=sample,
             input_ids_T=input_ids_T,

@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 
 from hba.atlas.sample import Sample
 from hba.errors import InputError
+from hba.taxonomy import Taxonomy
 
 Modality = Literal["image", "video", "audio"]
 MODALITIES: tuple[Modality, ...] = ("image", "video", "audio")
@@ -27,24 +28,31 @@ class Wording(Protocol):
         """The text of the prompt."""
         ...
 
-    def answer(self, sample: Sample) -> str:
-        """The text that is trained."""
+    def answer(self, sample: Sample, target: str) -> str:
+        """The text that is trained; `target` is the answer in the prompt's words."""
         ...
 
 
 class AsWritten:
-    """The row's problem, and its target as the answer."""
+    """The row's problem, and its target alone as the answer."""
 
     def question(self, sample: Sample) -> str:
         """The problem."""
         return sample.problem
 
-    def answer(self, sample: Sample) -> str:
-        """The canonical label, or the free-form answer."""
-        return sample.target
+    def answer(self, sample: Sample, target: str) -> str:
+        """The target."""
+        return target
 
 
 AS_WRITTEN: Wording = AsWritten()
+
+
+def taught(sample: Sample, taxonomy: Taxonomy) -> str:
+    """What a model is taught to answer: the label in the words in which the row's prompt offers it, else its target."""
+    if sample.label is None or taxonomy.dataset(sample.dataset).domain is None:
+        return sample.target
+    return taxonomy.worded(sample.dataset, sample.problem).get(sample.label, sample.target)
 
 
 def build_messages(

@@ -75,6 +75,8 @@ def predict_command(
         )
     if summary.unnamed_heads:
         warn(f"{model} does not name the domains whose heads were trained: all count, and an untrained one says noise")
+    if summary.note:
+        warn(f"{summary.note}. generation.format=NAME asks in another")
     answer(_record(summary, folder), as_json=json, show=lambda: _show(summary, folder))
     _finish_failed(summary, allow_failed)
     return finish(summary.quarantined, allow_quarantined)

@@ -413,7 +413,9 @@ class _Labels:
         self.dataset, self.taxonomy = dataset, taxonomy
         about = taxonomy.dataset(dataset)
         domain = taxonomy.domains[str(about.domain)]
-        self.no, self.yes = _no_and_yes(domain.labels)
+        ends = taxonomy.no_and_yes(dataset)
+        self.no = None if ends is None else ends[0]
+        self.yes = None if ends is None else ends[1]
         self.words = self._vocabulary(domain.name, domain.labels, about.labels or domain.labels)
         self.word = re.compile(_any_of(self.words))
 
@@ -680,14 +682,6 @@ _SIGN = re.compile(
 _OPTION = re.compile(r"\A(?:option|choice|opción)\s\(?|\A选项")
 _OFFER_ENDS = re.compile(r"[,;\n)]|\s(?:and|or|y|o)\s|。")
 _ZERO_OR_ONE = re.compile(r"(?<![\d.])(?:0\s*(?:or|and|/|,|o|或|和)\s*1|1\s*(?:or|and|/|,|o|或|和)\s*0)(?!\d|\.\d)")
-
-
-def _no_and_yes(labels: Sequence[str]) -> tuple[str | None, str | None]:
-    """The two labels of a domain of which one denies the other ('no stress', 'stress'); (None, None) for others."""
-    for no, yes in (labels, labels[::-1]) if len(labels) == 2 else ():
-        if _pattern(r"WORDS\s*", "negations").sub("", labelsets.plain(no), count=1) == labelsets.plain(yes):
-            return no, yes
-    return None, None
 
 
 def _only(labels: set[str | None]) -> str | None:

@@ -17,12 +17,16 @@ from hba.model.config import Attention, Dtype
 from hba.remote import ClientConfig
 from hba.storage import json_sha256
 
+DEFAULT_FORMAT = "boxed"
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
     """How a model that answers in words is asked, and how its answer is drawn."""
 
-    format: str = option("boxed", "answer format: plain, boxed (no thinking), think, or a .jinja file")
+    format: str | None = option(
+        None, "answer format: plain, boxed, think, or a .jinja file; null: as a run was trained, boxed for other models"
+    )
     temperature: Annotated[float, Field(ge=0)] | None = option(
         0.0, "of sampling; 0 takes the most probable token each time; null leaves it to the server"
     )
@@ -41,11 +45,16 @@ class GenerationConfig:
                 fix = "Put it into an environment variable and name that with remote.api_key_env."
                 raise ConfigError(f"{name!r} would stand in the run folder", where="generation.extra", fix=fix)
 
+    @property
+    def asked(self) -> str:
+        """The format in which rows are asked."""
+        return self.format or DEFAULT_FORMAT
+
     def identity(self) -> dict[str, Any]:
         """What decides an answer, by name; the format by the words of its file."""
         sampled = {"top_p": self.top_p, "seed": self.seed} if self.temperature != 0 else {}
-        words = json_sha256(AnswerFormat(self.format).source)[:16]
-        kept = {"format": f"{self.format} {words}", "temperature": self.temperature, "max_tokens": self.max_tokens}
+        words = json_sha256(AnswerFormat(self.asked).source)[:16]
+        kept = {"format": f"{self.asked} {words}", "temperature": self.temperature, "max_tokens": self.max_tokens}
         return kept | sampled | ({"extra": self.extra} if self.extra else {})
 
 
@@ -85,7 +94,7 @@ class Opening:
     """What a backend is opened with: a model, the rows that it will answer, and the settings.
 
     `place` is where the atlas lies, for a backend that looks at another of its splits. `encode` says which media
-    reach the model, and in which form.
+    reach the model, and in which form. `note` is what the user should know of the format that was chosen.
     """
 
     model: str
@@ -94,3 +103,4 @@ class Opening:
     atlas: Atlas
     config: PredictConfig
     encode: EncodeConfig
+    note: str | None = None

@@ -25,7 +25,7 @@ from hba.errors import InputError
 from hba.evaluate.answers import READING_VERSION, read
 from hba.evaluate.backends import LOCAL, detect, known, open_backend
 from hba.evaluate.backends.interface import Answered, Backend
-from hba.evaluate.config import Opening, PredictConfig
+from hba.evaluate.config import DEFAULT_FORMAT, Opening, PredictConfig
 from hba.evaluate.groups import sample_groups
 from hba.evaluate.predictions import Prediction, PredictionLog, read_predictions, write_predictions
 from hba.evaluate.selection import EVERYTHING, Selection
@@ -85,7 +85,8 @@ class PredictSummary(NamedTuple):
     """What one call of `predict_run` leaves: the counts of the run (of the shard, if it is one), and what is missing.
 
     `skipped` rows have no trained head; `merged` is False while other shards of the run have rows left. `unnamed_heads`
-    says that the rows were answered by heads of which nobody knows whether they were trained.
+    says that the rows were answered by heads of which nobody knows whether they were trained. `note` is what the user
+    should know of the format in which the model was asked.
     """
 
     tally: Tally
@@ -94,6 +95,7 @@ class PredictSummary(NamedTuple):
     quarantined: Sequence[dict[str, Any]]
     merged: bool
     unnamed_heads: bool
+    note: str | None = None
 
 
 def predict_run(
@@ -137,6 +139,7 @@ def predict_run(
             forget_failed(own / "predictions.jsonl", opening.atlas.taxonomy)
         share = rows if shard is None else rows[shard.number - 1 :: shard.count]
         summary = _append_predictions(folder, own, opening.atlas, share, answering, progress)
+    summary = summary._replace(note=opening.note)
     if shard is None:
         return summary
     wanted = {opening.atlas[int(row)].id for row in rows}
@@ -151,7 +154,25 @@ def open_rows(
     rows = selection.rows(open_atlas(atlas, split=split))
     encode = config.encode or (checkpoint.encode_config(model) if name in LOCAL else None) or EncodeConfig()
     chosen = selection.media(encode)
-    return Opening(model=model, backend=name, place=atlas, atlas=rows, config=config, encode=chosen)
+    config, note = _in_format(model, name, config)
+    return Opening(model=model, backend=name, place=atlas, atlas=rows, config=config, encode=chosen, note=note)
+
+
+def _in_format(model: str, backend: str, config: PredictConfig) -> tuple[PredictConfig, str | None]:
+    """`config` with the format that a checkpoint was trained in where none is named, and what the user should know."""
+    trained = checkpoint.answer_formats(model) if backend in ("hf", "vllm") else None
+    asked = config.generation.format
+    if trained is None:
+        return config, None
+    known = " and ".join(trained)
+    if asked is not None:
+        other = f"asked in the format {asked}, but {model} was trained in {known}"
+        return config, other if trained and asked not in trained else None
+    chosen = trained[0] if trained else DEFAULT_FORMAT
+    note = None if len(trained) == 1 else f"{model} was trained in {known}; it is asked in {chosen}"
+    if not trained:
+        note = f"{model} does not say in which format it was trained; it is asked in {chosen}"
+    return replace(config, generation=replace(config.generation, format=chosen)), note
 
 
 def _settings(opening: Opening, split: str, backend: Backend, rows: Indices) -> dict[str, Any]:

@@ -12,6 +12,7 @@ Shapes: B samples, T tokens, N answer tokens of a batch, V vocabulary, H hidden 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from hba.atlas.batch import IGNORED, Batch
+from hba.atlas.chat_encoder import TextProcessor
 from hba.atlas.config import EncodeConfig
 from hba.errors import ConfigError, InputError
 from hba.model import checkpoint
@@ -103,8 +105,18 @@ def load(path: str | Path, *, dtype: str = "auto", attention: str = "sdpa") -> C
     return ChatModel(transformer, load_processor(str(folder or path)))
 
 
-def save(model: ChatModel, folder: Path, *, backbone: str, strategy: Strategy, encode: EncodeConfig) -> None:
+def save(
+    model: ChatModel,
+    folder: Path,
+    *,
+    backbone: str,
+    strategy: Strategy,
+    encode: EncodeConfig,
+    formats: Sequence[str] = (),
+) -> None:
     """Write a checkpoint that `load` reads, and OmniSapiens, too, where the model is a thinker of Qwen2.5-Omni.
+
+    `formats` are the answer formats that it was trained in, by which it will be asked.
 
     It has no classification heads: those of a model that it was made from do not fit any more.
     """
@@ -117,6 +129,7 @@ def save(model: ChatModel, folder: Path, *, backbone: str, strategy: Strategy, e
         "strategy": strategy,
         "columns": None,
         "encode": asdict(encode),
+        "formats": list(dict.fromkeys(formats)),
     }
     write_json(folder / checkpoint.CARD, card)
 
@@ -176,14 +189,19 @@ def model_class(name: str | Path) -> Any:
 
 
 def load_processor(name: str) -> Any:
-    """The processor of a chat model. Raises InputError when it cannot be loaded or has no chat template."""
-    from transformers import AutoProcessor
+    """The processor of a chat model, that of a model of text alone its tokenizer.
+
+    Raises InputError when it cannot be loaded or has no chat template.
+    """
+    from transformers import AutoProcessor, PreTrainedTokenizerBase
 
     try:
         processor = AutoProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:
         what = f"cannot load the processor ({str(error).splitlines()[0]})"
         raise InputError(what, where=name, fix="Use a model that comes with its processor.") from error
+    if isinstance(processor, PreTrainedTokenizerBase):
+        processor = TextProcessor(processor)
     if getattr(processor, "tokenizer", None) is None or processor.chat_template is None:
         fix = "Use a chat model; a base model has no template."
         raise InputError(f"{type(processor).__name__} has no chat template", where=name, fix=fix)

@@ -228,6 +228,12 @@ def encode_config(path: str | Path) -> EncodeConfig | None:
     return None if folder is None else TypeAdapter(EncodeConfig).validate_python(read_card(folder)["encode"])
 
 
+def answer_formats(path: str | Path) -> tuple[str, ...] | None:
+    """The answer formats that a checkpoint was trained in, none where it does not say; None for a plain backbone."""
+    folder = resolve(path)
+    return None if folder is None else tuple(read_card(folder).get("formats") or ())
+
+
 def resolve_dtype(dtype: str) -> torch.dtype:
     """The torch dtype of a config value; auto is bfloat16 on GPUs that compute in it, else float32."""
     if dtype == "auto":

@@ -223,7 +223,8 @@ def _evaluate_and_save(setup: Setup, memory: Memory, progress: Progress, log: Ru
 
     def save_model(folder: Path) -> None:
         backbone, strategy = chat.backbone_of(config.model.name), config.model.strategy
-        chat.save(setup.policy, folder, backbone=backbone, strategy=strategy, encode=config.encode)
+        how: dict[str, Any] = {"encode": config.encode, "formats": (config.format,)}
+        chat.save(setup.policy, folder, backbone=backbone, strategy=strategy, **how)
         memory.save(folder)
 
     save_state(setup.run.checkpoints, progress, setup.policy, setup.optimizer, save_model, setup.ranks)

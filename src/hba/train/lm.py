@@ -83,7 +83,8 @@ def build_model(config: LmConfig, resume: Path | None) -> chat.ChatModel:
 def save_checkpoint(model: chat.ChatModel, config: LmConfig, folder: Path) -> None:
     """Write the model of a run as a checkpoint that `chat.load` reads."""
     backbone = chat.backbone_of(config.model.name)
-    chat.save(model, folder, backbone=backbone, strategy=config.model.strategy, encode=config.encode)
+    strategy, formats = config.model.strategy, config.formats
+    chat.save(model, folder, backbone=backbone, strategy=strategy, encode=config.encode, formats=formats)
 
 
 def validate_answers(
@@ -94,14 +95,15 @@ def validate_answers(
     run: RunFolder,
     ranks: Ranks,
 ) -> Validation:
-    """Loss of the right responses and share of their tokens that greedy decoding would give, on the validation rows.
+    """Loss of the right responses on the validation rows, and what greedy decoding would give of them: the share of
+    their tokens, end tokens not counted, and the share of whole responses, with their end.
 
     The lowest loss chooses the best checkpoint. Every rank takes its share of the rows and gets the figures of all.
     Raises InputError when no row is left to score.
     """
     rows = np.arange(len(atlas))[ranks.rank :: ranks.world]
     plan = evaluation_plan(atlas, rows, config.validation_batch_size)
-    counts: list[tuple[float, int, int, int]] = []  # summed loss, rows, right tokens, tokens
+    counts: list[tuple[float, int, int, int, int]] = []  # summed loss, rows, right tokens, tokens, right responses
     for batch in load_batches(atlas, encoder, plan, config.loader):
         run.quarantine.add_all(batch.quarantined)
         if len(batch):
@@ -110,14 +112,20 @@ def validate_answers(
     if not done:
         fix = "Repair the media named in quarantine.jsonl."
         raise InputError(f"no sample of split {atlas.split!r} can be read", where=str(atlas.root), fix=fix)
-    loss, count, right, tokens = map(sum, zip(*done, strict=True))
-    return Validation(-loss / count, {"loss": loss / count, "token_accuracy": right / tokens})
+    loss, count, right, tokens, whole = map(sum, zip(*done, strict=True))
+    figures = {"loss": loss / count, "token_accuracy": right / tokens, "answer_accuracy": whole / count}
+    return Validation(-loss / count, figures)
 
 
 @torch.inference_mode()
-def _score(model: chat.ChatModel, batch: Batch) -> tuple[float, int, int, int]:
+def _score(model: chat.ChatModel, batch: Batch) -> tuple[float, int, int, int, int]:
     logits_NV = model(batch)
     assert batch.labels_BT is not None  # the encoder gives answers
-    labels_N = batch.labels_BT[batch.labels_BT != IGNORED]
-    right = int((logits_NV.argmax(-1) == labels_N).sum())
-    return float(answer_loss(logits_NV, batch.labels_BT)), len(batch), right, len(labels_N)
+    said_BT = batch.labels_BT != IGNORED
+    right_BT = torch.zeros_like(said_BT)
+    right_BT[said_BT] = logits_NV.argmax(-1) == batch.labels_BT[said_BT]
+    whole = int((right_BT == said_BT).all(1).sum())
+    ends_B = said_BT.shape[1] - 1 - said_BT.flip(1).int().argmax(1)  # every answer closes with its end token
+    rows_B = torch.arange(len(batch), device=ends_B.device)
+    right = int(right_BT.sum() - right_BT[rows_B, ends_B].sum())
+    return float(answer_loss(logits_NV, batch.labels_BT)), len(batch), right, int(said_BT.sum()) - len(batch), whole

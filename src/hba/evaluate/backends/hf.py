@@ -77,7 +77,7 @@ def open_backend(_name: str, opening: Opening) -> ChatBackend:
         raise InputError("a setting for servers, not for a model on this machine", where=f"generation.{key}", fix=fix)
     model = chat.load(opening.model, dtype=config.dtype, attention=config.attention).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    wording = FormatMix([config.generation.format])
+    wording = FormatMix([config.generation.asked])
     encoder = encoder_for(model.processor, opening.encode, taxonomy, wording=wording)
     return ChatBackend(model, encoder, config, origin(opening.model, model))
 

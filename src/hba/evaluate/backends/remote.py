@@ -46,7 +46,7 @@ class RemoteBackend:
     def __init__(self, name: str, opening: Opening) -> None:
         self.name, self._opening = name, opening
         self._settings, self._encode = opening.config.generation, opening.encode
-        self._wording = FormatMix([self._settings.format])
+        self._wording = FormatMix([self._settings.asked])
         self._client = RemoteClient(opening.model, replace(opening.config.remote, provider=name))  # type: ignore[arg-type]
         self.meter = self._client.meter
 

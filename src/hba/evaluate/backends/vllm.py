@@ -55,7 +55,7 @@ class VllmBackend:
 
     def __init__(self, opening: Opening, engine: Any, params: Any, processor: Any) -> None:
         self._opening, self._engine, self._params, self._processor = opening, engine, params, processor
-        self._wording = FormatMix([opening.config.generation.format])
+        self._wording = FormatMix([opening.config.generation.asked])
 
     def identity(self) -> Mapping[str, Any]:
         """Model, prompt and sampling."""
@@ -127,7 +127,7 @@ def open_backend(_name: str, opening: Opening) -> VllmBackend:
     except ImportError as error:
         fix = "pip install 'human-behavior-atlas[vllm]' where there is a GPU, or serve the model and use openai."
         raise ConfigError(f"vllm cannot be imported ({error})", where="--backend vllm", fix=fix) from None
-    from transformers import AutoProcessor
+    from hba.model.chat import load_processor
 
     most = {"audio": columns.num_audios, "image": columns.num_images, "video": columns.num_videos}
     engine = LLM(
@@ -146,4 +146,4 @@ def open_backend(_name: str, opening: Opening) -> VllmBackend:
         max_tokens=generation.max_tokens,
         seed=generation.seed,
     )
-    return VllmBackend(opening, engine, params, AutoProcessor.from_pretrained(opening.model))
+    return VllmBackend(opening, engine, params, load_processor(opening.model))
