@@ -4,11 +4,14 @@ import json
 import os
 import pickle
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoProcessor, Qwen2_5OmniThinkerForConditionalGeneration
@@ -21,8 +24,9 @@ from hba.model import OmniSapiens, chat, checkpoint
 from hba.model.config import ModelConfig
 from hba.model.heads import masked_mean
 from hba.model.merge import merge_checkpoint, merge_released
-from hba.model.omni import apply_strategy
+from hba.model.omni import LORA_TARGETS, apply_strategy
 from hba.model.released import Release
+from hba.model.weights import Weights
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import tiny_chat
@@ -111,6 +115,159 @@ def test_nothing_is_overwritten_and_a_backbone_is_refused(lora, merged, backbone
         merge_checkpoint(lora[1], merged)
     with pytest.raises(InputError, match="nothing to merge"):
         merge_checkpoint(backbone, tmp_path / "out")
+
+
+# --- shard by shard ---------------------------------------------------------------------------------------------------
+
+
+def in_shards(backbone, out, *, tied=True, dtype=torch.bfloat16):
+    """The tiny backbone as it is published: in files of a few tensors, in bfloat16, beside what speaks."""
+    thinker = Thinker.from_pretrained(backbone, dtype=dtype)
+    if not tied:
+        thinker.lm_head.weight = nn.Parameter(thinker.lm_head.weight.detach() * 2)
+        thinker.config.tie_word_embeddings = thinker.config.text_config.tie_word_embeddings = False
+    weights = {f"thinker.{name}": tensor for name, tensor in thinker.state_dict().items()}
+    if tied:
+        del weights["thinker.lm_head.weight"]
+    weights["talker.model.norm.weight"] = torch.zeros(40_000)
+    out.mkdir()
+    save_torch_state_dict(weights, out, max_shard_size="150KB")
+    inner = thinker.config.to_dict()
+    config = {"model_type": "qwen2_5_omni", "tie_word_embeddings": tied, "thinker_config": inner}
+    (out / "config.json").write_text(json.dumps(config))
+    OmniSapiens.from_pretrained(backbone).processor.save_pretrained(out)
+    return out
+
+
+def adapted(base, out, **options):
+    """A checkpoint with LoRA of some kind that has moved, on the folder `base`."""
+    torch.manual_seed(0)
+    model = OmniSapiens.from_pretrained(base, dtype="float32").requires_grad_(False)
+    how = {"r": 4, "lora_alpha": 8, "target_modules": LORA_TARGETS, **options}
+    model.thinker.add_adapter(LoraConfig(**how))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "lora_" in name
+    checkpoint.save(shaken(model), out, backbone=str(base), strategy="lora", encode=ENCODE)
+    return out
+
+
+def merged_whole(folder, dtype):
+    """The thinker of a checkpoint with LoRA folded in, in memory, by PEFT."""
+    thinker = OmniSapiens.from_pretrained(folder, dtype="float32").thinker
+    for module in list(thinker.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, BaseTunerLayer):
+                child.merge(safe_merge=True)
+                setattr(module, name, child.get_base_layer())
+    return {f"thinker.{name}": tensor.to(dtype) for name, tensor in thinker.state_dict().items()}
+
+
+def stored(folder):
+    """The tensors of a model by name, with the file of each."""
+    files = {file.name: load_file(file) for file in sorted(folder.glob("model*.safetensors"))}
+    return {name: tensor for held in files.values() for name, tensor in held.items()}, {
+        name: file for file, held in files.items() for name in held
+    }
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}, {"lora_dropout": 0.5}], ids=str)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_shard_by_shard_is_to_the_bit_what_merging_whole_gives(backbone, tmp_path, options, dtype):
+    base = in_shards(backbone, tmp_path / "base")
+    folder = adapted(base, tmp_path / "ck", **options)
+    merge_checkpoint(folder, tmp_path / "out", dtype=dtype)
+    ours, files = stored(tmp_path / "out")
+    whole = merged_whole(folder, getattr(torch, dtype))
+    assert torch.equal(whole.pop("thinker.lm_head.weight"), whole["thinker.model.embed_tokens.weight"])
+    assert sorted(ours) == sorted(whole)
+    assert not [name for name in whole if not torch.equal(ours[name], whole[name])]
+    plain, before = stored(base)
+    moved = [name for name in ours if not torch.equal(ours[name], plain[name].to(ours[name].dtype))]
+    assert len(moved) == 21 and all("_proj" in name for name in moved)
+    groups = [{n for n in held if held[n] == file and "talker" not in n} for held, file in
+              [(before, file) for file in sorted(set(before.values()))]]  # fmt: skip
+    assert [{n for n in files if files[n] == file} for file in sorted(set(files.values()))] == [g for g in groups if g]
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == files
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in ours.values())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("strategy", ["lora", "full", "heads"])
+def test_a_language_head_and_every_strategy_are_merged_from_shards(backbone, tmp_path, tied, strategy):
+    base = in_shards(backbone, tmp_path / "base", tied=tied)
+    model = apply_strategy(
+        OmniSapiens.from_pretrained(base, dtype="float32"),
+        ModelConfig(name=str(base), strategy=strategy, lora_r=4),
+    )
+    shaken(model)
+    model.own_lm_head = True
+    model.untie_lm_head()
+    with torch.no_grad():
+        model.thinker.lm_head.weight.add_(0.5)
+    checkpoint.save(model, tmp_path / "ck", backbone=str(base), strategy=strategy, encode=ENCODE)
+    merge_checkpoint(tmp_path / "ck", tmp_path / "out", dtype="float32")
+    ours, whole = stored(tmp_path / "out")[0], merged_whole(tmp_path / "ck", torch.float32)
+    assert sorted(ours) == sorted(whole)
+    assert not [name for name in whole if not torch.equal(ours[name], whole[name])]
+    assert not torch.equal(ours["thinker.lm_head.weight"], ours["thinker.model.embed_tokens.weight"])
+    plain = Thinker.from_pretrained(tmp_path / "out")
+    assert torch.equal(plain.lm_head.weight, model.thinker.lm_head.weight)
+
+
+def test_a_merge_holds_a_layer_at_a_time_and_reads_every_byte_once(backbone, tmp_path, monkeypatch):
+    base = in_shards(backbone, tmp_path / "base")
+    folder = adapted(base, tmp_path / "ck")
+    monkeypatch.setattr(Thinker, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+    read, alive, most = [], weakref.WeakSet(), [0]
+
+    def watched(self, name, block_bytes=1 << 12):
+        for block in blocks(self, name, 1 << 12):
+            read.append(block.nbytes)
+            alive.add(block.untyped_storage())
+            most[0] = max(most[0], sum(storage.nbytes() for storage in alive))
+            yield block
+
+    blocks = Weights.blocks
+    monkeypatch.setattr(Weights, "blocks", watched)
+    merge_checkpoint(folder, tmp_path / "out")
+    weights = stored(base)[0]
+    lora = sum(tensor.nbytes for tensor in load_file(folder / "adapter_model.safetensors").values())
+    spoken = weights.pop("talker.model.norm.weight").nbytes
+    total = sum(tensor.nbytes for tensor in weights.values())
+    assert sum(read) == total + lora and spoken
+    assert most[0] - lora <= 3 * (1 << 12) < max(tensor.nbytes for tensor in weights.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"bias": "lora_only"}, "LORA with bias"), ({"lora_bias": True}, "LORA with lora_bias")],
+)
+def test_an_adapter_that_is_more_than_lora_is_refused(backbone, tmp_path, options, message):
+    folder = adapted(backbone, tmp_path / "ck", **options)
+    with pytest.raises(InputError, match=message):
+        merge_checkpoint(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_lora_that_is_not_finite_is_refused(backbone, tmp_path):
+    folder = adapted(backbone, tmp_path / "ck")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors["base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"][0, 0] = torch.nan
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"thinker.model.layers.1.mlp.up_proj.weight with its LoRA is not finite"):
+        merge_checkpoint(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_backbone_that_is_not_whole_is_not_merged(backbone, tmp_path):
+    base = in_shards(backbone, tmp_path / "base")
+    folder = adapted(base, tmp_path / "ck")
+    part = sorted(base.glob("model-*.safetensors"))[1]
+    save_file({name: t for name, t in load_file(part).items() if "proj" not in name}, part)
+    with pytest.raises(InputError, match=r"weights of Qwen2_5OmniThinker\w+ are missing"):
+        merge_checkpoint(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("family", tiny_chat.FAMILIES)

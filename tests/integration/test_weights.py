@@ -200,7 +200,7 @@ def test_a_cut_adapter_is_named_before_its_backbone_is_loaded(lora, size, monkey
     whole = (lora / checkpoint.ADAPTER).read_bytes()
     (lora / checkpoint.ADAPTER).write_bytes(whole[:size])
     monkeypatch.setattr(Thinker, "from_pretrained", lambda *_, **__: pytest.fail("a model was built"))
-    with pytest.raises(InputError, match=rf"{checkpoint.ADAPTER}: damaged weights"):
+    with pytest.raises(InputError, match=rf"{checkpoint.ADAPTER}: cannot load the adapter: damaged weights"):
         OmniSapiens.from_pretrained(lora)
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -123,14 +122,7 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     model.transformer.save_pretrained(folder)
     model.processor.save_pretrained(folder)
-    card = {
-        "format": checkpoint.FORMAT,
-        "backbone": backbone,
-        "strategy": strategy,
-        "columns": None,
-        "encode": asdict(encode),
-        "formats": list(dict.fromkeys(formats)),
-    }
+    card = checkpoint.new_card(backbone, strategy, encode, formats=formats)
     write_json(folder / checkpoint.CARD, card)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,16 @@ from hba.model.config import Strategy, computes_bfloat16
 from hba.model.heads import DomainHeads
 from hba.model.names import require_place
 from hba.model.omni import OmniSapiens
-from hba.model.weights import Fit, Weights, fit, read_header, read_tensors, skeleton, some, without_load_reports
+from hba.model.weights import (
+    Fit,
+    Weights,
+    fit,
+    open_tensors,
+    read_tensors,
+    skeleton,
+    some,
+    without_load_reports,
+)
 from hba.storage import file_sha256, json_sha256, read_json, write_json
 from hba.taxonomy import BUILTIN, Taxonomy
 
@@ -66,16 +75,34 @@ def save(
     if model.bam is not None:
         save_bam(model.bam, folder)
     model.processor.save_pretrained(folder)
-    card = {
+    card = new_card(backbone, strategy, encode, columns=model.heads.columns, speaks=speaks, domains=domains)
+    write_json(folder / CARD, card)
+
+
+def new_card(
+    backbone: str,
+    strategy: Strategy,
+    encode: EncodeConfig,
+    *,
+    columns: Mapping[str, Sequence[int]] | None = None,
+    speaks: bool = False,
+    domains: list[str] | None = None,
+    formats: Sequence[str] = (),
+) -> dict[str, Any]:
+    """What `hba.json` says of a checkpoint.
+
+    `columns` None for one without heads; `formats` are the answer formats that it was trained in, where it speaks.
+    """
+    return {
         "format": FORMAT,
         "backbone": backbone,
         "strategy": strategy,
-        "columns": model.heads.columns,
+        "columns": columns,
         "encode": asdict(encode),
         "speaks": speaks,
         "domains": domains,
+        "formats": list(dict.fromkeys(formats)),
     }
-    write_json(folder / CARD, card)
 
 
 def save_heads(heads: DomainHeads, folder: Path) -> None:
@@ -182,12 +209,17 @@ def load_heads(folder: Path) -> DomainHeads:
 
 def load_lm_head(folder: Path, shape: Sequence[int]) -> Tensor:
     """The weights [V, H] of `lm_head.safetensors`. Raises InputError when it is damaged or of another shape."""
-    tensors = read_tensors(folder / LM_HEAD, "the lm_head", _DAMAGED)
-    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    if found != {"weight": list(shape)} or not tensors["weight"].is_floating_point():
+    return stored_lm_head(folder, shape).read("weight")
+
+
+def stored_lm_head(folder: Path, shape: Sequence[int]) -> Weights:
+    """`lm_head.safetensors`, whose one tensor is `weight`. Raises InputError when it is damaged or of another shape."""
+    weights = open_tensors(folder / LM_HEAD, "the lm_head", _DAMAGED)
+    found = {name: list(each.shape) for name, each in weights.stored.items()}
+    if found != {"weight": list(shape)}:
         what = f"cannot load the lm_head: expected weight {list(shape)}, found {found}"
         raise InputError(what, where=str(folder / LM_HEAD), fix=_DAMAGED)
-    return tensors["weight"]
+    return weights
 
 
 def resolve(path: str | Path) -> Path | None:
@@ -262,6 +294,15 @@ def base_of(folder: Path) -> str:
     if Path(name).is_absolute() or hub_id_of(name) is None:
         raise _gone(folder, looked)
     return name
+
+
+def require_heads(path: str | Path) -> Path:
+    """The checkpoint folder that `path` means. Raises InputError for a backbone, and for a model without heads."""
+    folder = resolve(path)
+    if folder is None or read_card(folder)["columns"] is None:
+        fix = "Name a run or a checkpoint; `hba merge --backbone` makes one of the released SFT model."
+        raise InputError("has no heads for adapters", where=str(path), fix=fix)
+    return folder
 
 
 def require_config(folder: Path, base: str) -> None:
@@ -375,18 +416,22 @@ def load_adapter(model: Any, folder: Path) -> None:
     Raises InputError when the adapter is damaged, or is not that of this model: weights missing, unknown or of another
     shape.
     """
+    from peft import PeftConfig
+
     file = folder / ADAPTER
-    stored = read_header(file)
+    tensors = read_tensors(file, "the adapter", _DAMAGED)
+    # PEFT writes DoRA's vectors by their modules' names, which transformers does not find.
+    given = {f"{name}.weight" if name.endswith("_vector") else name: tensor for name, tensor in tensors.items()}
     if model.device.type == "meta":
         model.hf_device_map = {"": "cpu"}  # where the adapter's weights go
     try:
         with without_load_reports():
-            info = model.load_adapter(str(folder))
+            info = model.load_adapter(adapter_state_dict=given, peft_config=PeftConfig.from_pretrained(folder))
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
         shapes = {f"base_model.model.{_unnamed(name)}": list(p.shape) for name, p in model.named_parameters()}
         wrong = [
             f"{name} is {list(each.shape)}, expected {shapes[name]}"
-            for name, each in stored.items()
+            for name, each in tensors.items()
             if name in shapes and list(each.shape) != shapes[name]
         ]
         said = some(wrong) if wrong else str(error).splitlines()[0]

@@ -1,4 +1,4 @@
-"""The checkpoints that the authors released, read into an OmniSapiens. Their layout is a state dict:
+"""The checkpoints that the authors released. Their layout is a state dict:
 
     backbone.*                      the thinker; with PEFT `backbone.base_model.model.*`, its layers `*.base_layer.*`
                                     and `*.lora_A.default.weight`, `*.lora_B.default.weight`
@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -26,14 +27,15 @@ from torch import Tensor
 from hba.descriptors.pooled import Mode
 from hba.errors import InputError, nearest
 from hba.model import checkpoint
-from hba.model.omni import OmniSapiens
-from hba.model.released_bam import PREFIXES, add_released_adapters
+from hba.model.heads import DomainHeads
+from hba.model.released_bam import PREFIXES
+from hba.model.weights import Piece, skeleton, some, tensor_piece
+from hba.taxonomy import BUILTIN
 
 # What Accelerate calls the model in a saved state, in the order of preference.
 FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model_fsdp.bin")
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_SHOWN = 5
-_PEFT, _BACKBONE, _LORA = "base_model.model.", "backbone.", ".lora_A.default.weight"
+_PEFT, _BACKBONE, _LORA, _THINKER = "base_model.model.", "backbone.", ".lora_A.default.weight", "thinker."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +54,24 @@ class Release:
     pooling: Mode = "meanstd"
 
 
-def load_released(path: Path, release: Release) -> OmniSapiens:
-    """The released checkpoint `path` (a file or its folder) as an OmniSapiens in float32, LoRA layers not yet folded.
+@dataclass(frozen=True, kw_only=True)
+class ReleasedModel:
+    """A whole model of a release: its heads, the backbone's tensors by their names in the class, and its LoRA."""
+
+    heads: DomainHeads
+    own: Mapping[str, Piece]
+    add_lora: Callable[[Any], None] | None
+
+
+class Found(NamedTuple):
+    """What a released file holds; `model` is None for adapters alone."""
+
+    model: ReleasedModel | None
+    adapters: Mapping[str, Tensor]
+
+
+def read_release(path: Path, release: Release) -> Found:
+    """What the released checkpoint `path` (a file or its folder) holds; large tensors stay in their files.
 
     Raises InputError for a file that is damaged or holds code, and for unknown, missing or wrongly shaped keys.
     """
@@ -64,33 +82,40 @@ def load_released(path: Path, release: Release) -> OmniSapiens:
         what = "holds adapters of one dataset" if adapters else "holds no adapters"
         raise InputError(what, where=str(path), fix="Name their dataset with --adapters-of; without adapters, none.")
     if release.backbone is not None:
-        model = _load_sft(state, path, release.backbone, release.lora_alpha)
-    elif state or release.onto is None:
-        what = f"holds more than adapters: {_some(list(state))}"
+        return Found(_read_model(state, path, release.backbone, release.lora_alpha), adapters)
+    if state or release.onto is None:
+        what = f"holds more than adapters: {some(list(state))}"
         raise InputError(what, where=str(path), fix="Name the backbone with --backbone.")
-    elif checkpoint.resolve(release.onto) is None:
-        fix = "Name a run or a checkpoint; `hba merge --backbone` makes one of the released SFT model."
-        raise InputError("a plain backbone has no heads for adapters", where=release.onto, fix=fix)
-    else:
-        model = checkpoint.load(release.onto, dtype="float32")
-    if release.dataset is not None:
-        add_released_adapters(model, adapters, dataset=release.dataset, pooling=release.pooling, path=path)
-    return model
+    return Found(None, adapters)
 
 
-def _load_sft(state: dict[str, Tensor], path: Path, backbone: str, lora_alpha: int) -> OmniSapiens:
+def _read_model(state: dict[str, Tensor], path: Path, backbone: str, lora_alpha: int) -> ReleasedModel:
     if checkpoint.resolve(backbone) is not None:
         fix = "Name the plain backbone, such as Qwen/Qwen2.5-Omni-7B."
         raise InputError("a checkpoint of hba, not a backbone", where=backbone, fix=fix)
-    model = checkpoint.load(backbone, dtype="float32")
-    renamed = {_own_name(name, model): tensor for name, tensor in state.items()}
-    adapted = sorted(name.removesuffix(_LORA) for name in renamed if name.endswith(_LORA))
+    bare = skeleton(checkpoint.thinker_class(), checkpoint.read_thinker_config(backbone))
+    heads = DomainHeads.for_taxonomy(int(bare.config.get_text_config().hidden_size), BUILTIN)
+    tied = dict(bare.all_tied_weights_keys)
+    released = {_own_name(name, list(heads.columns)): name for name in state}
+    adapted = sorted(name.removesuffix(_LORA) for name in released if name.endswith(_LORA))
+    add_lora = None
     if adapted:
-        ranks = {renamed[f"{name}{_LORA}"].shape[0] for name in adapted}
-        _add_lora(model, [name.removeprefix("thinker.") for name in adapted], ranks, lora_alpha, path)
-    _require_same_keys(model, renamed, dict(zip(renamed, state, strict=True)), path)
-    model.load_state_dict(renamed, strict=False)  # strict up to tied weights, which a file may hold once
-    return model
+        ranks = {state[released[f"{name}{_LORA}"]].shape[0] for name in adapted}
+        matrices = {name: state[key] for name, key in released.items() if ".lora_" in name}
+        targets = [name.removeprefix(_THINKER) for name in adapted]
+        add_lora = partial(_add_lora, targets=targets, ranks=ranks, alpha=lora_alpha, matrices=matrices, path=path)
+        add_lora(bare)
+    expected = {f"{_THINKER}{name}": tensor for name, tensor in bare.state_dict().items()}
+    expected |= {f"heads.{name}": tensor for name, tensor in heads.state_dict().items()}
+    found = {own: state[name] for own, name in released.items()}
+    _require_same_keys(expected, found, released, tied, list(heads.columns), path)
+    heads.load_state_dict({name: state[released[f"heads.{name}"]] for name in heads.state_dict()})
+    own = {
+        name.removeprefix(_THINKER).replace(".base_layer.", "."): tensor_piece(name, state[key])
+        for name, key in released.items()
+        if name.startswith(_THINKER) and ".lora_" not in name
+    }
+    return ReleasedModel(heads=heads, own=own, add_lora=add_lora)
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -118,65 +143,74 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 
 def _unpickled(file: Path) -> Any:
-    return torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError:  # what torch wrote before 1.6 cannot be mapped
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def _own_name(name: str, model: OmniSapiens) -> str:
+def _own_name(name: str, domains: Sequence[str]) -> str:
     """The name of a released parameter in an OmniSapiens; unknown ones stay as they are."""
     if name.startswith(_BACKBONE):
-        return f"thinker.{name.removeprefix(_BACKBONE).removeprefix(_PEFT)}"
+        return f"{_THINKER}{name.removeprefix(_BACKBONE).removeprefix(_PEFT)}"
     kind, _, rest = name.partition(".")
     number, _, which = rest.partition(".")
-    domains = list(model.heads.columns)
     if kind == "heads" and number.isdigit() and int(number) < len(domains):
         return f"heads.linear.{domains[int(number)]}.{which}"
     return name
 
 
-def _released_name(name: str, model: OmniSapiens) -> str:
+def _released_name(name: str, domains: Sequence[str]) -> str:
     """What a release calls a parameter of an OmniSapiens, but for PEFT's prefix."""
     kind, _, rest = name.partition(".")
     if kind == "thinker":
         return f"{_BACKBONE}{rest}"
     domain, _, which = rest.removeprefix("linear.").rpartition(".")
-    return f"heads.{list(model.heads.columns).index(domain)}.{which}"
+    return f"heads.{domains.index(domain)}.{which}"
 
 
-def _add_lora(model: OmniSapiens, targets: list[str], ranks: set[int], alpha: int, path: Path) -> None:
+def _add_lora(
+    bare: Any, *, targets: list[str], ranks: set[int], alpha: int, matrices: Mapping[str, Tensor], path: Path
+) -> None:
+    """Put the LoRA layers of a release, with their weights, into a skeleton of the thinker."""
     from peft import LoraConfig
 
-    layers = dict(model.thinker.named_modules())
+    layers = dict(bare.named_modules())
     unknown = [name for name in targets if name not in layers]
     if unknown or len(ranks) != 1:
-        what = f"LoRA of layers that the backbone lacks: {', '.join(unknown[:_SHOWN])}" if unknown else "several ranks"
+        what = f"LoRA of layers that the backbone lacks: {some(unknown)}" if unknown else "several ranks"
         raise InputError(what, where=str(path), fix="Check --backbone.")
     (rank,) = ranks
-    model.thinker.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))
+    bare.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))
+    known = bare.state_dict().keys()
+    given = {name.removeprefix(_THINKER): tensor.float() for name, tensor in matrices.items()}
+    bare.load_state_dict({k: tensor for k, tensor in given.items() if k in known}, strict=False, assign=True)
 
 
 def _require_same_keys(
-    model: OmniSapiens, found: Mapping[str, Tensor], released: Mapping[str, str], path: Path
+    expected: Mapping[str, Tensor],
+    found: Mapping[str, Tensor],
+    released: Mapping[str, str],
+    tied: Mapping[str, str],
+    domains: Sequence[str],
+    path: Path,
 ) -> None:
-    """`found` by own names, `released` what the file calls them."""
-    expected: dict[str, Tensor] = model.state_dict()
+    """`expected` and `found` by own names, `released` what the file calls them; of tied ones it may hold either."""
     unknown = [released[name] for name in found if name not in expected]
     if unknown:
         fix = f"Check that it is an SFT checkpoint. {nearest(unknown[0], ['backbone.*', 'heads.{i}.*'])}"
-        raise InputError(f"unknown keys: {_some(unknown)}", where=str(path), fix=fix)
-    held = {expected[name].data_ptr() for name in found}
-    absent = [name for name in expected if name not in found and expected[name].data_ptr() not in held]
-    missing = [_released_name(name, model) for name in absent]
+        raise InputError(f"unknown keys: {some(unknown)}", where=str(path), fix=fix)
+    pairs = {f"{_THINKER}{one}": f"{_THINKER}{other}" for one, other in tied.items()}
+    either = pairs | {other: one for one, other in pairs.items()}
+    absent = [name for name in expected if name not in found and either.get(name) not in found]
+    missing = [_released_name(name, domains) for name in absent]
     if missing:
-        raise InputError(f"missing keys: {_some(missing)}", where=str(path), fix="Check --backbone and the file.")
+        raise InputError(f"missing keys: {some(missing)}", where=str(path), fix="Check --backbone and the file.")
     wrong = [
         f"{released[name]} is {list(tensor.shape)}, expected {list(expected[name].shape)}"
         for name, tensor in found.items()
         if tensor.shape != expected[name].shape
     ]
     if wrong:
-        raise InputError(f"wrong shapes: {_some(wrong)}", where=str(path), fix="Check --backbone.")
+        raise InputError(f"wrong shapes: {some(wrong)}", where=str(path), fix="Check --backbone.")
 
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{', '.join(names[:_SHOWN])}{more}"

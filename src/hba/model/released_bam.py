@@ -1,4 +1,4 @@
-"""Adapters that the authors released, added to a model. Their keys in a state dict, one group a modality:
+"""Adapters that the authors released, put beside those of a model. Their keys in a state dict, one group a modality:
 
     video_adapter.alpha, .mlp.0.weight|bias, .mlp.2.weight|bias and, with layer norm, .ln_feats.weight|bias
     audio_adapter.*     the same
@@ -16,7 +16,6 @@ from torch import Tensor
 from hba.descriptors.pooled import DescriptorConfig, Mode
 from hba.errors import InputError
 from hba.model.bam import MODALITIES, AdapterSpec, Bam, DatasetAdapters
-from hba.model.omni import OmniSapiens
 from hba.taxonomy import BUILTIN, Taxonomy
 
 PREFIXES = tuple(f"{name}_adapter." for name in MODALITIES)
@@ -24,21 +23,22 @@ PUBLISHED_MODALITY_DROPOUT = 0.3
 _MEASURED = ("center", "scale")  # buffers of our adapters that the released ones lack: 0 and 1
 
 
-def add_released_adapters(
-    model: OmniSapiens,
+def released_adapters(
+    bam: Bam | None,
+    hidden_size: int,
     state: Mapping[str, Tensor],
     *,
     dataset: str,
     pooling: Mode,
     path: Path,
     taxonomy: Taxonomy = BUILTIN,
-) -> None:
-    """Give `model` the adapters in `state` for `dataset`, beside those that it has; they replace earlier ones of it.
+) -> Bam:
+    """The adapters in `state` for `dataset`, beside those of `bam`; they replace earlier ones of it.
 
     Raises InputError for an unknown dataset, and for unknown, missing or wrongly shaped keys, which it names.
     """
     spec = _spec(state, taxonomy.dataset(dataset).key, pooling, path)
-    fresh = DatasetAdapters(spec, model.hidden_size)
+    fresh = DatasetAdapters(spec, hidden_size)
     expected = {name: tensor for name, tensor in fresh.state_dict().items() if name.split(".")[1] not in _MEASURED}
     unknown, missing = sorted(state.keys() - expected.keys()), sorted(expected.keys() - state.keys())
     wrong = [
@@ -50,11 +50,12 @@ def add_released_adapters(
         if names:
             raise InputError(f"{what}: {', '.join(names)}", where=str(path), fix="Check the file and the backbone.")
     fresh.load_state_dict(dict(state), strict=False)
-    others = [] if model.bam is None else [model.bam.adapters(key) for key in model.bam.datasets if key != spec.dataset]
+    others = [] if bam is None else [bam.adapters(key) for key in bam.datasets if key != spec.dataset]
     together = [*others, fresh]
-    model.bam = Bam([each.spec for each in together], model.hidden_size)
+    joined = Bam([each.spec for each in together], hidden_size)
     for each in together:
-        model.bam.datasets[each.spec.dataset] = each
+        joined.datasets[each.spec.dataset] = each
+    return joined
 
 
 def _spec(state: Mapping[str, Tensor], dataset: str, pooling: Mode, path: Path) -> AdapterSpec:

@@ -16,6 +16,7 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,11 +87,7 @@ class Weights:
 
         Raises InputError when the file has become shorter, or holds numbers of a kind that is not known.
         """
-        stored = self.stored[name]
-        if stored.dtype not in DTYPES:
-            fix = "Give the model in float32, bfloat16 or float16."
-            raise InputError(f"{name} is {stored.dtype}, which is not read here", where=str(stored.file), fix=fix)
-        dtype = DTYPES[stored.dtype]
+        stored, dtype = self.stored[name], self.piece(name).dtype
         step = max(1, block_bytes // dtype.itemsize) * dtype.itemsize
         with stored.file.open("rb", buffering=0) as handle:
             handle.seek(stored.start)
@@ -98,6 +95,14 @@ class Weights:
                 raw = torch.empty(min(step, stored.size - start), dtype=torch.uint8)
                 _fill(handle, raw, stored.file)
                 yield raw.view(dtype)
+
+    def piece(self, name: str) -> Piece:
+        """A tensor to be written elsewhere, block by block. Raises InputError for numbers of an unknown kind."""
+        stored = self.stored[name]
+        if stored.dtype not in DTYPES:
+            fix = "Give the model in float32, bfloat16 or float16."
+            raise InputError(f"{name} is {stored.dtype}, which is not read here", where=str(stored.file), fix=fix)
+        return Piece(name, DTYPES[stored.dtype], stored.shape, lambda: self.blocks(name))
 
     def read(self, name: str) -> Tensor:
         """A tensor, copied from its file."""
@@ -143,6 +148,12 @@ def read_header(file: Path) -> dict[str, Stored]:
 
 def read_tensors(file: Path, what: str, fix: str) -> dict[str, Tensor]:
     """All tensors of a small file; `what` it should hold stands in errors. Raises InputError when it is damaged."""
+    weights = open_tensors(file, what, fix)
+    return {name: weights.read(name) for name in weights.stored}
+
+
+def open_tensors(file: Path, what: str, fix: str) -> Weights:
+    """The tensors of one file, all of floating-point numbers. Raises InputError as `read_tensors` does."""
     try:
         weights = Weights.in_files(str(file), [file])
     except InputError as error:
@@ -150,13 +161,17 @@ def read_tensors(file: Path, what: str, fix: str) -> dict[str, Tensor]:
     odd = [f"{name} is {each.dtype}" for name, each in weights.stored.items() if not each.dtype.startswith(_FLOATS)]
     if odd:
         raise InputError(f"cannot load {what}: no floating-point numbers: {some(odd)}", where=str(file), fix=fix)
-    return {name: weights.read(name) for name in weights.stored}
+    return weights
 
 
 def skeleton(model_class: Any, config: Any) -> Any:
     """A model of transformers without any weights (on the device `meta`), in float32: names and shapes alone."""
     from transformers.utils.generic import ContextManagers
 
+    config = deepcopy(config)
+    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+        if part is not None:
+            part.dtype = torch.float32
     with ContextManagers(model_class.get_init_context(torch.float32, False, False, None)):
         return model_class(config)
 
@@ -320,6 +335,12 @@ class Piece(NamedTuple):
     def size(self) -> int:
         """Its bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def tensor_piece(name: str, tensor: Tensor) -> Piece:
+    """A tensor in memory to be written, block by block."""
+    step = max(1, BLOCK_BYTES // tensor.dtype.itemsize)
+    return Piece(name, tensor.dtype, tuple(tensor.shape), lambda: torch.split(tensor.detach().reshape(-1), step))
 
 
 def write_weights(folder: Path, shards: Sequence[Sequence[Piece]]) -> None:

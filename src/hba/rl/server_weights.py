@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 
 from hba.errors import HbaError
 from hba.model.chat import ChatModel
-from hba.model.checkpoint import resolve_dtype
+from hba.model.checkpoint import is_thinker, resolve_dtype
 from hba.model.config import ModelConfig
-from hba.model.merge import PREFIX, is_thinker, write_thinker
+from hba.model.merge import PREFIX, write_thinker
 from hba.remote import ChatRequest, RemoteClient, RequestError, ServiceError
 from hba.remote.tokens import TokenReply
 from hba.storage import atomic_folder

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -80,22 +79,21 @@ def latest_step(folder: Path) -> int:
 
 def _release(config: RlConfig, place: Place) -> None:
     """Lay the model out as the release is, where it is a run, a checkpoint or a bare thinker."""
-    from hba.model.merge import merge_checkpoint, write_full
+    from hba.model.merge import Parts, merge_checkpoint, write_full
 
     out = Path(place.model)
-    if out != place.folder / "model" or out.is_dir():
+    if out != place.folder / "model":
+        checkpoint.fit_thinker(place.model)  # verl would draw what is missing at random, as transformers does
+        return
+    if out.is_dir():
         return
     if checkpoint.resolve(config.model.name) is not None:
         merge_checkpoint(config.model.name, out, dtype="float32")
         return
-    card = {
-        "format": checkpoint.FORMAT,
-        "backbone": config.model.name,
-        "columns": None,
-        "encode": asdict(config.encode),
-    }
+    name = checkpoint.place_of(config.model.name)
+    card = checkpoint.new_card(name, "full", config.encode)
     with atomic_folder(out) as new:
-        write_full(checkpoint.load(config.model.name, dtype="float32"), new, dtype=torch.float32, card=card)
+        write_full(Parts(base=name, processor=name), new, dtype=torch.float32, card=card)
 
 
 def _run(config: RlConfig, place: Place, told: Callable[[int, int], None]) -> None:

@@ -6,14 +6,13 @@ needs verl, and nothing is unpickled.
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from hba.errors import InputError
 from hba.model import checkpoint
-from hba.model.merge import require_free, write_full
+from hba.model.merge import Parts, require_free, write_full
 from hba.rl.verl.launch import latest_step
 from hba.rl.verl.rows import run_config
 from hba.storage import atomic_folder
@@ -36,13 +35,8 @@ def merge_verl_run(run: Path, out: Path, *, dtype: torch.dtype) -> int:
     weights = run / FOLDER / "checkpoints" / f"global_step_{step}" / "actor" / "huggingface"
     if not step or not list(weights.glob("*.safetensors")):
         raise InputError("no whole checkpoint", where=str(run / FOLDER), fix="Run the command of the run again.")
-    card = {
-        "format": checkpoint.FORMAT,
-        "backbone": config.model.name,
-        "strategy": "full",
-        "columns": None,
-        "encode": asdict(config.encode),
-    }
+    place = checkpoint.place_of(config.model.name)
+    card = checkpoint.new_card(place, "full", config.encode, formats=(config.format,))
     with atomic_folder(out) as new:
-        write_full(checkpoint.load(weights, dtype="float32"), new, dtype=dtype, card=card)
+        write_full(Parts(base=str(weights), processor=str(weights)), new, dtype=dtype, card=card)
     return step
