@@ -25,6 +25,7 @@ from hba.remote.addresses import shown, unusable_proxy
 from hba.report.load import load_run
 from hba.report.model_card import model_card, public_name
 from hba.storage import atomic_folder, write_json
+from hba.taxonomy import of_folder, save_beside
 
 LOCAL = ("/", "./", "../", "file://")
 # What a run's checkpoint holds beside its model.
@@ -57,18 +58,19 @@ def push_run(run: Path, repo: str, *, license_id: str, merge: bool = False, priv
 
 
 def gather(run: Path, folder: Path, *, place: str, license_id: str, merge: bool) -> None:
-    """Put model, README.md and metrics.json of `run` into `folder`; `place` is what others will call it."""
+    """Put model, card, figures and what the run adds to the taxonomy into `folder`; `place` is what others call it."""
     if re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license_id) is None:
         fix = "Write it as the hub does: apache-2.0, cc-by-nc-4.0, other."
         raise InputError("no identifier of a licence", where=f"--license {license_id}", fix=fix)
     best = checkpoint.resolve(run)
     if best is None:
         raise InputError("a plain backbone: nothing to push", where=str(run), fix="Name a run folder.")
-    loaded = load_run(run)
-    card = checkpoint.read_card(best)
-    if card["strategy"] != "full" and not merge and Path(card["backbone"]).exists():
+    taxonomy = of_folder(run)
+    loaded = load_run(run, taxonomy)
+    card, base = checkpoint.read_card(best), checkpoint.base_of(best)
+    if card["strategy"] != "full" and not merge and Path(base).is_dir():
         fix = "Push with --merge: the full model needs no backbone."
-        raise InputError("the model stands on a backbone that others do not have", where=card["backbone"], fix=fix)
+        raise InputError("the model stands on a backbone that others do not have", where=base, fix=fix)
     if merge:
         merge_checkpoint(best, folder / "merged")
         for file in (folder / "merged").iterdir():
@@ -78,6 +80,7 @@ def gather(run: Path, folder: Path, *, place: str, license_id: str, merge: bool)
         shutil.copytree(best, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*_TRAINING_STATE))
     sent = checkpoint.read_card(folder)
     write_json(folder / checkpoint.CARD, {**sent, "backbone": public_name(sent["backbone"])})
+    save_beside(taxonomy, folder)
     shutil.copyfile(run / "metrics.json", folder / "metrics.json")
     text = model_card(
         loaded,

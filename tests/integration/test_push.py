@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
@@ -22,6 +23,7 @@ from hba.model.hub_model import hub_checkpoint
 from hba.model.omni import apply_strategy
 from hba.push import push_run
 from hba.storage import write_json
+from hba.taxonomy import DATASETS, of_folder
 
 TOKEN = "hf_secretoftests"
 COMMIT = "c" * 40
@@ -89,6 +91,34 @@ def test_the_card_has_every_score_with_its_interval(run, tmp_path):
     assert (head["license"], entry["name"]) == (LICENSE, "sent")
     assert "synthetic" in head["tags"] and "synthetic data" in body
     assert "## Limits" in body and "no diagnoses" in body
+
+
+TAXONOMIES = {
+    "own": "domains: {engagement: {25: low, 26: high}}\n"
+    "datasets: {classroom: {domain: engagement, labels: [low, high]}}\n"
+    "tasks: {ENG: {name: engagement, metric: weighted_f1, datasets: [classroom]}}\n",
+    "zero_shot": "extends: zero_shot\n",
+}
+
+
+@pytest.mark.parametrize("entries", TAXONOMIES)
+def test_a_run_with_datasets_of_its_own_is_pushed_with_their_taxonomy(run, tmp_path, entries):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    (folder / "taxonomy.yaml").write_text(TAXONOMIES[entries])
+    taxonomy = of_folder(folder)
+    added = [dataset for key, dataset in taxonomy.datasets.items() if key not in DATASETS and dataset.labels]
+    lines = (folder / "predictions.jsonl").read_text().splitlines()
+    one, other = added[0].labels[:2]
+    said = json.loads(lines[0]) | {"dataset": added[0].key, "output": one, "answer": one, "label": one}
+    for number in range(6):
+        lines.append(json.dumps(said | {"id": f"test/{number}", "target": one if number else other}))
+    (folder / "predictions.jsonl").write_text("\n".join(lines) + "\n")
+    score_run(folder, resamples=100, seed=0)
+    push_run(folder, str(tmp_path / "sent"), license_id=LICENSE, merge=True)
+    assert of_folder(tmp_path / "sent").datasets.keys() == taxonomy.datasets.keys()
+    head, _ = metadata((tmp_path / "sent" / "README.md").read_text())
+    assert any(added[0].key in result["dataset"]["name"] for result in head["model-index"][0]["results"])
 
 
 def test_adapters_on_a_backbone_of_this_machine_are_refused_unmerged(run, tmp_path):

@@ -20,6 +20,10 @@ from hba import open_atlas
 from hba.atlas.batch import Encoder, collate
 from hba.atlas.config import EncodeConfig
 from hba.errors import InputError
+from hba.evaluate.backends import LOCAL
+from hba.evaluate.config import PredictConfig
+from hba.evaluate.predict import open_rows
+from hba.evaluate.selection import EVERYTHING
 from hba.model import OmniSapiens, chat, checkpoint
 from hba.model.config import ModelConfig
 from hba.model.heads import masked_mean
@@ -115,6 +119,20 @@ def test_nothing_is_overwritten_and_a_backbone_is_refused(lora, merged, backbone
         merge_checkpoint(lora[1], merged)
     with pytest.raises(InputError, match="nothing to merge"):
         merge_checkpoint(backbone, tmp_path / "out")
+
+
+@pytest.mark.parametrize("backend", LOCAL)
+def test_backends_on_this_machine_encode_as_a_merged_model_was_trained(merged, backbone, mini_atlas, backend):
+    """The flaw: vLLM was given the defaults, whatever the model had seen in training."""
+
+    def encoded(model, config):
+        rows = {"split": "test[:2]", "config": config, "backend": backend, "selection": EVERYTHING}
+        return open_rows(str(model), str(mini_atlas), **rows).encode
+
+    assert encoded(merged, PredictConfig()) == ENCODE != EncodeConfig()
+    assert encoded(backbone, PredictConfig()) == EncodeConfig()
+    asked = EncodeConfig(num_frames=2)
+    assert encoded(merged, PredictConfig(encode=asked)) == asked
 
 
 # --- shard by shard ---------------------------------------------------------------------------------------------------

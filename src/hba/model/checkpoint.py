@@ -255,7 +255,10 @@ def read_card(folder: Path) -> dict[str, Any]:
 
 
 def encode_config(path: str | Path) -> EncodeConfig | None:
-    """How the samples of a checkpoint's training were encoded; None for a plain backbone."""
+    """How samples reach the model `path`: as in its training. Every backend on this machine asks here.
+
+    None for a plain backbone, which does not say.
+    """
     folder = resolve(path)
     return None if folder is None else TypeAdapter(EncodeConfig).validate_python(read_card(folder)["encode"])
 

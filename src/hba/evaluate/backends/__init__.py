@@ -23,7 +23,8 @@ MODULES = {
     "random": "hba.evaluate.backends.baselines",
 }
 
-LOCAL = ("heads", "hf")  # over checkpoints of ours, which say how their samples were encoded
+# Over models on this machine: one of ours, merged ones included, says how its samples were encoded.
+LOCAL = ("heads", "hf", "vllm")
 
 
 def open_backend(name: str, opening: Opening) -> Backend:
