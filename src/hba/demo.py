@@ -23,9 +23,10 @@ from hba.config import load_config
 from hba.demo_rl import run_rl
 from hba.environment import usable_cores
 from hba.errors import ConfigError
+from hba.evaluate.compare import compare_runs
 from hba.evaluate.config import GenerationConfig, PredictConfig
 from hba.evaluate.predict import predict_run
-from hba.evaluate.runs import compare_runs
+from hba.evaluate.results import Metrics
 from hba.evaluate.score import score_run
 from hba.model.tiny import atlas_texts, build_tiny
 from hba.process import prepare_process
@@ -54,7 +55,7 @@ class DemoResult:
     RL algorithm changed on held-out prompts.
     """
 
-    metrics: dict[str, Any]
+    metrics: Metrics
     stages: Stages
     rl: dict[str, list[Change]]
     report: Path

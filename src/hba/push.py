@@ -18,14 +18,13 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 
 from hba.errors import HbaError, InputError
-from hba.evaluate.provenance import run_record
+from hba.evaluate.runs import open_run
 from hba.model import checkpoint
 from hba.model.merge import merge_checkpoint, require_free
 from hba.remote.addresses import shown, unusable_proxy
-from hba.report.load import load_run
 from hba.report.model_card import model_card, public_name
 from hba.storage import atomic_folder, write_json
-from hba.taxonomy import of_folder, save_beside
+from hba.taxonomy import save_beside
 
 LOCAL = ("/", "./", "../", "file://")
 # What a run's checkpoint holds beside its model.
@@ -65,8 +64,8 @@ def gather(run: Path, folder: Path, *, place: str, license_id: str, merge: bool)
     best = checkpoint.resolve(run)
     if best is None:
         raise InputError("a plain backbone: nothing to push", where=str(run), fix="Name a run folder.")
-    taxonomy = of_folder(run)
-    loaded = load_run(run, taxonomy)
+    loaded = open_run(run)
+    loaded.metrics  # noqa: B018  an unscored run is refused before anything is copied
     card, base = checkpoint.read_card(best), checkpoint.base_of(best)
     if card["strategy"] != "full" and not merge and Path(base).is_dir():
         fix = "Push with --merge: the full model needs no backbone."
@@ -80,7 +79,7 @@ def gather(run: Path, folder: Path, *, place: str, license_id: str, merge: bool)
         shutil.copytree(best, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*_TRAINING_STATE))
     sent = checkpoint.read_card(folder)
     write_json(folder / checkpoint.CARD, {**sent, "backbone": public_name(sent["backbone"])})
-    save_beside(taxonomy, folder)
+    save_beside(loaded.taxonomy, folder)
     shutil.copyfile(run / "metrics.json", folder / "metrics.json")
     text = model_card(
         loaded,
@@ -88,7 +87,6 @@ def gather(run: Path, folder: Path, *, place: str, license_id: str, merge: bool)
         base_model=card["backbone"],
         license_id=license_id,
         card=card,
-        predict=run_record(run / "predict.json"),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
 

@@ -63,5 +63,5 @@ def test_5000_verdicts_survive_every_fault_and_three_kills(chat_server, tmp_path
     # What was under way at a kill is asked again, and nothing else.
     assert stats["answered_twice"] <= 3 * 2 * CONCURRENCY and stats["peak"] <= CONCURRENCY + 2
 
-    scores = score_run(run)["datasets"]
+    scores = score_run(run).record()["datasets"]
     assert {key: scores[key]["llm_judge_accuracy"] for key in shares} == pytest.approx(shares, abs=1e-12)

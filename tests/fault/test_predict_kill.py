@@ -86,7 +86,7 @@ def test_three_kills_under_faults_lose_and_double_nothing(atlas, chat_server, tm
 
 def check_scores(run, predictions):
     """The metrics are those of another implementation, and the invalid are counted as wrong."""
-    metrics = score_run(run, resamples=100)["datasets"]["cremad"]
+    metrics = score_run(run, resamples=100).record()["datasets"]["cremad"]
     invalid = sum(p.label is None for p in predictions)
     right = sum(p.label == p.target for p in predictions)
     assert metrics["n"] == ROWS and metrics["n_invalid"] == invalid

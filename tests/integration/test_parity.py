@@ -64,5 +64,5 @@ def test_hf_and_a_server_give_the_same_answers(served, backbone, mini_atlas, tmp
     assert len({p.output for p in here.values()}) > len(here) / 2  # answers that depend on what was asked
     modalities = {p.modality for p in here.values()}
     assert {"text_audio", "text_video_audio"} <= modalities
-    scores = [score_run(tmp_path / name, resamples=100)["provenance"]["answers_sha256"] for name in ("hf", "openai")]
+    scores = [score_run(tmp_path / name, resamples=100).provenance.answers_sha256 for name in ("hf", "openai")]
     assert scores[0] == scores[1]

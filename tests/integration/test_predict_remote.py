@@ -105,7 +105,7 @@ def test_answers_are_extracted_and_the_unusable_count_as_wrong(mini_atlas, chat_
     for prediction in labelled:
         boxed = "\\boxed" in prediction.output
         assert (prediction.label is not None) == boxed
-    metrics = score_run(tmp_path, resamples=100)
+    metrics = score_run(tmp_path, resamples=100).record()
     assert metrics["aggregate"]["n_invalid"] == sum(p.label is None for p in labelled)
     for key, entry in metrics["aggregate"]["unmapped"].items():
         rows = [p for p in labelled if p.dataset == key]
@@ -123,7 +123,7 @@ def test_a_refused_request_is_an_error_of_its_sample_alone(mini_atlas, chat_serv
     failed = [p for p in read_predictions(tmp_path / "predictions.jsonl") if p.error]
     assert victim.id in {p.id for p in failed} and said.predicted == len(atlas)
     assert {p.error for p in failed} == {"HTTP 400: this is refused"} and all(p.failed for p in failed)
-    assert score_run(tmp_path, resamples=100)["aggregate"]["n_failed"] == len(failed)
+    assert score_run(tmp_path, resamples=100).record()["aggregate"]["n_failed"] == len(failed)
 
 
 def test_neither_key_nor_host_stands_in_the_run_folder(mini_atlas, chat_server, tmp_path, monkeypatch):

@@ -43,7 +43,7 @@ SUPPORT = {
     "evaluate/calibration.py": "what the probabilities of predictions are worth",
     "evaluate/judge/scores.py": "verdicts on free-form answers, where a judge was asked",
     "evaluate/unmapped.py": "a report of the answers that mean no label",
-    "evaluate/provenance.py": "a hash of what was scored",
+    "evaluate/runs.py": "a run folder, read back",
     "evaluate/score.py": "reads predictions, calls the metrics, writes metrics.json",
     "evaluate/answers.py": "the text of a prediction",
 }

@@ -33,13 +33,13 @@ COMMANDS = {
     "predict": "model! overrides --atlas! --split --backend --run --modalities --datasets --limit --per-dataset --shard"
     " --retry-failed --dry-run --allow-failed --allow-quarantined --json",
     "push": "run! repo! --license! --merge --private --json",
-    "score": "run! --resamples --seed --by --cluster --atlas --json",
+    "score": "run! --resamples --seed --by --cluster --atlas --partial --json",
     "judge": "run overrides --model --provider --base-url --atlas --calibrate --offline --out --retry-unjudged"
     " --dry-run --allow-unjudged --cache --json",
     "report": "run! --atlas --out --json",
     "explore": "--atlas --runs --host --port --cache --json",
     "compare": "runs! --seeds --allow-other-data --out --flips --resamples --seed --json",
-    "leaderboard": "runs! --out --published --tasks --max-quarantined --allow-other-data --json",
+    "leaderboard": "runs! --out --published --tasks --name --max-quarantined --allow-other-data --json",
     "export lmms-eval": "out! --atlas! --split --json",
     "export inspect": "out! --atlas! --split --json",
     "export wandb": "run! --project! --offline --predictions --json",

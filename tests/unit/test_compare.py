@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binomtest
+from scipy.stats import binomtest, permutation_test
 
 from hba.errors import InputError
-from hba.evaluate.compare import holm, mcnemar, paired_difference
+from hba.evaluate.compare import paired_difference
 from hba.evaluate.confusion import Rows, encode
 from hba.evaluate.metrics import score, score_rows
-from hba.evaluate.stats import bootstrap
-from hba.taxonomy import DATASETS
+from hba.evaluate.statistics import bootstrap, holm, mcnemar
+from hba.taxonomy import BUILTIN, DATASETS
 
 steady = settings(deadline=None, derandomize=True)
 
@@ -117,7 +117,7 @@ def test_rows_that_share_a_group_are_no_independent_evidence() -> None:
     a, b = free([False] * 60 + [True] * 40), free([True] * 60 + [False] * 40)
     groups = [str(i // 10) for i in range(100)]
     alone, together = paired_difference(a, b).tasks["SOC"], paired_difference(a, b, clusters=groups).tasks["SOC"]
-    assert (alone.test, together.test) == ("mcnemar", "bootstrap")
+    assert (alone.test, together.test) == ("mcnemar", "permutation")
     assert alone.p_value is not None and together.p_value is not None and together.p_value > 5 * alone.p_value
     assert alone.ci95 and together.ci95 and together.ci95[1] - together.ci95[0] > alone.ci95[1] - alone.ci95[0]
 
@@ -153,3 +153,87 @@ def test_blind_runs_differ_about_as_often_as_the_level_says() -> None:
         result = paired_difference(a, b, resamples=1000, seed=seed)
         found += any(line.p_holm is not None and line.p_holm < 0.05 for line in result.tasks.values())
     assert found <= 9
+
+
+# --- few rows --------------------------------------------------------------------------------------------------------
+
+
+def labelled(guesses: list[str | None], targets: list[str], key: str = "mmsd") -> Rows:
+    return encode(guesses, targets, [key] * len(targets))
+
+
+def test_one_right_row_against_one_wrong_row_says_nothing() -> None:
+    right, wrong = labelled(["sarcasm"], ["sarcasm"]), labelled(["not sarcasm"], ["sarcasm"])
+    found = paired_difference(wrong, right).tasks["SAR"]
+    assert (found.difference, found.p_value, found.ci95, found.test) == (1.0, 1.0, None, "permutation")
+    five = paired_difference(labelled(["not sarcasm"] * 5, ["sarcasm"] * 5), labelled(["sarcasm"] * 5, ["sarcasm"] * 5))
+    assert five.tasks["SAR"].p_value == pytest.approx(2 / 2**5)
+    assert five.mean and five.mean.p_value == pytest.approx(2 / 2**5)
+
+
+@pytest.mark.parametrize("key", ["mmsd", "tess", "mosei_senti"])
+def test_the_permutation_test_is_that_of_scipy(key: str) -> None:
+    """All exchanges of the two answers of ten rows, under the task's own metric."""
+    guesses, targets, keys = make(10, 0.5, [key], seed=2)
+    others = make(10, 0.7, [key], seed=3)[0]
+    task = DATASETS[key].task
+
+    def difference(a: np.ndarray, b: np.ndarray) -> float:
+        first, second = (score(list(run), targets, keys)["tasks"][task]["score"] for run in (a, b))
+        return second - first
+
+    told = [np.array([x if x else "nothing" for x in run], dtype=object) for run in (guesses, others)]
+    theirs = permutation_test(told, difference, permutation_type="samples", n_resamples=np.inf, vectorized=False)
+    found = paired_difference(encode(guesses, targets, keys), encode(others, targets, keys)).tasks[str(task)]
+    assert found.test == "permutation"
+    nulls = np.abs(theirs.null_distribution) >= abs(difference(*told)) - 1e-9
+    assert found.p_value == pytest.approx(nulls.mean())
+
+
+def test_few_groups_are_exchanged_whole() -> None:
+    """Six speakers of twenty rows who all flip together: 2 of 64 exchanges are as extreme, not 2 of 2^120."""
+    targets = ["sarcasm", "not sarcasm"] * 60
+    wrong = ["not sarcasm", "sarcasm"] * 60
+    groups = [str(i // 20) for i in range(120)]
+    found = paired_difference(labelled(wrong, targets), labelled(targets, targets), clusters=groups).tasks["SAR"]
+    assert (found.test, found.n, found.n_independent) == ("permutation", 120, 6)
+    assert found.p_value == pytest.approx(2 / 64)
+
+
+def test_blind_runs_of_few_rows_differ_no_more_often_than_the_level_says() -> None:
+    """The bootstrap's p-value is below 0.05 in about 10 % of such comparisons."""
+    labels, found = DATASETS["tess"].labels, 0
+    for seed in range(200):
+        rng = random.Random(seed)
+        targets = [rng.choice(labels) for _ in range(10)]
+        runs = [[t if rng.random() < 0.6 else rng.choice(labels) for t in targets] for _ in range(2)]
+        line = paired_difference(*(labelled(run, targets, "tess") for run in runs), resamples=200, seed=seed).tasks[
+            "EMO"
+        ]
+        found += line.p_value is not None and line.p_value < 0.05
+    assert found <= 18
+
+
+def test_a_large_dataset_beside_a_small_one_is_drawn() -> None:
+    """The mean over a task of five rows and one of 400 has too many exchanges to list."""
+    targets = ["sarcasm", "not sarcasm"] * 200
+    guesses, others = (make(400, skill, ["mmsd"], seed=1)[0] for skill in (0.5, 0.8))
+    small = ["depression", "no depression"] * 2 + ["depression"]
+    keys = ["mmsd"] * 400 + ["daicwoz"] * 5
+    a, b = (encode([*run, *small], [*targets, *small], keys) for run in (guesses, others))
+    result = paired_difference(a, b)
+    assert (result.tasks["SAR"].test, result.tasks["DEP"].test) == ("bootstrap", "permutation")
+    assert result.mean and result.mean.test == "permutation" and result.mean.p_value is not None
+    assert result.tasks["DEP"].p_value == 1.0
+    back = paired_difference(b, a)
+    assert back.mean and back.mean.p_value == result.mean.p_value
+
+
+def test_multilabel_answers_of_two_runs_are_exchanged_in_one_numbering() -> None:
+    zero_shot = BUILTIN.extended({"extends": "zero_shot"})
+    labels = zero_shot.dataset("av_asd").labels
+    targets = [labels[i % 3] for i in range(6)]
+    a = encode([labels[3]] * 6, targets, ["av_asd"] * 6, zero_shot)
+    b = encode(targets, targets, ["av_asd"] * 6, zero_shot)
+    line = paired_difference(a, b).tasks["AVASD"]
+    assert (line.a, line.b, line.p_value) == (0.0, 1.0, pytest.approx(2 / 64))

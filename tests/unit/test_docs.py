@@ -6,7 +6,9 @@ import ast
 import pkgutil
 import re
 import shlex
+from enum import Enum
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import typer
@@ -31,6 +33,11 @@ SECTIONS = {key.partition(".")[0] for names in KEYS.values() for key in names if
 FILE_ENDINGS = (".jsonl", ".parquet", ".json", ".yaml")
 # Options in the text that belong to other programs.
 OF_OTHERS = {"--dist", "--use_fsdp"}
+# Those that messages name: of pip, vLLM, lmms-eval, Hydra, and of a script in an environment of its own.
+OF_OTHER_PROGRAMS = {
+    *("--force-reinstall", "--only-binary", "--logprobs-mode", "--max-model-len", "--enable-lora", "--max-lora-rank"),
+    *("--include_path", "--check"),
+}
 
 
 def blocks(text):
@@ -78,28 +85,88 @@ def inline(text):
     return re.findall(r"`([^`\n]+)`", re.sub(r"(?ms)^```.*?^```", "", text))
 
 
+def all_commands(command=HBA, path=()):
+    """Every command by its name, groups included."""
+    found = {" ".join(path): command}
+    for name, inner in getattr(command, "commands", {}).items():
+        found |= all_commands(inner, (*path, name))
+    return found
+
+
+def flags_of(command):
+    """The options of a command: how each is written, and the words that it takes, None for any."""
+    hints = get_type_hints(command.callback) if command.callback else {}
+    found = {"--help": None}
+    for param in command.params:
+        kind = hints.get(param.name)
+        words = [each.value for each in kind] if isinstance(kind, type) and issubclass(kind, Enum) else None
+        found |= dict.fromkeys((*param.opts, *param.secondary_opts), words)
+    return found
+
+
+OPTIONS = {flag for command in all_commands().values() for flag in flags_of(command)}
+
+
+def wrong_calls(text):
+    """What a text says to type and no command takes: a command, an option of it, one of the few words of an option."""
+    wrong = []
+    for call in re.findall(r"(?<![\w./-])hba ([a-z][^`\n\"]*)", text):
+        command, name, rest = command_of(call.split())
+        if not name:
+            wrong += [f"hba {call}"] if re.match(r"[a-z-]+( --|$)", call) else []
+            continue
+        for word, after in zip(rest, [*rest[1:], ""], strict=False):
+            flag, said, known = re.match(r"--[a-z][a-z-]*", word), after.strip(".,;:)"), flags_of(command)
+            if flag and (flag[0] not in known or (said.islower() and said not in (known[flag[0]] or [said]))):
+                wrong.append(f"hba {call}")
+    return wrong
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_options_and_keys_in_the_text_are_there(page):
-    options, todo = {"--help", *OF_OTHERS}, [HBA]
-    while todo:
-        command = todo.pop()
-        todo += getattr(command, "commands", {}).values()
-        options |= {flag for param in command.params for flag in (*param.opts, *param.secondary_opts)}
-    wrong = []
-    for piece in inline(page.read_text(encoding="utf-8")):
-        if piece.startswith("hba "):
-            words = piece.split()[1:]
-            if words[0][0] not in "-{." and not command_of(words)[1]:
-                wrong.append(piece)
+    text = page.read_text(encoding="utf-8")
+    wrong = [call for piece in inline(text) for call in wrong_calls(piece)]
+    for piece in inline(text):
         if re.match(r"(hba |--)", piece):
             flags = re.findall(r"(?<!\S)--[a-z][\w-]*", piece)
-            wrong += [piece for flag in flags if flag not in options]
+            wrong += [piece for flag in flags if flag not in OPTIONS | OF_OTHERS]
         if (key := re.fullmatch(r"(\w+(?:\.\w+)+)(=[^=].*)?", piece)) is not None:
             section = key[1].partition(".")[0]
             known = {name for names in KEYS.values() for name in names}
             if key[2] or (section in SECTIONS and not piece.endswith(FILE_ENDINGS)):
                 wrong += [piece] if key[1] not in known else []
     assert wrong == []
+
+
+def messages():
+    """Every text of the package that a person may read: strings of the source, with X for what is filled in, and
+    templates."""
+    for path in sorted((ROOT / "src/hba").rglob("*")):
+        if path.suffix == ".jinja":
+            yield path.name, path.read_text(encoding="utf-8")
+        if path.suffix == ".py":
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.JoinedStr):
+                    yield (
+                        path.name,
+                        "".join(each.value if isinstance(each, ast.Constant) else "X" for each in node.values),
+                    )
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    yield path.name, node.value
+
+
+def test_what_a_message_says_to_type_is_there():
+    """`hba atlas convert --to files` was advised, and is no form of an atlas."""
+    texts = list(messages())
+    assert len(texts) > 3000
+    assert wrong_calls("Convert it with `hba atlas convert --to files`.")
+    assert not wrong_calls("Convert it with `hba atlas convert --to jsonl`.")
+    assert wrong_calls("Run `hba predictt` first.") and wrong_calls("use hba score --retry-failed")
+    assert [(file, call) for file, text in texts for call in wrong_calls(text)] == []
+    of_ours = r"(?<![\w-])--[a-z][\w-]*"
+    sentences = [text for file, text in texts if " " in text and file.endswith(".py")]  # no variables of CSS
+    unknown = {flag for text in sentences for flag in re.findall(of_ours, text)} - OPTIONS
+    assert unknown == OF_OTHER_PROGRAMS
 
 
 PYTHON = [

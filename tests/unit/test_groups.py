@@ -12,12 +12,18 @@ import pytest
 
 from hba.atlas import open_atlas
 from hba.errors import InputError
+from hba.evaluate import score as scoring
 from hba.evaluate.calibration import calibration
 from hba.evaluate.config import PredictConfig
 from hba.evaluate.groups import sample_groups
 from hba.evaluate.predict import predict_run
 from hba.evaluate.predictions import Prediction, PredictionLog, read_predictions
-from hba.evaluate.score import score_run
+
+
+def score_run(*arguments: Any, **options: Any) -> dict[str, Any]:
+    """The metrics of a run as metrics.json has them."""
+    return scoring.score_run(*arguments, **options).record()
+
 
 LABELS = ("anger", "sad", "happy")
 

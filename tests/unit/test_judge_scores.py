@@ -7,11 +7,17 @@ import pytest
 from free_form_run import make_run
 
 from hba.errors import InputError
+from hba.evaluate import score as scoring
 from hba.evaluate.judge.items import answer_sha256
 from hba.evaluate.judge.judgements import Judgement
-from hba.evaluate.score import score_run
+from hba.evaluate.results import parse_metrics
 from hba.report import write_report
 from hba.report.terminal import metrics_table
+
+
+def score_run(*arguments, **options):
+    """The metrics of a run as metrics.json has them."""
+    return scoring.score_run(*arguments, **options).record()
 
 
 def judge(run, verdict):
@@ -60,7 +66,7 @@ def test_an_unjudged_row_leaves_bounds_and_no_score(tmp_path, missing):
     assert task["score"] is None and task["ci95"] is None and task["n"] == 100
     assert "2 of 100 answers are unjudged; between 0.570 and 0.590" in task["note"]
     assert found["tasks"]["INT"]["score"] == 0.58 and found["aggregate"]["mean"]["score"] == pytest.approx(0.58)
-    assert any("unjudged" in str(cell) for cell in metrics_table(found).columns[0].cells)
+    assert any("unjudged" in str(cell) for cell in metrics_table(parse_metrics(found, where="m")).columns[0].cells)
     assert score_run(run, published=True)["datasets"]["siq2"]["llm_judge_accuracy"] == 57 / 98
 
 
@@ -90,3 +96,49 @@ def test_the_report_shows_verdicts_with_their_reasons_and_obeys_no_answer(tmp_pa
     assert section.index("test/1<") < section.index("incorrect</td>") < section.index(">correct</td>")
     assert attack not in page and "&lt;script&gt;" in section
     assert "<dt>Judge</dt>" in page.replace("\n", "") or ">Judge<" in page
+
+
+def of_two_datasets(tmp_path):
+    """A run whose task SOC has two datasets: siq2, and one of the user's own."""
+    make_run(tmp_path, 90)
+    run = tmp_path / "run"
+    (run / "taxonomy.yaml").write_text(
+        "tasks: {SOC: {datasets: [mine], metric: llm_judge_accuracy}}\ndatasets: {mine: {domain: qa}}\n"
+    )
+    path = run / "predictions.jsonl"
+    path.write_text(path.read_text().replace('"mimeqa"', '"mine"'))
+    return run
+
+
+def test_a_task_that_is_judged_in_part_has_bounds_and_no_interval_and_is_in_no_mean(tmp_path):
+    run = of_two_datasets(tmp_path)
+    judge(run, lambda p: None if p["dataset"] == "mine" and p["id"] == "test/3" else p["answer"].lower() == p["target"])
+    found = score_run(run)
+    task, intent = found["tasks"]["SOC"], found["tasks"]["INT"]
+    assert (task["score"], task["ci95"], task["chance"]) == (None, None, None) and "1 of 60 answers" in task["note"]
+    assert found["datasets"]["siq2"]["llm_judge_accuracy"] is not None  # judged to the last answer, and no score alone
+    mean = found["aggregate"]["mean"]
+    assert (mean["score"], mean["ci95"], mean["chance"]) == (intent["score"], intent["ci95"], intent["chance"])
+    judge(run, lambda p: p["answer"].lower() == p["target"])
+    whole = score_run(run)
+    assert whole["tasks"]["SOC"]["score"] is not None and whole["tasks"]["SOC"]["ci95"] is not None
+    assert whole["aggregate"]["mean"]["ci95"] != intent["ci95"]
+
+
+def test_a_published_score_without_an_interval_leaves_the_mean_without_one(tmp_path):
+    """The released script leaves unjudged rows out: a score, over rows that the interval does not know."""
+    run = of_two_datasets(tmp_path)
+    judge(run, lambda p: None if p["dataset"] == "mine" and p["id"] == "test/3" else p["answer"].lower() == p["target"])
+    found = score_run(run, published=True)
+    assert found["tasks"]["SOC"]["score"] is not None and found["tasks"]["SOC"]["ci95"] is None
+    assert found["aggregate"]["mean"]["score"] is not None and found["aggregate"]["mean"]["ci95"] is None
+
+
+def test_the_mean_of_a_slice_is_over_the_tasks_of_the_mean(tmp_path):
+    make_run(tmp_path, 90)
+    run = tmp_path / "run"
+    judge(run, lambda p: p["answer"].lower() == p["target"])
+    whole = score_run(run, by=["split"])
+    (part,) = whole["aggregate"]["breakdowns"]["split"]["slices"].values()
+    assert part["mean"] == pytest.approx(whole["aggregate"]["mean"]["score"])
+    assert part["tasks"]["SOC"]["ci95"] == whole["tasks"]["SOC"]["ci95"]

@@ -16,15 +16,21 @@ from sklearn.metrics import accuracy_score, f1_score, hamming_loss
 
 from hba.atlas import open_atlas
 from hba.errors import InputError, TaxonomyError
+from hba.evaluate import score as scoring
 from hba.evaluate.answers import to_label
 from hba.evaluate.compare import paired_difference
 from hba.evaluate.confusion import encode
 from hba.evaluate.metrics import score
 from hba.evaluate.predictions import Prediction, PredictionLog
-from hba.evaluate.score import score_run
-from hba.evaluate.stats import bootstrap, chance
+from hba.evaluate.statistics import bootstrap, chance
 from hba.labelsets import NONE, read
 from hba.taxonomy import BUILTIN, PUBLISHED, bundled, of_folder, save_beside
+
+
+def score_run(*arguments: Any, **options: Any) -> dict[str, Any]:
+    """The metrics of a run as metrics.json has them."""
+    return scoring.score_run(*arguments, **options).record()
+
 
 ZERO_SHOT = BUILTIN.extended({"extends": "zero_shot"})
 LABELS = ZERO_SHOT.dataset("av_asd").labels

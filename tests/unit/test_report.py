@@ -14,10 +14,11 @@ from rich.console import Console
 import hba.report
 from hba.errors import InputError
 from hba.evaluate.predictions import Prediction
+from hba.evaluate.results import TaskScore, parse_metrics
+from hba.evaluate.runs import Event, open_run
 from hba.report import write_report
 from hba.report.confusion import NO_LABEL, matrices
 from hba.report.curves import curves
-from hba.report.load import Event, TaskScore, load_run, parse_metrics
 from hba.report.plots import Reference, bar, nice_axis, smooth, thin
 from hba.report.samples import choose
 from hba.report.terminal import breakdown_tables, metrics_table
@@ -88,7 +89,7 @@ def test_a_broken_line_of_the_log_is_named(tmp_path: Path) -> None:
         '{"step": 1, "kind": "train", "loss": 1.0}\n{"step": "two", "kind": "train"}\n'
     )
     with pytest.raises(InputError, match=r"log\.jsonl:2"):
-        load_run(tmp_path)
+        open_run(tmp_path).events  # noqa: B018
 
 
 def test_tasks_come_in_the_order_of_the_taxonomy_and_nan_is_not_a_score() -> None:
@@ -106,7 +107,7 @@ def test_above_chance_needs_the_whole_interval_above() -> None:
 def test_a_resumed_log_shows_each_step_once(tmp_path: Path) -> None:
     lines = [{"step": s, "kind": "train", "loss": loss} for s, loss in ((1, 3.0), (2, 9.0), (2, 2.0), (3, 1.0))]
     (_run(tmp_path) / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    events = load_run(tmp_path).events
+    events = open_run(tmp_path).events
     assert [(event.step, event.loss) for event in events or ()] == [(1, 3.0), (2, 2.0), (3, 1.0)]
 
 
@@ -116,7 +117,7 @@ def test_quarantine_leaves_out_what_was_answered_after_all(tmp_path: Path) -> No
     ]
     (_run(tmp_path) / "quarantine.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     (tmp_path / "predictions.jsonl").write_text(json.dumps(_sure(1, 0.9).record()) + "\n")
-    assert [entry.id for entry in load_run(tmp_path).quarantine or ()] == ["test/2"]
+    assert [entry.id for entry in open_run(tmp_path).quarantine or ()] == ["test/2"]
 
 
 def test_a_bar_shows_score_interval_chance_and_reference() -> None:
@@ -208,7 +209,7 @@ def test_the_terminal_table_says_what_is_not_scored_and_reads_no_markup() -> Non
     raw = json.loads(json.dumps(METRICS))
     raw["tasks"]["[red]MINE[/red]"] = {"score": 0.5, "metric": "[bold]own", "ci95": None, "n": 3}
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(metrics_table(raw))
+    console.print(metrics_table(parse_metrics(raw, where="m.json")))
     text = console.export_text()
     assert "synthetic" in text
     assert re.search(r"SOC  social reasoning.*not scored \(needs a judge\)", text)
@@ -289,9 +290,9 @@ def test_slices_and_reliability_are_on_the_page_and_in_the_terminal(tmp_path: Pa
     assert "By gen&lt;b&gt;der" in html
     assert "Reliability: expected calibration error 0.150 over 20 predictions" in html
     assert "0.30</td>" in html  # the gap
-    printed = " ".join(_shown(table) for table in breakdown_tables(SLICED))
+    printed = " ".join(_shown(table) for table in breakdown_tables(parse_metrics(SLICED, where="m.json")))
     assert "By gen<b>der" in printed and "0.90" in printed
-    assert "expected calibration error 0.150 over 20" in _shown(metrics_table(SLICED))
+    assert "expected calibration error 0.150 over 20" in _shown(metrics_table(parse_metrics(SLICED, where="m.json")))
 
 
 def test_a_report_without_probabilities_or_slices_has_no_such_section(tmp_path: Path) -> None:

@@ -9,16 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from scipy import stats as scipy_stats
 from typer.testing import CliRunner
 
 from hba.cli import app
 from hba.errors import InputError
+from hba.evaluate.compare import compare_predictions, compare_runs, compare_seeds, run_variance
 from hba.evaluate.judge.items import answer_sha256
 from hba.evaluate.judge.judgements import Judgement, JudgementLog
 from hba.evaluate.predictions import Prediction, PredictionLog
-from hba.evaluate.runs import compare_predictions, compare_runs
-from hba.evaluate.variance import run_variance
 
 LABELS = {"mmsd": ("sarcasm", "not sarcasm"), "cremad": ("anger", "sad", "happy")}
 
@@ -219,3 +220,159 @@ def test_verdicts_of_one_judge_are_compared_and_those_of_two_are_not(tmp_path: P
     assert compare_runs(a, other).paired.tasks["SOC"].metric == "exact_match"
     found = run_variance([a, b])
     assert found.mean and found.mean.scores == [0.25, 0.75]
+
+
+# --- seeds against seeds ---------------------------------------------------------------------------------------------
+
+
+def test_seeds_of_one_model_against_seeds_of_another(tmp_path: Path) -> None:
+    a = [folder(tmp_path / f"a{seed}", answered(seed, 0.5)) for seed in range(3)]
+    b = [folder(tmp_path / f"b{seed}", answered(50 + seed, 0.9)) for seed in range(4)]
+    found = compare_seeds(a, b)
+    spread = [run_variance(side) for side in (a, b)]
+    for key, line in found.tasks.items():
+        assert line.a == pytest.approx(spread[0].tasks[key].mean) and line.b == pytest.approx(spread[1].tasks[key].mean)
+        assert line.sd_a == pytest.approx(spread[0].tasks[key].sd) and line.scores_b == spread[1].tasks[key].scores
+        assert line.difference is not None and line.ci95 and line.ci95[0] < line.difference < line.ci95[1]
+        assert line.se and line.se_rows and line.se >= line.se_rows
+        assert line.p_holm is not None and line.p_holm < 0.05
+    assert found.mean and found.mean.difference is not None and found.mean.difference > 0.15
+    back = compare_seeds(b[::-1], a)  # whichever is named first, in whatever order
+    for key, line in found.tasks.items():
+        other = back.tasks[key]
+        assert (other.p_value, other.se) == (pytest.approx(line.p_value), pytest.approx(line.se))
+        assert other.ci95 == pytest.approx((-line.ci95[1], -line.ci95[0])) if line.ci95 else None
+    for sides in ((a, b[:1]), (a[:1], b)):
+        with pytest.raises(InputError, match="one run does not say how far seeds spread"):
+            compare_seeds(*sides)
+
+
+def test_where_rows_matter_little_it_is_the_test_of_welch_on_the_scores(tmp_path: Path) -> None:
+    """10,000 free-form rows whose answers differ between runs by a seed's own skill."""
+
+    def run(path: Path, share: float) -> Path:
+        hand = random.Random(str(path))
+        rows = [
+            Prediction(
+                id=f"test/{i}", dataset="siq2", task="social_qa", split="test", target="late", output="x",
+                answer="late" if hand.random() < share else "early", label=None, error=None,
+            )
+            for i in range(10_000)
+        ]  # fmt: skip
+        return folder(path, rows)
+
+    a = [run(tmp_path / f"a{i}", share) for i, share in enumerate((0.40, 0.55, 0.62))]
+    b = [run(tmp_path / f"b{i}", share) for i, share in enumerate((0.60, 0.71, 0.80, 0.66))]
+    line = compare_seeds(a, b, resamples=500).tasks["SOC"]
+    theirs = scipy_stats.ttest_ind(line.scores_b, line.scores_a, equal_var=False)
+    assert line.p_value == pytest.approx(theirs.pvalue, rel=0.02)
+    assert line.ci95 == pytest.approx(tuple(theirs.confidence_interval()), abs=3e-3)
+    assert line.freedom == pytest.approx(theirs.df, rel=0.02)
+
+
+def test_the_interval_over_seeds_and_rows_covers_what_it_promises() -> None:
+    """Rows, seeds and what both do together, as logits of a right answer; the models do not differ."""
+    from hba.evaluate import compare
+    from hba.evaluate.confusion import encode
+    from hba.evaluate.statistics import parts
+
+    covered, repeats, size = 0, 120, 150
+    for repeat in range(repeats):
+        rng = np.random.default_rng(repeat)
+        easy_N = rng.normal(0.8, 1.5, size)
+        shares_KN = 1 / (1 + np.exp(-(easy_N + rng.normal(0, 0.3, (6, 1)))))
+        right_KN = rng.random((6, size)) < shares_KN
+        rows = [encode(["y" if hit else "n" for hit in right], ["y"] * size, ["siq2"] * size) for right in right_KN]
+        of_datasets = zip(*(parts(run) for run in rows), strict=True)
+        drawn = [compare._of_dataset(mine, None, 300, repeat) for mine in of_datasets]
+        low, high = compare._of_sides(drawn, rows[0], 3).ci95 or (1.0, 0.0)
+        covered += low <= 0 <= high
+    assert 0.9 <= covered / repeats <= 0.99
+
+
+def test_seeds_against_seeds_on_the_command_line(tmp_path: Path) -> None:
+    a = [folder(tmp_path / f"a{seed}", answered(seed, 0.5)) for seed in range(2)]
+    b = [folder(tmp_path / f"b{seed}", answered(50 + seed, 0.9)) for seed in range(2)]
+    code, out, _ = hba("compare", *a, "vs", *b, "--json", "--out", tmp_path / "table.tex")
+    found = json.loads(out)
+    assert (code, found["a"], found["b"], set(found["tasks"])) == (0, ["a0", "a1"], ["b0", "b1"], {"EMO", "SAR"})
+    assert [row[0] for row in well_formed((tmp_path / "table.tex").read_text())] == ["task", "EMO", "SAR", "mean"]
+    code, out, _ = hba("compare", *a, "vs", *b)
+    assert code == 0 and "B (2 runs) minus A (2 runs): 120 common rows" in out and "sd of A" in out
+    assert json.loads(hba("compare", a[0], "vs", b[0], "--json")[1])["paired"]
+    for wrong in ((*a, "vs"), (a[0], "vs", b[0], "vs", b[1])):
+        assert "`vs` stands between" in str(hba("compare", *wrong)[2])
+    assert "A... vs B..." in str(hba("compare", *a, *b)[2])
+
+
+def test_the_spread_of_22_runs_and_more_is_over_all_their_rows(tmp_path: Path) -> None:
+    """The joint number of the answers of 22 runs does not fit into 64 bits."""
+    runs = [folder(tmp_path / str(seed), answered(seed, 0.7, 60)) for seed in range(24)]
+    few, many = run_variance(runs[:12]).tasks, run_variance(runs).tasks
+    for key, line in many.items():
+        assert line.ci95_rows and few[key].ci95_rows
+        low, high = line.ci95_rows
+        wide = few[key].ci95_rows[1] - few[key].ci95_rows[0]
+        assert low < line.mean < high and 0.5 * wide < high - low < wide  # of 24 runs, not of 12
+
+
+# --- what may not pass for a comparison ------------------------------------------------------------------------------
+
+
+def failing(rows: list[Prediction], dataset: str, count: int) -> list[Prediction]:
+    """`rows` of which the first `count` of a dataset ended in an error."""
+    found = []
+    for row in rows:
+        fails = row.dataset == dataset and count > 0
+        count -= fails
+        nothing = {"output": None, "answer": None, "label": None, "error": "refused"}
+        found.append(replace(row, **nothing) if fails else row)
+    return found
+
+
+def test_a_task_of_which_many_rows_failed_is_not_compared_and_says_so(tmp_path: Path) -> None:
+    a = folder(tmp_path / "a", answered(1, 0.6))
+    b = folder(tmp_path / "b", failing(answered(2, 0.6), "mmsd", 20))
+    found = compare_runs(a, b).paired
+    line = found.tasks["SAR"]
+    assert (line.a, line.b, line.difference, line.p_value, line.p_holm) == (None,) * 5
+    assert "of mmsd failed in a run" in str(line.note)
+    assert found.mean and found.mean.difference == found.tasks["EMO"].difference is not None
+    assert "SAR is not compared" in hba("compare", a, b)[1]
+    assert run_variance([a, b]).tasks["SAR"].mean is None
+    seeds = compare_seeds([a, a], [b, b])
+    assert seeds.tasks["SAR"].difference is None and seeds.mean and seeds.mean.difference is not None
+    few = folder(tmp_path / "c", failing(answered(2, 0.6), "mmsd", 1))
+    assert compare_runs(a, few).paired.tasks["SAR"].difference is not None
+
+
+def test_a_comparison_of_parts_names_the_rows_that_were_asked_for(tmp_path: Path) -> None:
+    runs = [folder(tmp_path / name, answered(seed, 0.6, 40)) for seed, name in enumerate(("a", "b"))]
+    for run in runs:
+        (run / "predict.json").write_text(
+            json.dumps({"data": {"fingerprint": "same", "rows": 1012}, "skipped": {"siq2": 12}})
+        )
+    assert compare_runs(*runs).num_asked == 1000
+    assert "40 common rows of 1,000 asked" in hba("compare", *runs, columns=200)[1]
+    assert "40 common rows of 1,000 asked" in hba("compare", "--seeds", *runs, columns=200)[1]
+
+
+def test_a_task_that_is_judged_in_part_is_compared_by_exact_match_throughout(tmp_path: Path) -> None:
+    """siq2 judged to the last answer, another dataset of the task not: verdicts and exact matches are no one metric."""
+    (tmp_path / "taxonomy.yaml").write_text(
+        "tasks: {SOC: {datasets: [mine], metric: llm_judge_accuracy}}\ndatasets: {mine: {domain: qa}}\n"
+    )
+    runs = []
+    for name in ("a", "b"):
+        run = judged(tmp_path / name, [True] * 12)
+        (run / "taxonomy.yaml").write_text((tmp_path / "taxonomy.yaml").read_text())
+        extra = Prediction(
+            id="mine/1", dataset="mine", task="social_qa", split="test", target="x", output="x", answer="x", label=None,
+            error=None,
+        )  # fmt: skip
+        with (run / "predictions.jsonl").open("a") as file:
+            file.write(json.dumps(extra.record()) + "\n")
+        runs.append(run)
+    found = compare_runs(*runs).paired
+    assert found.tasks["SOC"].metric == "exact_match" and found.mean is None
+    assert found.tasks["SOC"].a == pytest.approx((0 + 1) / 2)

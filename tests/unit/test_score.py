@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from hba.atlas import open_atlas
+from hba.cli import app
 from hba.errors import InputError
+from hba.evaluate import score as scoring
+from hba.evaluate.leaderboard import build_leaderboard
 from hba.evaluate.metrics import score
 from hba.evaluate.predictions import Prediction, PredictionLog, read_predictions
-from hba.evaluate.score import score_run
+from hba.evaluate.runs import open_run
+from hba.export.wandb_table import tables_of
+from hba.report import write_report
 from hba.storage import read_json
+
+
+def score_run(*arguments: Any, **options: Any) -> dict[str, Any]:
+    """The metrics of a run as metrics.json has them."""
+    return scoring.score_run(*arguments, **options).record()
 
 
 def rows(count: int = 120, dataset: str = "cremad", start: int = 0) -> list[Prediction]:
@@ -260,3 +273,245 @@ def test_the_report_of_what_means_no_label_counts_and_shortens():
     assert (key, others, entry["n"], entry["share"]) == ("cremad", [], 4, 4 / 6)
     assert entry["answers"][0] == {"answer": "dunno", "n": 2}
     assert max(len(each["answer"]) for each in entry["answers"]) == LONGEST
+
+
+# --- rows that were asked for ----------------------------------------------------------------------------------------
+
+
+def asked(folder: Path, rows: int | None, **more: Any) -> Path:
+    """predict.json of a run that was to answer `rows` rows."""
+    record = {"model": "m", "split": "test", "data": {"fingerprint": "ab12", "synthetic": False, "rows": rows}, **more}
+    (folder / "predict.json").write_text(json.dumps(record), encoding="utf-8")
+    return folder
+
+
+def hba(*arguments: Any, columns: int = 80) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [*map(str, arguments)], env={"COLUMNS": str(columns)})
+    error = f"error: {result.exception}" if isinstance(result.exception, InputError) else ""
+    return result.exit_code, result.stdout, result.stderr + error
+
+
+def test_a_part_of_the_rows_is_never_scored_as_the_whole(tmp_path: Path) -> None:
+    run = asked(run_folder(tmp_path / "run", rows(337)), 1030, skipped={"siq2": 18})
+    code, out, err = hba("score", run)
+    assert code == 1
+    assert "Scores of 337 of 1,012 rows" in out and "337/1,012" in out
+    assert "only 337 of 1,012 rows have a prediction" in err and "the same `hba predict` command again" in err
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["aggregate"]["n_asked"] == 1012
+    code, out, err = hba("score", run, "--partial")
+    assert code == 0 and "Scores of 337 of 1,012 rows" in out and err.startswith("warning: only 337 of 1,012 rows")
+    assert "337 of 1,012 rows" in write_report(run).read_text(encoding="utf-8")
+    assert json.loads(hba("score", run, "--partial", "--json")[1])["aggregate"]["n_asked"] == 1012
+    board = build_leaderboard([run], tables=[])
+    assert board.entries[0].rank is None and "337 of 1,012 rows: not ranked" in board.entries[0].notes
+    asked(run, 337)
+    code, out, err = hba("score", run)
+    assert (code, err) == (0, "") and "of 1,012" not in out
+
+
+def test_what_was_asked_of_each_dataset_is_counted_against_it(tmp_path: Path) -> None:
+    quarantined = [{"id": "test/900", "dataset": "cremad", "split": "test"}]
+    run = run_folder(tmp_path / "run", rows(40), quarantined)
+    asked(run, 100, asked={"cremad": 41, "mmsd": 50}, skipped={"siq2": 9})
+    metrics = scoring.score_run(run)
+    assert (metrics.tasks["EMO"].n_asked, metrics.tasks["EMO"].n_missing) == (
+        41,
+        0,
+    )  # the quarantined row is accounted for
+    assert (metrics.tasks["SAR"].n, metrics.tasks["SAR"].n_missing) == (0, 50)
+    assert metrics.tasks["SAR"].note == "not scored: none of 50 rows was answered"
+    assert (metrics.aggregate.n_asked, metrics.aggregate.n_missing) == (91, 50)
+    assert metrics.tasks["SOC"].note == "not scored (9 rows that the model is not trained to answer)"
+
+
+def test_a_run_of_hba_predict_says_what_it_was_asked_for(mini_atlas: Path, tmp_path: Path) -> None:
+    from hba.evaluate.config import PredictConfig
+    from hba.evaluate.predict import predict_run
+
+    options = {"atlas": str(mini_atlas), "split": "test", "config": PredictConfig(), "progress": lambda tally: None}
+    predict_run("majority", tmp_path, backend="majority", **options)
+    whole = scoring.score_run(tmp_path)
+    assert whole.aggregate.n_missing == 0 and whole.aggregate.n_asked == whole.aggregate.n > 40
+    assert all(task.n_asked == task.n for task in whole.tasks.values())
+    lines = (tmp_path / "predictions.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "predictions.jsonl").write_text("".join(lines[:17]))
+    assert scoring.score_run(tmp_path).aggregate.rows == f"17 of {len(lines)} rows"
+
+
+def test_shards_that_are_not_merged_are_found_and_named(tmp_path: Path) -> None:
+    run = asked(run_folder(tmp_path / "run", rows(40)), 120)
+    for number in (1, 2):
+        (run / "shards").mkdir(exist_ok=True)
+        run_folder(run / "shards" / f"{number}-of-2", rows(40, start=40 * number))
+    code, _, err = hba("score", run)
+    assert code == 1 and "predictions of shards are not merged (1-of-2, 2-of-2)" in err and "without --shard" in err
+    (run / "predictions.jsonl").unlink()
+    code, _, err = hba("score", run)
+    assert code == 1 and "the predictions lie in 2 shards that are not merged" in err and "without --shard" in err
+    for command in ("compare", "judge"):
+        assert (
+            "2 shards that are not merged" in hba(command, run, *([run] if command == "compare" else ["--offline"]))[2]
+        )
+    share = scoring.score_run(run / "shards" / "1-of-2")  # of one process: a part of the run's rows
+    assert share.aggregate.rows == "40 of 120 rows" and share.provenance.data_fingerprint == "ab12"
+
+
+# --- rows that failed ------------------------------------------------------------------------------------------------
+
+
+def failed(count: int, start: int = 0, dataset: str = "cremad", error: str = "connection refused") -> list[Prediction]:
+    nothing = {"label": None, "output": None, "answer": None, "error": error}
+    return [Prediction(**{**p.record(), **nothing}) for p in rows(count, dataset, start)]
+
+
+def test_a_run_whose_server_was_never_reached_has_no_score(tmp_path: Path) -> None:
+    run = asked(run_folder(tmp_path / "run", failed(210)), 210)
+    metrics = scoring.score_run(run)
+    assert (metrics.mean.score, metrics.mean.ci95, metrics.tasks["EMO"].score) == (None, None, None)
+    assert metrics.tasks["EMO"].note == "not scored: all 210 rows failed" and metrics.aggregate.n_failed == 210
+    assert [(each.error, each.n) for each in metrics.aggregate.failures] == [("connection refused", 210)]
+    code, out, _ = hba("score", run)
+    shown = " ".join(out.split())
+    assert code == 0 and "0.000" not in out and "All 210 rows failed, most often: connection refused" in shown
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "No score: all 210 rows failed" in page and "No labelled row has an answer." in page
+    assert "No wrong answer" not in page and "connection refused" in page
+    other = asked(run_folder(tmp_path / "good", rows(210)), 210)
+    scoring.score_run(other)
+    board = build_leaderboard([run, other], tables=[])
+    assert [(entry.name, entry.rank) for entry in board.entries] == [("good", 1), ("run", None)]
+    assert "100.0% of the rows failed: not ranked" in board.entries[1].notes and board.entries[1].num_failed == 210
+    alone = build_leaderboard([run])
+    assert alone.warnings[0] == "No run can be ranked." and {entry.rank for entry in alone.entries} == {None}
+    assert hba("leaderboard", run)[0] == 0
+
+
+def test_more_than_one_failed_row_in_twenty_leaves_a_task_without_a_score(tmp_path: Path) -> None:
+    few = scoring.score_run(run_folder(tmp_path / "few", [*rows(95), *failed(5, 500)]))
+    assert few.tasks["EMO"].score is not None and (few.tasks["EMO"].n_failed, few.aggregate.n_failed) == (5, 5)
+    assert few.mean.score is not None
+    many = scoring.score_run(run_folder(tmp_path / "many", [*rows(94), *failed(6, 500), *rows(60, "mmsd", 900)]))
+    assert many.tasks["EMO"].score is None and many.tasks["EMO"].ci95 is None
+    assert many.tasks["EMO"].note == "not scored: 6 of 100 rows failed"
+    sarcasm = many.tasks["SAR"]
+    assert sarcasm.score is not None
+    assert (many.mean.score, many.mean.ci95, many.mean.chance) == (sarcasm.score, sarcasm.ci95, sarcasm.chance)
+    most = scoring.score_run(run_folder(tmp_path / "most", [*rows(10), *failed(90, 500), *rows(60, "mmsd", 900)]))
+    assert most.tasks["SAR"].score is not None and most.mean.score is None  # most of what was asked is not in it
+    table = hba("score", tmp_path / "many")[1]
+    assert "failed" in table and re.search(r"6 of 100\s+rows failed", " ".join(table.split()))
+
+
+def test_failed_rows_of_a_slice_are_no_invalid_answers(tmp_path: Path) -> None:
+    spoken = [Prediction(**{**p.record(), "modality": "text_audio"}) for p in [*rows(60), *failed(2, 200)]]
+    seen = [Prediction(**{**p.record(), "modality": "text_video"}) for p in [*rows(30, start=300), *failed(10, 400)]]
+    parts = scoring.score_run(run_folder(tmp_path / "run", [*spoken, *seen])).breakdowns["modality"].slices
+    assert (parts["text_audio"].n_failed, parts["text_video"].n_failed) == (2, 10)
+    invalid = sum(p.label is None and not p.failed for p in seen)
+    assert parts["text_video"].n_invalid == invalid < 10
+    assert parts["text_audio"].tasks["EMO"].score is not None and parts["text_audio"].mean is not None
+    emotion = parts["text_video"]
+    assert (emotion.tasks["EMO"].score, emotion.tasks["EMO"].ci95, emotion.mean, emotion.accuracy) == (None,) * 4
+
+
+def test_how_answers_ended_is_counted_and_shown(tmp_path: Path) -> None:
+    words = ["stop"] * 30 + ["length"] * 7 + ["content_filter"] * 2 + ["end_turn"]
+    ended = [Prediction(**{**p.record(), "finish": word}) for p, word in zip(rows(40), words, strict=True)]
+    run = asked(run_folder(tmp_path / "run", [*ended, *rows(20, "mmsd", 900)]), 60)
+    metrics = scoring.score_run(run)
+    assert metrics.tasks["EMO"].finish == {"content_filter": 2, "end_turn": 1, "length": 7, "stop": 30}
+    assert (metrics.tasks["EMO"].n_cut, metrics.tasks["EMO"].n_filtered, metrics.tasks["SAR"].finish) == (7, 2, {})
+    written = json.loads((run / "metrics.json").read_text())
+    assert written["datasets"]["cremad"]["finish"]["length"] == written["aggregate"]["finish"]["length"] == 7
+    out = " ".join(hba("score", run)[1].split())
+    assert "7 cut off, 2 filtered" in out and "did not end by themselves" in out
+    assert "7 cut off, 2 filtered" in write_report(run).read_text(encoding="utf-8")
+
+
+# --- what else may not pass for a score ------------------------------------------------------------------------------
+
+
+def test_what_training_left_out_of_the_same_split_is_not_left_out_of_the_evaluated_rows(tmp_path: Path) -> None:
+    """A model trained on the first rows of a split and tested on the rest: both write to one quarantine."""
+    lines = []
+    for i in range(30):
+        label = ("anger", "sad", "happy")[i % 3]
+        lines.append({"problem": "?", "answer": label, "dataset": "cremad", "task": "x_cls", "class_label": label,
+                      "modality_signature": "text", "images": [], "videos": [], "audios": [], "texts": []})  # fmt: skip
+    atlas = tmp_path / "atlas"
+    atlas.mkdir()
+    (atlas / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    opened = open_atlas(atlas, split="train[20:]")
+    assert len(opened) == 10
+    left_out = [{"id": f"train/{i}", "dataset": "cremad", "split": "train"} for i in (3, 4, 5)]  # of the training
+    left_out += [{"id": opened[9].id, "dataset": "cremad", "split": "train"}]
+    predictions = [
+        Prediction(
+            id=opened[i].id, dataset="cremad", task="x_cls", split="train", target=opened[i].target, output="sad",
+            answer="sad", label="sad", error=None,
+        )
+        for i in range(8)
+    ]  # fmt: skip
+    run = run_folder(tmp_path / "run", predictions, left_out)
+    (run / "config.yaml").write_text("train: {epochs: 1}\n")
+    data = {"path": str(atlas), "fingerprint": opened.fingerprint, "synthetic": False, "rows": 10}
+    asked(run, 10, split="train[20:]", data=data, asked={"cremad": 10})
+    metrics = scoring.score_run(run)
+    assert (metrics.aggregate.n_quarantined, metrics.tasks["EMO"].n_quarantined) == (1, 1)
+    assert metrics.aggregate.n_missing == 1  # and not hidden behind what training left out
+    (atlas / "train.jsonl").rename(tmp_path / "elsewhere.jsonl")
+    assert scoring.score_run(run).aggregate.n_quarantined == 2  # as many as are unanswered, where nobody can look
+
+
+def test_a_task_of_ones_own_has_its_name_in_every_table(tmp_path: Path) -> None:
+    own = "tasks:\n  MINE: {name: engagement of pupils, datasets: [mine]}\n  BARE: {datasets: [bare]}\n"
+    own += "datasets:\n  mine: {domain: sarcasm, labels: [sarcasm, not sarcasm]}\n"
+    own += "  bare: {domain: sarcasm, labels: [sarcasm, not sarcasm]}\n"
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "taxonomy.yaml").write_text(own)
+    found = [Prediction(**{**p.record(), "dataset": key, "id": f"{key}/{i}"})
+             for key in ("mine", "bare") for i, p in enumerate(rows(30, "mmsd"))]  # fmt: skip
+    (run / "predictions.jsonl").write_text("".join(json.dumps(p.record()) + "\n" for p in found))
+    out = " ".join(hba("score", run, columns=120)[1].split())
+    assert "MINE engagement of pupils" in out and "BARE bare" in out
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "<b>MINE</b> engagement of pupils" in page and "<b>BARE</b> bare" in page
+    tasks = tables_of(run)["tasks"].rows
+    assert [row[:2] for row in tasks[:2]] == [("MINE", "engagement of pupils"), ("BARE", "bare")]
+
+
+def test_few_rows_and_few_effective_groups_are_named(tmp_path: Path) -> None:
+    sizes = [60, 40, 30, 20] + [3] * 31  # 35 speakers, worth 8.7
+    speakers = [str(i) for i, size in enumerate(sizes) for _ in range(size)]
+    grouped = [Prediction(**{**p.record(), "group": who}) for p, who in zip(rows(243), speakers, strict=True)]
+    run = asked(run_folder(tmp_path / "run", [*grouped, *rows(4, "mmsd", 900)]), 247)
+    metrics = scoring.score_run(run)
+    assert metrics.datasets["cremad"].n_independent == pytest.approx(243**2 / sum(size**2 for size in sizes))
+    assert metrics.scant == ["cremad", "mmsd"] and metrics.provenance.scoring.clusters.few == ("cremad", "mmsd")
+    out = " ".join(hba("score", run)[1].split())
+    assert "Too few independent rows for an interval to be trusted: cremad (8.71), mmsd (4)." in out
+    assert "cremad (8.71)" in write_report(run).read_text(encoding="utf-8")
+
+
+def test_a_metrics_file_of_an_older_version_is_read_with_what_predict_json_knows(tmp_path: Path) -> None:
+    old = {
+        "tasks": {"EMO": {"score": 0.5, "metric": "mean_weighted_accuracy", "n": 30, "datasets": ["cremad"],
+                          "ci95": [0.4, 0.6], "chance": 0.5, "n_invalid": 1, "n_failed": 0, "n_quarantined": 0}},
+        "datasets": {"cremad": {"n": 30, "n_invalid": 1, "micro_accuracy": 0.5, "chance": 0.5}},
+        "aggregate": {"mean": {"score": 0.5, "ci95": [0.4, 0.6]}, "n": 30, "n_invalid": 1, "micro_f1": 0.5},
+        "provenance": {"hba_version": "0.0.1", "split": "test", "synthetic": False, "scoring": {
+            "resamples": 2000, "seed": 0, "published": False, "level": 0.95, "clusters": None}},
+    }  # fmt: skip
+    run = asked(tmp_path, 99, selection={"limit": 99})
+    (run / "metrics.json").write_text(json.dumps(old))
+    metrics = open_run(run).metrics
+    assert metrics.tasks["EMO"].name == "emotion recognition" and metrics.datasets["cremad"].figures == {
+        "micro_accuracy": 0.5
+    }
+    assert metrics.aggregate.rows == "30 of 99 rows" and metrics.provenance.scope == "test; the first 99 rows"
+    assert metrics.record()["aggregate"]["micro_f1"] == 0.5
+    (run / "metrics.json").write_text(json.dumps({**old, "aggregate": {"n": "many"}}))
+    with pytest.raises(InputError, match=r"metrics\.json, aggregate.*n"):
+        open_run(run).metrics  # noqa: B018

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hba.cli.options import JsonFlag, answer, bold, say
+
+if TYPE_CHECKING:
+    from hba.evaluate.results import Metrics
 
 
 def score_command(
@@ -21,6 +25,9 @@ def score_command(
         str, typer.Option(help="Field whose equal values are drawn together: auto, none, or a field of the rows.")
     ] = "auto",
     atlas: Annotated[Path | None, typer.Option(help="Atlas with the row fields; the run's own by default.")] = None,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Exit 0 although rows that the run was asked for have no prediction.")
+    ] = False,
     json: JsonFlag = False,
 ) -> None:
     """Compute the published metrics with 95% intervals and chance levels; writes metrics.json."""
@@ -37,7 +44,26 @@ def score_command(
             if table is not None:
                 Console().print(table)
 
-    answer(metrics, as_json=json, show=show)
+    answer(metrics.record(), as_json=json, show=show)
+    _finish(run, metrics, partial)
+
+
+def _finish(run: Path, metrics: Metrics, partial: bool) -> None:
+    """Exit 1 when rows that were asked for are missing, unless that was allowed."""
+    from hba.evaluate.predictions import MERGE
+
+    if not metrics.aggregate.n_missing:
+        return
+    folder = run if run.is_dir() else run.parent
+    shards = sorted(path.parent.name for path in folder.glob("shards/*/predictions.jsonl"))
+    part = f"only {metrics.aggregate.rows} have a prediction, and these are the scores of a part"
+    unmerged = f"; predictions of shards are not merged ({', '.join(shards[:8])})" if shards else ""
+    fix = MERGE if shards else "Run the same `hba predict` command again: it answers the rest."
+    if partial:
+        sys.stderr.write(f"warning: {part}{unmerged}.\n")
+        return
+    sys.stderr.write(f"error: {part}{unmerged}. Fix: {fix} Or accept a part with --partial.\n")
+    raise typer.Exit(1)
 
 
 def report_command(

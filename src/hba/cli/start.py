@@ -37,7 +37,7 @@ def demo_command(
         say(f"Report: {bold(result.report)}   Time: {result.timing()}")
 
     values = {
-        "metrics": result.metrics,
+        "metrics": result.metrics.record(),
         "stages": asdict(result.stages),
         "rl": {name: [asdict(change) for change in found] for name, found in result.rl.items()},
         "report": str(result.report),

@@ -1,43 +1,78 @@
-"""Are two runs different? Paired tests over the same rows, corrected for the number of tasks.
+"""`hba compare`: are runs different, and how far do runs spread that should be the same?
 
-A task whose score is an accuracy over one dataset of independent rows is tested exactly (McNemar); every other one by a
-paired bootstrap of its own metric, clustered where rows share a group. P-values of the tasks are corrected by Holm.
-Refused: rows that are not the same. Invariant: swapping the runs turns the signs and nothing else.
+Runs are matched by sample id: rows are the same when id, dataset and target are. What only some runs answered is left
+out and counted, never filled in. Refused: runs on data of different fingerprints, unless told; an id that means another
+row in another run; runs without a common row.
+
+Two runs (`compare_runs`): a task whose score is an accuracy over one dataset of independent rows is tested exactly
+(McNemar); one that rests on few rows or groups by exchanging the two runs' answers (exactly, where the exchanges can
+be listed); every other one by a paired bootstrap of its own metric. Several runs of one model (`run_variance`): their
+spread. Several runs of A with several of B (`compare_seeds`): the difference of their means, with an interval that
+holds what other rows and what other seeds would give. Rows of one group are drawn together throughout, and p-values of
+the tasks are corrected by Holm. A task of which too many rows failed in a run is not compared. Invariant: swapping the
+sides turns the signs and nothing else.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from hba.errors import InputError
 from hba.evaluate.confusion import Floats, Ints, Rows
-from hba.evaluate.resample import (
+from hba.evaluate.judge.judgements import PLACE
+from hba.evaluate.judge.scores import judged_rows
+from hba.evaluate.predictions import Prediction
+from hba.evaluate.results import MAX_FAILED, Interval
+from hba.evaluate.runs import Run, open_run
+from hba.evaluate.score import rows_of
+from hba.evaluate.statistics import (
+    FEW,
     Clusters,
-    Interval,
+    Drawn,
+    Null,
     Part,
+    bootstrap_p,
+    effective_units,
+    exchanged,
     groups_of,
+    holm,
     interval,
+    line_of,
+    mcnemar,
     over_tasks,
     parts,
+    permutation,
     resample,
     rng_of,
+    satterthwaite,
+    shares_of,
+    student_interval,
+    student_of,
+    student_p,
     value,
 )
+from hba.taxonomy import BUILTIN, Taxonomy
 
 ACCURACIES = ("exact_match", "llm_judge_accuracy")
+MEAN = "mean over tasks"
+D = TypeVar("D", "Difference", "SeedDifference")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """Run b minus run a in one metric; None where a score is not defined. `test` is 'mcnemar' or 'bootstrap'.
+    """Side b minus side a in one metric; None where a score is not defined. `n` rows, worth `n_independent`.
 
-    `gained` rows are wrong in a and right in b, `lost` the other way round. `p_holm` is the p-value corrected over the
-    tasks; None for a dataset and for the mean.
+    `test` is mcnemar, permutation or bootstrap. `gained` rows are wrong in a and right in b, `lost` the other way
+    round. `p_holm` is the p-value corrected over the tasks; None for a dataset and for the mean. `note` says why
+    nothing is compared.
     """
 
     metric: str
@@ -50,7 +85,9 @@ class Difference:
     n: int
     gained: int
     lost: int
+    n_independent: float
     p_holm: float | None = None
+    note: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +102,179 @@ class Paired:
     datasets: Mapping[str, Difference]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Flip:
+    """A row that one run has right and the other wrong."""
+
+    id: str
+    dataset: str
+    target: str
+    a: str | None
+    b: str | None
+    gained: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """`hba compare A B`: the paired differences, and the rows behind them.
+
+    `num_asked` is how many rows the runs were to answer, None where a run does not say.
+    """
+
+    a: str
+    b: str
+    paired: Paired
+    flips: list[Flip]
+    num_rows: int
+    num_asked: int | None
+    left_out: list[int]
+    same_data: bool | None
+    """None when a run does not record its data"""
+    clustered_by: str | None
+
+    def record(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+# ---------------------------------------------------------------------------------------------------- rows of runs
+
+
+class Matched(NamedTuple):
+    """The same rows of every run in one order, and how many rows of each run no other has."""
+
+    predictions: list[list[Prediction]]
+    left_out: list[int]
+
+
+def _opened(folders: Sequence[Path]) -> list[Run]:
+    """The runs, all read with the tasks and labels of the first: one that it does not know is refused."""
+    first = open_run(folders[0])
+    return [first, *(open_run(folder, first.taxonomy) for folder in folders[1:])]
+
+
+def match(runs: Sequence[Run], *, allow_other_data: bool = False) -> Matched:
+    """The rows that all runs answered, in the order of the first run.
+
+    Raises InputError when fingerprints differ and that was not allowed, when an id has another dataset or target in
+    another run, and when no row is common.
+    """
+    known = {run.fingerprint for run in runs if run.fingerprint is not None}
+    if len(known) > 1 and not allow_other_data:
+        found = ", ".join(f"{run.name}: {(run.fingerprint or 'not recorded')[:12]}" for run in runs)
+        fix = "Predict on the same data, or compare the rows that they share with --allow-other-data."
+        raise InputError(f"the runs are on different data (fingerprints {found})", fix=fix)
+    tables = [{p.id: p for p in run.predictions} for run in runs]
+    common = [key for key in tables[0] if all(key in table for table in tables[1:])]
+    for key in common:
+        rows = {(table[key].dataset, table[key].target) for table in tables}
+        if len(rows) > 1:
+            what = f"sample {key!r} is another row in another run: {sorted(rows)}"
+            raise InputError(what, where=runs[0].name, fix="Compare runs on the same split of the same data.")
+    if not common:
+        names = ", ".join(run.name for run in runs)
+        raise InputError("no sample was answered by all runs", where=names, fix="Compare runs on the same split.")
+    return Matched([[table[key] for key in common] for table in tables], [len(t) - len(common) for t in tables])
+
+
+def matched_rows(runs: Sequence[Run], matched: Matched) -> list[Rows]:
+    """The cells of every run; free-form datasets by verdict where one judge has graded all runs to the last answer."""
+    rows = [rows_of(mine, run.taxonomy) for run, mine in zip(runs, matched.predictions, strict=True)]
+    judges = [None if run.judge is None else {k: v for k, v in run.judge.items() if k != PLACE} for run in runs]
+    if any(judge is None or judge != judges[0] for judge in judges):
+        return rows
+    verdicts = [
+        judged_rows(cells, predictions, run.verdicts)
+        for cells, predictions, run in zip(rows, matched.predictions, runs, strict=True)
+    ]
+    common = frozenset.intersection(*(cells.judged for cells in verdicts))
+    return verdicts if all(cells.judged == common for cells in verdicts) else rows
+
+
+def failed_tasks(predictions: Sequence[Sequence[Prediction]], taxonomy: Taxonomy) -> dict[str, str]:
+    """Why a task is not compared, by its key: more than MAX_FAILED of a dataset's rows failed in one of the runs."""
+    found: dict[str, str] = {}
+    for mine in predictions:
+        rows, failed = (Counter(p.dataset for p in kept) for kept in (mine, [p for p in mine if p.failed]))
+        for key in failed:
+            task = taxonomy.dataset(key).task or key
+            if failed[key] / rows[key] > MAX_FAILED:
+                found[task] = f"{failed[key]:,} of {rows[key]:,} rows of {key} failed in a run"
+    return found
+
+
+def _num_asked(runs: Sequence[Run]) -> int | None:
+    """How many rows the runs were to answer; the most, where they were asked for different ones."""
+    asked = [run.num_asked for run in runs]
+    return None if None in asked else max(number for number in asked if number is not None)
+
+
+# -------------------------------------------------------------------------------------------------------- two runs
+
+
+def compare_runs(
+    a: Path,
+    b: Path,
+    *,
+    allow_other_data: bool = False,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Comparison:
+    """Compare two run folders; see `match` for what is refused."""
+    runs = _opened([a, b])
+    matched = match(runs, allow_other_data=allow_other_data)
+    of_a = matched.predictions[0]
+    rows = matched_rows(runs, matched)
+    known = [run.fingerprint for run in runs]
+    return Comparison(
+        a=runs[0].name,
+        b=runs[1].name,
+        paired=paired_difference(
+            *rows,
+            clusters=[p.group for p in of_a],
+            resamples=resamples,
+            seed=seed,
+            failed=failed_tasks(matched.predictions, runs[0].taxonomy),
+        ),
+        flips=_flips(matched, rows),
+        num_rows=len(of_a),
+        num_asked=_num_asked(runs),
+        left_out=matched.left_out,
+        same_data=None if None in known else known[0] == known[1],
+        clustered_by="group" if any(p.group for p in of_a) else None,
+    )
+
+
+def compare_predictions(
+    a: Sequence[Prediction],
+    b: Sequence[Prediction],
+    *,
+    taxonomy: Taxonomy = BUILTIN,
+    clusters: Sequence[str | None] | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Paired:
+    """Per task b minus a, with interval and p-value, of two sets of predictions on the same rows in the same order.
+
+    Rows that share a `group` are drawn together unless `clusters` says otherwise. Raises InputError when the rows are
+    not the same.
+    """
+    groups = [p.group for p in a] if clusters is None else clusters
+    rows = rows_of(a, taxonomy), rows_of(b, taxonomy)
+    failed = failed_tasks([a, b], taxonomy)
+    return paired_difference(*rows, clusters=groups, resamples=resamples, seed=seed, failed=failed)
+
+
+def _flips(matched: Matched, rows: Sequence[Rows]) -> list[Flip]:
+    a, b = matched.predictions
+    right_a, right_b = (cells.right() for cells in rows)
+    return [
+        Flip(id=x.id, dataset=x.dataset, target=x.target, a=x.label or x.answer, b=y.label or y.answer, gained=bool(rb))
+        for x, y, ra, rb in zip(a, b, right_a, right_b, strict=True)
+        if ra != rb
+    ]
+
+
 def paired_difference(
     a: Rows,
     b: Rows,
@@ -73,27 +283,41 @@ def paired_difference(
     resamples: int = 2000,
     seed: int = 0,
     published: bool = False,
+    failed: Mapping[str, str] | None = None,
 ) -> Paired:
     """Compare two runs over the same rows in the same order; 95 % intervals over `resamples` draws.
 
-    `clusters` gives each row's group key, None for a row of its own. The bootstrap p-value is
-    2 min(P(d <= 0), P(d >= 0)) over resamples with one added to both counts, at most 1. Raises InputError when dataset
-    or target of a row differ, and as `stats.bootstrap` does.
+    `clusters` gives each row's group key, None for a row of its own. `failed` are the tasks that are not to be
+    compared, with the reason. Raises InputError when dataset or target of a row differ, and as `statistics.bootstrap`
+    does.
     """
-    _check_same_rows(a, b)
+    a, b = _same_rows([a, b])
     compared = [
         _compared(of_a, of_b, groups_of(clusters, of_a.members_M, a), resamples, seed)
         for of_a, of_b in zip(parts(a, published), parts(b, published), strict=True)
     ]
-    datasets = {each.a.key: _difference([each], a) for each in compared}
+    test = _Test(resamples, seed, compared)
+    datasets = {each.a.key: _difference([each], a, test) for each in compared}
     tasks = {}
     for task in a.layout.taxonomy.tasks.values():
         mine = [each for each in compared if each.a.key in task.datasets]
         if mine:
-            tasks[task.key] = _difference(mine, a)
-    scored = [each for each in compared if each.a.in_task]
-    mean = replace(_difference(scored, a), metric="mean over tasks") if scored else None
+            tasks[task.key] = _or_failed(_difference(mine, a, test), (failed or {}).get(task.key))
+    out = _datasets_of(a, failed or {})
+    scored = [each for each in compared if each.a.in_task and each.a.key not in out]
+    mean = replace(_difference(scored, a, test), metric=MEAN) if scored else None
     return Paired(tasks=_with_holm(tasks), mean=mean, datasets=datasets)
+
+
+def _datasets_of(rows: Rows, tasks: Collection[str]) -> set[str]:
+    known = rows.layout.taxonomy.tasks
+    return {key for task in tasks for key in (known[task].datasets if task in known else (task,))}
+
+
+def _or_failed(line: D, note: str | None) -> D:
+    if note is None:
+        return line
+    return replace(line, a=None, b=None, difference=None, ci95=None, p_value=None, note=note)
 
 
 class _Compared(NamedTuple):
@@ -101,95 +325,414 @@ class _Compared(NamedTuple):
 
     a: Part
     b: Part
+    groups_M: Ints | None
     score_a: Floats
     score_b: Floats
-    drawn_R: Floats
-    independent: bool
+    drawn: Drawn
 
 
 def _compared(a: Part, b: Part, groups_M: Ints | None, resamples: int, seed: int) -> _Compared:
-    # Types of rows are drawn in the order of their cells: the same order of the two runs, whichever is called a.
-    cells_a, cells_b = a.cells_M.tolist(), b.cells_M.tolist()
-    turned = sorted(zip(cells_a, cells_b, strict=True)) > sorted(zip(cells_b, cells_a, strict=True))
-    pair = [b, a] if turned else [a, b]
+    pair = [b, a] if _turned(a, b) else [a, b]
     drawn = resample([(part.cells_M, part.size) for part in pair], groups_M, resamples, rng_of(seed, a.key))
-    counts_a, counts_b = reversed(drawn) if turned else drawn
-    real_a, real_b = (part.score(np.bincount(part.cells_M, minlength=part.size)[None]) for part in (a, b))
-    return _Compared(a, b, real_a, real_b, b.score(counts_b) - a.score(counts_a), groups_M is None)
+    counts_a, counts_b = reversed(drawn) if pair[0] is b else drawn
+    score_a, score_b = a.real(), b.real()
+    units = effective_units(groups_M, len(a.cells_M))
+    return _Compared(
+        a, b, groups_M, score_a, score_b, Drawn(score_b - score_a, b.score(counts_b) - a.score(counts_a), units)
+    )
 
 
-def _difference(found: Sequence[_Compared], rows: Rows) -> Difference:
+def _turned(a: Part, b: Part) -> bool:
+    """Types of rows are drawn in the order of their cells: the same order of two runs, whichever is called a."""
+    cells_a, cells_b = a.cells_M.tolist(), b.cells_M.tolist()
+    return sorted(zip(cells_a, cells_b, strict=True)) > sorted(zip(cells_b, cells_a, strict=True))
+
+
+class _Test:
+    """The permutation test of lines that rest on few rows; what a dataset's answers exchange to is computed once."""
+
+    def __init__(self, draws: int, seed: int, compared: Sequence[_Compared]) -> None:
+        self.draws, self.seed = draws, seed
+        self._compared = {each.a.key: each for each in compared}
+        self._nulls: dict[str, Null] = {}
+
+    def p_value(self, shares: Mapping[str, float], observed: float) -> float:
+        """Of the sum of the datasets' differences with these shares."""
+        nulls = [(share, self._null(key)) for key, share in shares.items()]
+        return permutation(observed, nulls, self.draws, rng_of(self.seed, "exchanged"))
+
+    def _null(self, key: str) -> Null:
+        if key not in self._nulls:
+            a, b, groups_M, *_ = self._compared[key]
+            turned, rng = _turned(a, b), rng_of(self.seed, f"{key}, exchanged")
+            first, second = (b, a) if turned else (a, b)
+            columns = [(part.cells_M, part.size) for part in (first, second)]
+            null = exchanged(columns, first.score, second.score, groups_M, self.draws, rng)
+            self._nulls[key] = null._replace(values=-null.values) if turned else null
+        return self._nulls[key]
+
+
+def _difference(found: Sequence[_Compared], rows: Rows, test: _Test) -> Difference:
     """One line of the comparison, of the datasets `found`: a dataset, a task or the mean over tasks."""
-
-    def mean(name: str) -> Floats:
-        # A dataset that is of no task stands for itself.
-        scores = over_tasks(rows.layout, {each.a.key: getattr(each, name) for each in found})[1]
-        return getattr(found[0], name) if scores is None else scores
-
-    first, drawn_R = found[0], mean("drawn_R")
-    score_a, score_b = value(mean("score_a")), value(mean("score_b"))
+    known = [each for each in found if not np.isnan(each.drawn.real[0])]
+    line = {each.a.key: each.drawn for each in known or found}
+    drawn_R, components = line_of(rows.layout, line)
+    score_a, score_b = (
+        _mean(rows, {each.a.key: getattr(each, name) for each in known or found}) for name in ("score_a", "score_b")
+    )
     gained = sum(int((~each.a.right_M & each.b.right_M).sum()) for each in found)
     lost = sum(int((each.a.right_M & ~each.b.right_M).sum()) for each in found)
-    exact = len(found) == 1 and first.independent and first.a.metric in ACCURACIES
+    first, units = found[0], min(each.drawn.units for each in found)
+    exact = len(found) == 1 and first.groups_M is None and first.a.metric in ACCURACIES
     known_R = drawn_R[~np.isnan(drawn_R)]
-    defined = score_a is not None and score_b is not None and known_R.size > 0
-    p_value = (mcnemar(gained, lost) if exact else _bootstrap_p(known_R)) if defined else None
+    name = "mcnemar" if exact else "permutation" if units < FEW else "bootstrap"
+    p_value = difference = None
+    if score_a is not None and score_b is not None:
+        difference = score_b - score_a
+        if exact:
+            p_value = mcnemar(gained, lost)
+        elif units < FEW:
+            p_value = test.p_value(shares_of(rows.layout, line), difference)
+        elif known_R.size:
+            p_value = bootstrap_p(known_R)
     return Difference(
         metric=first.a.metric,
         a=score_a,
         b=score_b,
-        difference=score_b - score_a if score_a is not None and score_b is not None else None,
-        ci95=interval(drawn_R) if defined else None,
+        difference=difference,
+        ci95=None if difference is None else interval(drawn_R, components),
         p_value=p_value,
-        test="mcnemar" if exact else "bootstrap",
+        test=name,
         n=sum(len(each.a.members_M) for each in found),
         gained=gained,
         lost=lost,
+        n_independent=units,
     )
 
 
-def _bootstrap_p(drawn_R: Floats) -> float:
-    below, above = int((drawn_R <= 0).sum()) + 1, int((drawn_R >= 0).sum()) + 1
-    return min(1.0, 2 * min(below, above) / (drawn_R.size + 1))
+def _mean(rows: Rows, scores: Mapping[str, Floats]) -> float | None:
+    """The mean over the tasks of these datasets; a dataset that is of no task stands for itself."""
+    mean = over_tasks(rows.layout, scores)[1]
+    return value(next(iter(scores.values())) if mean is None else mean)
 
 
-def mcnemar(gained: int, lost: int) -> float:
-    """Exact two-sided McNemar p-value of the rows that changed sides: 2 P(X <= min) for X ~ Bin(n, 1/2), at most 1."""
-    changed, fewer = gained + lost, min(gained, lost)
-    at_1 = math.lgamma(changed + 1) - changed * math.log(2)
-    tail = math.fsum(math.exp(at_1 - math.lgamma(k + 1) - math.lgamma(changed - k + 1)) for k in range(fewer + 1))
-    return min(1.0, 2 * tail)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction: the j-th smallest of m is multiplied by m - j + 1, made monotone, at most 1."""
-    corrected, highest = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        corrected[index] = highest
-    return corrected
-
-
-def _with_holm(tasks: dict[str, Difference]) -> dict[str, Difference]:
+def _with_holm(tasks: dict[str, D]) -> dict[str, D]:
     tested = {key: found.p_value for key, found in tasks.items() if found.p_value is not None}
     corrected = dict(zip(tested, holm(list(tested.values())), strict=True))
     return {key: replace(found, p_holm=corrected.get(key)) for key, found in tasks.items()}
 
 
-def _check_same_rows(a: Rows, b: Rows) -> None:
-    guesses = a.layout.num_classes + 1
-    same = a.layout is b.layout and len(a.cells) == len(b.cells) and a.judged == b.judged
-    if same:
-        start, size = a.layout.freeform_start, a.layout.size
-        other = [np.where(r.cells < size, -1 - (r.cells - start) // 3, -size) for r in (a, b)]
-        truth = [np.where(r.cells < start, r.cells // guesses, x) for r, x in zip((a, b), other, strict=True)]
-        same = bool((truth[0] == truth[1]).all()) and _true_sets(a) == _true_sets(b)
-    if not same:
-        fix = "Match the two runs by id first and keep the rows that both have."
-        raise InputError("the two runs do not hold the same rows in the same order", fix=fix)
+def _same_rows(runs: Sequence[Rows]) -> list[Rows]:
+    """The runs with one numbering of their multilabel pairs. Raises InputError unless they hold the same rows."""
+    first = runs[0]
+    for other in runs[1:]:
+        same = first.layout is other.layout and len(first.cells) == len(other.cells) and first.judged == other.judged
+        if not same or not (_truth(first) == _truth(other)).all() or _true_sets(first) != _true_sets(other):
+            fix = "Match the two runs by id first and keep the rows that both have."
+            raise InputError("the two runs do not hold the same rows in the same order", fix=fix)
+    pairs = tuple(dict.fromkeys(pair for run in runs for pair in run.pairs))
+    numbers = {pair: number for number, pair in enumerate(pairs)}
+    found = []
+    for run in runs:
+        cells = run.cells.copy()
+        mine = cells >= run.layout.size
+        if mine.any():
+            to_common = np.array([numbers[pair] for pair in run.pairs], dtype=np.int64)
+            cells[mine] = to_common[cells[mine] - run.layout.size] + run.layout.size
+        found.append(replace(run, cells=cells, pairs=pairs))
+    return found
+
+
+def _truth(rows: Rows) -> Ints:
+    """Dataset and target of each row as a number, [N]; of a free-form row the dataset alone."""
+    start, size, guesses = rows.layout.freeform_start, rows.layout.size, rows.layout.num_classes + 1
+    other = np.where(rows.cells < size, -1 - (rows.cells - start) // 3, -size)
+    truth: Ints = np.where(rows.cells < start, rows.cells // guesses, other)
+    return truth
 
 
 def _true_sets(rows: Rows) -> list[tuple[str, str]]:
     """Dataset and true labels of every multilabel row."""
     pairs = (rows.pairs[cell - rows.layout.size] for cell in rows.cells[rows.cells >= rows.layout.size].tolist())
     return [(pair.dataset, pair.true) for pair in pairs]
+
+
+# ------------------------------------------------------------------------------------------- several runs of a model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """One task over K runs; None where a score is not defined. `sd` is the sample standard deviation.
+
+    `ci95_runs` (Student's t over the runs) is what another seed or prompt would give on these rows, `ci95_rows` (the
+    bootstrap, with the same draws of rows for every run) what other rows would give these runs on average. `agreement`
+    is the share of rows that all runs answer alike, right or wrong.
+    """
+
+    metric: str
+    scores: list[float | None]
+    mean: float | None
+    sd: float | None
+    ci95_runs: Interval | None
+    ci95_rows: Interval | None
+    agreement: float
+    n: int
+    n_independent: float
+    note: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variance:
+    """`hba compare --seeds`: tasks, and the mean over those that are scored."""
+
+    runs: list[str]
+    tasks: dict[str, Spread]
+    mean: Spread | None
+    num_rows: int
+    num_asked: int | None
+    left_out: list[int]
+
+    def record(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+class _Dataset(NamedTuple):
+    """One dataset in every run: real scores [K], resampled scores [K, R] over the same draws."""
+
+    part: Part
+    scores_K: Floats
+    drawn_KR: Floats
+    units: float
+
+
+class _Several(NamedTuple):
+    """Several runs over the same rows."""
+
+    names: list[str]
+    taxonomy: Taxonomy
+    matched: Matched
+    rows: Rows
+    datasets: list[_Dataset]
+    failed: dict[str, str]
+    num_asked: int | None
+
+
+def _several(folders: Sequence[Path], allow_other_data: bool, resamples: int, seed: int) -> _Several:
+    runs = _opened(folders)
+    matched = match(runs, allow_other_data=allow_other_data)
+    # In the order of the ids, so that the draws do not depend on which run is named first.
+    order = sorted(range(len(matched.predictions[0])), key=lambda i: matched.predictions[0][i].id)
+    matched = matched._replace(predictions=[[mine[i] for i in order] for mine in matched.predictions])
+    rows = _same_rows(matched_rows(runs, matched))
+    clusters = [p.group for p in matched.predictions[0]]
+    datasets = [
+        _of_dataset(mine, groups_of(clusters, mine[0].members_M, rows[0]), resamples, seed)
+        for mine in zip(*(parts(run) for run in rows), strict=True)
+    ]
+    taxonomy = runs[0].taxonomy
+    failed = failed_tasks(matched.predictions, taxonomy)
+    return _Several([run.name for run in runs], taxonomy, matched, rows[0], datasets, failed, _num_asked(runs))
+
+
+def _of_dataset(mine: Sequence[Part], groups_M: Ints | None, resamples: int, seed: int) -> _Dataset:
+    first = mine[0]
+    order = sorted(range(len(mine)), key=lambda k: mine[k].cells_M.tolist())
+    columns = [(mine[k].cells_M, mine[k].size) for k in order]
+    drawn = dict(zip(order, resample(columns, groups_M, resamples, rng_of(seed, first.key)), strict=True))
+    drawn_KR = np.stack([part.score(drawn[k]) for k, part in enumerate(mine)])
+    real_K = np.concatenate([part.real() for part in mine])
+    return _Dataset(first, real_K, drawn_KR, effective_units(groups_M, len(first.cells_M)))
+
+
+def run_variance(
+    folders: Sequence[Path], *, allow_other_data: bool = False, resamples: int = 2000, seed: int = 0
+) -> Variance:
+    """Spread of the scores of two or more run folders over the rows that all have answered."""
+    if len(folders) < 2:
+        raise InputError("one run has no spread", fix="Give two or more runs of the same model.")
+    several = _several(folders, allow_other_data, resamples, seed)
+    rows_KN = [[p.label or (p.answer or "").strip().lower() for p in mine] for mine in several.matched.predictions]
+    alike_N = np.array([len(set(row)) == 1 for row in zip(*rows_KN, strict=True)], dtype=float)
+    tasks = {}
+    for task in several.taxonomy.tasks.values():
+        mine = [each for each in several.datasets if each.part.key in task.datasets]
+        if mine:
+            line = _spread(mine, several.rows, alike_N)
+            note = several.failed.get(task.key)
+            nothing: dict[str, Any] = {"mean": None, "sd": None, "ci95_runs": None, "ci95_rows": None}
+            tasks[task.key] = line if note is None else replace(line, **nothing, note=note)
+    out = _datasets_of(several.rows, several.failed)
+    scored = [each for each in several.datasets if each.part.in_task and each.part.key not in out]
+    return Variance(
+        runs=several.names,
+        tasks=tasks,
+        mean=_spread(scored, several.rows, alike_N) if scored else None,
+        num_rows=len(alike_N),
+        num_asked=several.num_asked,
+        left_out=several.matched.left_out,
+    )
+
+
+def _spread(found: Sequence[_Dataset], rows: Rows, alike_N: Floats) -> Spread:
+    known = [each for each in found if not np.isnan(each.scores_K[0])] or found
+    mean = {e.part.key: Drawn(e.scores_K.mean(keepdims=True), e.drawn_KR.mean(0), e.units) for e in known}
+    scores_K = _mean_of_runs(rows, {each.part.key: each.scores_K for each in known})
+    scores = [value(scores_K[k : k + 1]) for k in range(len(scores_K))]
+    defined = [score for score in scores if score is not None]
+    members_M = np.concatenate([each.part.members_M for each in found])
+    return Spread(
+        metric=found[0].part.metric,
+        scores=scores,
+        mean=fmean(defined) if defined else None,
+        sd=stdev(defined) if len(defined) > 1 else None,
+        ci95_runs=student_interval(defined),
+        ci95_rows=interval(*line_of(rows.layout, mean)) if defined else None,
+        agreement=float(alike_N[members_M].mean()),
+        n=len(members_M),
+        n_independent=min(each.units for each in found),
+    )
+
+
+def _mean_of_runs(rows: Rows, scores: Mapping[str, Floats]) -> Floats:
+    mean = over_tasks(rows.layout, scores)[1]
+    return next(iter(scores.values())) if mean is None else mean
+
+
+# ---------------------------------------------------------------------------------------- several runs with several
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedDifference:
+    """The mean of the runs of b minus that of the runs of a in one metric; None where a score is not defined.
+
+    `sd_a` and `sd_b` are over the runs of a side. `se` is the standard error of the difference over rows and runs,
+    `se_rows` that over rows alone; `freedom` are the degrees of freedom of `se`. The rest is as in `Difference`.
+    """
+
+    metric: str
+    scores_a: list[float | None]
+    scores_b: list[float | None]
+    a: float | None
+    b: float | None
+    difference: float | None
+    ci95: Interval | None
+    p_value: float | None
+    sd_a: float | None
+    sd_b: float | None
+    se: float | None
+    se_rows: float | None
+    freedom: float | None
+    n: int
+    n_independent: float
+    p_holm: float | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedComparison:
+    """`hba compare A... vs B...`: per task, and of the mean over those that are scored."""
+
+    a: list[str]
+    b: list[str]
+    tasks: dict[str, SeedDifference]
+    mean: SeedDifference | None
+    num_rows: int
+    num_asked: int | None
+    left_out: list[int]
+    clustered_by: str | None
+
+    def record(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+def compare_seeds(
+    a: Sequence[Path], b: Sequence[Path], *, allow_other_data: bool = False, resamples: int = 2000, seed: int = 0
+) -> SeedComparison:
+    """Compare two or more runs of one model with two or more of another, over the rows that all have answered.
+
+    The variance of the difference of the means is that over rows (the bootstrap, the same draws for all runs) plus
+    that over runs (s^2 / K of each side). What seeds and rows do only together is in both; it is estimated from how
+    much less the mean of K runs varies over rows than one run, and taken off once. Interval and p-value are those of
+    Student's t with Satterthwaite's degrees of freedom. With rows that matter little it is Welch's test of the runs'
+    scores. Raises InputError for a side of one run, and as `match` does.
+    """
+    if min(len(a), len(b)) < 2:
+        fix = "Give two or more runs on either side of `vs`, or compare one run with one: hba compare A B."
+        raise InputError("one run does not say how far seeds spread", where="RUNS", fix=fix)
+    several = _several([*a, *b], allow_other_data, resamples, seed)
+    tasks = {}
+    for task in several.taxonomy.tasks.values():
+        mine = [each for each in several.datasets if each.part.key in task.datasets]
+        if mine:
+            tasks[task.key] = _or_failed(_of_sides(mine, several.rows, len(a)), several.failed.get(task.key))
+    out = _datasets_of(several.rows, several.failed)
+    scored = [each for each in several.datasets if each.part.in_task and each.part.key not in out]
+    return SeedComparison(
+        a=several.names[: len(a)],
+        b=several.names[len(a) :],
+        tasks=_with_holm(tasks),
+        mean=replace(_of_sides(scored, several.rows, len(a)), metric=MEAN) if scored else None,
+        num_rows=len(several.matched.predictions[0]),
+        num_asked=several.num_asked,
+        left_out=several.matched.left_out,
+        clustered_by="group" if any(p.group for p in several.matched.predictions[0]) else None,
+    )
+
+
+def _of_sides(found: Sequence[_Dataset], rows: Rows, num_a: int) -> SeedDifference:
+    known = [each for each in found if not np.isnan(each.scores_K[0])] or found
+    scores_K = _mean_of_runs(rows, {each.part.key: each.scores_K for each in known})
+    sides = {"a": scores_K[:num_a], "b": scores_K[num_a:]}
+    runs_KR = [
+        line_of(rows.layout, {e.part.key: Drawn(e.scores_K[k : k + 1], e.drawn_KR[k], e.units) for e in known})[0]
+        for k in range(len(scores_K))
+    ]
+    apart = {
+        e.part.key: Drawn(
+            np.array([e.scores_K[num_a:].mean() - e.scores_K[:num_a].mean()]),
+            e.drawn_KR[num_a:].mean(0) - e.drawn_KR[:num_a].mean(0),
+            e.units,
+        )
+        for e in known
+    }
+    # The usual small-sample correction of a bootstrap variance, which divides by the number of units.
+    over_rows = [(v * u / (u - 1), u - 1) for v, u in line_of(rows.layout, apart)[1] if u > 1]
+    over_runs = [(float(side.var(ddof=1)) / len(side), len(side) - 1.0) for side in sides.values()]
+    of_rows, of_runs = (sum(variance for variance, _ in each) for each in (over_rows, over_runs))
+    twice = sum(_together(np.stack(runs)) for runs in (runs_KR[:num_a], runs_KR[num_a:]))
+    error = math.sqrt(max(of_rows, of_runs, of_rows + of_runs - twice))
+    freedom = min(satterthwaite([*over_rows, *over_runs]), 1e9)
+    mean_a, mean_b = (value(side.mean(keepdims=True)) for side in sides.values())
+    defined = mean_a is not None and mean_b is not None
+    difference = mean_b - mean_a if mean_a is not None and mean_b is not None else None
+    return SeedDifference(
+        metric=found[0].part.metric,
+        scores_a=[value(sides["a"][k : k + 1]) for k in range(num_a)],
+        scores_b=[value(sides["b"][k : k + 1]) for k in range(len(sides["b"]))],
+        a=mean_a,
+        b=mean_b,
+        difference=difference,
+        ci95=student_of(difference, error, freedom) if difference is not None and error > 0 else None,
+        p_value=student_p(difference / error, freedom) if difference is not None and error > 0 else None,
+        sd_a=float(sides["a"].std(ddof=1)) if defined else None,
+        sd_b=float(sides["b"].std(ddof=1)) if defined else None,
+        se=error if defined else None,
+        se_rows=math.sqrt(of_rows) if defined else None,
+        freedom=freedom if defined else None,
+        n=sum(len(each.part.members_M) for each in found),
+        n_independent=min(each.units for each in found),
+    )
+
+
+def _together(runs_KR: Floats) -> float:
+    """The variance over rows of the mean of K runs that is of rows and runs together: (V_1 - V_K) / (K - 1).
+
+    V_1 is that of one run, V_K that of their mean. It is in the variance over runs as well.
+    """
+    known = runs_KR[:, ~np.isnan(runs_KR).any(0)]
+    if not known.size:
+        return 0.0
+    alone, mean = known.var(1).mean(), known.mean(0).var()
+    return float(max(0.0, alone - mean) / (len(known) - 1))

@@ -13,14 +13,14 @@ from typing import Any
 
 from hba.errors import InputError, nearest
 from hba.evaluate.predictions import Prediction
-from hba.storage import read_json
+from hba.evaluate.runs import ASKED, Run
 from hba.taxonomy import Taxonomy
 
 PREDICTED = ("dataset", "task", "split", "language", "modality", "group")
 
 
 def field_values(
-    field: str, predictions: Sequence[Prediction], taxonomy: Taxonomy, *, folder: Path, atlas: Path | None = None
+    field: str, predictions: Sequence[Prediction], taxonomy: Taxonomy, *, run: Run, atlas: Path | None = None
 ) -> list[str | None]:
     """The value of `field` for every prediction as text, None where a row does not have it.
 
@@ -33,22 +33,22 @@ def field_values(
             values = [getattr(p, field) for p in predictions]
         if not any(values):
             fix = "Predict again with this version, or name a field of the rows."
-            raise InputError(f"no prediction says its {field}", where=str(folder), fix=fix)
+            raise InputError(f"no prediction says its {field}", where=str(run.folder), fix=fix)
         return values
-    return _from_atlas(field, predictions, folder, atlas)
+    return _from_atlas(field, predictions, run, atlas)
 
 
-def _from_atlas(field: str, predictions: Sequence[Prediction], folder: Path, atlas: Path | None) -> list[str | None]:
+def _from_atlas(field: str, predictions: Sequence[Prediction], run: Run, atlas: Path | None) -> list[str | None]:
     from hba.evaluate.selection import predicted_rows
 
-    path = folder / "predict.json"
-    asked = read_json(path) if path.is_file() else {}
+    asked = run.asked
     data = asked.get("data") or {}
     place = str(atlas) if atlas is not None else data.get("path")
     split = asked.get("split") or "+".join(sorted({p.split for p in predictions}))
     if not place:
         fix = "Say with --atlas where the rows are."
-        raise InputError(f"the run does not record the atlas that has the field {field!r}", where=str(path), fix=fix)
+        what = f"the run does not record the atlas that has the field {field!r}"
+        raise InputError(what, where=str(run.root / ASKED), fix=fix)
     opened = predicted_rows(asked, place, split)
     wanted, found, names = {p.id for p in predictions}, {}, set(PREDICTED)
     for index, sample in enumerate(opened):

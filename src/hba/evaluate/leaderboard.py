@@ -1,24 +1,26 @@
 """`hba leaderboard`: runs beside published results, ranked where that is fair.
 
 Tasks are ranked one by one (1 is best, ties share the mean of their places); a row's mean rank is over the ranked
-tasks, by default those that every measured run has a score for. A row without one of them is shown and not ranked.
-Never ranked in silence: runs on different data or different rows (refused unless allowed, and then marked), runs with
-too many quarantined samples (shown, not ranked), and synthetic data beside published figures (published rows are then
-shown and not ranked). Published figures are quoted, never measured here, and marked as such.
+tasks, by default those that every ranked run has a score for. A row without one of them is shown and not ranked.
+Never ranked: a run that answered a part of its rows, of which too many failed, or that left too many out; and published
+rows beside a run whose datasets, split, rows or judge are not theirs (`not_comparable`). They stand apart and say why.
+Runs on different data or different rows are refused unless allowed, and then marked. What is no scored run is skipped
+and named. Published figures are quoted, never measured here, and marked as such.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from hba.errors import InputError, nearest
+from hba.evaluate.results import FILE, MAX_FAILED, SCANT, Metrics
+from hba.evaluate.runs import ASKED, PREDICTIONS, open_run
 from hba.published import published_table
-from hba.report.load import Metrics, load_metrics
-from hba.taxonomy import of_folder
+from hba.taxonomy import PUBLISHED, TASKS
 
 SOURCES = {
     "hba_iclr2026": "arXiv 2510.04899",
@@ -26,6 +28,10 @@ SOURCES = {
     "rl_algorithms": "arXiv 2602.10635, RL algorithms",
 }
 DEFAULT_TABLES = ("hba_iclr2026", "omnisapiens2_icml2026")
+# What the published rows were measured on.
+PUBLISHED_SPLIT, PUBLISHED_JUDGE = "test", "gpt-5-nano"
+PUBLISHED_ROWS = int(PUBLISHED["size"][PUBLISHED_SPLIT])
+APART = "other data: not ranked"
 JUDGED = "llm_judge_accuracy"
 MAX_QUARANTINED = 0.01
 ROUNDING = 0.0006  # published with three decimals, or in per cent with two
@@ -33,13 +39,17 @@ ROUNDING = 0.0006  # published with three decimals, or in per cent with two
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One row. Scores lie in [0, 1]; `rank` is None where the row is shown and not ranked, `notes` say why."""
+    """One row. Scores lie in [0, 1], `n` are the rows of each task; `rank` is None where the row is shown and not
+    ranked, `notes` say why."""
 
     name: str
     published: bool
     source: str
     scores: Mapping[str, float]
     ci95: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    n: Mapping[str, int] = field(default_factory=dict)
+    num_rows: int | None = None
+    num_failed: int | None = None
     mean: float | None = None
     mean_rank: float | None = None
     rank: int | None = None
@@ -51,12 +61,16 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Leaderboard:
-    """The rows in their order, the tasks that are shown and those that are ranked, and what a reader must know."""
+    """The rows in their order, the tasks that are shown and those that are ranked, and what a reader must know.
+
+    `skipped` names what was given and is no scored run, with the reason.
+    """
 
     entries: list[Entry]
     tasks: list[str]
     ranked_tasks: list[str]
     warnings: list[str]
+    skipped: list[str] = field(default_factory=list)
 
     def record(self) -> dict[str, Any]:
         """As JSON."""
@@ -68,36 +82,60 @@ def build_leaderboard(
     *,
     tables: Sequence[str] = DEFAULT_TABLES,
     tasks: Sequence[str] = (),
+    names: Mapping[Path, str] | None = None,
     allow_other_data: bool = False,
     max_quarantined: float = MAX_QUARANTINED,
 ) -> Leaderboard:
     """Rank the scored run folders `runs` beside the published `tables`.
 
-    `tasks` chooses the ranked tasks; `max_quarantined` is the share of samples that a ranked run may leave out. Raises
-    InputError for an unscored run, an unknown table, a task that no run has, and runs on different data or rows unless
-    allowed.
+    `tasks` chooses the ranked tasks; `names` are what runs are called, by default their folders;
+    `max_quarantined` is the share of samples that a ranked run may leave out. Raises InputError when none of `runs` is
+    scored, for an unknown table, a task that no run has, and ranked runs on different data or rows unless allowed.
     """
-    measured = [_Measured(_name(run, runs), load_metrics(run / "metrics.json", of_folder(run))) for run in runs]
-    ranked = _ranked_tasks(measured, tasks)
-    warnings = _check_same_data(measured, ranked, allow_other_data)
+    found, skipped = [run for run in runs if (run / FILE).is_file()], _skipped(runs)
+    if not found:
+        raise InputError(f"no scored run: {'; '.join(skipped)}", where="RUNS", fix="Run `hba score` on it first.")
+    measured = [_Measured((names or {}).get(run) or _name(run, found), open_run(run).metrics) for run in found]
     rows = [_entry(run, max_quarantined) for run in measured]
-    synthetic = any(row.synthetic is not False for row in rows)
+    fair = [run for run, row in zip(measured, rows, strict=True) if not row.excluded]
+    ranked = _ranked_tasks(measured, fair, tasks)
+    warnings = _check_same_data(fair, ranked, allow_other_data)
+    if not fair:
+        warnings.append("No run can be ranked.")
     published = published_entries(tables)
-    if synthetic and published:
-        if any(row.synthetic for row in rows):
+    apart = _apart(fair, ranked)
+    if published and (apart or not fair):
+        if any(run.metrics.provenance.synthetic for run in measured):
             warnings.append("Synthetic data: these figures say nothing about people; published rows are not ranked.")
-        else:
-            warnings.append("A run does not say whether its data are synthetic; published rows are not ranked.")
-        published = [replace(row, excluded=True, notes=("other data: not ranked",)) for row in published]
+        if apart:
+            warnings.append(f"Published rows stand apart, measured on something else: {'; '.join(apart)}.")
+        published = [replace(row, excluded=True, notes=(APART,)) for row in published]
     entries = _rank([*rows, *published], ranked)
-    shown = [key for key in _order(entries) if any(key in row.scores for row in entries)]
-    return Leaderboard(entries=entries, tasks=shown, ranked_tasks=ranked, warnings=warnings)
+    present = {key for entry in entries for key in entry.scores}
+    order = [key for key in TASKS if key in present]
+    order += [key for run in measured for key in run.metrics.tasks if key in present and key not in TASKS]
+    return Leaderboard(
+        entries=entries,
+        tasks=list(dict.fromkeys(order)),
+        ranked_tasks=ranked,
+        warnings=warnings,
+        skipped=skipped,
+    )
 
 
 @dataclass(frozen=True)
 class _Measured:
     name: str
     metrics: Metrics
+
+
+def _skipped(runs: Sequence[Path]) -> list[str]:
+    found = []
+    for run in runs:
+        if not (run / FILE).is_file():
+            of_run = (run / PREDICTIONS).is_file() or (run / ASKED).is_file()
+            found.append(f"{run} ({f'not scored: hba score {run}' if of_run else 'no run with predictions'})")
+    return found
 
 
 def _name(run: Path, runs: Sequence[Path]) -> str:
@@ -107,31 +145,72 @@ def _name(run: Path, runs: Sequence[Path]) -> str:
     return f"{path.parent.name}/{path.name}" if alike else path.name
 
 
-def _ranked_tasks(measured: Sequence[_Measured], wanted: Sequence[str]) -> list[str]:
-    scored = [[key for key, task in run.metrics.tasks.items() if task.score is not None] for run in measured]
-    anywhere = list(dict.fromkeys(key for keys in scored for key in keys))
+def not_comparable(metrics: Metrics, tasks: Collection[str]) -> list[str]:
+    """Why the published figures of `tasks` say nothing beside a run's; empty where datasets, split, rows and judge are
+    those of the release. What the run does not record is not comparable."""
+    said, total, found = metrics.provenance, metrics.aggregate, []
+    if said.synthetic is not False:
+        found.append("synthetic data" if said.synthetic else "does not say whether its data are synthetic")
+    chosen = {key: value for key, value in (said.selection or {}).items() if key != "channels" and value is not None}
+    split = said.asked_split or said.split
+    if split != PUBLISHED_SPLIT or chosen:
+        found.append(f"rows: {said.scope}")
+    elif said.data_rows is None:
+        found.append(f"does not say how many rows it was asked for (published: {PUBLISHED_ROWS:,})")
+    elif said.data_rows != PUBLISHED_ROWS:
+        found.append(f"{said.data_rows:,} rows were asked for (published: {PUBLISHED_ROWS:,})")
+    if total.n_missing:
+        found.append(f"only {total.rows} were answered")
+    mine = {
+        key: task for key, task in metrics.tasks.items() if key in tasks and key in TASKS and task.score is not None
+    }
+    other = [key for key, task in mine.items() if set(task.datasets) != set(TASKS[key].datasets)]
+    found += [f"other datasets in {', '.join(other)}"] if other else []
+    judged = [key for key in mine if TASKS[key].judged]
+    judge = str((said.judge or {}).get("model"))
+    if judged and not judge.startswith(PUBLISHED_JUDGE):
+        found.append(f"{', '.join(judged)} judged by {judge} (published: {PUBLISHED_JUDGE}); rank others with --tasks")
+    return found
+
+
+def _apart(fair: Sequence[_Measured], ranked: Collection[str]) -> list[str]:
+    """Why published rows are not ranked with these runs; a reason that is not all runs' names its runs."""
+    reasons: dict[str, list[str]] = {}
+    for run in fair:
+        for why in not_comparable(run.metrics, ranked):
+            reasons.setdefault(why, []).append(run.name)
+    return [why if len(runs) == len(fair) else f"{why} ({', '.join(runs)})" for why, runs in reasons.items()]
+
+
+def _ranked_tasks(measured: Sequence[_Measured], fair: Sequence[_Measured], wanted: Sequence[str]) -> list[str]:
+    anywhere = list(dict.fromkeys(key for run in measured for key in _scored(run)))
     for key in wanted:
         if key not in anywhere:
             raise InputError(f"no run has a score for task {key!r}", where="--tasks", fix=nearest(key, anywhere))
-    common = list(wanted) or [key for key in anywhere if all(key in keys for keys in scored)]
-    if not common:
+    common = list(wanted) or [key for key in anywhere if fair and all(key in _scored(run) for run in fair)]
+    if fair and not common:
         raise InputError("the runs have no scored task in common", fix="Choose the ranked tasks with --tasks.")
     return common
+
+
+def _scored(run: _Measured) -> list[str]:
+    return [key for key, task in run.metrics.tasks.items() if task.score is not None]
 
 
 def _check_same_data(measured: Sequence[_Measured], ranked: Sequence[str], allowed: bool) -> list[str]:
     """Warnings about runs on different data; InputError unless that is allowed."""
     found = []
-    prints = {run.name: run.metrics.provenance.get("data_fingerprint") for run in measured}
+    prints = {run.name: run.metrics.provenance.data_fingerprint for run in measured}
     if len(set(prints.values())) > 1:
         listed = ", ".join(f"{name}: {str(text)[:12]}" for name, text in prints.items())
         found.append(f"runs on different data (fingerprints {listed})")
     for key in ranked:
-        tasks = {run.name: run.metrics.tasks[key] for run in _with(measured, key)}
+        tasks = {run.name: run.metrics.tasks[key] for run in measured if key in _scored(run)}
         sizes = {name: task.n + (task.n_quarantined or 0) for name, task in tasks.items()}
         if len(set(sizes.values())) > 1:
             found.append(f"{key} was scored on different rows ({', '.join(f'{k}: {n:,}' for k, n in sizes.items())})")
-    judged = [key for key in ranked if any(run.metrics.tasks[key].metric == JUDGED for run in _with(measured, key))]
+    graded = {key: [run for run in measured if key in _scored(run)] for key in ranked}
+    judged = [key for key in ranked if any(run.metrics.tasks[key].metric == JUDGED for run in graded[key])]
     judges = {run.name: _judge(run.metrics) for run in measured} if judged else {}
     if len(set(judges.values())) > 1:
         listed = ", ".join(f"{name}: {judge}" for name, judge in judges.items())
@@ -142,39 +221,51 @@ def _check_same_data(measured: Sequence[_Measured], ranked: Sequence[str], allow
     return [f"Not the same evidence: {text}." for text in found]
 
 
-def _with(measured: Sequence[_Measured], key: str) -> list[_Measured]:
-    return [run for run in measured if key in run.metrics.tasks and run.metrics.tasks[key].score is not None]
-
-
 def _judge(metrics: Metrics) -> str | None:
-    judge = metrics.provenance.get("judge")
-    return str(judge.get("model")) if isinstance(judge, dict) else None
+    judge = metrics.provenance.judge
+    return None if judge is None else str(judge.get("model"))
 
 
 def _entry(run: _Measured, max_quarantined: float) -> Entry:
-    metrics, said = run.metrics, run.metrics.provenance
-    total = metrics.counts.get("n", 0) + metrics.counts.get("n_quarantined", 0)
-    share = metrics.counts.get("n_quarantined", 0) / total if total else 0.0
-    notes = []
+    metrics, said, counts = run.metrics, run.metrics.provenance, run.metrics.aggregate
+    left_out = counts.n_quarantined or 0
+    share = left_out / (counts.n + left_out) if counts.n + left_out else 0.0
+    unfair, notes = [], []
+    if counts.n_missing:
+        unfair.append(f"{counts.rows}: not ranked")
+    if counts.failed_share > MAX_FAILED:
+        unfair.append(f"{counts.failed_share:.1%} of the rows failed: not ranked")
+    elif counts.n_failed:
+        notes.append(f"{counts.n_failed:,} failed rows")
     if share > max_quarantined:
-        notes.append(f"{share:.1%} of the samples quarantined: not ranked")
-    elif share:
-        notes.append(f"{metrics.counts['n_quarantined']:,} samples quarantined")
+        unfair.append(f"{share:.1%} of the samples quarantined: not ranked")
+    elif left_out:
+        notes.append(f"{left_out:,} samples quarantined")
     if _judge(metrics):
         notes.append(f"judge: {_judge(metrics)}")
-    if said.get("data_fingerprint") is None:
+    if said.scope not in (PUBLISHED_SPLIT, "None"):
+        notes.append(said.scope)
+    if said.data_fingerprint is None:
         notes.append("data not recorded")
-    if said.get("synthetic"):
+    if said.synthetic:
         notes.append("synthetic data")
+    if metrics.scant:
+        notes.append(
+            f"fewer than {SCANT} independent rows in {', '.join(metrics.scant[:3])}{', ...' * (len(metrics.scant) > 3)}"
+        )
+    scored = {key: metrics.tasks[key] for key in _scored(run)}
     return Entry(
         name=run.name,
         published=False,
-        source=str(said.get("model") or "measured here"),
-        scores={key: task.score for key, task in metrics.tasks.items() if task.score is not None},
-        ci95={key: task.ci95 for key, task in metrics.tasks.items() if task.ci95 is not None},
-        synthetic=said.get("synthetic"),
-        excluded=share > max_quarantined,
-        notes=tuple(notes),
+        source=str(said.model or "measured here"),
+        scores={key: task.score for key, task in scored.items() if task.score is not None},
+        ci95={key: task.ci95 for key, task in scored.items() if task.ci95 is not None},
+        n={key: task.n for key, task in scored.items()},
+        num_rows=counts.n or sum(task.n for task in metrics.tasks.values()),
+        num_failed=counts.n_failed,
+        synthetic=said.synthetic,
+        excluded=bool(unfair),
+        notes=(*unfair, *notes),
     )
 
 
@@ -204,7 +295,7 @@ def _repeats(scores: Mapping[str, float], earlier: Mapping[str, float]) -> bool:
 
 
 def _rank(entries: Sequence[Entry], ranked: Sequence[str]) -> list[Entry]:
-    """The entries in order of mean rank, those without one last."""
+    """The entries in order of mean rank, those without one last, measured before published."""
     means = [_complete_mean(entry, ranked) for entry in entries]
     entries = [replace(entry, mean=mean) for entry, mean in zip(entries, means, strict=True)]
     chosen = [i for i, entry in enumerate(entries) if entry.mean is not None and not entry.excluded]
@@ -215,12 +306,17 @@ def _rank(entries: Sequence[Entry], ranked: Sequence[str]) -> list[Entry]:
         replace(entry, mean_rank=mean_ranks[i], rank=order.index(mean_ranks[i]) + 1) if i in mean_ranks else entry
         for i, entry in enumerate(entries)
     ]
-    return sorted(placed, key=lambda e: (e.mean_rank is None, e.mean_rank or 0.0, -(e.mean or 0.0), e.name))
+
+    def order_of(entry: Entry) -> tuple[bool, float, bool, float, str]:
+        apart = entry.rank is None and entry.published
+        return entry.mean_rank is None, entry.mean_rank or 0.0, apart, -(entry.mean or 0.0), entry.name
+
+    return sorted(placed, key=order_of)
 
 
 def _complete_mean(entry: Entry, ranked: Sequence[str]) -> float | None:
     known = [entry.scores[key] for key in ranked if key in entry.scores]
-    return fmean(known) if len(known) == len(ranked) else None
+    return fmean(known) if known and len(known) == len(ranked) else None
 
 
 def _places(scores: Sequence[float]) -> list[float]:
@@ -229,7 +325,3 @@ def _places(scores: Sequence[float]) -> list[float]:
         1 + sum(other > score for other in scores) + (sum(other == score for other in scores) - 1) / 2
         for score in scores
     ]
-
-
-def _order(entries: Iterable[Entry]) -> list[str]:
-    return list(dict.fromkeys(key for entry in entries for key in entry.scores))

@@ -183,19 +183,18 @@ def _settings(opening: Opening, split: str, backend: Backend, rows: Indices) -> 
         "split": split,
         "data": data_record(opening.place, opening.atlas),
         "encode": asdict(opening.encode),
-        "skipped": _skipped(opening.atlas, rows),
+        "asked": _by_dataset(opening.atlas, rows),
+        "skipped": _by_dataset(opening.atlas, np.setdiff1d(np.arange(len(opening.atlas)), rows)),
         "reading": READING_VERSION,
     }
     plain: dict[str, Any] = json.loads(json.dumps(settings))
     return plain
 
 
-def _skipped(atlas: Atlas, rows: Indices) -> dict[str, int]:
-    """How many rows of each dataset are not among `rows`, which the model can answer."""
+def _by_dataset(atlas: Atlas, rows: Indices) -> dict[str, int]:
+    """How many of `rows` each dataset has; those without any are left out."""
     columns = atlas.columns
-    out_N = np.ones(len(atlas), dtype=bool)
-    out_N[rows] = False
-    counts = np.bincount(columns.dataset_codes[out_N], minlength=len(columns.datasets))
+    counts = np.bincount(columns.dataset_codes[rows], minlength=len(columns.datasets))
     return {key: int(count) for key, count in zip(columns.datasets, counts, strict=True) if count}
 
 

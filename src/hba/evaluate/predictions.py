@@ -24,7 +24,9 @@ from hba.errors import InputError, TaxonomyError
 from hba.storage import AppendLog, atomic_write
 from hba.taxonomy import BUILTIN, Taxonomy
 
-_OPTIONAL = ("probs", "group", "modality", "rule")
+_OPTIONAL = ("probs", "group", "modality", "rule", "finish")
+
+MERGE = "Run the same `hba predict` command once more, without --shard: it merges the shards and answers what is left."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,8 @@ class Prediction:
     error and no output it counts as wrong. `latency_s` is in seconds, `tokens_in` and `tokens_out` are
     counts, None if unknown. `probs` are the heads' probabilities. Rows with one `group` share a speaker or a
     video and are resampled together. `modality` is the row's signature, such as text_audio. `rule` names the rule of
-    `answers.RULES` by which an answer in words was read.
+    `answers.RULES` by which an answer in words was read. `finish` is how the answer ended, in the word of whoever gave
+    it: stop, length, content_filter, ...; None if unknown.
     """
 
     id: str
@@ -55,6 +58,7 @@ class Prediction:
     group: str | None = None
     modality: str | None = None
     rule: str | None = None
+    finish: str | None = None
 
     @property
     def failed(self) -> bool:
@@ -63,7 +67,7 @@ class Prediction:
         return self.error is not None and self.label is None and not said
 
     def record(self) -> dict[str, Any]:
-        """The line of predictions.jsonl; `probs`, `group` and `modality` only where they are known."""
+        """The line of predictions.jsonl; `probs`, `group`, `modality` and `finish` only where they are known."""
         return {key: value for key, value in asdict(self).items() if value is not None or key not in _OPTIONAL}
 
 
@@ -92,6 +96,10 @@ def read_predictions(path: str | Path, taxonomy: Taxonomy = BUILTIN) -> list[Pre
 
 def _lines(path: Path) -> Any:
     if not path.is_file():
+        shards = sorted(path.parent.glob("shards/*/predictions.jsonl"))
+        if shards:
+            what = f"the predictions lie in {len(shards)} shards that are not merged"
+            raise InputError(what, where=str(path.parent / "shards"), fix=MERGE)
         raise InputError("no such file", where=str(path), fix="Run `hba predict` first, or check the path.")
     with path.open("rb") as handle:
         for number, raw in enumerate(handle, 1):

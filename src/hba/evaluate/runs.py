@@ -1,177 +1,227 @@
-"""Several runs over the same rows: read, matched by sample id, compared.
+"""A run folder, read back: predictions, metrics, log, quarantine, verdicts, and what was asked of whom.
 
-Rows are the same when id, dataset and target are. Refused: runs on data of different fingerprints, unless told; an id
-that means another row in another run; runs without a common row. What only some runs answered is left out of the
-comparison and counted, never filled in.
+Everybody who reads a run that is done reads it here. A file is read when it is first asked for. One that may be absent
+is then None or empty; one that is there and malformed is an InputError naming file, line and field. The share of a run
+that one of its processes predicted (`shards/i-of-N`) is a run, too, whose records are those of the whole run.
+
+Invariant: what is read depends on the files alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from hba.errors import InputError
-from hba.evaluate.compare import Paired, paired_difference
-from hba.evaluate.confusion import Rows
-from hba.evaluate.judge.judgements import PLACE
-from hba.evaluate.judge.scores import Verdicts, judge_record, judged_rows, read_verdicts
+from hba.evaluate.judge.judgements import FILE as JUDGEMENTS
+from hba.evaluate.judge.judgements import SETTINGS, Judgement, read_judgements
+from hba.evaluate.judge.scores import Verdicts, read_verdicts
 from hba.evaluate.predictions import Prediction, read_predictions
-from hba.evaluate.provenance import run_facts
-from hba.evaluate.score import rows_of
-from hba.taxonomy import BUILTIN, Taxonomy, of_folder
+from hba.evaluate.results import FILE as METRICS
+from hba.evaluate.results import Metrics, convert, read_metrics, without_nan
+from hba.storage import read_json, read_jsonl
+from hba.taxonomy import Taxonomy, of_folder
 
-
-class Run(NamedTuple):
-    """The predictions of one run folder, and what its files say of the data."""
-
-    name: str
-    folder: Path
-    predictions: list[Prediction]
-    fingerprint: str | None
-    taxonomy: Taxonomy
-    verdicts: Verdicts
-    judge: dict[str, Any] | None
-
-
-class Matched(NamedTuple):
-    """The same rows of every run in one order, and how many rows of each run no other has."""
-
-    predictions: list[list[Prediction]]
-    left_out: list[int]
+PREDICTIONS, QUARANTINE, LOG, ASKED = "predictions.jsonl", "quarantine.jsonl", "log.jsonl", "predict.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flip:
-    """A row that one run has right and the other wrong."""
+class LeftOut:
+    """One line of quarantine.jsonl: a sample that was left out, its place and the reason. A dataset may be unnamed."""
 
     id: str
-    dataset: str
-    target: str
-    a: str | None
-    b: str | None
-    gained: bool
+    dataset: str | None = None
+    split: str | None = None
+    where: str = ""
+    field: str = ""
+    reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """`hba compare A B`: the paired differences, and the rows behind them."""
+class Event:
+    """One line of log.jsonl; `metrics` maps task keys (and 'mean') to validation scores in [0, 1]."""
 
-    a: str
-    b: str
-    paired: Paired
-    flips: list[Flip]
-    num_rows: int
-    left_out: list[int]
-    same_data: bool | None
-    """None when a run does not record its data"""
-    clustered_by: str | None
-
-    def record(self) -> dict[str, Any]:
-        """As JSON."""
-        return asdict(self)
+    step: int
+    kind: str
+    loss: float | None = None
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+    metrics: dict[str, float | None] = field(default_factory=dict)
 
 
-def load_run(folder: Path) -> Run:
-    """Read a run folder. Raises InputError for a missing or malformed file."""
-    folder = folder.resolve()
-    taxonomy = of_folder(folder)
-    predictions = read_predictions(folder / "predictions.jsonl", taxonomy)
-    fingerprint = run_facts(folder)["data_fingerprint"]
-    verdicts = read_verdicts(folder, predictions, taxonomy)
-    return Run(folder.name, folder, predictions, fingerprint, taxonomy, verdicts, judge_record(folder))
+def open_run(place: str | Path, taxonomy: Taxonomy | None = None) -> Run:
+    """The run at `place`, a folder or a predictions file in it; labels are those of `taxonomy`, by default the run's.
 
-
-def match(runs: Sequence[Run], *, allow_other_data: bool = False) -> Matched:
-    """The rows that all runs answered, in the order of the first run.
-
-    Raises InputError when fingerprints differ and that was not allowed, when an id has another dataset or target in
-    another run, and when no row is common.
+    Reads nothing yet. Raises InputError when there is no such place.
     """
-    known = {run.fingerprint for run in runs if run.fingerprint is not None}
-    if len(known) > 1 and not allow_other_data:
-        found = ", ".join(f"{run.name}: {(run.fingerprint or 'not recorded')[:12]}" for run in runs)
-        fix = "Predict on the same data, or compare the rows that they share with --allow-other-data."
-        raise InputError(f"the runs are on different data (fingerprints {found})", fix=fix)
-    tables = [{p.id: p for p in run.predictions} for run in runs]
-    common = [key for key in tables[0] if all(key in table for table in tables[1:])]
-    for key in common:
-        rows = {(table[key].dataset, table[key].target) for table in tables}
-        if len(rows) > 1:
-            what = f"sample {key!r} is another row in another run: {sorted(rows)}"
-            raise InputError(what, where=runs[0].name, fix="Compare runs on the same split of the same data.")
-    if not common:
-        names = ", ".join(run.name for run in runs)
-        raise InputError("no sample was answered by all runs", where=names, fix="Compare runs on the same split.")
-    return Matched([[table[key] for key in common] for table in tables], [len(t) - len(common) for t in tables])
+    path = Path(place)
+    if not path.exists():
+        raise InputError("no such run folder", where=str(path), fix="Run `hba predict` first, or check the path.")
+    return Run(path, path / PREDICTIONS, taxonomy) if path.is_dir() else Run(path.parent, path, taxonomy)
 
 
-def matched_rows(runs: Sequence[Run], matched: Matched) -> list[Rows]:
-    """The cells of every run; free-form datasets by verdict where one judge has graded all runs to the last answer."""
-    taxonomy = runs[0].taxonomy
-    rows = [rows_of(predictions, taxonomy) for predictions in matched.predictions]
-    judges = [None if run.judge is None else {k: v for k, v in run.judge.items() if k != PLACE} for run in runs]
-    if any(judge is None or judge != judges[0] for judge in judges):
-        return rows
-    verdicts = [
-        judged_rows(cells, predictions, run.verdicts)
-        for cells, predictions, run in zip(rows, matched.predictions, runs, strict=True)
-    ]
-    common = frozenset.intersection(*(cells.judged for cells in verdicts))
-    return verdicts if all(cells.judged == common for cells in verdicts) else rows
+class Run:
+    """One run folder; see `open_run`."""
+
+    def __init__(self, folder: Path, predictions_path: Path, taxonomy: Taxonomy | None = None) -> None:
+        self.folder = folder
+        self.predictions_path = predictions_path
+        self._taxonomy = taxonomy
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.resolve().name
+
+    def has(self, file: str) -> bool:
+        """Whether the folder has a file of that name."""
+        return (self.folder / file).is_file()
+
+    @cached_property
+    def root(self) -> Path:
+        """Where the run's records lie: the folder itself, of a shard's folder that of the whole run."""
+        whole = self.folder.resolve().parent.parent
+        of_shard = self.folder.resolve().parent.name == "shards" and (whole / ASKED).is_file()
+        return whole if of_shard and not self.has(ASKED) else self.folder
+
+    @cached_property
+    def taxonomy(self) -> Taxonomy:
+        """The taxonomy that the run was predicted with."""
+        return self._taxonomy or of_folder(self.root)
+
+    @cached_property
+    def predictions(self) -> list[Prediction]:
+        """Every prediction. Raises InputError when there is no such file, or for a line that is not as it should be."""
+        return read_predictions(self.predictions_path, self.taxonomy)
+
+    @cached_property
+    def metrics(self) -> Metrics:
+        """metrics.json. Raises InputError when the run is not scored, or the file malformed.
+
+        A file of an older version does not say which rows were asked for; predict.json does.
+        """
+        found = read_metrics(self.folder / METRICS, self.taxonomy)
+        said, total = found.provenance, found.aggregate
+        if said.asked_split is None and self.asked:
+            rows, selection = (self.asked.get("data") or {}).get("rows"), self.asked.get("selection")
+            said = replace(said, asked_split=self.asked.get("split"), selection=selection, data_rows=rows)
+        if total.n_asked is None and total.n:
+            total = replace(total, n_asked=self.num_asked)
+        return replace(found, provenance=said, aggregate=total)
+
+    @cached_property
+    def asked(self) -> Mapping[str, Any]:
+        """predict.json: what was asked of which model; empty without one."""
+        return self._record(ASKED) or {}
+
+    @cached_property
+    def num_asked(self) -> int | None:
+        """How many rows were to be answered: those that were chosen, without what the model is not trained to answer.
+
+        None where the run does not say.
+        """
+        if self.asked.get("asked") is not None:
+            return sum(map(int, self.asked["asked"].values()))
+        rows = (self.asked.get("data") or {}).get("rows")
+        return None if rows is None else int(rows) - sum((self.asked.get("skipped") or {}).values())
+
+    @cached_property
+    def environment(self) -> Mapping[str, Any] | None:
+        """environment.json: seed, data, machine."""
+        return self._record("environment.json")
+
+    @cached_property
+    def data(self) -> Mapping[str, Any]:
+        """The record of the evaluated rows (path, fingerprint, rows, synthetic); else of those that were trained on."""
+        return self.asked.get("data") or (self.environment or {}).get("data") or {}
+
+    @cached_property
+    def fingerprint(self) -> str | None:
+        """The hash of the evaluated rows, as the run recorded it."""
+        return self.data.get("fingerprint")
+
+    @cached_property
+    def config(self) -> str | None:
+        """The text of config.yaml."""
+        path = self.root / "config.yaml"
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+
+    @cached_property
+    def events(self) -> tuple[Event, ...] | None:
+        """The last event of every (kind, step): a resumed run logs again what it repeats after its checkpoint."""
+        path = self.folder / LOG
+        if not path.is_file():
+            return None
+        lines = (convert(without_nan(record), Event, f"{path}:{number}") for number, record in read_jsonl(path))
+        last = {(event.kind, event.step): event for event in lines}
+        return tuple(sorted(last.values(), key=lambda event: (event.step, event.kind)))
+
+    @cached_property
+    def quarantine(self) -> tuple[LeftOut, ...] | None:
+        """What was left out, in training and prediction; a sample that was answered after all is not."""
+        path = self.folder / QUARANTINE
+        if not path.is_file():
+            return None
+        answered = {p.id for p in self.predictions} if self.predictions_path.is_file() else set()
+        return tuple(entry for entry in read_quarantine(path) if entry.id not in answered)
+
+    @cached_property
+    def judgements(self) -> dict[str, Judgement] | None:
+        """The judge's verdicts by id."""
+        return read_judgements(self.folder / JUDGEMENTS) if self.has(JUDGEMENTS) else None
+
+    @cached_property
+    def verdicts(self) -> Verdicts:
+        """The verdict on every free-form prediction; see `read_verdicts`."""
+        return read_verdicts(self.folder, self.predictions, self.taxonomy)
+
+    @cached_property
+    def judge(self) -> dict[str, Any] | None:
+        """Who judged; None if nobody did."""
+        return read_json(self.folder / SETTINGS) if self.has(SETTINGS) and self.has(JUDGEMENTS) else None
+
+    @property
+    def synthetic(self) -> bool | None:
+        """Whether any of the data were generated, None when no file of the run says."""
+        said = [self.metrics.provenance.synthetic, *(data.get("synthetic") for data in self._data())]
+        flags = [flag for flag in said if isinstance(flag, bool)]
+        return any(flags) if flags else None
+
+    @property
+    def atlas_path(self) -> str | None:
+        """Where the evaluated atlas lay, as the run recorded it."""
+        return next((path for data in self._data() if isinstance(path := data.get("path"), str)), None)
+
+    def _data(self) -> list[Mapping[str, Any]]:
+        return [record["data"] for record in (self.asked, self.environment or {}) if record.get("data")]
+
+    def _record(self, name: str) -> Mapping[str, Any] | None:
+        path = self.root / name
+        if not path.is_file():
+            return None
+        facts = read_json(path)
+        if not isinstance(facts, dict) or not isinstance(facts.get("data") or {}, dict):
+            fix = "Restore or remove the file."
+            raise InputError("expected an object with an object `data`", where=str(path), fix=fix)
+        return facts
 
 
-def compare_predictions(
-    a: Sequence[Prediction],
-    b: Sequence[Prediction],
-    *,
-    taxonomy: Taxonomy = BUILTIN,
-    clusters: Sequence[str | None] | None = None,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Paired:
-    """Per task b minus a, with interval and p-value, of two sets of predictions on the same rows in the same order.
+def read_quarantine(path: Path, taxonomy: Taxonomy | None = None) -> list[LeftOut]:
+    """The lines of a quarantine.jsonl, each sample once. Raises InputError naming file, line and field.
 
-    Rows that share a `group` are drawn together unless `clusters` says otherwise. Raises InputError when the rows are
-    not the same.
+    With a `taxonomy` a dataset that it does not have is refused.
     """
-    groups = [p.group for p in a] if clusters is None else clusters
-    rows = rows_of(a, taxonomy), rows_of(b, taxonomy)
-    return paired_difference(*rows, clusters=groups, resamples=resamples, seed=seed)
-
-
-def compare_runs(
-    a: Path,
-    b: Path,
-    *,
-    allow_other_data: bool = False,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Comparison:
-    """Compare two run folders; see `match` for what is refused."""
-    runs = load_run(a), load_run(b)
-    matched = match(runs, allow_other_data=allow_other_data)
-    of_a = matched.predictions[0]
-    rows = matched_rows(runs, matched)
-    known = [run.fingerprint for run in runs]
-    return Comparison(
-        a=runs[0].name,
-        b=runs[1].name,
-        paired=paired_difference(*rows, clusters=[p.group for p in of_a], resamples=resamples, seed=seed),
-        flips=_flips(matched, rows),
-        num_rows=len(of_a),
-        left_out=matched.left_out,
-        same_data=None if None in known else known[0] == known[1],
-        clustered_by="group" if any(p.group for p in of_a) else None,
-    )
-
-
-def _flips(matched: Matched, rows: Sequence[Rows]) -> list[Flip]:
-    a, b = matched.predictions
-    right_a, right_b = (cells.right() for cells in rows)
-    return [
-        Flip(id=x.id, dataset=x.dataset, target=x.target, a=x.label or x.answer, b=y.label or y.answer, gained=bool(rb))
-        for x, y, ra, rb in zip(a, b, right_a, right_b, strict=True)
-        if ra != rb
-    ]
+    found: dict[str, LeftOut] = {}
+    for number, record in read_jsonl(path):
+        if not isinstance(record.get("id"), str):
+            fix = "Write the id of the sample that was left out."
+            raise InputError(f"expected str, found {record.get('id')!r}", where=f"{path}:{number}, id", fix=fix)
+        entry = convert(record, LeftOut, f"{path}:{number}")
+        if entry.dataset and taxonomy is not None and entry.dataset not in taxonomy.datasets:
+            where = f"{path}:{number}, dataset"
+            raise InputError(f"unknown dataset {entry.dataset!r}", where=where, fix="Use a dataset of the taxonomy.")
+        found.setdefault(entry.id, entry)
+    return list(found.values())

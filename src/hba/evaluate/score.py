@@ -3,7 +3,9 @@
 Every prediction counts. An answer that could not be mapped is wrong (n_invalid); a sample that failed without
 an output is wrong (n_failed); a quarantined sample, whose medium could not be read, is left out and counted
 (n_quarantined), and so is a row whose head was not trained (n_skipped). A task whose answers need a judge has score
-null until judgements.jsonl of the folder has a verdict on each of them, never a default verdict.
+null until judgements.jsonl of the folder has a verdict on each of them, never a default verdict; so has a task of which
+more than MAX_FAILED of a dataset's rows failed: that is the score of a server, not of a model. The predictions are
+counted against the rows that the run was to answer (n_asked).
 
 Refused: a missing or malformed file, and a run without a single row to score. metrics.json is written whole
 or not at all. Invariant: the same predictions in any order and the same seed give the same file apart from
@@ -14,32 +16,51 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from hba import __version__
 from hba.errors import InputError
 from hba.evaluate.calibration import calibration
 from hba.evaluate.confusion import Rows, encode
 from hba.evaluate.fields import field_values
 from hba.evaluate.freeform import generation_metrics, majority_levels
-from hba.evaluate.judge.scores import Verdicts, add_judged, judge_record, judged_rows, read_verdicts
+from hba.evaluate.judge.scores import Verdicts, add_judged, judged_rows
 from hba.evaluate.metrics import mean_of, score_rows
-from hba.evaluate.predictions import Prediction, read_predictions
-from hba.evaluate.provenance import provenance_of, run_record
+from hba.evaluate.predictions import Prediction
+from hba.evaluate.results import (
+    FILE,
+    MAX_FAILED,
+    Aggregate,
+    Breakdown,
+    Calibration,
+    Clusters,
+    Counts,
+    DatasetScore,
+    Failure,
+    Metrics,
+    Provenance,
+    Score,
+    Scoring,
+    TaskScore,
+    Unmapped,
+    convert,
+)
+from hba.evaluate.runs import QUARANTINE, LeftOut, Run, open_run, read_quarantine
 from hba.evaluate.slices import breakdown
-from hba.evaluate.stats import LEVEL, Chance, Intervals, bootstrap, chance
+from hba.evaluate.statistics import LEVEL, bootstrap, chance, units_of
 from hba.evaluate.unmapped import unmapped
-from hba.storage import read_jsonl, write_json
-from hba.taxonomy import BUILTIN, Taxonomy, of_folder
+from hba.storage import json_sha256, write_json
+from hba.taxonomy import BUILTIN, Task, Taxonomy
 
 JUDGED_NOTE = "not scored (needs a judge)"
 SKIPPED_NOTE = "not scored ({n_skipped} rows that the model is not trained to answer)"
 EMPTY_NOTE = "not scored: no row with a defined score"
-COUNTS = ("n", "n_invalid", "n_failed", "n_quarantined", "n_skipped")
 AUTO_CLUSTERS, NO_CLUSTERS = "auto", "none"
-FEW_GROUPS = 10
+SHOWN_FAILURES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +72,16 @@ class ScoreOptions:
     published: bool = False
     cluster: str = AUTO_CLUSTERS
     by: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unanswered:
+    """Rows without a prediction, by dataset ("" where a quarantine does not name it), and how many were asked for."""
+
+    quarantined: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
+    asked: Mapping[str, int] = field(default_factory=dict)
+    total: int | None = None
 
 
 def score_run(
@@ -65,7 +96,7 @@ def score_run(
     by: Sequence[str] = (),
     atlas: Path | None = None,
     taxonomy: Taxonomy | None = None,
-) -> dict[str, Any]:
+) -> Metrics:
     """Score a run folder, or one predictions file, write metrics.json beside the predictions and return it.
 
     `quarantine` defaults to quarantine.jsonl of the same folder if it exists. `provenance` overrides what
@@ -74,26 +105,25 @@ def score_run(
     ScoreOptions) are read from the rows of `atlas`, by default the run's. Verdicts of judgements.jsonl are used.
     Raises InputError naming file, line and field for bad input, StorageError for a full disk.
     """
-    path = _predictions_path(Path(run))
+    opened = open_run(run, taxonomy)
     options = ScoreOptions(resamples=resamples, seed=seed, published=published, cluster=cluster, by=tuple(by))
-    folder = path.parent
-    taxonomy = taxonomy or of_folder(folder)
-    predictions = read_predictions(path, taxonomy)
-    skipped: Counter[str] = Counter(run_record(folder / "predict.json").get("skipped") or {})
+    predictions = opened.predictions
+    skipped: Counter[str] = Counter(opened.asked.get("skipped") or {})
     if not predictions:
         what = f"all {skipped.total():,} rows are of heads that were not trained" if skipped else "the file is empty"
         fix = "Run `hba predict` on rows that the model can answer."
-        raise InputError(f"no prediction to score: {what}", where=str(path), fix=fix)
-    left_out = Path(quarantine) if quarantine is not None else folder / "quarantine.jsonl"
-    quarantined = _quarantine(left_out, quarantine is not None, predictions, taxonomy)
-    read = partial(field_values, predictions=predictions, taxonomy=taxonomy, folder=folder, atlas=atlas)
-    verdicts = read_verdicts(folder, predictions, taxonomy)
-    metrics = score_predictions(predictions, options=options, taxonomy=taxonomy, read=read, verdicts=verdicts)
-    _add_counts(metrics, Counter(p.dataset for p in predictions if p.failed), quarantined, skipped, taxonomy)
-    metrics["aggregate"]["unmapped"] = unmapped(predictions, taxonomy)
-    how = {"scoring": metrics.pop("scoring")} | ({"judge": judge_record(folder)} if verdicts else {})
-    metrics["provenance"] = provenance_of(folder, predictions, provenance or {}) | how
-    write_json(folder / "metrics.json", metrics)
+        raise InputError(f"no prediction to score: {what}", where=str(opened.predictions_path), fix=fix)
+    metrics = score_predictions(
+        predictions,
+        options=options,
+        taxonomy=opened.taxonomy,
+        read=partial(field_values, predictions=predictions, taxonomy=opened.taxonomy, run=opened, atlas=atlas),
+        verdicts=opened.verdicts,
+        unanswered=_unanswered(opened, None if quarantine is None else Path(quarantine), skipped, atlas),
+    )
+    said = _provenance(opened, metrics.provenance)
+    metrics = replace(metrics, provenance=replace(said, **(provenance or {})))
+    write_json(opened.folder / FILE, metrics.record())
     return metrics
 
 
@@ -104,34 +134,219 @@ def score_predictions(
     taxonomy: Taxonomy = BUILTIN,
     read: Callable[[str], Sequence[str | None]] | None = None,
     verdicts: Verdicts | None = None,
-) -> dict[str, Any]:
-    """metrics.json of `predictions` without provenance and quarantine; "scoring" says how it was made.
+    unanswered: Unanswered | None = None,
+) -> Metrics:
+    """The metrics of `predictions`, whose provenance says no more than how they were computed.
 
     Scores, intervals, chance levels, breakdowns, calibration. `read` gives the values of a row field; without it only
     what the predictions themselves say is used. `verdicts` are those of a judge on the free-form rows, by id.
     """
-    options = options or ScoreOptions()
+    options, unanswered = options or ScoreOptions(), unanswered or Unanswered()
     rows = rows_of(predictions, taxonomy)
-    metrics = score_rows(rows, options.published)
+    found = score_rows(rows, options.published)
     if verdicts:
         rows = judged_rows(rows, predictions, verdicts)
-        add_judged(metrics, predictions, verdicts, taxonomy, published=options.published)
-    clusters = _clusters(predictions, options.cluster, read)
+        add_judged(found, predictions, verdicts, taxonomy, published=options.published)
     how: dict[str, Any] = {"resamples": options.resamples, "seed": options.seed, "published": options.published}
-    intervals = bootstrap(rows, clusters=clusters, **how)
-    _add_statistics(metrics, intervals, chance(rows, seed=options.seed, published=options.published))
-    _add_free_form(metrics, [p for p in predictions if taxonomy.dataset(p.dataset).free_form])
-    slices = _slices(predictions, options.by, taxonomy, read)
-    metrics["aggregate"] |= {
-        "breakdowns": {name: breakdown(rows, values, clusters=clusters, **how) for name, values in slices.items()},
-        "calibration": calibration(predictions),
+    clusters = _clusters(predictions, options.cluster, read)
+    free_form = [p for p in predictions if taxonomy.dataset(p.dataset).free_form]
+    levels = chance(rows, seed=options.seed, published=options.published).datasets
+    levels |= majority_levels([p.target for p in free_form], [p.dataset for p in free_form])
+    datasets = _datasets(predictions, found["datasets"], levels, units_of(rows, clusters), unanswered)
+    tasks = _tasks(taxonomy, found["tasks"], datasets)
+    scored = {key: task for key, task in tasks.items() if task.score is not None}
+    intervals = bootstrap(rows, clusters=clusters, tasks=scored.keys(), **how)
+    parts = {
+        name: breakdown(rows, values, clusters=clusters, failed=[p.failed for p in predictions], **how)
+        for name, values in _slices(predictions, options.by, taxonomy, read).items()
     }
-    metrics["scoring"] = how | {"level": LEVEL, "clusters": _described(predictions, clusters, options.cluster)}
-    return metrics
+    total = _sum(datasets.values(), Aggregate)
+    levels_of_tasks = [task.chance for task in scored.values()]
+    mean = Score(
+        score=mean_of([task.score for task in scored.values()]),
+        ci95=intervals.mean,
+        chance=None if None in levels_of_tasks else mean_of(levels_of_tasks),
+    )
+    aggregate = replace(
+        total,
+        n_asked=unanswered.total,
+        n_quarantined=(total.n_quarantined or 0) + unanswered.quarantined[""],
+        n_quarantined_unassigned=unanswered.quarantined[""],
+        mean=mean if total.failed_share <= MAX_FAILED else Score(),
+        breakdowns=convert(parts, dict[str, Breakdown], "breakdowns"),
+        calibration=convert(calibration(predictions), Calibration | None, "calibration"),  # type: ignore[arg-type]
+        unmapped=convert(unmapped(predictions, taxonomy), dict[str, Unmapped], "unmapped"),
+        free_form=_generation(free_form) if free_form else None,
+        failures=_failures(predictions),
+        figures={key: value for key, value in found["aggregate"].items() if key not in ("mean", "n", "n_invalid")},
+    )
+    return Metrics(
+        tasks={key: replace(task, ci95=intervals.tasks.get(key)) for key, task in tasks.items()},
+        datasets=datasets,
+        aggregate=aggregate,
+        provenance=Provenance(
+            scoring=Scoring(level=LEVEL, clusters=_described(clusters, options.cluster, datasets), **how)
+        ),
+    )
+
+
+def rows_of(predictions: Sequence[Prediction], taxonomy: Taxonomy = BUILTIN) -> Rows:
+    """Predictions as the cells that scores, intervals and comparisons are made of."""
+    answers = [_scored_answer(p, taxonomy) for p in predictions]
+    return encode(answers, [p.target for p in predictions], [p.dataset for p in predictions], taxonomy)
+
+
+def _scored_answer(prediction: Prediction, taxonomy: Taxonomy) -> str | None:
+    """The label of a classification row, the answer of a free-form one; None counts as wrong."""
+    if not taxonomy.dataset(prediction.dataset).free_form:
+        return prediction.label
+    return prediction.answer if (prediction.answer or "").strip() else None
+
+
+# ---------------------------------------------------------------------------------------------------------- counts
+
+
+def _datasets(
+    predictions: Sequence[Prediction],
+    figures: Mapping[str, Mapping[str, Any]],
+    levels: Mapping[str, float | None],
+    units: Mapping[str, float],
+    unanswered: Unanswered,
+) -> dict[str, DatasetScore]:
+    """Every dataset with its figures and what became of its rows, those without a prediction included."""
+    failed = Counter(p.dataset for p in predictions if p.failed)
+    finish: dict[str, Counter[str]] = {}
+    for p in predictions:
+        if p.finish is not None:
+            finish.setdefault(p.dataset, Counter())[p.finish] += 1
+    found = {}
+    without = (*unanswered.quarantined, *unanswered.skipped, *unanswered.asked)
+    for key in dict.fromkeys([*figures, *filter(None, without)]):
+        of = dict(figures.get(key, {}))
+        n, invalid = of.pop("n", 0), of.pop("n_invalid", 0) - failed[key]  # a failed sample gave no answer
+        found[key] = DatasetScore(
+            n=n,
+            n_invalid=invalid,
+            n_failed=failed[key],
+            n_quarantined=unanswered.quarantined[key],
+            n_skipped=unanswered.skipped[key],
+            n_asked=unanswered.asked.get(key, 0) if unanswered.asked else None,
+            finish=dict(sorted(finish.get(key, Counter()).items())),
+            invalid_share=invalid / n if n else None,
+            chance=levels.get(key),
+            n_independent=units.get(key),
+            figures=of,
+        )
+    return found
+
+
+def _tasks(
+    taxonomy: Taxonomy, scores: Mapping[str, Mapping[str, Any]], datasets: Mapping[str, DatasetScore]
+) -> dict[str, TaskScore]:
+    """Every task that has a dataset: its score, or why it has none."""
+    found = {}
+    for task in taxonomy.tasks.values():
+        mine = {key: datasets[key] for key in task.datasets if key in datasets}
+        if mine:
+            counted = _sum(mine.values(), Counts)
+            scored = scores.get(task.key, {})
+            note = _failed_note(mine) or scored.get("note")
+            value = None if note else scored.get("score")
+            levels = [entry.chance for entry in mine.values() if entry.n]
+            found[task.key] = TaskScore(
+                **{name: getattr(counted, name) for name in Counts.__dataclass_fields__},
+                metric=task.metric,
+                name=task.name,
+                datasets=tuple(mine),
+                score=value,
+                chance=None if value is None else mean_of(levels),
+                note=None if value is not None else note or _unscored_note(task, counted),
+            )
+    return found
+
+
+def _failed_note(datasets: Mapping[str, DatasetScore]) -> str | None:
+    """Why the rows that failed leave a task without a score; None if they are few."""
+    over = [key for key, entry in datasets.items() if entry.failed_share > MAX_FAILED]
+    if not over:
+        return None
+    failed, rows = (sum(getattr(datasets[key], name) or 0 for key in over) for name in ("n_failed", "n"))
+    return f"not scored: {'all' if failed == rows else f'{failed:,} of'} {rows:,} rows failed"
+
+
+def _unscored_note(task: Task, counted: Counts) -> str:
+    if counted.n_missing and not counted.n:
+        return f"not scored: none of {counted.n_asked:,} rows was answered"
+    if counted.n_skipped and not counted.n:
+        return SKIPPED_NOTE.format(n_skipped=counted.n_skipped)
+    return JUDGED_NOTE if task.judged else EMPTY_NOTE
+
+
+C = TypeVar("C", bound=Counts)
+
+
+def _sum(entries: Iterable[Counts], kind: type[C]) -> C:
+    """The counts of several datasets together; what one of them does not know is unknown."""
+    entries = list(entries)
+    totals: dict[str, Any] = {}
+    for name in ("n", "n_invalid", "n_failed", "n_quarantined", "n_skipped", "n_asked"):
+        values = [getattr(entry, name) for entry in entries]
+        totals[name] = None if None in values else sum(values)
+    finish: Counter[str] = sum((Counter(entry.finish) for entry in entries), Counter())
+    return kind(**totals, finish=dict(sorted(finish.items())))
+
+
+def _failures(predictions: Sequence[Prediction]) -> tuple[Failure, ...]:
+    errors = Counter(p.error for p in predictions if p.failed and p.error)
+    ranked = sorted(errors.items(), key=lambda entry: (-entry[1], entry[0]))[:SHOWN_FAILURES]
+    return tuple(Failure(error=error, n=n) for error, n in ranked)
+
+
+def _unanswered(run: Run, quarantine: Path | None, skipped: Counter[str], atlas: Path | None) -> Unanswered:
+    """What predict.json and quarantine.jsonl say of the rows that have no prediction."""
+    path = run.folder / QUARANTINE if quarantine is None else quarantine
+    entries = read_quarantine(path, run.taxonomy) if quarantine is not None or path.is_file() else []
+    predicted, splits = {p.id for p in run.predictions}, {p.split for p in run.predictions}
+    mine = [e for e in entries if e.id not in predicted and (e.split is None or e.split in splits)]
+    left_out = Counter(e.dataset or "" for e in _asked_for(run, mine, atlas))
+    return Unanswered(quarantined=left_out, skipped=skipped, asked=run.asked.get("asked") or {}, total=run.num_asked)
+
+
+def _asked_for(run: Run, entries: list[LeftOut], atlas: Path | None) -> list[LeftOut]:
+    """Those of `entries` that were to be predicted: a training in the same folder meets other rows of the split.
+
+    The atlas says which they are. Where it cannot be opened, no dataset has more left out than it has rows unanswered.
+    """
+    if not entries or run.config is None or "data" not in run.asked:
+        return entries
+    place = atlas or Path(str(run.asked["data"].get("path")))
+    if place.is_dir():
+        from hba.evaluate.selection import predicted_rows  # opens the atlas, which scoring needs for nothing else
+
+        try:
+            rows = predicted_rows(run.asked, str(place), str(run.asked.get("split")))
+            ids = {sample.id for sample in rows}
+            return [entry for entry in entries if entry.id in ids]
+        except InputError:
+            pass  # moved, or another atlas by now
+    asked: Mapping[str, int] = run.asked.get("asked") or {}
+    room = Counter(asked) - Counter(p.dataset for p in run.predictions)
+    kept = []
+    for entry in entries:
+        known = entry.dataset in asked
+        if not known or room[entry.dataset or ""] > 0:
+            kept.append(entry)
+            room[entry.dataset or ""] -= known
+    return kept
+
+
+# -------------------------------------------------------------------------------------------------- groups and slices
 
 
 def _clusters(
-    predictions: Sequence[Prediction], cluster: str, read: Callable[[str], Sequence[str | None]] | None
+    predictions: Sequence[Prediction],
+    cluster: str,
+    read: Callable[[str], Sequence[str | None]] | None,
 ) -> Sequence[str | None] | None:
     """The group of each row, None when rows are drawn alone."""
     if cluster == NO_CLUSTERS:
@@ -143,20 +358,17 @@ def _clusters(
 
 
 def _described(
-    predictions: Sequence[Prediction], clusters: Sequence[str | None] | None, cluster: str
-) -> dict[str, Any] | None:
-    """What rows were drawn together by; `few` names datasets whose interval rests on fewer than FEW_GROUPS groups."""
+    clusters: Sequence[str | None] | None, cluster: str, datasets: Mapping[str, DatasetScore]
+) -> Clusters | None:
+    """What rows were drawn together by; `few` names datasets whose interval rests on fewer than SCANT groups."""
     if clusters is None:
         return None
-    drawn: dict[str, set[str]] = {}
-    for number, (prediction, group) in enumerate(zip(predictions, clusters, strict=True)):
-        drawn.setdefault(prediction.dataset, set()).add(str(number) if group is None else f"group {group}")
-    return {
-        "field": "group" if cluster == AUTO_CLUSTERS else cluster,
-        "groups": len({group for group in clusters if group is not None}),
-        "rows": sum(group is not None for group in clusters),
-        "few": sorted(key for key, groups in drawn.items() if len(groups) < FEW_GROUPS),
-    }
+    return Clusters(
+        field="group" if cluster == AUTO_CLUSTERS else cluster,
+        groups=len({group for group in clusters if group is not None}),
+        rows=sum(group is not None for group in clusters),
+        few=tuple(sorted(key for key, entry in datasets.items() if entry.scant)),
+    )
 
 
 def _slices(
@@ -174,106 +386,36 @@ def _slices(
     return found | {field: read(field) for field in by if read is not None}
 
 
-def rows_of(predictions: Sequence[Prediction], taxonomy: Taxonomy = BUILTIN) -> Rows:
-    """Predictions as the cells that scores, intervals and comparisons are made of."""
-    answers = [_scored_answer(p, taxonomy) for p in predictions]
-    return encode(answers, [p.target for p in predictions], [p.dataset for p in predictions], taxonomy)
+def _generation(free_form: Sequence[Prediction]) -> dict[str, float]:
+    """The accuracies of the released generation evaluation."""
+    said = [p.answer if (p.answer or "").strip() else None for p in free_form]
+    columns = ([getattr(p, name) for p in free_form] for name in ("target", "dataset", "task"))
+    return generation_metrics(said, *columns)
 
 
-def _predictions_path(run: Path) -> Path:
-    return run / "predictions.jsonl" if run.is_dir() else run
+# --------------------------------------------------------------------------------------------------------- provenance
 
 
-def _scored_answer(prediction: Prediction, taxonomy: Taxonomy) -> str | None:
-    """The label of a classification row, the answer of a free-form one; None counts as wrong."""
-    if not taxonomy.dataset(prediction.dataset).free_form:
-        return prediction.label
-    return prediction.answer if (prediction.answer or "").strip() else None
-
-
-def _quarantine(path: Path, required: bool, predictions: Sequence[Prediction], taxonomy: Taxonomy) -> Counter[str]:
-    """Quarantined samples per dataset, "" for a dataset that the line does not name.
-
-    Training may have written to the same file: only samples of the predicted splits count. A sample that has a
-    prediction is no longer in quarantine.
-    """
-    found: dict[str, str] = {}
-    if not required and not path.is_file():
-        return Counter()
-    predicted, splits = {p.id for p in predictions}, {p.split for p in predictions}
-    for number, record in read_jsonl(path):
-        sample, dataset, split = record.get("id"), record.get("dataset", ""), record.get("split")
-        if not isinstance(sample, str):
-            fix = "Write the id of the sample that was left out."
-            raise InputError(f"expected str, found {sample!r}", where=f"{path}:{number}, id", fix=fix)
-        if dataset and dataset not in taxonomy.datasets:
-            where = f"{path}:{number}, dataset"
-            raise InputError(f"unknown dataset {dataset!r}", where=where, fix="Use a dataset of the taxonomy.")
-        if sample not in predicted and (split is None or split in splits):
-            found[sample] = dataset
-    return Counter(found.values())
-
-
-def _add_statistics(metrics: dict[str, Any], intervals: Intervals, level: Chance) -> None:
-    for key, task in metrics["tasks"].items():
-        task["ci95"], task["chance"] = _as_list(intervals.tasks.get(key)), level.tasks.get(key)
-    for key, entry in metrics["datasets"].items():
-        entry["chance"] = level.datasets.get(key)
-    metrics["aggregate"]["mean"] |= {"ci95": _as_list(intervals.mean), "chance": level.mean}
-
-
-def _add_free_form(metrics: dict[str, Any], predictions: Sequence[Prediction]) -> None:
-    """What free-form rows say without a judge: exact match beside its majority level, and the released accuracies."""
-    if not predictions:
-        return
-    columns = {name: [getattr(p, name) for p in predictions] for name in ("answer", "target", "dataset", "task")}
-    for key, level in majority_levels(columns["target"], columns["dataset"]).items():
-        metrics["datasets"][key]["chance"] = level
-    scored = [task for task in metrics["tasks"].values() if task["score"] is not None]
-    for task in scored:
-        if task["chance"] is None:
-            task["chance"] = mean_of([metrics["datasets"][key]["chance"] for key in task["datasets"]])
-    metrics["aggregate"]["mean"]["chance"] = mean_of([task["chance"] for task in scored])
-    said = [answer if (answer or "").strip() else None for answer in columns["answer"]]
-    metrics["aggregate"]["free_form"] = generation_metrics(said, columns["target"], columns["dataset"], columns["task"])
-
-
-def _as_list(interval: Iterable[float] | None) -> list[float] | None:
-    return None if interval is None else list(interval)
-
-
-def _add_counts(
-    metrics: dict[str, Any],
-    failed: Counter[str],
-    quarantined: Counter[str],
-    skipped: Counter[str],
-    taxonomy: Taxonomy,
-) -> None:
-    """Add what could not be scored, per dataset, task and in all, and the tasks that have no score."""
-    datasets = metrics["datasets"]
-    for key in filter(None, [*quarantined, *skipped]):
-        datasets.setdefault(key, {"n": 0, "n_invalid": 0, "chance": None})
-    for key, entry in datasets.items():
-        entry |= {"n_failed": failed[key], "n_quarantined": quarantined[key], "n_skipped": skipped[key]}
-        entry["n_invalid"] -= failed[key]  # a failed sample gave no answer that could be invalid
-        entry["invalid_share"] = entry["n_invalid"] / entry["n"] if entry["n"] else None
-    tasks = {}
-    for task in taxonomy.tasks.values():
-        keys = [key for key in task.datasets if key in datasets]
-        if keys:
-            nothing = {"score": None, "metric": task.metric, "ci95": None, "chance": None, "datasets": keys}
-            entry = tasks[task.key] = metrics["tasks"].get(task.key, nothing) | {"datasets": keys}
-            entry |= {
-                name: sum(datasets[key][name] for key in keys)
-                for name in COUNTS
-            }
-            if entry["score"] is None:
-                skips = entry["n_skipped"] and not entry["n"]
-                note = SKIPPED_NOTE.format(**entry) if skips else JUDGED_NOTE if task.judged else EMPTY_NOTE
-                entry.setdefault("note", note)
-    metrics["tasks"] = tasks
-    aggregate = metrics["aggregate"]
-    for name in COUNTS:
-        aggregate[name] = sum(entry[name] for entry in datasets.values())
-    aggregate["n_quarantined"] += quarantined[""]
-    aggregate["n_quarantined_unassigned"] = quarantined[""]
+def _provenance(run: Run, how: Provenance) -> Provenance:
+    """`how` the figures were computed, with what the run's records say of model, backend, seed and data."""
+    model = run.asked.get("model")
+    return replace(
+        how,
+        hba_version=__version__,
+        data_fingerprint=run.fingerprint,
+        data_rows=(run.asked.get("data") or {}).get("rows"),
+        split="+".join(sorted({p.split for p in run.predictions})),
+        asked_split=run.asked.get("split"),
+        selection=run.asked.get("selection"),
+        # A local model by its folder's name: where a run lies must not change its metrics.json.
+        model=Path(model).name if isinstance(model, str) and Path(model).is_dir() else model,
+        backend=run.asked.get("backend"),
+        seed=(run.environment or {}).get("seed"),
+        synthetic=run.data.get("synthetic"),
+        created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        # What was scored, whatever the order of the lines and the time they took.
+        answers_sha256=json_sha256(
+            sorted((p.id, p.dataset, p.target, str(p.label), str(p.answer)) for p in run.predictions)
+        ),
+        judge=run.judge if run.verdicts else None,
+    )

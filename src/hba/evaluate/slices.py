@@ -1,9 +1,9 @@
 """Scores of parts of the data: by modality, by language, and by any field of the rows (fairness).
 
-A slice is scored as if it were all there is, with the tasks' own metrics and bootstrap intervals. `gap` is the distance
-between the best and the worst slice of a task among those with at least MIN_ROWS rows of it; smaller ones are shown,
-and would make a gap of noise. Slices may differ in what is asked of them (datasets, labels), so that a gap is a
-question and not yet an answer.
+A slice is scored as if it were all there is, with the tasks' own metrics and bootstrap intervals; a task of which too
+many rows failed in a slice has no score there. `gap` is the distance between the best and the worst slice of a task
+among those with at least MIN_ROWS rows of it; smaller ones are shown, and would make a gap of noise. Slices may differ
+in what is asked of them (datasets, labels), so that a gap is a question and not yet an answer.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from hba.evaluate.confusion import Rows
-from hba.evaluate.metrics import score_rows
-from hba.evaluate.resample import EXACT_MATCH, Clusters
-from hba.evaluate.stats import bootstrap
+from hba.evaluate.metrics import mean_of, score_rows
+from hba.evaluate.results import MAX_FAILED
+from hba.evaluate.statistics import EXACT_MATCH, Clusters, bootstrap, parts
 
 MIN_ROWS = 20
 UNKNOWN = "(not given)"
@@ -27,59 +27,69 @@ def breakdown(
     rows: Rows,
     values: Sequence[str | None],
     *,
+    failed: Sequence[bool] | None = None,
     clusters: Clusters | None = None,
     resamples: int = 2000,
     seed: int = 0,
     published: bool = False,
 ) -> dict[str, Any]:
-    """{"slices": {value: {n, n_invalid, accuracy, mean, tasks: {key: {score, ci95, n}}}}, "gaps": {task: gap}}.
+    """{"slices": {value: {n, n_invalid, n_failed, accuracy, mean, tasks: {key: {score, ci95, n}}}}, "gaps": {task: x}}.
 
-    `values` [N] gives each row's slice; None is a slice of its own. Scores lie in [0, 1]; accuracy is the share of
-    right rows whatever their task.
+    `values` [N] gives each row's slice; None is a slice of its own. `failed` [N] says which rows ended in an error:
+    they are wrong, and not among the invalid answers. Scores lie in [0, 1]; accuracy is the share of right rows
+    whatever their task. `mean` is over the tasks of the slice that count in the run's own mean.
     """
     found = {}
     named_N = np.array([UNKNOWN if value is None else value for value in values], dtype=object)
+    failed_N = np.zeros(len(rows.cells), dtype=bool) if failed is None else np.array(failed, dtype=bool)
     for name in sorted(set(named_N.tolist())):
         members_M = np.flatnonzero(named_N == name)
         part = replace(rows, cells=rows.cells[members_M])
         groups = None if clusters is None else [clusters[i] for i in members_M.tolist()]
-        found[name] = _slice(part, groups, resamples=resamples, seed=seed, published=published)
+        how: dict[str, Any] = {"clusters": groups, "resamples": resamples, "seed": seed, "published": published}
+        found[name] = _slice(part, failed_N[members_M], **how)
     return {"slices": found, "gaps": _gaps(found)}
 
 
-def _slice(rows: Rows, clusters: Clusters | None, *, resamples: int, seed: int, published: bool) -> dict[str, Any]:
+def _slice(rows: Rows, failed_N: np.ndarray[Any, np.dtype[np.bool_]], *, published: bool, **how: Any) -> dict[str, Any]:
     scored = score_rows(rows, published)
-    intervals = bootstrap(rows, clusters=clusters, resamples=resamples, seed=seed, published=published)
-    tasks = {
-        key: {
-            "score": task["score"],
-            "ci95": _as_list(intervals.tasks.get(key)),
-            "n": task["n"],
-            "metric": task["metric"],
-        }
-        for key, task in scored["tasks"].items()
-    }
+    intervals = bootstrap(rows, published=published, **how)
+    taxonomy, tasks, counted = rows.layout.taxonomy, {}, []
+    over = _over(rows, failed_N, published)
+    for task in taxonomy.tasks.values():
+        keys = [key for key in task.datasets if scored["datasets"].get(key, {}).get("n")]
+        if not keys:
+            continue
+        n = sum(scored["datasets"][key]["n"] for key in keys)
+        metric = task.metric
+        if task.key in scored["tasks"]:
+            score, ci95, counts = scored["tasks"][task.key]["score"], intervals.tasks.get(task.key), True
+        else:
+            # The cells of a judged dataset hold verdicts, and their share of right ones is what `score_rows` counts.
+            counts = all(key in rows.judged for key in keys)
+            metric = metric if counts else EXACT_MATCH
+            score = mean_of([scored["datasets"][key][EXACT_MATCH] for key in keys])
+            alone = intervals.datasets.get(keys[0]) if len(keys) == 1 else None
+            ci95 = intervals.tasks.get(task.key) if counts else alone
+        if any(key in over for key in keys):
+            score = ci95 = None
+        tasks[task.key] = {"score": score, "ci95": ci95 and list(ci95), "n": n, "metric": metric}
+        counted += [score] if counts else []
+    invalid = scored["aggregate"]["n_invalid"] - int(failed_N.sum())
+    few = failed_N.mean() <= MAX_FAILED
     return {
         "n": len(rows.cells),
-        "n_invalid": scored["aggregate"]["n_invalid"],
-        "accuracy": float(rows.right().mean()),
-        "mean": scored["aggregate"]["mean"]["score"],
-        "tasks": tasks | _free_form(rows, scored, intervals.datasets),
+        "n_invalid": invalid,
+        "n_failed": int(failed_N.sum()),
+        "accuracy": float(rows.right().mean()) if few else None,
+        "mean": mean_of(counted) if few else None,
+        "tasks": tasks,
     }
 
 
-def _free_form(rows: Rows, scored: dict[str, Any], intervals: dict[str, Any]) -> dict[str, Any]:
-    """Free-form tasks of one dataset: share of right answers by the judge, or by exact match where none has spoken."""
-    taxonomy = rows.layout.taxonomy
-    found = {}
-    for key, entry in scored["datasets"].items():
-        task = taxonomy.dataset(key).task
-        if key in rows.layout.freeform_code and task and entry["n"]:
-            metric = taxonomy.tasks[task].metric if key in rows.judged else EXACT_MATCH
-            # The cells of a judged dataset hold verdicts, and their share of right ones is what `score_rows` counts.
-            figures = {"score": entry[EXACT_MATCH], "ci95": _as_list(intervals.get(key)), "n": entry["n"]}
-            found[task] = figures | {"metric": metric}
-    return found
+def _over(rows: Rows, failed_N: np.ndarray[Any, np.dtype[np.bool_]], published: bool) -> set[str]:
+    """The datasets of which more than MAX_FAILED of the rows failed."""
+    return {part.key for part in parts(rows, published) if failed_N[part.members_M].mean() > MAX_FAILED}
 
 
 def _gaps(found: dict[str, Any]) -> dict[str, float]:
@@ -89,7 +99,3 @@ def _gaps(found: dict[str, Any]) -> dict[str, float]:
             if task["score"] is not None and task["n"] >= MIN_ROWS:
                 scores.setdefault(key, []).append(task["score"])
     return {key: max(values) - min(values) for key, values in scores.items() if len(values) > 1}
-
-
-def _as_list(ci95: Sequence[float] | None) -> list[float] | None:
-    return None if ci95 is None else list(ci95)

@@ -10,10 +10,11 @@ from starlette.responses import Response
 
 from hba import yaml_core
 from hba.config import flat
+from hba.evaluate.results import parse_metrics
+from hba.evaluate.runs import Event
 from hba.explorer.app import explorer_of, form_of
 from hba.explorer.runs import RunEntry, finite, optional_json, whole_lines
 from hba.report.curves import Curves, curves
-from hba.report.load import Event, parse_metrics
 
 SHOWN_FACTS = (
     *("command", "started_at", "hba_version", "git_commit", "python", "platform", "cpu", "cpu_cores", "gpus", "seed"),
@@ -77,9 +78,7 @@ def side_by_side(request: Request) -> Response:
     explorer = explorer_of(request)
     names = request.query_params.getlist("run")
     chosen = [explorer.runs.get(name) for name in names]
-    configs = [
-        flat(yaml_core.read(run.path / "config.yaml")) if run.has("config.yaml") else {} for run in chosen
-    ]
+    configs = [flat(yaml_core.read(run.path / "config.yaml")) if run.has("config.yaml") else {} for run in chosen]
     rows = []
     for key in sorted({key for config in configs for key in config}):
         values = [yaml_core.dump_inline(config[key]) if key in config else "–" for config in configs]

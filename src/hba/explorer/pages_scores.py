@@ -6,13 +6,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from hba.evaluate.predictions import read_predictions
+from hba.evaluate.results import Metrics
+from hba.evaluate.runs import open_run
 from hba.explorer.app import explorer_of, form_of
 from hba.explorer.query import Form
-from hba.explorer.runs import RunEntry, optional_json
+from hba.explorer.runs import RunEntry
 from hba.report.confusion import Matrix, matrices
-from hba.report.load import Metrics, parse_metrics
 from hba.report.plots import bar
 from hba.report.reliability import reliability
+from hba.report.words import warnings
 from hba.taxonomy import Taxonomy
 
 
@@ -31,14 +33,14 @@ def scores(request: Request) -> Response:
     bars = {key: bar(task, name=key) for key, task in metrics.tasks.items() if task.score is not None}
     return explorer.page(
         request, "scores.html.jinja", "Scores", runs=runs, run=shown, metrics=metrics, bars=bars,
-        matrices=shown_matrices, reliability=plot, zip=zip, link=lambda **values: Form(values).link(),
+        warnings=warnings(metrics), matrices=shown_matrices, reliability=plot, zip=zip,
+        link=lambda **values: Form(values).link(),
     )  # fmt: skip
 
 
 def metrics_of(run: RunEntry) -> Metrics:
     """metrics.json of a run. Raises InputError when it is missing or malformed."""
-    path = run.path / "metrics.json"
-    return parse_metrics(optional_json(path), where=str(path))
+    return open_run(run.path).metrics
 
 
 def _matrices(run: RunEntry, taxonomy: Taxonomy) -> list[Matrix]:
@@ -54,7 +56,7 @@ def _matrices(run: RunEntry, taxonomy: Taxonomy) -> list[Matrix]:
 
 def compare(request: Request) -> Response:
     """Paired differences of run B to run A, and the samples that flipped."""
-    from hba.evaluate.runs import compare_runs
+    from hba.evaluate.compare import compare_runs
 
     explorer, form = explorer_of(request), form_of(request)
     runs = explorer.runs.predicted()

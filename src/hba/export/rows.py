@@ -19,7 +19,7 @@ from hba.storage import atomic_write
 from hba.taxonomy import save_beside
 
 FIELD_OF: dict[Modality, Field] = {"image": "images", "video": "videos", "audio": "audios"}
-FIX = "Convert it to files with `hba atlas convert --to files`."
+FIX = "Convert it to files with `hba atlas convert --to jsonl`."
 
 
 def write_documents(place: str, split: str, out: Path) -> dict[str, int]:

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hba.errors import InputError
-from hba.evaluate.predictions import read_predictions
-from hba.report.load import Metrics, load_metrics
-from hba.report.words import task_name
-from hba.taxonomy import of_folder
+from hba.evaluate.results import Metrics
+from hba.evaluate.runs import open_run
 
 ORIGIN = ("model", "backend", "split", "data_fingerprint", "synthetic", "seed", "hba_version", "answers_sha256")
-TASK_COLUMNS = ("task", "name", "metric", "score", "low", "high", "chance", "n", "n_invalid", "n_quarantined")
+TASK_COLUMNS = (
+    *("task", "name", "metric", "score", "low", "high", "chance"),
+    *("n", "n_asked", "n_invalid", "n_failed", "n_quarantined"),
+)
 PREDICTION_COLUMNS = ("id", "dataset", "target", "answer", "label", "error", "modality", "group")
 
 
@@ -29,14 +30,12 @@ class Table(NamedTuple):
 
 def tables_of(run: Path, *, predictions: bool = False) -> dict[str, Table]:
     """The tables of a scored run folder by name. Raises InputError for an unscored or malformed one."""
-    taxonomy = of_folder(run)
-    metrics = load_metrics(run / "metrics.json", taxonomy)
+    opened = open_run(run)
+    metrics = opened.metrics
     found = {"tasks": _tasks(metrics), "datasets": _datasets(metrics)}
     if predictions:
-        rows = read_predictions(run / "predictions.jsonl", taxonomy)
-        found["predictions"] = Table(
-            PREDICTION_COLUMNS, [tuple(getattr(p, n) for n in PREDICTION_COLUMNS) for p in rows]
-        )
+        rows = [tuple(getattr(p, name) for name in PREDICTION_COLUMNS) for p in opened.predictions]
+        found["predictions"] = Table(PREDICTION_COLUMNS, rows)
     return found
 
 
@@ -46,12 +45,12 @@ def log_tables(run: Path, *, project: str, offline: bool = False, predictions: b
     Raises InputError when wandb is not installed.
     """
     tables = tables_of(run, predictions=predictions)
-    metrics = load_metrics(run / "metrics.json", of_folder(run))
+    provenance = open_run(run).metrics.provenance
     try:
         import wandb
     except ImportError:
         raise InputError("wandb is not installed", fix="pip install 'human-behavior-atlas[wandb]'") from None
-    config = {name: metrics.provenance.get(name) for name in ORIGIN}
+    config = {name: getattr(provenance, name) for name in ORIGIN}
     board = wandb.init(
         project=project, name=run.resolve().name, config=config, mode="offline" if offline else None, dir=str(run)
     )
@@ -68,10 +67,11 @@ def _tasks(metrics: Metrics) -> Table:
     rows: list[tuple[Any, ...]] = []
     for key, task in metrics.tasks.items():
         low, high = task.ci95 or (None, None)
-        counts = (task.n, task.n_invalid, task.n_quarantined)
-        rows.append((key, task_name(key), task.metric, task.score, low, high, task.chance, *counts))
+        counts = (task.n, task.n_asked, task.n_invalid, task.n_failed, task.n_quarantined)
+        rows.append((key, task.title, task.metric, task.score, low, high, task.chance, *counts))
     low, high = metrics.mean.ci95 or (None, None)
-    totals = (metrics.counts.get(name) for name in ("n", "n_invalid", "n_quarantined"))
+    total = metrics.aggregate
+    totals = (total.n, total.n_asked, total.n_invalid, total.n_failed, total.n_quarantined)
     rows.append(("mean", "mean over tasks", "mean", metrics.mean.score, low, high, None, *totals))
     return Table(TASK_COLUMNS, rows)
 
@@ -79,7 +79,7 @@ def _tasks(metrics: Metrics) -> Table:
 def _datasets(metrics: Metrics) -> Table:
     rows = [
         (key, name, value)
-        for key, entry in metrics.datasets.items()
+        for key, entry in metrics.record()["datasets"].items()
         for name, value in entry.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool)
     ]

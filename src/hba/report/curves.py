@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from hba.report.load import Event, TaskScore
+from hba.evaluate.results import TaskScore
+from hba.evaluate.runs import Event
 from hba.report.plots import SMALL_UNIT_AXIS, UNIT_AXIS, Axis, Points, Series, line_chart, nice_axis, smooth
 from hba.taxonomy import TASKS
 

@@ -14,25 +14,25 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from hba.atlas.hub_id import hub_id_of
+from hba.evaluate.results import Metrics
+from hba.evaluate.runs import Run
+from hba.report import words
 from hba.report.html import environment
-from hba.report.load import Metrics, Run
-from hba.report.words import metric_name, task_name
+from hba.report.words import metric_name
 
 ATLAS = "Human Behavior Atlas"
 SYNTHETIC = "Human Behavior Atlas mini-atlas (synthetic)"
 
 
-def model_card(
-    run: Run, *, place: str, base_model: str, license_id: str, card: Mapping[str, Any], predict: Mapping[str, Any]
-) -> str:
+def model_card(run: Run, *, place: str, base_model: str, license_id: str, card: Mapping[str, Any]) -> str:
     """README.md for the model of `run`, as the hub reads it.
 
     `place` is the model's id on the hub or its folder's name, `license_id` an identifier of the hub such as apache-2.0,
-    `card` the checkpoint's hba.json, `predict` the run's predict.json (empty without one).
+    `card` the checkpoint's hba.json.
     """
-    name, scope = place.rpartition("/")[2], scored_rows(run.metrics, predict)
+    name, scope = place.rpartition("/")[2], run.metrics.provenance.scope
     data = (run.environment or {}).get("data") or {}
-    synthetic = bool(data.get("synthetic") or run.metrics.provenance.get("synthetic"))
+    synthetic = bool(data.get("synthetic") or run.metrics.provenance.synthetic)
     source = hub_id_of(str(data.get("path", "")))
     metadata = ModelCardData(
         base_model=base_model if public_name(base_model) == base_model else None,
@@ -54,6 +54,7 @@ def model_card(
             license_id=license_id,
             card=card,
             metrics=run.metrics,
+            warnings=words.warnings(run.metrics),
             data={**data, "path": public_name(str(data.get("path", "unknown")))},
             synthetic=synthetic,
             environment=run.environment or {},
@@ -64,31 +65,16 @@ def model_card(
     return f"---\n{metadata.to_yaml()}\n---\n\n{body}"
 
 
-def scored_rows(metrics: Metrics, predict: Mapping[str, Any]) -> str:
-    """The split, and what of it was predicted where that is not all: a pilot must not pass for a result."""
-    split = str(predict.get("split") or metrics.provenance.get("split"))
-    selection = predict.get("selection") or {}
-    named = {
-        "datasets": "only {}",
-        "per_dataset": "at most {} rows of each dataset",
-        "limit": "the first {} rows",
-        "channels": "media given: {}",
-    }
-    given = {key: selection.get(key) for key in named if selection.get(key) is not None}
-    shown = {key: ", ".join(value) if isinstance(value, list) else value for key, value in given.items()}
-    return "; ".join([split, *(named[key].format(value) for key, value in shown.items())])
-
-
 def evaluations(metrics: Metrics, *, dataset: str | None, scope: str) -> list[EvalResult]:
     """The scores of metrics.json as entries of a model-index; tasks without a score have none.
 
-    `dataset` is the hub id of the atlas, None for one that is not on the hub; `scope` is what `scored_rows` says.
+    `dataset` is the hub id of the atlas, None for one that is not on the hub; `scope` is what `Provenance.scope` says.
     """
-    synthetic = bool(metrics.provenance.get("synthetic"))
+    synthetic = bool(metrics.provenance.synthetic)
     return [
         EvalResult(
             task_type="other",
-            task_name=f"{key}, {task_name(key)}".removesuffix(", "),
+            task_name=f"{key}, {task.title}".removesuffix(", "),
             dataset_type=dataset or "human_behavior_atlas",
             dataset_name=f"{SYNTHETIC if synthetic else ATLAS}: {', '.join(task.datasets)}",
             dataset_config=key,  # entries of the same dataset and configuration would be taken for one

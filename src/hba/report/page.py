@@ -15,6 +15,9 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from hba.evaluate.leaderboard import not_comparable
+from hba.evaluate.results import Metrics
+from hba.evaluate.runs import PREDICTIONS, Run, open_run
 from hba.published import published_table
 from hba.report import words
 from hba.report.confusion import matrices
@@ -22,11 +25,11 @@ from hba.report.curves import curves
 from hba.report.embed import Budget
 from hba.report.html import environment, style
 from hba.report.judged import judged_answers
-from hba.report.load import Metrics, Run, load_run
 from hba.report.plots import Reference, bar
 from hba.report.reliability import reliability
 from hba.report.rl import RlPart, rl_page, rl_part
 from hba.report.samples import choose, gather
+from hba.report.stages import read_stages
 from hba.storage import atomic_write
 from hba.taxonomy import BUILTIN, Taxonomy, of_folder
 
@@ -51,18 +54,25 @@ class Verdict:
     num_samples: int
     num_quarantined: int
     num_invalid: int
+    num_failed: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """Published figures for the tasks of a run: `rows` maps a model to its score by task, in [0, 1]."""
+    """Published figures for the tasks of a run: `rows` maps a model to its score by task, in [0, 1].
+
+    `apart` says why they cannot be compared with the run's; empty where they can.
+    """
 
     source: str
     tasks: tuple[str, ...]
     rows: Mapping[str, Mapping[str, float]]
+    apart: tuple[str, ...] = ()
 
     def references(self, task: str) -> list[Reference]:
-        """The published figures of one task."""
+        """The published figures of one task; none where they say nothing beside it."""
+        if self.apart:
+            return []
         return [Reference(model, scores[task]) for model, scores in self.rows.items() if task in scores]
 
 
@@ -81,7 +91,7 @@ def write_report(
     if part is not None and not (run / "metrics.json").is_file():
         html = rl_page(run, part)
     else:
-        html = render(load_run(run, taxonomy), atlas_root, taxonomy, rl=part)
+        html = render(open_run(run, taxonomy), atlas_root, taxonomy, rl=part)
     path = out if out is not None else run / "report.html"
     with atomic_write(path) as handle:
         handle.write(html)
@@ -90,30 +100,32 @@ def write_report(
 
 def render(run: Run, atlas_root: Path | None = None, taxonomy: Taxonomy = BUILTIN, *, rl: RlPart | None = None) -> str:
     """The page of a run as text, with the RL part of its folder if it has one; see `write_report`."""
-    predictions = run.predictions
+    predictions = run.predictions if run.has(PREDICTIONS) else None
     recorded = Path(run.atlas_path) if run.atlas_path else None
     samples = confused = None
     if predictions is not None:
         confused = matrices(predictions, taxonomy)
         root, required = (atlas_root, True) if atlas_root is not None else (recorded, False)
         samples = gather(choose(predictions, taxonomy), root, required=required, budget=Budget(), taxonomy=taxonomy)
-    published = None if run.synthetic is not False else published_results(run.metrics)
+    metrics = run.metrics
+    published = None if run.synthetic is not False else published_results(metrics)
     return (
         environment()
         .get_template("page.html.jinja")
         .render(
             style=style("style.css"),
             run=run,
-            metrics=run.metrics,
+            metrics=metrics,
             verdict=verdict(run),
+            warnings=words.warnings(metrics),
             bars=_bars(run, published),
             published=published,
-            dataset_figures=[name for name in DATASET_FIGURES if any(name in d for d in run.metrics.datasets.values())],
+            dataset_figures=[n for n in DATASET_FIGURES if any(n in d.figures for d in metrics.datasets.values())],
             confused=confused,
-            reliability=reliability(run.metrics.calibration.all) if run.metrics.calibration else None,
-            curves=curves(run.events, run.metrics.tasks) if run.events else None,
+            reliability=reliability(metrics.calibration.all) if metrics.calibration else None,
+            curves=curves(run.events, metrics.tasks) if run.events else None,
             samples=samples,
-            stages=run.stages,
+            stages=read_stages(run.folder),
             rl=rl,
             judged=judged_answers(predictions, run.judgements) if predictions and run.judgements else None,
             quarantine=(run.quarantine or ())[:MAX_QUARANTINE_ROWS],
@@ -127,7 +139,7 @@ def render(run: Run, atlas_root: Path | None = None, taxonomy: Taxonomy = BUILTI
 def _bars(run: Run, published: Published | None) -> dict[str, Markup]:
     """The chart of every task with a score."""
     return {
-        key: bar(task, name=f"{key} {words.task_name(key)}", references=published.references(key) if published else ())
+        key: bar(task, name=f"{key} {task.title}", references=published.references(key) if published else ())
         for key, task in run.metrics.tasks.items()
         if task.score is not None
     }
@@ -135,16 +147,17 @@ def _bars(run: Run, published: Published | None) -> dict[str, Markup]:
 
 def verdict(run: Run) -> Verdict:
     """The counts of the headline, from metrics.json; the quarantine file where metrics.json gives no count."""
-    tasks, counts = run.metrics.tasks.values(), run.metrics.counts
+    tasks, counts = run.metrics.tasks.values(), run.metrics.aggregate
     compared = [task.above_chance for task in tasks if task.above_chance is not None]
     return Verdict(
         num_tasks=len(tasks),
         num_scored=sum(task.score is not None for task in tasks),
         num_compared=len(compared),
         num_above=sum(compared),
-        num_samples=counts.get("n", sum(task.n for task in tasks)),
-        num_quarantined=counts.get("n_quarantined", len(run.quarantine or ())),
-        num_invalid=counts.get("n_invalid", sum(task.n_invalid or 0 for task in tasks)),
+        num_samples=counts.n or sum(task.n for task in tasks),
+        num_quarantined=len(run.quarantine or ()) if counts.n_quarantined is None else counts.n_quarantined,
+        num_invalid=sum(task.n_invalid or 0 for task in tasks) if counts.n_invalid is None else counts.n_invalid,
+        num_failed=sum(task.n_failed or 0 for task in tasks) if counts.n_failed is None else counts.n_failed,
     )
 
 
@@ -154,28 +167,28 @@ def published_results(metrics: Metrics) -> Published:
     columns = table["columns"]
     rows = {name: dict(zip(columns, row, strict=True)) for name, row in table.items() if name != "columns"}
     tasks = tuple(key for key in metrics.tasks if key in columns)
-    return Published(source=PUBLISHED_SOURCE, tasks=tasks, rows=rows)
+    return Published(source=PUBLISHED_SOURCE, tasks=tasks, rows=rows, apart=tuple(not_comparable(metrics, tasks)))
 
 
 def facts(run: Run) -> list[tuple[str, str]]:
     """What made the run, as (name, value) pairs; what is not recorded is left out."""
     said, environment = run.metrics.provenance, run.environment or {}
-    judge = said.get("judge") or {}
+    judge = said.judge or {}
     pairs = [
-        ("Command", said.get("command") or environment.get("command")),
-        ("Model", said.get("model")),
+        ("Command", said.command or environment.get("command")),
+        ("Model", said.model),
         ("Judge", judge.get("model")),
-        ("Split", said.get("split")),
-        ("Seed", said.get("seed") if said.get("seed") is not None else environment.get("seed")),
+        ("Split", said.scope if said.asked_split or said.split else None),
+        ("Seed", said.seed if said.seed is not None else environment.get("seed")),
         ("Data", run.atlas_path),
-        ("Data fingerprint", said.get("data_fingerprint") or run.data_fingerprint),
-        ("hba", said.get("hba_version") or environment.get("hba_version")),
+        ("Data fingerprint", said.data_fingerprint or run.fingerprint),
+        ("hba", said.hba_version or environment.get("hba_version")),
         ("Git commit", environment.get("git_commit")),
         ("Python", environment.get("python")),
         ("Platform", environment.get("platform")),
         ("CPU", environment.get("cpu")),
         ("GPUs", ", ".join(map(str, environment.get("gpus") or ())) or None),
         ("Started", environment.get("started_at")),
-        ("Scored", said.get("created_at")),
+        ("Scored", said.created_at),
     ]
     return [(name, str(value)) for name, value in pairs if value not in (None, "")]

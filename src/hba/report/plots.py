@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 from markupsafe import Markup
 
-from hba.report.load import TaskScore
+from hba.evaluate.results import TaskScore
 
 MAX_POINTS = 400  # more do not show at the width of a page, and would make it heavy
 Points = Sequence[tuple[float, float]]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
-from hba.report.load import Calibrated
+from hba.evaluate.results import Calibrated
 
 HEIGHT, TOP, BOTTOM = 230, 8, 204
 TICKS = (0.0, 0.25, 0.5, 0.75, 1.0)

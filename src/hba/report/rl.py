@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from hba.evaluate.statistics import mean_interval
 from hba.report.curves import Chart
 from hba.report.html import environment, style
 from hba.report.plots import Points, Series, line_chart, nice_axis
@@ -135,18 +136,15 @@ def changes_table(found: Mapping[str, Sequence[Change]]) -> Table:
 
 
 def _change(name: str, before_N: Any, after_N: Any, draws: int) -> Change:
-    rng = np.random.default_rng(0)
     difference_N = after_N - before_N
-    drawn = rng.multinomial(len(difference_N), [1 / len(difference_N)] * len(difference_N), RESAMPLES)
-    means = drawn @ difference_N / len(difference_N)
-    low, high = np.quantile(means, [0.025, 0.975])
+    low, high = mean_interval(difference_N, resamples=RESAMPLES)
     return Change(
         name=name,
         before=float(before_N.mean()),
         after=float(after_N.mean()),
         difference=float(difference_N.mean()),
-        low=float(low),
-        high=float(high),
+        low=low,
+        high=high,
         n=len(difference_N),
         draws=draws,
     )

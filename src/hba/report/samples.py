@@ -54,11 +54,15 @@ class Card:
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """Predictions to show. `ranked` is False when they carry no probabilities and stand in the order of their ids."""
+    """Predictions to show. `ranked` is False when they carry no probabilities and stand in the order of their ids.
+
+    `num_answered` labelled rows did not fail.
+    """
 
     worst: tuple[Prediction, ...]
     best: tuple[Prediction, ...]
     ranked: bool
+    num_answered: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +72,7 @@ class Samples:
     worst: tuple[Card, ...]
     best: tuple[Card, ...]
     ranked: bool
+    num_answered: int
     note: str
 
 
@@ -83,6 +88,7 @@ def choose(predictions: Sequence[Prediction], taxonomy: Taxonomy = BUILTIN, num_
         worst=spread(sorted(wrong, key=lambda p: (surety[p.id], p.id)), num_each),
         best=spread(sorted(right, key=lambda p: (-surety[p.id], p.id)), num_each),
         ranked=bool(ranked),
+        num_answered=len(labelled),
     )
 
 
@@ -124,6 +130,7 @@ def gather(
         worst=tuple(cards[p.id] for p in chosen.worst),
         best=tuple(cards[p.id] for p in chosen.best),
         ranked=chosen.ranked,
+        num_answered=chosen.num_answered,
         note=note,
     )
 

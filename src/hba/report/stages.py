@@ -17,12 +17,12 @@ from rich.text import Text
 
 from hba.errors import InputError
 from hba.evaluate.compare import Difference
-from hba.evaluate.resample import EXACT_MATCH
+from hba.evaluate.statistics import EXACT_MATCH
 from hba.report.words import DASH, count, figure, interval, metric_name
 from hba.storage import read_json, write_json
 
 if TYPE_CHECKING:
-    from hba.evaluate.runs import Comparison
+    from hba.evaluate.compare import Comparison
 
 FILE = "stages.json"
 LEVEL = 0.05

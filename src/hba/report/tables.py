@@ -1,4 +1,4 @@
-"""A table in words, as LaTeX (booktabs) or Markdown: what a file is written in goes by its suffix.
+"""A table in words, as LaTeX (booktabs) or Markdown, or for the terminal: what a file is written in goes by its suffix.
 
 Every text comes from data (names of runs, tasks, models) and is escaped here and nowhere else. A cell may be bold; the
 last row may be a summary, which stands below a rule. Notes stay with the table, so that a figure that is quoted or
@@ -11,6 +11,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
 
 from hba.errors import InputError, nearest
 from hba.report.words import DASH
@@ -36,7 +40,10 @@ class Cell(NamedTuple):
 
 
 class TextTable(NamedTuple):
-    """`left` columns are of words and stand on the left, the others are of figures."""
+    """`left` columns are of words and stand on the left, the others are of figures.
+
+    `warnings` stand with the notes in a file, and alone in the terminal, whose reader has the documentation.
+    """
 
     caption: str
     head: Sequence[str]
@@ -44,6 +51,7 @@ class TextTable(NamedTuple):
     summary: Sequence[Cell] | None = None
     notes: Sequence[str] = ()
     left: int = 1
+    warnings: Sequence[str] = ()
 
 
 def writer_of(path: Path, writers: Mapping[str, W]) -> W:
@@ -66,7 +74,7 @@ def to_markdown(table: TextTable) -> str:
     rule = "|" + "---|" * table.left + "---:|" * (len(table.head) - table.left)
     rows = [*table.rows, *([table.summary] if table.summary else [])]
     lines = [_markdown(table.caption), "", _markdown_row(map(Cell, table.head)), rule, *map(_markdown_row, rows)]
-    notes = [f"- {_markdown(note)}" for note in table.notes]
+    notes = [f"- {_markdown(note)}" for note in (*table.notes, *table.warnings)]
     return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
 
 
@@ -77,11 +85,31 @@ def to_latex(table: TextTable) -> str:
     lines += [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", _tex_row(map(Cell, table.head)), r"\midrule"]
     lines += map(_tex_row, table.rows)
     lines += [r"\midrule", _tex_row(table.summary)] if table.summary else []
-    notes = [rf"\par\smallskip\footnotesize {_tex(note)}" for note in table.notes]
+    notes = [rf"\par\smallskip\footnotesize {_tex(note)}" for note in (*table.notes, *table.warnings)]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", *notes, r"\end{table}"]) + "\n"
 
 
 WRITERS: Mapping[str, Callable[[TextTable], str]] = {".md": to_markdown, ".tex": to_latex}
+
+
+def to_terminal(table: TextTable) -> Table:
+    """For the terminal; a bold difference is green or red."""
+    made = Table(title=Text(table.caption), title_justify="left", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    made.add_column(table.head[0], overflow="fold")
+    for head in table.head[1:]:
+        made.add_column(head, justify="right", no_wrap=True)
+    for row in table.rows:
+        made.add_row(*_texts(row))
+    if table.summary:
+        made.add_section()
+        name, *cells = _texts(table.summary)
+        made.add_row(Text(name.plain, style="bold"), *cells)
+    made.caption, made.caption_justify = Text("\n".join(table.warnings)) if table.warnings else None, "left"
+    return made
+
+
+def _texts(cells: Sequence[Cell]) -> list[Text]:
+    return [Text(text, style=("green" if text.startswith("+") else "red") if bold else "") for text, bold in cells]
 
 
 def _markdown(text: str) -> str:

@@ -6,14 +6,11 @@ A missing figure is a dash, never a zero.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
 
-from hba.taxonomy import TASKS
-
-if TYPE_CHECKING:
-    from hba.report.load import TaskScore
+from hba.evaluate.results import MAX_FAILED, Counts, Metrics, Provenance, TaskScore
 
 DASH = "–"
+MAX_NAMED = 5
 METRIC_NAMES = {
     "binary_weighted_f1": "weighted F1, 2 classes",
     "mean_weighted_accuracy": "mean weighted accuracy",
@@ -49,23 +46,59 @@ def metric_name(metric: str) -> str:
     return METRIC_NAMES.get(metric, metric.replace("_", " "))
 
 
-def task_name(key: str) -> str:
-    """The task's name in the taxonomy, empty for a task of the user's own."""
-    return TASKS[key].name if key in TASKS else ""
-
-
-def clusters(provenance: Mapping[str, Any]) -> str:
+def clusters(provenance: Provenance) -> str:
     """What the intervals took for independent."""
-    scoring = provenance.get("scoring")
-    if not isinstance(scoring, dict) or "clusters" not in scoring:
+    if provenance.scoring is None:
         return "intervals as recorded"
-    drawn = scoring["clusters"]
+    drawn = provenance.scoring.clusters
     if drawn is None:
         return "rows drawn alone"
-    few = f"; few groups in {', '.join(drawn['few'])}" if drawn["few"] else ""
-    return f"rows of one {drawn['field']} drawn together ({plural(drawn['groups'], 'group')}{few})"
+    few = f"; few groups in {', '.join(drawn.few)}" if drawn.few else ""
+    return f"rows of one {drawn.field} drawn together ({plural(drawn.groups, 'group')}{few})"
 
 
 def not_scored(task: TaskScore) -> str:
     """Why a task has no score."""
     return task.note or "not scored"
+
+
+def answered(counts: Counts) -> str:
+    """The number of rows, with how many were asked for where some are missing: '337/1,012'."""
+    return f"{counts.n:,}/{counts.n_asked:,}" if counts.n_missing else count(counts.n)
+
+
+def endings(counts: Counts) -> str:
+    """'12 cut off, 3 filtered', empty where answers ended by themselves, or nobody knows."""
+    found = [f"{counts.n_cut:,} cut off"] if counts.n_cut else []
+    return ", ".join([*found, *([f"{counts.n_filtered:,} filtered"] if counts.n_filtered else [])])
+
+
+def warnings(metrics: Metrics) -> list[str]:
+    """What a reader must know before any figure: rows that are missing or failed, intervals that rest on too little."""
+    total, found = metrics.aggregate, []
+    if total.n_missing:
+        found.append(f"Only {total.rows} were answered: these are the scores of a part.")
+    if total.n_failed:
+        reason = f", most often: {shortened(total.failures[0].error)}" if total.failures else ""
+        every = total.n_failed == total.n
+        failed = f"All {total.n:,} rows failed" if every else f"{plural(total.n_failed, 'row')} failed"
+        effect = "; the run has no score" if total.failed_share > MAX_FAILED else "; failed rows count as wrong"
+        found.append(f"{failed}{reason}{effect}. Ask again: hba predict --retry-failed.")
+    if endings(total):
+        found.append(f"Answers that did not end by themselves: {endings(total)}.")
+    if metrics.scant:
+        found.append(scant({key: metrics.datasets[key].n_independent or 0 for key in metrics.scant}))
+    return found
+
+
+def scant(independent: Mapping[str, float]) -> str:
+    """A warning that names what rests on so few independent rows, or groups, and on how many."""
+    shown = [f"{key} ({number:.3g})" for key, number in independent.items()]
+    more = f" and {len(shown) - MAX_NAMED} more" if len(shown) > MAX_NAMED else ""
+    return f"Too few independent rows for an interval to be trusted: {', '.join(shown[:MAX_NAMED])}{more}."
+
+
+def shortened(text: str, longest: int = 120) -> str:
+    """The first line of a text, cut to `longest` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= longest else line[: longest - 1] + "…"

@@ -17,9 +17,9 @@ from typing import Any, TypeAlias
 
 from hba.atlas import Atlas, open_atlas
 from hba.errors import InputError, nearest
+from hba.evaluate.compare import compare_runs
 from hba.evaluate.config import PredictConfig
 from hba.evaluate.predict import predict_run
-from hba.evaluate.runs import compare_runs
 from hba.evaluate.score import score_run
 from hba.evaluate.selection import Selection
 from hba.evaluate.tally import Tally
@@ -163,16 +163,16 @@ def _tested(folder: Path, key: str, config: SftConfig, progress: ShowProgress) -
         run = folder / start
         with progress(f"predict {key}, {start}") as show:
             predict_run(str(run), run, atlas=config.atlas, split="test", config=settings, progress=show, selection=only)
-        ((name, found),) = ((k, task) for k, task in score_run(run)["tasks"].items() if task["score"] is not None)
-        scores[start] = Scored(score=found["score"], ci95=found["ci95"] and tuple(found["ci95"]))
+        ((name, found),) = ((k, task) for k, task in score_run(run).tasks.items() if task.score is not None)
+        scores[start] = Scored(score=found.score, ci95=found.ci95)
     compared = compare_runs(folder / "direct", folder / "pretrained").paired.tasks[name]
     published = published_table("hba_transfer").get(PUBLISHED_ROWS.get(key, ""))
     return Transfer(
         dataset=key,
         task=name,
-        metric=found["metric"],
+        metric=found.metric,
         epochs=LONGER_EPOCHS.get(key, 1),
-        n=found["n"],
+        n=found.n,
         **scores,
         difference=Scored(score=compared.difference, ci95=compared.ci95),
         p_value=compared.p_value,

@@ -20,6 +20,7 @@ import soundfile
 
 from hba.errors import InputError
 from hba.report import write_report
+from hba.taxonomy import TASKS
 
 VOID = {"meta", "img", "br"}
 CHROMIUM = next(
@@ -160,6 +161,13 @@ def test_the_same_run_gives_the_same_page(built, tmp_path: Path) -> None:
 
 def test_real_data_stand_beside_published_results_that_are_marked_so(tmp_path: Path, build_run) -> None:
     run = build_run(tmp_path, synthetic=False, media=False).run
+    path = run / "metrics.json"
+    metrics = json.loads(path.read_text())
+    # As if the run had been asked for the whole test split of the release.
+    metrics["provenance"] |= {"asked_split": "test", "data_rows": 18204}
+    for key, task in metrics["tasks"].items():
+        task["datasets"] = TASKS[key].datasets
+    path.write_text(json.dumps(metrics))
     page = Page(write_report(run).read_text(encoding="utf-8"))
     words = page.words()
     assert "Synthetic data." not in words
@@ -167,6 +175,18 @@ def test_real_data_stand_beside_published_results_that_are_marked_so(tmp_path: P
     assert "OmniSapiens-7B BAM (published)" in words
     assert len([c for c in page.all("circle") if c.get("class") == "published"]) == 7 * 6 + 1
     assert not page.all("audio")
+
+
+def test_published_results_of_other_rows_stand_apart_and_say_why(tmp_path: Path, build_run) -> None:
+    run = build_run(tmp_path, synthetic=False, media=False).run
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    words = page.words()
+    assert "Published results apart from this run" in words and "OmniSapiens-7B BAM (published)" in words
+    assert "Not to be compared with this run: does not say how many rows it was asked for (published: 18,204)" in words
+    assert "other datasets in SEN, EMO, DEP" in words
+    assert not [c for c in page.all("circle") if c.get("class") == "published"]
+    table = (run / "report.html").read_text().partition("Published results apart")[2].partition("</table>")[0]
+    assert "<b>" not in table
 
 
 def test_what_is_missing_is_named(built, tmp_path: Path) -> None:

@@ -42,4 +42,3 @@ def by_dataset(verdicts: Mapping[str, Sequence[Verdict]], *, published: bool = F
         if unknown:
             found[key][f"{METRIC}_bounds"] = list(bounds(values) or ())
     return found
-

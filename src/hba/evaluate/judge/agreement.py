@@ -18,11 +18,11 @@ import numpy.typing as npt
 from hba.errors import InputError
 from hba.evaluate.judge.items import Item
 from hba.evaluate.judge.judgements import FILE, read_judgements
+from hba.evaluate.statistics import Interval, interval
 from hba.storage import read_jsonl
 from hba.taxonomy import BUILTIN
 
 CANARIES = Path(__file__).with_name("canaries.jsonl")
-LEVEL = 0.95
 SHOWN = 20
 Floats = npt.NDArray[np.float64]
 
@@ -57,8 +57,8 @@ def agreement(
     if known:
         draws_R4 = np.random.default_rng(seed).multinomial(len(known), counts_4 / len(known), size=resamples)
         found["accuracy"] = found["n_agree"] / len(known)
-        found["accuracy_ci95"] = _interval((draws_R4[:, 0] + draws_R4[:, 3]) / len(known))
-        found["kappa_ci95"] = _interval(_kappas(draws_R4.astype(float)))
+        found["accuracy_ci95"] = _listed(interval((draws_R4[:, 0] + draws_R4[:, 3]) / len(known)))
+        found["kappa_ci95"] = _listed(interval(_kappas(draws_R4.astype(float))))
     return found | {"disagreements": [key for key, a, b in known if a is not b]}
 
 
@@ -73,9 +73,8 @@ def _kappas(counts_R4: Floats) -> Floats:
     return values
 
 
-def _interval(values_R: Floats) -> list[float] | None:
-    known = values_R[~np.isnan(values_R)]
-    return None if not known.size else np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
+def _listed(ci95: Interval | None) -> list[float] | None:
+    return None if ci95 is None else list(ci95)
 
 
 def read_labels(path: Path) -> dict[str, bool | None]:
@@ -121,4 +120,3 @@ def _text(record: Mapping[str, Any], name: str, where: str) -> str:
     if not isinstance(value, str) or not value:
         raise InputError(f"expected a text, found {value!r}", where=f"{where}, {name}", fix="Write one.")
     return value
-

@@ -14,6 +14,7 @@ import numpy as np
 
 from hba.embedding import MINILM, Embedder
 from hba.evaluate.judge.items import answered, free_form
+from hba.evaluate.statistics import mean_interval
 from hba.storage import write_json
 
 METRIC = "embedding_similarity"
@@ -37,12 +38,11 @@ def judge_offline(run: Path, *, out: Path | None = None, embedder: str = MINILM,
     datasets = {}
     for key in dict.fromkeys(p.dataset for p in predictions):
         values_M = np.array([rows[p.id] for p in predictions if p.dataset == key])
-        drawn_RM = np.random.default_rng(seed).choice(values_M, (RESAMPLES, len(values_M)))
         datasets[key] = {
             "n": len(values_M),
             "n_empty": sum(p.dataset == key and not answered(p) for p in predictions),
             METRIC: float(values_M.mean()),
-            "ci95": np.quantile(drawn_RM.mean(1), [0.025, 0.975]).tolist(),
+            "ci95": list(mean_interval(values_M, resamples=RESAMPLES, seed=seed)),
         }
     found = {"metric": METRIC, "note": NOTE, "encoder": embedder, "datasets": datasets, "rows": rows}
     write_json((out or run) / FILE, found)

@@ -16,10 +16,9 @@ from hba.errors import InputError
 from hba.evaluate.confusion import RIGHT, WRONG, Rows
 from hba.evaluate.judge.accuracy import METRIC, Verdict, by_dataset
 from hba.evaluate.judge.items import answer_sha256, answered
-from hba.evaluate.judge.judgements import FILE, SETTINGS, read_judgements
+from hba.evaluate.judge.judgements import FILE, read_judgements
 from hba.evaluate.metrics import mean_of
 from hba.evaluate.predictions import Prediction
-from hba.storage import read_json
 from hba.taxonomy import Taxonomy
 
 Verdicts = Mapping[str, Verdict]
@@ -51,15 +50,12 @@ def read_verdicts(folder: Path, predictions: Sequence[Prediction], taxonomy: Tax
     return found
 
 
-def judge_record(folder: Path) -> dict[str, Any] | None:
-    """Who judged, for the provenance of metrics.json; None if nobody did."""
-    path = folder / SETTINGS
-    return read_json(path) if path.is_file() and (folder / FILE).is_file() else None
-
-
 def judged_rows(rows: Rows, predictions: Sequence[Prediction], verdicts: Verdicts) -> Rows:
-    """`rows` with verdicts instead of exact matches in the free-form datasets that are judged to the last answer."""
-    complete = _complete(predictions, verdicts)
+    """`rows` with verdicts instead of exact matches, in the free-form datasets whose task is judged to the last answer.
+
+    A task of which one dataset is judged and another is not has no score, and nothing of it may pass for one.
+    """
+    complete = _complete(predictions, verdicts, rows.layout.taxonomy)
     cells = rows.cells.copy()
     for number, p in enumerate(predictions):
         if p.dataset in complete and answered(p):
@@ -96,9 +92,11 @@ def add_judged(
     metrics["aggregate"]["mean"]["score"] = mean_of([task["score"] for task in metrics["tasks"].values()])
 
 
-def _complete(predictions: Sequence[Prediction], verdicts: Verdicts) -> set[str]:
+def _complete(predictions: Sequence[Prediction], verdicts: Verdicts, taxonomy: Taxonomy) -> set[str]:
     open_ = {p.dataset for p in predictions if verdicts.get(p.id, False) is None}
-    return {p.dataset for p in predictions if p.id in verdicts} - open_
+    tasks = {taxonomy.dataset(key).task for key in open_} - {None}
+    judged = {p.dataset for p in predictions if p.id in verdicts}
+    return {key for key in judged - open_ if taxonomy.dataset(key).task not in tasks}
 
 
 def _note(entries: Sequence[Mapping[str, Any]]) -> str:
