@@ -270,6 +270,31 @@ def test_where_rows_matter_little_it_is_the_test_of_welch_on_the_scores(tmp_path
     assert line.freedom == pytest.approx(theirs.df, rel=0.02)
 
 
+def test_the_standard_error_is_the_sum_of_its_parts(tmp_path: Path) -> None:
+    """By the formula of docs/statistics.md, from the matrix of right answers, which a bootstrap never sees."""
+    rng, size = np.random.default_rng(0), 300
+    shares_KN = 1 / (1 + np.exp(-(rng.normal(0.5, 1.5, size) + rng.normal(0, 0.25, (7, 1)))))
+    right_KN = rng.random((7, size)) < shares_KN
+    runs = []
+    for number, right in enumerate(right_KN):
+        rows = [
+            Prediction(
+                id=f"test/{i}", dataset="siq2", task="social_qa", split="test", target="late", output="x",
+                answer="late" if hit else "early", label=None, error=None,
+            )
+            for i, hit in enumerate(right)
+        ]  # fmt: skip
+        runs.append(folder(tmp_path / str(number), rows))
+    line = compare_seeds(runs[:3], runs[3:], resamples=8000).tasks["SOC"]
+    a_KN, b_KN = right_KN[:3].astype(float), right_KN[3:].astype(float)
+    over_rows = (b_KN.mean(0) - a_KN.mean(0)).var(ddof=1) / size
+    over_runs = sum(side.mean(1).var(ddof=1) / len(side) for side in (a_KN, b_KN))
+    twice = sum((side.var(1).mean() - side.mean(0).var()) / size / (len(side) - 1) for side in (a_KN, b_KN))
+    assert twice > 0.2 * over_rows and over_runs > 0.2 * over_rows  # every part counts
+    assert line.se_rows == pytest.approx(np.sqrt(over_rows), rel=0.03)
+    assert line.se == pytest.approx(np.sqrt(over_rows + over_runs - twice), rel=0.03)
+
+
 def test_the_interval_over_seeds_and_rows_covers_what_it_promises() -> None:
     """Rows, seeds and what both do together, as logits of a right answer; the models do not differ."""
     from hba.evaluate import compare

@@ -102,9 +102,7 @@ def create_app(
         scratch.cleanup()
 
     guard = Middleware(Guard, token=token)
-    app = Starlette(
-        routes=_routes(), middleware=[guard], lifespan=lifespan, exception_handlers={HbaError: _error_page}
-    )
+    app = Starlette(routes=_routes(), middleware=[guard], lifespan=lifespan, exception_handlers={HbaError: _error_page})
     app.state.explorer = explorer
     return app
 

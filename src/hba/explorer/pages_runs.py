@@ -10,10 +10,10 @@ from starlette.responses import Response
 
 from hba import yaml_core
 from hba.config import flat
-from hba.evaluate.results import parse_metrics
-from hba.evaluate.runs import Event
+from hba.errors import InputError
+from hba.evaluate.runs import Event, open_run
 from hba.explorer.app import explorer_of, form_of
-from hba.explorer.runs import RunEntry, finite, optional_json, whole_lines
+from hba.explorer.runs import RunEntry, optional_json, whole_lines
 from hba.report.curves import Curves, curves
 
 SHOWN_FACTS = (
@@ -29,13 +29,20 @@ def runs(request: Request) -> Response:
 
 def _summary(run: RunEntry) -> dict[str, Any]:
     environment = optional_json(run.path / "environment.json")
-    mean = optional_json(run.path / "metrics.json").get("aggregate", {}).get("mean", {})
     last = max((int(record.get("step", 0)) for record in whole_lines(run.path / "log.jsonl")), default=None)
+    score, part = None, ""
+    if run.has("metrics.json"):
+        try:
+            metrics = open_run(run.path).metrics
+            score, part = metrics.mean.score, metrics.aggregate.rows if metrics.aggregate.n_missing else ""
+        except InputError as error:  # of this run alone; its own page says it in full
+            part = error.what
     return {
         "run": run,
         "command": environment.get("command", "predict" if run.has("predict.json") else ""),
         "started": environment.get("started_at", ""),
-        "score": finite(mean.get("score")),
+        "score": score,
+        "part": part,
         "step": last,
     }
 
@@ -68,9 +75,7 @@ def _curves(shown: RunEntry) -> Curves | None:
         events.append(msgspec.convert({"kind": "", **kept}, Event))
     if not events:
         return None
-    metrics = shown.path / "metrics.json"
-    tasks = parse_metrics(optional_json(metrics), where=str(metrics)).tasks if metrics.is_file() else {}
-    return curves(events, tasks)
+    return curves(events, open_run(shown.path).metrics.tasks if shown.has("metrics.json") else {})
 
 
 def side_by_side(request: Request) -> Response:

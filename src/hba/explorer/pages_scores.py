@@ -57,6 +57,7 @@ def _matrices(run: RunEntry, taxonomy: Taxonomy) -> list[Matrix]:
 def compare(request: Request) -> Response:
     """Paired differences of run B to run A, and the samples that flipped."""
     from hba.evaluate.compare import compare_runs
+    from hba.report.comparison import comparison
 
     explorer, form = explorer_of(request), form_of(request)
     runs = explorer.runs.predicted()
@@ -64,4 +65,6 @@ def compare(request: Request) -> Response:
         return explorer.page(request, "compare.html.jinja", "Compare", runs=runs, found=None)
     a, b = (explorer.runs.get(form.text(side)) for side in ("a", "b"))
     found = compare_runs(a.path, b.path, allow_other_data=form.text("other_data") == "1")
-    return explorer.page(request, "compare.html.jinja", "Compare", runs=runs, found=found, a=a, b=b)
+    return explorer.page(
+        request, "compare.html.jinja", "Compare", runs=runs, found=found, table=comparison(found), a=a, b=b
+    )

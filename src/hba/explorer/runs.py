@@ -8,7 +8,6 @@ command is writing is read as far as it is whole.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,8 +178,3 @@ def optional_json(path: Path) -> dict[str, Any]:
     """A JSON file of a run folder with NaN as None, {} where there is none. Raises InputError for a broken one."""
     value = read_json(path) if path.is_file() else {}
     return value if isinstance(value, dict) else {}
-
-
-def finite(value: object) -> float | None:
-    """A number that can be drawn; None for NaN, infinity and what is no number."""
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
