@@ -46,7 +46,8 @@ def predictions(atlas, wrong):
         record = {"id": sample.id, "dataset": sample.dataset, "task": sample.task, "split": sample.split,
                   "target": sample.target, "output": output, "answer": answer, "label": label if domain else None,
                   "latency_s": 0.1, "tokens_in": 3, "tokens_out": 2, "error": None}  # fmt: skip
-        records.append(record | ({"probs": {label: 0.9, "other": 0.1}} if domain else {}))
+        rest = [each for each in atlas.taxonomy.dataset(sample.dataset).labels if each != label]
+        records.append(record | ({"probs": {label: 0.9, rest[0]: 0.1}} if domain else {}))
     return records
 
 
