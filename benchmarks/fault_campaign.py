@@ -57,6 +57,8 @@ def check_intact(media: dict[str, bytes]) -> dict[str, str]:
     for kind, data in media.items():
         served, digests[kind] = fault_loader.load(kind, data)
         _compare(kind, data, served)
+        if kind in fault_media.CHAINED:
+            digests[f"{kind} twice"] = fault_loader.twice(served)
     return digests
 
 

@@ -124,11 +124,12 @@ _MP4 = [
     _after(b"mdat", -4, ">I", 0xFFFFFFF0),
     _after(b"stsz", -4, ">I", 0),
 ]
+RETIMED = _after(b"\x2a\xd7\xb1\x83", 4, ">H", 0xFFFF)  # time stamps in units of 16 seconds: no reader can tell
 _MATROSKA = [
     _after(b"\x44\x89\x88", 3, ">d", 1e12),
     _after(b"\x44\x89\x88", 3, ">d", float("nan")),
     _after(b"\x44\x89\x88", 3, ">d", -1.0),
-    _after(b"\x2a\xd7\xb1\x83", 4, ">H", 0xFFFF),  # time stamps in units of 16 seconds
+    RETIMED,
     _after(b"\x1f\x43\xb6\x75", 4, ">Q", 0x01FFFFFFFFFFFFF0),
     _after(b"\x16\x54\xae\x6b", 4, ">Q", 0x010FFFFFFFFFFFF0),
 ]

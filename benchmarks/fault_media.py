@@ -31,6 +31,7 @@ SUFFIX = {"opus": "webm", "vp8": "webm", "vp9": "webm"}
 # What carries a checksum of its content: served although altered is a fault of the reader. (The CRC of a page of ogg is
 # checked by the decoder; torch checks those of a zip; h264, vp8, vp9, aac, opus, mp3, jpg and wav carry none.)
 CHECKSUMMED = ("flac", "ogg", "png", "pt")
+CHAINED = ("mp3", "ogg")  # several files, one behind the other, are served so
 FLIPS = {"flip 1": 1, "flip 10": 10, "flip 1000": 1000}
 _CYCLE = (
     *("flip 1", "cut", "header", "flip 10", "random", "joined", "prefix", "flip 1000", "container", "empty"),
@@ -49,8 +50,8 @@ class Damaged(NamedTuple):
 
     @property
     def may_alter(self) -> bool:
-        """Whether no reader could tell: bits flipped in coded data that carries no checksum."""
-        return self.corruption in FLIPS and self.kind not in CHECKSUMMED
+        """Whether no reader could tell: bits flipped in coded data that carries no checksum, another unit of time."""
+        return self.corruption == "times" or (self.corruption in FLIPS and self.kind not in CHECKSUMMED)
 
 
 def make_media() -> dict[str, bytes]:
@@ -127,6 +128,8 @@ def damaged(media: dict[str, bytes], count: int, seed: int) -> Iterator[Damaged]
                 code = fault_headers.code_pickles()
                 yield Damaged(number, kind, "code", code[turn // 2 % len(code)], ())
                 continue
+            patches = fault_headers.PATCHES[kind]
+            corruption = "times" if patches[turn % len(patches)] is fault_headers.RETIMED else corruption
         data, may_show = _damage(media, kind, corruption, turn, rng)
         yield Damaged(number, kind, corruption, data, may_show)
 
@@ -140,14 +143,17 @@ def _damage(
     if corruption == "container":
         other = rng.choice([name for name in media if name != kind])
         return media[other], (other,)  # the content decides, not the name: the other medium may be served as it is
-    if corruption == "header":
+    if corruption == "joined":
+        other = rng.choice([kind, *media])
+        twice = (f"{kind} twice",) if other == kind and kind in CHAINED else ()
+        return data + media[other], (kind, *twice)
+    if corruption in ("header", "times"):
         patches = fault_headers.PATCHES[kind]
         return patches[turn % len(patches)](data), (kind,)
     simple: dict[str, Callable[[], bytes]] = {
         "empty": lambda: b"",
         "cut": lambda: data[: rng.randrange(1, len(data))],
         "random": lambda: rng.randbytes(rng.randrange(1, 20_000)),
-        "joined": lambda: data + media[rng.choice([kind, *media])],
         "prefix": lambda: rng.randbytes(rng.choice((1, 7, 128, 4096))) + data,
     }
     return simple[corruption](), (kind,)

@@ -17,7 +17,7 @@ import torch
 
 from hba import open_atlas
 from hba.atlas.media import load_audio
-from hba.descriptors.clip import read_frames
+from hba.atlas.video import read_frames
 from hba.descriptors.describe import Summary, describe
 from hba.descriptors.items import Settings, make_plan
 from hba.descriptors.landmark_env import environment_folder
@@ -247,7 +247,7 @@ def test_frames_of_a_clip_come_on_the_grid_that_was_asked_for(
 ) -> None:
     movie(tmp_path / "v.mp4", sound=True)
     frames = list(read_frames(tmp_path / "v.mp4", where="v", frames_per_second=rate))
-    assert (len(frames), frames[0].shape) == (expected, (64, 64, 3))
+    assert (len(frames), frames[0].pixels.shape) == (expected, (64, 64, 3))
 
 
 def test_a_clip_that_is_cut_off_is_refused(tmp_path: Path) -> None:

@@ -17,19 +17,10 @@ import numpy as np
 import soundfile
 
 from hba.atlas import media
+from hba.atlas.frames import Clip, Timeline, TimesError, every_frame, open_clip, timeline_of
 from hba.atlas.sample import Field
 from hba.atlas.slices import Source, opened
-from hba.atlas.source import (
-    DEFAULT_LIMITS,
-    RESTORE,
-    Limits,
-    check_reaches_end,
-    check_source,
-    open_container,
-    packet_end,
-    sound_track,
-    video_track,
-)
+from hba.atlas.source import DEFAULT_LIMITS, RESTORE, Limits, check_source, open_container, sound_track
 from hba.errors import MediaError
 
 if TYPE_CHECKING:
@@ -39,6 +30,8 @@ if TYPE_CHECKING:
 
 VISUAL_PARTS = ("pose", "face", "left_hand", "right_hand")
 _BLOCK_BYTES = 1 << 20
+_GUESSED = ("MP3", "MPEG", "FLAC")  # libsndfile's names of formats whose length it takes from a header as it stands
+_BARE = ("mp3", "aac", "ac3", "eac3", "amr", "loas")
 _RESHAPE = "Extract the descriptor again."
 
 
@@ -110,13 +103,19 @@ def _audio(source: Source, where: str, quick: bool, limits: Limits) -> Facts:
 def _sound_header(source: Source, where: str, limits: Limits) -> Facts:
     try:
         with opened(source, where=where) as raw, soundfile.SoundFile(raw) as file:
-            seconds = file.frames / file.samplerate if 0 < file.frames < 1 << 60 and file.samplerate else None
-            return Facts(seconds=_rounded(seconds), sample_rate=file.samplerate, channels=file.channels)
+            if file.format not in _GUESSED:
+                seconds = file.frames / file.samplerate if 0 < file.frames < 1 << 60 and file.samplerate else None
+                return Facts(seconds=_rounded(seconds), sample_rate=file.samplerate, channels=file.channels)
     except soundfile.SoundFileError:
         pass  # a track of a container, or nothing that is known: the container says which
     with open_container(source, where=where, limits=limits) as container:
-        codec = sound_track(container, where).codec_context
+        stream = sound_track(container, where)
         seconds = container.duration / av.time_base if container.duration else None
+        if container.format.name in _BARE and stream.time_base:
+            # Without a header, FFmpeg guesses from the bit rate of the first frames.
+            ticks = sum(packet.duration or 0 for packet in container.demux(stream))
+            seconds = float(ticks * stream.time_base)
+        codec = stream.codec_context
         return Facts(seconds=_rounded(seconds), sample_rate=codec.sample_rate, channels=codec.channels)
 
 
@@ -131,20 +130,22 @@ def _image(source: Source, where: str, limits: Limits) -> Facts:
 
 
 def _video(source: Source, where: str, quick: bool, limits: Limits) -> Facts:
-    with open_container(source, where=where, limits=limits) as container:
-        stream = video_track(container, where)
-        header = _video_header(container, stream)
-        if (header.width or 0) * (header.height or 0) > limits.max_pixels:
-            what = f"has frames of {header.width}x{header.height}, more than {limits.max_pixels:,} pixels"
-            raise MediaError(what, where=where, fix="Scale the clip down, or raise Limits.max_pixels.")
-        if header.seconds is not None and header.seconds > limits.max_video_seconds:
-            what = f"lasts {header.seconds:,.0f} s, more than the limit of {limits.max_video_seconds:,.0f} s"
-            raise MediaError(what, where=where, fix="Cut it into parts, or raise Limits.max_video_seconds.")
+    with open_clip(source, where=where, limits=limits) as clip:
+        header = _video_header(clip.container, clip.stream)
         if quick:
+            if header.seconds is not None and header.seconds > limits.max_video_seconds:
+                what = f"lasts {header.seconds:,.0f} s, more than the limit of {limits.max_video_seconds:,.0f} s"
+                raise MediaError(what, where=where, fix="Cut it into parts, or raise Limits.max_video_seconds.")
             return header
-        stream.codec_context.options = {"max_pixels": str(limits.max_pixels)}
-        stream.codec_context.thread_count = 1  # clips are decoded in parallel by worker processes
-        return _decoded(container, stream, header, where)
+        timeline = timeline_of(clip, whole=True)
+    facts: Facts | None = None
+    while facts is None:
+        with open_clip(source, where=where, limits=limits) as clip:
+            try:
+                facts = _decoded(clip, timeline, header)
+            except TimesError:
+                timeline = timeline.shown_at()
+    return facts
 
 
 def _video_header(container: InputContainer, stream: VideoStream) -> Facts:
@@ -161,40 +162,19 @@ def _video_header(container: InputContainer, stream: VideoStream) -> Facts:
     )
 
 
-def _decoded(container: InputContainer, stream: VideoStream, header: Facts, where: str) -> Facts:
+def _decoded(clip: Clip, timeline: Timeline, header: Facts) -> Facts:
     """The facts after a decode of every frame. Raises MediaError at the first one that is missing or damaged."""
-    frames = packets = 0
-    first, end, end_of_file, blank = float("inf"), float("-inf"), float("-inf"), True
-    for packet in container.demux():
-        end_of_file = max(end_of_file, packet_end(packet))
-        if packet.is_corrupt:
-            raise MediaError(f"is cut off or corrupt at packet {packets:,}", where=where, fix=RESTORE)
-        if packet.stream is not stream:
-            continue
-        packets += packet.size > 0
-        end = max(end, packet_end(packet))
-        # The stream's own decoder: `packet.decode` is typed for every kind of stream.
-        for frame in stream.decode(packet):
-            _check_frame(frame, header, frames, where)
-            first = min(first, frame.time if frame.time is not None else first)
-            blank = blank and _is_blank(frame)
-            frames += 1
+    frames, blank = 0, True
+    for timed in every_frame(clip, timeline):
+        frame = timed.frame
+        if (frame.width, frame.height) != (header.width, header.height):
+            what = f"changes its resolution at frame {frames:,}: {frame.width}x{frame.height}"
+            raise MediaError(what, where=clip.where, fix="Re-encode the clip at one resolution.")
+        blank = blank and _is_blank(frame)
+        frames += 1
     if frames == 0:
-        raise MediaError("holds no frames", where=where, fix=RESTORE)
-    if container.format.name.startswith("mov") and packets < stream.frames:
-        what = f"is cut off: {packets:,} of {stream.frames:,} frames are there"
-        raise MediaError(what, where=where, fix=RESTORE)
-    check_reaches_end(container, end_of_file, where)
-    seconds = end - first if end > first else header.seconds
-    return msgspec.structs.replace(header, frames=frames, seconds=_rounded(seconds), blank=blank)
-
-
-def _check_frame(frame: VideoFrame, header: Facts, number: int, where: str) -> None:
-    if frame.is_corrupt or frame.pts is None:
-        raise MediaError(f"cannot be decoded at frame {number:,}: cut off or corrupt", where=where, fix=RESTORE)
-    if (frame.width, frame.height) != (header.width, header.height):
-        what = f"changes its resolution at frame {number:,}: {frame.width}x{frame.height}"
-        raise MediaError(what, where=where, fix="Re-encode the clip at one resolution.")
+        raise MediaError("holds no frames", where=clip.where, fix=RESTORE)
+    return msgspec.structs.replace(header, frames=frames, seconds=_rounded(timeline.seconds), blank=blank)
 
 
 def _is_blank(frame: VideoFrame) -> bool:

@@ -1,18 +1,23 @@
-"""Where a medium comes from, how large it may be, and the one way to open its container.
+"""Where a medium comes from, how large it may be, whether it is whole, and the one way to open its container.
 
 A source is a file or the bytes of one. Everything that a decoder trusts is checked here first: a source is a regular,
-non-empty file within `Limits`, and a container is one of a few known formats, so that a playlist dressed up as a clip
-never makes the decoder open other files or the network. Every refusal is a MediaError that names the place.
+non-empty file within `Limits`; no part of it that its header promises lies beyond its end; and its container and codecs
+are known ones, so that a playlist dressed up as a clip never makes the decoder open other files or the network. A
+number that a writer could not know (a pipe, a recorder that was switched off) is none. Refusals are MediaErrors that
+name the place.
 """
 
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
 
 import av
 import av.error
@@ -31,9 +36,37 @@ _Track = TypeVar("_Track", "AudioStream", "VideoStream")
 
 
 RESTORE = "Restore the file from its source, or remove the row."
-# These carry no duration; the decoder guesses one from the bit rate.
-_ESTIMATED = ("aac", "mp3")
-_DEMUXERS = "mov,mp4,m4a,3gp,matroska,webm,avi,mpegts,mp3,aac,ogg,wav,flac"
+CONVERT = "Convert it, for example with: ffmpeg -i FILE OUT.mp4 (docs/data.md lists the formats that are read)."
+DEMUXERS = (
+    *("mov", "mp4", "m4a", "3gp", "matroska", "webm", "avi", "flv", "asf", "mpeg", "mpegts", "ogg", "mxf", "rm", "dv"),
+    *("wav", "w64", "aiff", "au", "caf", "flac", "mp3", "aac", "loas", "ac3", "eac3", "amr", "wv", "tta"),
+    *("voc", "nistsphere", "gif", "apng", "ivf"),
+)
+"""containers that are opened: none names other files, and in almost all it shows that they were cut off"""
+_VIDEO_CODECS = (
+    *("h264", "hevc", "av1", "libdav1d", "vp8", "vp9", "vp6", "vp6f", "theora", "mpeg1video", "mpeg2video", "mpeg4"),
+    *("msmpeg4v1", "msmpeg4v2", "msmpeg4", "wmv1", "wmv2", "wmv3", "vc1", "h263", "h263p", "flv", "flashsv", "rv10"),
+    *("rv20", "rv30", "rv40", "svq1", "svq3", "cinepak", "indeo3", "indeo4", "indeo5", "msvideo1", "msrle", "rpza"),
+    *("qtrle", "smc", "zmbv", "camtasia", "mjpeg", "mjpegb", "prores", "dnxhd", "dvvideo", "cfhd", "ffv1", "huffyuv"),
+    *("ffvhuff", "utvideo", "rawvideo", "v210", "png", "apng", "gif"),
+)
+_SOUND_CODECS = (
+    *("aac", "aac_latm", "mp1float", "mp2float", "mp3float", "mp1", "mp2", "mp3", "ac3", "eac3", "dca", "flac", "alac"),
+    *("vorbis", "opus", "libopus", "speex", "wmav1", "wmav2", "wmapro", "wmalossless", "wmavoice", "amrnb", "amrwb"),
+    *("libopencore_amrnb", "libopencore_amrwb", "cook", "sipr", "real_144", "real_288", "nellymoser", "wavpack", "tta"),
+    *("shorten", "gsm", "gsm_ms", "g722", "g726", "g726le", "qdm2", "qdmc", "dvaudio", "s302m"),
+    *("adpcm_ima_wav", "adpcm_ima_qt", "adpcm_ms", "adpcm_swf", "adpcm_yamaha", "adpcm_sbpro_2", "adpcm_sbpro_3"),
+    *("adpcm_sbpro_4", "pcm_alaw", "pcm_mulaw", "pcm_s8", "pcm_u8", "pcm_s16le", "pcm_s16be", "pcm_s24le", "pcm_s24be"),
+    *("pcm_s32le", "pcm_s32be", "pcm_u16le", "pcm_u16be", "pcm_u24le", "pcm_u24be", "pcm_u32le", "pcm_u32be"),
+    *("pcm_f32le", "pcm_f32be", "pcm_f64le", "pcm_f64be", "pcm_dvd", "pcm_bluray", "pcm_s16le_planar"),
+)
+CODECS = frozenset(_VIDEO_CODECS + _SOUND_CODECS)
+"""decoders that are run, by FFmpeg's names"""
+
+# The header of these tells how long they last and nothing of their structure shows whether they are whole.
+_DECLARING = frozenset({"ogg", "rm", "mxf"})
+_UNKNOWN_SIZE = 0x7FFF0000
+"""a size from here on is that of a writer to a pipe, who cannot know it (0x7ffff000, 0x80000000, 0xffffffff)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,18 +120,182 @@ def head(source: Source, size: int, *, where: str) -> bytes:
     """The first `size` bytes. Raises MediaError when they cannot be read."""
     if isinstance(source, bytes):
         return source[:size]
+    with readable(source, where=where) as handle:
+        return handle.read(size)
+
+
+@contextmanager
+def readable(source: Source, *, where: str) -> Iterator[BinaryIO]:
+    """The opened source; a MediaError where it cannot be opened or read."""
     try:
-        with opened(source, where=where) as handle:
-            return handle.read(size)
+        with opened(source, where=where) as file:
+            yield file
     except OSError as error:
         raise MediaError(f"cannot be read ({error.strerror})", where=where, fix=RESTORE) from None
 
 
-def _check_matroska(source: Source, size: int, where: str) -> None:
-    """Raise MediaError when parts of a Matroska or WebM file are longer than the file, or another file follows."""
-    start = head(source, 4096, where=where)
-    if start[:4] != b"\x1a\x45\xdf\xa3":
-        return
+# --- whether a file is whole ------------------------------------------------------------------------------------------
+
+
+class _Part(NamedTuple):
+    """A part of a container: its name, and where its content begins and ends as its header has it."""
+
+    name: bytes
+    start: int
+    end: int
+
+
+_BOXES = (b"ftyp", b"styp", b"moov", b"moof", b"mdat", b"free", b"skip", b"wide", b"pnot", b"sidx", b"mfra", b"uuid")
+_W64 = b"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb\x04\xc1\x00\x00"
+_ASF, _ASF_DATA = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c"), bytes.fromhex("3626b2758e66cf11a6d900aa0062ce6c")
+_ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
+_ASF_INDEX = bytes.fromhex("90080033b1e5cf1189f400a0c90349cb")
+_EBML = b"\x1a\x45\xdf\xa3"
+_JOINED = b"another file"
+_MXF = b"\x06\x0e\x2b\x34"
+_TS_PACKETS = ((188, 0), (192, 4), (204, 0))  # size, and where its sync byte lies
+_BIT_REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+
+
+def check_whole(source: Source, size: int, *, where: str) -> None:
+    """Raise MediaError when the parts of a file reach beyond its end, or when another file follows in it.
+
+    What a header says of a size is taken for a promise unless the writer could not know it. Nothing is decoded, and of
+    the parts only the headers are read.
+    """
+    with readable(source, where=where) as file:
+        start = file.read(64)
+        file.seek(0)
+        if start.startswith(_EBML):
+            _check_matroska(file, size, where)
+        elif start[4:8] in _BOXES:
+            _check_boxes(file, size, where)
+        elif start[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64") and start[8:12] == b"WAVE":
+            _check_wave(file, start, size, where)
+        elif start.startswith(_W64):
+            whole = int.from_bytes(start[16:24], "little")
+            _check_content(_chunks(file, size, 40, 16, "<Q", inclusive=True, align=8), b"data", whole, size, where)
+        elif start.startswith(b"FORM") and start[8:11] == b"AIF":
+            whole = 8 + int.from_bytes(start[4:8], "big")
+            _check_content(_chunks(file, size, 12, 4, ">I", align=2), b"SSND", whole, size, where)
+        elif start.startswith(b"caff"):
+            _check_content(_chunks(file, size, 8, 4, ">Q"), b"data", 0, size, where)
+        elif start.startswith(b".snd"):
+            offset, length = struct.unpack_from(">II", start, 4)
+            _check_content([_Part(b"data", offset, offset + length)], b"data", 0, size, where)
+        elif start.startswith(b"NIST_1A"):
+            _check_sphere(file, size, where)
+        elif start.startswith(_ASF):
+            _check_asf(file, size, where)
+        elif start[:4] == b"RIFF" and start[8:12] == b"AVI ":
+            # Many writers count the first eight bytes, too.
+            parts = [part._replace(end=part.end - 8) for part in _chunks(file, size, 0, 4, "<I", align=2)]
+            _check_content(parts, b"RIFF", 0, size, where)
+        elif start.startswith(b"OggS"):
+            _check_pages(file, size, where)
+        else:
+            walk = next((walk for sign, walk in _WALKS.items() if start.startswith(sign)), _transport_packets)
+            for part in walk(file, size):
+                if part.name == _JOINED:
+                    raise _joined(where)
+                if part.end > size:
+                    raise _cut(part.end, size, where)
+
+
+def _joined(where: str) -> MediaError:
+    return MediaError("holds several files joined together", where=where, fix="Cut it into its parts.")
+
+
+def _cut(end: int, size: int, where: str) -> MediaError:
+    what = f"is cut off: its header promises {end:,} bytes, {size:,} are there"
+    return MediaError(what, where=where, fix=RESTORE)
+
+
+def _chunks(
+    file: BinaryIO, size: int, at: int, name_bytes: int, form: str, *, inclusive: bool = False, align: int = 1
+) -> Iterator[_Part]:
+    """The chunks of a RIFF-like file from byte `at` on: a name, a size (which may count the header), the content."""
+    header_bytes = name_bytes + struct.calcsize(form)
+    while at + header_bytes <= size:
+        file.seek(at)
+        header = file.read(header_bytes)
+        (length,) = struct.unpack_from(form, header, name_bytes)
+        start = at + header_bytes
+        end = max(at + length, start) if inclusive else start + length
+        yield _Part(header[:name_bytes], start, end)
+        at = end + -end % align
+
+
+def _check_content(parts: Sequence[_Part] | Iterator[_Part], name: bytes, whole: int, size: int, where: str) -> None:
+    """Raise MediaError when the part `name` ends beyond the file, unless its size was unknown to the writer.
+
+    `whole`: the end of the file as an outer header has it. Where that is right, the size of the part is a slip.
+    """
+    for part in parts:
+        if part.name[: len(name)] == name:
+            known = part.start < part.end < part.start + _UNKNOWN_SIZE
+            if known and part.end > size and abs(whole - size) > 8:
+                raise _cut(part.end, size, where)
+            if not known:
+                return
+
+
+def _check_wave(file: BinaryIO, start: bytes, size: int, where: str) -> None:
+    order = ">" if start[:4] == b"RIFX" else "<"
+    riff_end = 8 + struct.unpack_from(f"{order}I", start, 4)[0]
+    data = 0
+    for part in _chunks(file, size, 12, 4, f"{order}I", align=2):
+        if part.name == b"ds64":
+            file.seek(part.start)
+            riff_size, data_size = struct.unpack("<QQ", file.read(16))
+            if 0 < data_size < _UNKNOWN_SIZE:
+                _check_content([_Part(b"data", size, size + max(0, 8 + riff_size - size))], b"data", 0, size, where)
+            return
+        if part.name == b"data":
+            data += 1
+            _check_content([part], b"data", riff_end, size, where)
+            if part.end == part.start and _is_all_chunks(file, size, part.start, f"{order}I"):
+                raise MediaError("holds no sound (0 samples)", where=where, fix=RESTORE)
+            if not part.start < part.end < part.start + _UNKNOWN_SIZE:
+                return
+    if data > 1:
+        raise MediaError("holds its sound in several parts", where=where, fix=CONVERT)
+    if riff_end < size - 12:
+        file.seek(riff_end + riff_end % 2)
+        if file.read(4) == start[:4] and file.read(8)[4:] == b"WAVE":
+            raise _joined(where)
+
+
+def _is_all_chunks(file: BinaryIO, size: int, at: int, form: str) -> bool:
+    """Whether what follows byte `at` is other chunks, not sound whose size was never written."""
+    parts = list(_chunks(file, size, at, 4, form, align=2))
+    named = all(part.name.isascii() and part.name.strip().isalnum() for part in parts)
+    return bool(parts) and named and parts[-1].end >= size
+
+
+def _check_boxes(file: BinaryIO, size: int, where: str) -> None:
+    """mp4 and mov: the boxes of the file."""
+    at, names = 0, []
+    while at + 8 <= size:
+        file.seek(at)
+        header = file.read(16)
+        length, name = struct.unpack_from(">I4s", header)
+        if name not in _BOXES:
+            return  # something behind the file: the decoder judges
+        if length == 1:
+            length = int.from_bytes(header[8:16], "big")
+        if length == 0:
+            return  # reaches to the end, wherever that is
+        names.append(name)
+        at += max(length, 8)
+    if at > size and names:
+        raise _cut(at, size, where)
+    if names.count(b"moov") > 1 and b"moof" not in names:
+        raise _joined(where)
+
+
+def _check_matroska(file: BinaryIO, size: int, where: str) -> None:
+    start = file.read(4096)
     position, length = _vint(start, 4)
     position += length
     if start[position : position + 4] != b"\x18\x53\x80\x67":
@@ -109,23 +306,21 @@ def _check_matroska(source: Source, size: int, where: str) -> None:
     unknown = length == (1 << (7 * (position - before))) - 1
     end = size if unknown else position + length
     if end > size:
-        what = f"is cut off: its header declares {end:,} bytes, {size:,} are there"
-        raise MediaError(what, where=where, fix=RESTORE)
-    with opened(source, where=where) as file:
-        file.seek(end)
-        if file.read(4) == start[:4]:
-            raise MediaError("holds several files joined together", where=where, fix="Cut it into its parts.")
-        while position < end:  # clusters and other parts, a few seconds of media each
-            file.seek(position)
-            part = file.read(12)
-            width, _ = _vint(part, 0)
-            body, length = _vint(part, width)
-            if length == (1 << (7 * (body - width))) - 1:
-                return  # a part of unknown length ends where the next begins, which only a decoder finds
-            position += body + length
-            if position > end:
-                what = f"is cut off or corrupt: a part ends at byte {position:,} of {end:,}"
-                raise MediaError(what, where=where, fix=RESTORE)
+        raise _cut(end, size, where)
+    file.seek(end)
+    if file.read(4) == _EBML:
+        raise _joined(where)
+    while position < end:  # clusters and other parts, a few seconds of media each
+        file.seek(position)
+        part = file.read(12)
+        width, _ = _vint(part, 0)
+        body, length = _vint(part, width)
+        if length == (1 << (7 * (body - width))) - 1:
+            return  # a part of unknown length ends where the next begins, which only a decoder finds
+        position += body + length
+        if position > end:
+            what = f"is cut off or corrupt: a part ends at byte {position:,} of {end:,}"
+            raise MediaError(what, where=where, fix=RESTORE)
 
 
 def _vint(data: bytes, at: int) -> tuple[int, int]:
@@ -136,44 +331,308 @@ def _vint(data: bytes, at: int) -> tuple[int, int]:
     return at + width, value
 
 
+def _check_pages(file: BinaryIO, size: int, where: str, *, checked: bool = False) -> list[tuple[int, int]]:
+    """Ogg: where each of its chained files begins and ends.
+
+    Raises MediaError when the last page is not whole; with `checked`, also for one that is damaged or missing.
+    """
+    at, begins, before = 0, [0], True
+    numbers: dict[bytes, int] = {}
+    while True:
+        file.seek(at)
+        page = file.read(27)
+        if len(page) < 27 or page[:4] != b"OggS":
+            break  # the end, or something behind the file
+        sizes = file.read(page[26])
+        end = at + 27 + page[26] + sum(sizes)
+        if end > size:
+            raise _cut(end, size, where)
+        first = bool(page[5] & 2)
+        if first and not before:
+            begins.append(at)
+        before = first
+        if checked:
+            number = int.from_bytes(page[18:22], "little")
+            expected = numbers.get(page[14:18], number - 1) + 1
+            body = page[:22] + bytes(4) + page[26:] + sizes + file.read(sum(sizes))
+            if page[22:26] != _page_checksum(body) or (number != expected and not first):
+                raise MediaError(f"is corrupt at byte {at:,}", where=where, fix=RESTORE)
+            numbers[page[14:18]] = number
+        at = end
+    if 0 < len(page) < 27 and page[:4] == b"OggS"[: len(page)]:
+        raise _cut(at + 27, size, where)
+    return list(pairwise([*begins, at]))
+
+
+def _page_checksum(page: bytes) -> bytes:
+    """CRC-32 of an Ogg page, which is zlib's with the bits of every byte, and of the result, in the other order."""
+    crc = zlib.crc32(page.translate(_BIT_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
+    return crc.to_bytes(4, "big").translate(_BIT_REVERSED)
+
+
+def ogg_files(source: Source, size: int, *, where: str) -> list[tuple[int, int]]:
+    """Where each of the files that are chained in an Ogg file begins and ends; other bytes may follow.
+
+    Raises MediaError when a page is cut off, damaged or missing, which demuxers pass over.
+    """
+    with readable(source, where=where) as file:
+        return _check_pages(file, size, where, checked=True)
+
+
+def _check_sphere(file: BinaryIO, size: int, where: str) -> None:
+    """NIST SPHERE: its header is text. What is compressed is left to the decoder."""
+    lines = file.read(1024).decode("ascii", "replace").split("\n")
+    told = {line.split(" ")[0]: line.split(" ")[-1] for line in lines if line.count(" ") >= 2}
+    numbers = [lines[1].strip(), told.get("sample_count", ""), told.get("sample_n_bytes", "")]
+    numbers.append(told.get("channel_count", "1"))
+    if all(number.isdigit() for number in numbers) and "," not in told.get("sample_coding", ""):
+        header_bytes, samples, sample_bytes, channels = map(int, numbers)
+        if (end := header_bytes + samples * sample_bytes * channels) > size:
+            raise _cut(end, size, where)
+
+
+def _check_asf(file: BinaryIO, size: int, where: str) -> None:
+    """ASF (wmv, wma): its data are packets of one size."""
+    start = file.read(8192)
+    for part in _chunks(file, size, 0, 16, "<Q", inclusive=True):
+        if part.name == _ASF_DATA:
+            if part.end > size:
+                raise _cut(part.end, size, where)
+            at = start.find(_ASF_PROPERTIES)
+            (packet_bytes,) = struct.unpack_from("<I", start, at + 92) if 0 <= at <= len(start) - 96 else (0,)
+            rest = (size - part.start - 26) % packet_bytes if packet_bytes else 0
+            file.seek(max(part.start, size - (1 << 16)))
+            indexed = _ASF_INDEX in file.read()
+            if part.end <= part.start + 26 and rest and not indexed:  # written to a pipe
+                raise _cut(size + packet_bytes - rest, size, where)
+            return
+
+
+def _flv_tags(file: BinaryIO, size: int) -> Iterator[_Part]:
+    file.seek(5)
+    at = int.from_bytes(file.read(4), "big") + 4
+    while at < size:
+        file.seek(at)
+        header = file.read(11)
+        if header[0] & 0x1F not in (8, 9, 18):
+            if header[:4] == b"FLV\1":
+                yield _Part(_JOINED, at, at)
+            return  # something behind the file
+        end = at + 11 + int.from_bytes(header[1:4], "big")
+        yield _Part(header[:1], at, end)
+        at = end + 4
+
+
+def _program_packets(file: BinaryIO, size: int) -> Iterator[_Part]:
+    """MPEG program streams (mpg, vob)."""
+    at = 0
+    while at < size:
+        file.seek(at)
+        header = file.read(14)
+        if header[:3] != b"\0\0\1"[: len(header)] or header[3:4] == b"\xb9":
+            return  # the end, or something that only a decoder finds its way through
+        if header[3:4] == b"\xba":
+            mpeg2 = header[4:5] >= b"\x40"
+            end = at + 14 + (header[13] & 7 if mpeg2 and len(header) > 13 else 0) if mpeg2 else at + 12
+        else:
+            length = int.from_bytes(header[4:6], "big")
+            if length == 0 and len(header) > 5:
+                return
+            end = at + 6 + length
+        yield _Part(header[3:4], at, end)
+        at = end
+
+
+def _ivf_frames(file: BinaryIO, size: int) -> Iterator[_Part]:
+    file.seek(6)
+    at = int.from_bytes(file.read(2), "little")
+    while at < size:
+        file.seek(at)
+        end = at + 12 + int.from_bytes(file.read(4), "little")
+        yield _Part(b"", at, end)
+        at = end
+
+
+def _png_chunks(file: BinaryIO, size: int) -> Iterator[_Part]:
+    at = 8
+    while at < size:
+        file.seek(at)
+        header = file.read(8)
+        end = at + 12 + int.from_bytes(header[:4], "big")
+        yield _Part(header[4:], at, end)
+        if header[4:] == b"IEND":
+            return
+        at = end
+    yield _Part(b"IEND", at, at + 12)
+
+
+def _gif_blocks(file: BinaryIO, size: int) -> Iterator[_Part]:
+    file.seek(10)
+    flags = file.read(1)[0]
+    at = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+    while at < size:
+        file.seek(at)
+        header = file.read(10)
+        if header[:1] == b"\x2c" and len(header) == 10:  # an image: colours, code size, data
+            at += 11 + (3 << (header[9] & 7) + 1 if header[9] & 0x80 else 0)
+        elif header[:1] == b"\x21":
+            at += 2
+        else:
+            return  # the trailer, or something behind the file
+        while at < size:  # sub-blocks, up to an empty one
+            file.seek(at)
+            length = file.read(1)[0]
+            at += 1 + length
+            if length == 0:
+                break
+        else:
+            at = size + 1
+        yield _Part(header[:1], 0, at)
+
+
+def _voc_blocks(file: BinaryIO, size: int) -> Iterator[_Part]:
+    file.seek(20)
+    at = int.from_bytes(file.read(2), "little")
+    while at < size:
+        file.seek(at)
+        header = file.read(4)
+        if header[:1] == b"\0":
+            return
+        end = at + 4 + int.from_bytes(header[1:4], "little")
+        yield _Part(header[:1], at, end)
+        at = end
+
+
+def _mxf_parts(file: BinaryIO, size: int) -> Iterator[_Part]:
+    """Key, length, value; the length in the form of ASN.1."""
+    at = 0
+    while at < size:
+        file.seek(at)
+        header = file.read(25)
+        if header[:4] != _MXF[: len(header)]:
+            return
+        length, width = (header[16], 0) if len(header) > 16 else (0, 0)
+        if length & 0x80:
+            width = length & 0x7F
+            length = int.from_bytes(header[17 : 17 + width], "big")
+        end = at + 17 + width + length
+        yield _Part(header[:16], at, end)
+        at = end
+
+
+def _transport_packets(file: BinaryIO, size: int) -> Iterator[_Part]:
+    """MPEG transport streams are made of packets of one size, DV of frames of one: the last of them."""
+    for packet_bytes, sync in _TS_PACKETS:
+        file.seek(0)
+        block = file.read(3 * packet_bytes)
+        if len(block) == 3 * packet_bytes and block[sync::packet_bytes] == b"GGG":
+            yield _Part(b"", size - size % packet_bytes, size + -size % packet_bytes)
+            return
+    if block[:3] == b"\x1f\x07\0":
+        yield _Part(b"", 0, size + -size % (144_000 if block[3] & 0x80 else 120_000))
+
+
+_WALKS: Mapping[bytes, Callable[[BinaryIO, int], Iterator[_Part]]] = {
+    b"FLV\1": _flv_tags,
+    b"\0\0\1\xba": _program_packets,
+    b"DKIF": _ivf_frames,
+    b"\x89PNG": _png_chunks,
+    b"GIF8": _gif_blocks,
+    b"Creative Voice File": _voc_blocks,
+    _MXF: _mxf_parts,
+}
+
+
+# --- its container ----------------------------------------------------------------------------------------------------
+
+
 @contextmanager
-def open_container(source: Source, *, where: str, limits: Limits = DEFAULT_LIMITS) -> Iterator[InputContainer]:
-    """The opened container; any decoder error inside becomes a MediaError, a want of memory a MachineError."""
-    _check_matroska(source, check_source(source, where=where, limits=limits), where)
-    options = {"format_whitelist": _DEMUXERS, "protocol_whitelist": "file"}
+def open_container(
+    source: Source, *, where: str, limits: Limits = DEFAULT_LIMITS, form: str | None = None
+) -> Iterator[InputContainer]:
+    """The opened container of a file that is whole.
+
+    Any decoder error inside becomes a MediaError, a want of memory a MachineError. `form`: its format, where the
+    content has told already.
+    """
+    size = check_source(source, where=where, limits=limits)
+    options = {"format_whitelist": ",".join(DEMUXERS), "protocol_whitelist": "file", "codec_whitelist": _WHITELIST}
+    opening = True
     try:
+        check_whole(source, size, where=where)
         with (
             opened(source, where=where) as file,
-            av.open(file, "r", options=options, metadata_errors="replace") as container,
+            av.open(file, "r", format=form, options=options, metadata_errors="replace") as container,
         ):
+            opening = False
             yield container
     except (av.error.FFmpegError, EOFError, OSError, MemoryError) as error:
         fault = machine_fault(error, where) if isinstance(error, MemoryError) else None
         if fault is not None:
             raise fault from None
+        if opening and isinstance(error, av.error.ArgumentError):  # what FFmpeg says to a format that it may not open
+            raise MediaError("is in a format that is not read", where=where, fix=CONVERT) from None
         reason = getattr(error, "strerror", None) or str(error)
         raise MediaError(f"cannot be decoded ({reason}): cut off or corrupt", where=where, fix=RESTORE) from None
 
 
+_WHITELIST = ",".join(sorted(CODECS))
+_NO_CLIP = (
+    av.stream.Disposition.attached_pic,
+    av.stream.Disposition.timed_thumbnails,
+    av.stream.Disposition.still_image,
+)
+
+
 def video_track(container: InputContainer, where: str) -> VideoStream:
-    """The first video track. Raises MediaError when there is none, or none that can be decoded."""
-    if not container.streams.video:
-        raise MediaError("has no video track", where=where, fix="Remove the entry, or restore the file.")
-    return _decodable(container.streams.video[0], where)
+    """The clip: the default video track, or the largest, the first of several. Cover pictures and thumbnails are none.
+
+    Raises MediaError when there is no such track, or when it cannot be decoded.
+    """
+    tracks = container.streams.video
+    clips = [track for track in tracks if not any(each in track.disposition for each in _NO_CLIP)]
+    if not clips:
+        what = "has no video track but a cover picture" if tracks else "has no video track"
+        raise MediaError(what, where=where, fix="Remove the entry, or restore the file.")
+
+    def preference(track: VideoStream) -> tuple[bool, int]:
+        codec = track.codec_context
+        return av.stream.Disposition.default in track.disposition, 0 if codec is None else codec.width * codec.height
+
+    return _decodable(max(clips, key=preference), where)
 
 
 def sound_track(container: InputContainer, where: str) -> AudioStream:
-    """The first sound track. Raises MediaError when there is none, or none that can be decoded."""
+    """The sound: the default track, or the one of most channels, the first of several.
+
+    Raises MediaError when there is none, or when it cannot be decoded.
+    """
     if not container.streams.audio:
         raise MediaError("has no sound track", where=where, fix="Remove the entry, or restore the file.")
-    return _decodable(container.streams.audio[0], where)
+
+    def preference(track: AudioStream) -> tuple[bool, int]:
+        codec = track.codec_context
+        return av.stream.Disposition.default in track.disposition, 0 if codec is None else codec.channels
+
+    return _decodable(max(container.streams.audio, key=preference), where)
 
 
 def _decodable(stream: _Track, where: str) -> _Track:
+    kind = "video" if stream.type == "video" else "sound"
     if stream.codec_context is None:
-        kind = "video" if stream.type == "video" else "sound"
         raise MediaError(f"has a {kind} track of an unknown codec", where=where, fix=RESTORE)
+    if stream.codec_context.codec.name not in CODECS:
+        what = f"has a {kind} track of a codec that is not read ({stream.codec_context.codec.name})"
+        raise MediaError(what, where=where, fix=CONVERT)
     return stream
+
+
+def check_index(stream: VideoStream | AudioStream, size: int, where: str) -> None:
+    """Raise MediaError when the container's table of samples (mp4, mov) reaches beyond the end of the file."""
+    last_byte = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
+    if last_byte > size:
+        what = f"is cut off: its index reaches to byte {last_byte:,} of {size:,}"
+        raise MediaError(what, where=where, fix=RESTORE)
 
 
 def packet_end(packet: Packet[Any]) -> float:
@@ -185,15 +644,18 @@ def packet_end(packet: Packet[Any]) -> float:
 
 
 def check_reaches_end(container: InputContainer, end_seconds: float, where: str) -> None:
-    """Raise MediaError when the last packet ends well before the end that the header declares, or far beyond it."""
-    if container.duration is None or container.format.name in _ESTIMATED:
+    """Raise MediaError when the last packet ends far beyond the end that the header declares, or well before it.
+
+    The second counts only where nothing but the header tells that something is missing (see `check_whole`).
+    """
+    if container.duration is None:
         return
-    declared = ((container.start_time or 0) + container.duration) / av.time_base
+    declared = max(container.start_time or 0, 0) / av.time_base + container.duration / av.time_base
     # Headers round; half a second or two per cent is what honest muxers are off by.
-    if end_seconds < declared - max(0.5, 0.02 * declared):
+    if container.format.name in _DECLARING and end_seconds < declared - max(0.5, 0.02 * declared):
         found = max(end_seconds, 0.0)
         what = f"is cut off: holds {found:.1f} s of the {declared:.1f} s that its header declares"
         raise MediaError(what, where=where, fix=RESTORE)
-    if end_seconds > 2 * declared + 60:
+    if container.format.name.startswith(("mov", "matroska")) and end_seconds > 2 * declared + 60:
         what = f"has a corrupt header: declares {declared:.1f} s, holds {end_seconds:,.1f} s"
         raise MediaError(what, where=where, fix=RESTORE)

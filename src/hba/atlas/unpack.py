@@ -27,7 +27,10 @@ RESERVED = ("atlas.json", "convert.json", TAXONOMY_FILE)
 _SIGNATURES = (
     *((b"RIFF", 0, b"WAVE", 8, ".wav"), (b"RIFF", 0, b"AVI ", 8, ".avi"), (b"RIFF", 0, b"WEBP", 8, ".webp")),
     *((b"ftyp", 4, b"", 0, ".mp4"), (b"fLaC", 0, b"", 0, ".flac"), (b"OggS", 0, b"", 0, ".ogg")),
-    *((b"ID3", 0, b"", 0, ".mp3"), (b"\xff\xfb", 0, b"", 0, ".mp3"), (b"\x1a\x45\xdf\xa3", 0, b"", 0, ".mkv")),
+    *((b"ID3", 0, b"", 0, ".mp3"), (b"\xff\xfb", 0, b"", 0, ".mp3"), (b"\xff\xf3", 0, b"", 0, ".mp3")),
+    *((b"\xff\xf1", 0, b"", 0, ".aac"), (b"FORM", 0, b"AIF", 8, ".aiff"), (b"#!AMR", 0, b"", 0, ".amr")),
+    *((b"\x1a\x45\xdf\xa3", 0, b"", 0, ".mkv"), (b"FLV", 0, b"", 0, ".flv"), (b"\0\0\1\xba", 0, b"", 0, ".mpg")),
+    *((b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", 0, b"", 0, ".wmv"), (b"GIF8", 0, b"", 0, ".gif")),
     *((b"\x89PNG", 0, b"", 0, ".png"), (b"\xff\xd8\xff", 0, b"", 0, ".jpg"), (b"PK\x03\x04", 0, b"", 0, ".pt")),
 )
 

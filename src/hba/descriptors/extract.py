@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from hba.atlas.media import load_audio
 from hba.atlas.probe import probe
 from hba.atlas.source import DEFAULT_LIMITS, Limits
-from hba.descriptors.clip import read_frames
+from hba.atlas.video import read_frames
 from hba.descriptors.items import Item, Settings
 from hba.descriptors.landmarks import Holistic
 from hba.descriptors.ledger import Extracted, Failed
@@ -84,7 +84,7 @@ class Extract:
         if item.kind == "video":
             rate = self.settings.frames_per_second
             frames = read_frames(source, where=item.where, frames_per_second=rate, limits=self.limits)
-            return self._holistic().extract(frames, where=item.where)
+            return self._holistic().extract((frame.pixels for frame in frames), where=item.where)
         audio = load_audio(source, where=item.where, limits=self.limits)
         if item.kind not in self._loaded:
             made = Opensmile(self.settings.audio or "") if item.kind == "audio" else None

@@ -22,7 +22,8 @@ from PIL import Image
 
 from hba.atlas import media
 from hba.atlas.sample import Field, Sample
-from hba.atlas.source import check_source, head, open_container
+from hba.atlas.source import check_source, head, open_container, video_track
+from hba.atlas.video import read_frames
 from hba.errors import MediaError
 
 if TYPE_CHECKING:
@@ -140,18 +141,17 @@ def encode_video(source: media.Source, *, where: str, max_bytes: int) -> Encoded
     Raises MediaError when it cannot be decoded.
     """
     with open_container(source, where=where) as container:
-        if not container.streams.video:
-            raise MediaError("the file has no video stream", where=where, fix="Replace the file.")
+        stream = video_track(container, where)
         seconds = _seconds(container)
         mime = _playable_as(container, head(source, 64, where=where))
         size = check_source(source, where=where, limits=media.DEFAULT_LIMITS)
         if mime is not None and size <= max_bytes:
             # A header alone can look sound in a file that is cut off.
-            if next(container.decode(video=0), None) is None:
+            if next(container.decode(stream), None) is None:
                 raise MediaError("the video has no frame", where=where, fix="Replace the file.")
             return Encoded(mime, head(source, size, where=where), f"{seconds:.1f} s" if seconds else "length unknown")
-        frames, note = _excerpt(container, where), _excerpt_note(container, seconds)
-    return Encoded("video/mp4", _encode_h264(frames), note)
+        note = _excerpt_note(container, seconds)
+    return Encoded("video/mp4", _encode_h264(_excerpt(source, where)), note)
 
 
 def _seconds(container: InputContainer) -> float:
@@ -178,18 +178,13 @@ def _playable_as(container: InputContainer, first_bytes: bytes) -> str | None:
     return mime if video_plays and audio_plays else None
 
 
-def _excerpt(container: InputContainer, where: str) -> list[VideoFrame]:
-    """Frames of the first MAX_VIDEO_SECONDS, thinned in time and made small; their pts are milliseconds."""
+def _excerpt(source: media.Source, where: str) -> list[VideoFrame]:
+    """Frames of the first MAX_VIDEO_SECONDS, thinned in time, upright and made small; their pts are milliseconds."""
     frames: list[VideoFrame] = []
-    start, due = 0.0, 0.0
-    for frame in container.decode(video=0):
-        start = start if frames else frame.time or 0.0
-        seconds = (frame.time or 0.0) - start
+    for seconds, pixels in read_frames(source, where=where, frames_per_second=VIDEO_FRAMES_PER_SECOND):
         if seconds > MAX_VIDEO_SECONDS:
             break
-        if seconds < due:
-            continue
-        due = max(due + 1 / VIDEO_FRAMES_PER_SECOND, seconds)
+        frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
         scale = min(1.0, VIDEO_HEIGHT_PIXELS / frame.height)
         width, height = (max(2, round(side * scale / 2) * 2) for side in (frame.width, frame.height))
         small = frame.reformat(width=width, height=height, format="yuv420p")
