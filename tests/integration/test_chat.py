@@ -115,6 +115,50 @@ def test_the_loss_is_that_of_transformers_with_the_end_token_and_one_shift(model
         assert model.processor.tokenizer.decode(said[:-1]) == sample.target
 
 
+class Told:
+    """A wording that has every sample answer the same."""
+
+    def __init__(self, text):
+        self.text = text
+
+    def question(self, sample):
+        return sample.problem
+
+    def answer(self, sample, target):
+        return self.text
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_likelihoods_of_choices_are_those_of_whole_passes(models, train, family):
+    model, samples = models[family], some(train)
+    choices = [["sad", "not sarcasm", "\\boxed{weakly positive}"][: 1 + i % 3] for i in range(len(samples))]
+    found = model.logps(batch_of(encoder(models, family), samples), choices)
+    assert [len(each) for each in found] == [len(each) for each in choices]
+    for text in {text for each in choices for text in each}:
+        mine = [i for i, each in enumerate(choices) if text in each]
+        batch = batch_of(encoder(models, family, answers=True, wording=Told(text)), [samples[i] for i in mine])
+        labels_BT = batch.labels_BT[:, 1:]
+        with torch.no_grad():
+            logits_BTV = model.transformer(**batch.inputs, use_cache=False).logits[:, :-1].float()
+        logps_BT = logits_BTV.log_softmax(-1).gather(2, labels_BT.clamp(min=0)[..., None])[..., 0]
+        whole_B = (logps_BT * (labels_BT != IGNORED)).sum(1)
+        torch.testing.assert_close(
+            torch.tensor([found[i][choices[i].index(text)] for i in mine]), whole_B, atol=2e-4, rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_says_one_of_its_choices_and_a_free_one_what_it_would(models, train, family):
+    model, samples = models[family], some(train)
+    batch = batch_of(encoder(models, family), samples)
+    offered = [["sad", "sad and angry", "not sarcasm"] if i % 2 else [] for i in range(len(samples))]
+    free, bound = (model.generate(batch, max_new_tokens=12, choices=choices) for choices in ((), offered))
+    for i, choices in enumerate(offered):
+        assert bound[i].text in choices if choices else bound[i] == free[i]
+    drawn = model.generate(batch, max_new_tokens=12, temperature=3.0, choices=offered)
+    assert all(said.text in choices for said, choices in zip(drawn, offered, strict=True) if choices)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_left_padding_is_no_prompt_and_a_batch_equals_single_samples(models, train, family):
     enc, model, samples = encoder(models, family, answers=True), models[family], some(train)

@@ -13,11 +13,12 @@ from hba.atlas.answer_format import FormatMix
 from hba.atlas.batch import collate
 from hba.atlas.chat_encoder import encoder_for
 from hba.config import load_config
-from hba.errors import InputError
+from hba.errors import ConfigError, InputError
 from hba.evaluate.answers import read
 from hba.evaluate.config import PredictConfig
 from hba.evaluate.predict import predict_run
 from hba.evaluate.predictions import read_predictions
+from hba.evaluate.score import score_run
 from hba.model import OmniSapiens
 from hba.run import RunFolder
 from hba.storage import read_json
@@ -84,6 +85,33 @@ def test_the_format_decides_the_prompt_and_is_part_of_the_run(straight, tmp_path
     assert all(thinking[key].tokens_in > boxed[key].tokens_in for key in boxed)
     with pytest.raises(InputError, match="another format"):
         predict(backbone, tmp_path / "think", mini_atlas, "generation.format=plain")
+
+
+def test_labels_alone_are_said_or_weighed(tmp_path, mini_atlas, backbone):
+    plain, atlas = "generation.format=plain", open_atlas(mini_atlas, split="test[:24]")
+    _, free = predict(backbone, tmp_path / "free", mini_atlas, plain)
+    _, bound = predict(backbone, tmp_path / "bound", mini_atlas, plain, "generation.constrain=labels")
+    _, likely = predict(backbone, tmp_path / "likely", mini_atlas, plain, "generation.read=likelihood")
+    for sample in atlas:
+        if sample.label is None:
+            assert bound[sample.id].output == free[sample.id].output == likely[sample.id].output
+            assert likely[sample.id].probs is None
+            continue
+        worded = atlas.taxonomy.worded(sample.dataset, sample.problem)
+        assert bound[sample.id].label in worded and bound[sample.id].output == worded[bound[sample.id].label]
+        found = likely[sample.id]
+        assert found.probs.keys() == worded.keys() and sum(found.probs.values()) == pytest.approx(1)
+        assert found.label == max(found.probs, key=found.probs.get)
+    assert any(p.label is None for p in free.values())
+    identity = read_json(tmp_path / "bound" / "predict.json")["identity"]
+    assert identity["constrain"] == "labels" and "read" not in identity
+    assert read_json(tmp_path / "likely" / "predict.json")["identity"]["read"] == "likelihood"
+    with pytest.raises(InputError, match="another constrain"):
+        predict(backbone, tmp_path / "bound", mini_atlas, plain)
+    calibrated = score_run(tmp_path / "likely", resamples=100)["aggregate"]["calibration"]["all"]
+    assert calibrated["n"] == sum(p.probs is not None for p in likely.values())
+    with pytest.raises(ConfigError, match="leaves no room"):
+        predict(backbone, tmp_path / "x", mini_atlas, "generation.format=think", "generation.constrain=labels")
 
 
 def test_sampling_is_by_seed(tmp_path, mini_atlas, backbone):

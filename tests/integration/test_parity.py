@@ -9,16 +9,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 
 from hba import open_atlas
 from hba.config import load_config
+from hba.errors import InputError
 from hba.evaluate.config import PredictConfig
 from hba.evaluate.predict import predict_run
 from hba.evaluate.predictions import read_predictions
 from hba.evaluate.score import score_run
 from hba.evaluate.selection import Selection
 from hba.model.tiny import atlas_texts, build_tiny
+from hba.taxonomy import BUILTIN
 
 SERVER = Path(__file__).parents[1] / "servers" / "model_server.py"
 ENCODE = {"num_frames": 4, "min_pixels": 3136, "max_pixels": 3136}
@@ -51,6 +54,30 @@ def run(folder, model, atlas, backend, *overrides):
     options = {"atlas": str(atlas), "split": "test", "config": config, "progress": lambda tally: None}
     predict_run(str(model), folder, backend=backend, selection=Selection(per_dataset=2), **options)
     return {p.id: p for p in read_predictions(folder / "predictions.jsonl")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["choice", "grammar"])
+def test_bound_to_labels_hf_and_a_server_give_the_same_answers(served, backbone, mini_atlas, tmp_path, form):
+    bound = ["generation.constrain=labels", f"generation.constrain_by={form}", "encode.modalities=[]"]
+    here = run(tmp_path / "hf", backbone, mini_atlas, "hf", *bound)
+    there = run(tmp_path / "openai", "tiny", mini_atlas, "openai", *bound, f"remote.base_url={served}")
+    assert here.keys() == there.keys()
+    assert {key: p.output for key, p in here.items()} == {key: p.output for key, p in there.items()}
+    labelled = [p for p in there.values() if p.target in BUILTIN.class_names]
+    assert len(labelled) > 20 and all(p.label is not None for p in labelled)
+
+
+def test_a_server_is_bound_by_a_schema_and_one_that_is_not_stops_the_run(served, mini_atlas, tmp_path):
+    bound = ["generation.constrain=labels", "encode.modalities=[]", f"remote.base_url={served}"]
+    there = run(tmp_path / "openai", "tiny", mini_atlas, "openai", *bound, "generation.max_tokens=40")
+    assert all(p.rule == "json" for p in there.values() if p.label is not None)
+    httpx.post(f"{served.removesuffix('/v1')}/faults", json={"loose": True})
+    with pytest.raises(InputError, match=r"does not hold to generation\.constrain_by=choice"):
+        run(tmp_path / "loose", "tiny", mini_atlas, "openai", *bound, "generation.constrain_by=choice")
+    httpx.post(f"{served.removesuffix('/v1')}/faults", json={})
+    with pytest.raises(InputError, match="gives no log-probabilities"):
+        run(tmp_path / "likely", "tiny", mini_atlas, "openai", *bound, "generation.read=likelihood")
 
 
 @pytest.mark.slow

@@ -119,6 +119,7 @@ class Model:
             min_new_tokens=asked["max_tokens"] if asked.get("ignore_eos") else None,
             eos_token_id=ends,
             pad_token_id=tokenizer.pad_token_id,
+            prefix_allowed_tokens_fn=self.bound(inputs["input_ids"].shape[1], ends, asked),
             logits_processor=LogitsProcessorList([Bias(asked.get("logit_bias", suppressed))]),
             output_scores=True,
             return_dict_in_generate=True,
@@ -135,6 +136,24 @@ class Model:
         logprobs = {"content": content} if asked.get("logprobs") else None
         said = {"index": index, "finish_reason": finish, "message": message, "token_ids": tokens}
         return said | {"logprobs": logprobs}
+
+    def bound(self, prompt_length, ends, asked):
+        """What may follow where a request names the texts that it may be answered with, in any of four ways."""
+        texts = asked.get("structured_outputs", {}).get("choice") or asked.get("guided_choice") or []
+        if "grammar" in asked:
+            texts = [json.loads(each) for each in asked["grammar"].removeprefix("root ::= ").split(" | ")]
+        if "response_format" in asked:
+            schema = asked["response_format"]["json_schema"]["schema"]
+            texts = [json.dumps({"answer": each}) for each in schema["properties"]["answer"]["enum"]]
+        if not texts or self.faults.get("loose"):
+            return None
+        whole = [[*self.processor.tokenizer(text)["input_ids"], ends[0]] for text in texts]
+
+        def following(_, ids):
+            said = ids[prompt_length:].tolist()
+            return [each[len(said)] for each in whole if each[: len(said)] == said and len(each) > len(said)]
+
+        return following
 
     def use(self, name):
         """Switch to the adapter of that name, or to the model without."""

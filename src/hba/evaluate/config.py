@@ -33,13 +33,27 @@ class GenerationConfig:
     top_p: Annotated[float, Field(gt=0, le=1)] = option(1.0, "share of the probability that is sampled from")
     max_tokens: Annotated[int, Field(ge=1)] = option(1024, "longest answer, thinking included")
     seed: Annotated[int, Field(ge=0)] = option(0, "of sampling, and of the random baseline")
+    constrain: Literal["none", "labels"] = option(
+        "none", "labels: an answer is one of the labels of its row's dataset, and nothing else can be said"
+    )
+    constrain_by: Literal["json_schema", "choice", "guided_choice", "grammar"] = option(
+        "json_schema", "to a server: json_schema, choice (vLLM; before 0.12 guided_choice), grammar (llama.cpp)"
+    )
+    read: Literal["words", "likelihood"] = option(
+        "words", "likelihood: the answer is the label that the model finds most probable, with probabilities"
+    )
 
     extra: dict[str, Any] | None = option(
         None, "further fields of a remote request, such as {reasoning_effort: low} or vLLM's chat_template_kwargs"
     )
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for a key in `extra`, since that is written into the run folder."""
+        """Raises ConfigError for a key in `extra`, since that is written into the run folder, and for thinking where
+        nothing but labels may be said."""
+        if self.bound and AnswerFormat(self.asked).shows_reasoning:
+            key = "constrain=labels" if self.constrain == "labels" else "read=likelihood"
+            what = f"the format {self.asked} asks for thinking, for which {key} leaves no room"
+            raise ConfigError(what, where="generation.format", fix="Use generation.format=boxed or plain.")
         for name in flat(self.extra or {}):
             if re.search(r"(api_?key|access_?token|auth_?token|authorization|secret|password)$", name.lower()):
                 fix = "Put it into an environment variable and name that with remote.api_key_env."
@@ -55,7 +69,15 @@ class GenerationConfig:
         sampled = {"top_p": self.top_p, "seed": self.seed} if self.temperature != 0 else {}
         words = json_sha256(AnswerFormat(self.asked).source)[:16]
         kept = {"format": f"{self.asked} {words}", "temperature": self.temperature, "max_tokens": self.max_tokens}
-        return kept | sampled | ({"extra": self.extra} if self.extra else {})
+        more: dict[str, Any] = {"extra": self.extra} if self.extra else {}
+        more |= {} if self.constrain == "none" else {"constrain": self.constrain}
+        more |= {} if self.read == "words" else {"read": self.read}
+        return kept | sampled | more
+
+    @property
+    def bound(self) -> bool:
+        """Whether labels are all that a labelled row may be answered with."""
+        return self.constrain == "labels" or self.read == "likelihood"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hba.atlas.batch import IGNORED, Batch
-from hba.atlas.chat_encoder import TextProcessor
+from hba.atlas.batch import IGNORED, Batch, answer_ids
+from hba.atlas.chat_encoder import TextProcessor, end_token_id
 from hba.atlas.config import EncodeConfig
 from hba.errors import ConfigError, InputError
 from hba.model import checkpoint
 from hba.model.bam import FOLDER
 from hba.model.config import ModelConfig, Strategy
-from hba.model.generate import Said, generate
+from hba.model.generate import Said, choice_logps, generate
 from hba.model.omni import choose_trained, has_lora
 from hba.storage import write_json
 
@@ -74,11 +74,26 @@ class ChatModel(nn.Module):
         return logits_NV
 
     def generate(
-        self, batch: Batch, *, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0
+        self,
+        batch: Batch,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        choices: Sequence[Sequence[str]] = (),
     ) -> list[Said]:
-        """One answer a sample, greedy at temperature 0."""
+        """One answer a sample, greedy at temperature 0; one of its `choices` where it has some."""
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
-        return generate(self.transformer, self.processor, batch.inputs, **options)
+        ids = [self._answer_ids(texts) for texts in choices]
+        return generate(self.transformer, self.processor, batch.inputs, choices=ids, **options)
+
+    def logps(self, batch: Batch, choices: Sequence[Sequence[str]]) -> list[list[float]]:
+        """The log-probability of each choice of each sample as its answer, the end of the turn included, in nats."""
+        return choice_logps(self.transformer, batch.inputs, [self._answer_ids(texts) for texts in choices])
+
+    def _answer_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        end = end_token_id(self.processor)
+        return [answer_ids(self.processor.tokenizer, text, end).tolist() for text in texts]
 
 
 def load(path: str | Path, *, dtype: str = "auto", attention: str = "sdpa") -> ChatModel:

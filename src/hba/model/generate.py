@@ -8,13 +8,15 @@ since `num_return_sequences` mixes up the patches of videos.
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from hba.atlas.chat_encoder import end_token_id
 
@@ -59,11 +61,14 @@ def generate_tokens(
     max_new_tokens: int,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    choices: Sequence[Sequence[Sequence[int]]] = (),
 ) -> SaidTokens:
     """`generate`, before its tokens become text: greedy at temperature 0.
 
-    Sampling is from the most probable tokens that together have the share `top_p` of the probability. A model that is
-    being trained is set to evaluate meanwhile: layers that are computed twice drop what generation keeps of a prompt.
+    `choices` are, for each row, the answers that it may give, as token ids with their end token; a row with none may
+    say anything. Sampling is from the most probable tokens that together have the share `top_p` of the probability. A
+    model that is being trained is set to evaluate meanwhile: layers that are computed twice drop what generation keeps
+    of a prompt.
     """
     tokenizer = processor.tokenizer
     ends = end_token_ids(model, processor)
@@ -78,12 +83,70 @@ def generate_tokens(
             pad_token_id=ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
             eos_token_id=ends,
             repetition_penalty=1.0,
+            logits_processor=LogitsProcessorList([_Choices(choices, inputs["input_ids"].shape[1])] if choices else []),
             **sampling,
         )
     answers_BL = tokens_BT[:, inputs["input_ids"].shape[1] :]
     ended_BL = torch.isin(answers_BL, torch.tensor(ends, device=answers_BL.device))
     lengths = [int(row_L.nonzero()[0]) + 1 if row_L.any() else len(row_L) for row_L in ended_BL]
     return SaidTokens(answers_BL, lengths)
+
+
+class _Choices(LogitsProcessor):  # type: ignore[misc]
+    """Lets each row say the tokens alone with which one of its choices goes on."""
+
+    def __init__(self, choices: Sequence[Sequence[Sequence[int]]], prompt_length: int) -> None:
+        self.choices, self.prompt_length = choices, prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        said = input_ids[:, self.prompt_length :].tolist()
+        for row, choices in enumerate(self.choices):
+            length = len(said[row])
+            going_on = {choice[length] for choice in choices if len(choice) > length and choice[:length] == said[row]}
+            if going_on:  # else the row is free, or has ended and is padded
+                allowed = torch.tensor(sorted(going_on), device=scores.device)
+                kept = scores[row, allowed]
+                scores[row] = -torch.inf
+                scores[row, allowed] = kept
+        return scores
+
+
+@torch.inference_mode()
+def choice_logps(
+    model: Any, inputs: Mapping[str, Tensor], choices: Sequence[Sequence[Sequence[int]]]
+) -> list[list[float]]:
+    """The log-probability of each choice of each row as the answer to its prompt: the sum over its tokens, in nats.
+
+    `choices` are token ids with their end token; rows may have different ones, or none. The prompts are read once, and
+    every choice goes on from their keys and values. Positions are those that `generate` gives the model.
+    """
+    state: dict[str, Any] = dict(inputs)
+    prompt_BT: Tensor = state.pop("input_ids")
+    state |= {"use_cache": True, "position_ids": model._prepare_position_ids_for_generation(prompt_BT, dict(inputs))}
+
+    def of_last(count: int) -> dict[str, int]:
+        return {"logits_to_keep": count} if model._supports_logits_to_keep() else {}
+
+    found: list[list[float]] = [[] for _ in choices]
+    with _evaluating(model):
+        read = model(**model.prepare_inputs_for_generation(prompt_BT, is_first_iteration=True, **state, **of_last(1)))
+        first_BV = read.logits[:, -1].float().log_softmax(-1)
+        for number in range(max(map(len, choices), default=0)):
+            answers = [of[number] if number < len(of) else [0, 0] for of in choices]
+            length = max(map(len, answers)) - 1
+            padded = [[*answer[:-1], *[0] * (length + 1 - len(answer))] for answer in answers]
+            answer_BL = torch.tensor(padded, device=prompt_BT.device)
+            going_on = model._update_model_kwargs_for_generation(read, dict(state), num_new_tokens=length)
+            going_on["past_key_values"] = copy.deepcopy(going_on["past_key_values"])
+            whole_BT = torch.cat([prompt_BT, answer_BL], 1)
+            going_on |= of_last(length)
+            given = model.prepare_inputs_for_generation(whole_BT, next_sequence_length=length, **going_on)
+            logps_BLV = model(**given).logits.float().log_softmax(-1)
+            for row, answer in enumerate(answers):
+                if number < len(choices[row]):
+                    rest = sum(float(logps_BLV[row, i, token]) for i, token in enumerate(answer[1:]))
+                    found[row].append(float(first_BV[row, answer[0]]) + rest)
+    return found
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from hba.atlas.chat_encoder import encoder_for
 from hba.atlas.sampler import Indices
 from hba.errors import InputError
 from hba.evaluate.backends.batches import batched_answers
-from hba.evaluate.backends.interface import Output, Result, spoken
+from hba.evaluate.backends.interface import Output, Result, choices, spoken
 from hba.evaluate.config import GenerationConfig, Opening, PredictConfig
 from hba.model import chat, checkpoint
 from hba.remote.cost import Meter
@@ -29,7 +29,10 @@ from hba.storage import file_sha256, json_sha256
 
 
 class ChatBackend:
-    """A `Backend` over a loaded model. `origin` is the identity of its weights."""
+    """A `Backend` over a loaded model. `origin` is the identity of its weights.
+
+    Rows that have no labels, or may have several, are answered in words whatever is asked of the others.
+    """
 
     name = "hf"
     free_form = True
@@ -40,6 +43,7 @@ class ChatBackend:
         self, model: chat.ChatModel, encoder: SampleEncoder, config: PredictConfig, origin: Mapping[str, Any]
     ) -> None:
         self.model, self.encoder, self.config, self.origin = model, encoder, config, origin
+        self.wording = FormatMix([config.generation.asked])
 
     def identity(self) -> Mapping[str, Any]:
         """Weights, format, sampling; the size of batches where it decides what is drawn."""
@@ -53,19 +57,39 @@ class ChatBackend:
 
     def generate(self, batch: Batch) -> Sequence[Output]:
         """One answer a sample."""
-        generation = self.config.generation
+        generation, taxonomy = self.config.generation, self.encoder.taxonomy
+        batch = batch.to(self.model.device)
+        offered = [choices(s, taxonomy, self.wording) if generation.bound else {} for s in batch.samples]
+        texts = [list(of.values()) for of in offered]
+        if generation.read == "likelihood" and all(offered):
+            return self._likeliest(offered, self.model.logps(batch, texts))
         torch.manual_seed(_seed(generation, batch))
         said = self.model.generate(
-            batch.to(self.model.device),
+            batch,
             max_new_tokens=generation.max_tokens,
             temperature=generation.temperature or 0.0,
             top_p=generation.top_p,
+            choices=texts if generation.constrain == "labels" else (),
         )
-        taxonomy = self.encoder.taxonomy
-        return [
+        outputs = [
             spoken(sample, one.text, taxonomy, tokens_out=one.tokens)
             for sample, one in zip(batch.samples, said, strict=True)
         ]
+        if generation.read == "likelihood" and any(offered):
+            likeliest = self._likeliest(offered, self.model.logps(batch, texts))
+            return [label if of else words for of, label, words in zip(offered, likeliest, outputs, strict=True)]
+        return outputs
+
+    def _likeliest(self, offered: Sequence[Mapping[str, str]], logps: Sequence[Sequence[float]]) -> list[Output]:
+        """Of each row the most probable answer, with the share of each label among them."""
+        outputs = []
+        for texts, each in zip(offered, logps, strict=True):
+            shares = torch.tensor(each, dtype=torch.float64).softmax(0).tolist()
+            probs = dict(zip(texts, shares, strict=True))
+            best = max(probs, key=lambda label: probs[label], default=None)
+            said = None if best is None else texts[best]
+            outputs.append(Output(text=said, answer=best, label=best, probs=probs, tokens_out=0))
+        return outputs
 
 
 def open_backend(_name: str, opening: Opening) -> ChatBackend:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from hba.atlas import Atlas
+from hba.atlas.answer_format import FormatMix
 from hba.atlas.sample import Quarantined, Sample
 from hba.atlas.sampler import Indices
 from hba.evaluate import answers
@@ -79,6 +80,15 @@ def samples(atlas: Atlas, rows: Indices, done: Set[str]) -> Iterator[Sample]:
         sample = atlas[int(row)]
         if sample.id not in done:
             yield sample
+
+
+def choices(sample: Sample, taxonomy: Taxonomy, wording: FormatMix) -> dict[str, str]:
+    """The answers that a row may be given where nothing but its labels may be said: label -> text, in the words of its
+    prompt and in its format. Empty for rows without labels, and for those that may have several."""
+    if taxonomy.dataset(sample.dataset).domain is None:
+        return {}
+    response = wording.format_of(sample).response
+    return {label: response(word) for label, word in taxonomy.worded(sample.dataset, sample.problem).items()}
 
 
 def spoken(sample: Sample, text: str, taxonomy: Taxonomy, **known: Any) -> Output:

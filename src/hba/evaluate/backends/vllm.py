@@ -26,7 +26,7 @@ from hba.atlas.prompt import Wording
 from hba.atlas.sample import Quarantined, Sample
 from hba.atlas.sampler import Indices
 from hba.errors import ConfigError, MediaError
-from hba.evaluate.backends.interface import Answered, Result, samples, spoken
+from hba.evaluate.backends.interface import Answered, Result, choices, samples, spoken
 from hba.evaluate.backends.wire import frame_rate
 from hba.evaluate.config import Opening
 from hba.remote.cost import Meter
@@ -79,11 +79,23 @@ class VllmBackend:
             return sample.quarantined(error)
         return Question(sample=sample, inputs=inputs)
 
+    def _bound(self, sample: Sample, taxonomy: Taxonomy) -> Any:
+        """The sampling parameters of a sample, which may bind it to its labels."""
+        offered = choices(sample, taxonomy, self._wording)
+        if self._opening.config.generation.constrain == "none" or not offered:
+            return self._params
+        from vllm.sampling_params import StructuredOutputsParams
+
+        bound = self._params.clone()
+        bound.structured_outputs = StructuredOutputsParams(choice=list(offered.values()))
+        return bound
+
     def _ask(self, questions: Sequence[Question], taxonomy: Taxonomy) -> Iterator[Result]:
         if not questions:
             return
         started = time.perf_counter()
-        replies = self._engine.generate([q.inputs for q in questions], self._params, use_tqdm=False)
+        params = [self._bound(question.sample, taxonomy) for question in questions]
+        replies = self._engine.generate([q.inputs for q in questions], params, use_tqdm=False)
         seconds = (time.perf_counter() - started) / len(questions)
         decode = self._processor.tokenizer.decode  # the engine's own text lacks a character that the last token cuts
         for question, reply in zip(questions, replies, strict=True):
@@ -122,6 +134,9 @@ def open_backend(_name: str, opening: Opening) -> VllmBackend:
     if generation.temperature is None or generation.extra:
         fix = "Set generation.temperature, and leave generation.extra out."
         raise ConfigError("a setting for servers, not for an engine on this machine", where="generation", fix=fix)
+    if generation.read == "likelihood":
+        fix = "Use --backend hf, or generation.constrain=labels."
+        raise ConfigError("the vllm backend reads no likelihoods", where="generation.read", fix=fix)
     try:
         from vllm import LLM, SamplingParams
     except ImportError as error:
