@@ -19,9 +19,11 @@ from hba.evaluate import score as scoring
 from hba.evaluate.leaderboard import build_leaderboard
 from hba.evaluate.metrics import score
 from hba.evaluate.predictions import Prediction, PredictionLog, read_predictions
+from hba.evaluate.results import parse_metrics
 from hba.evaluate.runs import open_run
 from hba.export.wandb_table import tables_of
 from hba.report import write_report
+from hba.report.words import warnings
 from hba.storage import read_json
 
 
@@ -85,6 +87,29 @@ def test_probabilities_under_other_spellings_are_those_of_their_labels(tmp_path:
     (tmp_path / "bad" / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in bad))
     with pytest.raises(InputError, match=r"predictions.jsonl:1, probs: unknown label 'hunger'"):
         score_run(tmp_path / "bad")
+
+
+def test_the_strict_published_reading_stands_beside_the_scores_and_is_shown_where_it_differs(tmp_path: Path) -> None:
+    said = [
+        replace(p, output=f"The emotion is [{p.label}]." if i % 2 else f"The emotion is {p.label}.", rule="mention")
+        for i, p in enumerate(rows(60))
+        if p.label is not None
+    ]
+    said.append(replace(said[0], id="failed", output=None, answer=None, label=None, rule=None, error="HTTP 500"))
+    metrics = score_run(run_folder(tmp_path / "run", said))
+    strict = [p.label if p.output and "[" in p.output else None for p in said]
+    plain = score(strict, [p.target for p in said], [p.dataset for p in said])
+    reading = metrics["aggregate"]["readings"]["published"]
+    assert reading["tasks"] == {"EMO": plain["tasks"]["EMO"]["score"]} and reading["mean"] == reading["tasks"]["EMO"]
+    assert reading["n_invalid"] == strict.count(None) - 1 > 20
+    assert metrics["aggregate"]["rules"] == {"mention": len(said) - 1}
+    (sentence,) = [w for w in warnings(parse_metrics(metrics, where="")) if "published" in w]
+    assert f"EMO {reading['tasks']['EMO']:.3f}" in sentence and f"{reading['n_invalid']} invalid" in sentence
+    alike = score_run(run_folder(tmp_path / "alike", [replace(p, output=p.label) for p in said[:-1]]))
+    assert alike["aggregate"]["readings"]["published"]["mean"] == alike["aggregate"]["mean"]["score"]
+    assert not [w for w in warnings(parse_metrics(alike, where="")) if "published" in w]
+    heads = [replace(p, probs={str(p.label): 1.0}, rule=None) for p in said[:-1]]
+    assert "readings" not in score_run(run_folder(tmp_path / "heads", heads))["aggregate"]
 
 
 def test_metrics_json_is_what_the_contract_says(tmp_path: Path) -> None:

@@ -223,7 +223,8 @@ class Reading:
 class Aggregate(Counts):
     """Everything that is over all rows. `figures` are the twelve published averages of the classification rows.
 
-    `mean` is over the scored tasks. `readings` are by name; `failures` the most frequent errors of failed rows.
+    `mean` is over the scored tasks. `readings` are by name, `rules` how many answers each rule of `answers` read;
+    `failures` are the most frequent errors of failed rows.
     """
 
     mean: Score = Score()
@@ -234,6 +235,7 @@ class Aggregate(Counts):
     free_form: dict[str, float] | None = None
     failures: tuple[Failure, ...] = ()
     readings: dict[str, Reading] = field(default_factory=dict)
+    rules: dict[str, int] = field(default_factory=dict)
     figures: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -342,7 +344,7 @@ class Metrics:
 
 
 # Left out of the file where they say nothing: None, "" or empty.
-_OPTIONAL = frozenset({"name", "note", "finish", "failures", "readings", "free_form", "figures"}) | {
+_OPTIONAL = frozenset({"name", "note", "finish", "failures", "readings", "rules", "free_form", "figures"}) | {
     f"n_{name}" for name in ("invalid", "failed", "quarantined", "skipped")
 }
 

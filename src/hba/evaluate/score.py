@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 from hba import __version__
 from hba.errors import InputError
+from hba.evaluate.answers import published_label
 from hba.evaluate.calibration import calibration
 from hba.evaluate.confusion import Rows, encode
 from hba.evaluate.fields import field_values
@@ -43,6 +44,7 @@ from hba.evaluate.results import (
     Failure,
     Metrics,
     Provenance,
+    Reading,
     Score,
     Scoring,
     TaskScore,
@@ -61,6 +63,7 @@ SKIPPED_NOTE = "not scored ({n_skipped} rows that the model is not trained to an
 EMPTY_NOTE = "not scored: no row with a defined score"
 AUTO_CLUSTERS, NO_CLUSTERS = "auto", "none"
 SHOWN_FAILURES = 5
+PUBLISHED_READING = "published"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +181,8 @@ def score_predictions(
         unmapped=convert(unmapped(predictions, taxonomy), dict[str, Unmapped], "unmapped"),
         free_form=_generation(free_form) if free_form else None,
         failures=_failures(predictions),
+        readings=_readings(predictions, tasks, taxonomy, published=options.published),
+        rules=dict(Counter(p.rule for p in predictions if p.rule is not None).most_common()),
         figures={key: value for key, value in found["aggregate"].items() if key not in ("mean", "n", "n_invalid")},
     )
     return Metrics(
@@ -201,6 +206,24 @@ def _scored_answer(prediction: Prediction, taxonomy: Taxonomy) -> str | None:
     if not taxonomy.dataset(prediction.dataset).free_form:
         return prediction.label
     return prediction.answer if (prediction.answer or "").strip() else None
+
+
+def _readings(
+    predictions: Sequence[Prediction], tasks: Mapping[str, TaskScore], taxonomy: Taxonomy, *, published: bool
+) -> dict[str, Reading]:
+    """The scores of the same answers in words by the strict published reading; none where no answer is in words."""
+    labelled = [p for p in predictions if not taxonomy.dataset(p.dataset).free_form]
+    if all(p.output is None or p.probs is not None for p in labelled):
+        return {}
+    strict = [
+        p.label if p.output is None or p.probs is not None else published_label(p.dataset, p.output, taxonomy)
+        for p in labelled
+    ]
+    rows = encode(strict, [p.target for p in labelled], [p.dataset for p in labelled], taxonomy)
+    scores = {key: task["score"] for key, task in score_rows(rows, published)["tasks"].items()}
+    scores = {key: score for key, score in scores.items() if tasks[key].score is not None}
+    invalid = sum(label is None and not p.failed for p, label in zip(labelled, strict, strict=True))
+    return {PUBLISHED_READING: Reading(mean=mean_of(list(scores.values())), n_invalid=invalid, tasks=scores)}
 
 
 # ---------------------------------------------------------------------------------------------------------- counts

@@ -11,6 +11,7 @@ from hba.evaluate.results import MAX_FAILED, Counts, Metrics, Provenance, TaskSc
 
 DASH = "–"
 MAX_NAMED = 5
+NEAR = 0.01  # readings of the same answers whose scores differ by less are shown once
 METRIC_NAMES = {
     "binary_weighted_f1": "weighted F1, 2 classes",
     "mean_weighted_accuracy": "mean weighted accuracy",
@@ -86,6 +87,16 @@ def warnings(metrics: Metrics) -> list[str]:
         found.append(f"{failed}{reason}{effect}. Ask again: hba predict --retry-failed.")
     if endings(total):
         found.append(f"Answers that did not end by themselves: {endings(total)}.")
+    for name, reading in total.readings.items():
+        other = {
+            key: score
+            for key, score in reading.tasks.items()
+            if score is not None and abs(score - (metrics.tasks[key].score or 0.0)) > NEAR
+        }
+        if other:
+            shown = ", ".join(f"{key} {figure(score)}" for key, score in other.items())
+            mean = f", mean {figure(reading.mean)}" if reading.mean is not None else ""
+            found.append(f"By the strict {name} reading of the answers: {shown}{mean}; {reading.n_invalid:,} invalid.")
     if metrics.scant:
         found.append(scant({key: metrics.datasets[key].n_independent or 0 for key in metrics.scant}))
     return found
