@@ -116,6 +116,18 @@ def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
+def defaults(cls: type[Any]) -> dict[str, Any]:
+    """The dotted keys of `cls` with their defaults as plain values; a key that must be chosen has none."""
+    found: dict[str, Any] = {}
+    for name, field in _fields(cls).items():
+        value = _default(field.field)
+        if value is not dataclasses.MISSING:
+            found |= flat({name: value})
+        elif field.section is not None:
+            found |= {f"{name}.{key}": inner for key, inner in defaults(field.section).items()}
+    return found
+
+
 def keys_without_effect(cls: type[Any], prefix: str = "") -> set[str]:
     """The dotted keys that are marked as not changing a result, and those of earlier versions that were (RETIRED)."""
     found = {f"{prefix}{name}" for name in getattr(cls, "RETIRED", ())}

@@ -1,8 +1,9 @@
 """The run folder: where a command leaves its config, its logs and its results, and finds them again to go on.
 
 `RunFolder.open` makes the folder or resumes it. It refuses a folder that another process uses, and one that holds a
-run with another config, seed, command or data: going on there would mix two experiments. Under `accelerate launch` the
-first rank alone locks and records; other ranks only add to the quarantine.
+run with another config, seed, command or data: going on there would mix two experiments. A key that the version of hba
+which began the run did not have counts as its default. Under `accelerate launch` the first rank alone locks and
+records; other ranks only add to the quarantine.
 
 Invariants: config.yaml and environment.json are those of the run's start; after `truncate_log(step)` the log holds
 what an uninterrupted run had logged by that step; a sample stands in quarantine.jsonl once.
@@ -22,7 +23,7 @@ from types import TracebackType
 from typing import Any
 
 from hba import yaml_core
-from hba.config import flat, keys_without_effect, to_dict, to_yaml
+from hba.config import defaults, flat, keys_without_effect, to_dict, to_yaml
 from hba.environment import environment, now
 from hba.errors import ConfigError, HbaError
 from hba.quarantine import QuarantineLog
@@ -156,8 +157,10 @@ class RunFolder:
                 AppendLog(log).close()  # cuts off a line that a kill left torn, before anyone reads it
 
     def _require_same(self, config: Any, command: str, seed: int) -> None:
-        recorded = flat(yaml_core.read(self.config))
         given = flat(to_dict(config))
+        # A key that an older version did not have was what its default is now.
+        recorded = flat(yaml_core.read(self.config))
+        recorded = {key: value for key, value in defaults(type(config)).items() if key in given} | recorded
         if self.environment.is_file():
             of_run = read_json(self.environment)
             recorded |= {"seed (of the run)": of_run["seed"], "command (of the run)": of_run["command"]}

@@ -35,9 +35,12 @@ GRACE_SECONDS = 60.0  # for the others, once a rank has failed
 
 
 class Dies(NamedTuple):
-    """Where a rank signals itself: before or after the call number `call` of the function 'module:name'."""
+    """Where a rank signals itself: before or after its call number `call` of the function 'module:name'.
 
-    rank: int
+    `rank` None: the one that gets there first, where it is not known beforehand which rank does the work.
+    """
+
+    rank: int | None
     function: str
     when: str = "before"
     call: int = 1
@@ -154,8 +157,9 @@ def _fork(order, rank, port) -> int:
         own = places | shared if order["ranks"] > 1 else {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
         os.environ.update({name: str(value) for name, value in (own | order["environment"]).items()})
         dies = order["dies"]
-        if dies is not None and dies["rank"] == rank:
-            _signal_in(**{key: value for key, value in dies.items() if key != "rank"})
+        if dies is not None and dies["rank"] in (rank, None):
+            token = f"{order['folder']}/first"
+            _signal_in(token=token, **{key: value for key, value in dies.items() if key != "rank"})
         code = _main(order["arguments"])
     finally:
         sys.stdout.flush()
@@ -180,8 +184,11 @@ def _main(arguments) -> int:
     return 0
 
 
-def _signal_in(function, when, call, **what) -> None:
-    """Have this process signal itself before or after call number `call` of 'module:name' or 'module:class.name'."""
+def _signal_in(function, when, call, token, **what) -> None:
+    """Have this process signal itself before or after call number `call` of 'module:name' or 'module:class.name'.
+
+    Of several processes with one `token`, a file to make, the first does.
+    """
     import importlib
 
     module, _, name = function.partition(":")
@@ -194,13 +201,15 @@ def _signal_in(function, when, call, **what) -> None:
     def fatal(*args, **options):
         nonlocal calls
         calls += 1
-        due = calls == call
-        if due and when == "before":
+        if calls != call:
+            return whole(*args, **options)
+        result = whole(*args, **options) if when == "after" else None
+        try:
+            os.close(os.open(token, os.O_CREAT | os.O_EXCL))
             os.kill(os.getpid(), getattr(signal, what["signal"]))
-        result = whole(*args, **options)
-        if due and when == "after":
-            os.kill(os.getpid(), getattr(signal, what["signal"]))
-        return result
+        except FileExistsError:
+            pass  # another was first
+        return whole(*args, **options) if when == "before" else result
 
     setattr(owner, last, fatal)
 

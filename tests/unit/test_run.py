@@ -131,6 +131,38 @@ def test_another_config_is_refused_and_the_keys_named(tmp_path: Path) -> None:
     open_run(tmp_path).close()  # the refusal released the lock and changed nothing
 
 
+@dataclass(frozen=True, kw_only=True)
+class NewerInner:
+    learning_rate: float = option(1e-4, "peak rate")
+    decay: float = option(0.01, "of matrices")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Newer:
+    """Settings as a later version has them: a key more inside a section and outside, and a section that may be None."""
+
+    inner: NewerInner = field(default_factory=NewerInner)
+    atlas: str = option("atlas", "the data")
+    workers: int = option(1, "processes", affects_result=False)
+    formats: tuple[str, ...] = option(("plain",), "a list")
+    server: Inner | None = option(None, "a section")
+
+
+def test_a_run_of_an_older_version_goes_on_while_new_keys_have_their_defaults(tmp_path: Path) -> None:
+    open_run(tmp_path).close()
+    before = (tmp_path / "config.yaml").read_text()
+    RunFolder.open(tmp_path, config=Newer(), command="train sft", seed=0).close()
+    assert (tmp_path / "config.yaml").read_text() == before
+    for changed, message in (
+        (Newer(inner=NewerInner(decay=0.1)), r"inner\.decay was 0\.01, is 0\.1"),
+        (Newer(formats=("boxed",)), r"formats was \[plain\], is \[boxed\]"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            RunFolder.open(tmp_path, config=changed, command="train sft", seed=0)
+    with pytest.raises(ConfigError, match="server"):
+        RunFolder.open(tmp_path, config=Newer(server=Inner()), command="train sft", seed=0)
+
+
 def test_another_seed_is_refused(tmp_path: Path) -> None:
     open_run(tmp_path).close()
     with pytest.raises(ConfigError, match=r"seed.* was 0, is 1"):

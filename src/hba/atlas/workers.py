@@ -369,8 +369,9 @@ def _settle(parent: int) -> None:
     """Make a forked copy of the main process a worker: it dies with its parent and keeps its hands off what it got."""
     die_with_parent(parent)
     gc.freeze()  # no finalizer of the parent's objects may run here
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process, which gets the same ctrl-C, ends its workers
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # The main process, which gets the same signals, decides and ends its workers; a scheduler sends them to all.
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(each, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     faulthandler.disable()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

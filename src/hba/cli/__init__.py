@@ -1,7 +1,8 @@
 """The `hba` command: parse, call, print. Commands live in this package, one file a group; nothing heavy is imported
 before a command runs, so that `hba --help` answers at once.
 
-Exit codes: 0 done, 1 failed, 2 bad usage or bad input (a quarantined sample that was not allowed for included).
+Exit codes: 0 done, 1 failed, 2 bad usage or bad input (a quarantined sample that was not allowed for included), 75
+stopped by SIGTERM or SIGUSR1 (training; the same command goes on), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from hba.cli.stages import BAM_EXAMPLE, QA_EXAMPLE, bam_command, qa_command
 from hba.cli.start import demo_command, doctor_command, tiny_command
 from hba.cli.train import SFT_EXAMPLE, train_app
 from hba.cli.transfer import TRANSFER_EXAMPLE, transfer_command
-from hba.errors import HbaError, InputError
+from hba.errors import HbaError, InputError, StoppedError
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 INTERRUPTED = 130  # what typer makes of Ctrl-C
@@ -84,7 +85,7 @@ def main() -> None:
     try:
         app()
     except HbaError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"{error}\n" if isinstance(error, StoppedError) else f"error: {error}\n")
         raise SystemExit(error.exit_code) from None
     except OSError as error:
         # A file that cannot be read or written for a reason that no module foresaw: the user's disk, not a bug.

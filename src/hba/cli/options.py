@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -94,20 +93,33 @@ def training(run: Path, settings: Any, command: str) -> Iterator[RunFolder]:
 
 
 def trained(
-    run: Path, progress: Progress, quarantined: Sequence[dict[str, Any]], allowed: int, *, best: str, as_json: bool
+    run: Path,
+    progress: Progress,
+    quarantined: Sequence[dict[str, Any]],
+    allowed: int,
+    *,
+    as_json: bool,
+    best: str = "validation mean",
+    sign: int = 1,
 ) -> None:
-    """The answer of every training command; `best` says what the best checkpoint is best in, and how good it is."""
-    result = {"run": str(run), **asdict(progress), "quarantined": len(quarantined)}
-    text = f"Trained {progress.step} steps in {bold(run)}: best {best} at step {progress.best_step}."
+    """The answer of every training command; `best` says what the best checkpoint is best in, `sign` which way."""
+    shown = ("step", "samples_seen", "best_step", "best_score")
+    result = {"run": str(run), **{name: getattr(progress, name) for name in shown}, "quarantined": len(quarantined)}
+    text = f"Trained {progress.step} steps in {bold(run)}: best {best} "
+    if progress.best_score is None:
+        text = f"Trained {progress.step} steps in {bold(run)}; no task of the validation has a score."
+    else:
+        text += f"{sign * progress.best_score:.3f} at step {progress.best_step}."
     answer(result, as_json=as_json, show=lambda: say(text))
     finish(quarantined, allowed)
 
 
 def finish(quarantined: Sequence[dict[str, Any]], allowed: int) -> None:
     """Name every quarantined sample on standard error; exit 2 when there are more than `allowed`."""
+    told = sys.stderr.write if os.environ.get("RANK", "0") == "0" else str  # once, although on several ranks
     for record in quarantined:
-        sys.stderr.write(f"quarantined {record['id']}: {record['where']}: {record['reason']}\n")
+        told(f"quarantined {record['id']}: {record['where']}: {record['reason']}\n")
     if len(quarantined) > allowed:
         fix = f"Repair the files, or accept this with --allow-quarantined {len(quarantined)}."
-        sys.stderr.write(f"error: {len(quarantined)} samples were left out; everything else is done. Fix: {fix}\n")
+        told(f"error: {len(quarantined)} samples were left out; everything else is done. Fix: {fix}\n")
         raise typer.Exit(2)

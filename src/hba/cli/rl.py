@@ -70,8 +70,7 @@ def _here(settings: RlConfig, run: Path, allow_quarantined: int, *, as_json: boo
     with training(run, settings, "train rl") as folder:
         progress = train_rl(settings, folder)
         quarantined = folder.quarantine.records()
-    best = f"greedy reward {progress.best_score:.3f}"
-    trained(run, progress, quarantined, allow_quarantined, best=best, as_json=as_json)
+    trained(run, progress, quarantined, allow_quarantined, best="greedy reward", as_json=as_json)
 
 
 def _show_verl(settings: RlConfig, run: Path, *, as_json: bool) -> None:

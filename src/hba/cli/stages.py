@@ -35,8 +35,7 @@ def qa_command(
     with training(run, settings, "train qa") as folder, counted("features") as told:
         progress = train_qa(settings, folder, told)
         quarantined = folder.quarantine.records()
-    best = f"validation mean {progress.best_score:.3f}"
-    trained(run, progress, quarantined, allow_quarantined, best=best, as_json=json)
+    trained(run, progress, quarantined, allow_quarantined, as_json=json)
 
 
 def bam_command(
@@ -71,8 +70,7 @@ def bam_command(
     with training(run, settings, "train bam") as folder, counted("features") as told:
         progress = train_bam(settings, folder, told)
         quarantined = folder.quarantine.records()
-    best = f"validation mean {progress.best_score:.3f}"
-    trained(run, progress, quarantined, allow_quarantined, best=best, as_json=json)
+    trained(run, progress, quarantined, allow_quarantined, as_json=json)
 
 
 def _key(name: str, value: object) -> list[str]:

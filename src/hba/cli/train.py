@@ -33,8 +33,7 @@ def sft_command(
     with training(run, settings, "train sft") as folder:
         progress = train_sft(settings, folder)
         quarantined = folder.quarantine.records()
-    best = f"validation mean {progress.best_score:.3f}"
-    trained(run, progress, quarantined, allow_quarantined, best=best, as_json=json)
+    trained(run, progress, quarantined, allow_quarantined, as_json=json)
 
 
 LM_EXAMPLE = "Example: hba train lm --config lm_tiny --run runs/lm atlas=runs/mini model.name=runs/tiny"
@@ -58,5 +57,4 @@ def lm_command(
     with training(run, settings, "train lm") as folder:
         progress = train_lm(settings, folder)
         quarantined = folder.quarantine.records()
-    best = f"validation loss {-(progress.best_score or 0.0):.3f}"
-    trained(run, progress, quarantined, allow_quarantined, best=best, as_json=json)
+    trained(run, progress, quarantined, allow_quarantined, best="validation loss", sign=-1, as_json=json)

@@ -118,7 +118,9 @@ class DatasetAdapters(nn.Module):
                 f_RF = self._stacked([descriptors[row][modality] for row in rows], modality).to(state_BH.device)
                 state_BH = state_BH.index_add(0, torch.tensor(rows, device=state_BH.device), adapter(f_RF))
             else:
-                state_BH = state_BH + 0.0 * adapter.alpha  # a batch without the modality still has a (zero) gradient
+                # A batch without the modality has a gradient, too (zero), of all parameters: sharded ranks exchange
+                # those of every adapter that one of them runs.
+                state_BH = state_BH + 0.0 * adapter(state_BH.new_zeros(1, self.spec.dims[modality]))
         return state_BH
 
     def _stacked(self, vectors: Sequence[Tensor], modality: str) -> Tensor:

@@ -416,6 +416,9 @@ def _fit_named(name: str, bare: Any, what: str) -> Fit:
 def load_adapter(model: Any, folder: Path) -> None:
     """Add the LoRA layers of a checkpoint to a transformers model, or to a `skeleton`, which then holds them alone.
 
+    They are in float32, as they were trained, whatever the model's dtype: rounded to it, a run that resumes would go on
+    from other weights than it had.
+
     Raises InputError when the adapter is damaged, or is not that of this model: weights missing, unknown or of another
     shape.
     """
@@ -429,7 +432,8 @@ def load_adapter(model: Any, folder: Path) -> None:
         model.hf_device_map = {"": "cpu"}  # where the adapter's weights go
     try:
         with without_load_reports():
-            info = model.load_adapter(adapter_state_dict=given, peft_config=PeftConfig.from_pretrained(folder))
+            peft_config, whole = PeftConfig.from_pretrained(folder), {"lora_": torch.float32}
+            info = model.load_adapter(adapter_state_dict=given, peft_config=peft_config, dtype_plan=whole)
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
         shapes = {f"base_model.model.{_unnamed(name)}": list(p.shape) for name, p in model.named_parameters()}
         wrong = [

@@ -247,13 +247,13 @@ def validate_bam(
                 continue
             best_B = output.logits_BC.argmax(1).tolist()
             labels += [(names[i], s.target, s.dataset) for i, s in zip(best_B, batch.samples, strict=True)]
-    said = ranks.gather(labels)
-    scores: dict[str, float] = {}
+    said, answered = ranks.gather(labels), ranks.gather(right)
+    scores: dict[str, float | None] = {}
     if said:
         answers_N, targets_N, keys_N = zip(*said, strict=True)
         tasks = score(answers_N, targets_N, keys_N, taxonomy=rows.taxonomy)["tasks"]
-        scores = {key: task["score"] for key, task in tasks.items() if task["score"] is not None}
-    return mean_over_tasks(scores | exact_matches(rows, ranks.gather(right)), rows)
+        scores = {key: task["score"] for key, task in tasks.items()}
+    return mean_over_tasks(scores | exact_matches(rows, answered), rows, len(said) + len(answered))
 
 
 def save_checkpoint(

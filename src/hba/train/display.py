@@ -6,6 +6,7 @@ throughput) are the only ones that differ between two equal runs.
 
 from __future__ import annotations
 
+import uuid
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from types import TracebackType
@@ -15,8 +16,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from hba import yaml_core
 from hba.errors import ConfigError
 from hba.run import RunFolder
+from hba.storage import read_json, write_json
 from hba.train.state import Progress
 
 if TYPE_CHECKING:
@@ -53,7 +56,7 @@ class TrainingDisplay:
 
             self._board = SummaryWriter(str(self._run.path / "tensorboard"))  # type: ignore[no-untyped-call]
             if self._config.wandb_project is not None:
-                self._wandb = _start_wandb(self._config.wandb_project, self._run.path.name)
+                self._wandb = _start_wandb(self._config.wandb_project, self._run)
             self._bar.start()
         return self
 
@@ -130,10 +133,22 @@ class TrainingDisplay:
             self._wandb.log(numbers, step=record["step"])
 
 
-def _start_wandb(project: str, name: str) -> Any:
+def _start_wandb(project: str, run: RunFolder) -> Any:
+    """The W&B run of this run folder, the same after a resume; every folder has one of its own, whatever its name."""
     try:
         import wandb
     except ImportError:
         fix = "pip install 'human-behavior-atlas[wandb]', or leave wandb_project unset."
         raise ConfigError("wandb is not installed", where="wandb_project", fix=fix) from None
-    return wandb.init(project=project, name=name, id=name, resume="allow")
+    known = run.path / "wandb.json"
+    if not known.is_file():
+        write_json(known, {"id": uuid.uuid4().hex})
+    path = run.path.resolve()
+    return wandb.init(
+        project=project,
+        name=f"{path.parent.name}/{path.name}",
+        id=read_json(known)["id"],
+        resume="allow",
+        config=yaml_core.read(run.config),
+        dir=str(path),
+    )

@@ -10,6 +10,7 @@ losses and weights of an uninterrupted one. Only dropout depends on the number o
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +35,8 @@ from hba.train.plan import Plan, num_steps
 from hba.train.ranks import Ranks, Turn
 from hba.train.sharding import gathered, prepare_model
 from hba.train.state import STOP, Progress, Saving, latest, read_progress, save_state, settle
+
+_log = logging.getLogger(__name__)
 
 
 class Validation(NamedTuple):
@@ -158,6 +161,8 @@ def run_training(stage: Stage[B], plan: Plan, config: TrainConfig, ranks: Ranks,
                 with gathered(stage.model):
                     validation = stage.validate()
                 display.validation(progress, validation.metrics)
+                if validation.score is None and ranks.is_first:
+                    _log.warning("no task of the validation has a score: the last checkpoint counts as the best")
                 progress = progress.validated(validation.score)
                 save_state(run.checkpoints, progress, stage.model, optimizer, stage.save_model, ranks)
                 saved_step = progress.step

@@ -143,4 +143,5 @@ def validate_answers(
             logits_LV = lm_head(moved.states_LH.to(lm_head_dtype(lm_head)))
             right_B = exact(logits_LV, answer_tokens(moved), moved.lengths_B, banned)
             said += zip([sample.dataset for sample in batch.samples], right_B, strict=True)
-    return mean_over_tasks(exact_matches(rows, ranks.gather(said)), rows)
+    answered = ranks.gather(said)
+    return mean_over_tasks(exact_matches(rows, answered), rows, len(answered))

@@ -15,6 +15,7 @@ limit, since a rank may compute features or write a model for hours, and it noti
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -190,13 +191,24 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]
         yield bucket
 
 
+def lost_rank(error: RuntimeError) -> HbaError | None:
+    """What `error` means where it is that another rank cannot be reached; None for any other."""
+    reason = str(error).partition("\n")[0]
+    if not isinstance(error, distributed.DistError) and "gloo" not in reason:
+        return None
+    # Without the place in gloo's source in front, and the advice behind.
+    reason = re.sub(r"^\[\S+\] |\. This is typically.*", "", reason)
+    what = f"another process of this run has ended or cannot be reached ({reason})"
+    return HbaError(what, fix="Its own messages say why; the same command goes on from the last checkpoint.")
+
+
 @contextmanager
 def _lost_rank_named() -> Iterator[None]:
-    """Around exchanges between ranks alone: what fails there is that another process cannot be reached."""
+    """Around exchanges between ranks."""
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        what = f"another process of this run has ended or cannot be reached ({reason})"
-        fix = "Its own messages say why; the same command goes on from the last checkpoint."
-        raise HbaError(what, fix=fix) from error
+        lost = lost_rank(error)
+        if lost is None:
+            raise
+        raise lost from error

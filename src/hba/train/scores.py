@@ -34,10 +34,15 @@ def exact_matches(rows: Atlas, said: Iterable[tuple[str, bool]]) -> dict[str, fl
     }
 
 
-def mean_over_tasks(scores: Mapping[str, float], rows: Atlas) -> Validation:
-    """The scores of all tasks with their mean, which chooses the best checkpoint. Raises InputError without any."""
-    if not scores:
+def mean_over_tasks(scores: Mapping[str, float | None], rows: Atlas, num_read: int) -> Validation:
+    """The scores of the tasks that have one, with their mean, which chooses the best checkpoint; None if none has.
+
+    A task has no score where its metric is not defined on the rows, such as two-class sentiment of neutral ones alone.
+    `num_read` rows were answered. Raises InputError for 0.
+    """
+    if not num_read:
         fix = "Repair the media named in quarantine.jsonl."
         raise InputError(f"no sample of split {rows.split!r} can be read", where=str(rows.root), fix=fix)
-    mean = sum(scores.values()) / len(scores)
-    return Validation(mean, {**scores, "mean": mean})
+    known = {key: score for key, score in scores.items() if score is not None}
+    mean = sum(known.values()) / len(known) if known else None
+    return Validation(mean, {**known, "mean": mean})

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from hba.atlas import Atlas, open_atlas
 from hba.atlas.batch import IGNORED, Batch, Encoder
 from hba.atlas.loader import load_batches
-from hba.errors import InputError
 from hba.evaluate.backends.heads import HeadsBackend
 from hba.evaluate.metrics import score
 from hba.evaluate.predict import answerable, predict
@@ -35,6 +34,7 @@ from hba.train.domains import after_sft
 from hba.train.loop import Stage, Validation, run_training
 from hba.train.plan import planned_rows, training_plan
 from hba.train.ranks import Ranks
+from hba.train.scores import mean_over_tasks
 from hba.train.state import Progress, latest
 
 
@@ -122,11 +122,6 @@ def validate_heads(backend: HeadsBackend, atlas: Atlas, run: RunFolder, ranks: R
         else:
             run.quarantine.add(step)
     done = ranks.gather(said)
-    if not done:
-        fix = "Repair the media named in quarantine.jsonl."
-        raise InputError(f"no sample of split {atlas.split!r} can be read", where=str(atlas.root), fix=fix)
-    labels, targets, keys = zip(*done, strict=True)
-    metrics = score(labels, targets, keys, taxonomy=atlas.taxonomy)
-    tasks = {key: task["score"] for key, task in metrics["tasks"].items() if task["score"] is not None}
-    mean = sum(tasks.values()) / len(tasks)
-    return Validation(mean, {**tasks, "mean": mean})
+    labels, targets, keys = zip(*done, strict=True) if done else ((), (), ())
+    tasks = score(labels, targets, keys, taxonomy=atlas.taxonomy)["tasks"] if done else {}
+    return mean_over_tasks({key: task["score"] for key, task in tasks.items()}, atlas, len(done))

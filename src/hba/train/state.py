@@ -33,9 +33,9 @@ from hba.storage import atomic_folder, read_json, remove_abandoned, write_json
 from hba.train.optimizer_state import save_optimizer
 from hba.train.ranks import Ranks
 from hba.train.sharding import whole_weights
+from hba.train.start import STOPPING
 
 STEP_FOLDER = re.compile(r"step_(\d+)")
-STOPPING = (signal.SIGTERM, signal.SIGUSR1)
 NOTHING, SAVE, STOP = range(3)  # what a rank may wish between two steps, the strongest last
 
 
@@ -64,8 +64,8 @@ class Progress:
 class Saving:
     """When a checkpoint is due besides those of validations. A context manager around the steps of a run.
 
-    Within, SIGTERM and SIGUSR1 become a wish to stop, which all ranks hear of before the next step; without, they end
-    the process. Signals are left alone in another thread than the main one, where Python cannot take them.
+    Within, SIGTERM and SIGUSR1 become a wish to stop, which all ranks hear of before the next step. Signals are left
+    alone in another thread than the main one, where Python cannot take them.
     """
 
     def __init__(self, every: int | str | None) -> None:

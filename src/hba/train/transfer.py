@@ -157,24 +157,28 @@ def pretraining_datasets(rows: Atlas, keys: Sequence[str]) -> tuple[str, ...]:
 
 def _tested(folder: Path, key: str, config: SftConfig, progress: ShowProgress) -> Transfer:
     scores: dict[str, Scored] = {}
+    nothing = Scored(score=None, ci95=None)
     only = Selection(datasets=(key,))
     settings = PredictConfig(loader=config.loader, dtype=config.model.dtype, attention=config.model.attention)
     for start in STARTS:
         run = folder / start
         with progress(f"predict {key}, {start}") as show:
             predict_run(str(run), run, atlas=config.atlas, split="test", config=settings, progress=show, selection=only)
-        ((name, found),) = ((k, task) for k, task in score_run(run).tasks.items() if task.score is not None)
-        scores[start] = Scored(score=found.score, ci95=found.ci95)
-    compared = compare_runs(folder / "direct", folder / "pretrained").paired.tasks[name]
+        metrics = score_run(run)
+        # One dataset's rows are of one task, or of none; and a task may have no score on them.
+        name, found = next(iter(metrics.tasks.items()), ("", None))
+        scores[start] = nothing if found is None else Scored(score=found.score, ci95=found.ci95)
+    compared = compare_runs(folder / "direct", folder / "pretrained").paired.tasks.get(name)
+    difference = nothing if compared is None else Scored(score=compared.difference, ci95=compared.ci95)
     published = published_table("hba_transfer").get(PUBLISHED_ROWS.get(key, ""))
     return Transfer(
         dataset=key,
         task=name,
-        metric=found.metric,
+        metric="" if found is None else found.metric,
         epochs=LONGER_EPOCHS.get(key, 1),
-        n=found.n,
+        n=metrics.datasets[key].n,
         **scores,
-        difference=Scored(score=compared.difference, ci95=compared.ci95),
-        p_value=compared.p_value,
+        difference=difference,
+        p_value=None if compared is None else compared.p_value,
         published=published,
     )

@@ -1,0 +1,214 @@
+"""Does a command on eight processes end as on one, whatever happens on the way? Prints a table.
+
+    python benchmarks/rank_campaign.py [NAME ...]
+
+Every case is run once on one process without interruption, and once on eight (gloo, tiny model), where one rank is
+killed with -9 in the named phase (or gets SIGUSR1), and the others have to end by themselves; then the same command
+goes on, on eight, three or one. Rows of a dataset are prime in number, and in every dataset a medium cannot be read.
+Compared with one process: losses (relative 1e-4) and samples of every step, what is in quarantine, the exit codes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "servers"))
+from ranks import Dies, Ended, RankLauncher
+
+TINY = ("encode.num_frames=2", "encode.min_pixels=3136", "encode.max_pixels=3136", "loader.workers=0")
+STEPS = ("train.log_every=1", "train.max_steps=6", "train.epochs=3", "train.learning_rate=1e-3")
+TOLERANCE = 1e-4
+
+
+class Case(NamedTuple):
+    """A command, where a rank dies, with which codes the ranks then end, and on how many processes it goes on."""
+
+    command: str
+    config: Sequence[str]
+    dies: Dies
+    resumed_on: int
+    codes: Sequence[int] | None = None  # of all ranks; by default -9 of the one that dies, 1 of the others
+
+
+LOADS, EXCHANGE = "hba.atlas.batch:Encoder.encode", "hba.train.ranks:Ranks.add_up_gradients"
+CASES = {
+    # A batch of 5 on 8 ranks, each with at most one sample at once.
+    "sft, load": Case("sft", ("train.batch_size=5", "train.device_batch_size=1"), Dies(3, LOADS, call=4), 8),
+    "sft, forward": Case("sft", ("train.batch_size=13",), Dies(5, "hba.train.sft:sft_loss", call=3), 3),
+    "sft, exchange": Case("sft", ("train.batch_size=7", "train.accumulation=2"), Dies(6, EXCHANGE, call=4), 1),
+    "sft, validate": Case("sft", ("train.batch_size=11",), Dies(2, "hba.train.sft:validate_heads", call=2), 3),
+    "sft, SIGUSR1": Case(
+        "sft",
+        ("train.batch_size=5", "train.validate_every=6", "train.save_every=null"),
+        Dies(7, EXCHANGE, call=4, signal="SIGUSR1"),
+        3,
+        codes=[75] * 8,
+    ),
+    # One epoch of seven rows, one at a time: a step has one sample on one of the ranks, and one step has none on any.
+    "sft, whole epoch": Case(
+        "sft",
+        ("train.batch_size=1", "datasets=[tess]", "train.epochs=1", "train.max_steps=null", "train.validate_every=9"),
+        Dies(4, "hba.train.ranks:Ranks.meet", call=6),
+        3,
+    ),
+    "sft sharded, save": Case(
+        "sft",
+        ("train.batch_size=5", "train.device_batch_size=1", "train.sharding=full", "model.lora_r=4"),
+        Dies(4, "hba.train.state:whole_weights", call=2),
+        3,
+    ),
+    "lm, save": Case("lm", ("train.batch_size=5",), Dies(0, "hba.train.lm:save_checkpoint", "after", call=2), 8),
+    "qa, features": Case("qa", ("train.batch_size=3",), Dies(None, "hba.train.frozen:write_shard"), 8),
+    "qa, validate": Case("qa", ("train.batch_size=5",), Dies(0, "hba.train.qa:validate_answers", "after"), 1),
+    "bam, features": Case("bam", ("train.batch_size=3",), Dies(None, "hba.train.frozen:extract"), 3),
+    "bam full, forward": Case(
+        "bam", ("train.batch_size=3", "stage=full", "train.sharding=full"), Dies(3, "hba.train.bam:bam_loss", call=3), 1
+    ),
+}  # fmt: skip
+
+
+class Found(NamedTuple):
+    """What a finished run left: by step the loss and the samples seen until then; the ids in quarantine."""
+
+    losses: dict[int, float]
+    samples: dict[int, int]
+    skipped: set[int]
+    quarantined: set[str]
+
+
+def lines(path: Path) -> list[dict]:
+    """The records of a log."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def found(run: Path) -> Found:
+    """Read it from the run folder. AssertionError for a step that stands in the log twice."""
+    log = lines(run / "log.jsonl")
+    trained = [record for record in log if record["kind"] == "train"]
+    kept = lines(run / "quarantine.jsonl")
+    assert len({r["step"] for r in trained}) == len(trained) and len({r["id"] for r in kept}) == len(kept)
+    return Found(
+        {record["step"]: record["loss"] for record in trained},
+        {record["step"]: record["samples_seen"] for record in trained},
+        {record["step"] for record in log if record["kind"] == "skipped"},
+        {record["id"] for record in kept},
+    )
+
+
+class Campaign:
+    """In a folder: data, backbone and stage 1 that the cases stand on, and the runs of one process, one a config."""
+
+    def __init__(self, folder: Path, launch: RankLauncher) -> None:
+        self.folder, self.launch = folder, launch
+        self.atlas, self.backbone, self.base = folder / "atlas", folder / "tiny", folder / "base"
+        self.alone: dict[tuple[str, ...], Path] = {}
+
+    def prepare(self, mini_atlas: Path, backbone: Path) -> None:
+        """Make them of a mini-atlas and a tiny backbone."""
+        self.backbone = backbone
+        prime_atlas(mini_atlas, self.atlas)
+        speaks = ("answer_weight=1", "train.max_steps=2", "train.batch_size=32", "model.strategy=full")
+        config = [f"atlas={mini_atlas}", f"model.name={backbone}", "validation_split=validation[:9]", *TINY, *speaks]
+        done = self.launch(["train", "sft", "--run", self.base, *config], ranks=1)
+        assert done.code == 0, done.err
+
+    def arguments(self, case: Case, run: Path) -> list[str]:
+        """The command of a case."""
+        shared = [f"atlas={self.atlas}", *STEPS, "train.validate_every=3", "train.save_every=2"]
+        if case.command in ("sft", "lm"):
+            strategy = "lora" if case.command == "sft" else "full"
+            shared += [f"model.name={self.backbone}", f"model.strategy={strategy}", "model.lora_dropout=0.0", *TINY]
+            shared += ["validation_split=validation[:17]"]
+        else:
+            shared += [f"base={self.base}", f"features.folder={run}-features", "features.batch_size=5"]
+            shared += ["features.loader.workers=0"]
+        if case.command == "bam":
+            still = ("dropout=0.0", "modality_dropout=0.0", "descriptors.allow_missing=true")
+            shared += ["datasets=[daicwoz,siq2,ptsd_in_the_wild]", *still]
+        return ["train", case.command, "--run", str(run), *shared, *case.config]
+
+    def uninterrupted(self, case: Case) -> Path:
+        """The run of one process, without a kill."""
+        key = (case.command, *case.config)
+        if key not in self.alone:
+            run = self.folder / f"alone-{len(self.alone)}"
+            done = self.launch(self.arguments(case, run), ranks=1)
+            assert done.code == 2, done.err  # samples are in quarantine
+            self.alone[key] = run
+        return self.alone[key]
+
+    def interrupted(self, case: Case, run: Path) -> tuple[Ended, Ended]:
+        """Eight ranks of which one dies, and the same command again."""
+        arguments = self.arguments(case, run)
+        died = self.launch(arguments, ranks=8, dies=case.dies)
+        dead = died.codes.index(-9) if case.dies.rank is None and -9 in died.codes else case.dies.rank
+        expected = case.codes or [-9 if rank == dead else 1 for rank in range(8)]
+        assert died.codes == list(expected), (died.codes, died.err)
+        resumed = self.launch(arguments, ranks=case.resumed_on)
+        assert resumed.code == 2, resumed.err
+        return died, resumed
+
+    def compare(self, run: Path, alone: Path) -> float:
+        """The largest relative difference of a loss. AssertionError where anything else differs, or it is too large."""
+        ours, theirs = found(run), found(alone)
+        assert ours[1:] == theirs[1:], (ours, theirs)
+        assert ours.losses.keys() == theirs.losses.keys()
+        worst = max(abs(loss / theirs.losses[step] - 1) for step, loss in ours.losses.items())
+        assert worst < TOLERANCE, (ours.losses, theirs.losses)
+        return worst
+
+
+def prime_atlas(mini: Path, out: Path) -> None:
+    """A copy of a mini-atlas with a prime number of rows of each dataset, of which one cannot be read."""
+    shutil.copytree(mini, out)
+    for split, size in (("train", 7), ("validation", 3)):
+        file = out / f"{split}.jsonl"
+        kept = defaultdict(list)
+        for row in map(json.loads, file.read_text().splitlines()):
+            if len(kept[row["dataset"]]) < size:
+                kept[row["dataset"]].append(row)
+        file.write_text("".join(json.dumps(row) + "\n" for rows in kept.values() for row in rows))
+        for rows in kept.values():
+            media = [path for row in rows for path in (*row.get("audios", ()), *row.get("videos", ()))]
+            if media:
+                (out / media[0]).write_bytes(b"no medium")
+
+
+def main() -> None:
+    """Run the cases that are named, or all, and print the table."""
+    from hba.atlas import open_atlas
+    from hba.atlas.mini import build_mini_atlas
+    from hba.model.tiny import atlas_texts, build_tiny
+
+    names = sys.argv[1:] or list(CASES)
+    launch = RankLauncher()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        build_mini_atlas(folder / "mini", size="tiny", seed=0, workers=1)
+        build_tiny(folder / "tiny", atlas_texts(open_atlas(folder / "mini", split="train")), seed=0)
+        campaign = Campaign(folder, launch)
+        campaign.prepare(folder / "mini", folder / "tiny")
+        heads = ("killed", "codes", "again on", "steps", "samples", "loss", "cpu s")
+        print(f"{'case':22}" + "".join(f"{head:>10}" for head in heads))
+        for name in names:
+            case = CASES[name]
+            run, alone = folder / name.replace(", ", "-"), campaign.uninterrupted(case)
+            died, resumed = campaign.interrupted(case, run)
+            worst, end = campaign.compare(run, alone), found(run)
+            codes, last = "/".join(str(code) for code in sorted(set(died.codes))), max(end.samples)
+            killed = "first" if case.dies.rank is None else f"rank {case.dies.rank}"
+            seconds = died.cpu_seconds + resumed.cpu_seconds
+            cells = (killed, codes, case.resumed_on, last, end.samples[last], f"{worst:.1e}", f"{seconds:.1f}")
+            print(f"{name:22}" + "".join(f"{cell:>10}" for cell in cells), flush=True)
+    launch.close()
+
+
+if __name__ == "__main__":
+    main()
