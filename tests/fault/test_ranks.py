@@ -42,6 +42,6 @@ def test_the_features_of_a_rank_that_dies_are_computed_by_the_others(campaign, t
     case, run = CASES["qa, features"], tmp_path / "run"
     died = campaign.launch(campaign.arguments(case, run), ranks=8, dies=case.dies)
     assert -9 in died.codes
-    shards = [path.relative_to(tmp_path / "run-features" / "train") for path in tmp_path.glob("**/shard_*")]
-    # Two batches of each of three datasets, of which one was in the hands of the rank that died.
-    assert sorted(str(path)[-11:] for path in shards) == ["0.safetensors"[-11:]] * 6, shards
+    # Seven rows of each of three datasets in batches of five, of which one was in the hands of the rank that died.
+    shards = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("run-features/train/*/shard_*"))
+    assert len(shards) == 6, shards

@@ -29,7 +29,7 @@ STAGES = {
 def base(tmp_path_factory, launch, mini_atlas, backbone):
     """A stage-1 run with LoRA, in bfloat16."""
     run = tmp_path_factory.mktemp("base") / "sft"
-    config = ["model.strategy=lora", "train.batch_size=32", "answer_weight=1", *WHOLE, *SMALL, "train.max_steps=2"]
+    config = ["model.strategy=lora", "train.batch_size=32", "answer_weight=1", *WHOLE, *SMALL, "train.max_steps=6"]
     done = launch(["train", "sft", "--run", run, f"atlas={mini_atlas}", f"model.name={backbone}", *config], ranks=1)
     assert done.code == 0, done.err
     return run

@@ -154,7 +154,7 @@ class FrozenBase:
         """Hash of what tells processor and backbone how to work: their settings, vocabulary and chat template."""
         others = (checkpoint.CARD, "trainer_state.json")
         files = [f for f in sorted(self.folder.iterdir()) if f.suffix in SETTINGS and f.name not in others]
-        backbone = Path(self.card["backbone"]) / "config.json"
+        backbone = Path(checkpoint.base_of(self.folder)) / "config.json"
         return json_sha256([[f.name, file_sha256(f)] for f in (*files, *([backbone] if backbone.is_file() else []))])
 
 
