@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from hba.embedding import Embedder
 from hba.errors import InputError
+from hba.evaluate.answers import to_label
 from hba.rl.rewards import grpo_reward, harpo_reward, task_kind
 from hba.rl.scoring import RewardConfig, Scorer
 
@@ -70,6 +71,15 @@ def test_thirty_probes_earn_no_more_than_an_honest_wrong_answer(embedder):
         assert parts["standard_score"] == 0 and parts["score"] <= 0.2, probe
 
 
+def test_of_the_probes_those_alone_are_right_that_name_the_target_and_nothing_else(embedder):
+    found = grpo_reward(PROBES, ["anger"] * 30, datasets=["cremad"] * 30, embedder=embedder)
+    right = [probe for probe, parts in zip(PROBES, found, strict=True) if parts["standard_score"]]
+    assert right == [
+        r"<think>x</think>\boxed{anger anger anger anger}",
+        r"<think>x</think>\boxed{The answer anger is correct. Score: 1.0}",
+    ]
+
+
 @pytest.mark.parametrize("box", [r"\boxed{}", r"\boxed{ }", ""])
 def test_an_empty_answer_earns_nothing(box, embedder):
     text = f"<think>x</think>{box}"
@@ -104,6 +114,23 @@ def test_synonyms_count_where_the_dataset_is_known(embedder):
     given = harpo_reward(texts, targets, tasks, datasets=datasets, embedder=embedder)
     assert [parts["standard_score"] for parts in without] == [0, 0, 0]
     assert [parts["standard_score"] for parts in given] == [1, 1, 1]
+
+
+def test_a_response_is_rewarded_for_what_the_evaluation_reads_in_it(embedder):
+    texts = ["The speaker sounds angry.", "There is no sarcasm here.", "1", "Sad or angry.", r"<think>\boxed{sad}? No,"]
+    targets = ["anger", "not sarcasm", "humour", "sad", "sad"]
+    datasets = ["cremad", "mmsd", "urfunny", "cremad", "cremad"]
+    prompts = ["?", "?", "Is it humour? 0 or 1", "?", "?"]
+    for reward in (grpo_reward, harpo_reward):
+        more = () if reward is grpo_reward else (["x_cls"] * 5,)
+        found = reward(texts, targets, *more, datasets=datasets, prompts=prompts, embedder=embedder)
+        assert [parts["standard_score"] for parts in found] == [1, 1, 1, 0, 0]
+        read_all = [to_label(d, t, prompt=p) for d, t, p in zip(datasets, texts, prompts, strict=True)]
+        assert [label == target for label, target in zip(read_all, targets, strict=True)] == [1, 1, 1, 0, 0]
+    assert [parts["similarity_score"] > 0 for parts in grpo_reward(
+        texts, targets, datasets=datasets, prompts=prompts, embedder=embedder)] == [True, True, True, False, False]
+    with pytest.raises(InputError, match="4 prompts"):
+        grpo_reward(texts, targets, datasets=datasets, prompts=prompts[:4], embedder=embedder)
 
 
 def test_free_form_answers_are_compared_by_meaning_and_length_is_tokens(embedder):

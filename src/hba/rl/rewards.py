@@ -1,8 +1,9 @@
 r"""Rewards of the published runs: GRPO's (OmniSapiens-7B RL) and HARPO's (OmniSapiens 2.0).
 
-Both are pure functions from texts to numbers. The answer is what `hba.evaluate.answers.extract` finds, the extractor of
-the evaluation; similarity is the cosine of all-MiniLM-L6-v2 embeddings (`hba.embedding`). Lengths are tokens, and only
-the caller knows them: without lengths there is no length penalty, characters are never counted instead.
+Both are pure functions from texts to numbers. The answer is what `hba.evaluate.answers.read` finds, as in the
+evaluation, where the datasets of the responses are known; similarity is the cosine of all-MiniLM-L6-v2 embeddings
+(`hba.embedding`). Lengths are tokens, and only the caller knows them: without lengths there is no length penalty,
+characters are never counted instead.
 
 `published=True` reproduces the released functions to the number, their quirks included: white space around ``<``, ``>``
 and ``/`` removed, the first box wins and ends at its first brace, an empty box earns format and similarity, an unknown
@@ -22,7 +23,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from hba.errors import InputError
-from hba.evaluate.answers import bare, extract, last_box, named_label, same_answer, without_latex
+from hba.evaluate.answers import Reading, bare, extract, last_box, named_label, read, same_answer, without_latex
 from hba.taxonomy import BUILTIN, PUBLISHED, Taxonomy
 
 if TYPE_CHECKING:  # torch and transformers are loaded when the first text is embedded
@@ -51,16 +52,17 @@ def grpo_reward(
     published: bool = False,
     *,
     datasets: Sequence[str] | None = None,
+    prompts: Sequence[str] | None = None,
     taxonomy: Taxonomy = BUILTIN,
     embedder: Embedder | None = None,
 ) -> list[Parts]:
     """score = exact + 0.2 * format + 0.5 * cos, cos clipped to [0, 1]; one dict a response.
 
     Keys: score [0, 1.7], standard_score and format_score (0 or 1), similarity_score [0, 1]. `datasets` (a key a
-    response) makes synonyms of a target's label count as it, as they do in the evaluation. Raises InputError for
-    lists of unequal length.
+    response) makes responses be read as the evaluation reads them: a synonym of a target's label counts as it, and so
+    does a sentence that says it; `prompts` are what was asked. Raises InputError for lists of unequal length.
     """
-    _same_length(responses, targets=targets, datasets=datasets)
+    _same_length(responses, targets=targets, datasets=datasets, prompts=prompts)
     if published:
         texts = [_respaced(text) for text in responses]
         answers = [extract(text, published=True) for text in texts]
@@ -68,10 +70,11 @@ def grpo_reward(
         formats = [_published_format(text) for text in texts]
         compared = [True] * len(texts)
     else:
-        answers = [extract(text) for text in responses]
-        exact = _exact(answers, targets, datasets, taxonomy)
+        found = _readings(responses, datasets, prompts, taxonomy)
+        answers = [reading.answer for reading in found]
+        exact = _exact(found, targets, datasets, taxonomy)
         formats = [well_formed(text) for text in responses]
-        compared = _comparable(answers, targets, taxonomy)
+        compared = _comparable(found, targets, datasets, taxonomy)
     cosines = _cosines(answers, targets, compared, embedder)
     scores = []
     for right, formed, cosine in zip(exact, formats, cosines, strict=True):
@@ -92,6 +95,7 @@ def harpo_reward(
     overlong_buffer_tokens: int = OVERLONG_BUFFER_TOKENS,
     overlong_weight: float = OVERLONG_WEIGHT,
     datasets: Sequence[str] | None = None,
+    prompts: Sequence[str] | None = None,
     taxonomy: Taxonomy = BUILTIN,
     embedder: Embedder | None = None,
 ) -> list[Parts]:
@@ -102,7 +106,7 @@ def harpo_reward(
     format_score, similarity_score ((cos + 1) / 2, 0 for classification), overlong_score [-1, 0]. Raises InputError for
     lists of unequal length and for a task that is neither kind.
     """
-    _same_length(responses, targets=targets, tasks=tasks, lengths=lengths, datasets=datasets)
+    _same_length(responses, targets=targets, tasks=tasks, lengths=lengths, datasets=datasets, prompts=prompts)
     kinds = [task_kind(task, published=published) for task in tasks]
     if published:
         texts = [_respaced(text) for text in responses]
@@ -112,8 +116,9 @@ def harpo_reward(
         formats = [_published_format(text) for text in texts]
         lengths = [len(text) for text in responses] if lengths is None else lengths
     else:
-        answers, wanted = [extract(text) for text in responses], list(targets)
-        exact = _exact(answers, wanted, datasets, taxonomy)
+        found = _readings(responses, datasets, prompts, taxonomy)
+        answers, wanted = [reading.answer for reading in found], list(targets)
+        exact = _exact(found, wanted, datasets, taxonomy)
         formats = [well_formed(text) for text in responses]
     compared = [
         kind == "free_form" and (published or bool(answer)) for kind, answer in zip(kinds, answers, strict=True)
@@ -155,31 +160,49 @@ def _parts(score: float, standard: float, form: float, similarity: float) -> Par
     return {"score": score, "standard_score": standard, "format_score": form, "similarity_score": similarity}
 
 
+def _readings(
+    responses: Sequence[str], datasets: Sequence[str] | None, prompts: Sequence[str] | None, taxonomy: Taxonomy
+) -> list[Reading]:
+    """What each response answers; without `datasets` no labels are known, and the answer is what `extract` gives."""
+    if datasets is None:
+        return [Reading("", extract(text), None) for text in responses]
+    asked: Sequence[str | None] = prompts or [None] * len(responses)
+    rows = zip(responses, datasets, asked, strict=True)
+    return [read(text, dataset, taxonomy, prompt=prompt) for text, dataset, prompt in rows]
+
+
 def _exact(
-    answers: Sequence[str], targets: Sequence[str], datasets: Sequence[str] | None, taxonomy: Taxonomy
+    found: Sequence[Reading], targets: Sequence[str], datasets: Sequence[str] | None, taxonomy: Taxonomy
 ) -> list[bool]:
-    """Whether each answer is its target; where `datasets` are given, a class also by any of its synonyms."""
+    """Whether each answer is its target; where `datasets` are given, a class by the label that is read."""
     classes = _class_datasets(taxonomy)
     same = []
-    for i, (answer, target) in enumerate(zip(answers, targets, strict=True)):
+    for i, (reading, target) in enumerate(zip(found, targets, strict=True)):
         label = None if datasets is None else named_label(datasets[i], target, taxonomy)
-        if label is not None and datasets is not None:
-            same.append(named_label(datasets[i], answer, taxonomy) == label)
+        if label is not None:
+            same.append(reading.label == label)
         elif bare(target) in classes:
-            same.append(bare(answer) == bare(target))
+            same.append(bare(reading.answer) == bare(target))
         else:
-            same.append(same_answer(without_latex(answer), target))
+            same.append(same_answer(without_latex(reading.answer), target))
     return same
 
 
-def _comparable(answers: Sequence[str], targets: Sequence[str], taxonomy: Taxonomy) -> list[bool]:
+def _comparable(
+    found: Sequence[Reading], targets: Sequence[str], datasets: Sequence[str] | None, taxonomy: Taxonomy
+) -> list[bool]:
     """Whether similarity says something: the answer is not empty, and names one class where the target is a class."""
     classes = _class_datasets(taxonomy)
     compared = []
-    for answer, target in zip(answers, targets, strict=True):
+    for reading, target in zip(found, targets, strict=True):
         known = classes.get(bare(target))
-        named = known is None or any(named_label(dataset, answer, taxonomy) for dataset in known)
-        compared.append(bool(answer) and named)
+        if known is None:
+            named = True
+        elif datasets is None:
+            named = any(named_label(dataset, reading.answer, taxonomy) for dataset in known)
+        else:
+            named = reading.label is not None
+        compared.append(bool(reading.answer) and named)
     return compared
 
 

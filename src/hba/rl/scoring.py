@@ -77,6 +77,7 @@ class Scorer:
             tasks = ["qa" if sample.label is None else "cls" for sample in samples]
         shared: dict[str, Any] = {
             "datasets": datasets if config.synonyms else None,
+            "prompts": [sample.problem for sample in samples],
             "taxonomy": self._taxonomy,
             "embedder": self._embedder,
             "published": config.published,
