@@ -40,11 +40,11 @@ def start(faults: dict) -> tuple[subprocess.Popen, str]:
 
 
 async def one_client_per_request(items: list[Item], config: JudgeConfig) -> None:
-    slots = asyncio.Semaphore(config.client.max_concurrency)
+    slots = asyncio.Semaphore(config.remote.max_concurrency)
 
     async def one(item: Item) -> None:
         async with slots:
-            async with RemoteClient("m", config.client) as client:
+            async with RemoteClient("m", config.remote) as client:
                 await judge_item(client, item, config)
             await asyncio.sleep(PAUSE_SECONDS)
 
@@ -53,7 +53,7 @@ async def one_client_per_request(items: list[Item], config: JudgeConfig) -> None
 
 def rates(items: list[Item], url: str, options: argparse.Namespace, folder: Path) -> tuple[float, float]:
     """Answers a second of the baseline and of `hba judge`, verdicts written to the disk."""
-    config = JudgeConfig(client=ClientConfig(base_url=url, max_concurrency=options.concurrency))
+    config = JudgeConfig(remote=ClientConfig(base_url=url, max_concurrency=options.concurrency))
     few = items[: 6 * options.concurrency]
     started = time.perf_counter()
     asyncio.run(one_client_per_request(few, config))

@@ -21,7 +21,7 @@ from hba.errors import HbaError, InputError
 from hba.evaluate.runs import open_run
 from hba.model import checkpoint
 from hba.model.merge import merge_checkpoint, require_free
-from hba.remote.addresses import shown, unusable_proxy
+from hba.remote.addresses import proxies_checked, shown
 from hba.report.model_card import model_card, public_name
 from hba.storage import atomic_folder, write_json
 from hba.taxonomy import save_beside
@@ -96,10 +96,9 @@ def _commit(folder: Path, repo: str, *, private: bool) -> Pushed:
     operations = [CommitOperationAdd(file.relative_to(folder).as_posix(), file) for file in files]
     api = HfApi()
     try:
-        api.create_repo(repo, private=private, exist_ok=True)
-        done = api.create_commit(repo, operations, commit_message="Model, card and figures from hba")
-    except httpx.InvalidURL:
-        raise unusable_proxy() from None
+        with proxies_checked():
+            api.create_repo(repo, private=private, exist_ok=True)
+            done = api.create_commit(repo, operations, commit_message="Model, card and figures from hba")
     except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
         raise _explained(error, repo) from None
     return Pushed(str(done.commit_url), len(files))

@@ -386,6 +386,20 @@ def read_jsonl(path: str | Path, expect: Callable[[dict[str, Any]], None] | None
             yield Line(number, record)
 
 
+def json_line(record: dict[str, Any]) -> str:
+    """One record as one line of JSONL. NaN is refused (ValueError)."""
+    return whole(json.dumps(record, ensure_ascii=False, allow_nan=False)) + "\n"
+
+
+def whole(text: str) -> str:
+    """`text` with half a surrogate pair, which no file and no request can carry, replaced by U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
 def _is_object(raw: bytes) -> bool:
     try:
         return isinstance(json.loads(raw), dict)
@@ -427,7 +441,7 @@ class AppendLog:
 
     def append(self, record: dict[str, Any]) -> None:
         """Add one record as one line and hand it to the operating system. NaN is refused (ValueError)."""
-        line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        line = json_line(record).encode()
         with named_os_errors(self.path):
             written = 0
             try:

@@ -22,7 +22,7 @@ LONGEST_SECONDS = 240
 
 def start(run, server):
     # A fifth of the replies is no verdict; eight in a row are one in 400,000.
-    options = [f"client.max_concurrency={CONCURRENCY}", "client.timeout_seconds=2", "client.first_backoff_seconds=0.02"]
+    options = [f"remote.max_concurrency={CONCURRENCY}", "remote.timeout_seconds=2", "remote.first_backoff_seconds=0.02"]
     options += ["attempts=8"]
     command = [sys.executable, "-m", "hba", "judge", str(run), "--model", "m", "--base-url", server.url, "--no-cache"]
     return subprocess.Popen(

@@ -65,6 +65,7 @@ def test_greedy_answers_are_those_of_omni_sapiens(straight, mini_atlas, backbone
         assert mine.output == text and (mine.rule, mine.answer, mine.label) == said
         assert mine.tokens_in == batch.inputs["input_ids"].shape[1]
         assert 1 <= mine.tokens_out <= 6
+        assert mine.finish == "stop" or (mine.finish, mine.tokens_out) == ("length", 6)
 
 
 @pytest.mark.parametrize("family", ["qwen_omni", *tiny_chat.FAMILIES])

@@ -1,11 +1,13 @@
 """`hba judge` against servers that judge well, are misled by the answers, or fail."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from free_form_run import make_run
 
-from hba.errors import InputError
+from hba.errors import HbaError, InputError
+from hba.evaluate.judge.agreement import CANARIES
 from hba.evaluate.judge.judgements import read_judgements
 from hba.evaluate.judge.run import JudgeConfig, judge_run
 from hba.remote import ClientConfig, ServiceError
@@ -16,7 +18,7 @@ FAULTS = {"429": 0.04, "500": 0.04, "hang": 0.01, "drop": 0.03, "cut": 0.02, "ma
 
 def config(server, provider="openai", *, timeout=1.0, **changes):
     client = ClientConfig(base_url=server.url, provider=provider, first_backoff_seconds=0.01, timeout_seconds=timeout)
-    return JudgeConfig(client=client, **changes)
+    return JudgeConfig(remote=client, **changes)
 
 
 def judge(run, settings, **options):
@@ -41,25 +43,119 @@ def test_every_answer_gets_its_own_verdict_through_every_fault(chat_server, tmp_
 
 
 def test_a_misled_judge_gives_no_verdict_and_nothing_is_guessed(chat_server, tmp_path):
-    make_run(tmp_path, 60)
+    make_run(tmp_path, 19)
     server = chat_server("misled")
     judged = judge(tmp_path / "run", config(server, timeout=60.0))  # a request asked twice would be counted twice
-    assert len(judged.unjudged) == len(judged.judgements) == 59
+    assert len(judged.unjudged) == len(judged.judgements) == 19
     assert all("no verdict in 3 replies" in j.error and j.attempts == 3 for j in judged.judgements)
-    assert server.stats()["requests"] == 3 * 59
+    assert server.stats()["requests"] == 3 * 19
 
 
-@pytest.mark.parametrize(("brain", "verdict"), [("judge", False), ("misled", None)])
-def test_no_canary_moves_a_verdict(chat_server, tmp_path, hba, brain, verdict):
-    server = chat_server(brain)
+def test_a_judge_without_a_verdict_on_its_first_answers_stops_and_leaves_the_folder_free(chat_server, tmp_path):
+    make_run(tmp_path, 300)
+    run, server = tmp_path / "run", chat_server("misled")
+    with pytest.raises(HbaError, match=r"no verdict on the first 20 answers: no verdict in 3 replies \(the last: .*'"):
+        judge(run, config(server, timeout=60.0))
+    kept = read_judgements(run / "judgements.jsonl").values()
+    assert len(kept) == 20 and all(j.correct is None and len(j.replies) == 3 for j in kept)
+    assert server.stats()["requests"] < 300
+    good = chat_server("judge")
+    judged = judge(run, config(good, temperature=None))  # another judge, in the same folder
+    assert {j.id: j.correct for j in judged.judgements} == expected(run) and judged.warnings == []
+
+
+def test_raw_replies_are_kept_and_a_bad_one_is_quoted(chat_server, tmp_path):
+    make_run(tmp_path, 10)
+    server = chat_server("judge", say=[["clip 7?", 200, prose("I think so,\nsurely.")]])
+    judged = judge(tmp_path / "run", config(server))
+    (odd,) = judged.unjudged
+    assert odd.replies == ("I think so,\nsurely.",) * 3
+    said = "not one JSON object: 'I think so, surely.' (it ended by stop)"
+    assert odd.error == f"no verdict in 3 replies (the last: {said})"
+    assert all(json.loads(j.replies[0])["correct"] is j.correct for j in judged.judgements if j.correct is not None)
+
+
+def prose(text):
+    return {"model": "m", "choices": [{"message": {"content": text}, "finish_reason": "stop"}]}
+
+
+def test_no_canary_moves_a_verdict(chat_server, tmp_path, hba):
+    server = chat_server("judge")
     arguments = ["--model", "m", "--base-url", server.url, "--no-cache", "--json"]
-    code, out, _ = hba("judge", "--calibrate", "canaries", "--out", tmp_path / "c", *arguments)
+    code, out, err = hba("judge", "--calibrate", "canaries", "--out", tmp_path / "c", *arguments)
     found = json.loads(out)
-    assert code == 0 and found["false_positive"] == 0
+    assert code == 0 and found["false_positive"] == 0 and "warning" not in err  # they are all incorrect, as they are
     judgements = read_judgements(tmp_path / "c" / "judgements.jsonl")
-    assert len(judgements) >= 60 and {j.correct for j in judgements.values()} == {verdict}
-    assert found["accuracy"] == (1.0 if verdict is False else None)
+    assert len(judgements) >= 60 and {j.correct for j in judgements.values()} == {False}
+    assert found["accuracy"] == 1.0
     assert json.loads((tmp_path / "c" / "calibration.json").read_text()) == found
+
+
+def test_a_calibration_without_one_verdict_has_failed(chat_server, tmp_path, hba):
+    arguments = ["--model", "m", "--base-url", chat_server("misled").url, "--no-cache", "--json"]
+    code, _, err = hba("judge", "--calibrate", "canaries", "--out", tmp_path / "c", *arguments)
+    assert code == 1 and "no verdict on the first 20 answers" in err
+    judgements = read_judgements(tmp_path / "c" / "judgements.jsonl")
+    assert len(judgements) == 20 and {j.correct for j in judgements.values()} == {None}
+    few = CANARIES.read_text().splitlines()[:5]
+    (tmp_path / "few.jsonl").write_text("\n".join(few))
+    code, out, err = hba("judge", "--calibrate", tmp_path / "few.jsonl", "--out", tmp_path / "d", *arguments)
+    assert code == 1 and json.loads(out)["n"] == 0 and "not one verdict to compare (no verdict in 3 replies" in err
+
+
+def test_verdicts_that_are_all_equal_are_warned_of(chat_server, tmp_path, hba):
+    make_run(tmp_path, 60)
+    path = tmp_path / "run" / "predictions.jsonl"
+    wrong = [line for line in path.read_text().splitlines() if "something else" in line]
+    path.write_text("\n".join(wrong) + "\n")
+    command = ["judge", tmp_path / "run", "--model", "m", "--base-url", chat_server("judge").url, "--no-cache"]
+    code, _, err = hba(*command)
+    assert code == 0 and f"all {len(wrong)} verdicts are 'incorrect': a judge that says one thing" in err
+
+
+def test_a_judge_takes_extra_fields_and_does_without_a_parameter(chat_server, tmp_path, hba):
+    make_run(tmp_path, 10)
+    server = chat_server("judge", takes_no=["temperature", "response_format"])
+    command = ["judge", tmp_path / "run", "--model", "m", "--base-url", server.url, "--no-cache"]
+    code, _, err = hba(*command, "extra={reasoning_effort: low}", "remote.max_concurrency=1")
+    assert code == 0 and "the service refuses a parameter: temperature left out (Unsupported parameter" in err
+    assert server.stats()["requests"] == 10 + 2
+    made = json.loads((tmp_path / "run" / "judge.json").read_text())
+    assert made["extra"] == {"reasoning_effort": "low"} and made["temperature"] == 0.0
+    code, out, _ = hba("score", tmp_path / "run", "--json")
+    judge_of = json.loads(out)["provenance"]["judge"]
+    assert judge_of["left_out"] == {"temperature left out": 10, "response_format left out": 10}
+    assert judge_of["answered_by"] == {"m": 10}
+    code, _, err = hba(*command, "extra={api_key: AIzaSyD0123456789}")
+    assert code == 2 and "AIza" not in err
+
+
+def test_an_outage_leaves_answers_open_and_the_same_command_asks_them(chat_server, tmp_path):
+    make_run(tmp_path, 60)
+    away = chat_server("judge", close_after=30)
+    settings = config(away, max_tokens=99)
+    with pytest.raises(ServiceError, match=r"in a row had no reply .*we are away.*; 30 of 59 answers are done"):
+        judge(tmp_path / "run", with_attempts(settings, 2))
+    assert len(read_judgements(tmp_path / "run" / "judgements.jsonl")) == 30
+    back = chat_server("judge")
+    judged = judge(tmp_path / "run", config(back, max_tokens=99))
+    assert judged.unjudged == [] and back.stats()["requests"] == 29
+
+
+def test_a_short_outage_at_the_end_leaves_answers_open_too(chat_server, tmp_path, hba):
+    make_run(tmp_path, 40)
+    server = chat_server("judge", close_after=35)
+    command = ["judge", tmp_path / "run", "--model", "m", "--no-cache", "remote.max_attempts=2"]
+    command += ["remote.first_backoff_seconds=0.01"]
+    code, out, err = hba(*command, "--base-url", server.url, "--json")
+    said = json.loads(out)
+    assert code == 1 and said["n_unanswered"] == said["n_unjudged"] == 5 and "Run the same command again" in err
+    code, out, _ = hba(*command, "--base-url", chat_server("judge").url, "--json")
+    assert code == 0 and json.loads(out)["usage"]["requests"] == 5
+
+
+def with_attempts(settings, attempts):
+    return replace(settings, remote=replace(settings.remote, max_attempts=attempts))
 
 
 def test_a_malformed_verdict_is_asked_for_again_and_then_left_open(chat_server, tmp_path):
@@ -102,7 +198,7 @@ def test_all_requests_share_one_pool_of_connections(chat_server, tmp_path):
     """And not a client for each of them."""
     make_run(tmp_path, 200)
     server = chat_server("judge", latency=0.02)
-    judge(tmp_path / "run", JudgeConfig(client=ClientConfig(base_url=server.url, max_concurrency=8)))
+    judge(tmp_path / "run", JudgeConfig(remote=ClientConfig(base_url=server.url, max_concurrency=8)))
     assert server.stats()["connections"] <= 8 + 1  # one asks for these figures
 
 
@@ -110,7 +206,7 @@ def test_a_command_that_came_to_nothing_leaves_the_folder_to_another_judge(chat_
     make_run(tmp_path, 10)
     run, server = tmp_path / "run", chat_server("judge")
     with pytest.raises(InputError, match="no API key"):
-        judge(run, JudgeConfig(client=ClientConfig(base_url=server.url, api_key_env="NOT_SET")))
+        judge(run, JudgeConfig(remote=ClientConfig(base_url=server.url, api_key_env="NOT_SET")))
     assert len(judge(run, config(server, temperature=None)).judgements) == 10
 
 
@@ -138,7 +234,7 @@ def test_the_command_judges_resumes_and_counts(chat_server, tmp_path, hba, monke
     monkeypatch.setenv("JUDGE_KEY", "sk-secret-0123456789")
     make_run(tmp_path, 30)
     server = chat_server("judge", refuse="clip 3?")
-    arguments = ["judge", tmp_path / "run", "--model", "m", "--base-url", server.url, "client.api_key_env=JUDGE_KEY"]
+    arguments = ["judge", tmp_path / "run", "--model", "m", "--base-url", server.url, "remote.api_key_env=JUDGE_KEY"]
     code, out, err = hba(*arguments, "--json")
     found = json.loads(out)
     assert code == 1 and "unjudged test/4: HTTP 400" in err and "1 answers have no verdict" in err
@@ -161,7 +257,7 @@ def test_what_is_missing_is_said(hba, tmp_path):
         ([tmp_path, "--base-url", "http://x"], "--model: is missing"),
         (["--calibrate", "canaries", "--model", "m"], "--out: is missing"),
         ([tmp_path, "--model", "m", "--provider", "nobody"], "provider"),
-        ([tmp_path, "--model", "m", "--provider", "anthropic", "client.api_key_env=NOT_SET"], "predictions.jsonl"),
+        ([tmp_path, "--model", "m", "--provider", "anthropic", "remote.api_key_env=NOT_SET"], "predictions.jsonl"),
     ]:
         code, _, err = hba("judge", *arguments)
         assert code == 2 and named in err, err
@@ -219,7 +315,7 @@ def test_a_dry_run_of_what_is_left_goes_by_the_verdicts_that_are_there(chat_serv
     make_run(tmp_path, 60)
     server = chat_server("judge")
     (tmp_path / "prices.yaml").write_text("openai:\n  m: {input: 1000.0, output: 2000.0}\n")
-    judged = ["--model", "m", "--base-url", server.url, "--no-cache", f"client.prices={tmp_path / 'prices.yaml'}"]
+    judged = ["--model", "m", "--base-url", server.url, "--no-cache", f"remote.prices={tmp_path / 'prices.yaml'}"]
     command = ["judge", tmp_path / "run", *judged, "--json"]
     whole = json.loads(hba(*command)[1])["usage"]
     verdicts = tmp_path / "run" / "judgements.jsonl"

@@ -4,6 +4,12 @@ import base64
 import importlib.util
 import io
 import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import threading
 
 import numpy as np
 import PIL.Image
@@ -19,6 +25,7 @@ from hba.evaluate.config import Opening, PredictConfig
 from hba.evaluate.predict import predict_run
 from hba.evaluate.predictions import read_predictions
 from hba.evaluate.score import score_run
+from hba.evaluate.selection import Selection
 
 ENCODE = EncodeConfig(num_frames=2, max_pixels=3136)
 
@@ -165,7 +172,7 @@ def test_another_prompt_is_another_run(mini_atlas, chat_server, tmp_path):
 
 
 def test_a_blocked_prompt_is_an_answer_that_counts_as_wrong():
-    from hba.remote.google import Google
+    from hba.remote.providers import Google
 
     reply = Google().read({"promptFeedback": {"blockReason": "SAFETY"}, "usageMetadata": {"promptTokenCount": 7}})
     assert (reply.text, reply.finish, reply.tokens_in, reply.tokens_out) == ("", "SAFETY", 7, None)
@@ -215,3 +222,168 @@ def test_a_missing_engine_says_how_to_get_one(mini_atlas):
     if importlib.util.find_spec("vllm") is None:
         with pytest.raises(ConfigError, match=r"vllm cannot be imported.*\[vllm\]"):
             open_backend("vllm", opening(mini_atlas))
+
+
+# --- what fails for one sample, and what fails for all ---
+
+ROWS = 60
+
+
+@pytest.fixture
+def text_atlas(tmp_path):
+    """Rows of text alone, each with its number."""
+    folder = tmp_path / "atlas"
+    folder.mkdir()
+    fixed = {"answer": "anger", "class_label": "anger", "dataset": "cremad", "task": "emotion_cls"}
+    fixed |= {"modality_signature": "text", "images": [], "videos": [], "audios": [], "texts": []}
+    with (folder / "test.jsonl").open("w") as handle:
+        for number in range(ROWS):
+            problem = f'She says: "row {number}." What is felt? Choose from: anger, disgust.'
+            handle.write(json.dumps({"id": f"r{number}", "problem": problem} | fixed) + "\n")
+    return folder
+
+
+def command(server, atlas, folder, *more):
+    """`hba predict` of a remote model, quick to give up."""
+    options = ["remote.first_backoff_seconds=0.01", "remote.max_attempts=2", "remote.max_concurrency=4", *more]
+    place = ["--atlas", atlas, "--run", folder, "--base-url", server.url, "--json"]
+    return ["predict", "m", "--backend", "openai", *place, *options]
+
+
+def said_so(text, finish="stop", **message):
+    return {"model": "m", "choices": [{"message": {"content": text, **message}, "finish_reason": finish}]}
+
+
+@pytest.mark.parametrize("service", ["deepseek", "anthropic", "openai"])
+def test_an_empty_account_stops_the_run_and_marks_no_row_as_wrong(text_atlas, chat_server, tmp_path, hba, service):
+    server = chat_server(brain="choose", balance=20, broke=service)
+    code, _, err = hba(*command(server, text_atlas, tmp_path / "run"))
+    predictions = read_predictions(tmp_path / "run" / "predictions.jsonl")
+    assert code == 1 and "add credit" in err and f"20 of {ROWS} rows are answered and kept in {tmp_path / 'run'}" in err
+    assert len(predictions) == 20 and not any(p.error for p in predictions)
+    code, out, _ = hba(*command(chat_server(brain="choose"), text_atlas, tmp_path / "run"))
+    assert code == 0 and json.loads(out)["predicted"] == ROWS and json.loads(out)["failed"] == 0
+
+
+def test_an_outage_keeps_no_failure_and_the_same_command_asks_what_is_open(text_atlas, chat_server, tmp_path, hba):
+    run, back = tmp_path / "run", chat_server(brain="choose")
+    code, _, err = hba(*command(chat_server(brain="choose", close_after=20), text_atlas, run))
+    assert code == 1 and "requests in a row had no reply" in err and "we are away" in err
+    assert len(read_predictions(run / "predictions.jsonl")) == 20
+    code, out, err = hba(*command(chat_server(brain="choose", close_after=30), text_atlas, run, "remote.stop_after=99"))
+    said = json.loads(out)
+    assert code == 1 and (said["predicted"], said["failed"], said["unanswered"]) == (50, 0, 10)
+    assert "10 rows got no answer and stay open (no reply after 2 attempts (the last: HTTP 503: we are away))" in err
+    assert "Fix: Run the same command again" in err
+    code, out, _ = hba(*command(back, text_atlas, run))
+    assert code == 0 and json.loads(out)["predicted"] == ROWS and back.stats()["requests"] == 10
+
+
+def test_a_server_that_was_never_there_leaves_nothing_behind(text_atlas, chat_server, tmp_path, hba):
+    server = chat_server()
+    server.process.kill()
+    server.process.wait()
+    code, _, err = hba(*command(server, text_atlas, tmp_path / "run"))
+    assert code == 1 and "the connection was refused" in err and f"0 of {ROWS} rows" in err
+    assert read_predictions(tmp_path / "run" / "predictions.jsonl") == []
+
+
+def test_a_refusal_of_every_row_stops_the_run_and_leaves_the_folder_free(text_atlas, chat_server, tmp_path, hba):
+    server = chat_server(brain="choose", say=[["0.7", 400, {"error": {"message": "too hot"}}]])
+    code, _, err = hba(*command(server, text_atlas, tmp_path / "run", "generation.temperature=0.7"))
+    assert code == 1 and "every one of 20 requests failed, the last: HTTP 400: too hot" in err
+    assert read_predictions(tmp_path / "run" / "predictions.jsonl") == []
+    few = command(server, text_atlas, tmp_path / "few", "--limit", "3")
+    assert hba(*few, "generation.temperature=0.7")[0] == 1  # too few to stop: kept as failures of their own
+    assert len(read_predictions(tmp_path / "few" / "predictions.jsonl")) == 3
+    for folder, options in ((tmp_path / "run", ()), (tmp_path / "few", ("--limit", "3"))):
+        code, out, err = hba(*command(server, text_atlas, folder, *options))  # another sampling, the same folder
+        assert code == 0 and json.loads(out)["failed"] == 0, err
+
+
+def test_refusals_in_the_middle_stay_with_their_rows(text_atlas, chat_server, tmp_path, hba):
+    server = chat_server(brain="choose", say=[["row 7.", 400, {"error": {"message": "not this one"}}]])
+    code, out, _ = hba(*command(server, text_atlas, tmp_path / "run"))
+    failed = [p for p in read_predictions(tmp_path / "run" / "predictions.jsonl") if p.error]
+    assert code == 1 and json.loads(out)["predicted"] == ROWS
+    assert [(p.id, p.error) for p in failed] == [("r7", "HTTP 400: not this one")]
+
+
+def test_hostile_replies_in_the_middle_of_a_run_are_their_rows_own(text_atlas, chat_server, tmp_path, hba):
+    """Half a surrogate pair, an error as an answer, thinking without an answer, a filter, numbers beyond all bounds."""
+    odd = {
+        "row 3.": said_so("\\boxed{anger} \ud83d"),
+        "row 5.": said_so(None, "length", reasoning_content="hm"),
+        "row 7.": said_so(None, "content_filter"),
+        "row 9.": said_so("", "error", error={"code": 502}),
+        "row 11.": said_so("\\boxed{anger}") | {"usage": {"prompt_tokens": 10**40, "completion_tokens": "many"}},
+        "row 13.": said_so("[" * 5000),
+        "row 15.": said_so("\u0000\ufeff\\boxed{anger}"),
+    }
+    say = [[words, 200, reply] for words, reply in odd.items()]
+    cache = f"remote.cache={tmp_path / 'cache'}"
+    for folder in ("run", "again"):  # from the cache, too
+        code, out, _ = hba(*command(chat_server(brain="choose", say=say), text_atlas, tmp_path / folder, cache))
+        predictions = {p.id: p for p in read_predictions(tmp_path / folder / "predictions.jsonl")}
+        said = json.loads(out)
+        assert (code, said["predicted"], said["unanswered"] + said["failed"]) == (1, ROWS - said["unanswered"], 1)
+        assert predictions["r3"].label == "anger" and predictions["r3"].output.endswith("\ufffd")
+        assert (predictions["r5"].output, predictions["r5"].finish) == ("", "length")
+        assert (predictions["r7"].output, predictions["r7"].finish) == ("", "content_filter")
+        assert (said["cut"], said["filtered"]) == (1, 1)
+        assert predictions["r11"].tokens_in is None and predictions["r11"].label == "anger"
+    metrics = score_run(tmp_path / "run", resamples=100)
+    assert metrics.provenance.answered_by == {"m": len(predictions) - said["failed"]}
+    assert (metrics.aggregate.n_cut, metrics.aggregate.n_filtered) == (1, 1)
+
+
+def test_what_a_server_does_not_take_is_left_out_and_stands_with_each_answer(text_atlas, chat_server, tmp_path, hba):
+    server = chat_server(brain="choose", takes_no=["temperature"])
+    code, out, err = hba(*command(server, text_atlas, tmp_path / "run"))
+    assert code == 0 and "warning: the service refuses a parameter: temperature left out (Unsupported" in err
+    assert {p.left_out for p in read_predictions(tmp_path / "run" / "predictions.jsonl")} == {("temperature left out",)}
+    left_out = {"temperature left out": ROWS}
+    assert json.loads(out)["remote"]["left_out"] == left_out
+    assert score_run(tmp_path / "run", resamples=100).provenance.left_out == left_out
+
+
+def test_while_a_server_is_away_the_display_says_so_and_ctrl_c_ends_it(text_atlas, chat_server, tmp_path):
+    server = chat_server(brain="choose", close_after=10)
+    patient = ["remote.first_backoff_seconds=20", "remote.max_attempts=8"]
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hba", *map(str, command(server, text_atlas, tmp_path / "run", *patient))],
+        stdout=subprocess.DEVNULL, stderr=theirs, env=os.environ | {"COLUMNS": "200", "TERM": "xterm"},
+    )  # fmt: skip
+    os.close(theirs)
+    shown, interrupted = b"", False
+    while True:
+        try:
+            part = os.read(ours, 1 << 16)  # until it ends
+        except OSError:
+            break
+        shown += part
+        if not interrupted and b"attempt 2 of 8 (HTTP 503: we are away)" in shown:
+            process.send_signal(signal.SIGINT)
+            interrupted = True
+    os.close(ours)
+    assert process.wait(30) == 130 and b"Traceback" not in shown
+    assert b"interrupted; run the same command again to resume" in shown
+    assert len(read_predictions(tmp_path / "run" / "predictions.jsonl")) == 10
+
+
+def test_media_are_prepared_side_by_side(mini_atlas, chat_server, tmp_path, monkeypatch):
+    """Each waits until another is at work, too; one after the other would wait for ever."""
+    from hba.evaluate.backends import remote
+
+    together = threading.Barrier(2, timeout=20)
+
+    def prepared(sample, encode, *, video):
+        together.wait()
+        return media_parts(sample, encode, video=video)
+
+    media_parts = remote.media_parts
+    monkeypatch.setattr(remote, "media_parts", prepared)
+    monkeypatch.setattr(remote, "usable_cores", lambda: 2)
+    done = run(tmp_path, mini_atlas, chat_server(), selection=Selection(limit=10))
+    assert done.predicted == 10 and done.quarantined == []

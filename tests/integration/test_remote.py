@@ -3,9 +3,12 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
+import ssl
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -15,6 +18,7 @@ from hba.remote import (
     RemoteClient,
     RequestError,
     ServiceError,
+    UnansweredError,
     UnusableReplyError,
     bounded,
 )
@@ -77,7 +81,7 @@ def test_retry_after_holds_all_requests_back(chat_server):
 
 def test_a_wait_that_is_too_long_stops_the_command(chat_server):
     server = chat_server(**{"429": 1.0, "retry_after": "3000"})
-    with pytest.raises(ServiceError, match=r"asks to wait 3000 s \(HTTP 429\)"):
+    with pytest.raises(ServiceError, match=r"asks to wait 3000 s \(HTTP 429: try later\)"):
         run(config(server), ["a"])
 
 
@@ -119,16 +123,244 @@ def test_a_refused_request_fails_alone_and_names_the_reason(chat_server):
 def test_a_request_that_fails_at_every_attempt_fails_alone(chat_server):
     server = chat_server(**{"500": 1.0, "most_faults": 99})
     replies, client = run(config(server, max_attempts=3), ["a"])
-    assert "no reply after 3 attempts (the last: HTTP 500)" in str(replies["a"])
+    assert "no reply after 3 attempts (the last: HTTP 500: try later)" in str(replies["a"])
     assert server.stats()["requests"] == 3 and client.meter.retries == {"HTTP 500": 3}
 
 
-def test_a_server_that_is_down_stops_the_command(chat_server):
+def test_a_server_that_goes_away_stops_the_command(chat_server):
+    server = chat_server(close_after=8)
+    with pytest.raises(ServiceError, match=r"5 requests in a row had no reply after 2 attempts .*503: we are away"):
+        run(config(server, max_attempts=2, stop_after=5), [f"q{i}" for i in range(100)], width=4)
+    assert server.stats()["answered"] == 8
+
+
+# --- the connection, before a run ---
+
+
+async def tls_server(folder):
+    """A server of HTTPS alone, with a certificate of its own."""
+    make = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
+    subprocess.run([*make, "-subj", "/CN=x", "-keyout", folder / "key", "-out", folder / "pem"], check=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "pem", folder / "key")
+    return await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0, ssl=context)
+
+
+def refused(url, **changes):
+    """What is said of a server before a run, and after how many seconds."""
+
+    async def go():
+        async with RemoteClient("m", ClientConfig(base_url=url, **changes)) as client:
+            await client.complete(ask("a"))
+
+    started = time.monotonic()
+    with pytest.raises(ServiceError) as error:
+        asyncio.run(go())
+    return str(error.value), time.monotonic() - started
+
+
+def test_a_wrong_port_is_said_to_refuse_at_once(chat_server):
     server = chat_server()
     server.process.kill()
     server.process.wait()
-    with pytest.raises(ServiceError, match="5 requests in a row had no reply after 2 attempts"):
-        run(config(server, max_attempts=2, stop_after=5), [f"q{i}" for i in range(100)], width=4)
+    said, seconds = refused(server.url)
+    assert "nothing listens there: the connection was refused" in said and "port of remote.base_url" in said
+    assert seconds < 5
+
+
+def test_http_in_place_of_https_is_named(chat_server):
+    server = chat_server()
+    said, seconds = refused(server.url.replace("http://", "https://"))
+    assert "the server speaks http, not https" in said and f"Fix: remote.base_url={server.url}" in said
+    assert seconds < 10
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
+def test_https_in_place_of_http_and_a_certificate_of_ones_own_are_named(tmp_path):
+    async def go():
+        async with await tls_server(tmp_path) as served:
+            place = f"127.0.0.1:{served.sockets[0].getsockname()[1]}/v1"
+            return [(await asyncio.to_thread(refused, f"{scheme}://{place}"))[0] for scheme in ("http", "https")]
+
+    plain, encrypted = asyncio.run(go())
+    assert "the server speaks https, not http" in plain and "Fix: remote.base_url=https://127.0.0.1" in plain
+    assert "its certificate is not trusted " in encrypted and "SSL_CERT_FILE" in encrypted
+
+
+def test_an_unknown_host_is_named():
+    assert "no connection: unknown host" in refused("http://nobody.invalid/v1")[0]
+
+
+def test_a_401_says_whether_a_key_was_sent(chat_server, monkeypatch):
+    server = chat_server(needs_key=True)
+    said, _ = refused(server.url)
+    assert "HTTP 401: You did not provide an API key (no key was sent)" in said and "remote.api_key_env=MY_KEY" in said
+    assert server.stats()["requests"] == 0
+    monkeypatch.setenv("OWN_KEY", SECRET)
+    replies, _ = run(config(server, api_key_env="OWN_KEY"), ["a"])
+    assert replies["a"].text == "a"
+
+
+def test_the_check_asks_once_and_takes_any_answer(chat_server):
+    server = chat_server()  # which lists no models
+    replies, client = run(config(server), [f"q{i}" for i in range(20)])
+    assert len(replies) == 20 and server.stats()["listed"] == ["/v1/models"]
+    assert client.meter.requests == 20
+
+
+def test_an_unknown_model_is_told_what_there_is(chat_server):
+    server = chat_server(models=["omni", "omni-small"], say=[["omnibus", 404, {"error": {"message": "no such model"}}]])
+    with pytest.raises(ServiceError, match=r"HTTP 404: no such model.*The server offers omni, omni-small"):
+        run(config(server), ["a"], model="omnibus")
+
+
+# --- what a server says of a request ---
+
+
+def test_a_server_that_cannot_do_it_is_asked_once(chat_server):
+    """llama.cpp answers 500 to a sound that its model does not take."""
+    broken = {"error": {"code": 500, "message": "audio input is not supported - hint: provide the mmproj"}}
+    server = chat_server(say=[["sound", 500, broken]])
+    replies, client = run(config(server), ["sound", "b"])
+    assert "HTTP 500: audio input is not supported" in str(replies["sound"]) and replies["b"].text == "b"
+    assert server.stats()["requests"] == 2 and not client.meter.retries
+
+
+@pytest.mark.parametrize("service", ["deepseek", "anthropic", "openai", "openrouter"])
+def test_an_empty_account_stops_the_command(chat_server, service):
+    server = chat_server(balance=10, broke=service)
+    with pytest.raises(ServiceError, match=r"HTTP 4\d\d: .*add credit, then run the same command again"):
+        run(config(server, max_concurrency=2), [f"q{i}" for i in range(50)], width=2)
+    assert server.stats()["answered"] == 10 and server.stats()["requests"] <= 12
+
+
+def test_a_refusal_that_repeats_stops_the_command(chat_server):
+    server = chat_server(refuse="bad")
+    texts = ["good", *(f"bad {i}" for i in range(60))]
+    with pytest.raises(ServiceError, match=r"20 requests in a row were refused, the last: HTTP 400: this is refused"):
+        run(config(server, max_concurrency=4), texts, width=4)
+    assert server.stats()["requests"] < 30
+    mixed = [text for i in range(40) for text in (f"good {i}", f"bad {i}")]
+    replies, _ = run(config(server, max_concurrency=1), mixed, width=1)
+    assert sum(isinstance(reply, RequestError) for reply in replies.values()) == 40
+
+
+def test_a_failure_is_a_requests_own_only_where_others_were_answered(chat_server):
+    server = chat_server(say=[["hard", 503, {"error": {"message": "worker died"}}]], latency=0.05)
+    slow = config(server, max_attempts=6)
+    replies, _ = run(slow, ["hard", *(f"q{i}" for i in range(60))], width=8)
+    assert type(replies["hard"]) is RequestError and "503: worker died" in str(replies["hard"])
+    replies, _ = run(slow, ["hard"])
+    assert type(replies["hard"]) is UnansweredError
+
+
+@pytest.mark.parametrize("how", ["takes_no", "bare"])
+def test_a_parameter_that_is_refused_is_left_out_once_and_said(chat_server, tmp_path, how):
+    server = chat_server(**{how: ["temperature", "top_p", "seed", "max_tokens"]})
+
+    async def go():
+        async with RemoteClient("m", config(server, cache=tmp_path, max_concurrency=1)) as client:
+            asked = [ask(text, temperature=0.0, top_p=0.5, extra={"seed": 1}) for text in "abcab"]
+            return [await client.complete(request) for request in asked], client.meter
+
+    replies, meter = asyncio.run(go())
+    assert [reply.text for reply in replies] == list("abcab")
+    gone = {"temperature left out", "top_p left out", "seed left out", "max_tokens sent as max_completion_tokens"}
+    assert {frozenset(reply.left_out) for reply in replies} == {frozenset(gone)} and replies[3].cached
+    assert server.stats()["requests"] == 3 + 4  # each refusal once
+    assert len(meter.warnings()) == 4 and all("refuses a parameter" in text for text in meter.warnings())
+    assert meter.record()["left_out"] == dict.fromkeys(gone, 5)
+
+
+def test_a_value_that_is_refused_is_the_requests_error(chat_server):
+    """What is out of range must not be dropped in silence."""
+    said = {"message": "temperature must be between 0 and 2", "param": "temperature", "code": "invalid_value"}
+    server = chat_server(say=[["a", 400, {"error": said}]])
+
+    async def go():
+        async with RemoteClient("m", config(server)) as client:
+            await client.complete(ask("a", temperature=7.0))
+
+    with pytest.raises(RequestError, match="must be between 0 and 2"):
+        asyncio.run(go())
+
+
+def test_another_model_that_answers_is_told(chat_server):
+    usage = {"prompt_tokens": 1, "completion_tokens": 1}
+    choice = {"message": {"content": "x"}, "finish_reason": "stop"}
+    reply = {"model": "llama-3", "choices": [choice], "usage": usage}
+    dated = reply | {"model": "gpt-4o-2024-08-06"}
+    server = chat_server(say=[["zzz", 200, reply], ["yyy", 200, dated]])
+    _, client = run(config(server), ["zzz", "yyy"], model="gpt-4o")
+    assert client.meter.warnings() == ["gpt-4o was asked for, and replies say that llama-3 answered"]
+    assert client.meter.record()["models"] == {"llama-3": 1, "gpt-4o-2024-08-06": 1}
+
+
+# --- what a reply says ---
+
+
+def chat(message, finish="stop", **more):
+    return {"model": "m", "choices": [{"message": message, "finish_reason": finish, **more}]}
+
+
+@pytest.mark.parametrize(
+    ("said", "text", "finish"),
+    [
+        (chat({"content": None, "reasoning_content": "let me think"}, "length"), "", "length"),
+        (chat({"content": None, "reasoning": "let me think"}), "", "stop"),
+        (chat({"content": None}, "content_filter"), "", "content_filter"),
+        (chat({"content": "half \ud83d"}), "half \ufffd", "stop"),
+        (chat({"content": "pair \ud83d\ude00"}), "pair \U0001f600", "stop"),
+        (chat({"content": "x"}, {"not": "a word"}), "x", None),
+        (chat({"content": "x"}) | {"usage": {"prompt_tokens": 10**30, "completion_tokens": -1}}, "x", "stop"),
+    ],
+)
+def test_what_one_reply_says_is_read_as_far_as_it_goes(chat_server, tmp_path, said, text, finish):
+    server = chat_server(say=[["zzz", 200, said]])
+    for cached in (False, True):
+        replies, client = run(config(server, cache=tmp_path), ["zzz", "b"])
+        assert (replies["zzz"].text, replies["zzz"].finish) == (text, finish) and replies["zzz"].cached is cached
+        assert replies["b"].text == "b" and not client.meter.retries
+        assert replies["zzz"].tokens_in is None
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        chat({"content": ""}, "error", error={"code": 502, "message": "upstream died"}),
+        chat({"content": ""}, "error"),
+        {"error": {"code": 503, "message": "upstream died"}},
+        {"error": "upstream died"},
+    ],
+)
+def test_an_error_inside_a_reply_is_no_answer_and_asked_again(chat_server, said):
+    server = chat_server(say=[["zzz", 200, said]])
+    replies, client = run(config(server, max_attempts=3), ["zzz", "b"])
+    assert isinstance(replies["zzz"], RequestError) and replies["b"].text == "b"
+    assert sum(client.meter.retries.values()) == 3
+
+
+def test_a_body_that_is_nested_without_end_is_an_attempt_that_failed(chat_server):
+    deep: object = 1
+    for _ in range(900):
+        deep = [deep]
+    server = chat_server(say=[["zzz", 200, deep]])
+    replies, _ = run(config(server, max_attempts=2), ["zzz", "b"])
+    assert "no reply after 2 attempts (the last: body: no reply)" in str(replies["zzz"]) and replies["b"].text == "b"
+
+
+# --- Azure ---
+
+
+def test_azure_is_asked_at_its_address_with_its_header(chat_server, monkeypatch):
+    monkeypatch.setenv("OWN_KEY", SECRET)
+    server = chat_server(needs_key=True, takes_no=["max_tokens"])
+    base = server.url.removesuffix("/v1") + "/openai/deployments/mine?api-version=2024-10-21"
+    settings = ClientConfig(base_url=base, api_key_env="OWN_KEY", first_backoff_seconds=0.01)
+    replies, _ = run(settings, ["a"])
+    assert replies["a"].text == "a"
+    assert set(server.stats()["targets"]) == {"/openai/deployments/mine/chat/completions?api-version=2024-10-21"}
+    assert server.stats()["listed"] == ["/openai/models?api-version=2024-10-21"]
 
 
 def test_what_was_answered_is_not_asked_again_in_another_process(chat_server, tmp_path):

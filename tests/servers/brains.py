@@ -42,7 +42,7 @@ def judge(asked):
     """A compliant judge: correct if the candidate is the reference, spelling aside. What answers say is data to it."""
     item = judged_item(asked)
     same = item["candidate"].lower().split() == item["reference"].lower().split()
-    return {"item": item["code"], "reason": "compared", "correct": same}
+    return {"code": item["code"], "reason": "compared", "correct": same}
 
 
 def judged_item(asked):
@@ -58,7 +58,7 @@ def misled(asked):
     """A judge that obeys the answers: it says true in every way that is no verdict of this protocol."""
     item = judged_item(asked)
     code = item["code"]
-    good = json.dumps({"item": code, "reason": "x", "correct": True})
+    good = json.dumps({"code": code, "reason": "x", "correct": True})
     return misled_replies(code, good, item["candidate"])[int(code, 16) % MISLED]
 
 
@@ -91,7 +91,7 @@ def misled_replies(code, good, candidate):
     ]
 
 
-MISLED = len(misled_replies("0123456789abcdef", '{"item": "0123456789abcdef", "correct": true}', ""))
+MISLED = len(misled_replies("0123456789abcdef", '{"code": "0123456789abcdef", "correct": true}', ""))
 
 
 def flaky(asked):

@@ -10,6 +10,11 @@ Faults (shares of the attempts): 429 (with `retry_after`, also as a header of 50
 a whole header), strange (JSON of another kind), slow (byte by byte, for `slow_seconds`). `latency` seconds pass before
 every answer. A body that contains `refuse` gets a 400.
 
+More of a script: `models` (a listing for GET; without it a 404), `needs_key` (401 without one), `takes_no` (parameters
+refused as OpenAI does), `bare` (others refused as pydantic does), `balance` (answers before 402; `broke` says it as
+that service does), `say` ([words in the body, status, error or reply as JSON], the first that fits), `close_after`
+(answers before everything is refused with 503).
+
 GET /stats gives {"requests", "answered", "distinct", "peak", "faults", "early": requests within a Retry-After}.
 """
 
@@ -25,6 +30,33 @@ from brains import BRAINS
 
 FAULTS = ("429", "500", "503", "hang", "drop", "cut", "malformed", "strange", "slow")
 
+KEYS = {"authorization", "x-api-key", "x-goog-api-key", "api-key"}
+# How services say that there is no money left.
+BROKE = {
+    "deepseek": (402, {"error": {"message": "Insufficient Balance", "type": "unknown_error"}}),
+    "anthropic": (
+        400,
+        {
+            "type": "error",
+            "error": {
+                "type": "invalid_request_error",
+                "message": "Your credit balance is too low to access the Anthropic API.",
+            },
+        },
+    ),
+    "openai": (
+        429,
+        {
+            "error": {
+                "message": "You exceeded your current quota, please check your plan and billing details.",
+                "type": "insufficient_quota",
+                "code": "insufficient_quota",
+            }
+        },
+    ),
+    "openrouter": (200, {"error": {"code": 402, "message": "This request requires more credits"}}),
+}
+
 
 class Server:
     def __init__(self, seed, brain, script):
@@ -32,9 +64,10 @@ class Server:
         self.seen, self.faults, self.answered = Counter(), Counter(), Counter()
         self.active = self.peak = self.early = self.connections = 0
         self.closed_until = 0.0
-        unknown = set(script) - {*FAULTS, "retry_after", "hang_seconds", "slow_seconds", "latency", "refuse"} - {
-            "most_faults"
-        }
+        self.listed, self.targets = [], Counter()
+        settings = {"retry_after", "hang_seconds", "slow_seconds", "latency", "refuse", "most_faults", "models", "say"}
+        settings |= {"needs_key", "takes_no", "bare", "balance", "broke", "close_after"}
+        unknown = set(script) - {*FAULTS, *settings}
         assert not unknown, unknown
 
     def fault(self, digest):
@@ -59,6 +92,10 @@ class Server:
                 if target == "/stats":
                     await send(writer, 200, json.dumps(self.stats()).encode())
                     continue
+                if not body:
+                    self.listed.append(target)
+                    await self.list(target, headers, writer)
+                    continue
                 self.active += 1
                 self.peak = max(self.peak, self.active)
                 try:
@@ -72,13 +109,51 @@ class Server:
         finally:
             writer.close()
 
+    async def list(self, target, headers, writer):
+        """The models, where the script names them."""
+        if self.script.get("needs_key") and not KEYS & headers.keys():
+            await send(writer, 401, b'{"error": {"message": "You did not provide an API key"}}')
+        elif "models" in self.script:
+            await send(writer, 200, json.dumps({"data": [{"id": name} for name in self.script["models"]]}).encode())
+        else:
+            await send(writer, 404, b'{"detail": "Not Found"}')
+
+    def refusal(self, headers, body):
+        """Status and body of what the script refuses, or None."""
+        asked, script = json.loads(body), self.script
+        asked |= asked.get("generationConfig", {})
+        if script.get("needs_key") and not KEYS & headers.keys():
+            return 401, {"error": {"message": "You did not provide an API key"}}
+        for name in script.get("takes_no", ()):
+            if name in asked:
+                said = f"Unsupported parameter: '{name}' is not supported with this model."
+                said += " Use 'max_completion_tokens' instead." if name == "max_tokens" else ""
+                return 400, {"error": {"message": said, "param": name, "code": "unsupported_parameter"}}
+        for name in script.get("bare", ()):
+            if name in asked:
+                return 422, {"detail": [{"loc": ["body", name], "msg": "Extra inputs are not permitted"}]}
+        if sum(self.answered.values()) >= script.get("balance", 1 << 60):
+            return BROKE[script.get("broke", "deepseek")]
+        if sum(self.answered.values()) >= script.get("close_after", 1 << 60):
+            return 503, {"error": {"message": "we are away"}}
+        for words, status, said in script.get("say", ()):
+            if words.encode() in body:
+                return status, said
+        return None
+
     async def answer(self, target, headers, body, writer):
         """Answer one request; False when the connection is to be closed."""
         digest = sha256(body).hexdigest()
+        self.targets[target] += 1
         self.early += time.monotonic() < self.closed_until
         fault = self.fault(digest)
         self.faults[fault or "none"] += 1
         await asyncio.sleep(self.script.get("latency", 0.0))
+        if (refused := self.refusal(headers, body)) is not None:
+            status, said = refused
+            await send(writer, status, json.dumps(said).encode())
+            self.answered[digest] += status == 200 and "error" not in said
+            return True
         if self.script.get("refuse") and self.script["refuse"].encode() in body:
             await send(writer, 400, b'{"error": {"message": "this is refused", "type": "invalid_request_error"}}')
             return True
@@ -101,8 +176,7 @@ class Server:
         return await self.reply(target, headers, body, digest, fault, writer)
 
     async def reply(self, target, headers, body, digest, fault, writer):
-        keys = {"authorization", "x-api-key", "x-goog-api-key"}
-        asked = understood(json.loads(body)) | {"has_key": bool(keys & headers.keys())}
+        asked = understood(json.loads(body)) | {"has_key": bool(KEYS & headers.keys())}
         said = json.dumps(shaped(target, asked, self.brain(asked)), ensure_ascii=False).encode()
         if fault == "strange":
             said = b'{"object": "list", "data": []}'
@@ -129,6 +203,8 @@ class Server:
             "connections": self.connections,
             "early": self.early,
             "faults": dict(self.faults),
+            "listed": self.listed,
+            "targets": dict(self.targets),
         }
 
 

@@ -30,11 +30,11 @@ COMMANDS = {
     "merge": "run! out! --dtype --backbone --onto --adapters-of --pooling --lora-alpha --json",
     "train lm": "overrides --config --run --allow-quarantined --json",
     "train rl": "overrides --config --algorithm --run --engine --dry-run --allow-quarantined --json",
-    "predict": "model! overrides --atlas! --split --backend --run --modalities --datasets --limit --per-dataset --shard"
-    " --retry-failed --dry-run --allow-failed --allow-quarantined --json",
+    "predict": "model! overrides --atlas! --split --backend --base-url --run --modalities --datasets --limit"
+    " --per-dataset --shard --retry-failed --dry-run --allow-failed --allow-quarantined --json",
     "push": "run! repo! --license! --merge --private --json",
     "score": "run! --resamples --seed --by --cluster --atlas --partial --json",
-    "judge": "run overrides --model --provider --base-url --atlas --calibrate --offline --out --retry-unjudged"
+    "judge": "run overrides --model --backend --base-url --atlas --calibrate --offline --out --retry-unjudged"
     " --dry-run --allow-unjudged --cache --json",
     "report": "run! --atlas --out --json",
     "explore": "--atlas --runs --host --port --cache --json",

@@ -28,7 +28,7 @@ from hba.storage import write_json
 steady = settings(deadline=None, derandomize=True)
 SETTINGS = {"max_tokens": 99, "temperature": 0.0, "structured": True}
 CODE = "0123456789abcdef"
-GOOD = f'{{"item": "{CODE}", "reason": "same act", "correct": true}}'
+GOOD = f'{{"code": "{CODE}", "reason": "same act", "correct": true}}'
 
 
 def item(answer="he waves", **changes):
@@ -95,7 +95,7 @@ def test_each_task_has_its_rubric_and_all_share_the_protocol(task, rubric, words
 
 def test_the_request_asks_for_the_schema_unless_told_not_to():
     asked = request_for(item(), 0, **SETTINGS)
-    assert asked.schema.schema["required"] == ["item", "reason", "correct"]
+    assert asked.schema.schema["required"] == ["code", "reason", "correct"]
     assert request_for(item(), 0, **SETTINGS | {"structured": False}).schema is None
 
 

@@ -1,6 +1,7 @@
 """The parts of the remote client, without a network: bodies, replies, waits, limits, prices, the cache."""
 
 import asyncio
+import sys
 import threading
 import time
 from datetime import datetime, timezone
@@ -15,14 +16,14 @@ from hba.remote.addresses import shown
 from hba.remote.cache import ResponseCache
 from hba.remote.concurrency import AdaptiveLimit
 from hba.remote.cost import Meter, Price, find_price
-from hba.remote.errors import TransientError
-from hba.remote.faults import Response, of_response, retry_after_seconds
-from hba.remote.provider import PROVIDERS
-from hba.remote.tokens import TokenChat
+from hba.remote.faults import Caller, Response, of_response, retry_after_seconds
+from hba.remote.providers import PROVIDERS, TokenChat
+from hba.remote.request import TransientError
 from hba.rl.config import ServerConfig
 
 steady = settings(deadline=None, derandomize=True)
 SCHEMA = Schema(name="verdict", schema={"type": "object"})
+CALLER = Caller("url", str)
 NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
 
 
@@ -148,19 +149,19 @@ def test_any_retry_after_is_a_wait_or_none(text):
     ],
 )
 def test_what_a_status_means(status, raw, kind):
-    assert type(of_response(Response(status, {}, raw), str, "url", answered=False)) is kind
+    assert type(of_response(Response(status, {}, raw), CALLER)) is kind
 
 
 def test_a_403_after_replies_is_about_one_request():
     """A filter on the way may refuse one prompt; that must not end a run of 5,000."""
     blocked = Response(403, {}, b"blocked")
-    assert isinstance(of_response(blocked, str, "url", answered=True), RequestError)
-    assert isinstance(of_response(Response(401, {}, b""), str, "url", answered=True), ServiceError)
+    assert isinstance(of_response(blocked, CALLER._replace(answered=True)), RequestError)
+    assert isinstance(of_response(Response(401, {}, b""), CALLER._replace(answered=True)), ServiceError)
 
 
 def test_messages_of_a_server_are_one_short_printable_line():
     raw = b'{"error": {"message": "\\u001b[31mred\\n\\nlines' + b"x" * 9000 + b'"}}'
-    text = str(of_response(Response(400, {}, raw), str, "url", answered=False))
+    text = str(of_response(Response(400, {}, raw), CALLER))
     assert text.isprintable() and len(text) < 400
 
 
@@ -292,23 +293,29 @@ def test_bounded_over_a_sequence_needs_no_thread():
 
 
 def test_prices_are_for_the_official_service_and_unknown_otherwise(tmp_path):
-    assert find_price("openai", "gpt-5-nano", official=True) == Price(0.05, 0.4)
-    assert find_price("openai", "gpt-5-nano-2025-08-07", official=True) == Price(0.05, 0.4)
-    assert find_price("anthropic", "claude-haiku-4-5-20251001", official=True) == Price(1.0, 5.0)
-    assert find_price("openai", "gpt-5-nano", official=False) is None
-    assert find_price("openai", "nobody", official=True) is None
+    openai, anthropic = (PROVIDERS[name].base_url for name in ("openai", "anthropic"))
+    for name, model, base, dollars in (
+        ("openai", "gpt-5-nano", openai, (0.05, 0.4)),
+        ("openai", "gpt-5-nano-2025-08-07", openai, (0.05, 0.4)),
+        ("anthropic", "claude-haiku-4-5-20251001", anthropic, (1.0, 5.0)),
+    ):
+        found = find_price(name, model, base)
+        assert found[:2] == dollars and found.source.startswith("genai-prices ")
+    assert find_price("openai", "gpt-5-nano", "http://localhost:8000/v1") is None
+    assert find_price("openai", "gpt-5-nano", "https://models.example.org/v1") is None
+    assert find_price("openai", "nobody", openai) is None
     own = tmp_path / "own.yaml"
     own.write_text("openai:\n  mine: {input: 1, output: 2}\n  bad: 3\n")
-    assert find_price("openai", "mine", official=False, file=own).cost(1_000_000, 500_000) == 2.0
+    assert find_price("openai", "mine", "http://localhost:8000/v1", own).cost(1_000_000, 500_000) == 2.0
     with pytest.raises(ConfigError, match=r"own.yaml, openai.bad: no pair of prices"):
-        find_price("openai", "bad", official=False, file=own)
+        find_price("openai", "bad", openai, own)
 
 
 def test_a_reply_without_token_counts_makes_the_cost_unknown():
     meter = Meter(Price(1.0, 1.0))
-    meter.add(reply())
+    meter.saw(reply())
     assert meter.cost_usd == pytest.approx(4e-6)
-    meter.add(reply(tokens_out=None))
+    meter.saw(reply(tokens_out=None))
     assert meter.cost_usd is None and meter.record()["cost_usd"] is None
 
 
@@ -368,7 +375,7 @@ def test_a_key_at_the_end_of_a_message_is_cut_out_before_the_message_is_cut_shor
     monkeypatch.setenv("MY_KEY", "AIzaSyD0123456789")
     client = RemoteClient("m", ClientConfig(base_url="http://x/v1", api_key_env="MY_KEY"))
     response = Response(400, {}, raw % (b"x " * (before // 2) + b"AIzaSyD0123456789"))
-    assert "AI" not in str(of_response(response, client.redacted, "url", answered=False))
+    assert "AI" not in str(of_response(response, Caller("url", client.redacted)))
 
 
 @pytest.mark.parametrize("proxy", ["http://me:hunt/er2@127.0.0.1:1", "socks9://me:hunter2@127.0.0.1:1"])
@@ -382,6 +389,61 @@ def test_a_proxy_that_cannot_be_used_is_not_repeated(monkeypatch, proxy):
     with pytest.raises(InputError, match=r"HTTPS_PROXY.*password") as refused:
         asyncio.run(ask())
     assert "hunt" not in str(refused.value) and refused.value.__suppress_context__
+
+
+def test_a_socks_proxy_without_its_package_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    monkeypatch.setenv("ALL_PROXY", "socks5://me:hunter2@127.0.0.1:1")
+
+    async def ask():
+        async with RemoteClient("m", ClientConfig(base_url="http://x.invalid/v1")):
+            pass
+
+    with pytest.raises(InputError, match=r"a SOCKS proxy is set.*pip install 'httpx\[socks\]'") as refused:
+        asyncio.run(ask())
+    assert "hunt" not in str(refused.value)
+    asyncio.run(ask_the_loopback())
+
+
+async def ask_the_loopback():
+    """Which no proxy reaches."""
+    async with RemoteClient("m", ClientConfig(base_url="http://127.0.0.1:9/v1")):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("base", "chat", "models"),
+    [
+        ("https://r.openai.azure.com", "/openai/v1/chat/completions", "/openai/v1/models"),
+        ("https://r.openai.azure.com/openai/v1/", "/openai/v1/chat/completions", "/openai/v1/models"),
+        ("https://r.openai.azure.com/?api-version=V", "/openai/deployments/m/chat/completions?api-version=V",
+         "/openai/models?api-version=V"),
+        ("https://r.services.ai.azure.com/openai/deployments/mine/chat/completions?api-version=V",
+         "/openai/deployments/mine/chat/completions?api-version=V", "/openai/models?api-version=V"),
+        ("https://gateway.example.org/ai/openai/deployments/mine?api-version=V",
+         "/ai/openai/deployments/mine/chat/completions?api-version=V", "/ai/openai/models?api-version=V"),
+        ("http://localhost:8000/v1/chat/completions", "/v1/chat/completions", "/v1/models"),
+        ("http://localhost:8000", "/chat/completions", "/models"),
+    ],
+)  # fmt: skip
+def test_addresses_of_azure_and_of_others_as_they_are_pasted(base, chat, models):
+    ClientConfig(base_url=base)
+    urls = PROVIDERS["openai"].urls(base, "m")
+    host = "/".join(base.split("/")[:3]).partition("?")[0]
+    assert urls == (f"{host}{chat}", f"{host}{models}")
+
+
+def test_keys_go_in_the_header_of_each_service_and_azures_to_azure_alone(monkeypatch):
+    openai, azure = PROVIDERS["openai"], "https://r.openai.azure.com"
+    assert openai.headers("k", azure) == {"api-key": "k"}
+    assert openai.headers("eyJh.eyJp.c2ln", azure) == {"authorization": "Bearer eyJh.eyJp.c2ln"}
+    assert openai.headers("k", "http://localhost:8000/v1") == {"authorization": "Bearer k"}
+    assert openai.key_env(azure) == "AZURE_OPENAI_API_KEY" and openai.key_env(openai.base_url) == "OPENAI_API_KEY"
+    for foreign in ("https://vm.westeurope.cloudapp.azure.com/v1", "https://x.org/openai/deployments/d", "http://a/v1"):
+        assert openai.key_env(foreign) is None
+    monkeypatch.delenv("AZURE_OPENAI_API_KEY", raising=False)
+    with pytest.raises(ConfigError, match="AZURE_OPENAI_API_KEY: no API key"):
+        RemoteClient("m", ClientConfig(base_url=azure))
 
 
 def test_an_address_is_shown_without_its_user():

@@ -48,7 +48,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but
 
 from hba.atlas.hub_id import HubId
 from hba.errors import HbaError, InputError, MachineError
-from hba.remote.addresses import shown, unusable_proxy
+from hba.remote.addresses import proxies_checked, shown
 from hba.storage import AWAY, CLOCK, StorageError, machine_fault, pauses, read_json, write_json
 
 T = TypeVar("T")
@@ -218,9 +218,8 @@ def _ask(call: Callable[[], T], where: str, repo: str, *, known: bool = False) -
     with CLOCK.waiting(float("inf")):  # the client has limits of its own
         for pause in chain(pauses() if known else _PAUSES, (None,)):
             try:
-                return call()
-            except httpx.InvalidURL:
-                raise unusable_proxy() from None
+                with proxies_checked():
+                    return call()
             except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
                 cause = _cause(error)
                 if pause is None or not _may_pass(cause, known=known):

@@ -9,25 +9,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hba.cli.options import JsonFlag, answer, bold, say
+from hba.cli.options import BaseUrl, JsonFlag, answer, bold, say, served, warn
 from hba.errors import InputError
 
 if TYPE_CHECKING:
     from hba.evaluate.judge.items import Item
     from hba.evaluate.judge.run import JudgeConfig, Judged
 
-JUDGE_EXAMPLE = "Example: hba judge runs/mine --model gpt-5-nano temperature=null"
+JUDGE_EXAMPLE = "Example: hba judge runs/mine --model gpt-5-nano"
 CANARIES = "canaries"
 
 
 def judge_command(
     run: Annotated[Path | None, typer.Argument(help="Run folder with predictions.jsonl.")] = None,
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Config values, such as client.max_concurrency=64.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Config values, such as remote.max_concurrency=64.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="The model that judges.")] = None,
-    provider: Annotated[str, typer.Option(help="API: openai (any compatible server) or anthropic.")] = "openai",
-    base_url: Annotated[str | None, typer.Option(help="Server, if it is not the provider's own.")] = None,
+    backend: Annotated[
+        str, typer.Option("--backend", "--provider", help="API: openai (any compatible server), anthropic or google.")
+    ] = "openai",
+    base_url: BaseUrl = None,
     atlas: Annotated[str | None, typer.Option(help="Atlas with the questions; the predicted one by default.")] = None,
     calibrate: Annotated[
         Path | None,
@@ -44,7 +46,7 @@ def judge_command(
     """Judge the free-form answers of a run with a language model; resumes where it stopped.
 
     Keys come from the environment (OPENAI_API_KEY, ANTHROPIC_API_KEY; for another server the variable that
-    client.api_key_env names).
+    remote.api_key_env names).
     """
     if run is not None and "=" in str(run):  # an override that came first, as there is no RUN
         run, overrides = None, [str(run), *(overrides or [])]
@@ -54,7 +56,7 @@ def judge_command(
         return _offline(_required(run, "RUN"), out, json)
     if calibrate is not None and run is not None:
         return _compare(run, calibrate, json)
-    settings = _settings(overrides or [], provider, base_url, cache)
+    settings = _settings(overrides or [], backend, base_url, cache)
     asked = _required(model, "--model")
     if dry_run:
         items, folder = _items(run, atlas, calibrate), out or _required(run, "--out")
@@ -70,14 +72,14 @@ def _required(value: Any, name: str) -> Any:
     return value
 
 
-def _settings(overrides: list[str], provider: str, base_url: str | None, cache: bool) -> JudgeConfig:
+def _settings(overrides: list[str], backend: str, base_url: str | None, cache: bool) -> JudgeConfig:
     from hba.config import load_config
     from hba.evaluate.judge.run import JudgeConfig
+    from hba.remote.providers import provider
     from hba.storage import cache_folder
 
-    given = [f"client.provider={provider}"]
-    given += [f"client.base_url={base_url}"] if base_url is not None else []
-    given += [f"client.cache={cache_folder() / 'responses'}"] if cache else []
+    given = [f"remote.provider={provider(backend).name}", *served(base_url)]
+    given += [f"remote.cache={cache_folder() / 'responses'}"] if cache else []
     return load_config(JudgeConfig, None, [*given, *overrides])
 
 
@@ -128,7 +130,7 @@ def _summary(judged: Judged) -> dict[str, Any]:
         entry["n"] += 1
         entry["n_correct"] += judgement.correct is True
         entry["n_unjudged"] += judgement.correct is None
-    counts = {"n": len(judged.judgements), "n_unjudged": len(judged.unjudged)}
+    counts = {"n": len(judged.judgements), "n_unjudged": len(judged.unjudged), "n_unanswered": len(judged.unanswered)}
     return counts | {"datasets": datasets, "usage": judged.usage}
 
 
@@ -148,10 +150,13 @@ def _show(result: dict[str, Any]) -> None:
 
 
 def _finish(judged: Judged, allowed: int) -> None:
+    for text in judged.warnings:
+        warn(text)
     for judgement in judged.unjudged[:20]:
         sys.stderr.write(f"unjudged {judgement.id}: {judgement.error}\n")
     if len(judged.unjudged) > allowed:
         fix = "Ask again with --retry-unjudged; until then their datasets have bounds and no score."
+        fix = "Run the same command again: it asks those without a reply." if judged.unanswered else fix
         sys.stderr.write(f"error: {len(judged.unjudged)} answers have no verdict; all others do. Fix: {fix}\n")
         raise typer.Exit(1)
 
@@ -188,6 +193,14 @@ def _calibrate(calibrate: Path, model: str, settings: JudgeConfig, out: Path, js
     result = {"labels": str(calibrate), "model": model, **found, "usage": judged.usage}
     write_json(out / "calibration.json", result)
     answer(result, as_json=json, show=lambda: _show_agreement(result))
+    one_sided = len(set(labels.values())) == 1  # labels of which all are equal want equal verdicts
+    for text in judged.warnings:
+        if not (one_sided and text.startswith("all ")):
+            warn(text)
+    if not result["n"]:
+        last = next((j.error for j in judged.unjudged), "no label")
+        sys.stderr.write(f"error: not one verdict to compare ({last}). Fix: Ask another judge, or see `replies`.\n")
+        raise typer.Exit(1)
 
 
 def _compare(run: Path, calibrate: Path, json: bool) -> None:

@@ -29,6 +29,11 @@ AllowQuarantined = Annotated[
     int, typer.Option("--allow-quarantined", min=0, help="Exit 0 although up to so many samples were left out.")
 ]
 
+BaseUrl = Annotated[
+    str | None,
+    typer.Option("--base-url", help="Server of a remote model, such as http://localhost:8000/v1 (remote.base_url)."),
+]
+
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
@@ -41,6 +46,11 @@ def recipe_path(name: str | None) -> Path | None:
         known = [path.stem for path in RECIPES.glob("*.yaml")]
         raise InputError(f"no config file or recipe {name!r}", where="--config", fix=nearest(name, known))
     return bundled
+
+
+def served(base_url: str | None) -> list[str]:
+    """The override that --base-url stands for."""
+    return [] if base_url is None else [f"remote.base_url={json.dumps(base_url)}"]
 
 
 def answer(result: dict[str, Any], *, as_json: bool, show: Callable[[], None]) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hba.cli.options import AllowQuarantined, JsonFlag, Overrides, answer, bold, finish, say, warn
+from hba.cli.options import AllowQuarantined, BaseUrl, JsonFlag, Overrides, answer, bold, finish, say, served, warn
 from hba.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def predict_command(
     atlas: Annotated[str, typer.Option(help="Atlas folder or hub id.")] = ...,  # type: ignore[assignment]
     split: Annotated[str, typer.Option(help="Split to predict; slices such as test[:100] work.")] = "test",
     backend: Annotated[str | None, typer.Option(help=f"How the model answers: {BACKENDS}.")] = None,
+    base_url: BaseUrl = None,
     run: Annotated[Path | None, typer.Option(help="Run folder to write; the model's own by default.")] = None,
     modalities: Annotated[
         str | None,
@@ -45,7 +47,7 @@ def predict_command(
     from hba.evaluate.selection import Selection
     from hba.evaluate.shards import launched_shard, parse_shard
 
-    settings = load_config(PredictConfig, None, overrides or [])
+    settings = load_config(PredictConfig, None, [*served(base_url), *(overrides or [])])
     folder = run or _run_folder(model)
     selection = Selection(
         limit=limit, per_dataset=per_dataset, channels=_names(modalities), datasets=_names(datasets)
@@ -78,6 +80,8 @@ def predict_command(
     if summary.note:
         warn(f"{summary.note}. generation.format=NAME asks in another")
     answer(_record(summary, folder), as_json=json, show=lambda: _show(summary, folder))
+    for text in summary.tally.meter.warnings() if summary.tally.meter else ():
+        warn(text)
     _finish_failed(summary, allow_failed)
     return finish(summary.quarantined, allow_quarantined)
 
@@ -92,7 +96,10 @@ def _record(summary: PredictSummary, folder: Path) -> dict[str, object]:
         "run": str(folder),
         "predicted": summary.predicted,
         "failed": tally.failed,
+        "unanswered": tally.unanswered.total(),
         "invalid": tally.invalid,
+        "cut": tally.endings.n_cut,
+        "filtered": tally.endings.n_filtered,
         "skipped": summary.skipped,
         "quarantined": len(summary.quarantined),
         "merged": summary.merged,
@@ -107,20 +114,32 @@ def _show(summary: PredictSummary, folder: Path) -> None:
     facts = [f"{summary.predicted:,} predictions in {bold(folder)}"]
     facts += [f"{summary.skipped:,} rows left out that the model is not trained to answer"] if summary.skipped else []
     facts += [f"{tally.invalid:,} answers mean no label and count as wrong"] if tally.invalid else []
+    facts += [f"{tally.endings.n_cut:,} were cut off at generation.max_tokens"] if tally.endings.n_cut else []
+    facts += [f"{tally.endings.n_filtered:,} were stopped by a filter"] if tally.endings.n_filtered else []
     facts += [] if tally.meter is None else [f"{tally_cost(tally.meter)} in this session"]
     facts += [] if summary.merged else ["the other shards are not done: whichever ends last merges all"]
     say("; ".join(facts) + ".")
 
 
 def _finish_failed(summary: PredictSummary, allowed: int) -> None:
-    failed = summary.tally.failed
+    failed, unanswered = summary.tally.failed, summary.tally.unanswered
+    if unanswered:
+        fix = "Run the same command again: it asks them."
+        what = f"{unanswered.total()} rows got no answer and stay open ({_most(unanswered)}); everything else is done"
+        sys.stderr.write(f"error: {what}. Fix: {fix}\n")
     if failed > allowed:
         fix = f"Ask again with --retry-failed, or accept this with --allow-failed {failed}."
-        ((reason, times),) = summary.tally.reasons.most_common(1)
-        why = f"{times} of them: {reason}" if times < failed else reason
+        why = _most(summary.tally.reasons)
         done = "everything else is done"
         sys.stderr.write(f"error: {failed} samples failed and count as wrong ({why}); {done}. Fix: {fix}\n")
+    if failed + unanswered.total() > allowed:
         raise typer.Exit(1)
+
+
+def _most(reasons: Counter[str]) -> str:
+    """The most frequent reason, and for how many it holds if not for all."""
+    ((reason, times),) = reasons.most_common(1)
+    return f"{times} of them: {reason}" if times < reasons.total() else reason
 
 
 def _run_folder(model: str) -> Path:

@@ -30,27 +30,46 @@ def counted(description: str) -> Iterator[OnProgress]:
 def tallied(description: str) -> Iterator[Callable[[Tally], None]]:
     """A bar of predictions with their failures, cost, speed and time left; call the yielded function with a tally."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
 
-    facts = TextColumn("{task.fields[facts]}")
-    columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), facts, TimeRemainingColumn())
+    columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     started = monotonic()
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+
+    class Facts(ProgressColumn):
+        """Read at each refresh, so that it says what is waited for while nothing comes."""
+
+        def render(self, task: Task) -> Text:
+            tally: Tally | None = task.fields["tally"]
+            return Text("" if tally is None else tally_facts(tally, monotonic() - started))
+
+    with Progress(*columns[:3], Facts(), columns[3], console=Console(stderr=True)) as bar:
         task = None
 
         def show(tally: Tally) -> None:
             nonlocal task
             if task is None:  # what an earlier session did is no part of this one's speed
-                task = bar.add_task(description, total=tally.total, completed=tally.done - tally.fresh, facts="")
-            bar.update(task, completed=tally.done, total=tally.total, facts=tally_facts(tally, monotonic() - started))
+                task = bar.add_task(description, total=tally.total, completed=tally.done - tally.fresh, tally=tally)
+            bar.update(task, completed=tally.done, total=tally.total)
 
         yield show
 
 
 def tally_facts(tally: Tally, seconds: float) -> str:
     """Failures, cost and speed in a few words; what is unknown is said so."""
-    facts = [f"{tally.failed:,} failed"] if tally.failed else []
+    facts = [tally.meter.trouble] if tally.meter is not None and tally.meter.trouble else []
+    facts += [f"{tally.failed:,} failed"] if tally.failed else []
+    facts += [f"{tally.unanswered.total():,} without an answer"] if tally.unanswered else []
     facts += [f"{tally.quarantined:,} left out"] if tally.quarantined else []
+    facts += [f"{tally.endings.n_cut:,} cut off"] if tally.endings.n_cut else []
     facts += [] if tally.meter is None else [tally_cost(tally.meter)]
     if tally.tokens_in + tally.tokens_out:
         facts.append(f"{(tally.tokens_in + tally.tokens_out) / max(seconds, 1e-3):,.0f} tokens/s")

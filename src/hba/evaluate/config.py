@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -11,10 +10,11 @@ from pydantic import Field
 from hba.atlas import Atlas
 from hba.atlas.answer_format import AnswerFormat
 from hba.atlas.config import EncodeConfig, LoaderConfig
-from hba.config import flat, option
+from hba.config import option
 from hba.errors import ConfigError
 from hba.model.config import Attention, Dtype
 from hba.remote import ClientConfig
+from hba.remote.addresses import check_extra
 from hba.storage import json_sha256
 
 DEFAULT_FORMAT = "boxed"
@@ -42,7 +42,6 @@ class GenerationConfig:
     read: Literal["words", "likelihood"] = option(
         "words", "likelihood: the answer is the label that the model finds most probable, with probabilities"
     )
-
     extra: dict[str, Any] | None = option(
         None, "further fields of a remote request, such as {reasoning_effort: low} or vLLM's chat_template_kwargs"
     )
@@ -54,10 +53,7 @@ class GenerationConfig:
             key = "constrain=labels" if self.constrain == "labels" else "read=likelihood"
             what = f"the format {self.asked} asks for thinking, for which {key} leaves no room"
             raise ConfigError(what, where="generation.format", fix="Use generation.format=boxed or plain.")
-        for name in flat(self.extra or {}):
-            if re.search(r"(api_?key|access_?token|auth_?token|authorization|secret|password)$", name.lower()):
-                fix = "Put it into an environment variable and name that with remote.api_key_env."
-                raise ConfigError(f"{name!r} would stand in the run folder", where="generation.extra", fix=fix)
+        check_extra(self.extra, "generation.extra")
 
     @property
     def asked(self) -> str:

@@ -21,9 +21,9 @@ from hba.evaluate.backends.remote import check_media
 from hba.evaluate.config import Opening
 from hba.evaluate.predictions import read_predictions
 from hba.evaluate.shards import done_elsewhere
-from hba.remote.client import ClientConfig, is_official
+from hba.remote.client import ClientConfig
 from hba.remote.cost import find_price
-from hba.remote.provider import PROVIDERS
+from hba.remote.providers import PROVIDERS
 from hba.storage import read_json
 
 CHARACTERS_A_TOKEN = 3
@@ -69,8 +69,6 @@ class Payee(NamedTuple):
     backend: str
     model: str
     client: ClientConfig
-    prices_key: str
-    """the config key of a file with prices, for the message that none is known"""
 
 
 def expected(
@@ -89,7 +87,7 @@ def expected(
     names = Counter(datasets)
     mean = _mean(before)
     tokens_in, tokens_out = tokens if mean is None else (round(each * left) for each in mean)
-    cost, note = _cost(payee, tokens_in, tokens_out)
+    cost, note = _cost(payee, requests, tokens_in, tokens_out)
     return Estimate(
         datasets=dict(sorted(names.items())),
         rows=names.total(),
@@ -117,7 +115,7 @@ def estimate(opening: Opening, folder: Path) -> Estimate:
     datasets = (atlas.columns.datasets[code] for code in atlas.columns.dataset_codes.tolist())
     path = folder / "predictions.jsonl"
     before = read_predictions(path, atlas.taxonomy) if path.is_file() else []
-    payee = Payee(opening.backend, opening.model, opening.config.remote, "remote.prices")
+    payee = Payee(opening.backend, opening.model, opening.config.remote)
     return expected(payee, datasets, left=count, requests=count, tokens=tokens, before=before)
 
 
@@ -145,11 +143,12 @@ def _rough_tokens(opening: Opening) -> np.ndarray[Any, Any]:
     return tokens_N
 
 
-def _cost(payee: Payee, tokens_in: int, tokens_out: int) -> tuple[float | None, str]:
+def _cost(payee: Payee, requests: int, tokens_in: int, tokens_out: int) -> tuple[float | None, str]:
     if payee.backend not in PROVIDERS:
         return 0.0, "nothing is paid for this backend"
-    official = is_official(payee.backend, payee.client.base_url)
-    price = find_price(payee.backend, payee.model, official=official, file=payee.client.prices)
+    address = payee.client.base_url or PROVIDERS[payee.backend].base_url
+    price = find_price(payee.backend, payee.model, address, payee.client.prices)
     if price is None:
-        return None, f"the price of {payee.model} is not known; give it with {payee.prices_key}=FILE"
-    return price.cost(tokens_in, tokens_out), f"at {price.input:g} and {price.output:g} dollars a million tokens"
+        return None, f"the price of {payee.model} is not known; give it with remote.prices=FILE"
+    note = f"at {price.input:g} and {price.output:g} dollars a million tokens ({price.source})"
+    return price.cost(tokens_in, tokens_out, max(1, requests)), note

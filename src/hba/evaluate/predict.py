@@ -2,7 +2,8 @@
 
 A backend (`hba.evaluate.backends`) answers rows in its own order; this module owns the rest: which rows, resume by
 sample id, files, quarantine. A prediction is appended as soon as it is there, so that a killed run goes on where it
-stopped. A sample whose medium cannot be read gets no prediction; it is quarantined and counted.
+stopped. A sample whose medium cannot be read gets no prediction; it is quarantined and counted. A row to which a
+service gave no answer gets none either: it stays open, and the same command asks it again.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from hba.atlas.sampler import Indices
 from hba.errors import InputError
 from hba.evaluate.answers import READING_VERSION, read
 from hba.evaluate.backends import LOCAL, detect, known, open_backend
-from hba.evaluate.backends.interface import Answered, Backend
+from hba.evaluate.backends.interface import Answered, Backend, Unanswered
 from hba.evaluate.config import DEFAULT_FORMAT, Opening, PredictConfig
 from hba.evaluate.groups import sample_groups
 from hba.evaluate.predictions import Prediction, PredictionLog, read_predictions, write_predictions
@@ -34,11 +35,12 @@ from hba.evaluate.tally import Tally
 from hba.model import checkpoint
 from hba.process import data_record, prepare_process
 from hba.quarantine import QuarantineLog
+from hba.remote import ServiceError
 from hba.run import locked_folder
 from hba.storage import read_json, write_json
-from hba.taxonomy import Taxonomy, save_beside
+from hba.taxonomy import BUILTIN, Taxonomy, save_beside
 
-Predicted: TypeAlias = Prediction | Quarantined
+Predicted: TypeAlias = Prediction | Quarantined | Unanswered
 
 
 def answerable(atlas: Atlas, backend: Backend) -> Indices:
@@ -54,10 +56,10 @@ def answerable(atlas: Atlas, backend: Backend) -> Indices:
 def predict(atlas: Atlas, rows: Indices, backend: Backend, done: Set[str] = frozenset()) -> Iterator[Predicted]:
     """Yield the prediction of each of `rows` but for the samples whose ids are `done`, in the backend's order.
 
-    A sample whose media cannot be read comes as its quarantine record.
+    A sample whose media cannot be read comes as its quarantine record, one that a service did not answer as it is.
     """
     for result in backend.answers(atlas, rows, done):
-        yield result if isinstance(result, Quarantined) else _prediction(result)
+        yield _prediction(result) if isinstance(result, Answered) else result
 
 
 def _prediction(answered: Answered) -> Prediction:
@@ -78,6 +80,9 @@ def _prediction(answered: Answered) -> Prediction:
         probs=output.probs,
         modality=sample.modality_signature,
         rule=output.rule,
+        finish=output.finish,
+        model=output.model,
+        left_out=output.left_out,
     )
 
 
@@ -128,7 +133,8 @@ def predict_run(
         with locked_folder(folder) if shard is not None else nullcontext():
             locks.enter_context(locked_folder(own))
             rows = answerable(opening.atlas, answering)
-            start_predictions(folder, {**_settings(opening, split, answering, rows), "selection": asdict(selection)})
+            settings = {**_settings(opening, split, answering, rows), "selection": asdict(selection)}
+            start_predictions(folder, settings, opening.atlas.taxonomy)
             save_beside(opening.atlas.taxonomy, folder)
             read_anew(folder, opening.atlas, alone=shard is None)
             if retry_failed and shard is not None:  # what earlier shards have merged; the first that comes takes it out
@@ -207,14 +213,21 @@ def _append_predictions(
         tally = _counted(own / "predictions.jsonl", atlas, len(rows), backend)
         tally.done = sum(atlas[int(row)].id in done for row in rows)
         groups = sample_groups(atlas)
-        for step in predict(atlas, rows, backend, done):
-            if isinstance(step, Quarantined):
-                quarantine.add(step)
-                tally.quarantine()
-            else:
-                log.append(replace(step, group=groups.get(step.id)))
-                tally.add(step, labelled=_labelled(step, atlas), fresh=True)
-            progress(tally)
+        progress(tally)
+        try:
+            for step in predict(atlas, rows, backend, done):
+                if isinstance(step, Quarantined):
+                    quarantine.add(step)
+                    tally.quarantine()
+                elif isinstance(step, Unanswered):
+                    tally.unanswered[step.reason] += 1
+                else:
+                    log.append(replace(step, group=groups.get(step.id)))
+                    tally.add(step, labelled=_labelled(step, atlas), fresh=True)
+                progress(tally)
+        except ServiceError as error:
+            what = f"{error.what}; {len(log.done_ids()):,} of {len(rows):,} rows are answered and kept in {own}"
+            raise ServiceError(what, where=error.where, fix=error.fix) from None
         left_out = [r for r in quarantine.records(atlas.split) if r["id"] not in log.done_ids()]
         skipped = len(atlas) - len(answerable(atlas, backend))
         unnamed = backend.name == "heads" and backend.domains is None
@@ -236,8 +249,7 @@ def forget_failed(path: Path, taxonomy: Taxonomy) -> int:
     """Take the failed predictions out of a file, so that they are asked again; how many there were."""
     if not path.is_file():
         return 0
-    PredictionLog(path, taxonomy).close()  # cuts off a line that a kill left torn
-    found = read_predictions(path, taxonomy)
+    found = _kept(path, taxonomy)
     kept = [prediction for prediction in found if not prediction.failed]
     if len(kept) < len(found):
         write_predictions(path, kept)
@@ -260,9 +272,8 @@ def read_anew(folder: Path, atlas: Atlas, *, alone: bool) -> None:
         raise InputError(what, where=str(folder), fix="Run the command once without shards: it reads them anew.")
     prompts = {sample.id: sample.problem for sample in atlas}
     for file in files:
-        PredictionLog(file, atlas.taxonomy).close()  # cuts off a line that a kill left torn
         found = []
-        for old in read_predictions(file, atlas.taxonomy):
+        for old in _kept(file, atlas.taxonomy):
             if old.output is not None and old.probs is None and old.id in prompts:
                 rule, answer, label = read(old.output, old.dataset, atlas.taxonomy, prompt=prompts[old.id])
                 old = replace(old, rule=rule, answer=answer, label=label)
@@ -271,20 +282,31 @@ def read_anew(folder: Path, atlas: Atlas, *, alone: bool) -> None:
     write_json(path, {**settings, "reading": READING_VERSION})
 
 
-def start_predictions(folder: Path, settings: dict[str, Any]) -> None:
+def start_predictions(folder: Path, settings: dict[str, Any], taxonomy: Taxonomy = BUILTIN) -> None:
     """Write predict.json, or check that it says the same. Raises InputError naming what differs.
 
-    Where model and atlas lie may differ, their content may not.
+    Where model and atlas lie may differ, their content may not. A folder in which nothing was ever answered is free:
+    whatever was tried there came to nothing, and its failures go.
     """
     path = folder / "predict.json"
     if path.is_file():
         before, now = _identity(read_json(path)), _identity(settings)
         differing = [key for key in {**now, **before} if before.get(key) != now.get(key)]
-        if differing:
+        if not differing:
+            return
+        files = [folder / "predictions.jsonl", *folder.glob("shards/*/predictions.jsonl")]
+        answered = [file for file in files if file.is_file() and any(not p.failed for p in _kept(file, taxonomy))]
+        if answered:
             fix = "Choose another --run, or remove predictions.jsonl and predict.json."
             raise InputError(f"holds predictions with another {', '.join(differing)}", where=str(folder), fix=fix)
-    else:
-        write_json(path, settings)
+        for file in files:
+            file.unlink(missing_ok=True)
+    write_json(path, settings)
+
+
+def _kept(file: Path, taxonomy: Taxonomy) -> list[Prediction]:
+    PredictionLog(file, taxonomy).close()  # cuts off a line that a kill left torn
+    return read_predictions(file, taxonomy)
 
 
 def _identity(settings: dict[str, Any]) -> dict[str, Any]:

@@ -11,20 +11,20 @@ is on disk.
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
 from hba.errors import InputError, TaxonomyError
-from hba.storage import AppendLog, atomic_write
+from hba.storage import AppendLog, atomic_write, json_line
 from hba.taxonomy import BUILTIN, Taxonomy
 
-_OPTIONAL = ("probs", "group", "modality", "rule", "finish")
+_OPTIONAL = ("probs", "group", "modality", "rule", "finish", "model", "left_out")
 
 MERGE = "Run the same `hba predict` command once more, without --shard: it merges the shards and answers what is left."
 
@@ -39,7 +39,8 @@ class Prediction:
     counts, None if unknown. `probs` are the heads' probabilities. Rows with one `group` share a speaker or a
     video and are resampled together. `modality` is the row's signature, such as text_audio. `rule` names the rule of
     `answers.RULES` by which an answer in words was read. `finish` is how the answer ended, in the word of whoever gave
-    it: stop, length, content_filter, ...; None if unknown.
+    it: stop, length, content_filter, ...; None if unknown. `model` is the version that a service says has answered,
+    `left_out` what of the request it refused.
     """
 
     id: str
@@ -59,6 +60,8 @@ class Prediction:
     modality: str | None = None
     rule: str | None = None
     finish: str | None = None
+    model: str | None = None
+    left_out: tuple[str, ...] = ()
 
     @property
     def failed(self) -> bool:
@@ -67,8 +70,29 @@ class Prediction:
         return self.error is not None and self.label is None and not said
 
     def record(self) -> dict[str, Any]:
-        """The line of predictions.jsonl; `probs`, `group`, `modality` and `finish` only where they are known."""
-        return {key: value for key, value in asdict(self).items() if value is not None or key not in _OPTIONAL}
+        """The line of predictions.jsonl; what not every contract has, from `probs` on, only where it is known."""
+        return {key: value for key, value in asdict(self).items() if key not in _OPTIONAL or value not in (None, ())}
+
+
+class FromService(Protocol):
+    """A record of what a service was asked."""
+
+    @property
+    def model(self) -> str | None: ...
+    @property
+    def left_out(self) -> tuple[str, ...]: ...
+
+
+def answered_by(records: Iterable[FromService]) -> dict[str, Any]:
+    """Which versions of a model answered, and what of the requests was not sent, with the number of records; what is
+    not known is not there."""
+    models: Counter[str] = Counter()
+    left_out: Counter[str] = Counter()
+    for record in records:
+        models.update([record.model] if record.model else [])
+        left_out.update(record.left_out)
+    found = {"answered_by": dict(models), "left_out": dict(left_out)}
+    return {name: counts for name, counts in found.items() if counts}
 
 
 _decode = msgspec.json.Decoder(Prediction).decode
@@ -159,7 +183,7 @@ def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
     """Replace the file by these predictions, whole or not at all. Raises StorageError on a full disk."""
     with atomic_write(path) as handle:
         for prediction in predictions:
-            handle.write(json.dumps(prediction.record(), ensure_ascii=False, allow_nan=False) + "\n")
+            handle.write(json_line(prediction.record()))
 
 
 class PredictionLog:

@@ -265,8 +265,9 @@ class Provenance:
     """Where the figures come from; None is unknown.
 
     `split` is that of the predictions; `asked_split`, `selection` and `data_rows` say which rows were to be predicted
-    and how many, skipped ones included, as predict.json has it. `judge` is judge.json of the run, where a judge has
-    spoken.
+    and how many, skipped ones included, as predict.json has it. `answered_by` counts the versions that a service said
+    have answered, `left_out` what of the requests it refused. `judge` is judge.json of the run, with the same two of
+    the judge, where one has spoken.
     """
 
     hba_version: str | None = None
@@ -283,6 +284,8 @@ class Provenance:
     answers_sha256: str | None = None
     command: str | None = None
     scoring: Scoring | None = None
+    answered_by: dict[str, int] | None = None
+    left_out: dict[str, int] | None = None
     judge: dict[str, Any] | None = None
 
     @property

@@ -19,7 +19,7 @@ from hba.errors import InputError
 from hba.evaluate.judge.judgements import FILE as JUDGEMENTS
 from hba.evaluate.judge.judgements import SETTINGS, Judgement, read_judgements
 from hba.evaluate.judge.scores import Verdicts, read_verdicts
-from hba.evaluate.predictions import Prediction, read_predictions
+from hba.evaluate.predictions import Prediction, answered_by, read_predictions
 from hba.evaluate.results import FILE as METRICS
 from hba.evaluate.results import Metrics, convert, read_metrics, without_nan
 from hba.storage import read_json, read_jsonl
@@ -180,8 +180,10 @@ class Run:
 
     @cached_property
     def judge(self) -> dict[str, Any] | None:
-        """Who judged; None if nobody did."""
-        return read_json(self.folder / SETTINGS) if self.has(SETTINGS) and self.has(JUDGEMENTS) else None
+        """Who judged, which versions answered, and what of the requests these refused; None if nobody did."""
+        if not self.has(SETTINGS) or self.judgements is None:
+            return None
+        return {**read_json(self.folder / SETTINGS), **answered_by(self.judgements.values())}
 
     @property
     def synthetic(self) -> bool | None:

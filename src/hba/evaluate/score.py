@@ -31,7 +31,7 @@ from hba.evaluate.fields import field_values
 from hba.evaluate.freeform import generation_metrics, majority_levels
 from hba.evaluate.judge.scores import Verdicts, add_judged, judged_rows
 from hba.evaluate.metrics import mean_of, score_rows
-from hba.evaluate.predictions import Prediction
+from hba.evaluate.predictions import Prediction, answered_by
 from hba.evaluate.results import (
     FILE,
     MAX_FAILED,
@@ -440,5 +440,6 @@ def _provenance(run: Run, how: Provenance) -> Provenance:
         answers_sha256=json_sha256(
             sorted((p.id, p.dataset, p.target, str(p.label), str(p.answer)) for p in run.predictions)
         ),
+        **answered_by(run.predictions),
         judge=run.judge if run.verdicts else None,
     )

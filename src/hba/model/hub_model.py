@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 )
 
 from hba.errors import InputError
-from hba.remote.addresses import shown, unusable_proxy
+from hba.remote.addresses import proxies_checked, shown
 
 FILES = ("*.json", "*.jinja", "*.safetensors", "*.txt", "*.yaml")
 
@@ -35,12 +35,11 @@ def hub_checkpoint(repo: str, revision: str | None, card: str) -> Path | None:
     when the hub cannot be reached or the download breaks off.
     """
     try:
-        found = Path(hf_hub_download(repo, card, revision=revision))
-        return Path(snapshot_download(repo, revision=found.parent.name, allow_patterns=list(FILES)))
+        with proxies_checked():
+            found = Path(hf_hub_download(repo, card, revision=revision))
+            return Path(snapshot_download(repo, revision=found.parent.name, allow_patterns=list(FILES)))
     except (RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
         return None
-    except httpx.InvalidURL:
-        raise unusable_proxy() from None
     except LocalEntryNotFoundError:
         if constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(repo, "config.json", revision=revision), str):
             return None  # the card of a checkpoint is fetched first: a cache without one holds a backbone

@@ -9,8 +9,15 @@ from __future__ import annotations
 
 from hba.remote.client import ClientConfig, RemoteClient
 from hba.remote.concurrency import bounded
-from hba.remote.errors import RequestError, ServiceError, UnusableReplyError
-from hba.remote.request import ChatRequest, Reply, Schema
+from hba.remote.request import (
+    ChatRequest,
+    Reply,
+    RequestError,
+    Schema,
+    ServiceError,
+    UnansweredError,
+    UnusableReplyError,
+)
 
 __all__ = [
     "ChatRequest",
@@ -20,6 +27,7 @@ __all__ = [
     "RequestError",
     "Schema",
     "ServiceError",
+    "UnansweredError",
     "UnusableReplyError",
     "bounded",
 ]

@@ -1,20 +1,30 @@
 """Where requests go and which variable holds the key, checked before any of it can be written down.
 
 Refuses whatever carries a secret itself: a base URL with a user or a query, a key in place of the name of its variable.
-A message about such a value never repeats it.
+A message about such a value never repeats it. The one query that is taken is Azure's `api-version`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import httpx
 
+from hba.config import flat
 from hba.errors import ConfigError, InputError
 
 ADDRESS_VARIABLES = "HTTPS_PROXY, HTTP_PROXY, ALL_PROXY or HF_ENDPOINT"
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+# Of its services; anybody can have a machine below azure.com.
+AZURE_HOSTS = tuple(
+    f".{service}.azure.{end}"
+    for service in ("openai", "cognitiveservices", "services.ai")
+    for end in ("com", "us", "cn")
+)
+AZURE_QUERY = "api-version"
 
 
 def check_variable(name: str | None) -> None:
@@ -34,9 +44,22 @@ def check_base_url(base: str | None) -> None:
         url = httpx.URL("")
     if url.scheme not in ("http", "https") or not url.host:
         raise ConfigError("not an http(s) URL", where="base_url", fix="Write it like http://localhost:8000/v1.")
-    if url.userinfo or url.query or url.fragment:
+    if url.userinfo or url.fragment or set(url.params) - {AZURE_QUERY}:
         fix = "Put the key into an environment variable and name that with api_key_env."
         raise ConfigError("the base URL carries a user, a query or a fragment", where="base_url", fix=fix)
+
+
+def check_extra(extra: Mapping[str, Any] | None, where: str) -> None:
+    """Raises ConfigError for a key among the further fields of a request, since they are written into a folder."""
+    for name in flat(extra or {}):
+        if re.search(r"(api_?key|access_?token|auth_?token|authorization|secret|password)$", name.lower()):
+            fix = "Put it into an environment variable and name that with remote.api_key_env."
+            raise ConfigError(f"{name!r} would stand in the run folder", where=where, fix=fix)
+
+
+def is_azure(url: httpx.URL) -> bool:
+    """Whether a URL is of Azure OpenAI: by its host, or by the form of its path and query (a gateway's)."""
+    return url.host.endswith(AZURE_HOSTS) or "/openai/deployments/" in url.path or AZURE_QUERY in url.params
 
 
 def shown(address: str) -> str:
@@ -47,16 +70,22 @@ def shown(address: str) -> str:
         return "(no URL)"
 
 
-def unusable_proxy() -> InputError:
-    """What is said in place of httpx, whose own words may hold a part of a proxy's password."""
-    fix = "Write %2F for / and %40 for @ in a password; for a SOCKS proxy: pip install 'httpx[socks]'."
-    return InputError("no address that can be used", where=ADDRESS_VARIABLES, fix=fix)
-
-
 @contextmanager
 def proxies_checked() -> Iterator[None]:
-    """Around the opening of a client: an InputError for proxies of the environment that httpx cannot use."""
+    """Around whatever opens an httpx client, the hub's included: an InputError for a proxy that it cannot use.
+
+    In place of httpx, whose own words may hold a part of the proxy's password.
+    """
     try:
         yield
-    except (httpx.InvalidURL, ValueError, ImportError):
-        raise unusable_proxy() from None
+    except (ImportError, httpx.InvalidURL, ValueError) as error:
+        words = str(error).lower()
+        if isinstance(error, ImportError) and "socks" in words:
+            fix = "pip install 'httpx[socks]', or unset the variable (export NO_PROXY=HOST leaves out one host)."
+            what = "a SOCKS proxy is set, and the package for it is missing"
+        elif isinstance(error, httpx.InvalidURL) or (isinstance(error, ValueError) and "proxy" in words):
+            fix = "Write http://HOST:PORT or socks5://HOST:PORT, with %2F for / and %40 for @ in a password."
+            what = "no address that can be used"
+        else:
+            raise
+        raise InputError(what, where=ADDRESS_VARIABLES, fix=fix) from None

@@ -53,12 +53,14 @@ class ResponseCache:
             record = _record(handle.read(place.length))
         if record is None or record["key"] != key:  # the segment was replaced under us
             return None
-        return Reply(cached=True, **{name: record[name] for name in KEPT})
+        left_out = tuple(record.get("left_out", ()))
+        return Reply(cached=True, left_out=left_out, **{name: record[name] for name in KEPT})
 
     def put(self, key: str, reply: Reply) -> None:
         """Keep a reply. Raises StorageError on a full disk."""
         kept = asdict(reply)
-        self._log.append({"key": key} | {name: kept[name] for name in KEPT})
+        left_out = {"left_out": list(reply.left_out)} if reply.left_out else {}
+        self._log.append({"key": key} | {name: kept[name] for name in KEPT} | left_out)
         end = self._log.path.stat().st_size
         self._places[key] = _Place(self._log.path, self._end, end - self._end)
         self._end = end
@@ -96,7 +98,7 @@ def _own_segment(folder: Path) -> tuple[int, Path]:
 def _record(raw: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     whole = isinstance(record, dict) and isinstance(record.get("key"), str) and set(KEPT) <= record.keys()
     return record if whole else None

@@ -1,9 +1,11 @@
 """The client: from a request to a reply, through everything that a network and a loaded server do.
 
-Faults that may pass (429, 408, 425, 5xx, timeouts, dropped connections, bodies that are cut or malformed) are tried
-again after an exponential backoff with full jitter, not before the time that a Retry-After gives, which holds for all
-requests. A request that the server refuses (other 4xx), or that fails at every attempt, raises `RequestError`. A bad
-key, an unknown model, an empty account, or a server that fails one request after the other raises `ServiceError`.
+Before the first request the connection is checked, so that a wrong port or protocol is said within seconds. Faults that
+may pass (429, 408, 425, 5xx, timeouts, dropped connections, bodies that are cut or malformed) are tried again after an
+exponential backoff with full jitter, not before the time that a Retry-After gives, which holds for all requests. A
+parameter that the service does not take is left out, once for all requests. A request that the server refuses (other
+4xx), or that fails at every attempt, raises `RequestError`. A bad key, an unknown model, an empty account, or a server
+that fails one request after the other raises `ServiceError`.
 
 Keys come from the environment alone, go into a header, and are cut out of every message of the server. Redirects are
 not followed, so that a key reaches no other host.
@@ -28,18 +30,20 @@ from pydantic import Field
 
 from hba.config import option
 from hba.errors import ConfigError
-from hba.remote.addresses import check_base_url, check_variable, proxies_checked
+from hba.remote import faults
+from hba.remote.addresses import LOOPBACK, check_base_url, check_variable, proxies_checked
 from hba.remote.cache import ResponseCache
 from hba.remote.concurrency import AdaptiveLimit
 from hba.remote.cost import Meter, find_price
-from hba.remote.errors import RequestError, ServiceError, TransientError
-from hba.remote.faults import Response, of_response, service_fault
-from hba.remote.provider import Provider, provider
-from hba.remote.request import ChatRequest, Reply
+from hba.remote.faults import RESUME, Caller, Response
+from hba.remote.providers import ErrorInReplyError, Provider, is_official, provider, word
+from hba.remote.request import ChatRequest, Reply, RequestError, ServiceError, TransientError, UnansweredError
+from hba.storage import whole
 
 CONNECT_SECONDS = 10.0
+CHECK_SECONDS = 5.0  # for the connection that is tried before a run
 MAX_REPLY_BYTES = 32 << 20
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
+WITNESSES = 3  # attempts during which others were answered, after which a failure is the request's own
 Accept = Callable[[Reply], object]
 
 
@@ -63,7 +67,7 @@ class ClientConfig:
         900.0, "a Retry-After beyond it stops the command", affects_result=False
     )
     stop_after: Annotated[int, Field(ge=1)] = option(
-        20, "requests that fail at every attempt, with no reply in between, stop the command", affects_result=False
+        20, "requests in a row that are refused or fail at every attempt stop the command", affects_result=False
     )
     cache: Path | None = option(None, "folder of the response cache; null: none", affects_result=False)
     prices: Path | None = option(None, "YAML file with prices of your own", affects_result=False)
@@ -77,9 +81,17 @@ class ClientConfig:
 class _Prepared(NamedTuple):
     method: str
     url: str
-    body: bytes | None
+    body: Mapping[str, Any] | None
     read: Callable[[Any], Any] | None  # of the decoded body, fails for one that is no reply; None: any body will do
+    encoded: bytes = b""
     key: str = ""
+    needed: tuple[str, ...] = ()  # what must not be left out of the body
+
+
+class _Answer(NamedTuple):
+    response: Response
+    sent: Mapping[str, Any]
+    gone: tuple[str, ...]  # what of the request was not sent
 
 
 class RemoteClient:
@@ -94,11 +106,15 @@ class RemoteClient:
         self._provider = api or provider(config.provider)
         self._base = (config.base_url or self._provider.base_url).rstrip("/")
         self.official = is_official(config.provider, config.base_url)
-        self._url = self._base + self._provider.path(model)
-        self._secret = _key(config.api_key_env or (self._provider.key_env if self.official else None))
-        self.meter = Meter(find_price(config.provider, model, official=self.official, file=config.prices))
+        self._url, self._listing = self._provider.urls(self._base, model)
+        self._key_variable = config.api_key_env or self._provider.key_env(self._base)
+        self._secret = _key(self._key_variable)
+        self.meter = Meter(find_price(config.provider, model, self._base, config.prices), asked=model)
         self.limit = AdaptiveLimit(config.max_concurrency)
-        self._failed_in_a_row = 0
+        self.failed_in_a_row = 0
+        self._checked = False
+        self._checking = asyncio.Lock()
+        self._offered: tuple[str, ...] = ()
         self._cache: ResponseCache | None = None
         self._http: httpx.AsyncClient | None = None
 
@@ -124,22 +140,19 @@ class RemoteClient:
 
         `accept` may raise UnusableReplyError for a reply that its reader cannot use; such a reply costs, but is not
         cached.
-        Raises RequestError when this request has no reply, ServiceError when no request will have one.
+        Raises RequestError when this request has no reply (UnansweredError when nobody else had one either),
+        ServiceError when no request will have one.
         """
         prepared = self._prepare(request)
         if self._cache is not None and (kept := self._cache.get(prepared.key)) is not None:
-            self.meter.cached += 1
+            self.meter.saw(kept)
             return kept
         try:
             reply: Reply = await self._until_answered(prepared)
-        except RequestError as error:
+        except RequestError:
             self.meter.failed += 1
-            if not self.meter.replies and self.meter.failed >= self.config.stop_after:
-                fix = "Check model, settings and server; then run the same command again."
-                what = f"every one of {self.meter.failed} requests failed, the last: {error.what}"
-                raise ServiceError(what, where=self._url, fix=fix) from None
             raise
-        self.meter.add(reply)
+        self.meter.saw(reply)
         if accept is not None:
             accept(reply)
         if self._cache is not None:
@@ -152,104 +165,179 @@ class RemoteClient:
         `path` stands below the server's root, the base URL without a last `/v1`. Raises as `complete` does.
         """
         url = self._base.removesuffix("/v1") + path
-        encoded = None if body is None else json.dumps(body).encode()
-        return await self._until_answered(_Prepared(method, url, encoded, None))
+        return await self._until_answered(_Prepared(method, url, body, None, b"" if body is None else _encoded(body)))
 
     def _prepare(self, request: ChatRequest) -> _Prepared:
         body = self._provider.body(self.model, request, official=self.official)
-        encoded = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+        encoded = _encoded(body)
         identity = f"{self.config.provider}\n{self._url}\n{request.draw}\n".encode()
         key = sha256(identity + encoded).hexdigest()
-        return _Prepared("POST", self._url, encoded, self._provider.read, key)
+        needed = ("response_format", "tool_choice") if request.schema and request.schema.needed else ()
+        return _Prepared("POST", self._url, body, self._provider.read, encoded, key, needed)
+
+    async def check(self) -> None:
+        """Try the connection, once, by asking for the list of models, which need not be offered.
+
+        Raises ServiceError for what says for good that no request can be answered: nobody listens, the host is not
+        known, the other protocol is spoken, the key is wrong. Whatever else happens is left to the requests.
+        """
+        async with self._checking:
+            if self._checked:
+                return
+            try:
+                listing = self._exchange("GET", self._listing, b"", CHECK_SECONDS)
+                response = await asyncio.wait_for(listing, 2 * CHECK_SECONDS)
+            except (asyncio.TimeoutError, httpx.TransportError) as error:  # two classes before Python 3.11
+                fault = await faults.unreachable(self._listing, error)
+                if fault is not None:
+                    raise fault from None
+            except (httpx.HTTPError, RequestError):
+                pass
+            else:
+                if re.search(rb"HTTP request (?:was sent )?to (?:an )?HTTPS", response.raw):
+                    raise ServiceError("the server speaks https, not http", where=self._base, fix="Write https://...")
+                if response.status == 401:
+                    raise faults.of_response(response, self._caller(self._listing))
+                self._offered = _names(response)
+            self._checked = True
 
     async def _until_answered(self, prepared: _Prepared) -> Any:
-        reason = ""
-        for attempt in range(self.config.max_attempts):
+        if not self._checked:
+            await self.check()
+        faults_seen: list[TransientError] = []
+        witnessed = 0
+        while len(faults_seen) < self.config.max_attempts:
+            answered = self.meter.replies
             try:
                 reply = await self._attempt(prepared)
             except TransientError as fault:
-                reason = fault.reason
-                self.meter.retries[reason] += 1
-                self._honour(fault)
-                if attempt + 1 < self.config.max_attempts:
-                    await asyncio.sleep(self._backoff(attempt))
+                faults_seen.append(fault)
+                witnessed += self.meter.replies > answered
+                await self._wait(fault, len(faults_seen))
+            except RequestError as error:
+                self._count_failure(error.what, prepared.url)
+                raise
             else:
-                self._failed_in_a_row = 0
+                self.failed_in_a_row = 0
                 return reply
-        self._failed_in_a_row += 1
-        what = f"no reply after {self.config.max_attempts} attempts (the last: {reason})"
-        if self._failed_in_a_row >= self.config.stop_after:
-            fix = "Check the server; then run the same command again to resume."
-            raise ServiceError(f"{self._failed_in_a_row} requests in a row had {what}", where=prepared.url, fix=fix)
-        raise RequestError(what, where=prepared.url)
+        what = f"no reply after {self.config.max_attempts} attempts (the last: {faults_seen[-1]})"
+        self._count_failure(what, prepared.url)
+        raise (RequestError if witnessed >= WITNESSES else UnansweredError)(what, where=prepared.url)
 
-    def _honour(self, fault: TransientError) -> None:
-        """Let all requests wait as long as the server asked for."""
-        wait = fault.wait_seconds
-        if wait is None:
+    async def _wait(self, fault: TransientError, attempts: int) -> None:
+        """After the failed attempt of that number: what the server asked for, for all requests, and a backoff."""
+        most = self.config.max_attempts
+        self.meter.retries[fault.kind] += 1
+        if fault.wait_seconds is not None:
+            if fault.wait_seconds > self.config.longest_wait_seconds:
+                what = f"the server asks to wait {fault.wait_seconds:.0f} s ({fault})"
+                raise ServiceError(what, where=self._url, fix=f"Wait so long, {RESUME}")
+            self.limit.pause(fault.wait_seconds)
+        if attempts < most:
+            self.meter.trouble = f"attempt {attempts + 1} of {most} ({fault})"
+            # Full jitter: anything up to first * 2^n seconds, so that clients do not come back together.
+            longest = self.config.first_backoff_seconds * 2 ** (attempts - 1)
+            await asyncio.sleep(random.uniform(0, min(self.config.longest_backoff_seconds, longest)))
+
+    def _count_failure(self, what: str, url: str) -> None:
+        """Raises ServiceError where one request after the other fails: what repeats is not the requests' fault."""
+        self.failed_in_a_row += 1
+        if self.failed_in_a_row < self.config.stop_after:
             return
-        if wait > self.config.longest_wait_seconds:
-            fix = "Run the same command again then; it resumes."
-            raise ServiceError(f"the server asks to wait {wait:.0f} s ({fault.reason})", where=self._url, fix=fix)
-        self.limit.pause(wait)
-
-    def _backoff(self, attempt: int) -> float:
-        """Full jitter: anything up to first * 2^attempt seconds, so that clients do not come back together."""
-        longest = min(self.config.longest_backoff_seconds, self.config.first_backoff_seconds * 2**attempt)
-        return random.uniform(0, longest)
+        many = self.failed_in_a_row
+        if what.startswith("no reply"):
+            said = f"{many} requests in a row had {what}"
+        elif self.meter.replies:
+            said = f"{many} requests in a row were refused, the last: {what}"
+        else:
+            said = f"every one of {many} requests failed, the last: {what}"
+        fix = f"See to the server, model or settings, {RESUME} If these rows alone fail, raise remote.stop_after."
+        raise ServiceError(said, where=url, fix=fix)
 
     async def _attempt(self, prepared: _Prepared) -> Any:
-        """One exchange. Raises TransientError, RequestError or ServiceError."""
-        async with self.limit.slot():
-            self.meter.requests += 1
+        """One exchange, and another at once without a parameter that the service refuses.
+
+        Raises TransientError, RequestError or ServiceError.
+        """
+        while True:
             started = time.perf_counter()
+            response, sent, gone = await self._answer(prepared)
+            if response.status == 200:
+                reply = self._read(response, prepared)
+                if isinstance(reply, Reply):
+                    reply = replace(reply, seconds=time.perf_counter() - started, left_out=gone)
+                return reply
+            parameter = None if prepared.read is None else faults.refused_parameter(response, sent, self.redacted)
+            renamed = [one.instead for one in self.meter.refused.values()]
+            if parameter is None or parameter.name in (*prepared.needed, *renamed):
+                raise faults.of_response(response, self._caller(prepared.url))
+            self.meter.refused.setdefault(parameter.name, parameter)
+
+    async def _answer(self, prepared: _Prepared) -> _Answer:
+        """One exchange in a slot of the limit, without what the service refuses by then. Raises TransientError."""
+        async with self.limit.slot():
+            sent, encoded = prepared.body or {}, prepared.encoded
+            gone: tuple[str, ...] = ()
+            if self.meter.refused and prepared.read is not None:
+                asked = faults.fields(sent)
+                gone = tuple(one.shown for name, one in self.meter.refused.items() if name in asked)
+                sent = faults.without(sent, self.meter.refused)
+                encoded = _encoded(sent)
+            self.meter.requests += 1
             overloaded = True
             try:
                 # httpx bounds the time between two bytes, this the whole of an attempt: slow bytes end, too.
-                response = await asyncio.wait_for(self._exchange(prepared), self.config.timeout_seconds)
+                exchange = self._exchange(prepared.method, prepared.url, encoded)
+                response = await asyncio.wait_for(exchange, self.config.timeout_seconds)
                 overloaded = response.status == 429 or response.status >= 500
             except (asyncio.TimeoutError, httpx.TimeoutException):  # two classes before Python 3.11
                 raise TransientError("timeout") from None
             except httpx.TransportError as error:
-                raise TransientError(f"connection: {type(error).__name__}") from None
+                raise TransientError("connection", faults.connection_words(error)) from None
             except httpx.HTTPError as error:
-                raise TransientError(f"body: {type(error).__name__}") from None
+                raise TransientError("body", type(error).__name__) from None
             finally:
                 self.limit.report(overloaded=overloaded)
-        if response.status != 200:
-            raise of_response(response, self.redacted, prepared.url, answered=self.meter.replies > 0)
-        reply = self._read(response.raw, prepared)
-        return replace(reply, seconds=time.perf_counter() - started) if isinstance(reply, Reply) else reply
+            return _Answer(response, sent, gone)
 
-    async def _exchange(self, prepared: _Prepared) -> Response:
+    async def _exchange(self, method: str, url: str, content: bytes, seconds: float | None = None) -> Response:
         if self._http is None:
             raise RuntimeError("use the client in `async with`")
+        patience = self._http.timeout if seconds is None else httpx.Timeout(seconds)
         headers = {"content-type": "application/json"}
         if self._secret is not None:
-            headers |= self._provider.headers(self._secret)
-        async with self._http.stream(prepared.method, prepared.url, content=prepared.body, headers=headers) as response:
+            headers |= self._provider.headers(self._secret, self._base)
+        stream = self._http.stream(method, url, content=content or None, headers=headers, timeout=patience)
+        async with stream as response:
             parts, size = [], 0
             async for part in response.aiter_bytes():
                 size += len(part)
                 if size > MAX_REPLY_BYTES:
-                    raise RequestError(f"a reply of more than {MAX_REPLY_BYTES >> 20} MiB", where=prepared.url)
+                    raise RequestError(f"a reply of more than {MAX_REPLY_BYTES >> 20} MiB", where=url)
                 parts.append(part)
             return Response(response.status_code, response.headers, b"".join(parts))
 
-    def _read(self, raw: bytes, prepared: _Prepared) -> Any:
-        """Raises TransientError for a body that is no reply: cut, malformed, or of another kind."""
+    def _read(self, response: Response, prepared: _Prepared) -> Any:
+        """Raises TransientError for a body that is no reply (cut, malformed, of another kind), or what its error is."""
         try:
-            data = json.loads(raw)
-        except ValueError:
+            data = json.loads(response.raw)
+        except (ValueError, RecursionError):
             if prepared.read is None:
                 return None
-            raise TransientError("body: not JSON") from None
-        if isinstance(data, dict) and isinstance(data.get("error"), dict):  # an error that came as 200
-            raise service_fault(data["error"], self.redacted, prepared.url) or TransientError("body: an error")
+            raise TransientError("body", "not JSON") from None
         try:
-            return data if prepared.read is None else prepared.read(data)
+            if isinstance(data, dict) and data.get("error"):  # an error that came as 200
+                raise ErrorInReplyError(faults.error_object(response.raw))
+            reply = data if prepared.read is None else prepared.read(data)
+        except ErrorInReplyError as found:
+            raise faults.of_error(200, found.error, self._caller(prepared.url), response.headers) from None
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-            raise TransientError("body: no reply") from None
+            raise TransientError("body", "no reply") from None
+        return _sound(reply) if isinstance(reply, Reply) else reply
+
+    def _caller(self, url: str) -> Caller:
+        variable = self._key_variable if self._secret is not None else None
+        return Caller(url, self.redacted, variable, self.meter.replies > 0, self._offered)
 
     def redacted(self, text: str) -> str:
         """`text` without the key, or anything that looks like one, for messages."""
@@ -258,9 +346,30 @@ class RemoteClient:
         return re.sub(r"\b(?:sk|pk|key)-[\w*.-]{6,}", "[key]", text)
 
 
-def is_official(name: str, base_url: str | None) -> bool:
-    """Whether requests go to the provider's own service, whose prices are known."""
-    return (base_url or provider(name).base_url).rstrip("/") == provider(name).base_url
+def _encoded(body: Mapping[str, Any]) -> bytes:
+    text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return whole(text).encode()
+
+
+def _sound(reply: Reply) -> Reply:
+    """`reply` with texts that every file can hold."""
+    texts = {"text": reply.text, "finish": reply.finish, "model": reply.model}
+    mended = {name: whole(text) for name, text in texts.items() if text is not None and whole(text) != text}
+    return replace(reply, **mended) if mended else reply  # type: ignore[arg-type]
+
+
+def _names(response: Response) -> tuple[str, ...]:
+    """The models of a listing; none where the response is something else."""
+    try:
+        data = json.loads(response.raw) if response.status == 200 else {}
+    except (ValueError, RecursionError):
+        return ()
+    listed = data.get("data") or data.get("models") if isinstance(data, dict) else None
+    found = [each.get("id") or each.get("name") for each in listed or () if isinstance(each, dict)]
+    return tuple(name for name in map(word, found) if name)
 
 
 def _key(variable: str | None) -> str | None:

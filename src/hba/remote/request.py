@@ -1,4 +1,4 @@
-"""A chat request and its reply, in a form that belongs to no provider.
+"""A chat request, its reply and what can go wrong between them, in a form that belongs to no provider.
 
 Message content is a text or a list of parts, in the form of OpenAI's chat API, from which the providers translate:
 `{"type": "text", "text"}`, `{"type": "image_url", "image_url": {"url"}}` (a data URL for local images),
@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
+
+from hba.errors import HbaError
 
 Part = dict[str, Any]
 
@@ -23,10 +25,14 @@ class Message(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class Schema:
-    """The JSON schema that a reply must follow. `name` has letters, digits, _ and - only."""
+    """The JSON schema that a reply must follow. `name` has letters, digits, _ and - only.
+
+    A schema that is `needed` is never left out for a service that does not take it.
+    """
 
     name: str
     schema: Mapping[str, Any]
+    needed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +57,8 @@ class Reply:
     """What the model said. Structured replies are JSON text; nothing says yet that they follow the schema.
 
     `finish` is the provider's word (stop, length, end_turn, refusal, ...). Token counts are None if the server does
-    not say them; `seconds` is the time of the attempt that succeeded, 0 from the cache.
+    not say them; `model` is the version that it says has answered; `left_out` names the parameters of the request that
+    the server refused and was not sent; `seconds` is the time of the attempt that succeeded, 0 from the cache.
     """
 
     text: str
@@ -59,10 +66,50 @@ class Reply:
     tokens_in: int | None
     tokens_out: int | None
     model: str | None
+    left_out: tuple[str, ...] = ()
     seconds: float = 0.0
     cached: bool = False
 
 
-def count(value: Any) -> int | None:
-    """A token count as servers give it, or None for anything else."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One answer of several to the same prompt, token by token; None for what the server does not say."""
+
+    token_ids: tuple[int, ...] | None
+    logps: tuple[float, ...] | None  # of these tokens, natural logarithm
+    finish: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenReply(Reply):
+    """A reply whose tokens are known; its text is that of the first choice."""
+
+    prompt_token_ids: tuple[int, ...] | None
+    choices: tuple[Choice, ...]
+
+
+class RequestError(HbaError):
+    """One request has no reply and will have none: refused, or failed at every attempt. The others go on."""
+
+
+class UnansweredError(RequestError):
+    """No attempt of a request was answered while nobody else was answered either: the service's fault, not its own."""
+
+
+class UnusableReplyError(HbaError):
+    """A reply came whole, but its reader cannot use it. It is not cached, so that another attempt can be made."""
+
+
+class ServiceError(HbaError):
+    """No request can be answered (key, model name, balance, server down): the command stops and can be resumed."""
+
+
+class TransientError(Exception):
+    """An attempt failed in a way that may pass; never leaves the client.
+
+    `kind` is what is counted (HTTP 429, timeout), `words` what the server said, `wait_seconds` what it asked for.
+    """
+
+    def __init__(self, kind: str, words: str = "", wait_seconds: float | None = None) -> None:
+        super().__init__(f"{kind}: {words}" if words else kind)
+        self.kind, self.words, self.wait_seconds = kind, words, wait_seconds

@@ -33,7 +33,8 @@ from hba.evaluate.backends.wire import decoded_parts, filled, frame_rate
 from hba.model.chat import ChatModel
 from hba.model.generate import BANNED_BIAS, end_token_ids, media_token_ids
 from hba.remote import ChatRequest, ClientConfig, RemoteClient, RequestError, ServiceError, bounded
-from hba.remote.tokens import Choice, TokenChat, TokenReply
+from hba.remote.providers import TokenChat
+from hba.remote.request import Choice, TokenReply
 from hba.rl.config import RlConfig, ServerConfig
 from hba.rl.sampler import Drawn, Draws, PolicySampler, Sampler
 from hba.rl.server_weights import ServedWeights, served_folder

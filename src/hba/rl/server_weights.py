@@ -25,7 +25,7 @@ from hba.model.checkpoint import is_thinker, resolve_dtype
 from hba.model.config import ModelConfig
 from hba.model.merge import PREFIX, write_thinker
 from hba.remote import ChatRequest, RemoteClient, RequestError, ServiceError
-from hba.remote.tokens import TokenReply
+from hba.remote.request import TokenReply
 from hba.storage import atomic_folder
 
 ADAPTER = "adapter_model.safetensors"

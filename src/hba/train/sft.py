@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from hba.atlas import Atlas, open_atlas
 from hba.atlas.batch import IGNORED, Batch, Encoder
 from hba.atlas.loader import load_batches
+from hba.atlas.sample import Quarantined
 from hba.evaluate.backends.heads import HeadsBackend
 from hba.evaluate.metrics import score
 from hba.evaluate.predict import answerable, predict
@@ -119,7 +120,7 @@ def validate_heads(backend: HeadsBackend, atlas: Atlas, run: RunFolder, ranks: R
     for step in predict(atlas, own, backend):
         if isinstance(step, Prediction):
             said.append((step.label, step.target, step.dataset))
-        else:
+        elif isinstance(step, Quarantined):
             run.quarantine.add(step)
     done = ranks.gather(said)
     labels, targets, keys = zip(*done, strict=True) if done else ((), (), ())

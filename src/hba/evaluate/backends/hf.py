@@ -24,6 +24,7 @@ from hba.evaluate.backends.batches import batched_answers
 from hba.evaluate.backends.interface import Output, Result, choices, spoken
 from hba.evaluate.config import GenerationConfig, Opening, PredictConfig
 from hba.model import chat, checkpoint
+from hba.model.generate import end_token_ids
 from hba.remote.cost import Meter
 from hba.storage import file_sha256, json_sha256
 
@@ -71,8 +72,15 @@ class ChatBackend:
             top_p=generation.top_p,
             choices=texts if generation.constrain == "labels" else (),
         )
+        ends = end_token_ids(self.model.transformer, self.model.processor)
         outputs = [
-            spoken(sample, one.text, taxonomy, tokens_out=one.tokens)
+            spoken(
+                sample,
+                one.text,
+                taxonomy,
+                tokens_out=one.tokens,
+                finish="stop" if one.ids and one.ids[-1] in ends else "length",
+            )
             for sample, one in zip(batch.samples, said, strict=True)
         ]
         if generation.read == "likelihood" and any(offered):

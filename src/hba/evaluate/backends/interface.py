@@ -1,9 +1,10 @@
 """What a backend is: a way to answer rows of an atlas. The run that uses it is `hba.evaluate.predict`.
 
 A backend draws the rows that it is given in an order of its own choice and yields one result a row: what it said
-(`Answered`, an error included), or that the sample's media cannot be read (`Quarantined`). Order, batching and
-concurrency are its own; resume, files, counts and display are the run's. A backend that takes tensor batches builds
-on `batches.batched_answers`, one that takes samples loops over `samples`.
+(`Answered`, an error included), that the sample's media cannot be read (`Quarantined`), or that the service it asks
+gave nobody an answer (`Unanswered`), which is not kept and is asked again. Order, batching and concurrency are its own;
+resume, files, counts and display are the run's. A backend that takes tensor batches builds on
+`batches.batched_answers`, one that takes samples loops over `samples`.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from hba.taxonomy import Taxonomy
 class Output:
     """What a backend says about one sample. With an `error` there is no output, and the sample counts as wrong.
 
-    `text` is as the model gave it, `rule` names the rule of `answers` that found its answer. `seconds` is the time of
-    this sample, or its share of its batch's.
+    `text` is as the model gave it, `rule` names the rule of `answers` that found its answer, `finish` is the reason for
+    which it ended, as the model or its service calls it. `model` is the version that a service says has answered,
+    `left_out` the parameters that it refused. `seconds` is the time of this sample, or its share of its batch's.
     """
 
     text: str | None
@@ -38,6 +40,9 @@ class Output:
     tokens_out: int | None = None
     seconds: float | None = None
     error: str | None = None
+    finish: str | None = None
+    model: str | None = None
+    left_out: tuple[str, ...] = ()
 
 
 class Answered(NamedTuple):
@@ -47,7 +52,14 @@ class Answered(NamedTuple):
     output: Output
 
 
-Result: TypeAlias = Answered | Quarantined
+class Unanswered(NamedTuple):
+    """A sample whose request no attempt got an answer to, while nobody else's got one either."""
+
+    sample: Sample
+    reason: str
+
+
+Result: TypeAlias = Answered | Quarantined | Unanswered
 
 
 class Backend(Protocol):
@@ -92,6 +104,13 @@ def choices(sample: Sample, taxonomy: Taxonomy, wording: FormatMix) -> dict[str,
 
 
 def spoken(sample: Sample, text: str, taxonomy: Taxonomy, **known: Any) -> Output:
-    """The output of a model that answered in words, read by `answers.read`. `known` are further fields of `Output`."""
-    rule, answer, label = answers.read(text, sample.dataset, taxonomy, prompt=sample.problem)
+    """The output of a model that answered in words, read by `answers.read`. `known` are further fields of `Output`.
+
+    An answer that cannot even be read is an error of its own, with its text.
+    """
+    try:
+        rule, answer, label = answers.read(text, sample.dataset, taxonomy, prompt=sample.problem)
+    except Exception as error:  # noqa: BLE001 - the boundary of one reply: whatever a model says, the others go on
+        known["error"] = f"the answer cannot be read ({type(error).__name__}: {error})"
+        return Output(text=text, answer=None, label=None, **known)
     return Output(text=text, answer=answer, label=label, rule=rule, **known)

@@ -1,18 +1,25 @@
-"""Models behind an API: any OpenAI-compatible server, and Anthropic's.
+"""Models behind an API: any OpenAI-compatible server, Anthropic's, Google's.
 
 A sample becomes one chat request: the problem in the answer format, each medium where its tag stands. Sound goes as a
 16 kHz wav (input_audio), an image as a lossless PNG of at most `encode.max_pixels`, a clip as the frames that the
-loader takes, with their times, or as its file (`video=file`). Requests go out as the client's adaptive limit allows; a
-request that is refused, or fails at every attempt, gives an output with its error, and a medium that cannot be read
-quarantines its sample. A server of which nothing can be expected stops the run, which can be resumed.
+loader takes, with their times, or as its file (`video=file`). Media are prepared by as many threads as there are cores
+while requests go out as the client's adaptive limit allows.
+
+What fails for one sample is that sample's: a request that the server refuses gives an output with its error, a medium
+that cannot be read quarantines its sample. What fails for all is nobody's: refusals are handed out once the server has
+answered another request, so that those of a run that it stops (a parameter, an empty account) are never kept.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import signal
 from collections.abc import AsyncGenerator, Iterator, Mapping, Set
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from threading import current_thread, main_thread
+from types import FrameType
 from typing import Any, TypeVar
 
 from hba.atlas import Atlas
@@ -20,22 +27,15 @@ from hba.atlas.answer_format import FormatMix
 from hba.atlas.batch import messages_of
 from hba.atlas.sample import Quarantined, Sample
 from hba.atlas.sampler import Indices
-from hba.errors import InputError, MediaError
-from hba.evaluate.backends.interface import Answered, Output, Result, choices, samples, spoken
+from hba.environment import usable_cores
+from hba.errors import HbaError, InputError, MediaError
+from hba.evaluate.backends.interface import Answered, Output, Result, Unanswered, choices, samples, spoken
 from hba.evaluate.backends.wire import WIRE_VERSION, filled, media_parts
 from hba.evaluate.config import Opening
-from hba.remote import ChatRequest, RemoteClient, Reply, RequestError, Schema, bounded
+from hba.remote import ChatRequest, RemoteClient, Reply, RequestError, Schema, UnansweredError, bounded
 from hba.taxonomy import Taxonomy
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Question:
-    """A sample, ready to be sent."""
-
-    sample: Sample
-    request: ChatRequest
 
 
 class RemoteBackend:
@@ -62,20 +62,42 @@ class RemoteBackend:
         return drained(self._answers(atlas, rows, done))
 
     async def _answers(self, atlas: Atlas, rows: Indices, done: Set[str]) -> AsyncGenerator[Result, None]:
-        async def ask(question: _Question | Quarantined) -> Result:
-            return question if isinstance(question, Quarantined) else await self._ask(question, atlas.taxonomy)
+        threads = usable_cores()
+        ready = asyncio.Semaphore(threads)
+        held: list[Result] = []
 
-        async with self._client:
-            width = self._opening.config.remote.max_concurrency
-            async for result in bounded(self._questions(atlas, rows, done), ask, width):
-                yield result
+        async def ask(sample: Sample) -> Result:
+            async with ready:
+                request = await asyncio.get_running_loop().run_in_executor(pool, self._prepared, sample)
+            return request if isinstance(request, Quarantined) else await self._ask(sample, request, atlas.taxonomy)
 
-    def _questions(self, atlas: Atlas, rows: Indices, done: Set[str]) -> Iterator[_Question | Quarantined]:
-        for sample in samples(atlas, rows, done):
-            try:
-                yield _Question(sample=sample, request=self.request(sample))
-            except MediaError as error:
-                yield sample.quarantined(error)
+        pool = ThreadPoolExecutor(threads)
+        try:
+            async with self._client:
+                width = self._opening.config.remote.max_concurrency + threads
+                async for result in bounded(samples(atlas, rows, done), ask, width):
+                    if isinstance(result, Answered) and result.output.error is not None:
+                        held.append(result)  # until it is known to be this sample's own
+                    else:
+                        yield result
+                    if held and not self._client.failed_in_a_row:
+                        for one in held:
+                            yield one
+                        held.clear()
+                for one in held:
+                    yield one
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _prepared(self, sample: Sample) -> ChatRequest | Quarantined:
+        try:
+            return self.request(sample)
+        except MediaError as error:
+            return sample.quarantined(error)
+        except (HbaError, OSError):  # of the machine or the hub
+            raise
+        except Exception as error:  # noqa: BLE001 - the boundary of one sample: what a decoder raises is its own
+            return sample.quarantined(MediaError(f"{type(error).__name__}: {error}", where=sample.where))
 
     def request(self, sample: Sample) -> ChatRequest:
         """What is sent for a sample. Raises MediaError for a medium that cannot be read."""
@@ -103,14 +125,17 @@ class RemoteBackend:
             return {}
         return choices(sample, self._opening.atlas.taxonomy, self._wording)
 
-    async def _ask(self, question: _Question, taxonomy: Taxonomy) -> Result:
+    async def _ask(self, sample: Sample, request: ChatRequest, taxonomy: Taxonomy) -> Result:
         try:
-            reply = await self._client.complete(question.request)
+            reply = await self._client.complete(request)
+        except UnansweredError as error:
+            return Unanswered(sample, error.what)
         except RequestError as error:
-            return Answered(question.sample, Output(text=None, answer=None, label=None, error=error.what))
-        _require_bound(self.offered(question.sample), reply, self._settings.constrain_by)
-        counts = {"tokens_in": reply.tokens_in, "tokens_out": reply.tokens_out, "seconds": reply.seconds}
-        return Answered(question.sample, spoken(question.sample, reply.text, taxonomy, **counts))
+            return Answered(sample, Output(text=None, answer=None, label=None, error=error.what))
+        _require_bound(self.offered(sample), reply, self._settings.constrain_by)
+        known = {name: getattr(reply, name) for name in ("tokens_in", "tokens_out", "seconds", "finish", "model")}
+        known["left_out"] = reply.left_out
+        return Answered(sample, spoken(sample, reply.text, taxonomy, **known))
 
 
 def _bound(offered: Mapping[str, str], form: str) -> dict[str, Any]:
@@ -121,7 +146,7 @@ def _bound(offered: Mapping[str, str], form: str) -> dict[str, Any]:
     if form == "json_schema":
         answer = {"type": "string", "enum": texts}
         whole = {"type": "object", "properties": {"answer": answer}, "required": ["answer"]}
-        return {"schema": Schema(name="answer", schema={**whole, "additionalProperties": False})}
+        return {"schema": Schema(name="answer", schema={**whole, "additionalProperties": False}, needed=True)}
     if form == "grammar":
         rule = " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
         return {"extra": {"grammar": f"root ::= {rule}"}}
@@ -149,20 +174,48 @@ def _require_bound(offered: Mapping[str, str], reply: Reply, form: str) -> None:
 
 
 def drained(source: AsyncGenerator[T, None]) -> Iterator[T]:
-    """What an asynchronous generator yields, for a caller that is not asynchronous. Closed with its work cancelled."""
+    """What an asynchronous generator yields, for a caller that is not asynchronous.
+
+    Ctrl-C cancels the work that is under way and lets it come to its own ending before it is raised; a second one is
+    raised at once.
+    """
     loop = asyncio.new_event_loop()
+    drawing: asyncio.Task[T | None] | None = None
+    interrupted = False
+
+    async def draw() -> T | None:
+        return await anext(source, None)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        if interrupted:
+            signal.default_int_handler(number, frame)
+        interrupted = True
+        if drawing is not None:
+            drawing.cancel()
+        loop.call_soon_threadsafe(lambda: None)  # wakes it
+
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler and current_thread() is main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, interrupt)
     try:
-        while True:
+        while not interrupted:
+            drawing = loop.create_task(draw())
             try:
-                item = loop.run_until_complete(anext(source))
-            except StopAsyncIteration:
+                item = loop.run_until_complete(drawing)
+            except asyncio.CancelledError:
+                break
+            if item is None:
                 return
             yield item
+        raise KeyboardInterrupt
     finally:
         loop.run_until_complete(source.aclose())
         loop.run_until_complete(loop.shutdown_asyncgens())
         loop.run_until_complete(loop.shutdown_default_executor())
         loop.close()
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def check_media(name: str, opening: Opening) -> None:

@@ -102,7 +102,8 @@ class VllmBackend:
             said = reply.outputs[0]
             text = decode(said.token_ids, skip_special_tokens=True)
             counts = {"tokens_in": len(reply.prompt_token_ids), "tokens_out": len(said.token_ids), "seconds": seconds}
-            yield Answered(question.sample, spoken(question.sample, text, taxonomy, **counts))
+            known = {**counts, "finish": said.finish_reason}
+            yield Answered(question.sample, spoken(question.sample, text, taxonomy, **known))
 
 
 def engine_inputs(sample: Sample, processor: Any, encode: EncodeConfig, wording: Wording) -> dict[str, Any]:

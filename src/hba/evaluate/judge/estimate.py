@@ -28,7 +28,7 @@ def estimate_judging(
     requests = len(todo) * config.attempts
     tokens_in = sum(_rough_tokens(item, config) for item in todo) * config.attempts
     return expected(
-        Payee(config.client.provider, model, config.client, "client.prices"),
+        Payee(config.remote.provider, model, config.remote),
         (item.dataset for item in items),
         left=len(todo),
         requests=requests,

@@ -1,7 +1,8 @@
 """judgements.jsonl: one line a verdict, append-only; beside it judge.json, which says who judged and by what rules.
 
 `correct` is true, false, or null for an answer that no judge could be got to judge, with the reason in `error`. A later
-line for an id takes the place of an earlier one only if that one was unjudged. A file belongs to one judge.
+line for an id takes the place of an earlier one only if that one was unjudged. What the judge said stands in `replies`
+as it came, every attempt. A file belongs to one judge, from its first verdict on.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ PLACE = "base_url"  # where the judge ran may differ, what it is may not
 class Judgement:
     """A verdict on one answer. Token counts are over all attempts, None if the server did not say them all.
 
-    `model` is the version that the server says has answered, which a name such as gpt-5-nano leaves open.
+    `model` is the version that the server says has answered, which a name such as gpt-5-nano leaves open; `left_out`
+    what of the requests it refused.
     """
 
     id: str
@@ -38,6 +40,8 @@ class Judgement:
     tokens_in: int | None
     tokens_out: int | None
     model: str | None = None
+    left_out: tuple[str, ...] = ()
+    replies: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if (self.correct is None) == (self.error is None):
@@ -65,17 +69,18 @@ class JudgementLog:
     """The judgements of one folder, opened to add more. Raises InputError if it belongs to another judge."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        _claim(folder, settings)
+        if (folder / FILE).is_file():
+            AppendLog(folder / FILE).close()  # cuts off a line that a kill left torn
+        self.known = known_judgements(folder, settings)
+        if not self.known:
+            (folder / FILE).unlink(missing_ok=True)
+            write_json(folder / SETTINGS, settings)
         self._log = AppendLog(folder / FILE)
-        try:
-            self.known = read_judgements(folder / FILE)
-        except InputError:
-            self._log.close()
-            raise
 
     def append(self, judgement: Judgement) -> None:
         """Write one line. Raises StorageError on a full disk."""
-        self._log.append(asdict(judgement))
+        kept = asdict(judgement)
+        self._log.append({name: value for name, value in kept.items() if value or name not in ("left_out", "replies")})
         self.known[judgement.id] = judgement
 
     def __enter__(self) -> JudgementLog:
@@ -89,31 +94,18 @@ class JudgementLog:
 
 def known_judgements(folder: Path, settings: dict[str, Any]) -> dict[str, Judgement]:
     """The judgements of a folder, none if it has none. Raises InputError if they are another judge's."""
-    if not _has_verdicts(folder):
+    path = folder / FILE
+    known = read_judgements(path) if path.is_file() else {}
+    if not known:
         return {}
-    _check_judge(folder, settings)
-    return read_judgements(folder / FILE)
-
-
-def _has_verdicts(folder: Path) -> bool:
-    return (folder / FILE).is_file() and (folder / FILE).stat().st_size > 0
-
-
-def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    if _has_verdicts(folder):
-        _check_judge(folder, settings)
-    else:
-        write_json(folder / SETTINGS, settings)  # whoever was to judge here before came to nothing
-
-
-def _check_judge(folder: Path, settings: dict[str, Any]) -> None:
-    path = folder / SETTINGS
-    if not path.is_file():
+    if not (folder / SETTINGS).is_file():
         fix = "Restore judge.json, or remove judgements.jsonl."
         raise InputError("judgements of an unknown judge: judge.json is missing", where=str(folder), fix=fix)
-    before = read_json(path)
-    keys = sorted({*settings, *before} - {PLACE})
-    differing = [key for key in keys if before.get(key) != settings.get(key)]
-    if differing:
-        fix = "Write this judge's verdicts elsewhere with --out, or remove judge.json and judgements.jsonl."
-        raise InputError(f"holds judgements with another {', '.join(differing)}", where=str(folder), fix=fix)
+    before = read_json(folder / SETTINGS)
+    differing = [key for key in sorted({*settings, *before} - {PLACE}) if before.get(key) != settings.get(key)]
+    if not differing:
+        return known
+    if all(judgement.correct is None for judgement in known.values()):
+        return {}  # whoever was to judge here before came to nothing
+    fix = "Write this judge's verdicts elsewhere with --out, or remove judge.json and judgements.jsonl."
+    raise InputError(f"holds judgements with another {', '.join(differing)}", where=str(folder), fix=fix)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -20,13 +21,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from hba.evaluate.judge.items import Item
 from hba.remote import ChatRequest, Reply, Schema, UnusableReplyError
-from hba.storage import json_sha256
+from hba.storage import json_sha256, whole
 
 RUBRICS = Path(__file__).with_name("rubrics")
 GENERAL = "general"
 CODE_LETTERS = 16
 SHOWN_CHARACTERS = 4000
 REASON_CHARACTERS = 500
+QUOTED_CHARACTERS = 120
 _FENCED = re.compile(r"```(?:json)?\s*(\{.*\})\s*```", re.DOTALL)
 _MARKS = "<>[]{}&`"  # of markup, of codes, of JSON, of templates
 
@@ -34,8 +36,8 @@ SCHEMA = Schema(
     name="verdict",
     schema={
         "type": "object",
-        "properties": {"item": {"type": "string"}, "reason": {"type": "string"}, "correct": {"type": "boolean"}},
-        "required": ["item", "reason", "correct"],
+        "properties": {"code": {"type": "string"}, "reason": {"type": "string"}, "correct": {"type": "boolean"}},
+        "required": ["code", "reason", "correct"],
         "additionalProperties": False,
     },
 )
@@ -96,7 +98,13 @@ def _shown(text: str) -> str:
 
 
 def request_for(
-    item: Item, attempt: int, *, max_tokens: int, temperature: float | None, structured: bool
+    item: Item,
+    attempt: int,
+    *,
+    max_tokens: int,
+    temperature: float | None,
+    structured: bool,
+    extra: Mapping[str, Any] | None = None,
 ) -> ChatRequest:
     """The request that asks for the verdict on `item`; another attempt is another request."""
     texts = {
@@ -115,28 +123,30 @@ def request_for(
         max_tokens=max_tokens,
         temperature=temperature,
         schema=SCHEMA if structured else None,
+        extra=extra or {},
     )
 
 
 def read_verdict(reply: Reply, code: str) -> Verdict:
     """The verdict in a reply: exactly one JSON object with the item's `code`, a reason and true or false.
 
-    A fence around the whole of it is allowed. Raises UnusableReplyError for everything else, free text with the word
-    "true" in it, several objects, repeated or further keys, and another item's verdict included.
+    A fence around the whole of it is allowed. Raises UnusableReplyError, which quotes the reply, for everything else,
+    free text with the word "true" in it, several objects, repeated or further keys, and another item's verdict
+    included.
     """
     text = reply.text.strip()
     fenced = _FENCED.fullmatch(text)
     try:
         found = json.loads(fenced[1] if fenced else text, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise _unusable(f"not one JSON object ({type(error).__name__}, finish {reply.finish})") from None
-    if not isinstance(found, dict) or found.keys() != {"item", "reason", "correct"}:
-        raise _unusable("not an object of item, reason and correct")
-    if found["item"] != code:
-        raise _unusable("a verdict on another item")
+    except (ValueError, RecursionError):
+        raise _unusable("not one JSON object", reply) from None
+    if not isinstance(found, dict) or found.keys() != {"code", "reason", "correct"}:
+        raise _unusable("not an object of code, reason and correct", reply)
+    if found["code"] != code:
+        raise _unusable("a verdict with another code", reply)
     if not isinstance(found["correct"], bool) or not isinstance(found["reason"], str):
-        raise _unusable("correct is neither true nor false, or reason no text")
-    return Verdict(found["correct"], found["reason"][:REASON_CHARACTERS])
+        raise _unusable("correct is neither true nor false, or reason no text", reply)
+    return Verdict(found["correct"], whole(found["reason"][:REASON_CHARACTERS]))
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -146,5 +156,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _unusable(what: str) -> UnusableReplyError:
-    return UnusableReplyError(what)
+def _unusable(what: str, reply: Reply) -> UnusableReplyError:
+    text = " ".join("".join(letter if letter.isprintable() else " " for letter in reply.text).split())
+    cut = f"{text[:QUOTED_CHARACTERS]}..." if len(text) > QUOTED_CHARACTERS else text
+    ended = f" (it ended by {reply.finish})" if reply.finish else ""
+    return UnusableReplyError(f"{what}: {cut!r}{ended}" if text else f"an empty reply{ended}")

@@ -2,7 +2,9 @@
 
 Requests run concurrently, each verdict is appended as soon as it is there, and a killed command goes on with the
 answers that have none. A reply that is no verdict is asked for again under another code; after `attempts` of them, or
-when the server refuses the request, the answer is recorded as unjudged, and the others go on.
+when the server refuses the request, the answer is recorded as unjudged, and the others go on. An answer that the server
+left without a reply while it was away is not recorded: the same command asks again. A judge that gives no verdict on
+its first answers is none, and the command stops.
 """
 
 from __future__ import annotations
@@ -16,16 +18,30 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import Field
 
 from hba.config import option
-from hba.errors import InputError
+from hba.errors import HbaError, InputError
 from hba.evaluate.judge.items import Item, items_of
 from hba.evaluate.judge.judgements import Judgement, JudgementLog
 from hba.evaluate.judge.prompt import code_of, read_verdict, request_for, rubrics_sha256
 from hba.evaluate.tally import Tally
-from hba.remote import ChatRequest, ClientConfig, RemoteClient, Reply, RequestError, UnusableReplyError, bounded
+from hba.remote import (
+    ChatRequest,
+    ClientConfig,
+    RemoteClient,
+    Reply,
+    RequestError,
+    ServiceError,
+    UnansweredError,
+    UnusableReplyError,
+    bounded,
+)
+from hba.remote.addresses import check_extra
 from hba.remote.client import describe
 from hba.run import locked_folder
 
 WIDTH = 2  # items under way for each request slot: those that wait for another attempt hold none
+HOPELESS_AFTER = 20  # items without a verdict, and none with one, after which a judge is none
+SAME_FROM = 20  # verdicts that are all equal, from which on that is worth a warning
+REPLY_CHARACTERS = 20_000  # of a raw reply that is kept
 Progress = Callable[[Tally], None]
 
 
@@ -33,18 +49,30 @@ Progress = Callable[[Tally], None]
 class JudgeConfig:
     """How answers are judged."""
 
-    client: ClientConfig = field(default_factory=ClientConfig)
+    remote: ClientConfig = field(default_factory=ClientConfig)
     max_tokens: Annotated[int, Field(ge=16)] = option(2048, "most tokens of a reply, a model's reasoning included")
-    temperature: float | None = option(0.0, "of the judge; null for models that take none")
+    temperature: float | None = option(0.0, "of the judge; null leaves it to the server")
     attempts: Annotated[int, Field(ge=1)] = option(3, "replies asked for before an answer is unjudged")
     structured: bool = option(True, "ask for JSON by a schema; false for servers that know none")
+    extra: dict[str, Any] | None = option(
+        None, "further fields of each request, such as {reasoning_effort: low} or vLLM's chat_template_kwargs"
+    )
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a key in `extra`, since that is written into judge.json."""
+        check_extra(self.extra, "extra")
 
 
 class Judged(NamedTuple):
-    """What a command leaves: the judgements of its items, and what this call of it used."""
+    """What a command leaves: the judgements of its items, what this call of it used, what its user should know.
+
+    `unanswered` are the ids whose judgement says why there was no reply, and stands in no file.
+    """
 
     judgements: list[Judgement]
     usage: dict[str, Any]
+    warnings: list[str]
+    unanswered: frozenset[str] = frozenset()
 
     @property
     def unjudged(self) -> list[Judgement]:
@@ -65,7 +93,7 @@ def judge_run(
     """Judge every free-form answer of `run` that has no verdict yet; judgements.jsonl goes into `out` or the run.
 
     Raises InputError for a run that cannot be judged and a folder of another judge, ServiceError when no reply can be
-    expected; everything judged until then is kept.
+    expected, HbaError when no reply is a verdict; everything judged until then is kept.
     """
     return judge_items(
         items_of(run, atlas), out or run, model=model, config=config, progress=progress, retry_unjudged=retry_unjudged
@@ -87,18 +115,30 @@ def judge_items(
         known = [log.known[item.id] for item in items if item.id in log.known]
         unjudged = sum(judgement.correct is None for judgement in known)
         tally = Tally(total=len(items), done=len(items) - len(todo), failed=0 if retry_unjudged else unjudged)
-        usage = asyncio.run(_judge_all(todo, tally, log, model, config, progress))
-        return Judged([log.known[item.id] for item in items], usage)
+        client = RemoteClient(model, config.remote)
+        unanswered = asyncio.run(_judge_all(client, todo, tally, log, config, progress))
+        judgements = [log.known.get(item.id) or unanswered[item.id] for item in items]
+        warnings = client.meter.warnings() + _all_equal(judgements)
+        return Judged(judgements, client.meter.record(), warnings, frozenset(unanswered))
+
+
+def _all_equal(judgements: Sequence[Judgement]) -> list[str]:
+    verdicts = [judgement.correct for judgement in judgements if judgement.correct is not None]
+    if len(verdicts) < SAME_FROM or len(set(verdicts)) > 1:
+        return []
+    word = "correct" if verdicts[0] else "incorrect"
+    return [f"all {len(verdicts)} verdicts are {word!r}: a judge that says one thing judges nothing; read some reasons"]
 
 
 def settings_of(model: str, config: JudgeConfig) -> dict[str, Any]:
     """What decides the verdicts, for judge.json."""
-    return describe(config.client, model) | {
+    return describe(config.remote, model) | {
         "temperature": config.temperature,
         "max_tokens": config.max_tokens,
         "attempts": config.attempts,
         "structured": config.structured,
         "rubrics_sha256": rubrics_sha256(),
+        **({"extra": config.extra} if config.extra else {}),
     }
 
 
@@ -120,52 +160,96 @@ def asked(item: Item, attempt: int, config: JudgeConfig) -> ChatRequest:
         max_tokens=config.max_tokens,
         temperature=config.temperature,
         structured=config.structured,
+        extra=config.extra,
     )
 
 
 async def _judge_all(
-    todo: Sequence[Item], tally: Tally, log: JudgementLog, model: str, config: JudgeConfig, progress: Progress
-) -> dict[str, Any]:
-    async with RemoteClient(model, config.client) as client:
-        tally.meter = client.meter
+    client: RemoteClient,
+    todo: Sequence[Item],
+    tally: Tally,
+    log: JudgementLog,
+    config: JudgeConfig,
+    progress: Progress,
+) -> dict[str, Judgement]:
+    """Judge `todo` into `log`; what became of the items to which the server gave no reply, by id.
 
-        async def judge(item: Item) -> Judgement:
-            return await judge_item(client, item, config)
+    A refusal is recorded once the server has answered another request: one that goes on and stops the command is
+    nobody's own, and is asked again.
+    """
+    tally.meter = client.meter
+    unanswered: dict[str, Judgement] = {}
+    held: list[Judgement] = []
 
-        progress(tally)
-        async for judgement in bounded(todo, judge, WIDTH * config.client.max_concurrency):
-            log.append(judgement)
-            tally.done += 1
-            tally.fresh += 1
-            tally.failed += judgement.correct is None
-            tally.tokens_in += judgement.tokens_in or 0
-            tally.tokens_out += judgement.tokens_out or 0
+    async def judge(item: Item) -> tuple[Judgement, RequestError | None]:
+        try:
+            return await judge_item(client, item, config), None
+        except RequestError as error:
+            return _judgement(item, [], error=error.what), error
+
+    def keep(judgement: Judgement) -> None:
+        log.append(judgement)
+        tally.done += 1
+        tally.fresh += 1
+        tally.failed += judgement.correct is None
+        tally.tokens_in += judgement.tokens_in or 0
+        tally.tokens_out += judgement.tokens_out or 0
+
+    try:
+        async with client:
             progress(tally)
-        return client.meter.record()
+            async for judgement, error in bounded(todo, judge, WIDTH * config.remote.max_concurrency):
+                if isinstance(error, UnansweredError):
+                    unanswered[judgement.id] = judgement
+                    tally.unanswered[error.what] += 1
+                elif error is not None:
+                    held.append(judgement)
+                else:
+                    keep(judgement)
+                    _require_verdicts(log)
+                if not client.failed_in_a_row:
+                    for one in held:
+                        keep(one)
+                    held.clear()
+                progress(tally)
+            for one in held:
+                keep(one)
+            progress(tally)
+    except ServiceError as error:
+        what = f"{error.what}; {tally.done:,} of {tally.total:,} answers are done and kept"
+        raise ServiceError(what, where=error.where, fix=error.fix) from None
+    return unanswered
+
+
+def _require_verdicts(log: JudgementLog) -> None:
+    """Raises HbaError for a judge that says something else each time."""
+    known = log.known.values()
+    if len(known) >= HOPELESS_AFTER and not any(judgement.correct is not None for judgement in known):
+        last = next(reversed(known))
+        fix = "Read `replies` in judgements.jsonl. A reply that was cut off wants a larger max_tokens, prose "
+        fix += "structured=true, a small model another judge; each starts this folder anew."
+        what = f"no verdict on the first {len(known)} answers: {last.error}"
+        raise HbaError(what, where=last.model or "judge", fix=fix)
 
 
 async def judge_item(client: RemoteClient, item: Item, config: JudgeConfig) -> Judgement:
-    """One judgement. Raises ServiceError only."""
+    """One judgement. Raises RequestError for an item that the server refuses or does not answer, ServiceError."""
     replies: list[Reply] = []
     error = ""
     for attempt in range(config.attempts):
         code = code_of(item, attempt)
-        request = asked(item, attempt, config)
 
         def accept(reply: Reply, code: str = code) -> None:
             replies.append(reply)
             read_verdict(reply, code)
 
         try:
-            reply = await client.complete(request, accept)
+            reply = await client.complete(asked(item, attempt, config), accept)
             if reply.cached:
                 replies.append(reply)
             verdict = read_verdict(reply, code)
         except UnusableReplyError as unusable:
             error = f"no verdict in {attempt + 1} replies (the last: {unusable.what})"
-        except RequestError as failed:
-            error = failed.what
-            break
         else:
             return _judgement(item, replies, correct=verdict.correct, reason=verdict.reason)
     return _judgement(item, replies, error=error)
@@ -190,6 +274,8 @@ def _judgement(
         tokens_in=_total([reply.tokens_in for reply in replies]),
         tokens_out=_total([reply.tokens_out for reply in replies]),
         model=replies[-1].model if replies else None,
+        left_out=replies[-1].left_out if replies else (),
+        replies=tuple(reply.text[:REPLY_CHARACTERS] for reply in replies),
     )
 
 
