@@ -16,7 +16,7 @@ FAULTS = {"429": 0.04, "500": 0.04, "hang": 0.01, "drop": 0.03, "cut": 0.02, "ma
           "strange": 0.02, "slow_seconds": 0.1, "hang_seconds": 5.0, "retry_after": "0.05"}  # fmt: skip
 
 
-def config(server, provider="openai", *, timeout=1.0, **changes):
+def config(server, provider="openai", *, timeout=3.0, **changes):
     client = ClientConfig(base_url=server.url, provider=provider, first_backoff_seconds=0.01, timeout_seconds=timeout)
     return JudgeConfig(remote=client, **changes)
 

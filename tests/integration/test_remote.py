@@ -30,7 +30,7 @@ SECRET = "sk-test-0123456789abcdef"
 
 
 def config(server, **changes):
-    return ClientConfig(base_url=server.url, first_backoff_seconds=0.01, timeout_seconds=1.0, **changes)
+    return ClientConfig(base_url=server.url, first_backoff_seconds=0.01, timeout_seconds=2.0, **changes)
 
 
 def ask(text, **changes):
