@@ -387,3 +387,9 @@ def test_media_are_prepared_side_by_side(mini_atlas, chat_server, tmp_path, monk
     monkeypatch.setattr(remote, "usable_cores", lambda: 2)
     done = run(tmp_path, mini_atlas, chat_server(), selection=Selection(limit=10))
     assert done.predicted == 10 and done.quarantined == []
+
+
+def test_a_schema_that_binds_answers_is_never_left_out(text_atlas, chat_server, tmp_path, hba):
+    server = chat_server(brain="choose", takes_no=["response_format"])
+    code, _, err = hba(*command(server, text_atlas, tmp_path / "run", "generation.constrain=labels"))
+    assert code == 1 and "every one of 20 requests failed" in err and "'response_format' is not supported" in err
