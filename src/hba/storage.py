@@ -471,10 +471,10 @@ class AppendLog:
 
 
 def confined_path(root: Path, relative: str, *, where: str) -> Path:
-    """The file that `relative` names below `root` (already resolved), links followed.
+    """The file that `relative` names below `root` (already resolved), links followed as far as `roots_of` lets them.
 
-    `where` names file, row and field in errors. Raises InputError for an absolute path, a '..' or a link that
-    leads outside `root`; raises MediaError when the file does not exist.
+    `where` names file, row and field in errors. Raises InputError for an absolute path, a '..' or a link that leads
+    anywhere else; MediaError when the file does not exist; MachineError when storage is away.
     """
     check_relative(relative, where=where)
     path = root / relative
@@ -488,9 +488,28 @@ def confined_path(root: Path, relative: str, *, where: str) -> Path:
         raise MediaError(
             f"cannot open {relative} ({error})", where=where, fix="Restore the file or remove the row."
         ) from None
-    if not resolved.is_relative_to(root):
+    if not resolved.is_relative_to(root) and not any(map(resolved.is_relative_to, roots_of(root))):
         raise InputError(f"{relative} is a link out of {root}", where=where, fix="Copy the file into the atlas folder.")
     return resolved
+
+
+def roots_of(folder: Path) -> tuple[Path, ...]:
+    """Where links below a resolved folder may lead: into it, and from a snapshot of the hub's cache to its contents.
+
+    The cache keeps contents apart from the snapshots that name them: in `blobs` of the dataset, and what several
+    datasets share in `blobs` of the cache.
+    """
+    found = [folder]
+    for snapshot in (folder, *folder.parents):
+        repo = snapshot.parent.parent
+        if snapshot.parent.name == "snapshots" and _HUB_FOLDER.fullmatch(repo.name):
+            shared = repo.parent / "blobs"
+            own = [repo / "blobs", *([shared] if (shared / ".huggingface-shared-blobs").is_file() else [])]
+            found += [blobs for blobs in own if blobs.is_dir() and not blobs.is_symlink()]
+    return tuple(found)
+
+
+_HUB_FOLDER = re.compile(r"(datasets|models|spaces)--.+")
 
 
 def check_relative(relative: str, *, where: str) -> None:

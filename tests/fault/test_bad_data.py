@@ -11,9 +11,13 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 from hba.atlas import open_atlas
+from hba.atlas.convert import convert_to_parquet
+from hba.atlas.info import atlas_info
+from hba.atlas.validate import validate_atlas
 from hba.errors import InputError, MediaError
 
 
@@ -185,6 +189,42 @@ def test_link_out_of_the_atlas(tmp_path: Path, kind: str) -> None:
     message = str(refused(inside, "audios", audios=[path]))
     assert "is a link out of" in message
     assert "secret" not in message
+
+
+def test_a_medium_that_becomes_a_link_out_of_an_open_atlas_is_refused(tmp_path: Path) -> None:
+    inside, secret = tmp_path / "atlas", tmp_path / "secret.wav"
+    (inside / "media").mkdir(parents=True)
+    for path in (secret, inside / "media" / "a.wav", inside / "b.wav"):
+        soundfile.write(path, np.full(8000, 0.5), 16_000)
+    atlas = open_atlas(write(inside, row(audios=["media/a.wav"]), row(audios=["b.wav"])), "train")
+    assert atlas[0].load_audios() and atlas[1].load_audios()
+    (inside / "media").rename(tmp_path / "media")
+    (inside / "media").symlink_to("../media")
+    (inside / "b.wav").unlink()
+    (inside / "b.wav").symlink_to("../secret.wav")
+    for sample in atlas:
+        with pytest.raises(InputError, match="is a link out of"):
+            sample.load_audios()
+    codes = {finding.code for finding in validate_atlas(inside).findings if finding.level == "error"}
+    assert codes == {"media-outside"}
+
+
+@pytest.mark.parametrize("place", ["rows/v2.jsonl", "../elsewhere/v2.jsonl"])
+def test_rows_may_be_a_link_and_their_media_lie_where_it_lies(tmp_path: Path, place: str) -> None:
+    """What a person names is followed wherever it leads; what rows name stays in the folder that was named."""
+    folder = tmp_path / "atlas"
+    folder.mkdir()
+    soundfile.write(folder / "a.wav", np.full(8000, 0.5), 16_000)
+    (folder / place).parent.mkdir()
+    write(folder, row()).joinpath("train.jsonl").rename(folder / place)
+    (folder / "train.jsonl").symlink_to(place)
+    atlas = open_atlas(folder, "train")
+    assert atlas.root == folder.resolve() and atlas[0].load_audios()
+    assert [finding.message for finding in validate_atlas(folder).findings if finding.level == "error"] == []
+    assert atlas_info(folder, durations=True).durations.unknown == 0  # type: ignore[union-attr]
+    convert_to_parquet(atlas, tmp_path / "shards")
+    assert open_atlas(tmp_path / "shards", "train").fingerprint == atlas.fingerprint
+    assert open_atlas(folder / "train.jsonl")[0].load_audios()
 
 
 def test_link_inside_the_atlas_is_followed(tmp_path: Path) -> None:

@@ -193,6 +193,27 @@ def test_shards_that_are_in_the_shared_cache_are_used(hub, long_sounds):
     assert not hub.fetched(before)
 
 
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_a_snapshot_of_the_shared_cache_opens_as_a_folder(hub, releases, mini_atlas, tmp_path, form):
+    """It is made of links to the contents that the cache keeps beside it."""
+    from huggingface_hub import hf_hub_download
+
+    names = [n for n in serve(hub, releases, form).files if "train" not in n and "validation" not in n]
+    with ThreadPoolExecutor(8) as pool:
+        paths = list(pool.map(lambda name: hf_hub_download(REPO, name, repo_type="dataset"), names))
+    snapshot = Path(paths[names.index("README.md")]).parent
+    assert (snapshot / "README.md").is_symlink()
+    for a, b in zip(open_atlas(snapshot, split="test"), open_atlas(mini_atlas, split="test"), strict=True):
+        assert contents(a) == contents(b)
+    result = validate_atlas(snapshot, splits=["test"], quick=True)
+    here = validate_atlas(mini_atlas, splits=["test"], quick=True)
+    assert result.ok and result.rows == here.rows
+    assert {name: media.num_refused for name, media in result.media.items()} == dict.fromkeys(here.media, 0)
+    wanted = atlas_info(mini_atlas, splits=["test"], durations=True).durations
+    assert atlas_info(snapshot, splits=["test"], durations=True).durations.unknown == wanted.unknown
+    convert_to_parquet(open_atlas(snapshot, split="test[:3]"), tmp_path / "out")
+
+
 def test_a_killed_reader_leaves_no_hole(hub, long_sounds, away):
     """A process is killed while a part of a shard is on its way; the next one reads what the shard holds."""
     hub.add(REPO, long_sounds / "indexed")

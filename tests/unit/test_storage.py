@@ -320,6 +320,31 @@ def test_links_may_point_inside_their_root_only(tmp_path: Path) -> None:
             confined_path(root, path, where="row 2")
 
 
+def test_links_of_a_hub_snapshot_lead_to_its_own_contents_only(tmp_path: Path) -> None:
+    cache = (tmp_path / "hub").resolve()
+    ours, theirs = cache / "datasets--org--ours", cache / "datasets--org--theirs"
+    root = ours / "snapshots" / "abc" / "data"
+    for folder in (root, ours / "blobs", theirs / "blobs", cache / "blobs" / "0a", cache / "private"):
+        folder.mkdir(parents=True)
+        (folder / "1").write_text("1")
+    (ours / "blobs" / "shared").symlink_to("../../blobs/0a/1")
+    (ours / "blobs" / "private").symlink_to("../../private/1")
+    for name in ("1", "shared", "private"):
+        (root / f"{name}.wav").symlink_to(f"../../../blobs/{name}")
+    (root / "theirs.wav").symlink_to(f"../../../../{theirs.name}/blobs/1")
+    assert confined_path(root, "1.wav", where="x") == ours / "blobs" / "1"
+    for path in ("theirs.wav", "private.wav", "shared.wav"):  # nothing says yet that the folder is the shared one
+        with pytest.raises(InputError, match="link out of"):
+            confined_path(root, path, where="x")
+    (cache / "blobs" / ".huggingface-shared-blobs").write_text("1\n")
+    assert confined_path(root, "shared.wav", where="x") == cache / "blobs" / "0a" / "1"
+    (ours / "blobs").rename(ours / "moved")
+    (ours / "blobs").symlink_to(tmp_path)
+    (tmp_path / "1").write_text("secret")
+    with pytest.raises(InputError, match="link out of"):
+        confined_path(root, "1.wav", where="x")
+
+
 def test_hashes(tmp_path: Path) -> None:
     data = os.urandom(3_000_000)
     (tmp_path / "x").write_bytes(data)

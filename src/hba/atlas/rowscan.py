@@ -91,7 +91,7 @@ class Catalogue:
         """Read the rows of one split. What is wrong with them becomes findings; nothing is raised."""
         number, num_bad, num_rows, columns = len(self.splits), 0, 0, []
         for path in found.files:
-            file = path.resolve().relative_to(self.root).as_posix()
+            file = (path.parent.resolve() / path.name).relative_to(self.root).as_posix()
             self.files.append(file)
             checker = RowChecker(self.taxonomy, split=found.name, file=file)
             try:
@@ -246,7 +246,7 @@ def read_catalogue(path: Path, splits: Sequence[str] | None, taxonomy: Taxonomy 
         if parse_split(spec) != (spec, None, None):
             raise InputError(f"{spec!r} is a part of a split", where=str(path), fix="Name whole splits.")
     found = [find_files(path, name) for name in dict.fromkeys(splits or present_splits(path))]
-    roots = {file.resolve().parent for files in found for file in files.files}
+    roots = {file.parent.resolve() for files in found for file in files.files}
     if len(roots) > 1:
         listed = ", ".join(sorted(map(str, roots)))
         raise InputError(f"its splits lie in several folders: {listed}", where=str(path), fix="Name one of them.")
