@@ -15,6 +15,8 @@ import soundfile
 import torch
 
 from hba.atlas import open_atlas
+from hba.atlas.batch import load_media
+from hba.atlas.config import EncodeConfig
 from hba.atlas.convert import convert_to_parquet
 from hba.atlas.info import atlas_info
 from hba.atlas.validate import validate_atlas
@@ -172,6 +174,20 @@ def test_descriptor_that_runs_code(tmp_path: Path, form: str) -> None:
     with (tmp_path / "a.pt").open("rb") as file:
         careless(file, **({} if form == "pickle" else {"weights_only": False}))
     assert marker.exists()
+
+
+@pytest.mark.parametrize(("milliseconds", "good"), [(5, False), (29.9, False), (30, True)])
+def test_a_sound_that_is_too_short_for_a_token_is_its_rows_fault(
+    tmp_path: Path, milliseconds: float, good: bool
+) -> None:
+    soundfile.write(tmp_path / "a.wav", np.full(int(milliseconds * 16), 0.5), 16_000)
+    (sample,) = open_atlas(write(tmp_path, row()), "train")
+    if good:
+        assert load_media(sample, EncodeConfig(), 16_000).audios
+    else:
+        with pytest.raises(MediaError, match=r"train.jsonl:1, audios: lasts .* ms, less than the 30 ms"):
+            load_media(sample, EncodeConfig(), 16_000)
+    assert validate_atlas(tmp_path).ok == good
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])

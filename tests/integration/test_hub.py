@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
@@ -152,10 +153,17 @@ def long_sounds(tmp_path_factory):
     (root / "plain").mkdir()
     table = pq.read_table(shard).drop_columns(["media_paths"])
     pq.write_table(table, root / "plain" / shard.name, row_group_size=4, compression="none", use_dictionary=False)
+    media = [[{"bytes": each, "path": "a.wav"} for each in row] for row in table["audios"].to_pylist()]
+    kind = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    table = table.set_column(table.schema.get_field_index("audios"), "audios", pa.array(media, kind))
+    (root / "structs").mkdir()
+    pq.write_table(table, root / "structs" / shard.name, row_group_size=12, compression="none", use_dictionary=False)
+    (root / "packed").mkdir()
+    pq.write_table(table, root / "packed" / shard.name, row_group_size=4)
     return root
 
 
-@pytest.mark.parametrize("form", ["indexed", "plain"])
+@pytest.mark.parametrize("form", ["indexed", "plain", "structs", "packed"])
 def test_rows_of_a_shard_cost_what_they_are(hub, long_sounds, form):
     hub.add(REPO, long_sounds / form)
     shard = "test-00000-of-00001.parquet"
@@ -165,7 +173,7 @@ def test_rows_of_a_shard_cost_what_they_are(hub, long_sounds, form):
     again = pickle.loads(pickle.dumps(atlas))
     for a, b in zip(again, local, strict=True):
         np.testing.assert_array_equal(a.load_audios()[0].samples, b.load_audios()[0].samples)
-    wanted = 3 if form == "indexed" else 4  # without an index: the row group
+    wanted = 4 if form == "packed" else 3  # of a row group that is one packed page, all
     assert hub.sent[shard] - opening < (wanted + 1.5) * 640_000
     before = len(hub.requests)
     [sample.load_audios() for sample in open_atlas(REPO, split="test[:3]")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -17,12 +18,15 @@ import soundfile
 import torch
 
 from hba.atlas import Atlas, embedded, open_atlas
-from hba.atlas.convert import convert_to_parquet
+from hba.atlas.convert import convert_atlas, convert_to_parquet
 from hba.atlas.embedded import index_path, write_index
+from hba.atlas.info import atlas_info
 from hba.atlas.media import Limits, load_audio
 from hba.atlas.slices import CHECKED_BYTES, Slice, checksums_of, read_bytes
 from hba.atlas.slices import opened as opened_medium
+from hba.atlas.validate import validate_atlas
 from hba.errors import InputError, MediaError
+from hba.evaluate.groups import sample_groups
 
 
 def _write_media(folder: Path, number: int) -> None:
@@ -388,3 +392,123 @@ def test_names_of_a_shard_are_read_as_they_are_seen(tmp_path: Path) -> None:
     assert [s.label for s in atlas] == ["humour", "humour", "not humour"]
     (tmp_path / "plain").mkdir()
     assert atlas.fingerprint == open_atlas(text_shard(tmp_path / "plain", **answers)).fingerprint
+
+
+# --- shards of other programs ----------------------------------------------------------------------------------------
+
+
+def column_of(kind: str, media: list[list[bytes]]) -> pa.Array:
+    """Media as other programs write them: `datasets` as structs, one a row or in lists."""
+    struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    if kind == "struct":
+        return pa.array([{"bytes": row[0], "path": "a.wav"} if row else None for row in media], struct)
+    if kind == "list of structs":
+        return pa.array([[{"bytes": m, "path": "a.wav"} for m in row] for row in media], pa.list_(struct))
+    if kind == "bytes":
+        return pa.array([row[0] if row else None for row in media], pa.binary())
+    return pa.array(media, pa.list_(pa.binary_view() if kind == "list of views" else pa.binary()))
+
+
+FOREIGN = ("struct", "list of structs", "bytes", "list of views", "list")
+
+
+def foreign_shard(source: Path, folder: Path, kind: str, **options: Any) -> Path:
+    """The rows of `source` with one sound or none, as another program writes them."""
+    rows = [json.loads(line) for line in (source / "train.jsonl").read_text().split("\n") if line]
+    rows = [row for row in rows if len(row.get("audios", ())) < 2]
+    names = ("problem", "answer", "dataset", "task", "modality_signature")
+    columns: dict[str, Any] = {name: [row[name] for row in rows] for name in names}
+    if kind == "list of views":
+        columns = {name: pa.array(values, pa.string_view()) for name, values in columns.items()}
+    for name in ("audios", "videos"):
+        media = [[(source / path).read_bytes() for path in row.get(name, ())] for row in rows]
+        columns[name] = column_of(kind, media)
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), folder / "train-00000-of-00001.parquet", row_group_size=2, **options)
+    return folder / "train-00000-of-00001.parquet"
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "none", "use_dictionary": False, "write_page_index": True}])
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_shards_of_datasets_are_read_everywhere_alike(
+    source: Path, tmp_path: Path, kind: str, options: dict[str, Any]
+) -> None:
+    atlas = open_atlas(foreign_shard(source, tmp_path / "in", kind, **options).parent, "train")
+    local = [sample for sample in open_atlas(source, "train") if sample.audios < 2]
+    assert len(atlas) == len(local) > 3
+    for a, b in zip(atlas, local, strict=True):
+        assert (a.audios, a.videos, a.problem, a.label) == (b.audios, b.videos, b.problem, b.label)
+        for x, y in zip(a.load_audios(), b.load_audios(), strict=True):
+            np.testing.assert_array_equal(x.samples, y.samples)
+        assert [v.frames.tobytes() for v in a.load_videos(4)] == [v.frames.tobytes() for v in b.load_videos(4)]
+    checked = validate_atlas(tmp_path / "in")
+    assert [finding.message for finding in checked.findings if finding.level == "error"] == []
+    assert {name: media.num_refused for name, media in checked.media.items()} == {"audios": 0, "videos": 0}
+    assert checked.media["audios"].num_files == sum(sample.audios for sample in local)
+    durations = atlas_info(tmp_path / "in", durations=True).durations
+    assert durations is not None and durations.unknown == 0
+    convert_atlas(tmp_path / "in", tmp_path / "out", to="jsonl")
+    for a, b in zip(open_atlas(tmp_path / "out", "train"), local, strict=True):
+        assert [x.samples.tobytes() for x in a.load_audios()] == [x.samples.tobytes() for x in b.load_audios()]
+
+
+@pytest.mark.parametrize("kind", ["struct", "list"])
+def test_a_row_without_the_medium_that_its_signature_promises_is_refused(
+    source: Path, tmp_path: Path, kind: str
+) -> None:
+    shard = foreign_shard(source, tmp_path, kind)
+    table = pq.read_table(shard)
+    rows = table.num_rows
+    media = table["audios"].to_pylist()
+    broken = [k for k in range(rows) if media[k]][:1] + [k for k in range(rows) if not media[k]][:1]
+    media[broken[0]], media[broken[1]] = (None if kind == "struct" else []), media[broken[0]]
+    place = table.schema.get_field_index("audios")
+    pq.write_table(table.set_column(place, "audios", pa.array(media, table.schema.field(place).type)), shard)
+    atlas = open_atlas(tmp_path, "train")  # which reads no medium
+    for row in range(rows):
+        if row in broken:
+            message = rf"parquet:{row + 1}, audios: the row has {int(row == broken[1])} of them, but its modality"
+            with pytest.raises(MediaError, match=message):
+                atlas[row].load_audios()
+        else:
+            atlas[row].load_audios()
+    assert [(q.id, q.field) for q in atlas.quarantine] == [(f"train/{row + 1}", "audios") for row in sorted(broken)]
+    found = [f.where for f in validate_atlas(tmp_path).findings if f.code == "row-signature"]
+    assert found == [f"{shard.name}:{row + 1}" for row in sorted(broken)]
+
+
+@pytest.mark.parametrize("columns", [{"audios": [3, 4, 5]}, {"audios": [{"path": "a.wav"}] * 3}, {"answer": [1, 2, 3]}])
+def test_what_opening_refuses_is_a_finding(tmp_path: Path, columns: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"column '.*': expected") as caught:
+        open_atlas(text_shard(tmp_path, **columns))
+    messages = [f.message for f in validate_atlas(tmp_path).findings if f.level == "error"]
+    assert messages[0] == caught.value.what
+
+
+def test_ids_and_what_rows_say_cost_no_medium(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    said = {"problem": "How?", "answer": "anger", "dataset": "cremad", "task": "emotion_cls", "speaker": "s1"}
+    columns: dict[str, Any] = {name: [value] * 40 for name, value in said.items()}
+    columns |= {"modality_signature": ["text_audio"] * 40, "audios": [[rng.bytes(500_000)] for _ in range(40)]}
+    shard = tmp_path / "test.parquet"
+    pq.write_table(pa.table(columns), shard, row_group_size=10)
+    read = 0
+    pread = os.pread
+
+    def counted(descriptor: int, size: int, start: int) -> bytes:
+        nonlocal read
+        data = pread(descriptor, size, start)
+        read += len(data)
+        return data
+
+    monkeypatch.setattr("hba.atlas.embedded.os.pread", counted)
+    atlas = open_atlas(tmp_path, "test")
+    assert atlas.ids[:2] == ["test/1", "test/2"] and len(atlas.ids) == 40
+    assert [(key, row.problem, extra["speaker"]) for key, row, extra in atlas[3:5].said()] == [
+        ("test/4", "How?", "s1"), ("test/5", "How?", "s1"),
+    ]  # fmt: skip
+    assert len(atlas.fingerprint) == 64 and atlas.estimated_tokens.sum() > 0
+    assert sample_groups(atlas) == dict.fromkeys(atlas.ids, "speaker: s1")
+    assert sum(sample.audios for sample in atlas) == 40  # the footer says that each row has one
+    assert read < 300_000 < shard.stat().st_size / 50  # its end, by which a shard is known, and its footer
+    assert atlas[7].source.medium(7, "audios", 0, where="w") == columns["audios"][7][0]

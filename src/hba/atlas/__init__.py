@@ -21,7 +21,7 @@ from hba.atlas.columns import Columns
 from hba.atlas.hub_id import hub_id_of
 from hba.atlas.jsonl import JsonlStore
 from hba.atlas.rows import SIGNATURES
-from hba.atlas.sample import MediaSource, Quarantined, Row, Sample
+from hba.atlas.sample import MediaSource, Quarantined, Row, Said, Sample
 from hba.atlas.split import Split, find_files, parse_split
 from hba.errors import InputError, nearest
 from hba.labelsets import visible
@@ -54,6 +54,14 @@ class Store(MediaSource, Protocol):
 
     def row(self, number: int) -> Row:
         """Row `number` as published; where media are embedded, a placeholder stands for each path."""
+        ...
+
+    def ids(self, numbers: Rows) -> list[str]:
+        """The ids of the given rows."""
+        ...
+
+    def said(self, numbers: Rows) -> Iterator[Said]:
+        """What each of the given rows says; reads no medium."""
         ...
 
     def audio_bytes(self, numbers: Rows) -> Rows:
@@ -95,6 +103,15 @@ class Atlas:
         if isinstance(index, slice):
             return self._view(self._rows[index])
         return self._sample(int(self._rows[index]))
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """The id of every row, in order. Builds no sample and reads no medium."""
+        return self._store.ids(self._rows)
+
+    def said(self) -> Iterator[Said]:
+        """What every row says, in order: id, published fields, extra fields. Builds no sample and reads no medium."""
+        return self._store.said(self._rows)
 
     def __iter__(self) -> Iterator[Sample]:
         return (self._sample(int(number)) for number in self._rows)

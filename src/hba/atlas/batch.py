@@ -25,6 +25,7 @@ from hba.atlas.media import Image, Video
 from hba.atlas.omni_features import MEDIA_FEATURES, omni_features
 from hba.atlas.prompt import AS_WRITTEN, Message, Modality, Wording, build_messages, taught
 from hba.atlas.sample import Quarantined, Sample
+from hba.atlas.source import require_audible
 from hba.descriptors.pooled import DescriptorConfig, pooled_descriptors
 from hba.errors import MediaError
 from hba.taxonomy import BUILTIN, Taxonomy
@@ -202,7 +203,7 @@ class Media(NamedTuple):
 
 
 def load_media(sample: Sample, config: EncodeConfig, sampling_rate: int) -> Media:
-    """Decode the media of a sample. Raises MediaError for one that cannot be read or is too long."""
+    """Decode the media of a sample. Raises MediaError for one that cannot be read, is too long or too short."""
     wanted = config.modalities
     audios = [a.samples for a in sample.load_audios()] if "audio" in wanted else []
     for audio in audios:
@@ -210,6 +211,7 @@ def load_media(sample: Sample, config: EncodeConfig, sampling_rate: int) -> Medi
             limit = config.max_audio_seconds
             found = f"audio of {len(audio) / sampling_rate:.1f} s, more than max_audio_seconds={limit}"
             raise MediaError(found, where=sample.place("audios"), fix="Raise max_audio_seconds or split the clip.")
+        require_audible(len(audio) / sampling_rate, sample.place("audios"))
     images = list(sample.load_images()) if "image" in wanted else []
     videos = sample.load_videos(config.num_frames, frames=config.frames) if "video" in wanted else []
     return Media(audios, images, videos)

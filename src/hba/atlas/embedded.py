@@ -1,30 +1,32 @@
 """Where the media embedded in a parquet shard lie, so that one row costs the bytes of one row.
 
 Parquet cannot be read by row: a reader decodes a whole column chunk, often gigabytes, to serve one clip. But a column
-that is neither compressed nor dictionary-encoded holds each value as it is, in one piece. An index part beside a shard
-(`index/<name of the shard>.arrow`) holds the rows without their media, and for each medium its offset and size in the
-shard, and the CRC-32 of every 128 KiB of it: an Arrow stream, which opens ten times as fast as parquet, and the
-CRC-32 of the stream. Every offset was found by reading the
-shard back and comparing the bytes; a part carries a stamp of its shard, and one that does not fit, or is damaged, is an
-error. A value that lies in pieces (a compressed column) has the offset -1.
+that is not compressed holds each value as it is, in one piece. An index part beside a shard (`index/<name of the
+shard>.arrow`) holds the rows without their media, and for each medium its offset and size in the shard, and the CRC-32
+of every 128 KiB of it: an Arrow stream, which opens ten times as fast as parquet, and the CRC-32 of the stream. A part
+carries a stamp of its shard, and one that does not fit, or is damaged, is an error. A value that lies in pieces (a
+compressed column) has the offset -1. Without an index part, `ShardMedia` finds a medium when it is asked for.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import mmap
+import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hba.atlas.sample import MEDIA_FIELDS
-from hba.atlas.slices import PLACES, Slice, checksums_of, read_bytes
-from hba.errors import InputError
+from hba.atlas.pages import DamagedPageError, KeptPages, Read, ShardPages, Value
+from hba.atlas.sample import MEDIA_FIELDS, Field
+from hba.atlas.slices import PLACES, Slice, Source, checksums_of, read_bytes
+from hba.errors import InputError, MediaError
 from hba.storage import atomic_write, machine_fault, patiently
 
 _VERSION = 3
@@ -59,7 +61,7 @@ def open_shard(shard: Path, remote: Remote | None = None, *, buffer_bytes: int =
 
     try:
         return patiently(opened, str(shard))
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         what = f"is not a whole parquet file ({reason})"
         raise InputError(what, where=str(shard), fix="Download or convert the shard again.") from None
@@ -74,13 +76,18 @@ def stamp(shard: Path) -> str:
 
 def write_index(shard: Path) -> Path:
     """Read a shard once, row group by row group, and write its index part. Raises InputError for a damaged shard."""
-    with open_shard(shard) as file, shard.open("rb") as raw:
-        with mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            try:
-                tables = [_group_index(file, group, data) for group in range(file.num_row_groups)]
-            except (pa.ArrowException, OSError) as error:
-                damaged = InputError(f"is damaged ({error})", where=str(shard), fix="Restore the shard.")
-                raise machine_fault(error, str(shard)) or damaged from None
+    with open_shard(shard) as file, shard.open("rb", buffering=0) as raw:
+        tables: list[pa.Table] = []
+        read: Read = lambda start, size: os.pread(raw.fileno(), size, start)  # noqa: E731 -- one line of its own
+        first = 0
+        try:
+            pages = ShardPages(file, read, shard.stat().st_size, KeptPages())
+            for group in range(file.num_row_groups):
+                tables.append(_group_index(file, group, first, pages, read))
+                first += tables[-1].num_rows
+        except (DamagedPageError, pa.ArrowException, OSError) as error:
+            damaged = InputError(f"is damaged ({error})", where=str(shard), fix="Restore the shard.")
+            raise machine_fault(error, str(shard)) or damaged from None
         schema = file.schema_arrow
     if not tables:
         tables = [pa.schema([field for field in schema if field.name not in MEDIA_FIELDS]).empty_table()]
@@ -128,64 +135,65 @@ def read_index(shard: Path, shard_stamp: str | None = None) -> pa.Table | None:
     return table
 
 
-def _group_index(file: pq.ParquetFile, group: int, data: mmap.mmap) -> pa.Table:
+def _group_index(file: pq.ParquetFile, group: int, first: int, pages: ShardPages, read: Read) -> pa.Table:
+    """The index of a row group, whose first row has the number `first` in the shard."""
     names = file.schema_arrow.names
     light = file.read_row_group(group, columns=[n for n in names if n not in MEDIA_FIELDS], use_threads=False)
     for name in MEDIA_FIELDS:
-        if name in names:
-            places = _places(file, group, name, data)
-        else:
-            places = _Places([[]] * light.num_rows, [[]] * light.num_rows, [[]] * light.num_rows)
-        for what, column, kind in zip(PLACES, places, (pa.int64(), pa.int64(), pa.binary()), strict=True):
+        found: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
+        for row in range(first, first + light.num_rows):
+            media = pages.media(row, name)
+            found[0].append([value.offset if value is not None and value.size else -1 for value in media])
+            found[1].append([0 if value is None else value.size for value in media])
+            found[2].append([b"" if value is None else checksums_of(_bytes_of(value, read)) for value in media])
+        for what, column, kind in zip(PLACES, found, (pa.int64(), pa.int64(), pa.binary()), strict=True):
             light = light.append_column(f"{name}_{what}", pa.array(column, pa.list_(kind)))
     return light
 
 
-class _Places(NamedTuple):
-    """Where the media of a field lie, by row of a group."""
-
-    offsets: list[list[int]]
-    sizes: list[list[int]]
-    checksums: list[list[bytes]]
+def _bytes_of(value: Value, read: Read) -> memoryview:
+    return value.data if value.data is not None else memoryview(read(value.offset, value.size))
 
 
-def _places(file: pq.ParquetFile, group: int, name: str, data: mmap.mmap) -> _Places:
-    at, stop = _chunk(file, group, name)
-    found = _Places([], [], [])
-    # One batch of a few rows at a time: a group may hold gigabytes.
-    for batch in file.iter_batches(batch_size=8, row_groups=[group], columns=[name], use_threads=False):
-        for values in batch.column(0).to_pylist():
-            places, at = _locate(values or (), data, at, stop)
-            found.offsets.append(places)
-            found.sizes.append([len(value or b"") for value in values or ()])
-            found.checksums.append([checksums_of(value or b"") for value in values or ()])
-    return found
+class ShardMedia:
+    """The media of a shard without an index part, each found when it is asked for (see `pages`)."""
+
+    def __init__(self, shard: Path, kept: KeptPages, remote: Remote | None = None) -> None:
+        """Raises InputError when it is not a whole parquet file."""
+        self._shard, self._remote = shard, remote
+        self._raw = patiently(lambda: shard.open("rb", buffering=0), str(shard))
+        file, size = open_shard(shard, remote), patiently(shard.stat, str(shard)).st_size
+        with _damage_named(str(shard)):
+            self._pages = ShardPages(file, self._read, size, kept)
+
+    def _read(self, start: int, size: int) -> bytes:
+        if self._remote is not None:
+            self._remote.fetch(start, start + size)
+        return patiently(partial(os.pread, self._raw.fileno(), size, start), str(self._shard))
+
+    def count(self, row: int, name: Field, *, where: str) -> int:
+        """How many media a row (of the shard) has in a field. Raises MediaError naming `where` for a damaged shard."""
+        with _damage_named(where):
+            return self._pages.count(row, name)
+
+    def medium(self, row: int, name: Field, index: int, *, where: str) -> Source:
+        """A medium, as a slice of the shard or as bytes. Raises MediaError when it is null or damaged."""
+        with _damage_named(where):
+            media = self._pages.media(row, name)
+        value = media[index] if index < len(media) else None
+        if value is None:
+            raise MediaError("is null", where=where, fix="Restore the medium, or remove the row.")
+        if value.data is not None:
+            return bytes(value.data)
+        if self._remote is not None:
+            self._remote.fetch(value.offset, value.offset + value.size)
+        return Slice(self._shard, value.offset, value.size)
 
 
-def _chunk(file: pq.ParquetFile, group: int, name: str) -> tuple[int, int]:
-    """First and last byte of a column's data in a row group; an empty range when it is compressed."""
-    metadata = file.metadata.row_group(group)
-    for number in range(metadata.num_columns):
-        column = metadata.column(number)
-        if column.path_in_schema.split(".")[0] == name and column.compression == "UNCOMPRESSED":
-            start = column.data_page_offset
-            if column.has_dictionary_page and column.dictionary_page_offset:
-                start = min(start, column.dictionary_page_offset)
-            return start, start + column.total_compressed_size
-    return 0, 0
-
-
-def _locate(values: Sequence[bytes | None], data: mmap.mmap, at: int, stop: int) -> tuple[list[int], int]:
-    """Offsets of values that follow each other from `at` on, each compared byte by byte; -1 where not found."""
-    places: list[int] = []
-    for value in values:
-        if not value:
-            places.append(-1)
-            continue
-        sign = len(value).to_bytes(4, "little")  # parquet's plain encoding: length, then the bytes
-        found = data.find(sign + value[:256], at, stop)
-        while found >= 0 and data[found + 4 : found + 4 + len(value)] != value:
-            found = data.find(sign + value[:256], found + 1, stop)
-        places.append(found + 4 if found >= 0 else -1)
-        at = found + 4 + len(value) if found >= 0 else at
-    return places, at
+@contextmanager
+def _damage_named(where: str) -> Iterator[None]:
+    try:
+        yield
+    except (DamagedPageError, pa.ArrowException, OSError) as error:
+        what = f"cannot be read ({error or type(error).__name__}): cut off or corrupt"
+        raise machine_fault(error, where) or MediaError(what, where=where, fix="Restore the shard.") from None

@@ -23,7 +23,7 @@ from hba.atlas.hub_id import HubId
 from hba.atlas.hub_shards import remote_shards
 from hba.atlas.jsonl import JsonlStore, size_of
 from hba.atlas.parquet import ParquetStore
-from hba.atlas.sample import MEDIA_FIELDS, Field, Row, Sample
+from hba.atlas.sample import MEDIA_FIELDS, Field, Row, Said, Sample
 from hba.atlas.slices import Source
 from hba.atlas.split import Bound, Split, check_shards, no_split, split_of
 from hba.errors import InputError, MediaError
@@ -155,6 +155,14 @@ class HubStore:
     def row(self, number: int) -> Row:
         """Row `number`, 0-based."""
         return self._rows.row(number)
+
+    def ids(self, numbers: npt.NDArray[np.int64]) -> list[str]:
+        """The ids of the given rows."""
+        return self._rows.ids(numbers)
+
+    def said(self, numbers: npt.NDArray[np.int64]) -> Iterator[Said]:
+        """What each of the given rows says; fetches no medium."""
+        return self._rows.said(numbers)
 
     def sample(self, number: int) -> Sample:
         """Row `number` as a sample; fetches no medium."""

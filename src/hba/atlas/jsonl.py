@@ -21,7 +21,7 @@ import numpy.typing as npt
 from hba.atlas import media
 from hba.atlas.columns import Columns
 from hba.atlas.rows import KNOWN_FIELDS, RowChecker, canonical, decode_fields, decode_row, label_of, signature_of
-from hba.atlas.sample import Field, Row, Sample
+from hba.atlas.sample import Field, Row, Said, Sample
 from hba.atlas.slices import opened
 from hba.errors import InputError
 from hba.storage import confined_path, patiently
@@ -121,6 +121,19 @@ class JsonlStore:
         """Row `number`, 0-based."""
         return decode_row(self.raw(number), str(self.path), int(self._lines[number]))
 
+    def ids(self, numbers: npt.NDArray[np.integer]) -> list[str]:
+        """The ids of the given rows."""
+        given = (_named.decode(raw).id for raw in self._raws(numbers))
+        return [self._id(int(number), each) for number, each in zip(numbers, given, strict=True)]
+
+    def said(self, numbers: npt.NDArray[np.integer]) -> Iterator[Said]:
+        """What each of the given rows says."""
+        for number, raw in zip(map(int, numbers), self._raws(numbers), strict=True):
+            row = decode_row(raw, str(self.path), int(self._lines[number]))
+            fields = decode_fields(raw, self.place(number))
+            extra = {name: value for name, value in fields.items() if name not in KNOWN_FIELDS}
+            yield Said(self._id(number, row.id), row, extra)
+
     def sample(self, number: int) -> Sample:
         """Row `number` with its label, place and extra fields; opens no medium."""
         where = self.place(number)
@@ -176,7 +189,11 @@ class _Sounds(msgspec.Struct):
     audios: list[str] = []
 
 
-_sounds = msgspec.json.Decoder(_Sounds)
+class _Named(msgspec.Struct):
+    id: str | None = None
+
+
+_sounds, _named = msgspec.json.Decoder(_Sounds), msgspec.json.Decoder(_Named)
 
 
 def _sizes(paths: list[str]) -> list[int]:

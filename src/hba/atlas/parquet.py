@@ -2,14 +2,16 @@
 
 Opening reads the columns without media (from the index parts where there are some, see `embedded`) and checks every row
 (see `tables`). A medium of an indexed shard is a slice of the shard: a decoder reads the bytes that it needs, and no
-more. Without an index, or from a compressed column, a row group is streamed up to the row, which is slow but takes
-little memory. Ids, order, samples and fingerprint are those of the JSONL form that the shards were made from; a shard
-that is cut off, of another schema or changed after it was opened is an InputError.
+more. Without an index it is found by the pages of its column (see `pages`), and no medium is read for what rows say.
+Ids, order, samples and fingerprint are those of the JSONL form that the shards were made from; a shard that is cut off,
+of another schema or changed after it was opened is an InputError.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -23,8 +25,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hba.atlas import embedded, media
+from hba.atlas.pages import KeptPages
 from hba.atlas.rows import canonical, check_paths, label_of, signature_of
-from hba.atlas.sample import MEDIA_FIELDS, Field, Row, Sample
+from hba.atlas.sample import MEDIA_FIELDS, Field, Row, Said, Sample
 from hba.atlas.slices import PLACES, Slice
 from hba.atlas.tables import MEDIA_PATHS, OPTIONAL, TEXT, Places, check_schema, check_tables, numbers_of, uniform
 from hba.errors import InputError, MediaError
@@ -38,6 +41,8 @@ _PLACES = tuple(f"{name}_{what}" for name in MEDIA_FIELDS for what in PLACES)
 _NOT_SIZES = frozenset(name for name in _PLACES if not name.endswith("_sizes"))
 _KNOWN = frozenset((*Row.__struct_fields__, *_PLACES, EXTRA, MEDIA_PATHS))
 _BLOCK_ROWS = 4096
+_OPEN_SHARDS = 8
+_OF_THIS_PROCESS = ("_tables", "_columns", "_opened", "_kept", "_lock")
 
 
 class ParquetStore:
@@ -72,7 +77,7 @@ class ParquetStore:
 
     def __getstate__(self) -> dict[str, Any]:
         # A process that gets the atlas reads the rows again: faster than to send them, and only when it needs them.
-        return {name: value for name, value in self.__dict__.items() if name not in ("_tables", "_columns")}
+        return {name: value for name, value in self.__dict__.items() if name not in _OF_THIS_PROCESS}
 
     @cached_property
     def _tables(self) -> list[pa.Table]:
@@ -186,7 +191,14 @@ class ParquetStore:
 
     def _count(self, number: int, name: Field, values: dict[str, Any]) -> int:
         sizes = values[f"{name}_sizes"]
-        return len(sizes) if sizes is not None else len(self._streamed(number, name))
+        if sizes is not None:
+            return len(sizes)
+        shard, local = self._at(number)
+        try:
+            with self._lock:
+                return self._media_of(shard).count(local, name, where=f"{self.place(number)}, {name}")
+        except MediaError:  # which is raised again when the medium is asked for
+            return 1
 
     def medium(self, number: int, name: Field, index: int, *, where: str) -> media.Source:
         """A medium as a slice of its shard, or as bytes. Raises MediaError when it is null."""
@@ -199,31 +211,33 @@ class ParquetStore:
                 if remote is not None:
                     remote.fetch(offset, offset + size)
                 return Slice(self.shards[shard], offset, size, crcs)
-        value = self._streamed(number, name)[index]
-        if value is None:
-            raise MediaError("is null", where=where, fix="Restore the medium, or remove the row.")
-        return value
+        with self._lock:
+            return self._media_of(shard).medium(local, name, index, where=where)
 
-    def _streamed(self, number: int, name: Field) -> list[bytes | None]:
-        """The media of a row by streaming its row group up to it."""
-        shard, local = self._at(number)
-        with self.open_shard(self.shards[shard]) as file:
-            if name not in file.schema_arrow.names:
-                return []
-            group = 0
-            while local >= file.metadata.row_group(group).num_rows:
-                local -= file.metadata.row_group(group).num_rows
-                group += 1
-            try:
-                for batch in file.iter_batches(batch_size=4, row_groups=[group], columns=[name], use_threads=False):
-                    if local < batch.num_rows:
-                        return batch.column(0)[local].as_py() or []
-                    local -= batch.num_rows
-            except (pa.ArrowException, OSError) as error:
-                what = f"cannot be read ({type(error).__name__}): cut off or corrupt"
-                where = f"{self.place(number)}, {name}"
-                raise machine_fault(error, where) or MediaError(what, where=where, fix="Restore the shard.") from None
-        raise MediaError("is cut off", where=f"{self.place(number)}, {name}", fix="Restore the shard.")
+    def _media_of(self, shard: int) -> embedded.ShardMedia:
+        """The media of a shard without an index; a few shards are open at a time."""
+        opened = self._opened.pop(shard, None)
+        if opened is None:
+            path = self.shards[shard]
+            if embedded.stamp(path) != self._stamps[shard]:
+                raise InputError("was changed after it was opened", where=str(path), fix="Open the atlas again.")
+            opened = embedded.ShardMedia(path, self._kept, self._remote.get(path))
+            while len(self._opened) >= _OPEN_SHARDS:
+                self._opened.pop(next(iter(self._opened)))
+        self._opened[shard] = opened
+        return opened
+
+    @cached_property
+    def _opened(self) -> dict[int, embedded.ShardMedia]:
+        return {}
+
+    @cached_property
+    def _kept(self) -> KeptPages:
+        return KeptPages()
+
+    @cached_property
+    def _lock(self) -> AbstractContextManager[bool]:
+        return threading.RLock()
 
     def audio_bytes(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Stored bytes of the sounds of each row; 0 from a shard without an index."""
@@ -234,18 +248,35 @@ class ParquetStore:
             np.add.at(sizes_N, int(first) + rows, numbers_of(sizes.flatten()))
         return sizes_N[numbers]
 
+    def ids(self, numbers: npt.NDArray[np.integer]) -> list[str]:
+        """The ids of the given rows."""
+        given = pa.chunked_array([chunk for table in self._tables for chunk in table["id"].chunks], pa.string())
+        if given.null_count == len(given):
+            return [self._id(int(number), None) for number in numbers]
+        return [self._id(int(n), each) for n, each in zip(numbers, given.take(numbers).to_pylist(), strict=True)]
+
+    def said(self, numbers: npt.NDArray[np.integer]) -> Iterator[Said]:
+        """What each of the given rows says; media whose paths are not told have the placeholder of `row`."""
+        for number, values in self._blocks(numbers):
+            yield Said(self._id(number, values["id"]), self._row(number, values), self._extra(number, values))
+
     def contents(self, numbers: npt.NDArray[np.integer]) -> Iterator[bytes]:
         """What the fingerprint of the given rows is made of; media whose paths are not told are left out."""
+        for number, values in self._blocks(numbers):
+            unnamed: dict[str, Any] = dict.fromkeys(MEDIA_FIELDS)
+            said = values | unnamed | self._paths(number, values)
+            yield canonical(self._id(number, values["id"]), said, self._extra(number, values))
+
+    def _blocks(self, numbers: npt.NDArray[np.integer]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The given rows with their values but for the places of media, taken from their tables in blocks."""
         shard_N = np.searchsorted(self._first, numbers, side="right") - 1
         for block in np.array_split(np.arange(len(numbers)), max(1, len(numbers) // _BLOCK_ROWS)):
             for part in np.split(block, np.flatnonzero(np.diff(shard_N[block])) + 1):
-                yield from self._contents(int(shard_N[part[0]]), numbers[part]) if len(part) else ()
-
-    def _contents(self, shard: int, numbers: npt.NDArray[np.integer]) -> Iterator[bytes]:
-        table = self._tables[shard].drop_columns([n for n in self._tables[shard].schema.names if n in _PLACES])
-        for number, values in zip(map(int, numbers), table.take(numbers - self._first[shard]).to_pylist(), strict=True):
-            said = {**values, **dict.fromkeys(MEDIA_FIELDS), **self._paths(number, values)}
-            yield canonical(self._id(number, values["id"]), said, self._extra(number, values))
+                if len(part):
+                    shard, chosen = int(shard_N[part[0]]), numbers[part]
+                    left_out = [name for name in self._tables[shard].schema.names if name in _NOT_SIZES]
+                    table = self._tables[shard].drop_columns(left_out).take(chosen - self._first[shard])
+                    yield from zip(map(int, chosen), table.to_pylist(), strict=True)
 
 
 def _check_values(table: pa.Table, shard: Path) -> None:

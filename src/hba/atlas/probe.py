@@ -20,7 +20,15 @@ from hba.atlas import media
 from hba.atlas.frames import Clip, Timeline, TimesError, every_frame, open_clip, timeline_of
 from hba.atlas.sample import Field
 from hba.atlas.slices import Source, opened
-from hba.atlas.source import DEFAULT_LIMITS, RESTORE, Limits, check_source, open_container, sound_track
+from hba.atlas.source import (
+    DEFAULT_LIMITS,
+    RESTORE,
+    Limits,
+    check_source,
+    open_container,
+    require_audible,
+    sound_track,
+)
 from hba.errors import MediaError
 
 if TYPE_CHECKING:
@@ -97,6 +105,7 @@ def _audio(source: Source, where: str, quick: bool, limits: Limits) -> Facts:
     if quick:
         return header
     audio = media.load_audio(source, where=where, limits=limits)
+    require_audible(audio.seconds, where)
     return msgspec.structs.replace(header, seconds=round(audio.seconds, 3), blank=not audio.samples.any())
 
 

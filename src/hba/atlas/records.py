@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from hba.atlas import Atlas
 from hba.atlas.jsonl import size_of
+from hba.atlas.pages import entries
 from hba.atlas.parquet import EXTRA, ParquetStore
 from hba.atlas.sample import MEDIA_FIELDS, Field, Quarantined, Row, Sample
 from hba.atlas.slices import Source, read_bytes
@@ -115,7 +116,7 @@ def _from_shard(store: ParquetStore, number: int, values: dict[str, Any]) -> Rec
     media: dict[Field, list[bytes | None]] = {}
     paths: dict[Field, list[str | None]] = {}
     for name in MEDIA_FIELDS:
-        media[name] = list(values.get(name) or ())
+        media[name] = entries(values.get(name))
         known = list(named.get(name) or ())
         paths[name] = known if len(known) == len(media[name]) else [None] * len(media[name])
     missing = [name for name in MEDIA_FIELDS if None in media[name]]

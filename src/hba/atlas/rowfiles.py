@@ -7,7 +7,8 @@ one set of checks serves both; its embedded media come as slices of the shard, a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -15,12 +16,14 @@ import msgspec
 
 from hba.atlas.jsonl import MAX_LINE_BYTES
 from hba.atlas.sample import MEDIA_FIELDS, Field, Row
-from hba.atlas.slices import PLACES, Slice, opened
-from hba.errors import InputError
+from hba.atlas.slices import PLACES, Slice, Source, opened
+from hba.errors import InputError, MediaError
 from hba.storage import machine_fault
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from hba.atlas.embedded import ShardMedia
 
 _BOM = b"\xef\xbb\xbf"
 _BATCH_ROWS = 1024
@@ -28,7 +31,7 @@ EMBEDDED = "-"  # stands for the path of an embedded medium
 
 
 class Embedded(NamedTuple):
-    """A medium of a shard without an index part, or in a compressed column: it is found by reading up to it."""
+    """A medium of a shard without an index part, or in a compressed column: whoever wants its bytes looks for them."""
 
     shard: Path
     row: int
@@ -82,46 +85,37 @@ def _shard_rows(shard: Path) -> Iterator[RawRow]:
     import pyarrow as pa
 
     from hba.atlas import embedded
+    from hba.atlas.tables import check_schema
 
     table = embedded.read_index(shard)
     if table is not None:
         yield from _encoded(table, shard, 0)
         return
     with embedded.open_shard(shard) as file:
+        check_schema(file.schema_arrow, shard)
+        names = [name for name in file.schema_arrow.names if name not in MEDIA_FIELDS]
         first = 0
         try:
-            # Media come along, a few rows at a time: without an index nothing else tells how many a row has.
-            for batch in file.iter_batches(batch_size=8, use_threads=False):
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=names, use_threads=False):
                 yield from _encoded(batch, shard, first)
                 first += batch.num_rows
-        except pa.ArrowException as error:
-            raise InputError(f"is damaged ({error})", where=str(shard), fix="Restore the shard.") from None
-
-
-def stream_media(shard: Path, wanted: Collection[Embedded]) -> Iterator[tuple[Embedded, bytes | None]]:
-    """Yield the bytes of the wanted media of one shard in the order of its rows; None stands for a null.
-
-    The shard is read once, a few rows at a time. Raises InputError when it is damaged, after what lies before.
-    """
-    import pyarrow as pa
-
-    from hba.atlas import embedded
-
-    names = sorted({medium.name for medium in wanted})
-    with embedded.open_shard(shard) as file:
-        row = 0
-        try:
-            for batch in file.iter_batches(batch_size=4, columns=names, use_threads=False):
-                for local in range(batch.num_rows):
-                    for name in names:
-                        for entry, value in enumerate(batch.column(name)[local].as_py() or ()):
-                            medium = Embedded(shard, row + local, name, entry)
-                            if medium in wanted:
-                                yield medium, value
-                row += batch.num_rows
         except (pa.ArrowException, OSError) as error:
             damaged = InputError(f"is damaged ({error})", where=str(shard), fix="Restore the shard.")
             raise machine_fault(error, str(shard)) or damaged from None
+
+
+def embedded_medium(medium: Embedded) -> Source:
+    """The bytes of a medium of a shard without an index, or in a compressed column. Raises MediaError."""
+    return _media_of(medium.shard).medium(medium.row, medium.name, medium.entry, where="")
+
+
+@lru_cache(maxsize=4)
+def _media_of(shard: Path) -> ShardMedia:
+    """The media of a shard, open while they are read: processes that check them go from row to row."""
+    from hba.atlas.embedded import ShardMedia
+    from hba.atlas.pages import KeptPages
+
+    return ShardMedia(shard, KeptPages())
 
 
 def _encoded(table: pa.Table | pa.RecordBatch, shard: Path, first: int) -> Iterator[RawRow]:
@@ -136,7 +130,11 @@ def _encoded(table: pa.Table | pa.RecordBatch, shard: Path, first: int) -> Itera
 def _places(values: dict[str, Any], name: Field, shard: Path, row: int) -> list[MediumName]:
     offsets, sizes, checksums = (values.get(f"{name}_{what}") for what in PLACES)
     if offsets is None or sizes is None or checksums is None:
-        return [Embedded(shard, row, name, index) for index in range(len(values.get(name) or ()))]
+        try:
+            count = _media_of(shard).count(row, name, where="")
+        except MediaError:  # which is raised again when the medium is looked at
+            count = 1
+        return [Embedded(shard, row, name, index) for index in range(count)]
     return [
         Slice(shard, offset, size, crcs) if offset >= 0 else Embedded(shard, row, name, index)
         for index, (offset, size, crcs) in enumerate(zip(offsets, sizes, checksums, strict=True))

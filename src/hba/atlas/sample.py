@@ -19,6 +19,7 @@ from hba.errors import MachineError, MediaError
 from hba.storage import machine_fault
 
 Field = Literal["images", "videos", "audios", "ext_video_feats", "ext_audio_feats"]
+_KINDS = {"images": "image", "videos": "video", "audios": "audio"}
 MEDIA_FIELDS: tuple[Field, ...] = ("images", "videos", "audios", "ext_video_feats", "ext_audio_feats")
 
 
@@ -38,6 +39,14 @@ class Row(msgspec.Struct, kw_only=True, frozen=True, gc=False):
     ext_video_feats: tuple[str, ...] = ()
     ext_audio_feats: tuple[str, ...] = ()
     id: str | None = None
+
+
+class Said(NamedTuple):
+    """What a row says: its id, the published fields, and the others."""
+
+    id: str
+    row: Row
+    extra: Mapping[str, Any]
 
 
 class Quarantined(NamedTuple):
@@ -101,6 +110,11 @@ class Sample:
 
     def _sources(self, name: Field) -> list[media.Source]:
         count: int = getattr(self, name)
+        kind = _KINDS.get(name)
+        if kind is not None and (kind in self.modality_signature.split("_")) != (count > 0):
+            # Elsewhere a row is refused for it when the atlas is opened; of a shard without an index nobody knew.
+            what = f"the row has {count} of them, but its modality_signature is {self.modality_signature!r}"
+            raise MediaError(what, where=self.place(name), fix="Restore the media, or correct the signature.")
         return [self.source.medium(self.number, name, i, where=self.place(name)) for i in range(count)]
 
     @contextmanager

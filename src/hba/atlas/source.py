@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 _Track = TypeVar("_Track", "AudioStream", "VideoStream")
 
 
+SHORTEST_AUDIO_SECONDS = 0.03
+"""of a shorter sound models make no token: it would be asked about and not be there"""
 RESTORE = "Restore the file from its source, or remove the row."
 CONVERT = "Convert it, for example with: ffmpeg -i FILE OUT.mp4 (docs/data.md lists the formats that are read)."
 DEMUXERS = (
@@ -114,6 +116,13 @@ def _file_size(path: Path, where: str) -> int:
         # A pipe or device would block a worker for ever.
         raise MediaError(f"{path.name} is not a regular file", where=where, fix=RESTORE)
     return status.st_size
+
+
+def require_audible(seconds: float, where: str) -> None:
+    """Raise MediaError for a sound that is shorter than SHORTEST_AUDIO_SECONDS."""
+    if seconds < SHORTEST_AUDIO_SECONDS:
+        least = f"{1000 * SHORTEST_AUDIO_SECONDS:g} ms, from which on there is a token of sound"
+        raise MediaError(f"lasts {1000 * seconds:.1f} ms, less than the {least}", where=where, fix=RESTORE)
 
 
 def head(source: Source, size: int, *, where: str) -> bytes:

@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeAlias
 import msgspec
 
 from hba.atlas.probe import Facts, probe
-from hba.atlas.rowfiles import Embedded, MediumName, stream_media
+from hba.atlas.rowfiles import Embedded, MediumName, embedded_medium
 from hba.atlas.rowscan import Catalogue
 from hba.atlas.sample import Field
 from hba.atlas.slices import Slice, Source
@@ -30,7 +30,7 @@ from hba.storage import AppendLog, confined_path, patiently
 VERSION = 1  # of the facts: raise it whenever the same file gives others
 LEAST_SECONDS = 120.0  # before a file counts as stalled; long clips get more
 BYTES_PER_SECOND = 200_000  # slower than any decoder that is still at work
-UNKNOWN = -1
+UNKNOWN, LARGE_BYTES = -1, 256 << 20
 
 
 class Refused(msgspec.Struct, frozen=True, gc=False):
@@ -44,20 +44,14 @@ class Refused(msgspec.Struct, frozen=True, gc=False):
 Outcome: TypeAlias = Facts | Refused
 
 
-class Lost(NamedTuple):
-    """Stands for the bytes of a medium that its shard does not give."""
-
-    what: str
-
-
 class Medium(NamedTuple):
     """A medium that is there, with what tells whether it has changed."""
 
     number: int
     field: Field
-    source: Source | Embedded | Lost
+    source: Source | Embedded
     key: str
-    num_bytes: int  # UNKNOWN for embedded media that are found only by reading up to them
+    num_bytes: int  # UNKNOWN for embedded media without a known place
     mtime_ns: int
     hashed: bool = False
 
@@ -186,7 +180,7 @@ def _probed(
     """
     killed: list[Medium] = []
     count = min(workers, len(media))
-    for medium, result in each(partial(_probe, quick=quick), _supplied(media), workers=count, patience=_patience):
+    for medium, result in each(partial(_probe, quick=quick), media, workers=count, patience=_patience):
         if isinstance(result, Died) and result.killed:
             if again:
                 fix = "Free memory, then run the same command again: what was found is kept."
@@ -200,28 +194,15 @@ def _probed(
         yield from _probed(killed, quick=quick, workers=1, again=True)
 
 
-def _supplied(media: Sequence[Medium]) -> Iterator[Medium]:
-    """The media, those that are embedded without a known place with their bytes, shard by shard."""
-    shards: dict[Path, dict[Embedded, Medium]] = {}
-    for medium in media:
-        if isinstance(medium.source, Embedded):
-            shards.setdefault(medium.source.shard, {})[medium.source] = medium
-        else:
-            yield medium
-    for shard, wanted in shards.items():
-        lost = "is not in its shard"
-        try:
-            for name, value in stream_media(shard, wanted.copy()):
-                yield wanted.pop(name)._replace(source=Lost("is null") if value is None else value)
-        except InputError as error:
-            lost = f"cannot be read: its shard {error.what}"
-        yield from (medium._replace(source=Lost(lost)) for medium in wanted.values())
-
-
 def _probe(medium: Medium, *, quick: bool) -> Outcome:
     source = medium.source
-    if isinstance(source, Lost | Embedded):
-        return Refused("media-missing", source.what if isinstance(source, Lost) else "is not in its shard", RESTORE)
+    try:
+        if isinstance(source, Embedded):
+            source = embedded_medium(source)
+    except MediaError as error:
+        return Refused("media-missing", error.what, error.fix)
+    except InputError as error:  # of the shard
+        return Refused("media-missing", f"cannot be read: its shard {error.what}", error.fix)
     try:
         return probe(source, medium.field, where="", quick=quick, hashed=medium.hashed)
     except MediaError as error:
@@ -229,7 +210,7 @@ def _probe(medium: Medium, *, quick: bool) -> Outcome:
 
 
 def _patience(medium: Medium) -> float:
-    num_bytes = len(medium.source) if isinstance(medium.source, bytes) else max(medium.num_bytes, 0)
+    num_bytes = LARGE_BYTES if medium.num_bytes == UNKNOWN else medium.num_bytes
     return LEAST_SECONDS + num_bytes / BYTES_PER_SECOND
 
 

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hba.atlas.columns import Columns, make_columns
+from hba.atlas.pages import is_list
 from hba.atlas.rows import NAME_FIELDS, check_paths, label_of, signature_kinds, signature_of
 from hba.atlas.sample import MEDIA_FIELDS, Row
 from hba.errors import InputError
@@ -33,8 +34,8 @@ _KINDS = {"images": "image", "videos": "video", "audios": "audio"}
 _SUSPECT = r"^/|^$|\.\.|[:\\\x00\n]"
 FIX_SCHEMA = "Write the published schema; see the schema of a row in docs."
 
-_STRINGS = (pa.string(), pa.large_string(), pa.null())
-_BINARIES = (pa.binary(), pa.large_binary(), pa.null())
+_STRINGS = (pa.string(), pa.large_string(), pa.string_view(), pa.null())
+_BINARIES = (pa.binary(), pa.large_binary(), pa.binary_view(), pa.null())
 
 Integers = npt.NDArray[np.integer[Any]]
 
@@ -64,19 +65,23 @@ def check_schema(schema: pa.Schema, shard: Path) -> None:
 def _expected(name: str, kind: pa.DataType) -> tuple[str, bool]:
     types = pa.types
     if name in TEXT or name in OPTIONAL:
-        good = types.is_string(kind) or types.is_large_string(kind) or types.is_dictionary(kind)
+        good = kind in _STRINGS[:3] or types.is_dictionary(kind)
         return "string", good or (name in OPTIONAL and types.is_null(kind))
     if types.is_null(kind):
         return "", True
     if name == MEDIA_PATHS:
-        return "lists of string by field", types.is_struct(kind) and all(_is_list(f.type, _STRINGS) for f in kind)
+        good = types.is_struct(kind) and all(is_list(f.type) and f.type.value_type in _STRINGS for f in kind)
+        return "lists of string by field", good
     if name == "texts":
-        return "list of string", _is_list(kind, _STRINGS)
-    return "list of binary", _is_list(kind, _BINARIES)
+        return "list of string", is_list(kind) and kind.value_type in _STRINGS
+    return "list of binary, or of structs {bytes, path}", _holds_bytes(kind.value_type if is_list(kind) else kind)
 
 
-def _is_list(kind: pa.DataType, inner: tuple[pa.DataType, ...]) -> bool:
-    return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and kind.value_type in inner
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        position = kind.get_field_index("bytes")
+        return position >= 0 and kind.field(position).type in _BINARIES
+    return kind in _BINARIES
 
 
 def _null(kind: pa.DataType) -> bool:
@@ -92,6 +97,9 @@ def uniform(table: pa.Table) -> pa.Table:
             table = table.append_column(name, pa.nulls(table.num_rows, pa.string()))
         elif table.schema.field(position).type != pa.string():
             table = table.set_column(position, name, table[name].cast(pa.string()))
+    position = table.schema.get_field_index("texts")
+    if position >= 0 and table.schema.field(position).type != pa.list_(pa.string()):
+        table = table.set_column(position, "texts", table["texts"].cast(pa.list_(pa.string())))
     for name in NAME_FIELDS:
         if not pc.all(pc.string_is_ascii(table[name])).as_py():
             seen = pc.replace_substring_regex(pc.utf8_normalize(table[name], "NFKC"), r"\p{Cf}", "")

@@ -109,7 +109,7 @@ def estimate(opening: Opening, folder: Path) -> Estimate:
     check_media(opening.backend, opening)
     atlas = opening.atlas
     done = done_elsewhere(folder) if _same_rows(folder, atlas) else set()
-    left = np.array([sample.id not in done for sample in atlas], bool)
+    left = np.array([key not in done for key in atlas.ids], bool)
     count = int(left.sum())
     tokens = (int(_rough_tokens(opening)[left].sum()), count * opening.config.generation.max_tokens)
     datasets = (atlas.columns.datasets[code] for code in atlas.columns.dataset_codes.tolist())

@@ -16,6 +16,7 @@ from hba.evaluate.predictions import Prediction
 from hba.evaluate.runs import ASKED, Run
 from hba.taxonomy import Taxonomy
 
+PUBLISHED_FIELDS = ("class_label", "modality_signature", "answer", "problem")
 PREDICTED = ("dataset", "task", "split", "language", "modality", "group")
 
 
@@ -51,19 +52,15 @@ def _from_atlas(field: str, predictions: Sequence[Prediction], run: Run, atlas: 
         raise InputError(what, where=str(run.root / ASKED), fix=fix)
     opened = predicted_rows(asked, place, split)
     wanted, found, names = {p.id for p in predictions}, {}, set(PREDICTED)
-    for index, sample in enumerate(opened):
-        if sample.id in wanted:
-            row = {**sample.extra, **_published(opened.row(index))}
-            names |= row.keys()
-            found[sample.id] = _text(row.get(field))
+    for key, row, extra in opened.said():
+        if key in wanted:
+            said = {**extra, **{name: getattr(row, name) for name in PUBLISHED_FIELDS}}
+            names |= said.keys()
+            found[key] = _text(said.get(field))
     values = [found.get(p.id) for p in predictions]
     if not any(value is not None for value in values):
         raise InputError(f"no row has the field {field!r}", where=str(place), fix=nearest(field, sorted(names)))
     return values
-
-
-def _published(row: Any) -> dict[str, Any]:
-    return {name: getattr(row, name) for name in ("class_label", "modality_signature", "answer", "problem")}
 
 
 def _text(value: Any) -> str | None:

@@ -27,16 +27,16 @@ def sample_groups(atlas: Atlas) -> dict[str, str]:
     named: dict[str, str] = {}
     shared: dict[str, str] = {}
     datasets: dict[str, str] = {}
-    for index, sample in enumerate(atlas):
-        datasets[sample.id] = sample.dataset
-        field = next((name for name in GROUP_FIELDS if sample.extra.get(name) not in (None, "")), None)
+    for key, row, extra in atlas.said():
+        datasets[key] = row.dataset
+        field = next((name for name in GROUP_FIELDS if extra.get(name) not in (None, "")), None)
         if field is not None:
-            named[sample.id] = f"{field}: {sample.extra[field]}"
+            named[key] = f"{field}: {extra[field]}"
             continue
-        path = _first_medium(atlas.row(index))
+        path = _first_medium(row)
         if path is not None:
-            told = _told_by_name(atlas.taxonomy.dataset(sample.dataset).group, path)
-            (named if told else shared)[sample.id] = told or path
+            told = _told_by_name(atlas.taxonomy.dataset(row.dataset).group, path)
+            (named if told else shared)[key] = told or path
     found = named | shared
     # Groups are drawn within a dataset: a clip that one row of each of two datasets has joins nothing.
     sizes = Counter((datasets[key], group) for key, group in found.items())

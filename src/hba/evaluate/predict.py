@@ -148,7 +148,7 @@ def predict_run(
     summary = summary._replace(note=opening.note)
     if shard is None:
         return summary
-    wanted = {opening.atlas[int(row)].id for row in rows}
+    wanted = {opening.atlas.ids[int(row)] for row in rows}
     return summary._replace(merged=merge_when_done(folder, wanted, opening.atlas.taxonomy))
 
 
@@ -211,7 +211,7 @@ def _append_predictions(
     with PredictionLog(own / "predictions.jsonl", atlas.taxonomy) as log, QuarantineLog(own) as quarantine:
         done = done_elsewhere(run)
         tally = _counted(own / "predictions.jsonl", atlas, len(rows), backend)
-        tally.done = sum(atlas[int(row)].id in done for row in rows)
+        tally.done = sum(atlas.ids[int(row)] in done for row in rows)
         groups = sample_groups(atlas)
         progress(tally)
         try:

@@ -141,13 +141,7 @@ def find_rows(root: Path, wanted: Sequence[Prediction], taxonomy: Taxonomy = BUI
     for split in sorted({p.split for p in wanted}):
         missing = {p.id for p in wanted if p.split == split}
         atlas = open_atlas(root, split=split, taxonomy=taxonomy)
-        for number in range(len(atlas)):
-            if not missing:
-                break
-            sample = atlas[number]
-            if sample.id in missing:
-                missing.remove(sample.id)
-                found[sample.id] = sample
+        found |= {key: atlas[number] for number, key in enumerate(atlas.ids) if key in missing}
     return found
 
 

@@ -34,7 +34,7 @@ def batched_answers(
     """
     plan = evaluation_plan(atlas, rows, batch_size)
     if done:
-        plan = [batch for batch in plan if any(atlas[int(row)].id not in done for row in batch)]
+        plan = [batch for batch in plan if any(atlas.ids[int(row)] not in done for row in batch)]
     for batch in load_batches(atlas, encoder, plan, loader):
         yield from batch.quarantined
         if not len(batch):

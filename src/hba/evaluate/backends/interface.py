@@ -89,9 +89,8 @@ class Backend(Protocol):
 def samples(atlas: Atlas, rows: Indices, done: Set[str]) -> Iterator[Sample]:
     """The samples of `rows` that are not done, in the order of the rows; media are not decoded."""
     for row in rows:
-        sample = atlas[int(row)]
-        if sample.id not in done:
-            yield sample
+        if atlas.ids[int(row)] not in done:
+            yield atlas[int(row)]
 
 
 def choices(sample: Sample, taxonomy: Taxonomy, wording: FormatMix) -> dict[str, str]:
