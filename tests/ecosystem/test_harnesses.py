@@ -16,7 +16,7 @@ import yaml
 from hba.atlas import open_atlas
 from hba.atlas.convert import convert_atlas
 from hba.errors import InputError
-from hba.evaluate.answers import extract, to_label
+from hba.evaluate.answers import read
 from hba.evaluate.metrics import mean_of, score
 from hba.export.documents import read_answer, task_score
 from hba.export.inspect_ai import export_inspect
@@ -48,9 +48,8 @@ def expected(atlas: Path, tasks: tuple[str, ...]) -> dict[str, float]:
     """The scores of the scripted answers by hba's own path."""
     rows = list(open_atlas(atlas, split=f"test[:{ROWS}]"))
     texts = [scripted(s.id, s.target) for s in rows]
-    labels = [
-        extract(text) if s.label is None else to_label(s.dataset, text) for s, text in zip(rows, texts, strict=True)
-    ]
+    readings = [read(text, s.dataset, prompt=s.problem) for s, text in zip(rows, texts, strict=True)]
+    labels = [each.answer if s.label is None else each.label for s, each in zip(rows, readings, strict=True)]
     found = score(labels, [s.target for s in rows], [s.dataset for s in rows])
     free = {"SOC": {"score": mean_of([found["datasets"]["siq2"]["exact_match"]])}}
     return {task: (found["tasks"] | free)[task]["score"] for task in tasks}
