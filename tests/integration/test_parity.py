@@ -68,6 +68,25 @@ def test_bound_to_labels_hf_and_a_server_give_the_same_answers(served, backbone,
     assert len(labelled) > 20 and all(p.label is not None for p in labelled)
 
 
+@pytest.mark.slow
+def test_likelihoods_of_labels_are_those_of_hf_where_a_server_tells_those_of_a_prompt(
+    served, backbone, mini_atlas, tmp_path
+):
+    weighed = ["generation.read=likelihood", "encode.modalities=[]"]
+    here = run(tmp_path / "hf", backbone, mini_atlas, "hf", *weighed)
+    there = run(tmp_path / "openai", "tiny", mini_atlas, "openai", *weighed, f"remote.base_url={served}")
+    assert here.keys() == there.keys() and sum(p.probs is not None for p in there.values()) > 20
+    for key, mine in here.items():
+        assert (there[key].label, there[key].output) == (mine.label, mine.output)
+        assert there[key].probs == (None if mine.probs is None else pytest.approx(mine.probs, abs=1e-4))
+    httpx.post(f"{served.removesuffix('/v1')}/faults", json={"mute_prompt": True})
+    with pytest.raises(InputError, match="gives no log-probabilities of a prompt"):
+        run(tmp_path / "mute", "tiny", mini_atlas, "openai", *weighed, f"remote.base_url={served}")
+    httpx.post(f"{served.removesuffix('/v1')}/faults", json={})
+    with pytest.raises(InputError, match="the google API gives no log-probabilities"):
+        run(tmp_path / "google", "tiny", mini_atlas, "google", *weighed, f"remote.base_url={served}")
+
+
 def test_a_server_is_bound_by_a_schema_and_one_that_is_not_stops_the_run(served, mini_atlas, tmp_path):
     bound = ["generation.constrain=labels", "encode.modalities=[]", f"remote.base_url={served}"]
     there = run(tmp_path / "openai", "tiny", mini_atlas, "openai", *bound, "generation.max_tokens=40")
@@ -76,8 +95,6 @@ def test_a_server_is_bound_by_a_schema_and_one_that_is_not_stops_the_run(served,
     with pytest.raises(InputError, match=r"does not hold to generation\.constrain_by=choice"):
         run(tmp_path / "loose", "tiny", mini_atlas, "openai", *bound, "generation.constrain_by=choice")
     httpx.post(f"{served.removesuffix('/v1')}/faults", json={})
-    with pytest.raises(InputError, match="gives no log-probabilities"):
-        run(tmp_path / "likely", "tiny", mini_atlas, "openai", *bound, "generation.read=likelihood")
 
 
 @pytest.mark.slow

@@ -81,7 +81,9 @@ class Model:
         return video.frames, video.duration_seconds
 
     def generate(self, messages, audios, images, videos, spans, asked):
-        text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        asks, goes_on = asked.get("add_generation_prompt", True), asked.get("continue_final_message", False)
+        how = {"add_generation_prompt": asks, "continue_final_message": goes_on}
+        text = self.processor.apply_chat_template(messages, tokenize=False, **how)
         pixels = {"min_pixels": self.options.min_pixels, "max_pixels": self.options.max_pixels}
         if not self.faults.get("deaf"):
             pixels |= {k: v for k, v in asked.get("mm_processor_kwargs", {}).items() if k in pixels}
@@ -102,8 +104,13 @@ class Model:
             for choice in choices:
                 del choice["token_ids"]
             prompt = None
+        logps = None
+        if asked.get("prompt_logprobs") is not None and not self.faults.get("mute_prompt"):
+            logits_TV = self.model(**inputs).logits[0, :-1].float().log_softmax(-1)
+            told = logits_TV.gather(1, inputs["input_ids"][0, 1:, None])[:, 0].tolist()
+            logps = [None, *({str(i): {"logprob": p, "rank": 1}} for i, p in zip(prompt[1:], told, strict=True))]
         said = {"object": "chat.completion", "model": asked["model"], "choices": choices, "usage": usage}
-        return said | {"prompt_token_ids": prompt}
+        return said | {"prompt_token_ids": prompt, "prompt_logprobs": logps}
 
     def choice(self, index, inputs, asked):
         tokenizer, temperature = self.processor.tokenizer, asked.get("temperature", 0)

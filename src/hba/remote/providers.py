@@ -166,6 +166,7 @@ class TokenChat(OpenAI):
         return TokenReply(
             **asdict(super().read(data)),
             prompt_token_ids=None if prompt is None else _ids(prompt),
+            prompt_logps=_prompt_logps(data.get("prompt_logprobs"), prompt),
             choices=tuple(_choice(each) for each in sorted(data["choices"], key=lambda choice: choice["index"])),
         )
 
@@ -177,6 +178,14 @@ def _choice(choice: Any) -> Choice:
         logps=None if content is None else tuple(float(token["logprob"]) for token in content),
         finish=choice.get("finish_reason"),
     )
+
+
+def _prompt_logps(told: Any, ids: Sequence[Any] | None) -> tuple[float | None, ...] | None:
+    """The log-probability of each token of a prompt, of which a server names the likeliest beside it."""
+    if told is None or ids is None:
+        return None
+    pairs = zip(told, ids, strict=True)
+    return tuple(None if each is None else float(each[str(token)]["logprob"]) for each, token in pairs)
 
 
 def _ids(values: Sequence[Any]) -> tuple[int, ...]:

@@ -85,6 +85,7 @@ class TokenReply(Reply):
     """A reply whose tokens are known; its text is that of the first choice."""
 
     prompt_token_ids: tuple[int, ...] | None
+    prompt_logps: tuple[float | None, ...] | None = None  # of these tokens; the first has none
     choices: tuple[Choice, ...]
 
 

@@ -21,7 +21,7 @@ from hba.atlas.chat_encoder import encoder_for
 from hba.atlas.sampler import Indices
 from hba.errors import InputError
 from hba.evaluate.backends.batches import batched_answers
-from hba.evaluate.backends.interface import Output, Result, choices, spoken
+from hba.evaluate.backends.interface import Output, Result, choices, likeliest, spoken
 from hba.evaluate.config import GenerationConfig, Opening, PredictConfig
 from hba.model import chat, checkpoint
 from hba.model.generate import end_token_ids
@@ -63,7 +63,7 @@ class ChatBackend:
         offered = [choices(s, taxonomy, self.wording) if generation.bound else {} for s in batch.samples]
         texts = [list(of.values()) for of in offered]
         if generation.read == "likelihood" and all(offered):
-            return self._likeliest(offered, self.model.logps(batch, texts))
+            return [likeliest(*each) for each in zip(offered, self.model.logps(batch, texts), strict=True)]
         torch.manual_seed(_seed(generation, batch))
         said = self.model.generate(
             batch,
@@ -84,19 +84,9 @@ class ChatBackend:
             for sample, one in zip(batch.samples, said, strict=True)
         ]
         if generation.read == "likelihood" and any(offered):
-            likeliest = self._likeliest(offered, self.model.logps(batch, texts))
-            return [label if of else words for of, label, words in zip(offered, likeliest, outputs, strict=True)]
-        return outputs
-
-    def _likeliest(self, offered: Sequence[Mapping[str, str]], logps: Sequence[Sequence[float]]) -> list[Output]:
-        """Of each row the most probable answer, with the share of each label among them."""
-        outputs = []
-        for texts, each in zip(offered, logps, strict=True):
-            shares = torch.tensor(each, dtype=torch.float64).softmax(0).tolist()
-            probs = dict(zip(texts, shares, strict=True))
-            best = max(probs, key=lambda label: probs[label], default=None)
-            said = None if best is None else texts[best]
-            outputs.append(Output(text=said, answer=best, label=best, probs=probs, tokens_out=0))
+            logps = self.model.logps(batch, texts)
+            rows = zip(offered, logps, outputs, strict=True)
+            return [likeliest(of, each) if of else words for of, each, words in rows]
         return outputs
 
 

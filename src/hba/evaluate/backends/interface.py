@@ -9,7 +9,8 @@ resume, files, counts and display are the run's. A backend that takes tensor bat
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+import math
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -100,6 +101,15 @@ def choices(sample: Sample, taxonomy: Taxonomy, wording: FormatMix) -> dict[str,
         return {}
     response = wording.format_of(sample).response
     return {label: response(word) for label, word in taxonomy.worded(sample.dataset, sample.problem).items()}
+
+
+def likeliest(texts: Mapping[str, str], logps: Sequence[float]) -> Output:
+    """The most probable of the answers `texts` (label -> text), with the share of each label among them."""
+    top = max(logps)
+    shares = [math.exp(logp - top) for logp in logps]
+    probs = {label: share / sum(shares) for label, share in zip(texts, shares, strict=True)}
+    best = max(probs, key=lambda label: probs[label])
+    return Output(text=texts[best], answer=best, label=best, probs=probs, tokens_out=0)
 
 
 def spoken(sample: Sample, text: str, taxonomy: Taxonomy, **known: Any) -> Output:

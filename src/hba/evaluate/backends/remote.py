@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-from collections.abc import AsyncGenerator, Iterator, Mapping, Set
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from threading import current_thread, main_thread
@@ -29,10 +29,21 @@ from hba.atlas.sample import Quarantined, Sample
 from hba.atlas.sampler import Indices
 from hba.environment import usable_cores
 from hba.errors import HbaError, InputError, MediaError
-from hba.evaluate.backends.interface import Answered, Output, Result, Unanswered, choices, samples, spoken
+from hba.evaluate.backends.interface import Answered, Output, Result, Unanswered, choices, likeliest, samples, spoken
 from hba.evaluate.backends.wire import WIRE_VERSION, filled, media_parts
 from hba.evaluate.config import Opening
-from hba.remote import ChatRequest, RemoteClient, Reply, RequestError, Schema, UnansweredError, bounded
+from hba.remote import (
+    ChatRequest,
+    ClientConfig,
+    RemoteClient,
+    Reply,
+    RequestError,
+    Schema,
+    UnansweredError,
+    bounded,
+)
+from hba.remote.providers import TokenChat
+from hba.remote.request import Message, TokenReply
 from hba.taxonomy import Taxonomy
 
 T = TypeVar("T")
@@ -48,7 +59,11 @@ class RemoteBackend:
         self.name, self._opening = name, opening
         self._settings, self._encode = opening.config.generation, opening.encode
         self._wording = FormatMix([self._settings.asked])
-        self._client = RemoteClient(opening.model, replace(opening.config.remote, provider=name))  # type: ignore[arg-type]
+        remote: ClientConfig = replace(opening.config.remote, provider=name)  # type: ignore[arg-type]
+        weighs = self._settings.read == "likelihood"  # the cache keeps no tokens
+        self._client = RemoteClient(
+            opening.model, replace(remote, cache=None) if weighs else remote, TokenChat() if weighs else None
+        )
         self.meter = self._client.meter
 
     def identity(self) -> Mapping[str, Any]:
@@ -121,12 +136,16 @@ class RemoteBackend:
 
     def offered(self, sample: Sample) -> dict[str, str]:
         """The answers that a row may be given, label -> text; empty where it may be given any."""
-        if self._settings.constrain == "none":
+        if self._settings.constrain == "none" or self._settings.read == "likelihood":
             return {}
         return choices(sample, self._opening.atlas.taxonomy, self._wording)
 
     async def _ask(self, sample: Sample, request: ChatRequest, taxonomy: Taxonomy) -> Result:
         try:
+            if self._settings.read == "likelihood":
+                texts = choices(sample, taxonomy, self._wording)
+                if texts:
+                    return Answered(sample, likeliest(texts, await self._logps(request, list(texts.values()))))
             reply = await self._client.complete(request)
         except UnansweredError as error:
             return Unanswered(sample, error.what)
@@ -136,6 +155,42 @@ class RemoteBackend:
         known = {name: getattr(reply, name) for name in ("tokens_in", "tokens_out", "seconds", "finish", "model")}
         known["left_out"] = reply.left_out
         return Answered(sample, spoken(sample, reply.text, taxonomy, **known))
+
+
+    async def _logps(self, request: ChatRequest, texts: Sequence[str]) -> list[float]:
+        """The log-probability of each text as the answer to a request, the end of the turn included, in nats.
+
+        vLLM tells the log-probabilities of a prompt, of which a given answer is a part. Raises InputError for a server
+        that does not, and for a chat template that asks otherwise where an answer is given.
+        """
+
+        async def told(*said: str, **how: Any) -> TokenReply:
+            answer: list[Message] = [{"role": "assistant", "content": text} for text in said]
+            extra = {**request.extra, "return_token_ids": True, **how}
+            asked = replace(request, messages=[*request.messages, *answer], max_tokens=1, extra=extra)
+            reply = await self._client.complete(asked)
+            if not isinstance(reply, TokenReply) or reply.prompt_token_ids is None:
+                raise InputError("the server does not tell the tokens of a prompt", where="generation.read", fix=_VLLM)
+            return reply
+
+        prompt = (await told()).prompt_token_ids or ()
+        found = []
+        for text in texts:
+            whole = await told(text, prompt_logprobs=0, add_generation_prompt=False)
+            open_ended = await told(text, add_generation_prompt=False, continue_final_message=True)
+            end = len(open_ended.prompt_token_ids or ())
+            ids, logps = whole.prompt_token_ids or (), whole.prompt_logps
+            if logps is None:
+                what = "the server gives no log-probabilities of a prompt"
+                raise InputError(what, where="generation.read", fix=_VLLM)
+            if ids[: len(prompt)] != prompt or end <= len(prompt) or ids[:end] != open_ended.prompt_token_ids:
+                what = "the chat template writes a given answer otherwise than one that it asks for"
+                raise InputError(what, where="generation.read", fix=_VLLM)
+            found.append(sum(logp or 0.0 for logp in logps[len(prompt) : end + 1]))
+        return found
+
+
+_VLLM = "Serve the model with vLLM, or use --backend hf or generation.constrain=labels."
 
 
 def _bound(offered: Mapping[str, str], form: str) -> dict[str, Any]:
@@ -235,10 +290,9 @@ def open_backend(name: str, opening: Opening) -> RemoteBackend:
     """The remote model. Raises InputError when the API cannot take the media of the rows, or how it is to be bound."""
     check_media(name, opening)
     generation = opening.config.generation
-    if generation.read == "likelihood":
-        what = "a chat server gives no log-probabilities of a given answer"
-        fix = "Use --backend hf, or generation.constrain=labels."
-        raise InputError(what, where="generation.read", fix=fix)
+    if generation.read == "likelihood" and name != "openai":
+        what = f"the {name} API gives no log-probabilities of a prompt"
+        raise InputError(what, where="generation.read", fix=_VLLM)
     if generation.constrain == "labels" and name != "openai" and generation.constrain_by != "json_schema":
         what = f"the {name} API takes no {generation.constrain_by}"
         raise InputError(what, where="generation.constrain_by", fix="Use generation.constrain_by=json_schema.")
