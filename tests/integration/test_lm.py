@@ -67,7 +67,7 @@ def test_the_loss_falls_and_validation_scores_the_response_tokens(straight):
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
     validations = logged(straight, "validation")
     assert validations[-1]["loss"] < validations[0]["loss"]
-    figures = validations[-1]["metrics"]  # so few steps teach where an answer ends, which does not count, and little more
+    figures = validations[-1]["metrics"]  # so few steps teach where an answer ends, which does not count
     assert 0 <= figures["answer_accuracy"] <= figures["token_accuracy"] < 1
     best = read_json(straight / "checkpoints" / "best.json")
     assert best["score"] == -min(v["loss"] for v in validations)
