@@ -173,7 +173,8 @@ def _apply(override: str, data: dict[str, Any], places: dict[str, str]) -> None:
         data[section] = inner = {} if inner is None else inner
         places.setdefault(".".join(sections[:depth]), where)
         if not isinstance(inner, dict):
-            raise ConfigError(f"{section!r} has no keys of its own", where=where, fix="Check the key.")
+            fix = f"Write {'.'.join(sections[:depth])}=VALUE, or remove that one before."
+            raise ConfigError(f"{section!r} has no keys of its own", where=where, fix=fix)
         data = inner
     try:
         data[name] = yaml_core.loads(text)

@@ -65,7 +65,7 @@ def _rebuild(kind: type[HbaError], what: str, where: str, fix: str) -> HbaError:
 
 
 def nearest(word: str, known: Iterable[str], *, prefix: str = "") -> str:
-    """A sentence that lists the `known` names and suggests the one nearest to `word`, or the only one that it begins.
+    """A fix: what to write in place of `word`, the nearest of the `known` names (or the only one that it begins) first.
 
     `prefix` stands in front of each name that is shown and takes no part in the comparison.
     """
@@ -73,4 +73,6 @@ def nearest(word: str, known: Iterable[str], *, prefix: str = "") -> str:
     begun = [name for name in names if word and name.startswith(word)]
     close = get_close_matches(word, names, n=1) or (begun if len(begun) == 1 else [])
     hint = f"Did you mean {prefix + close[0]!r}? " if close else ""
-    return f"{hint}Known: {', '.join(prefix + name for name in names)}."
+    if len(names) < 2:
+        return f"{hint}Write {prefix + names[0]!r}." if names else "Leave it out: there is none."
+    return f"{hint}Choose one of: {', '.join(prefix + name for name in names)}."

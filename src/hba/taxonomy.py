@@ -165,7 +165,8 @@ class Taxonomy:
     def dataset(self, key: str) -> Dataset:
         """The dataset of that key. Raises TaxonomyError listing the known ones."""
         if key not in self.datasets:
-            raise TaxonomyError(f"unknown dataset {key!r}", fix=nearest(key, self.datasets))
+            own = "One of your own is declared in taxonomy.yaml beside the rows: docs/extend.md."
+            raise TaxonomyError(f"unknown dataset {key!r}", fix=f"{nearest(key, self.datasets)} {own}")
         return self.datasets[key]
 
     def canonical_label(self, dataset: str, raw: str) -> str | None:

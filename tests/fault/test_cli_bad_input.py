@@ -156,7 +156,8 @@ def test_an_empty_and_a_missing_split(tmp_path, atlas, backbone, expect):
     (atlas / "validation.jsonl").write_bytes(b"")
     expect(r"validation\.jsonl: split 'validation' has no rows", *sft(tmp_path / "new", atlas, backbone))
     (atlas / "validation.jsonl").unlink()
-    expect(r"has no split 'validation'.*Known: test, train", *sft(tmp_path / "new", atlas, backbone))
+    named = r"has no split 'validation'.*Choose one of: test, train.*train_split and validation_split of a training"
+    expect(named, *sft(tmp_path / "new", atlas, backbone))
     expect("selects none", *sft(tmp_path / "new", atlas, backbone, "train_split=train[:0]"))
     assert not (tmp_path / "new").exists()
 

@@ -27,11 +27,11 @@ ACCEPTED_HERE = {
 def test_raw_answer_to_label_and_index(pair: dict[str, str], expected: dict[str, Any]) -> None:
     dataset, answer = pair["dataset"], pair["answer"]
     if dataset not in DATASETS:
-        with pytest.raises(TaxonomyError, match=r"Known: .*cremad"):
+        with pytest.raises(TaxonomyError, match=r"Choose one of: .*cremad.*taxonomy.yaml beside the rows"):
             canonical_label(dataset, answer)
     elif "error" in expected and (dataset, answer) not in ACCEPTED_HERE:
         assert canonical_label(dataset, answer) is None
-        with pytest.raises(TaxonomyError, match="Known: "):
+        with pytest.raises(TaxonomyError, match="Choose one of: "):
             global_index(dataset, answer)
     else:
         label = expected.get("label") or ACCEPTED_HERE[dataset, answer]

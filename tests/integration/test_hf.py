@@ -109,8 +109,8 @@ def test_labels_alone_are_said_or_weighed(tmp_path, mini_atlas, backbone):
     assert read_json(tmp_path / "likely" / "predict.json")["identity"]["read"] == "likelihood"
     with pytest.raises(InputError, match="another constrain"):
         predict(backbone, tmp_path / "bound", mini_atlas, plain)
-    calibrated = score_run(tmp_path / "likely", resamples=100)["aggregate"]["calibration"]["all"]
-    assert calibrated["n"] == sum(p.probs is not None for p in likely.values())
+    calibrated = score_run(tmp_path / "likely", resamples=100).calibration.all
+    assert calibrated.n == sum(p.probs is not None for p in likely.values())
     with pytest.raises(ConfigError, match="leaves no room"):
         predict(backbone, tmp_path / "x", mini_atlas, "generation.format=think", "generation.constrain=labels")
 

@@ -526,7 +526,7 @@ def test_two_at_once_unpack_once(hub, releases):
 
 def test_splits_and_names(hub, releases, tmp_path, monkeypatch):
     serve(hub, releases, "jsonl")
-    with pytest.raises(InputError, match=r"has no split 'dev'.*Known: test, train, validation"):
+    with pytest.raises(InputError, match=r"has no split 'dev'.*Choose one of: test, train, validation"):
         open_atlas(REPO, split="dev")
     with pytest.raises(InputError, match=r"no split was named.*train, validation, test"):
         open_atlas(REPO)

@@ -161,7 +161,7 @@ def test_a_missing_split_is_never_another_file(tmp_path: Path) -> None:
     write_rows(tmp_path, [make_row()])
     write_rows(tmp_path, [make_row()], "final_v8_test_cleaned.jsonl")
     assert open_atlas(tmp_path, split="test")[0].id == "test/1"
-    with pytest.raises(InputError, match=r"no split 'validation'.*Known: test, train"):
+    with pytest.raises(InputError, match=r"no split 'validation'.*Choose one of: test, train"):
         open_atlas(tmp_path, split="validation")
     with pytest.raises(InputError, match="no split was named"):
         open_atlas(tmp_path)

@@ -96,7 +96,7 @@ def test_unknown_key_names_file_line_key_and_the_nearest(tmp_path: Path) -> None
     path = write(tmp_path, "note: x\ntrain:\n  steps: 5\n  optimiser:\n    learning_rat: 0.1\n")
     message = refused(path)
     assert f"{path}:5: unknown key 'train.optimiser.learning_rat'" in message
-    assert "Did you mean 'train.optimiser.learning_rate'? Known: train.optimiser.betas, " in message
+    assert "Did you mean 'train.optimiser.learning_rate'? Choose one of: train.optimiser.betas, " in message
 
 
 def test_a_key_without_its_section_is_suggested_with_it() -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import pickle
+import re
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import pytest
 
+import hba
+from hba.atlas.split import find_files, present_splits
 from hba.errors import ConfigError, HbaError, InputError, MediaError, TaxonomyError, nearest
 from hba.storage import StorageError
+from hba.taxonomy import BUILTIN
 
 KINDS = [HbaError, InputError, ConfigError, TaxonomyError, MediaError, StorageError]
 
@@ -45,9 +50,33 @@ def test_an_error_of_a_worker_reaches_the_main_process() -> None:
 
 
 def test_nearest_suggests_and_lists() -> None:
-    assert nearest("cremat", ["tess", "cremad"]) == "Did you mean 'cremad'? Known: cremad, tess."
-    assert nearest("xyz", ["tess", "cremad"]) == "Known: cremad, tess."
-    assert nearest("x", []) == "Known: ."
-    assert nearest("val", ["test", "validation"]) == "Did you mean 'validation'? Known: test, validation."
-    assert nearest("t", ["tess", "test"]) == "Known: tess, test."  # it begins both
-    assert nearest("epoch", ["epochs"], prefix="train.") == "Did you mean 'train.epochs'? Known: train.epochs."
+    assert nearest("cremat", ["tess", "cremad"]) == "Did you mean 'cremad'? Choose one of: cremad, tess."
+    assert nearest("xyz", ["tess", "cremad"]) == "Choose one of: cremad, tess."
+    assert nearest("x", []) == "Leave it out: there is none."
+    assert nearest("x", ["tess"]) == "Write 'tess'."
+    assert nearest("val", ["test", "validation"]) == "Did you mean 'validation'? Choose one of: test, validation."
+    assert nearest("t", ["tess", "test"]) == "Choose one of: tess, test."  # it begins both
+    assert nearest("epoch", ["epochs"], prefix="train.") == "Did you mean 'train.epochs'? Write 'train.epochs'."
+
+
+def test_no_fix_only_lists_what_is_known() -> None:
+    """A fix says what to do or to type; a list of names is none."""
+    bare = re.compile(r"""fix=f?["'](Known|Present|There (is|are))\b""")
+    package = Path(hba.__file__).parent
+    found = [
+        f"{path.name}:{number}"
+        for path in package.rglob("*.py")
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if bare.search(line)
+    ]
+    assert found == []
+
+
+def test_three_messages_that_newcomers_meet_say_what_to_type(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"unknown dataset 'friends'.*declared in taxonomy\.yaml beside the rows"):
+        BUILTIN.dataset("friends")
+    with pytest.raises(InputError, match=r"holds no split\. Fix: Write one JSON object a line into test\.jsonl"):
+        present_splits(tmp_path)
+    (tmp_path / "test.jsonl").write_text("{}\n")
+    with pytest.raises(InputError, match=r"no split 'validation'\. Fix: Write 'test'\. It is --split of a command, "):
+        find_files(tmp_path, "validation")

@@ -218,8 +218,8 @@ class Atlas:
                 keep_N &= np.isin(codes_N, [code for code, name in enumerate(vocabulary) if name in wanted])
         if not keep_N.any():
             what = f"no row of split {self.split!r} is left by the filter"
-            present = f"{', '.join(columns.datasets)} with {', '.join(columns.signatures)}"
-            raise InputError(what, where=str(self.root), fix=f"Present: {present}.")
+            there = f"of {', '.join(columns.datasets)} and the modalities {', '.join(columns.signatures)}"
+            raise InputError(what, where=str(self.root), fix=f"Choose among the rows that it has, {there}.")
         return self._view(self._rows[keep_N])
 
 

@@ -17,6 +17,10 @@ from hba.labelsets import visible
 from hba.taxonomy import PUBLISHED
 
 _SPEC = re.compile(r"(?P<name>\w[\w.-]*)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?", re.ASCII)
+NO_ROWS = (
+    "Write one JSON object a line into test.jsonl (train.jsonl, validation.jsonl) of that folder, with the paths of "
+    "its media: docs/data.md says the fields, docs/extend.md shows a script."
+)
 _SHARD = re.compile(r"(?P<name>\w[\w.-]*?)(-\d+-of-\d+)?\.parquet", re.ASCII)
 _PUBLISHED_NAMES: dict[str, str] = {file: split for split, file in PUBLISHED["splits_jsonl"].items()}
 
@@ -102,7 +106,8 @@ def find_files(path: Path, name: str | None) -> SplitFiles:
 
 def no_split(name: str, present: Collection[str], *, where: str) -> InputError:
     """The error of a split that is not among those `present` at a place."""
-    fix = nearest(name, present) if present else "Name a place with .jsonl or .parquet files."
+    keys = "It is --split of a command, train_split and validation_split of a training, fit_split of a baseline."
+    fix = f"{nearest(name, present)} {keys}" if present else NO_ROWS
     return InputError(f"has no split {name!r}", where=where, fix=fix)
 
 
@@ -114,7 +119,7 @@ def present_splits(path: Path) -> tuple[str, ...]:
     found = [find_files(path, None).name] if not path.is_dir() else sorted(_present(path))
     names = [name for name in found if _SPEC.fullmatch(name)]  # others ('train (copy)') are no split
     if not names:
-        raise InputError("holds no split", where=str(path), fix="Name a folder with .jsonl or .parquet files.")
+        raise InputError("holds no split", where=str(path), fix=NO_ROWS)
     published = list(PUBLISHED["splits_jsonl"])
     return tuple(sorted(names, key=lambda name: (published.index(name) if name in published else len(published), name)))
 

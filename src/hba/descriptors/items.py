@@ -43,9 +43,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.out_format not in FORMATS:
-            raise InputError(f"unknown format {self.out_format!r}", where="--out-format", fix=nearest("pt", FORMATS))
+            fix = nearest(self.out_format, FORMATS)
+            raise InputError(f"unknown format {self.out_format!r}", where="--out-format", fix=fix)
         if self.video not in (None, "holistic"):
-            raise InputError(f"unknown video descriptor {self.video!r}", where="--video", fix="Known: holistic, none.")
+            fix = nearest(self.video, ("holistic", "none"))
+            raise InputError(f"unknown video descriptor {self.video!r}", where="--video", fix=fix)
         if self.frames_per_second is not None and not self.frames_per_second > 0:
             raise InputError(f"is {self.frames_per_second}", where="--frames-per-second", fix="Name a positive number.")
         if not (self.audio or self.video or self.transcripts):

@@ -249,7 +249,7 @@ def encode_indices(
         index = int(wrong.argmax())
         known = layout.indices[code_N[index]].tolist()
         what = f"class index {truth_N[index]} is not in the domain of {datasets[index]!r}"
-        raise TaxonomyError(what, where=f"index {index}", fix=f"Known: {known}.")
+        raise TaxonomyError(what, where=f"index {index}", fix=f"Give one of {known}, its classes.")
     guess_N = np.where((guess_N < 0) | (guess_N >= c), c, guess_N)
     return Rows(layout=layout, cells=(code_N * c + truth_N) * (c + 1) + guess_N)
 
@@ -265,7 +265,7 @@ def pooled_confusion(predictions: Sequence[int], targets: Sequence[int], taxonom
     wrong = (truth_N < 0) | (truth_N >= c)
     if wrong.any():
         index = int(wrong.argmax())
-        raise TaxonomyError(f"no class {truth_N[index]}", where=f"index {index}", fix=f"Classes are 0 to {c - 1}.")
+        raise TaxonomyError(f"no class {truth_N[index]}", where=f"index {index}", fix=f"Give one from 0 to {c - 1}.")
     guess_N = np.where((guess_N < 0) | (guess_N >= c), c, guess_N)
     return np.bincount(truth_N * (c + 1) + guess_N, minlength=c * (c + 1)).reshape(c, c + 1)
 

@@ -109,7 +109,7 @@ class AtlasIndex:
         """Row `number` of a split. Raises InputError when it is not there."""
         atlas = self.atlas(split)
         if not 0 <= number < len(atlas):
-            raise InputError(f"no row {number}", where=f"split {split}", fix=f"There are {len(atlas):,}.")
+            raise InputError(f"no row {number}", where=f"split {split}", fix=f"Choose one below {len(atlas):,}.")
         return atlas[number]
 
     @property

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlencode
 
-from hba.errors import InputError
+from hba.errors import InputError, nearest
 from hba.explorer.database import Database, Row
 
 PAGE_SIZE = 24
@@ -170,5 +170,5 @@ def _add_choice(where: Where, form: Form, name: str, choices: Mapping[str, str])
     if not value:
         return
     if value not in choices:
-        raise InputError(f"unknown filter {value!r}", where=name, fix=f"Known: {', '.join(choices)}.")
+        raise InputError(f"unknown filter {value!r}", where=name, fix=nearest(value, choices))
     where.add(choices[value])

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hba.descriptors.pooled import DescriptorConfig
-from hba.errors import InputError
+from hba.errors import InputError, nearest
 from hba.model.weights import read_tensors
 from hba.storage import read_json, write_json
 
@@ -148,7 +148,7 @@ class Bam(nn.Module):
     def adapters(self, dataset: str) -> DatasetAdapters:
         """The adapters of a dataset. Raises InputError naming those that there are."""
         if dataset not in self.datasets:
-            raise InputError(f"no adapters for dataset {dataset!r}", fix=f"There are: {', '.join(self.datasets)}.")
+            raise InputError(f"no adapters for dataset {dataset!r}", fix=nearest(dataset, self.datasets))
         found = self.datasets[dataset]
         assert isinstance(found, DatasetAdapters)  # what the module dict was filled with
         return found

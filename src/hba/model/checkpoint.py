@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hba.atlas.config import EncodeConfig
 from hba.atlas.hub_id import hub_id_of, parse_hub_id
-from hba.errors import InputError
+from hba.errors import InputError, nearest
 from hba.model.bam import FOLDER, load_bam, save_bam
 from hba.model.config import Strategy, computes_bfloat16
 from hba.model.heads import DomainHeads
@@ -276,7 +276,7 @@ def resolve_dtype(dtype: str) -> torch.dtype:
         dtype = "bfloat16" if computes_bfloat16(capability) else "float32"
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if dtype not in known:
-        raise InputError(f"unknown dtype {dtype!r}", fix=f"Known: auto, {', '.join(known)}.")
+        raise InputError(f"unknown dtype {dtype!r}", fix=nearest(dtype, ["auto", *known]))
     return known[dtype]
 
 

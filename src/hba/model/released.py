@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hba.descriptors.pooled import Mode
-from hba.errors import InputError, nearest
+from hba.errors import InputError
 from hba.model import checkpoint
 from hba.model.heads import DomainHeads
 from hba.model.released_bam import PREFIXES
@@ -198,7 +198,7 @@ def _require_same_keys(
     """`expected` and `found` by own names, `released` what the file calls them; of tied ones it may hold either."""
     unknown = [released[name] for name in found if name not in expected]
     if unknown:
-        fix = f"Check that it is an SFT checkpoint. {nearest(unknown[0], ['backbone.*', 'heads.{i}.*'])}"
+        fix = "Give a checkpoint of the authors' SFT, whose weights are named backbone.* and heads.{i}.*."
         raise InputError(f"unknown keys: {some(unknown)}", where=str(path), fix=fix)
     pairs = {f"{_THINKER}{one}": f"{_THINKER}{other}" for one, other in tied.items()}
     either = pairs | {other: one for one, other in pairs.items()}
