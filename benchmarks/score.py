@@ -16,11 +16,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from hba.evaluate.stats import bootstrap, chance
-
 from hba.evaluate.compare import paired_difference
 from hba.evaluate.confusion import encode
 from hba.evaluate.metrics import SENTIMENT_GROUPS, mean_of, score
+from hba.evaluate.statistics import bootstrap, chance
 from hba.taxonomy import BUILTIN, DATASETS, DOMAINS
 
 Rows = list[tuple[str | None, str, str]]

@@ -268,7 +268,7 @@ def test_kappa_of_the_textbook_examples(counts, expected):
 
 
 @steady
-@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=40))
 def test_kappa_equals_scikit_learn(pairs):
     first, second = zip(*pairs, strict=True)
     found = agreement(dict(enumerate(first)), dict(enumerate(second)), resamples=100)

@@ -382,6 +382,28 @@ def test_shards_that_are_not_merged_are_found_and_named(tmp_path: Path) -> None:
     assert share.aggregate.rows == "40 of 120 rows" and share.provenance.data_fingerprint == "ab12"
 
 
+def test_chosen_rows_and_another_split_stand_beside_the_figures(tmp_path: Path) -> None:
+    run = asked(run_folder(tmp_path / "run", rows(20)), 20, selection={"limit": 20, "channels": ["audio"]})
+    out = " ".join(hba("score", run)[1].split())
+    assert "Scores (test; the first 20 rows; media given: audio); rows drawn alone" in out
+    assert "run report · test; the first 20 rows; media given: audio<" in write_report(run).read_text(encoding="utf-8")
+    asked(run, 20)
+    assert "Scores; rows drawn alone" in hba("score", run)[1]
+
+
+def test_the_model_card_says_that_a_part_was_scored(tmp_path: Path) -> None:
+    from hba.report.model_card import model_card
+
+    run = asked(run_folder(tmp_path / "run", [*rows(300), *failed(7, 600)]), 1012)
+    environment = {"hba_version": "0", "seed": 0, "data": {"path": "a", "rows": 9, "fingerprint": "f"}}
+    (run / "environment.json").write_text(json.dumps(environment))
+    scoring.score_run(run)
+    card = {"encode": {"modalities": ["audio"]}, "strategy": "lora", "columns": []}
+    text = model_card(open_run(run), place="me/mine", base_model="org/base", license_id="apache-2.0", card=card)
+    assert "Rows: `test` (307 of 1,012 rows)" in text and "**Only 307 of 1,012 rows were answered" in text
+    assert re.search(r"\| EMO emotion recognition \|.*\| 307 \| \d+ \| 7 \| 0 \|", text)
+
+
 # --- rows that failed ------------------------------------------------------------------------------------------------
 
 

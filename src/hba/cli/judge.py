@@ -237,8 +237,8 @@ def _offline(run: Path, out: Path | None, json: bool) -> None:
 
         table = Table("dataset", "embedding similarity", "95% interval", "n", title=f"Offline: {result['note']}")
         for key, entry in result["datasets"].items():
-            low, high = entry["ci95"]
-            table.add_row(key, f"{entry[METRIC]:.3f}", f"{low:.3f} to {high:.3f}", str(entry["n"]))
+            reach = "" if entry["ci95"] is None else "{:.3f} to {:.3f}".format(*entry["ci95"])
+            table.add_row(key, f"{entry[METRIC]:.3f}", reach, str(entry["n"]))
         Console().print(table)
         say(f"Wrote {bold((out or run) / FILE)}.")
 

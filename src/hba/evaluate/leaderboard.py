@@ -17,7 +17,7 @@ from statistics import fmean
 from typing import Any
 
 from hba.errors import InputError, nearest
-from hba.evaluate.results import FILE, MAX_FAILED, SCANT, Metrics
+from hba.evaluate.results import FILE, MAX_FAILED, SCANT, TEST, Metrics
 from hba.evaluate.runs import ASKED, PREDICTIONS, open_run
 from hba.published import published_table
 from hba.taxonomy import PUBLISHED, TASKS
@@ -29,8 +29,8 @@ SOURCES = {
 }
 DEFAULT_TABLES = ("hba_iclr2026", "omnisapiens2_icml2026")
 # What the published rows were measured on.
-PUBLISHED_SPLIT, PUBLISHED_JUDGE = "test", "gpt-5-nano"
-PUBLISHED_ROWS = int(PUBLISHED["size"][PUBLISHED_SPLIT])
+PUBLISHED_JUDGE = "gpt-5-nano"
+PUBLISHED_ROWS = int(PUBLISHED["size"][TEST])
 APART = "other data: not ranked"
 JUDGED = "llm_judge_accuracy"
 MAX_QUARANTINED = 0.01
@@ -153,7 +153,7 @@ def not_comparable(metrics: Metrics, tasks: Collection[str]) -> list[str]:
         found.append("synthetic data" if said.synthetic else "does not say whether its data are synthetic")
     chosen = {key: value for key, value in (said.selection or {}).items() if key != "channels" and value is not None}
     split = said.asked_split or said.split
-    if split != PUBLISHED_SPLIT or chosen:
+    if split != TEST or chosen:
         found.append(f"rows: {said.scope}")
     elif said.data_rows is None:
         found.append(f"does not say how many rows it was asked for (published: {PUBLISHED_ROWS:,})")
@@ -243,8 +243,8 @@ def _entry(run: _Measured, max_quarantined: float) -> Entry:
         notes.append(f"{left_out:,} samples quarantined")
     if _judge(metrics):
         notes.append(f"judge: {_judge(metrics)}")
-    if said.scope not in (PUBLISHED_SPLIT, "None"):
-        notes.append(said.scope)
+    if said.unusual:
+        notes.append(said.unusual)
     if said.data_fingerprint is None:
         notes.append("data not recorded")
     if said.synthetic:

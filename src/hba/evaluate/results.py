@@ -21,7 +21,7 @@ from hba.errors import InputError
 from hba.storage import read_json
 from hba.taxonomy import BUILTIN, Taxonomy
 
-FILE = "metrics.json"
+FILE, TEST = "metrics.json", "test"
 MAX_FAILED = 0.05  # a larger share of failed rows says more of a server than of a model
 SCANT = 10  # independent rows, or groups, below which an interval is not to be trusted
 # What servers say of an answer that was cut off at a limit of length, and of one that a filter stopped.
@@ -302,6 +302,11 @@ class Provenance:
         shown = {key: ", ".join(value) if isinstance(value, (list, tuple)) else value for key, value in given.items()}
         split = str(self.asked_split or self.split)
         return "; ".join([split, *(named[key].format(value) for key, value in shown.items())])
+
+    @property
+    def unusual(self) -> str:
+        """The scope where it is not the whole test split, to stand beside a figure; empty where it is or is unknown."""
+        return "" if self.scope in (TEST, "None") else self.scope
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -238,7 +238,7 @@ def interval(values_R: Floats, parts_of_it: Iterable[tuple[float, float]] = ()) 
     interval wider (see the module). Nothing can be said of a single unit: None.
     """
     known = values_R[~np.isnan(values_R)]
-    components = [(variance, units) for variance, units in parts_of_it if not math.isnan(variance)]
+    components = [(of, units) for of, units in parts_of_it if not math.isnan(of)]
     if not known.size or (components and all(units <= 1 for _, units in components)):
         return None
     tail = _tail(components)
@@ -251,21 +251,21 @@ def _tail(components: Sequence[tuple[float, float]]) -> float:
     from scipy.special import ndtr
 
     plain = (1 - LEVEL) / 2
-    varying = [(variance, units) for variance, units in components if variance > 0 and units > 1]
+    varying = [(of, units) for of, units in components if of > 0 and units > 1]
     if not varying:
         return plain
-    widened = [variance * units / (units - 1) for variance, units in varying]
+    widened = [of * units / (units - 1) for of, units in varying]
     freedom = satterthwaite([(v, units - 1) for v, (_, units) in zip(widened, varying, strict=True)])
     if freedom + 1 >= FEW:
         return plain
-    reach = math.sqrt(sum(widened) / sum(variance for variance, _ in varying)) * student_reach(freedom)
+    reach = math.sqrt(sum(widened) / sum(of for of, _ in varying)) * student_reach(freedom)
     return float(ndtr(-reach))
 
 
 def satterthwaite(variances: Sequence[tuple[float, float]]) -> float:
     """The degrees of freedom of a sum of independent variances, given as (variance, degrees of freedom)."""
-    below = sum(variance**2 / freedom for variance, freedom in variances if variance > 0)
-    return sum(variance for variance, _ in variances) ** 2 / below if below else math.inf
+    below = sum(of**2 / freedom for of, freedom in variances if of > 0)
+    return sum(of for of, _ in variances) ** 2 / below if below else math.inf
 
 
 def shares_of(layout: Layout, keys: Collection[str]) -> dict[str, float]:
@@ -284,13 +284,19 @@ def line_of(layout: Layout, found: Mapping[str, Drawn]) -> tuple[Floats, list[tu
     shares = shares_of(layout, found)
     scores = {key: found[key].values_R for key in shares}
     values_R = over_tasks(layout, scores)[1]
-    components = [(share**2 * _variance(scores[key]), found[key].units) for key, share in shares.items()]
+    components = [(share**2 * variance(scores[key]), found[key].units) for key, share in shares.items()]
     return next(iter(scores.values())) if values_R is None else values_R, components
 
 
-def _variance(values_R: Floats) -> float:
+def variance(values_R: Floats) -> float:
+    """The variance of resampled values without NaN; NaN without any."""
     known = values_R[~np.isnan(values_R)]
     return float(known.var()) if known.size else math.nan
+
+
+def listed(ci95: Interval | None) -> list[float] | None:
+    """An interval as JSON has it."""
+    return None if ci95 is None else list(ci95)
 
 
 def value(values: Floats) -> float | None:
@@ -332,7 +338,7 @@ def bootstrap(
     scored = {k: d for mine in of_tasks.values() for k, d in mine.items() if not np.isnan(d.real[0])}
     missing = tasks is not None and set(tasks) - {key for key, mine in of_tasks.items() if mine}
     mean = interval(*line_of(rows.layout, scored)) if scored and not missing else None
-    alone = {key: interval(each.values_R, [(_variance(each.values_R), each.units)]) for key, each in drawn.items()}
+    alone = {key: interval(each.values_R, [(variance(each.values_R), each.units)]) for key, each in drawn.items()}
     return Intervals(intervals, mean, alone)
 
 
@@ -350,16 +356,15 @@ def units_of(rows: Rows, clusters: Clusters | None = None) -> dict[str, float]:
     }
 
 
-def mean_interval(values_M: Floats, *, resamples: int, seed: int = 0) -> Interval:
-    """The 95 % percentile interval of the mean of independent values."""
+def mean_interval(values_M: Floats, *, resamples: int, seed: int = 0) -> Interval | None:
+    """The 95 % percentile interval of the mean of independent values; None of a single one."""
     size, rng = len(values_M), np.random.default_rng(seed)
     means = []
     for start in range(0, resamples, block := max(1, _DRAWS_AT_ONCE // size)):
         draws = rng.multinomial(size, np.full(size, 1 / size), min(block, resamples - start))
         means.append(draws @ values_M / size)
-    found = interval(np.concatenate(means))
-    assert found is not None
-    return found
+    means_R = np.concatenate(means)
+    return interval(means_R, [(variance(means_R), size)])
 
 
 def student_interval(values: Sequence[float]) -> Interval | None:

@@ -137,7 +137,8 @@ def changes_table(found: Mapping[str, Sequence[Change]]) -> Table:
 
 def _change(name: str, before_N: Any, after_N: Any, draws: int) -> Change:
     difference_N = after_N - before_N
-    low, high = mean_interval(difference_N, resamples=RESAMPLES)
+    only = float(difference_N.mean())  # of a single prompt, which has no interval
+    low, high = mean_interval(difference_N, resamples=RESAMPLES) or (only, only)
     return Change(
         name=name,
         before=float(before_N.mean()),

@@ -24,6 +24,7 @@ def metrics_table(metrics: Metrics) -> Table:
     synthetic = metrics.provenance.synthetic is True
     total = metrics.aggregate
     title = ("Scores on synthetic data" if synthetic else "Scores") + (f" of {total.rows}" if total.n_missing else "")
+    title += f" ({metrics.provenance.unusual})" if metrics.provenance.unusual else ""
     # 80 columns hold a task's name and its figures; the metrics' names are in the page and in metrics.json.
     table = Table(
         title=Text(f"{title}; {words.clusters(metrics.provenance)}"),

@@ -1,6 +1,7 @@
 """What the explorer's server answers, and what it refuses."""
 
 import json
+import shutil
 from pathlib import Path
 
 import httpx
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from hba import open_atlas
 from hba.atlas.convert import convert_atlas
 from hba.errors import InputError
+from hba.evaluate.score import score_run
 from hba.explorer.app import create_app
 from hba.explorer.decode import Decoder
 from hba.explorer.serve_media import MAX_RANGE_BYTES, parse_range
@@ -165,7 +167,7 @@ def test_every_answer_binds_the_browser(served):
 def test_a_snapshot_stands_alone(served):
     answer = served.get("/snapshot?of=/scores?run=a")
     assert "attachment" in answer.headers["content-disposition"]
-    for loaded in ("<script", "src=\"/", "href=", "<form", "hx-get", "<link"):
+    for loaded in ("<script", 'src="/', "href=", "<form", "hx-get", "<link"):
         assert loaded not in answer.text
     assert "<style>" in answer.text and "Confusion" in answer.text
 
@@ -226,3 +228,21 @@ def test_an_index_is_used_again_and_follows_the_rows(serve, tmp_path):
 def test_a_range_is_within_the_medium_or_refused(asked, size):
     span = parse_range(asked, size)
     assert span is None or (0 <= span.start < span.stop <= size and span.stop - span.start <= MAX_RANGE_BYTES)
+
+
+def test_a_part_of_the_rows_is_named_wherever_its_scores_stand(served, serve, tmp_path):
+    run = tmp_path / "runs" / "half"
+    shutil.copytree(served.atlas.parent / "runs" / "a", run)
+    lines = (run / "predictions.jsonl").read_text().splitlines(keepends=True)
+    (run / "predictions.jsonl").write_text("".join(lines[:19]))
+    (run / "judgements.jsonl").unlink()
+    (run / "quarantine.jsonl").unlink()
+    score_run(run, resamples=100)
+    broken = tmp_path / "runs" / "broken"
+    broken.mkdir()
+    (broken / "metrics.json").write_text('{"tasks": []}')
+    said = f"19 of {len(lines)} rows"
+    with serve(create_app(atlas=served.atlas, runs=tmp_path / "runs", cache_folder=tmp_path / "cache")) as url:
+        listed = httpx.get(f"{url}/runs", timeout=60).text
+        assert said in listed and "is missing" in listed  # of one run alone, and the others are shown
+        assert f"Only {said} were answered" in httpx.get(f"{url}/scores?run=half", timeout=60).text

@@ -151,7 +151,7 @@ def test_media_are_in_the_page_in_forms_that_browsers_play(page: Page) -> None:
     words = page.words()
     assert "re-encoded for the page" in words
     assert "video cannot be shown: no such file: media/gone.mp4" in words
-    assert "cut off or corrupt" in words
+    assert "is cut off: its header promises" in words
 
 
 def test_the_same_run_gives_the_same_page(built, tmp_path: Path) -> None:

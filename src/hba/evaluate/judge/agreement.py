@@ -18,7 +18,7 @@ import numpy.typing as npt
 from hba.errors import InputError
 from hba.evaluate.judge.items import Item
 from hba.evaluate.judge.judgements import FILE, read_judgements
-from hba.evaluate.statistics import Interval, interval
+from hba.evaluate.statistics import interval, listed, variance
 from hba.storage import read_jsonl
 from hba.taxonomy import BUILTIN
 
@@ -57,8 +57,11 @@ def agreement(
     if known:
         draws_R4 = np.random.default_rng(seed).multinomial(len(known), counts_4 / len(known), size=resamples)
         found["accuracy"] = found["n_agree"] / len(known)
-        found["accuracy_ci95"] = _listed(interval((draws_R4[:, 0] + draws_R4[:, 3]) / len(known)))
-        found["kappa_ci95"] = _listed(interval(_kappas(draws_R4.astype(float))))
+        for name, values_R in (
+            ("accuracy", (draws_R4[:, 0] + draws_R4[:, 3]) / len(known)),
+            ("kappa", _kappas(draws_R4.astype(float))),
+        ):
+            found[f"{name}_ci95"] = listed(interval(values_R, [(variance(values_R), len(known))]))
     return found | {"disagreements": [key for key, a, b in known if a is not b]}
 
 
@@ -71,10 +74,6 @@ def _kappas(counts_R4: Floats) -> Floats:
         expected = yes * yes_other + (1 - yes) * (1 - yes_other)
         values: Floats = np.where(expected < 1, (observed - expected) / (1 - expected), np.nan)
     return values
-
-
-def _listed(ci95: Interval | None) -> list[float] | None:
-    return None if ci95 is None else list(ci95)
 
 
 def read_labels(path: Path) -> dict[str, bool | None]:

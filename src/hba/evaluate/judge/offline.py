@@ -14,7 +14,7 @@ import numpy as np
 
 from hba.embedding import MINILM, Embedder
 from hba.evaluate.judge.items import answered, free_form
-from hba.evaluate.statistics import mean_interval
+from hba.evaluate.statistics import listed, mean_interval
 from hba.storage import write_json
 
 METRIC = "embedding_similarity"
@@ -42,7 +42,7 @@ def judge_offline(run: Path, *, out: Path | None = None, embedder: str = MINILM,
             "n": len(values_M),
             "n_empty": sum(p.dataset == key and not answered(p) for p in predictions),
             METRIC: float(values_M.mean()),
-            "ci95": list(mean_interval(values_M, resamples=RESAMPLES, seed=seed)),
+            "ci95": listed(mean_interval(values_M, resamples=RESAMPLES, seed=seed)),
         }
     found = {"metric": METRIC, "note": NOTE, "encoder": embedder, "datasets": datasets, "rows": rows}
     write_json((out or run) / FILE, found)
