@@ -14,6 +14,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
 from typing import (
@@ -257,6 +258,11 @@ def _translated(cls: type[Any], error: ValidationError, places: Mapping[str, str
     expected = expected.replace("a valid array", "a list")
     if first["type"] == "tuple_type" and isinstance(first["input"], (str, int, float)):
         doc = f"Write {_as_list(key, first['input'], where)}. {doc}"
+    choices = [detail for detail in details if detail["type"] == "literal_error" and _key(cls, detail["loc"]) == key]
+    if choices and isinstance(first["input"], str):
+        names = re.findall(r"'([^']*)'", str(choices[0]["ctx"]["expected"]))
+        close = get_close_matches(first["input"].lower(), names, n=1)
+        doc = f"Did you mean {close[0]!r}? {doc}" if close else doc
     return ConfigError(f"key {key!r}: expected {expected}, found {_found(first['input'])}", where=where, fix=doc)
 
 

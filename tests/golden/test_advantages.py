@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hba.rl.advantages import Harpo
+from hba.rl.advantages import Harpo, build_advantage, grpo
 
 DATA = Path(__file__).with_name("data") / "harpo"
 DOUBLE = ["harpo_mixed", "harpo_nondegenerate"]
@@ -77,6 +77,20 @@ def test_a_group_without_signal_halves_the_others_only_as_published():
     plain = [1.0, -1.0, 1.0, -1.0, 0.0, 0.0]
     np.testing.assert_allclose(Harpo()(rewards, groups, ["x"] * 6), plain)
     np.testing.assert_allclose(Harpo(published=True)(rewards, groups, ["x"] * 6), np.array(plain) / 2)
+
+
+def test_groups_of_one_keep_their_reward_only_as_published():
+    """Of HARPO scaled to 0..1 over the batch, where it counts as a signal like any other."""
+    rewards, groups = [0.3, 1.5, -0.5, 0.9, 0.9], ["a", "b", "c", "d", "d"]
+    np.testing.assert_allclose(grpo(rewards, groups, published=True), [0.3, 1.5, -0.5, 0.0, 0.0])
+    np.testing.assert_allclose(build_advantage("grpo", published=True)(rewards, groups, groups), [0.3, 1.5, -0.5, 0, 0])
+    assert not grpo(rewards, groups).any() and not Harpo()(rewards, groups, ["x"] * 5).any()
+    scaled = np.array([0.4, 1.0, 0.0])
+    released = Harpo(published=True)([0.3, 1.5, -0.5], ["a", "b", "c"], ["x", "y", "z"])
+    logs = np.log(np.maximum(scaled, 1e-6))
+    np.testing.assert_allclose(released, scaled * np.exp(0.05 * (logs.mean() - logs)))
+    together = Harpo(published=True)([0.3, 1.5, -0.5], ["a", "b", "c"], ["x"] * 3)
+    np.testing.assert_allclose(together, scaled * np.clip(np.exp(logs.mean() - logs), 0.5, 3.0))
 
 
 def test_a_task_without_any_signal_moves_no_average():

@@ -57,6 +57,23 @@ def test_length_penalty_and_task_kinds():
         assert task_kind(task, published=True) == {"cls": "classification", "qa": "free_form"}[expected]
 
 
+@pytest.mark.parametrize(
+    ("task", "kind"),
+    [
+        *(("_qa_", "free_form"), ("intent_qa_", "free_form"), (" siq2_qa ", "free_form"), ("__QNA__", "free_form")),
+        *(
+            ("_qa_ _", "classification"),
+            ("qa-", "classification"),
+            ("qa_v2", "classification"),
+            ("_", "classification"),
+        ),
+    ],
+)
+def test_published_task_kinds_lose_what_stands_around_them(task, kind):
+    """The released parser strips white space, then underscores, and splits at what is no letter or digit."""
+    assert task_kind(task, published=True) == kind
+
+
 # Rows in which the default is right and the released function is not, by what is wrong there.
 GRPO_DIFFERS = {
     "inner_space", "double_space", "nested_braces",  # a class is compared by its label, not by its spelling

@@ -106,6 +106,13 @@ def test_a_key_without_its_section_is_suggested_with_it() -> None:
     assert "Did you mean" not in refused(None, "train.steps=1", "train.lr=1")
 
 
+def test_a_value_that_is_none_of_the_names_is_suggested_the_nearest() -> None:
+    assert "Did you mean 'adamw'? train.optimiser.name (adamw | sgd)" in refused(
+        None, "train.steps=1", "train.optimiser.name=adamww"
+    )
+    assert "Did you mean" not in refused(None, "train.steps=1", "train.optimiser.name=lion")
+
+
 def test_missing_key_is_named_with_its_documentation(tmp_path: Path) -> None:
     path = write(tmp_path, "train:\n  warm: true\n")
     message = refused(path)

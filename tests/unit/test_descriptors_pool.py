@@ -93,6 +93,20 @@ def test_a_landmark_part_that_is_missing_or_odd_is_named() -> None:
     assert flatten_landmarks(without, published=True).shape == (2, 21)
 
 
+def test_landmarks_of_two_columns_are_never_dropped_in_silence() -> None:
+    """Where no confidence is asked for nothing is missing; the release takes them as they are in any case."""
+    bare = {name: torch.rand(2, 3, 2) for name in ("pose", "face", "left_hand", "right_hand")}
+    expected = np.concatenate([bare[name].reshape(2, 6).numpy() for name in bare], axis=1)
+    np.testing.assert_array_equal(flatten_landmarks(bare, confidence=False), expected)
+    for confidence in (True, False):
+        np.testing.assert_array_equal(flatten_landmarks(bare, confidence=confidence, published=True), expected)
+    with pytest.raises(InputError, match=r"train.jsonl:3.*'pose' has shape \[2, 3, 2\].*descriptors.confidence=false"):
+        sequence(bare, where="train.jsonl:3, ext_video_feats")
+    mixed = landmarks(pose=bare["pose"])
+    assert flatten_landmarks(mixed, confidence=False).shape == (2, 18)
+    assert flatten_landmarks(mixed, published=True).shape == (2, 24)
+
+
 def test_sequence_takes_every_stored_layout() -> None:
     assert sequence({"features": torch.rand(6)}).shape == (1, 6)
     assert sequence(torch.rand(4, 6)).shape == (4, 6)

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hba.embedding import Embedder
-from hba.errors import InputError
+from hba.errors import HbaError, InputError
 from hba.evaluate.answers import to_label
+from hba.rl.advantages import build_advantage
 from hba.rl.rewards import grpo_reward, harpo_reward, task_kind
 from hba.rl.scoring import RewardConfig, Scorer
 
@@ -192,6 +193,9 @@ def sample(target="anger", dataset="cremad", task="emotion_cls", identity="train
 
 
 OWN = """
+from __future__ import annotations
+from dataclasses import dataclass
+import numpy as np
 def good(responses, targets, tasks, datasets, lengths):
     return [{"score": float(n), "match": r == t} for r, t, n in zip(responses, targets, lengths)]
 
@@ -209,6 +213,28 @@ def text(responses, **_):
 
 def unscored(responses, **_):
     return [{"match": 1.0}] * len(responses)
+
+def nothing(responses, **_):
+    pass
+
+def arrays(responses, **_):
+    return np.ones(len(responses), np.float32)
+
+def divides(responses, **_):
+    return [helper(r) for r in responses]
+
+def helper(response):
+    return 1 / (len(response) - 5)
+
+def leaves(responses, **_):
+    raise SystemExit(3)
+
+@dataclass
+class Judgement:
+    score: float
+
+def judged(responses, **_):
+    return [Judgement(float(len(r))).score for r in responses]
 """
 
 
@@ -238,7 +264,9 @@ def test_a_users_function_by_file_and_by_module(own, monkeypatch):
         ("short", "gave 1 rewards for 2 responses"),
         ("text", "reward 'score' is 'high'"),
         ("unscored", "a reward without 'score'"),
-        ("missing", "has no function 'missing'"),
+        ("nothing", "gave NoneType, not a list of rewards"),
+        ("missing", "has no function 'missing'.*Known: Judgement, "),
+        ("god", "Did you mean 'good'"),
     ],
 )
 def test_what_a_users_function_gives_is_checked(own, name, message):
@@ -250,3 +278,46 @@ def test_what_a_users_function_gives_is_checked(own, name, message):
 def test_a_reward_that_is_not_there(name):
     with pytest.raises(InputError, match="Use grpo, harpo, module:function"):
         Scorer(RewardConfig(function=name))
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "line"),
+    [
+        ("divides", "ZeroDivisionError: division by zero", r"in helper\n    return 1 / "),
+        ("leaves", "SystemExit: 3", "in leaves"),
+    ],
+)
+def test_what_a_users_function_raises_ends_the_run_with_the_users_traceback(own, name, said, line):
+    with pytest.raises(
+        HbaError, match=rf"{own}:{name}: raised {said}\n(.*\n)* +File \"{own}\", line \d+, {line}"
+    ) as caught:
+        score(own, name)
+    assert "scoring.py" not in str(caught.value) and "checkpoint stands" in str(caught.value)
+
+
+def test_a_users_file_may_have_dataclasses_and_gives_numbers_of_any_kind(own):
+    """With annotations as texts a dataclass looks for its module, which a file that is only executed is not."""
+    assert score(own, "judged") == [{"score": 5.0}, {"score": 3.0}]
+    assert score(own, "arrays") == [{"score": 1.0}] * 2
+
+
+def test_a_file_that_fails_when_it_is_imported_is_named_with_its_line(tmp_path):
+    path = tmp_path / "half.py"
+    path.write_text("first = 1\nsecond = first / 0\n")
+    with pytest.raises(
+        InputError, match=r"reward.function: .*half.py' raised ZeroDivisionError.*\n.*half.py\", line 2"
+    ):
+        Scorer(RewardConfig(function=f"{path}:f"))
+    path.write_text("def f(responses, **_):\n    return [1.0 for _ in responses]\n")
+    assert score(path, "f") == [{"score": 1.0}] * 2, "what failed is not kept"
+
+
+def test_one_file_for_reward_and_advantages_is_one_module(tmp_path):
+    path = tmp_path / "both.py"
+    path.write_text(
+        "seen = []\n"
+        "def reward(responses, **_):\n    seen.extend(responses)\n    return [1.0] * len(responses)\n"
+        "def advantage(rewards, **_):\n    return rewards * len(seen)\n"
+    )
+    score(path, "reward")
+    assert build_advantage(f"{path}:advantage")([1.0, 1.0], ["a", "a"], ["x", "x"]).tolist() == [2.0, 2.0]

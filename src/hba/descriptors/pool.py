@@ -3,7 +3,8 @@
 Statistics over time (mean, population standard deviation, quartiles), then an optional norm over the whole vector. A
 descriptor without frames, with NaN or infinity, or of another form than its mode needs is an InputError; no gap is
 ever filled with zeros. `published=True` repeats the released scripts to the number: quartiles that are always one of
-the values (of two frames both are the smaller one), landmark parts of a wrong shape left out, vectors padded and cut.
+the values (of two frames both are the smaller one), landmark parts of a wrong shape left out and those of two columns
+among parts of three, vectors padded and cut.
 
 Shapes: T frames, D values a frame, F values of the pooled vector, P points, N samples.
 """
@@ -105,19 +106,23 @@ def _single(f_F: _Doubles) -> Vector:
 def flatten_landmarks(parts: Mapping[str, Values], *, confidence: bool = True, published: bool = False) -> Vector:
     """Landmarks {pose, face, left_hand, right_hand}, each [T, P, (x, y, confidence)], to float32 [T, D].
 
-    The parts follow each other in that order; D = 3 (with `confidence`) or 2 values for each point. Raises InputError
-    for a part that is missing or has another shape (with `published` it is left out, which changes D), for different
-    numbers of frames, for NaN or infinity, and when nothing is there.
+    The parts follow each other in that order; D = 3 (with `confidence`) or 2 values for each point. Parts of two
+    columns, [T, P, (x, y)], are taken where no confidence is asked for. Raises InputError for a part that is missing or
+    has another shape (with `published` it is left out, which changes D), for different numbers of frames, for NaN or
+    infinity, and when nothing is there. With `published` a part of two columns stays one, whatever is asked for.
     """
+    columns = (2, 3) if published or not confidence else (3,)
     flat_TD = []
     for name in PARTS:
         part_TPC = _array(parts[name]) if name in parts else None
-        if part_TPC is not None and part_TPC.ndim == 3 and part_TPC.shape[2] == 3 and part_TPC.size:
+        if part_TPC is not None and part_TPC.ndim == 3 and part_TPC.shape[2] in columns and part_TPC.size:
             kept_TPC = part_TPC if confidence else part_TPC[:, :, :2]
             flat_TD.append(kept_TPC.reshape(len(kept_TPC), -1))
         elif not published:
             found = "is missing" if part_TPC is None else f"has shape {list(part_TPC.shape)}, not [T, points, 3]"
-            raise InputError(f"landmarks: {name!r} {found}", fix=_AGAIN)
+            bare = part_TPC is not None and part_TPC.ndim == 3 and part_TPC.shape[2] == 2
+            fix = "Set descriptors.confidence=false: there is none in the file." if bare else _AGAIN
+            raise InputError(f"landmarks: {name!r} {found}", fix=fix)
     if not flat_TD:
         raise InputError(f"landmarks: none of {', '.join(PARTS)} is there", fix=_AGAIN)
     if len({len(part) for part in flat_TD}) > 1:

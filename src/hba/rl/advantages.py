@@ -11,6 +11,7 @@ baseline is the whole batch. Formulas, sources and advice: docs/rl.md. Shapes: N
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -36,11 +37,14 @@ __all__ = [
 ]
 
 
-def grpo(rewards: npt.ArrayLike, groups: Names) -> Floats:
-    """GRPO: A = (r - mean_g) / std_g, population std (Shao et al. 2024, arXiv 2402.03300, section 4.1.2)."""
+def grpo(rewards: npt.ArrayLike, groups: Names, *, published: bool = False) -> Floats:
+    """GRPO: A = (r - mean_g) / std_g, population std (Shao et al. 2024, arXiv 2402.03300, section 4.1.2).
+
+    A group of one has nothing to be compared with: A = 0. `published` passes its reward on as the advantage.
+    """
     batch = grouped(rewards, groups)
-    normalised: Floats = batch.centred_N / np.maximum(batch.std_K, EPS)[batch.index_N]
-    return normalised
+    normalised_N: Floats = batch.centred_N / np.maximum(batch.std_K, EPS)[batch.index_N]
+    return np.where(batch.alone_N, np.asarray(rewards, np.float64), normalised_N) if published else normalised_N
 
 
 def dr_grpo(rewards: npt.ArrayLike, groups: Names) -> Floats:
@@ -189,11 +193,16 @@ MEMORYLESS: Mapping[str, Callable[[npt.ArrayLike, Names], Floats]] = {
 
 
 def build_advantage(name: str, *, published: bool = False) -> Advantage:
-    """The estimator of that name, or a function of the user's own. Raises InputError listing the names."""
+    """The estimator of that name, or a function of the user's own. Raises InputError listing the names.
+
+    `published` is for those that the release has: harpo and grpo.
+    """
     if ":" in name:
         return OwnAdvantage(name)
     if name == "harpo":
         return Harpo(published=published)
+    if name == "grpo":
+        return Memoryless(partial(grpo, published=published))
     if name == "ema_grpo":
         return EmaGrpo()
     if name not in MEMORYLESS:

@@ -95,7 +95,9 @@ class RlConfig:
 
     atlas: str = option(doc="atlas folder, or the hub id of a release")
     algorithm: AlgorithmName = option("harpo", "whose advantages and loss")
-    published_harpo: bool = option(False, "HARPO as released: groups without signal weigh on all others")
+    published_harpo: bool = option(
+        False, "harpo, grpo: as released. Groups without signal weigh on all others; a group of one keeps its reward"
+    )
     max_extra_batches: Count = option(8, "dapo: batches sampled beyond a step's own to fill it with signal")
     model: ModelConfig = field(default_factory=lambda: ModelConfig(name="Qwen/Qwen2.5-Omni-7B"))
     freeze_towers: bool = option(True, "with strategy full: train the layers of the language model alone")

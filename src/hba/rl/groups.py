@@ -29,6 +29,7 @@ class Groups(NamedTuple):
     size_K: Floats
     std_K: Floats  # population
     informative_K: npt.NDArray[np.bool_]  # rewards are not all equal
+    alone_N: npt.NDArray[np.bool_]  # the only rollout of its group
     centred_N: Floats  # reward minus the mean of its group, exactly 0 in a group without signal
 
 
@@ -50,7 +51,8 @@ def grouped(rewards: npt.ArrayLike, groups: Names) -> Groups:
     std_K = np.sqrt(np.bincount(index_N, centred_N**2, count) / np.maximum(size_K, 1))
     informative_K = np.zeros(count, np.bool_)
     informative_K[index_N[np.abs(centred_N) > SIGNAL]] = True
-    return Groups(index_N, size_K, std_K, informative_K, np.where(informative_K[index_N], centred_N, 0.0))
+    centred_N = np.where(informative_K[index_N], centred_N, 0.0)
+    return Groups(index_N, size_K, std_K, informative_K, size_K[index_N] == 1, centred_N)
 
 
 def codes(names: Names) -> tuple[Ints, int]:

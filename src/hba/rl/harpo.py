@@ -38,7 +38,8 @@ class Harpo:
 
     Groups without signal are left out of the geometric means, where a single one, at `eps`, would drag the factors of
     all others to the clamp; so is a task that has no others in the batch. To p_m they count as what they are, rollouts
-    without signal: a task that is rarely solved is heard by its factor. `published=True` takes all into every mean.
+    without signal: a task that is rarely solved is heard by its factor. `published=True` takes all into every mean, and
+    passes the reward of a group of one, scaled to 0..1 over the batch, on as its advantage, where ours is 0.
     """
 
     def __init__(
@@ -60,8 +61,11 @@ class Harpo:
 
     def __call__(self, rewards: npt.ArrayLike, groups: Names, tasks: Names) -> Floats:
         """Advantages [N]; the averages move by one step. Raises InputError for lists of unequal length."""
-        batch = grouped(_scaled(rewards, self.eps) if self.published else rewards, groups)
+        rewards_N = _scaled(rewards, self.eps) if self.published else np.asarray(rewards, np.float64)
+        batch = grouped(rewards_N, groups)
         advantage_N: Floats = batch.centred_N / np.maximum(batch.std_K, self.eps)[batch.index_N]
+        if self.published:  # a group of one keeps its reward
+            advantage_N = np.where(batch.alone_N, rewards_N, advantage_N)
         count = len(batch.size_K)
         signal_K = np.bincount(batch.index_N, np.abs(advantage_N), count) / np.maximum(batch.size_K, 1)
         counted_K = np.ones(count, np.bool_) if self.published else batch.informative_K
@@ -119,7 +123,7 @@ class Harpo:
 
 
 def _scaled(rewards: npt.ArrayLike, eps: float) -> Floats:
-    """The release's min-max scaling over the batch, which matters only next to `eps`."""
+    """The release's min-max scaling over the batch: it matters next to `eps`, and to groups of one."""
     rewards_N = np.asarray(rewards, np.float64)
     low, high = (rewards_N.min(), rewards_N.max()) if len(rewards_N) else (0.0, 0.0)
     return (rewards_N - low) / (high - low) if high - low > eps else np.zeros_like(rewards_N)

@@ -144,10 +144,12 @@ def overlong(length_tokens: int, max_tokens: int, buffer_tokens: int) -> float:
 def task_kind(task: str, *, published: bool = False) -> Kind:
     """What the suffix of a task id such as emotion_cls or siq2_qa says.
 
-    Raises InputError for another suffix; `published` takes every such task for a classification, and q&a too.
+    Raises InputError for another suffix; `published` takes every such task for a classification, and q&a too. White
+    space and then underscores around a task do not count for it: `_qa_` is free-form, `qa-` is not.
     """
     if published:
-        return "free_form" if re.split(r"[^a-z0-9]+", task.lower())[-1] in ("qa", "qna") else "classification"
+        last = re.split(r"[_\W]+", task.strip().strip("_").lower())[-1]
+        return "free_form" if last in ("qa", "qna") else "classification"
     suffix = re.split(r"[^a-z0-9&]+", task.lower())[-1]
     for kind, suffixes in _SUFFIXES.items():
         if suffix in suffixes:

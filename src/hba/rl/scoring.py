@@ -3,14 +3,16 @@
 A user's function is named as `module:function` or `file.py:function` and is called with lists of equal length:
 `function(responses=..., targets=..., tasks=..., datasets=..., lengths=...)`. It gives a number a response, or a dict
 of named parts with `score` among them. What it gives is checked before it reaches an advantage: a wrong count, a
-missing score or a number that is not finite is an error that names function and sample, never a silent zero.
+missing score or a number that is not finite is an error that names function and sample, never a silent zero; what it
+raises ends the run with its own traceback (`own`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -95,19 +97,22 @@ class Scorer:
             **shared,
         )
 
-    def _checked(self, given: Sequence[Any], samples: Sequence[Sample]) -> list[Parts]:
+    def _checked(self, given: Any, samples: Sequence[Sample]) -> list[Parts]:
         name = self.config.function
-        if len(given) != len(samples):
-            what = f"gave {len(given)} rewards for {len(samples)} responses"
+        if not isinstance(given, Iterable) or isinstance(given, (str, Mapping)):
+            raise InputError(f"gave {type(given).__name__}, not a list of rewards", where=name, fix="Give one each.")
+        rewards = list(given)
+        if len(rewards) != len(samples):
+            what = f"gave {len(rewards)} rewards for {len(samples)} responses"
             raise InputError(what, where=name, fix="Give one each.")
         checked = []
-        for value, sample in zip(given, samples, strict=True):
+        for value, sample in zip(rewards, samples, strict=True):
             where = f"{name}, sample {sample.id}"
             parts = dict(value) if isinstance(value, Mapping) else {"score": value}
-            if "score" not in parts:
+            if "score" not in parts or not all(isinstance(part, str) for part in parts):
                 raise InputError(f"a reward without 'score': {parts}", where=where, fix="Return a number, or add it.")
             for part, number in parts.items():
-                if not isinstance(number, (int, float)) or not math.isfinite(number):
+                if not isinstance(number, Real) or not math.isfinite(number):
                     fix = "Return finite numbers; a response that cannot be scored may get the lowest one."
                     raise InputError(f"reward {part!r} is {number!r}", where=where, fix=fix)
             checked.append({part: float(number) for part, number in parts.items()})
