@@ -10,24 +10,28 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from rl_run import PHASES, die_in, logged, result, settings, train, write_reward
+from rl_run import PHASES, as_prompts, die_in, logged, result, settings, train, without_times, write_reward
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hba import open_atlas
 from hba.atlas.answer_format import FormatMix
 from hba.atlas.batch import collate
 from hba.atlas.chat_encoder import encoder_for
-from hba.atlas.config import EncodeConfig
+from hba.atlas.config import EncodeConfig, LoaderConfig
+from hba.atlas.mixing import MixConfig
 from hba.errors import HbaError, InputError
 from hba.model import chat
 from hba.model.generate import media_token_ids
 from hba.report import write_report
-from hba.rl import evaluation_log, local
+from hba.rl import evaluation_log, local, rollout
+from hba.rl.prompts import PromptFeed
 from hba.rl.rollout import probabilities, roll_out
 from hba.rl.sampler import Draws, PolicySampler
 from hba.rl.scoring import RewardConfig, Scorer
 from hba.run import RunFolder
 from hba.storage import read_json, read_jsonl
+from hba.train.config import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +99,7 @@ def test_sounds_with_as_many_frames_as_the_prompts_have_tokens_stay_as_they_are(
 
 
 def drawn(policy, batch, max_new_tokens, temperature):
-    return roll_out(PolicySampler(policy), policy, [batch], Draws("", max_new_tokens, temperature))[0]
+    return roll_out(PolicySampler(policy), policy, [as_prompts(batch)], Draws("", max_new_tokens, temperature))[0]
 
 
 def test_replicated_prompts_are_rolled_out_as_if_alone(policy, encoded):
@@ -104,6 +108,44 @@ def test_replicated_prompts_are_rolled_out_as_if_alone(policy, encoded):
     for number, sample in enumerate(encoded.samples):
         alone = drawn(policy, batch_of(encoded, [sample]), 6, 1e-4)
         assert replicated.texts[3 * number : 3 * number + 3] == alone.texts * 3
+
+
+def test_what_a_row_draws_does_not_depend_on_the_rows_beside_it(policy, encoded):
+    """Nor on the number of draws: it is the prompt's place and the number of the draw that decide."""
+    together = as_prompts(batch_of(encoded, [s for s in encoded.samples for _ in range(2)]))
+    draws, sampler = Draws("run", 8, 1.0), PolicySampler(policy)
+    (whole,) = sampler.draw([together], draws)
+    alone = [as_prompts(batch_of(encoded, [sample]), number) for number, sample in enumerate(encoded.samples)]
+    apart = [ids for each in sampler.draw(alone[::-1], draws._replace(per_row=2))[::-1] for ids in each.tokens]
+    assert [ids.tolist() for ids in whole.tokens] == [ids.tolist() for ids in apart]
+    assert whole.tokens[0].tolist() != whole.tokens[1].tolist()
+    (other,) = sampler.draw([together], draws._replace(name="another"))
+    assert [ids.tolist() for ids in other.tokens] != [ids.tolist() for ids in whole.tokens]
+    rolled = roll_out(sampler, policy, [together], draws)[0]
+    with torch.no_grad():
+        found = probabilities(policy, policy, rolled.batch, 1.0)
+    torch.testing.assert_close(found.logps_BL, rolled.sampler_logps_BL, atol=4e-6, rtol=0)
+
+
+def test_tokens_are_drawn_as_often_as_they_are_probable(policy, encoded):
+    """Of 1,200 draws at a temperature, against the model's own distribution."""
+    text = next(sample for sample in encoded.samples if not sample.media and not sample.mels)
+    with torch.no_grad():
+        batch = batch_of(encoded, [text])
+        logits = policy.transformer(**batch.inputs, use_cache=False).logits[0, -1].float() / 3.0
+    logits[media_token_ids(policy.transformer.config, policy.processor)] = -math.inf
+    expected, prompts = torch.softmax(logits, -1), as_prompts(batch_of(encoded, [text] * 150))
+    tokens = [
+        int(ids[0])
+        for number in range(8)
+        for ids in PolicySampler(policy).draw([prompts], Draws(str(number), 1, 3.0))[0].tokens
+    ]
+    likely = expected.argsort(descending=True)
+    for share in (0.25, 0.5, 0.75):
+        top = likely[: int((expected[likely].cumsum(0) < share).sum()) + 1]
+        wanted = float(expected[top].sum())
+        found = sum(token in set(top.tolist()) for token in tokens) / len(tokens)
+        assert abs(found - wanted) < 4 * math.sqrt(wanted * (1 - wanted) / len(tokens))
 
 
 def test_media_tokens_have_no_probability(policy, encoded):
@@ -129,6 +171,67 @@ def test_entropy_is_that_of_the_distribution(policy, encoded):
     torch.testing.assert_close(found.entropy_BL[0], expected, atol=1e-4, rtol=1e-4)
 
 
+class LargestLogits(TorchDispatchMode):
+    """The most values of a tensor over the vocabulary that any operation makes, a transposed weight aside."""
+
+    def __init__(self, vocabulary, hidden):
+        super().__init__()
+        self.vocabulary, self.hidden, self.most = vocabulary, hidden, 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        made = operation(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            of_vocabulary = isinstance(tensor, torch.Tensor) and tensor.ndim and tensor.shape[-1] == self.vocabulary
+            if of_vocabulary and tensor.shape != (self.hidden, self.vocabulary):
+                self.most = max(self.most, tensor.numel())
+        return made
+
+
+def test_distributions_over_the_vocabulary_are_held_for_a_few_tokens_at_a_time(policy, encoded, monkeypatch):
+    """Not for all response tokens of a batch; log-probabilities, entropies and gradients stay what they are."""
+    prompts = batch_of(encoded, encoded.samples[:1] * 4)
+    ids = torch.arange(30).repeat(4, 1) + 5
+    batch = local_batch(prompts, list(ids), encoded)
+    trained = [p for p in policy.parameters() if p.requires_grad and p.ndim > 1]
+    vocabulary, hidden = policy.transformer.get_output_embeddings().weight.shape
+
+    def looked_at():
+        with LargestLogits(vocabulary, hidden) as largest:
+            found = probabilities(policy, policy, batch, 0.7)
+            grads = torch.autograd.grad((found.logps_BL * ids).sum(), trained, allow_unused=True)
+        return largest.most, [found.logps_BL, found.entropy_BL, *(grad for grad in grads if grad is not None)]
+
+    whole, expected = looked_at()
+    assert whole == 4 * 30 * vocabulary
+    monkeypatch.setattr(rollout, "CHUNK_VALUES", 7 * vocabulary)
+    most, found = looked_at()
+    assert most == 7 * vocabulary
+    assert len(found) == len(expected) > 10
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_a_reader_is_given_the_logits_that_the_model_makes(policy, encoded):
+    """Capped and scaled as some models do; an unknown change behind the head is refused."""
+    batch = local_batch(batch_of(encoded, encoded.samples[:1]), [torch.tensor([5, 6, 7])], encoded)
+    config, head = policy.transformer.config.get_text_config(), policy.transformer.get_output_embeddings()
+    capped = chat.ChatModel(policy.transformer, policy.processor)
+
+    def forward(*args, **options):
+        output = plain(*args, **options)
+        output.logits = torch.tanh(output.logits / 3) * 3
+        return output
+
+    plain = policy.transformer.forward
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy.transformer, "forward", forward)
+        with pytest.raises(InputError, match="changes logits behind its language head"):
+            capped(batch, lambda states, head: head(states))
+        patch.setattr(config, "final_logit_softcapping", 3.0, raising=False)
+        torch.testing.assert_close(capped(batch, lambda states, head: head(states)), capped(batch))
+    assert head is policy.transformer.get_output_embeddings()
+
+
 def test_task_and_token_lengths_reach_the_harpo_reward(mini_atlas):
     atlas = open_atlas(mini_atlas, split="train")
     free = next(sample for sample in atlas if sample.label is None)
@@ -138,6 +241,33 @@ def test_task_and_token_lengths_reach_the_harpo_reward(mini_atlas):
     graded = scorer(answers, [free, classed], [15, 5])
     assert graded[0]["similarity_score"] > 0.7 and graded[0]["overlong_score"] == -0.5
     assert graded[1]["similarity_score"] == 0 and graded[1]["overlong_score"] == 0
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_prompts_and_updates_are_the_same_on_any_number_of_processes(policy, mini_atlas, updates):
+    """Every prompt has its place in the plan; as many micro-batches on each rank, some of which are empty."""
+    atlas = open_atlas(mini_atlas, split="train[:23]")
+    encoder = encoder_for(policy.processor, EncodeConfig(num_frames=2, max_pixels=3136), atlas.taxonomy)
+    train = TrainConfig(epochs=1, batch_size=5, device_batch_size=2)
+    given = (atlas, encoder, MixConfig(), train, LoaderConfig(workers=0))
+    found = {}
+    for world in (1, 3, 8):
+        feeds = [PromptFeed(*given, replicates=2, rank=r, world=world, updates=updates) for r in range(world)]
+        for number in range(len(feeds[0])):
+            taken = [feed.take() for feed in feeds]
+            assert {len(pieces) for pieces in taken} <= {1, updates}
+            for piece, shares in enumerate(zip(*taken, strict=True)):
+                assert len({len(share) for share in shares}) == 1
+                rows = [
+                    row
+                    for share in shares
+                    for each in share
+                    for row in zip(each.places, each.batch.samples, strict=True)
+                ]
+                names = sorted((place, sample.id) for place, sample in rows)
+                assert found.setdefault((number, piece), names) == names
+    places = [place for names in found.values() for place, _ in names]
+    assert len(places) == 2 * len(set(places)) == 46
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +298,22 @@ def test_the_log_says_everything_by_task_and_dataset(straight):
         for task in record["tasks"].values():
             assert task["silent_groups"] == 1 or 0.5 <= task["task_factor"] <= 4
     assert [record["step"] for record in logged(straight, "evaluation")] == [0, 2, 4]
+
+
+def test_fewer_lines_are_those_of_their_own_steps_and_of_the_evaluated_ones(
+    straight, tmp_path, mini_atlas, backbone, reward
+):
+    config = settings(mini_atlas, backbone, reward, "train.log_every=3")
+    train(tmp_path / "run", config)
+    few = [without_times(line) for line in logged(tmp_path / "run", "rl")]
+    assert few == [without_times(line) for line in logged(straight, "rl") if line["step"] in (2, 3, 4)]
+
+
+def test_evaluations_stand_beside_chance(straight):
+    (first, *_), records = logged(straight, "evaluation"), evaluation_log.read_evaluations(straight)[0]
+    assert 0 < first["figures"]["chance"] <= 1
+    assert {f"chance/{record['task']}" for record in records} <= first["figures"].keys()
+    assert all(record["target"] and isinstance(record["answer"], str) for record in records)
 
 
 def test_rollouts_can_be_read(straight):
@@ -229,6 +375,9 @@ def test_dapo_samples_on_until_there_is_signal(tmp_path, mini_atlas, backbone, r
     position = read_json(tmp_path / "run" / "checkpoints" / "step_1" / local.STATE)["position"]
     informative = record["rollouts"] / 3 * (1 - record["silent_groups"])
     assert 2 < position <= 10 and (informative >= 6 or position == 10)
+    assert record["silent_groups"] == 0, "groups without signal weigh nothing, as on verl"
+    assert informative <= 6 and record["dropped_groups"] > 0
+    assert record["samples_seen"] == informative + record["dropped_groups"]
 
 
 def test_a_reward_that_is_not_a_number_ends_the_run_with_its_name(tmp_path, mini_atlas, backbone, reward):
@@ -270,5 +419,6 @@ def test_the_report_shows_curves_changes_and_rollouts_and_escapes_them(straight,
     for text in ("Reinforcement learning: harpo", "reward, sampled", "right answers, greedy", "HARPO task factor"):
         assert text in page
     assert "1 sampled response and a greedy one to each" in page
+    assert "Chance of a right answer: " in page and "share of the most frequent answer" in page
     assert "share of groups without signal" in page and "the reward of x has collapsed" in page
     assert "<script>" not in page and "&lt;script&gt;alert(1)" in page

@@ -21,6 +21,7 @@ from hba.rl.config import RolloutConfig
 from hba.rl.evaluation import evaluate
 from hba.rl.sampler import PolicySampler
 from hba.rl.scoring import RewardConfig, Scorer
+from hba.train.ranks import Ranks
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ class Kept:
 
     def draw(self, prompts, draws):
         found = self.sampler.draw(prompts, draws)
-        self.said += [(prompts[0].samples, draws, found[0])]
+        self.said += [(prompts[0].batch.samples, draws, found[0])]
         return found
 
     def encode(self, sample):
@@ -58,9 +59,9 @@ def evaluated(policy, atlas, reward, run, **options):
     encoder = encoder_for(policy.processor, config, atlas.taxonomy, wording=FormatMix(("think",)))
     kept = Kept(PolicySampler(policy), encoder)
     scorer = Scorer(RewardConfig(function=f"{reward}:letters"), atlas.taxonomy)
-    rollout = RolloutConfig(max_new_tokens=4)
+    rollout, ranks = RolloutConfig(max_new_tokens=4), Ranks(Accelerator(cpu=True))
     with QuarantineLog(run) as quarantine:
-        records = evaluate(kept, policy, atlas, kept, scorer, rollout, Accelerator(cpu=True), quarantine, **options)
+        records = evaluate(kept, policy, atlas, kept, scorer, rollout, ranks, quarantine, **options)
     return records, kept
 
 

@@ -17,7 +17,7 @@ import pytest
 import soundfile
 import torch
 from accelerate import Accelerator
-from rl_run import die_in, logged, result, settings, train, write_reward
+from rl_run import as_prompts, die_in, logged, result, settings, train, write_reward
 
 from hba import open_atlas
 from hba.atlas.answer_format import FormatMix
@@ -31,7 +31,7 @@ from hba.report import write_report
 from hba.rl import local
 from hba.rl.config import RlConfig
 from hba.rl.rollout import probabilities, roll_out
-from hba.rl.sampler import Draws, PolicySampler
+from hba.rl.sampler import Draws, Place, PolicySampler
 from hba.rl.server import ServerSampler
 from hba.rl.server_weights import ServedWeights
 
@@ -109,11 +109,11 @@ def stats(url):
 
 def test_greedy_responses_are_those_of_generate_for_text_sound_and_video(served, prompts, tmp_path):
     greedy = Draws("test", 8, 0.0)
-    (here,) = roll_out(PolicySampler(prompts.policy), prompts.policy, [prompts.batch], greedy)
+    (here,) = roll_out(PolicySampler(prompts.policy), prompts.policy, [as_prompts(prompts.batch)], greedy)
     with sampler(served, prompts, tmp_path) as there:
         there.renew(0)
         single = collate([prompts.encoder.encode(s) for s in prompts.batch.samples[::2]], pad_token_id=0)
-        (said,) = roll_out(there, prompts.policy, [single], greedy)
+        (said,) = roll_out(there, prompts.policy, [as_prompts(single)], greedy)
     assert said.texts == here.texts[::2] and said.lengths == here.lengths[::2]
     assert len(set(said.texts)) == 3, "answers that depend on what was asked"
 
@@ -122,8 +122,8 @@ def test_what_the_server_says_of_its_samples_is_what_the_policy_says(served, pro
     draws = Draws("test", 8, 0.7)
     with sampler(served, prompts, tmp_path) as there:
         there.renew(0)
-        said, again = (roll_out(there, prompts.policy, [prompts.batch], draws)[0] for _ in range(2))
-        (other,) = roll_out(there, prompts.policy, [prompts.batch], draws._replace(name="next"))
+        said, again = (roll_out(there, prompts.policy, [as_prompts(prompts.batch)], draws)[0] for _ in range(2))
+        (other,) = roll_out(there, prompts.policy, [as_prompts(prompts.batch)], draws._replace(name="next"))
     assert said.texts == again.texts != other.texts, "seeded by the name of the draws"
     assert said.texts[0] != said.texts[1], "replicates are drawn apart"
     with torch.no_grad():
@@ -133,13 +133,14 @@ def test_what_the_server_says_of_its_samples_is_what_the_policy_says(served, pro
 
 def test_batches_change_nothing_of_what_is_drawn(served, prompts, tmp_path):
     """Neither their size nor the number of processes that share them."""
-    rows = [collate([prompts.encoder.encode(sample)] * 2, pad_token_id=0) for sample in prompts.batch.samples[::2]]
+    samples = prompts.batch.samples[::2]
+    rows = [as_prompts(collate([prompts.encoder.encode(s)] * 2, pad_token_id=0), i) for i, s in enumerate(samples)]
     draws = Draws("test", 4, 1.0)
     with sampler(served, prompts, tmp_path) as there:
         there.renew(0)
-        together = there.draw([prompts.batch], draws)[0].tokens
+        together = there.draw([as_prompts(prompts.batch)], draws)[0].tokens
         apart = [tokens for drawn in there.draw(rows[::-1], draws)[::-1] for tokens in drawn.tokens]
-        twice = there.draw([rows[0], rows[0]], draws)
+        twice = there.draw([rows[0], as_prompts(rows[0].batch, 9)], draws)
     assert all(torch.equal(one, other) for one, other in zip(together, apart, strict=True))
     assert not all(torch.equal(one, other) for one, other in zip(twice[0].tokens, twice[1].tokens, strict=True))
 
@@ -149,8 +150,8 @@ def test_several_responses_to_a_row_are_one_request_and_those_to_its_copies(serv
     draws = Draws("test", 4, 1.0)
     with sampler(served, prompts, tmp_path) as there:
         there.renew(0)
-        (copies,), before = there.draw([prompts.batch], draws), stats(served)
-        (counted,), after = there.draw([single], draws._replace(per_row=2)), stats(served)
+        (copies,), before = there.draw([as_prompts(prompts.batch)], draws), stats(served)
+        (counted,), after = there.draw([as_prompts(single)], draws._replace(per_row=2)), stats(served)
     assert [ids.tolist() for ids in counted.tokens] == [ids.tolist() for ids in copies.tokens]
     assert after["chats"] - before["chats"] == 3
 
@@ -158,8 +159,8 @@ def test_several_responses_to_a_row_are_one_request_and_those_to_its_copies(serv
 def test_media_arrive_bit_for_bit(prompts, tmp_path):
     sample = next(s for s in prompts.batch.samples if s.videos and s.audios)
     with sampler("http://127.0.0.1:9/v1", prompts, tmp_path) as there:
-        asked = there.request(sample, Draws("test", 8, 1.0), 2)
-    parts = [part for message in asked.messages for part in message["content"]]
+        request = there.request(sample, Place(0, 0), Draws("test", 8, 1.0), 2)
+    parts = [part for message in request.messages for part in message["content"]]
     (sound,) = (part["input_audio"]["data"] for part in parts if part["type"] == "input_audio")
     heard, rate = soundfile.read(io.BytesIO(base64.b64decode(sound)), dtype="float32")
     np.testing.assert_array_equal(heard, sample.load_audios()[0].samples)
@@ -170,7 +171,7 @@ def test_media_arrive_bit_for_bit(prompts, tmp_path):
     shown = [np.array(PIL.Image.open(io.BytesIO(base64.b64decode(frame)))) for frame in frames]
     (video,) = sample.load_videos(2)
     np.testing.assert_array_equal(shown, video.frames)
-    assert asked.extra["mm_processor_kwargs"]["fps"] == pytest.approx(2 / video.duration_seconds)
+    assert request.extra["mm_processor_kwargs"]["fps"] == pytest.approx(2 / video.duration_seconds)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +191,7 @@ def test_replies_on_which_nothing_can_be_trained_are_refused(served, prompts, tm
     with misbehaving(served, **faults) as url, sampler(url, changed, tmp_path) as there:
         there.renew(0)
         with pytest.raises(HbaError, match=message) as raised:
-            there.draw([batch], Draws("test", 4, 1.0))
+            there.draw([as_prompts(batch)], Draws("test", 4, 1.0))
     assert sample.id in str(raised.value)
 
 

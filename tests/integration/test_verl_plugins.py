@@ -4,7 +4,9 @@ import asyncio
 import itertools
 import json
 import shutil
+import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,23 +14,27 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+import hba
 from hba.atlas.answer_format import FormatMix
 from hba.atlas.chat_encoder import encoder_for
 from hba.config import load_config, to_yaml
-from hba.errors import ConfigError, InputError, MediaError
+from hba.errors import HbaError, InputError, MediaError
+from hba.evaluate.answers import bare
 from hba.model import chat
 from hba.model.generate import media_token_ids
 from hba.rl.config import RlConfig
+from hba.rl.evaluation_log import write_evaluation
 from hba.rl.prompts import PromptFeed
 from hba.rl.rollout import probabilities, with_responses
 from hba.rl.rows import training_rows, validation_rows
 from hba.rl.verl.config import AGENT
 from hba.rl.verl.dataset import AtlasDataset, PlanSampler
 from hba.rl.verl.evaluation import records, verdict
-from hba.rl.verl.launch import _release, place_of
+from hba.rl.verl.launch import _release, best_step, checkpoints, keep_last_and_best, place_of, train_on_verl
 from hba.rl.verl.processor import OmniProcessor
 from hba.rl.verl.rows import Reference
 from hba.rl.verl.thinker import NEVER, OmniForConditionalGeneration
+from hba.run import RunFolder
 
 SETTINGS = [
     *("model.strategy=full", "model.dtype=float32", "train.epochs=2", "train.batch_size=3", "train.accumulation=2"),
@@ -125,7 +131,8 @@ def test_an_evaluation_has_both_responses_to_each_row_in_the_local_engines_form(
     found = records(rows, columns, draws=1)
     assert [record["number"] for record in found] == sorted(rows[i].number for i in range(6) if i != 2)
     for record in found:
-        assert record.keys() == {"id", "task", "dataset", "number", "sampled", "greedy"}
+        assert record.keys() == {"id", "task", "dataset", "number", "target", "sampled", "greedy", "answer"}
+        assert record["answer"] == bare(record["target"]) or record["answer"] == record["target"]
         assert record["sampled"].keys() == {"score", "tokens", "right", "format"}
         assert (record["greedy"]["right"], record["greedy"]["format"], record["sampled"]["format"]) == (1, 1, 0)
 
@@ -176,30 +183,26 @@ def test_prompts_and_features_are_the_local_engines(run):
             torch.testing.assert_close(mels, list(encoded.mels), rtol=0, atol=0)
 
 
-def test_the_order_is_the_plans_and_a_resumed_loader_goes_on_in_it(run):
-    config = run.config
-    sampler = PlanSampler(run.dataset.atlas, config)
-    order = list(sampler)
-    assert len(order) == len(sampler)
-    local = PromptFeed(
-        run.dataset.atlas, encoder_for(run.policy.processor, config.encode, run.dataset.atlas.taxonomy), config.mix,
-        config.train, config.loader, replicates=1, rank=0, world=1,
-    )  # fmt: skip
-    full = [rows for rows in local._replicated if len(rows) == config.train.batch_size]
-    expected = list(itertools.chain.from_iterable(map(list, full)))
-    assert order == expected[: len(order)]
-    assert len(expected) - len(order) < 2 * config.train.batch_size
-    codes = run.dataset.atlas.columns.signature_codes
-    for start in range(0, len(order), config.train.batch_size):
-        assert len(set(codes[order[start : start + config.train.batch_size]])) == 1
-    assert list(PlanSampler(training_rows(config), config)) == order
-    assert place_of(config, run.path).steps == len(order) // (config.train.batch_size * config.train.accumulation)
+def test_steps_have_the_prompts_of_the_local_engines_steps_whatever_their_number(run):
+    config, atlas = run.config, run.dataset.atlas
+    sampler = PlanSampler(atlas, config)
+    encoder = encoder_for(run.policy.processor, config.encode, atlas.taxonomy)
+    feed = PromptFeed(atlas, encoder, config.mix, config.train, config.loader, replicates=1, rank=0, world=1)
+    numbers, epoch = atlas.numbers, [atlas.numbers[rows].tolist() for rows in sampler.steps]
+    for step in epoch:
+        taken = [feed.take() for _ in range(min(config.train.accumulation, len(feed) - feed.position))]
+        local = [each.batch for pieces in taken for piece in pieces for each in piece]
+        assert [sample.number for batch in local for sample in batch.samples] == step
+    assert sorted(number for step in epoch for number in step) == sorted(numbers.tolist() * config.train.epochs)
+    assert len({len(step) for step in epoch}) > 1, "remainders of a modality"
+    assert list(sampler) == [row for rows in sampler.steps for row in rows]
+    assert list(PlanSampler(training_rows(config), config)) == list(sampler)
+    assert place_of(config, run.path).steps == len(epoch)
 
 
-def test_batches_larger_than_any_modality_are_refused(run):
-    config = load_config(RlConfig, run.path / "config.yaml", ["train.batch_size=4000"])
-    with pytest.raises(ConfigError, match="4000 rows"):
-        PlanSampler(run.dataset.atlas, config)
+def test_a_batch_larger_than_the_rows_is_all_of_a_modality(run):
+    config = load_config(RlConfig, run.path / "config.yaml", ["train.batch_size=4000", "train.accumulation=1"])
+    assert len(PlanSampler(run.dataset.atlas, config).steps) == 3 * config.train.epochs
 
 
 def test_one_placeholder_a_medium_reaches_the_sampling_engine(run):
@@ -265,3 +268,81 @@ def test_both_towers_run_whatever_the_media_and_the_language_layers_alone_train(
     positions = torch.arange(3).view(1, 1, 3).expand(4, 1, 3)
     actor(tokens, torch.ones_like(tokens), positions)
     assert called == {"audio_tower", "visual"}
+
+
+VERL = """
+import json, os, sys, time
+from pathlib import Path
+run = Path(sys.argv[sys.argv.index("--config-dir") + 1]).parent
+with (run / "log.jsonl").open("a") as log:
+    print(json.dumps({"step": 1, "kind": "rl"}), file=log)
+    print(json.dumps({"step": 1, "kind": "warning", "message": "the answers have collapsed"}), file=log)
+if os.environ.get("HBA_TEST") == "fails":
+    from hba.errors import HbaError
+    from hba.rl.verl.launch import note_failure
+    note_failure(run, HbaError("raised KeyError", where="own.py:3"))
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def verl(tmp_path, monkeypatch):
+    """A program in the place of verl's, which logs a step and a warning."""
+    package = tmp_path / "site" / "verl" / "trainer"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").touch()
+    (package / "__init__.py").touch()
+    (package / "main_ppo.py").write_text(VERL)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}:{Path(hba.__file__).parents[1]}")
+
+
+def on_verl(run, atlas, backbone, *changes):
+    config = load_config(RlConfig, None, [f"atlas={atlas}", f"model.name={backbone}", *SETTINGS, *changes])
+    told, said = [], []
+    with RunFolder.open(run, config=config, command="train rl --engine verl", seed=0) as folder:
+        train_on_verl(config, folder, lambda *step: told.append(step), said.append)
+    return told, said
+
+
+def test_what_verl_logs_is_told_and_its_warnings_are_said(verl, tmp_path, mini_atlas, backbone):
+    told, said = on_verl(tmp_path / "run", mini_atlas, backbone)
+    assert told[-1][0] == 1 and said == ["warning: step 1: the answers have collapsed"]
+
+
+def test_a_failure_that_a_process_of_verl_notes_ends_a_run_that_would_go_on(
+    verl, tmp_path, mini_atlas, backbone, monkeypatch
+):
+    monkeypatch.setenv("HBA_TEST", "fails")
+    started = time.monotonic()
+    with pytest.raises(HbaError, match=r"own\.py:3: raised KeyError"):
+        on_verl(tmp_path / "run", mini_atlas, backbone)
+    assert time.monotonic() - started < 120
+    monkeypatch.delenv("HBA_TEST")
+    on_verl(tmp_path / "run", mini_atlas, backbone)  # what was noted before does not count
+
+
+def test_the_last_and_the_best_checkpoint_of_a_run_on_verl_are_kept_and_the_best_is_merged(tmp_path):
+    folder = tmp_path / "verl" / "checkpoints"
+
+    def saved(step):
+        (folder / f"global_step_{step}").mkdir(parents=True)
+        (folder / "latest_checkpointed_iteration.txt").write_text(str(step))
+        keep_last_and_best(tmp_path)
+
+    def evaluated(step, score):
+        parts = {"score": score, "right": 0.0, "format": 0.0, "tokens": 1.0}
+        sampled = {"id": "a", "task": "t", "dataset": "d", "number": 0, "target": "x", "answer": "x", "sampled": parts}
+        write_evaluation(tmp_path, step, [sampled | {"greedy": parts}])
+        keep_last_and_best(tmp_path)
+
+    evaluated(0, 0.9)  # of what the run starts from, which is no checkpoint of it
+    kept = []
+    for step, score in ((5, 0.3), (10, 0.6), (15, 0.5), (20, 0.4)):
+        saved(step)
+        evaluated(step, score)
+        kept.append((best_step(tmp_path), [at for at, _ in checkpoints(tmp_path)]))
+    assert kept == [(5, [5]), (10, [10]), (10, [10, 15]), (10, [10, 20])]
+    (folder / "global_step_25").mkdir()  # is being written
+    keep_last_and_best(tmp_path)
+    assert [at for at, _ in checkpoints(tmp_path)] == [10, 20, 25]

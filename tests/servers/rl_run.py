@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from hba.config import load_config
 from hba.rl import evaluation_log, local
 from hba.rl.config import RlConfig
+from hba.rl.sampler import Place, Prompts
 from hba.run import RunFolder
 from hba.storage import read_json, read_jsonl
 
@@ -25,7 +26,16 @@ def letters(responses, **_):
 
 def nan(responses, **_):
     return [float("nan")] * len(responses)
+
+def divides(responses, tasks, **_):
+    return [1 / ("sentiment" not in task) for task in tasks]
 """
+
+
+def as_prompts(batch, first=0):
+    """The batch as prompts of a run from number `first` on, in which copies of a sample are copies of one prompt."""
+    ids = list(dict.fromkeys(sample.id for sample in batch.samples))
+    return Prompts(batch, tuple(Place(0, first + ids.index(sample.id)) for sample in batch.samples))
 
 
 def write_reward(folder):
@@ -52,11 +62,15 @@ def without_times(record):
     return {key: value for key, value in record.items() if not key.endswith("_seconds")}
 
 
+def _weights(checkpoint):
+    return next(file for file in sorted(checkpoint.glob("*model.safetensors")))
+
+
 def result(path):
     """Everything that must not depend on interruptions."""
-    last = path / "checkpoints" / "step_4"
+    last = max((path / "checkpoints").glob("step_*"), key=lambda step: int(step.name.removeprefix("step_")))
     return {
-        "weights": {name: tensor.tolist() for name, tensor in load_file(last / "model.safetensors").items()},
+        "weights": {name: tensor.tolist() for name, tensor in load_file(_weights(last)).items()},
         "state": read_json(last / local.STATE),
         "log": [without_times(line.record) for line in read_jsonl(path / "log.jsonl")],
         "rollouts": [line.record for line in read_jsonl(path / "rollouts.jsonl")],

@@ -19,7 +19,8 @@ def on_a_cpu(gpus):
 def environment(*folders):
     """Of a process that finds hba and the modules in `folders`."""
     paths = os.pathsep.join(map(str, [TESTS.parent / "src", *folders]))
-    ray = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_worker_niceness": "0"}  # it would start its workers at 15
+    # Ray would start its workers at niceness 15, and end them when whoever fills the machine's memory.
+    ray = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_worker_niceness": "0", "RAY_memory_monitor_refresh_ms": "0"}
     return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **ray}
 
 

@@ -265,7 +265,7 @@ def test_a_users_function_by_file_and_by_module(own, monkeypatch):
         ("text", "reward 'score' is 'high'"),
         ("unscored", "a reward without 'score'"),
         ("nothing", "gave NoneType, not a list of rewards"),
-        ("missing", "has no function 'missing'.*Known: Judgement, "),
+        ("missing", "has no function 'missing'.*Choose one of: Judgement, "),
         ("god", "Did you mean 'good'"),
     ],
 )

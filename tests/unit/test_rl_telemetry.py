@@ -5,12 +5,13 @@ import json
 import pytest
 
 from hba.rl.advantages import Harpo
+from hba.rl.evaluation_log import collapsed_tasks, summary
 from hba.rl.telemetry import CollapseWatch, Outcome, step_record, table
 
 
 def outcome(group, score, task="emotion_cls", dataset="cremad", **more):
     parts = {"score": score, "format_score": float(score > 0.5)}
-    fixed = {"id": f"train/{group}", "prompt": "p", "target": "t", "response": "r", "tokens": 4}
+    fixed = {"id": f"train/{group}", "prompt": "p", "target": "t", "response": "r", "answer": "t", "tokens": 4}
     return Outcome(task=task, dataset=dataset, group=group, parts=parts, **(fixed | more))
 
 
@@ -22,7 +23,8 @@ def test_means_by_task_and_dataset_with_silent_groups_and_factors():
     ]  # fmt: skip
     harpo = Harpo()
     harpo([o.parts["score"] for o in outcomes], [o.group for o in outcomes], [o.task for o in outcomes])
-    record = step_record(outcomes, harpo)
+    record = step_record(outcomes, harpo, 5)
+    assert record["dropped_groups"] == 2 and record["tasks"]["siq_qa"]["top_answer"] == 1
     assert record["score"] == pytest.approx(2.4 / 6) and record["silent_groups"] == pytest.approx(1 / 3)
     emotion = record["tasks"]["emotion_cls"]
     assert emotion["silent_groups"] == 0.5 and emotion["entropy"] == 2.0 and emotion["tokens"] == 6
@@ -44,9 +46,45 @@ def test_a_collapse_is_warned_of_once_and_again_after_recovery_also_when_resumed
     watch, said = CollapseWatch(), []
     for step in range(80):
         reward = 0.8 if step < 20 or 45 <= step < 60 else 0.2
-        said += [(step, sentence) for sentence in watch.update({"x": reward, "steady": 0.5})]
+        rollouts = [outcome(step, reward, task="x"), outcome(step, 0.5, task="steady")]
+        said += [(step, sentence) for sentence in watch.update(rollouts)]
         resumed = CollapseWatch()
         resumed.load_state_dict(json.loads(json.dumps(watch.state_dict())))
         watch = resumed
     assert len(said) == 2 and all("the reward of x has collapsed" in sentence for _, sentence in said)
     assert 20 < said[0][0] < 30 and 60 < said[1][0] < 70
+
+
+def test_answers_that_are_all_one_are_warned_of_though_the_reward_rises_also_when_resumed():
+    """Not where the targets are that one, too, and again after the policy has answered otherwise."""
+    watch, said = CollapseWatch(), []
+    for step in range(60):
+        own = [
+            outcome(step, step / 60, task="x", target="ab"[i % 2], answer="b" if 30 <= step < 35 else "a")
+            for i in range(4)
+        ]
+        rare = [outcome(step, 1.0, task="rare", target="no", answer="no") for _ in range(4)]
+        said += [(step, sentence) for sentence in watch.update([*own, *rare])]
+        resumed = CollapseWatch()
+        resumed.load_state_dict(json.loads(json.dumps(watch.state_dict())))
+        watch = resumed
+    assert [step for step, _ in said] == [9, 44]
+    what = "over the last 10 steps 100% of 40 answers are 'a', which 50% of the targets are"
+    assert said[0][1] == f"the answers to x have collapsed: {what}"
+
+
+def test_an_evaluation_stands_beside_chance_and_says_which_answers_have_collapsed():
+    def record(i, dataset, target, answer):
+        parts = {"score": 0.5, "right": float(answer == target), "format": 1.0, "tokens": 3}
+        fixed = {"id": f"{dataset}/{i}", "number": i, "task": f"{dataset}_cls", "dataset": dataset}
+        return {**fixed, "target": target, "answer": answer, "sampled": parts, "greedy": parts}
+
+    same = [record(i, "mmsd", "yes" if i < 12 else "no", "yes") for i in range(20)]
+    other = [record(i, "urfunny", "yes" if i < 5 else "no", "yes" if i < 7 else "no") for i in range(10)]
+    figures = summary([*same, *other])
+    of_tasks = [figures[f"{name}/{task}_cls"] for task in ("mmsd", "urfunny") for name in ("greedy_right", "chance")]
+    assert of_tasks == pytest.approx([0.6, 0.6, 0.8, 0.5])
+    assert figures["chance"] == pytest.approx((20 * 0.6 + 10 * 0.5) / 30)
+    (sentence,) = collapsed_tasks([*same, *other])
+    assert "mmsd_cls have collapsed: 100% of 20 answers are 'yes', which 60% of the targets are" in sentence
+    assert collapsed_tasks(same[:9]) == [] and collapsed_tasks(same[:12]) == [], "too few, and as the targets are"

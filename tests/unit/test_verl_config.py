@@ -8,7 +8,7 @@ import pytest
 from hba.config import load_config
 from hba.errors import ConfigError
 from hba.rl.config import RlConfig
-from hba.rl.verl.config import Place, nested, translate
+from hba.rl.verl.config import SIGNAL_PART, Place, nested, translate
 
 PLACE = Place(Path("/runs/rl"), "Qwen/Qwen2.5-Omni-7B", 120)
 
@@ -56,7 +56,6 @@ def test_what_the_actor_is_told(overrides, key, value):
         (["model.strategy=lora"], "model.strategy"),
         (["loss.average=group"], "loss.average"),
         (["loss.updates=5"], "loss.updates"),
-        (["train.batch_size=33"], "train.batch_size"),
         (["rollout.sampler=server", "rollout.server.url=http://localhost:8000/v1"], "rollout.sampler"),
     ],
 )
@@ -66,13 +65,29 @@ def test_what_verl_cannot_do_is_refused_by_name(overrides, where):
     assert error.value.where == where
 
 
+@pytest.mark.parametrize("prompts", [1, 7, 23, 32, 33])
+@pytest.mark.parametrize("responses", [1, 3, 5])
+@pytest.mark.parametrize("gpus", [1, 2, 3, 8])
+def test_any_number_of_prompts_fits_any_number_of_gpus(prompts, responses, gpus):
+    """With as few rows that weigh nothing as verl's checks leave."""
+    found = keys(f"train.batch_size={prompts}", f"rollout.per_prompt={responses}", f"verl.gpus_per_node={gpus}")
+    size, actor = found["data.train_batch_size"], "actor_rollout_ref.actor"
+    assert size >= found[f"{actor}.ppo_mini_batch_size"] >= prompts
+    assert size * responses % gpus == 0 and size - prompts < gpus
+    assert size * responses // gpus % found[f"{actor}.ppo_micro_batch_size_per_gpu"] == 0
+
+
+def test_updates_of_prompts_that_they_do_not_divide():
+    found = keys("train.batch_size=7", "loss.updates=2", "verl.gpus_per_node=1")
+    assert found["actor_rollout_ref.actor.ppo_mini_batch_size"] == 4 and found["data.train_batch_size"] == 8
+
+
 def test_dapo_samples_on_through_verls_filter_of_groups():
     found = keys("algorithm=dapo")
-    assert found["algorithm.filter_groups.enable"] and found["algorithm.filter_groups.metric"] == "reward"
+    assert found["algorithm.filter_groups.enable"] and found["algorithm.filter_groups.metric"] == SIGNAL_PART
     assert found["data.gen_batch_size"] == 1
     assert found["actor_rollout_ref.actor.clip_ratio_high"] == 0.28
-    without = keys("algorithm=grpo")
-    assert not without["algorithm.filter_groups.enable"] and without["data.gen_batch_size"] is None
+    assert not keys("algorithm=grpo")["algorithm.filter_groups.enable"]
 
 
 def test_the_users_modules_come_before_the_plugin():

@@ -1,7 +1,9 @@
 """Each plug-in point of verl that hba uses, by name: a verl that moves one fails here first, and says which."""
 
+import asyncio
 import inspect
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -101,7 +103,7 @@ def test_what_is_loaded_by_path(translated):
     "name",
     [
         *("_init_dataloader", "_compute_advantage", "_update_actor", "_save_checkpoint", "_load_checkpoint"),
-        *("prepare_step", "_add_prompts_to_generate", "_val_metrics_update"),
+        *("prepare_step", "_add_prompts_to_generate", "_val_metrics_update", "on_step_begin"),
     ],
 )
 def test_the_steps_of_the_trainer_that_we_extend(name):
@@ -167,9 +169,12 @@ def test_advantages_of_ones_own_are_those_of_the_trainer(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))
 def test_every_algorithms_loss_and_its_gradient_are_the_local_engines(name, kl, tmp_path):
-    """By the keys that a run gives verl, in micro-batches of two workers, with ratios clipped on both sides."""
+    """By the keys that a run gives verl, in micro-batches of two workers, with ratios clipped on both sides, and with
+    rows that fill the batch: a remainder, or prompts that cannot be read."""
     from verl.trainer.ppo.core_algos import agg_loss, get_policy_loss_fn, kl_penalty
     from verl.utils.config import omega_conf_to_dataclass
+
+    from hba.rl.verl.trainer import _CountingWorkers
 
     given = ["atlas=DATA", "train.batch_size=4", "model.strategy=full", "rollout.max_new_tokens=9", f"algorithm={name}"]
     run = load_config(RlConfig, None, [*given, "verl.gpus_per_node=2", "loss.kl_weight=0.3", f"loss.kl={kl}"])
@@ -178,15 +183,17 @@ def test_every_algorithms_loss_and_its_gradient_are_the_local_engines(name, kl, 
 
     torch.manual_seed(5)
     lengths = torch.tensor([9, 1, 4, 6, 2, 7, 3, 5])
-    mask = (torch.arange(9) < lengths.unsqueeze(1)).float()
-    new = (-3 * torch.rand(8, 9)).requires_grad_()
-    old, reference = new.detach() + 0.4 * torch.randn(8, 9), new.detach() + 0.4 * torch.randn(8, 9)
-    advantages = torch.randn(8)
+    mask = torch.nn.functional.pad((torch.arange(9) < lengths.unsqueeze(1)).float(), (0, 0, 0, 4))
+    new = (-3 * torch.rand(12, 9)).requires_grad_()
+    old, reference = new.detach() + 0.4 * torch.randn(12, 9), new.detach() + 0.4 * torch.randn(12, 9)
+    advantages = torch.nn.functional.pad(torch.randn(8), (0, 4))
 
-    ranks, size = 2, {"batch_num_tokens": int(lengths.sum()), "global_batch_size": 8}
+    ranks, step = 2, SimpleNamespace(extra_info={"global_batch_size": 12})
+    _CountingWorkers(SimpleNamespace(update_actor=lambda batch: None), 8).update_actor(step)
+    size = {"batch_num_tokens": int(lengths.sum()), **step.extra_info}
     actor.global_batch_info.update(dp_size=ranks, loss_scale_factor=actor.loss_scale_factor, **size)
     theirs = 0.0
-    for rows in torch.arange(8).split(2):  # a worker's loss counts half: gradients are averaged over the workers
+    for rows in torch.arange(12).split(2):  # a worker's loss counts half: gradients are averaged over the workers
         loss, _ = get_policy_loss_fn(actor.policy_loss.loss_mode)(
             old_log_prob=old[rows],
             log_prob=new[rows],
@@ -202,14 +209,77 @@ def test_every_algorithms_loss_and_its_gradient_are_the_local_engines(name, kl, 
 
     algorithm = run.resolved_algorithm()
     clips = {"clip_low": algorithm.clip_low, "clip_high": algorithm.clip_high, "ratio": algorithm.ratio}
-    terms = surrogate(new, old, advantages, mask, **clips).loss_NL
-    terms = terms + run.loss.kl_weight * kl_divergence(new, reference, run.loss.kl)
+    terms = surrogate(new[:8], old[:8], advantages[:8], mask[:8], **clips).loss_NL
+    terms = terms + run.loss.kl_weight * kl_divergence(new[:8], reference[:8], run.loss.kl)
     weights = token_weights(lengths, torch.arange(8) // 2, average=algorithm.average, max_tokens=9)
-    ours = (terms * mask * weights.unsqueeze(1)).sum()
+    ours = (terms * mask[:8] * weights.unsqueeze(1)).sum()
     (our_gradient,) = torch.autograd.grad(ours, new)
 
     torch.testing.assert_close(theirs, ours, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(their_gradient, our_gradient, atol=1e-7, rtol=1e-4)
+
+
+def test_the_divisor_and_the_number_of_prompts_are_read_where_ours_are_put():
+    from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+
+    update = inspect.getsource(PPOTrainer._update_actor)
+    given, called = ('"global_batch_size": ppo_mini_batch_size', "self.actor_rollout_wg.update_actor(batch)")
+    assert given in update and update.index("batch.extra_info.update(extra_info)") < update.index(called)
+    assert 'global_batch_info["global_batch_size"] = data["global_batch_size"]' in (
+        (SOURCE / "workers/utils/losses.py").read_text()
+    )
+    fit = inspect.getsource(PPOTrainer.fit)
+    assert fit.index("self.on_step_begin()") < fit.index("self.step(metrics, self.timing_raw)")
+    assert "train_batch_size = self.config.data.train_batch_size" in inspect.getsource(PPOTrainer.step)
+    assert "num_prompts // gen_batch_size" in inspect.getsource(PPOTrainer._next_train_batch)
+
+
+def test_groups_of_equal_rewards_have_no_deviation_in_the_part_that_verl_compares():
+    """Of a reward they may have one: it is why the reward is not what verl compares."""
+    from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+
+    from hba.rl.groups import SIGNAL
+    from hba.rl.verl.config import SIGNAL_PART
+
+    source = inspect.getsource(ReplayBuffer._dapo_filtered_keys)
+    assert "float(np.std(values)) == 0.0" in source and "reward_extra_info[self.filter_groups_metric]" in source
+    assert SIGNAL_PART != "reward"
+    rewards = [0.1, 1.0 / 3, 0.8 * 0.731, -0.75, 1.7]
+    assert any(np.std([reward] * 3) != 0 for reward in rewards)
+    for count in (2, 3, 5, 7):
+        assert all(np.std([float(round(reward / SIGNAL))] * count) == 0 for reward in rewards)
+
+
+def test_whatever_a_reward_raises_ends_the_run_and_keeps_nobody_waiting(tmp_path, mini_atlas):
+    from hba.errors import HbaError
+    from hba.rl.verl.launch import note_failure, noted_failure
+    from hba.rl.verl.reward import ScorerRewardManager
+
+    (tmp_path / "verl").mkdir()
+    (tmp_path / "own.py").write_text("def broken(responses, **_):\n    return [{}[r] for r in responses]\n")
+    given = [f"atlas={mini_atlas}", "model.strategy=full", f"reward.function={tmp_path / 'own.py'}:broken"]
+    (tmp_path / "config.yaml").write_text(to_yaml(load_config(RlConfig, None, given)))
+    tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: "a response")
+    config = OmegaConf.create({"data": {"hba_run": str(tmp_path)}})
+    manager = ScorerRewardManager(config, tokenizer, None)
+
+    row = SimpleNamespace(
+        batch={"responses": torch.ones(3, dtype=torch.long), "attention_mask": torch.ones(5, dtype=torch.long)},
+        non_tensor_batch={"role": "training", "index": 0, "way": "sampled"},
+    )
+
+    async def all_at_once():
+        asked = [manager.run_single([row]) for _ in range(3)]
+        return await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 30)
+
+    assert noted_failure(tmp_path) is None
+    errors = asyncio.run(all_at_once())
+    assert all(isinstance(error, HbaError) for error in errors)
+    noted = str(noted_failure(tmp_path))
+    assert f"reward.function={tmp_path / 'own.py'}:broken: raised KeyError: 'a response'" in noted
+    assert 'own.py", line 2, in broken' in noted
+    note_failure(tmp_path, HbaError("another"))
+    assert str(noted_failure(tmp_path)) == noted, "the first counts"
 
 
 def test_groups_without_signal_are_replaced_up_to_the_limit():

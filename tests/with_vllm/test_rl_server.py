@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from real_vllm import CPU, VLLM
-from rl_run import die_in, logged, settings, train, write_reward
+from rl_run import as_prompts, die_in, logged, settings, train, write_reward
 
 from hba import open_atlas
 from hba.atlas.answer_format import FormatMix
@@ -108,9 +108,9 @@ def test_answers_and_probabilities_are_those_of_the_policy(served, full, mini_at
     greedy, sampled = Draws("test", 16, 0.0), Draws("test", 16, 0.7)
     with closing(ServerSampler(config, policy, encoder, Accelerator(cpu=True), tmp_path)) as there:
         there.renew(0)
-        (said,) = roll_out(there, policy, [single], greedy)
-        drawn, again = (roll_out(there, policy, [batch], sampled)[0] for _ in range(2))
-    (here,) = roll_out(PolicySampler(policy), policy, [single], greedy)
+        (said,) = roll_out(there, policy, [as_prompts(single)], greedy)
+        drawn, again = (roll_out(there, policy, [as_prompts(batch)], sampled)[0] for _ in range(2))
+    (here,) = roll_out(PolicySampler(policy), policy, [as_prompts(single)], greedy)
     assert said.texts == here.texts and said.lengths == here.lengths
     assert drawn.texts == again.texts and drawn.texts[0] != drawn.texts[1]
     with torch.no_grad():

@@ -76,6 +76,11 @@ def say_written(files: Iterable[Path]) -> None:
         say(f"Wrote {bold(file)}.")
 
 
+def say_beside(text: str) -> None:
+    """One line on standard error, as it is."""
+    sys.stderr.write(f"{text}\n")
+
+
 def warn(text: str) -> None:
     """One line on standard error; once, although a launcher runs the command on several ranks."""
     if os.environ.get("RANK", "0") == "0":

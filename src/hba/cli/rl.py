@@ -17,6 +17,7 @@ from hba.cli.options import (
     finish,
     recipe_path,
     say,
+    say_beside,
     trained,
     training,
 )
@@ -87,7 +88,7 @@ def _on_verl(settings: RlConfig, run: Path, allow_quarantined: int, *, as_json: 
     from hba.rl.verl.launch import train_on_verl
 
     with training(run, settings, "train rl --engine verl") as folder, counted("steps on verl") as told:
-        steps = train_on_verl(settings, folder, told)
+        steps = train_on_verl(settings, folder, told, say_beside)
         quarantined = folder.quarantine.records()
     then = f"hba merge {run} MODEL makes the model"
     result = {"run": str(run), "step": steps, "quarantined": len(quarantined)}

@@ -2,7 +2,8 @@
 
 `ChatModel.forward` gives the logits that predict the answers of a batch and no others: the head of the model is handed
 only the states in front of answer tokens, whatever the model's forward would compute, so that its scaling and capping
-of logits stay and the logits of a long prompt are never made. Models that also talk are loaded without their talker.
+of logits stay and the logits of a long prompt are never made. A `Reader` gets the states and the head instead, and
+never needs the logits of all answer tokens at once. Models that also talk are loaded without their talker.
 
 It loads what `checkpoint` writes (whole weights or an adapter), and runs no code that comes with a model.
 
@@ -12,9 +13,9 @@ Shapes: B samples, T tokens, N answer tokens of a batch, V vocabulary, H hidden 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,9 @@ from hba.model.generate import Said, choice_logps, generate
 from hba.model.omni import choose_trained, has_lora
 from hba.storage import write_json
 
+Head: TypeAlias = Callable[[Tensor], Tensor]  # states [C, H] to logits [C, V]
+Reader: TypeAlias = Callable[[Tensor, Head], Tensor]
+
 # Of these the class in transformers' own list is the model with its talker.
 THINKERS = {
     "qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
@@ -44,34 +48,67 @@ class ChatModel(nn.Module):
         super().__init__()
         self.transformer: Any = transformer
         self.processor = processor
+        self._head_is_known = False  # whether `_behind_head` has been seen to do what the model does
 
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
         return torch.device(self.transformer.device)
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch, read: Reader | None = None) -> Tensor:
         """Logits [N, V] that predict the answer tokens of the batch, in row order: those of `labels_BT`.
 
-        Raises InputError for a batch without answers, and for a model whose forward bypasses its own language head.
+        With `read`, what it gives for the states [N, H] in front of these tokens and the head, which makes logits of as
+        many of them as it is given. It runs within the forward pass, where a sharded model has its parameters.
+
+        Raises InputError for a batch without answers, and for a model whose forward bypasses its own language head or,
+        with `read`, changes logits behind it in an unknown way.
         """
         if batch.labels_BT is None:
             raise InputError("the batch has no answers to predict", fix="Encode the samples with answers.")
         # The state at a position predicts the token behind it.
         predicts_BT = batch.labels_BT[:, 1:] != IGNORED
 
+        states: list[Tensor] = []
+
         def answers_alone(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             hidden_BTH, *rest = args
-            return (hidden_BTH[:, :-1][predicts_BT], *rest)
+            states.append(hidden_BTH[:, :-1][predicts_BT])
+            return (states[0] if read is None else states[0][:1], *rest)  # a reader asks for the others
 
-        handle = self.transformer.get_output_embeddings().register_forward_pre_hook(answers_alone)
+        head = self.transformer.get_output_embeddings()
+        handle = head.register_forward_pre_hook(answers_alone)
         try:
             logits_NV: Tensor = self.transformer(**batch.inputs, use_cache=False).logits
         finally:
             handle.remove()
         if logits_NV.ndim != 2:
             raise InputError(f"{type(self.transformer).__name__} does not use its language head", fix="Use another.")
-        return logits_NV
+        if read is None:
+            return logits_NV
+        if not self._head_is_known:
+            self._require_known_head(states[0][:1], logits_NV)
+            self._head_is_known = True
+        return read(states[0], lambda states_CH: self._behind_head(head(states_CH)))
+
+    @torch.no_grad()
+    def _require_known_head(self, states_1H: Tensor, logits_1V: Tensor) -> None:
+        head = self.transformer.get_output_embeddings()
+        ours_1V = self._behind_head(head(states_1H))
+        if not torch.allclose(ours_1V.float(), logits_1V.float(), rtol=1e-2, atol=1e-2):
+            found = f"{type(self.transformer).__name__} changes logits behind its language head in an unknown way"
+            raise InputError(found, fix="Use another model for reinforcement learning.")
+
+    def _behind_head(self, logits: Tensor) -> Tensor:
+        """What the forward of some models does to logits: Gemma caps, Cohere and Granite scale them."""
+        config = self.transformer.config.get_text_config()
+        cap, scale = getattr(config, "final_logit_softcapping", None), getattr(config, "logit_scale", None)
+        divisor = getattr(config, "logits_scaling", None)
+        if cap is not None:
+            logits = torch.tanh(logits / cap) * cap
+        if scale is not None:
+            logits = logits * scale
+        return logits if divisor is None else logits / divisor
 
     def generate(
         self,
@@ -81,11 +118,15 @@ class ChatModel(nn.Module):
         temperature: float = 0.0,
         top_p: float = 1.0,
         choices: Sequence[Sequence[str]] = (),
+        uniforms_BL: Tensor | None = None,
     ) -> list[Said]:
-        """One answer a sample, greedy at temperature 0; one of its `choices` where it has some."""
+        """One answer a sample, greedy at temperature 0; one of its `choices` where it has some.
+
+        `uniforms_BL` decide as they do in `generate_tokens`.
+        """
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
-        ids = [self._answer_ids(texts) for texts in choices]
-        return generate(self.transformer, self.processor, batch.inputs, choices=ids, **options)
+        options |= {"choices": [self._answer_ids(texts) for texts in choices], "uniforms_BL": uniforms_BL}
+        return generate(self.transformer, self.processor, batch.inputs, **options)
 
     def logps(self, batch: Batch, choices: Sequence[Sequence[str]]) -> list[list[float]]:
         """The log-probability of each choice of each sample as its answer, the end of the turn included, in nats."""

@@ -4,6 +4,8 @@ Media tokens, those of their borders included, are never said: they would stand 
 generation config but its end tokens decides: greedy is the most probable token, sampling is from the model's
 distribution at the temperature. Samples are drawn one a prompt; several of one prompt are several rows of the batch,
 since `num_return_sequences` mixes up the patches of videos.
+
+Shapes: B rows of a batch, L answer tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,10 +28,11 @@ _MEDIA_TOKEN = re.compile(r"(audio|image|video|vision|boi|eoi|boa|eoa)(_\w+)?_to
 
 
 class Said(NamedTuple):
-    """One answer and its tokens, the end token included."""
+    """One answer and its tokens, the end token included, and where `uniforms_BL` decided their log-probabilities."""
 
     text: str
     ids: tuple[int, ...]
+    logps: tuple[float, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -38,18 +41,23 @@ class Said(NamedTuple):
 
 
 class SaidTokens(NamedTuple):
-    """The tokens of answers, padded on the right, and how many of each row are answer, the end token included."""
+    """The tokens of answers, padded on the right, and how many of each row are answer, the end token included.
+
+    `logps_BL` are their log-probabilities at the temperature, where `uniforms_BL` decided.
+    """
 
     ids_BL: Tensor
     lengths: list[int]
+    logps_BL: Tensor | None = None
 
 
 def generate(model: Any, processor: Any, inputs: Mapping[str, Tensor], **options: Any) -> list[Said]:
     """One answer for each left-padded row of `inputs`; `options` are those of `generate_tokens`."""
     said = generate_tokens(model, processor, inputs, **options)
     texts = processor.tokenizer.batch_decode(said.ids_BL, skip_special_tokens=True)
-    rows = zip(texts, said.lengths, said.ids_BL.tolist(), strict=True)
-    return [Said(text, tuple(ids[:length])) for text, length, ids in rows]
+    logps = [[]] * len(texts) if said.logps_BL is None else said.logps_BL.tolist()
+    rows = zip(texts, said.lengths, said.ids_BL.tolist(), logps, strict=True)
+    return [Said(text, tuple(ids[:length]), tuple(own[:length])) for text, length, ids, own in rows]
 
 
 @torch.inference_mode()
@@ -62,18 +70,26 @@ def generate_tokens(
     temperature: float = 0.0,
     top_p: float = 1.0,
     choices: Sequence[Sequence[Sequence[int]]] = (),
+    uniforms_BL: Tensor | None = None,
 ) -> SaidTokens:
     """`generate`, before its tokens become text: greedy at temperature 0.
 
     `choices` are, for each row, the answers that it may give, as token ids with their end token; a row with none may
-    say anything. Sampling is from the most probable tokens that together have the share `top_p` of the probability. A
-    model that is being trained is set to evaluate meanwhile: layers that are computed twice drop what generation keeps
-    of a prompt.
+    say anything. Sampling is from the most probable tokens that together have the share `top_p` of the probability.
+    `uniforms_BL`, numbers in [0, 1), one a row and token, decide in place of torch's random numbers (with all of the
+    distribution): what a row draws does not depend on the rows beside it. A model that is being trained is set to
+    evaluate meanwhile: layers that are computed twice drop what generation keeps of a prompt.
     """
     tokenizer = processor.tokenizer
     ends = end_token_ids(model, processor)
     sampling: dict[str, Any] = {"do_sample": temperature > 0, "top_k": None, "top_p": None, "temperature": None}
-    if temperature > 0:
+    processors = LogitsProcessorList([_Choices(choices, inputs["input_ids"].shape[1])] if choices else [])
+    decided: _Decided | None = None
+    if temperature > 0 and uniforms_BL is not None:
+        decided = _Decided(uniforms_BL.to(inputs["input_ids"].device, torch.float64), temperature)
+        sampling["do_sample"] = False
+        processors.append(decided)
+    elif temperature > 0:
         sampling |= {"temperature": temperature, "top_k": 0, "top_p": top_p}
     with _evaluating(model):
         tokens_BT = model.generate(
@@ -83,13 +99,31 @@ def generate_tokens(
             pad_token_id=ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
             eos_token_id=ends,
             repetition_penalty=1.0,
-            logits_processor=LogitsProcessorList([_Choices(choices, inputs["input_ids"].shape[1])] if choices else []),
+            synced_gpus=False,  # ranks generate as often as each has prompts; a sharded model is gathered meanwhile
+            logits_processor=processors,
             **sampling,
         )
     answers_BL = tokens_BT[:, inputs["input_ids"].shape[1] :]
     ended_BL = torch.isin(answers_BL, torch.tensor(ends, device=answers_BL.device))
     lengths = [int(row_L.nonzero()[0]) + 1 if row_L.any() else len(row_L) for row_L in ended_BL]
-    return SaidTokens(answers_BL, lengths)
+    return SaidTokens(answers_BL, lengths, None if decided is None else torch.stack(decided.logps, 1))
+
+
+class _Decided(LogitsProcessor):  # type: ignore[misc]
+    """Leaves one token of each row: where the row's number falls in the cumulative distribution at the temperature."""
+
+    def __init__(self, uniforms_BL: Tensor, temperature: float) -> None:
+        self._uniforms_BL, self._temperature = uniforms_BL, temperature
+        self.logps: list[Tensor] = []  # [B] of each token so far
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        logps_BV = torch.log_softmax(scores.float() / self._temperature, -1)
+        upto_BV = logps_BV.double().exp().cumsum(-1)
+        wanted_B1 = self._uniforms_BL[:, len(self.logps), None] * upto_BV[:, -1:]
+        # Right of equal values: a token without probability is never where a number falls.
+        chosen_B1 = torch.searchsorted(upto_BV, wanted_B1, right=True).clamp_max(scores.shape[-1] - 1)
+        self.logps.append(logps_BV.gather(-1, chosen_B1).squeeze(-1))
+        return torch.full_like(scores, -torch.inf).scatter_(-1, chosen_B1, 0.0)
 
 
 class _Choices(LogitsProcessor):  # type: ignore[misc]

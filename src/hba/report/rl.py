@@ -32,11 +32,13 @@ NAMES = {
     "abs_advantage": "mean |advantage|",
     "entropy": "entropy, nats a token",
     "kl": "KL from the start, nats a token",
-    "sampler_gap": "sampler gap: |server - policy|, nats a token",
+    "sampler_gap": "sampler gap: |sampler - update|, nats a token",
     "importance": "importance weight of the sampling, mean",
     "clipped": "share of clipped tokens",
     "tokens": "tokens a response",
     "silent_groups": "share of groups without signal",
+    "dropped_groups": "groups dropped for want of signal",
+    "top_answer": "share of the most frequent answer",
     "signal": "HARPO signal of the task",
     "task_factor": "HARPO task factor",
     "sample_factor": "HARPO sample factor, mean",
@@ -69,6 +71,7 @@ class RlPart:
     algorithm: str
     steps: int
     changes: tuple[Change, ...]
+    chance: float | None  # of right answers on the held-out prompts, None for runs of before it was written
     charts: tuple[Chart, ...]
     tasks: Mapping[str, Sequence[Chart]]  # by quantity, one small chart a task
     datasets: Mapping[str, Sequence[Chart]]
@@ -88,6 +91,7 @@ def rl_part(run: Path) -> RlPart | None:
         algorithm=str(_config(run).get("algorithm", "")),
         steps=int(steps[-1]["step"]),
         changes=tuple(changes(run)),
+        chance=evaluations[max(evaluations)].get("chance") if evaluations else None,
         charts=(*_evaluation_charts(evaluations), *_overall(steps)),
         tasks=_by(steps, "tasks"),
         datasets=_by(steps, "datasets"),
@@ -169,6 +173,9 @@ def _evaluation_charts(evaluations: Mapping[int, Mapping[str, float]]) -> list[C
             )
             for way in ("sampled", "greedy")
         ]
+        chances = [(float(s), f["chance"]) for s, f in sorted(evaluations.items()) if "chance" in f]
+        if name == "right" and chances:
+            series.append(Series(name="chance", points=chances, style="faint"))
         if len(evaluations) > 1:
             charts.append(_chart(f"Held-out {name}", series, small=False))
     return charts
@@ -195,6 +202,8 @@ def _by(steps: Sequence[Mapping[str, Any]], kind: str) -> dict[str, list[Chart]]
 
 def _quantities(steps: Sequence[Mapping[str, Any]]) -> list[str]:
     present = {name for step in steps for name, value in step.items() if isinstance(value, float)} - set(COUNTS)
+    if not any(step.get("dropped_groups") for step in steps):
+        present.discard("dropped_groups")  # of dapo alone
     order = list(NAMES)
     return sorted(present, key=lambda name: (order.index(name) if name in order else len(order), name))
 

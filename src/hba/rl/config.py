@@ -101,7 +101,7 @@ class RlConfig:
     max_extra_batches: Count = option(8, "dapo: batches sampled beyond a step's own to fill it with signal")
     model: ModelConfig = field(default_factory=lambda: ModelConfig(name="Qwen/Qwen2.5-Omni-7B"))
     freeze_towers: bool = option(True, "with strategy full: train the layers of the language model alone")
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(log_every=1))  # steps are slow, lines are few
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     loss: LossConfig = field(default_factory=LossConfig)

@@ -3,7 +3,7 @@
 One sampled response says little of what a policy does with a row on average: a record has the mean over `draws` of
 them. Records lie in `evaluation_log`, so that two evaluations can be compared prompt by prompt. Reward parts are those
 of training; `right` is the evaluation's own judgement of the answer (the canonical label, or the normalised exact match
-of a free-form answer), whatever the reward is.
+of a free-form answer), whatever the reward is; `answer` is the greedy one.
 """
 
 from __future__ import annotations
@@ -12,9 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from hba.atlas import Atlas
 from hba.atlas.batch import SampleEncoder
@@ -29,9 +26,10 @@ from hba.quarantine import QuarantineLog
 from hba.rl.config import RolloutConfig
 from hba.rl.evaluation_log import WAYS, mean_parts
 from hba.rl.rewards import well_formed
-from hba.rl.sampler import Draws, Sampler, texts_of
+from hba.rl.sampler import Draws, Place, Prompts, Sampler, texts_of
 from hba.rl.scoring import Scorer
 from hba.taxonomy import Taxonomy
+from hba.train.ranks import Ranks
 
 
 def evaluate(
@@ -41,37 +39,45 @@ def evaluate(
     encoder: SampleEncoder,
     scorer: Scorer,
     rollout: RolloutConfig,
-    accelerator: Accelerator,
+    ranks: Ranks,
     quarantine: QuarantineLog,
     *,
     draws: int,
     batch_size: int,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """One record a row of `atlas`, in the atlas' order, on every rank: its id, task, dataset and the parts both ways.
+    """One record a row of `atlas`, in the atlas' order, on every rank: its id, task, dataset, target, greedy answer and
+    the parts both ways.
 
     Raises InputError when no row can be read.
     """
-    torch.manual_seed(seed + accelerator.process_index)
-    rows = np.arange(len(atlas))[accelerator.process_index :: accelerator.num_processes]
-    records: list[dict[str, Any]] = []
-    for batch in load_batches(atlas, encoder, evaluation_plan(atlas, rows, batch_size), LoaderConfig(workers=0)):
-        for refused in batch.quarantined:
-            quarantine.add(refused)
-        if not len(batch):
-            continue
-        made = [{"id": s.id, "task": s.task, "dataset": s.dataset, "number": s.number} for s in batch.samples]
-        batch = batch.to(accelerator.device)
-        for way in WAYS:
-            temperature, count = (rollout.temperature, draws) if way == "sampled" else (0.0, 1)
-            wanted = Draws(f"{seed}/evaluation", rollout.max_new_tokens, temperature, count)
-            (drawn,) = sampler.draw([batch], wanted)
-            samples = [sample for sample in batch.samples for _ in range(count)]
-            parts = _judged(samples, texts_of(drawn, policy), drawn.lengths, scorer, encoder.taxonomy)
-            for i, record in enumerate(made):
-                record[way] = mean_parts(parts[i * count : (i + 1) * count])
-        records += made
-    done: list[dict[str, Any]] = sorted(gather_object(records), key=lambda record: record["number"])
+
+    def own_records() -> list[dict[str, Any]]:
+        rows = np.arange(len(atlas))[ranks.rank :: ranks.world]
+        records: list[dict[str, Any]] = []
+        for batch in load_batches(atlas, encoder, evaluation_plan(atlas, rows, batch_size), LoaderConfig(workers=0)):
+            quarantine.add_all(batch.quarantined)
+            if not len(batch):
+                continue
+            made: list[dict[str, Any]] = [
+                {"id": s.id, "task": s.task, "dataset": s.dataset, "number": s.number, "target": s.target}
+                for s in batch.samples
+            ]
+            prompts = Prompts(batch.to(ranks.device), tuple(Place(0, sample.number) for sample in batch.samples))
+            for way in WAYS:
+                temperature, count = (rollout.temperature, draws) if way == "sampled" else (0.0, 1)
+                wanted = Draws(f"{seed}/evaluation", rollout.max_new_tokens, temperature, count)
+                (drawn,) = sampler.draw([prompts], wanted)
+                samples, texts = [sample for sample in batch.samples for _ in range(count)], texts_of(drawn, policy)
+                parts = _judged(samples, texts, drawn.lengths, scorer, encoder.taxonomy)
+                for i, record in enumerate(made):
+                    record[way] = mean_parts(parts[i * count : (i + 1) * count])
+            for record, sample, text in zip(made, batch.samples, texts, strict=True):
+                record["answer"] = answer_of(sample, text, encoder.taxonomy)
+            records += made
+        return records
+
+    done = sorted(ranks.collect(own_records), key=lambda record: int(record["number"]))
     if not done:
         fix = "Repair the media named in quarantine.jsonl."
         raise InputError(f"no sample of split {atlas.split!r} can be read", where=str(atlas.root), fix=fix)
@@ -87,6 +93,12 @@ def _judged(
         {**parts, "right": float(is_right(s, text, taxonomy)), "format": float(well_formed(text)), "tokens": length}
         for s, text, length, parts in zip(samples, texts, lengths, scores, strict=True)
     ]
+
+
+def answer_of(sample: Sample, text: str, taxonomy: Taxonomy) -> str:
+    """What the evaluation reads in a response: the canonical label where it finds one, else the text of the answer."""
+    _, answer, label = read(text, sample.dataset, taxonomy, prompt=sample.problem)
+    return answer if label is None else label
 
 
 def is_right(sample: Sample, text: str, taxonomy: Taxonomy) -> bool:

@@ -4,43 +4,43 @@ A step reads like the papers: sample responses to the prompts of the step, rewar
 advantages over all rollouts of all processes, update the policy, and every `validate_every` steps evaluate it and keep
 it. Prompts come from the loader in the order of the training plan, in batches of one modality signature.
 
-The run is a function of (config, data, seed): the random numbers of a step are seeded by its number, and what an
-algorithm remembers (HARPO's averages), the place in the plan and the watch over the rewards lie in the checkpoint
-beside weights and optimizer. Killed in any phase of a step and resumed, it gives the results of an uninterrupted run.
+The run is a function of (config, data, seed): each draw is seeded by its place in the plan, and what an algorithm
+remembers (HARPO's averages), the place in the plan and the watch over the rewards lie in the checkpoint beside weights
+and optimizer. Killed in any phase of a step and resumed, on as many processes or on others, it gives the results of an
+uninterrupted run. A process may have no prompt of a step, by a remainder or since none can be read: all go on together.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import nn
 
 from hba.atlas import Atlas
 from hba.atlas.answer_format import FormatMix
-from hba.atlas.batch import Batch, SampleEncoder
+from hba.atlas.batch import SampleEncoder
 from hba.atlas.chat_encoder import encoder_for
-from hba.errors import HbaError
 from hba.model import chat
 from hba.model.chat import ChatModel
 from hba.process import data_record, prepare_process, start_accelerator
 from hba.rl.advantages import Advantage, build_advantage, informative
 from hba.rl.algorithms import Algorithm
 from hba.rl.config import RlConfig
-from hba.rl.evaluation import evaluate
-from hba.rl.evaluation_log import summary, write_evaluation
+from hba.rl.evaluation import answer_of, evaluate
+from hba.rl.evaluation_log import collapsed_tasks, summary, write_evaluation
 from hba.rl.policy import Reference, build_policy, build_reference
 from hba.rl.prompts import PromptFeed
 from hba.rl.rollout import Rollouts, roll_out
 from hba.rl.rows import training_rows, validation_rows
-from hba.rl.sampler import Draws, Sampler
+from hba.rl.sampler import Draws, Prompts, Sampler
 from hba.rl.scoring import Scorer
 from hba.rl.server import build_sampler, require_small_gap
 from hba.rl.telemetry import CollapseWatch, Outcome, RunLog
@@ -52,7 +52,7 @@ from hba.train.loop import build_optimizer, learning_rate_at, step_seed
 from hba.train.optimizer_state import restore_optimizer
 from hba.train.ranks import Ranks
 from hba.train.sharding import gathered, prepare_model
-from hba.train.state import Progress, latest, read_progress, save_state
+from hba.train.state import STOP, Progress, Saving, latest, read_progress, save_state
 
 STATE = "rl_state.json"
 
@@ -62,7 +62,6 @@ class Setup(NamedTuple):
 
     config: RlConfig
     algorithm: Algorithm
-    accelerator: Accelerator
     ranks: Ranks
     run: RunFolder
     policy: ChatModel
@@ -73,6 +72,11 @@ class Setup(NamedTuple):
     scorer: Scorer
     encoder: SampleEncoder
     validation: Atlas
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """Of this process."""
+        return self.ranks.accelerator
 
 
 class Memory(NamedTuple):
@@ -88,112 +92,162 @@ class Memory(NamedTuple):
         write_json(folder / STATE, {**state, "position": self.feed.position})
 
 
+class Sampled(NamedTuple):
+    """The rollouts of a step."""
+
+    pieces: list[list[Rollouts | None]]  # this rank's; None for a micro-batch without prompts
+    outcomes: list[Outcome]  # of all ranks, those that take part in the step
+    num_prompts: int  # that were sampled
+
+
 def train_rl(config: RlConfig, run: RunFolder) -> Progress:
-    """Run (or resume) it in `run`. Raises InputError for bad data, config or reward, HbaError for a failing step."""
+    """Run (or resume) it in `run`.
+
+    Raises InputError for bad data, config or reward, HbaError for a failing step, StoppedError, after a checkpoint was
+    written, when a signal asks a rank to stop.
+    """
     ranks = Ranks(start_accelerator(config.model.dtype))
-    accelerator = ranks.accelerator
     prepare_process(config.train.seed)
     train, validation = training_rows(config), validation_rows(config)
     run.record_data(data_record(config.atlas, train))
     checkpoint = ranks.told(latest(run.checkpoints))
     setup = _setup(config, run, ranks, train, validation, checkpoint)
     memory, progress = _memory(setup, train, checkpoint)
-    planned = max(1, len(memory.feed) // config.train.accumulation)
-    total = min(planned, config.train.max_steps) if config.train.max_steps is not None else planned
-    display = TrainingDisplay(run, total, progress, config.train, enabled=accelerator.is_main_process)
-    with closing(setup.sampler), display:
-        log = RunLog(run, display, config)
+    planned = -(-len(memory.feed) // config.train.accumulation)
+    total = planned if config.train.max_steps is None else min(planned, config.train.max_steps)
+    display = TrainingDisplay(run, total, progress, config.train, enabled=ranks.is_first)
+    saving = Saving(config.train.save_every)
+    with closing(setup.sampler), saving, display:
+        log = RunLog(run, display, config, total)
         if checkpoint is None:
             progress = _evaluate_and_save(setup, memory, progress, log)
+        saved_step = progress.step
         while progress.step < total:
+            wish = ranks.meet([], saving.wish(progress.step)).wish
+            if wish and progress.step > saved_step:
+                _save(setup, memory, progress)
+                saved_step = progress.step
+                saving.saved()
+            if wish == STOP:
+                raise saving.stopped(progress, total)
+
             progress = _step(setup, memory, progress, log, total)
+
             if progress.step % config.train.validate_every == 0 or progress.step == total:
                 progress = _evaluate_and_save(setup, memory, progress, log)
+                saved_step = progress.step
+                saving.saved()
     return progress
 
 
 def _step(setup: Setup, memory: Memory, progress: Progress, log: RunLog, total: int) -> Progress:
     """Sample, reward, compare, update."""
-    accelerator, started = setup.accelerator, time.perf_counter()
-    torch.manual_seed(step_seed(setup.config.train.seed, progress.step, accelerator.process_index))
+    config, ranks, started = setup.config, setup.ranks, time.perf_counter()
+    torch.manual_seed(step_seed(config.train.seed, progress.step, ranks.rank))
     setup.sampler.renew(progress.step)
-    sampled, own = _sample(setup, memory.feed, progress.step)
-    everyone: list[Outcome] = gather_object(own)
+    rate = learning_rate_at(progress.step, total, config.train)
+    pieces, everyone, num_prompts = _sample(setup, memory.feed, progress.step)
+    progress = replace(progress, step=progress.step + 1, samples_seen=progress.samples_seen + num_prompts)
     if not everyone:
-        fix = "Repair the media named in quarantine.jsonl."
-        raise HbaError(f"no prompt of step {progress.step + 1} can be read", where=setup.config.atlas, fix=fix)
+        log.skipped(progress, "no group has signal" if num_prompts else "every sample is quarantined")
+        return progress
     sampled_at = time.perf_counter()
     advantages = memory.advantage(
         [o.parts["score"] for o in everyone], [o.group for o in everyone], [o.task for o in everyone]
     )
     for outcome, value in zip(everyone, advantages.tolist(), strict=True):
         outcome.advantage = value
-    first = sum(gather_object([len(own)])[: accelerator.process_index])
-    own = everyone[first : first + len(own)]
-    rate = learning_rate_at(progress.step, total, setup.config.train)
-    updated = update(setup, sampled, own, everyone, first, rate)
-    everyone = gather_object(own)
-    prompts = len({outcome.group for outcome in everyone})
-    progress = replace(progress, step=progress.step + 1, samples_seen=progress.samples_seen + prompts)
+    updated = update(setup, pieces, everyone, rate)
+    own = {key for piece in pieces for rollouts in piece if rollouts is not None for key in rollouts.keys}
+    everyone = _in_order(ranks.gather([outcome for outcome in everyone if outcome.key in own]))
     seconds = {"rollout_seconds": sampled_at - started, "update_seconds": time.perf_counter() - sampled_at}
-    log.step(progress, everyone, memory.advantage, memory.watch, updated, rate, seconds)
-    require_small_gap([outcome.sampler_gap for outcome in everyone], setup.config.rollout.server)
+    log.step(progress, everyone, memory.advantage, memory.watch, updated, rate, num_prompts, seconds)
+    if config.rollout.sampler == "server":
+        require_small_gap([outcome.sampler_gap for outcome in everyone], config.rollout.server)
     return progress
 
 
-def _sample(setup: Setup, feed: PromptFeed, step: int) -> tuple[list[Rollouts], list[Outcome]]:
-    """This rank's rollouts of a step, rewarded; with dynamic sampling of as many batches as give enough signal."""
-    sampled: list[Rollouts] = []
-    outcomes: list[Outcome] = []
-    rank, rollout = setup.accelerator.process_index, setup.config.rollout
+def _sample(setup: Setup, feed: PromptFeed, step: int) -> Sampled:
+    """The rollouts of a step, rewarded; with dynamic sampling of as many batches as give enough signal."""
+    train, rollout, dynamic = setup.config.train, setup.config.rollout, setup.algorithm.dynamic_sampling
+    draws = Draws(f"{train.seed}/training", rollout.max_new_tokens, rollout.temperature)
+    taken = train.accumulation if dynamic else min(train.accumulation, len(feed) - step * train.accumulation)
+    most = taken + (setup.config.max_extra_batches if dynamic else 0)
+    pieces: list[list[Rollouts | None]] = []
+    everyone: list[Outcome] = []
     with gathered(setup.policy):
-        taken = setup.config.train.accumulation
-        most = taken + (setup.config.max_extra_batches if setup.algorithm.dynamic_sampling else 0)
-        prompts = _prompts(setup, feed, taken)
+        prompts = [piece for _ in range(taken) for piece in feed.take()]
         while True:
-            draws = Draws(f"{setup.config.train.seed}/{step}/{taken}", rollout.max_new_tokens, rollout.temperature)
-            for rollouts in roll_out(setup.sampler, setup.policy, prompts, draws):
-                outcomes += _rewarded(setup.scorer, rollouts, f"{rank}/{len(sampled)}")
-                sampled.append(rollouts)
-            if taken == most or _has_enough_signal(setup, outcomes):
-                return sampled, outcomes
-            prompts, taken = _prompts(setup, feed, 1), taken + 1
+            _quarantine(setup, prompts)
+            everyone += setup.ranks.collect(partial(_answered, setup, prompts, draws, pieces))
+            kept = _in_order(everyone)
+            if dynamic:
+                wanted = train.batch_size * train.accumulation
+                kept = _with_signal(kept, wanted)
+            if not dynamic or taken == most or len(_groups(kept)) == wanted:
+                return Sampled(pieces, kept, len(_groups(everyone)))
+            prompts, taken = feed.take(), taken + 1
 
 
-def _prompts(setup: Setup, feed: PromptFeed, count: int) -> list[Batch]:
-    """The micro-batches of the next `count` batches of the plan, without what cannot be read."""
-    taken = [prompts for _ in range(count) for prompts in feed.take()]
-    for refused in (sample for prompts in taken for sample in prompts.quarantined):
-        setup.run.quarantine.add(refused)
-    return [prompts.to(setup.accelerator.device) for prompts in taken if len(prompts)]
+def _quarantine(setup: Setup, pieces: Sequence[Sequence[Prompts]]) -> None:
+    """Name what cannot be read, before anything that could fail: a resumed run shall know of it."""
+    for prompts in (prompts for piece in pieces for prompts in piece):
+        setup.run.quarantine.add_all(prompts.batch.quarantined)
 
 
-def _has_enough_signal(setup: Setup, own: Sequence[Outcome]) -> bool:
-    """Whether as many groups as a step has prompts have rewards that differ (DAPO)."""
-    everyone: list[Outcome] = gather_object(list(own))
-    groups = [outcome.group for outcome in everyone]
-    kept_N = informative([outcome.parts["score"] for outcome in everyone], groups)
-    full = {group for group, kept in zip(groups, kept_N, strict=True) if kept}
-    return len(full) >= setup.config.train.batch_size * setup.config.train.accumulation
+def _answered(
+    setup: Setup, pieces: Sequence[Sequence[Prompts]], draws: Draws, before: list[list[Rollouts | None]]
+) -> list[Outcome]:
+    """A response to each row of this rank's micro-batches, rewarded; the rollouts are put behind `before`."""
+    device, outcomes = setup.ranks.device, []
+    full = [Prompts(p.batch.to(device), p.places) for piece in pieces for p in piece if len(p)]
+    sampled = iter(roll_out(setup.sampler, setup.policy, full, draws))
+    for piece in pieces:
+        rollouts = [next(sampled) if len(prompts) else None for prompts in piece]
+        for each in rollouts:
+            outcomes += [] if each is None else _rewarded(setup, each, len(before))
+        before.append(rollouts)
+    return outcomes
 
 
-def _rewarded(scorer: Scorer, rollouts: Rollouts, place: str) -> list[Outcome]:
+def _rewarded(setup: Setup, rollouts: Rollouts, piece: int) -> list[Outcome]:
     samples = rollouts.batch.samples
-    scores = scorer(rollouts.texts, samples, rollouts.lengths)
+    scores = setup.scorer(rollouts.texts, samples, rollouts.lengths)
+    rows = zip(samples, rollouts.keys, rollouts.texts, rollouts.lengths, scores, strict=True)
     return [
         Outcome(
             id=sample.id,
             task=sample.task,
             dataset=sample.dataset,
-            group=f"{place}/{sample.id}",
+            group=f"{key[0].batch}/{key[0].prompt}/{sample.id}",
             prompt=sample.problem,
             target=sample.target,
             response=text,
+            answer=answer_of(sample, text, setup.encoder.taxonomy),
             tokens=length,
             parts=parts,
+            key=key,
+            piece=piece,
         )
-        for sample, text, length, parts in zip(samples, rollouts.texts, rollouts.lengths, scores, strict=True)
+        for sample, key, text, length, parts in rows
     ]
+
+
+def _in_order(outcomes: Iterable[Outcome]) -> list[Outcome]:
+    """As one process has them."""
+    return sorted(outcomes, key=lambda outcome: outcome.key)
+
+
+def _groups(outcomes: Iterable[Outcome]) -> list[str]:
+    return list(dict.fromkeys(outcome.group for outcome in outcomes))
+
+
+def _with_signal(outcomes: Sequence[Outcome], count: int) -> list[Outcome]:
+    """The rollouts of the first `count` groups whose rewards differ: what DAPO trains on, others weigh nothing."""
+    kept_N = informative([outcome.parts["score"] for outcome in outcomes], [outcome.group for outcome in outcomes])
+    signalling = [outcome for outcome, kept in zip(outcomes, kept_N, strict=True) if kept]
+    chosen = set(_groups(signalling)[:count])
+    return [outcome for outcome in signalling if outcome.group in chosen]
 
 
 def _evaluate_and_save(setup: Setup, memory: Memory, progress: Progress, log: RunLog) -> Progress:
@@ -207,19 +261,23 @@ def _evaluate_and_save(setup: Setup, memory: Memory, progress: Progress, log: Ru
             setup.encoder,
             setup.scorer,
             config.rollout,
-            setup.accelerator,
+            setup.ranks,
             setup.run.quarantine,
             draws=config.validation_draws,
             batch_size=config.validation_batch_size,
             seed=config.train.seed,
         )
     figures = summary(records)
-    if setup.accelerator.is_main_process:
+    if setup.ranks.is_first:
         write_evaluation(setup.run.path, progress.step, records)
-    log.evaluation(progress, figures)
-    score = figures["greedy_reward"]
-    if progress.best_score is None or score > progress.best_score:
-        progress = replace(progress, best_step=progress.step, best_score=score)
+    log.evaluation(progress, figures, collapsed_tasks(records))
+    progress = progress.validated(figures["greedy_reward"])
+    _save(setup, memory, progress)
+    return progress
+
+
+def _save(setup: Setup, memory: Memory, progress: Progress) -> None:
+    config = setup.config
 
     def save_model(folder: Path) -> None:
         backbone, strategy = chat.backbone_of(config.model.name), config.model.strategy
@@ -228,7 +286,6 @@ def _evaluate_and_save(setup: Setup, memory: Memory, progress: Progress, log: Ru
         memory.save(folder)
 
     save_state(setup.run.checkpoints, progress, setup.policy, setup.optimizer, save_model, setup.ranks)
-    return progress
 
 
 def _setup(
@@ -250,13 +307,12 @@ def _setup(
     return Setup(
         config=config,
         algorithm=config.resolved_algorithm(),
-        accelerator=accelerator,
         ranks=ranks,
         run=run,
         policy=policy,
         model=model,
         sampler=build_sampler(config, policy, encoder, accelerator, run.path),
-        reference=build_reference(config.model, policy, accelerator.device) if regularised else None,
+        reference=build_reference(config.model, policy, accelerator) if regularised else None,
         optimizer=build_optimizer(policy, config.train, {}),
         scorer=scorer,
         encoder=encoder,
@@ -266,7 +322,7 @@ def _setup(
 
 def _memory(setup: Setup, train: Atlas, checkpoint: Path | None) -> tuple[Memory, Progress]:
     """Of a fresh run, or as it was at `checkpoint`; the optimizer is put back, too, and the log is cut there."""
-    config, accelerator = setup.config, setup.accelerator
+    config = setup.config
     state: dict[str, Any] | None = None if checkpoint is None else read_json(checkpoint / STATE)
     feed = PromptFeed(
         train,
@@ -275,8 +331,9 @@ def _memory(setup: Setup, train: Atlas, checkpoint: Path | None) -> tuple[Memory
         config.train,
         config.loader,
         replicates=config.rollout.per_prompt,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
+        rank=setup.ranks.rank,
+        world=setup.ranks.world,
+        updates=config.loss.updates,
         position=0 if state is None else state["position"],
     )
     advantage = build_advantage(setup.algorithm.advantage, published=config.published_harpo)

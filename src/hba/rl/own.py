@@ -35,7 +35,7 @@ def load_function(name: str, *, key: str, known: Iterable[str]) -> Callable[...,
     except (ImportError, OSError) as error:
         raise InputError(f"cannot import {module_name!r} ({error})", where=key, fix=fix) from error
     except (Exception, SystemExit) as error:  # whatever a module of the user's own does when it is run
-        raise InputError(f"{module_name!r} {_raised(error)}", where=key, fix="Mend it.") from error
+        raise InputError(f"{module_name!r} {raised(error)}", where=key, fix="Mend it.") from error
     function: Callable[..., Any] | None = getattr(module, function_name, None)
     if not callable(function):
         there = [found for found, value in vars(module).items() if callable(value) and not found.startswith("_")]
@@ -57,10 +57,10 @@ class _Guarded:
             raise
         except (Exception, SystemExit) as error:
             fix = "Mend it; the last checkpoint stands, and the same command goes on from there."
-            raise HbaError(_raised(error), where=self._where, fix=fix) from error
+            raise HbaError(raised(error), where=self._where, fix=fix) from error
 
 
-def _raised(error: BaseException) -> str:
+def raised(error: BaseException) -> str:
     """The error with the lines of the traceback that are not ours, the last of which is where it was raised."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
     frames = [frame for frame in frames if "importlib" not in frame.filename]

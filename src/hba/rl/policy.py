@@ -3,6 +3,9 @@
 The policy is any chat model that speaks: a run or checkpoint of generative training, or a published model. What a
 LoRA run compares itself with is itself with its layers switched off, which costs no memory; a run that trains
 everything holds a frozen copy. Dropout is off: probabilities of the update must be those of the sampling.
+
+All of them compute in one precision, that of training (autocast over the weights as they are kept): a difference of
+log-probabilities is then one of policies and not of roundings.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hba.atlas.batch import Batch
@@ -51,7 +55,7 @@ def language_layers(policy: ChatModel) -> tuple[str, str]:
     return f"{prefix}layers.", f"{prefix}norm."
 
 
-def build_reference(config: ModelConfig, policy: ChatModel, device: torch.device) -> Reference:
+def build_reference(config: ModelConfig, policy: ChatModel, accelerator: Accelerator) -> Reference:
     """The policy as it was when the run began, whatever a resumed one has learned since.
 
     Raises InputError for a run that goes on with LoRA layers which it was given: without them it is another model.
@@ -61,15 +65,25 @@ def build_reference(config: ModelConfig, policy: ChatModel, device: torch.device
         if folder is not None and checkpoint.read_card(folder)["strategy"] == "lora":
             fix = "Merge it first (hba merge) and start from the merged model, or set loss.kl_weight=0."
             raise InputError("a model with LoRA layers has no reference to switch to", where=config.name, fix=fix)
-        return lambda batch, temperature: _without_lora(policy, batch, temperature)
-    frozen = chat.load(config.name, dtype=config.dtype, attention=config.attention).to(device).eval()
-    frozen.requires_grad_(False)
-    return lambda batch, temperature: _looked_at(frozen, batch, temperature)
+        return lambda batch, temperature: _without_lora(policy, batch, temperature, accelerator)
+    frozen = chat.load(config.name, dtype="float32", attention=config.attention)
+    if accelerator.mixed_precision == "bf16":
+        _round_once(frozen)
+    frozen = frozen.to(accelerator.device).eval().requires_grad_(False)
+    return lambda batch, temperature: _looked_at(frozen, batch, temperature, accelerator)
 
 
-def _without_lora(policy: ChatModel, batch: Batch, temperature: float) -> Tensor:
+def _round_once(model: ChatModel) -> None:
+    """Keep in bfloat16 what autocast would round in each pass: half the memory, and the same numbers."""
+    words = model.transformer.get_input_embeddings().weight  # never rounded; a language head may share it
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.weight is not words:
+            module.to(torch.bfloat16)
+
+
+def _without_lora(policy: ChatModel, batch: Batch, temperature: float, accelerator: Accelerator) -> Tensor:
     with _adapters_off(policy):
-        return _looked_at(policy, batch, temperature)
+        return _looked_at(policy, batch, temperature, accelerator)
 
 
 @contextmanager
@@ -82,5 +96,6 @@ def _adapters_off(policy: ChatModel) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _looked_at(model: ChatModel, batch: Batch, temperature: float) -> Tensor:
-    return probabilities(model, model, batch, temperature).logps_BL
+def _looked_at(model: ChatModel, batch: Batch, temperature: float, accelerator: Accelerator) -> Tensor:
+    with accelerator.autocast():
+        return probabilities(model, model, batch, temperature).logps_BL

@@ -1,14 +1,16 @@
 """The prompts of a run, batch after batch in the order of the training plan, each replicated once a rollout.
 
 The place in the plan is all the state there is. Past its end the plan begins anew: dynamic sampling may take more
-batches than its steps were planned for. Replicates of a sample are encoded once and collated as rows of their own.
+batches than its steps were planned for. A batch is shared out over the ranks as in training, in as many micro-batches
+on each, of which some may be empty. Where a step makes more updates than it takes batches, a batch is cut into pieces
+first, and each piece is shared out: an update is over the same prompts on any number of ranks. Replicates of a sample
+are encoded once and collated as rows of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
 
 import numpy as np
 
@@ -17,8 +19,10 @@ from hba.atlas.batch import Batch, SampleEncoder
 from hba.atlas.config import LoaderConfig
 from hba.atlas.loader import load_batches
 from hba.atlas.mixing import MixConfig
+from hba.atlas.sampler import Indices
+from hba.rl.sampler import Place, Prompts
 from hba.train.config import TrainConfig
-from hba.train.plan import training_plan
+from hba.train.plan import share, training_plan
 
 
 class PromptFeed:
@@ -35,30 +39,56 @@ class PromptFeed:
         replicates: int,
         rank: int,
         world: int,
+        updates: int = 1,
         position: int = 0,
     ) -> None:
-        single = replace(train, accumulation=1)  # the plan's steps are its batches
-        plan = training_plan(atlas.columns, atlas.estimated_tokens, mix, single, rank=rank, world=world)
-        self._replicated = [np.repeat(rows, replicates) for rows in plan.micro_batches]
-        self._starts = plan.starts
+        """`updates` are those of a step, which takes `train.accumulation` plan batches."""
+        whole = replace(train, accumulation=1, device_batch_size=None)
+        plan = training_plan(atlas.columns, atlas.estimated_tokens, mix, whole, rank=0, world=1)
+        pieces = -(-updates // train.accumulation)
+        self._rows: list[Indices] = []  # of each micro-batch
+        self._prompts: list[Indices] = []  # the same rows as numbers of prompts in their plan batch
+        self._pieces: list[list[range]] = []  # of each plan batch: which micro-batches are its pieces
+        for number, batch in enumerate(plan.micro_batches):
+            self._pieces.append([])
+            for piece in np.array_split(np.arange(len(batch)), min(pieces, len(batch))):
+                parts = share(piece, train.device_batch_size, (rank + number) % world, world)
+                self._pieces[-1].append(range(len(self._rows), len(self._rows) + len(parts)))
+                self._rows += [batch[part] for part in parts]
+                self._prompts += parts
+        self._replicates = replicates
         self._atlas, self._encoder, self._loader = atlas, encoder, loader
         self.position = position
         self._batches = self._from(position)
 
     def __len__(self) -> int:
         """Batches of the plan, all epochs together."""
-        return len(self._starts) - 1
+        return len(self._pieces)
 
-    def take(self) -> list[Batch]:
-        """The micro-batches of the next plan batch. What cannot be read is in their `quarantined`."""
-        number = self.position % len(self)
+    def take(self) -> list[list[Prompts]]:
+        """The pieces of the next plan batch, the micro-batches of each, as many on every rank.
+
+        What cannot be read is in the `quarantined` of its batch.
+        """
+        pieces = []
+        for piece in self._pieces[self.position % len(self)]:
+            batches = [(number, next(self._batches)) for number in piece]
+            pieces.append([Prompts(batch, self._places(batch, number)) for number, batch in batches])
         self.position += 1
-        wanted = self._starts[number + 1] - self._starts[number]
-        taken = list(islice(self._batches, wanted))
         if self.position % len(self) == 0:
             self._batches = self._from(self.position)
-        return taken
+        return pieces
+
+    def _places(self, batch: Batch, micro_batch: int) -> tuple[Place, ...]:
+        """Where each row of `batch` comes from: the rows of the plan in their order, but for those not read."""
+        planned = zip(self._prompts[micro_batch], self._atlas.numbers[self._rows[micro_batch]], strict=True)
+        copies = ((int(prompt), number) for prompt, number in planned for _ in range(self._replicates))
+        return tuple(
+            Place(self.position, next(prompt for prompt, number in copies if number == sample.number))
+            for sample in batch.samples
+        )
 
     def _from(self, position: int) -> Iterator[Batch]:
-        start = self._starts[position % len(self)]
-        return load_batches(self._atlas, self._encoder, self._replicated, self._loader, start=start)
+        start = self._pieces[position % len(self)][0].start
+        replicated = [np.repeat(rows, self._replicates) for rows in self._rows]
+        return load_batches(self._atlas, self._encoder, replicated, self._loader, start=start)

@@ -5,32 +5,44 @@ mixes up the patches of videos. Prompts are padded on the left, so that response
 put behind its prompt and padded on the right. Media tokens are never sampled, and have no probability when the update
 looks at the same tokens: the two distributions are the same.
 
+A distribution over the vocabulary is made for `CHUNK_VALUES` / V response tokens at a time, and again for its gradient:
+one of a whole batch, in float32, would be the largest thing in memory by far.
+
 Shapes: B rows (rollouts) of a batch, P prompt tokens, L response tokens, T = P + L, N response tokens of a batch,
-V vocabulary.
+C of a chunk, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hba.atlas.batch import IGNORED, Batch
-from hba.model.chat import ChatModel
+from hba.model.chat import ChatModel, Head
 from hba.model.generate import media_token_ids
-from hba.rl.sampler import Draws, Sampler, padded, texts_of
+from hba.rl.sampler import Draws, Key, Prompts, Sampler, keys_of, padded, texts_of
+
+CHUNK_VALUES = 1 << 25  # 128 MiB of float32; some five of these are alive at once
 
 
 class Rollouts(NamedTuple):
     """The responses to a batch of prompts, one a row."""
 
     batch: Batch  # prompts and responses; labels_BT marks the response tokens
+    keys: list[Key]
     texts: list[str]
     lengths: list[int]  # tokens, the end token included
-    sampler_logps_BL: Tensor | None  # as the server says; None where the policy sampled
+    sampler_logps_BL: Tensor  # of the response tokens, as the sampler says
+
+    def __len__(self) -> int:
+        """Rollouts."""
+        return len(self.keys)
 
 
 class Probabilities(NamedTuple):
@@ -41,17 +53,18 @@ class Probabilities(NamedTuple):
     mask_BL: Tensor  # 1 at response tokens, float
 
 
-def roll_out(sampler: Sampler, policy: ChatModel, prompts: Sequence[Batch], draws: Draws) -> list[Rollouts]:
+def roll_out(sampler: Sampler, policy: ChatModel, prompts: Sequence[Prompts], draws: Draws) -> list[Rollouts]:
     """Sample one response for each row of each batch of `prompts`."""
     pad = policy.processor.tokenizer.pad_token_id or 0
     return [
         Rollouts(
-            batch=with_responses(batch, drawn.tokens, pad),
+            batch=with_responses(each.batch, drawn.tokens, pad),
+            keys=keys_of(each.places),
             texts=texts_of(drawn, policy),
             lengths=drawn.lengths,
-            sampler_logps_BL=None if drawn.logps is None else padded(drawn.logps, 0.0),
+            sampler_logps_BL=padded(drawn.logps, 0.0),
         )
-        for batch, drawn in zip(prompts, sampler.draw(prompts, draws), strict=True)
+        for each, drawn in zip(prompts, sampler.draw(prompts, draws), strict=True)
     ]
 
 
@@ -78,16 +91,37 @@ def probabilities(model: nn.Module, policy: ChatModel, batch: Batch, temperature
     """
     labels_BT = batch.labels_BT
     assert labels_BT is not None  # with_responses gives them
-    logits_NV = model(batch).float() / temperature
-    banned = media_token_ids(policy.transformer.config, policy.processor)
-    logits_NV[:, banned] = -torch.inf
-    logps_NV = torch.log_softmax(logits_NV, -1)
     marked_BT = labels_BT != IGNORED
-    chosen_N = logps_NV.gather(-1, labels_BT[marked_BT].unsqueeze(-1)).squeeze(-1)
-    certain_NV = logps_NV.detach()
-    entropy_N = -(certain_NV.exp() * certain_NV.clamp_min(torch.finfo(certain_NV.dtype).min)).sum(-1)
+    read = partial(
+        _of_tokens,
+        ids_N=labels_BT[marked_BT],
+        banned=media_token_ids(policy.transformer.config, policy.processor),
+        temperature=temperature,
+        vocabulary=len(policy.transformer.get_output_embeddings().weight),
+    )
+    chosen_N, entropy_N = model(batch, read).unbind(-1)
     start = int(marked_BT.any(0).nonzero()[0])
     mask_BL = marked_BT[:, start:]
     zeros_BL = torch.zeros(mask_BL.shape, dtype=chosen_N.dtype, device=chosen_N.device)
     logps_BL = zeros_BL.masked_scatter(mask_BL, chosen_N)
     return Probabilities(logps_BL, zeros_BL.masked_scatter(mask_BL, entropy_N), mask_BL.to(chosen_N.dtype))
+
+
+def _of_tokens(
+    states_NH: Tensor, head: Head, *, ids_N: Tensor, banned: Sequence[int], temperature: float, vocabulary: int
+) -> Tensor:
+    """Log-probability of each token and entropy of its distribution [N, 2]; the entropy has no gradient."""
+
+    def of_chunk(states_CH: Tensor, ids_C: Tensor) -> Tensor:
+        logits_CV = head(states_CH).float() / temperature
+        logps_CV = torch.log_softmax(logits_CV.index_fill(-1, banned_ids, -torch.inf), -1)
+        certain_CV = logps_CV.detach()
+        entropy_C = -(certain_CV.exp() * certain_CV.clamp_min(torch.finfo(certain_CV.dtype).min)).sum(-1)
+        return torch.stack([logps_CV.gather(-1, ids_C.unsqueeze(-1)).squeeze(-1), entropy_C], -1)
+
+    banned_ids = torch.tensor(banned, dtype=torch.long, device=states_NH.device)
+    size = max(1, CHUNK_VALUES // vocabulary)
+    if len(states_NH) <= size:
+        return of_chunk(states_NH, ids_N)
+    chunks = zip(torch.split(states_NH, size), torch.split(ids_N, size), strict=True)
+    return torch.cat([checkpoint(of_chunk, states_CH, ids_C, use_reentrant=False) for states_CH, ids_C in chunks])

@@ -1,9 +1,9 @@
 """A vLLM server as the sampler: the policy's prompts and media over HTTP, and the very tokens that were drawn.
 
-One request a prompt with `n` choices, seeded by the draws' name and the sample, so that a resumed run asks for what an
-uninterrupted one does. Media go bit for bit as the policy's own encoder gets them. The server says which tokens it saw
-and drew: prompts that are not the policy's, tokens that were not asked for and answers without tokens end the run with
-one error. Nothing is tokenised again and no reply is cached.
+One request a prompt with `n` choices, seeded by the draws' name and the prompt's place, so that a resumed run asks for
+what an uninterrupted one does. Media go bit for bit as the policy's own encoder gets them. The server says which tokens
+it saw and drew: prompts that are not the policy's, tokens that were not asked for and answers without tokens end the
+run with one error. Nothing is tokenised again and no reply is cached.
 
 A server that is overloaded or away for a while is asked again (`hba.remote`); one that stays away ends the run, whose
 last checkpoint stands.
@@ -15,7 +15,6 @@ import asyncio
 import math
 from collections import Counter
 from collections.abc import Coroutine, Iterator, Sequence
-from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -24,7 +23,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from hba.atlas.batch import Batch, SampleEncoder, load_media, messages_of
+from hba.atlas.batch import SampleEncoder, load_media, messages_of
 from hba.atlas.chat_encoder import SAMPLING_RATE, media_placeholders
 from hba.atlas.prompt import MODALITIES
 from hba.atlas.sample import Sample
@@ -36,7 +35,7 @@ from hba.remote import ChatRequest, ClientConfig, RemoteClient, RequestError, Se
 from hba.remote.providers import TokenChat
 from hba.remote.request import Choice, TokenReply
 from hba.rl.config import RlConfig, ServerConfig
-from hba.rl.sampler import Drawn, Draws, PolicySampler, Sampler
+from hba.rl.sampler import Drawn, Draws, Place, PolicySampler, Prompts, Sampler
 from hba.rl.server_weights import ServedWeights, served_folder
 from hba.train.sharding import whole_weights
 
@@ -89,9 +88,9 @@ class ServerSampler:
         broadcast_object_list(name)
         self._model, self._version = name[0], version
 
-    def draw(self, prompts: Sequence[Batch], draws: Draws) -> list[Drawn]:
+    def draw(self, prompts: Sequence[Prompts], draws: Draws) -> list[Drawn]:
         """All batches at once, as the server bears. Raises HbaError naming the sample of a reply that is of no use."""
-        found: list[list[Choice | None]] = [[None] * (len(batch) * draws.per_row) for batch in prompts]
+        found: list[list[Choice | None]] = [[None] * (len(each) * draws.per_row) for each in prompts]
 
         async def ask_all() -> None:
             width = self._config.max_concurrency
@@ -113,25 +112,22 @@ class ServerSampler:
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return self._loop.run_until_complete(work)
 
-    def _questions(self, prompts: Sequence[Batch], draws: Draws) -> Iterator[_Question]:
-        seen: Counter[str] = Counter()  # a plan may take a sample twice
-        for number, batch in enumerate(prompts):
+    def _questions(self, prompts: Sequence[Prompts], draws: Draws) -> Iterator[_Question]:
+        for number, (batch, places) in enumerate(prompts):
             shown_BT = batch.inputs["attention_mask"].bool().cpu()
             ids_BT = batch.inputs["input_ids"].cpu()
-            for _, group in groupby(range(len(batch)), key=lambda row: id(batch.samples[row])):
+            for place, group in groupby(range(len(batch)), key=lambda row: places[row]):
                 rows = tuple(group)
                 sample = batch.samples[rows[0]]
                 ids = tuple(ids_BT[rows[0]][shown_BT[rows[0]]].tolist())
-                places = tuple(row * draws.per_row + i for row in rows for i in range(draws.per_row))
-                request = self.request(sample, draws._replace(name=f"{draws.name}/{seen[sample.id]}"), len(places))
-                seen[sample.id] += 1
-                yield _Question(number, places, sample, ids, request)
+                answers = tuple(row * draws.per_row + i for row in rows for i in range(draws.per_row))
+                yield _Question(number, answers, sample, ids, self.request(sample, place, draws, len(answers)))
 
-    def request(self, sample: Sample, draws: Draws, count: int) -> ChatRequest:
+    def request(self, sample: Sample, place: Place, draws: Draws, count: int) -> ChatRequest:
         """What is sent for `count` responses to a sample. Raises MediaError for a medium that cannot be read."""
         encode = self._encoder.config
         media = load_media(sample, encode, SAMPLING_RATE)
-        seed = int.from_bytes(sha256(f"{draws.name}/{sample.id}".encode()).digest()[:4], "big") >> 1
+        seed = int.from_bytes(draws.seed_of(place)[:4], "big") >> 1
         extra: dict[str, Any] = {"model": self._model, "n": count, "seed": seed, **PLAIN}
         extra |= {"logprobs": True, "return_token_ids": True, "stop_token_ids": self._ends}
         extra["logit_bias"] = {str(token): BANNED_BIAS for token in self._banned}
@@ -230,7 +226,7 @@ def build_sampler(
 ) -> Sampler:
     """The sampler of `rollout.sampler`."""
     if config.rollout.sampler == "generate":
-        return PolicySampler(policy)
+        return PolicySampler(policy, accelerator.autocast)
     return ServerSampler(config, policy, encoder, accelerator, run)
 
 

@@ -65,15 +65,15 @@ def training_plan(
         planned = plan_batches(codes_M, lengths_N[rows], batch_size=size, seed=config.seed, epoch=epoch)
         batches += [rows[batch] for batch in planned]
     limit = config.device_batch_size
-    shares = [_share(batch, limit, (rank + number) % world, world) for number, batch in enumerate(batches)]
-    ends = np.cumsum([len(share) for share in shares])
+    shares = [share(batch, limit, (rank + number) % world, world) for number, batch in enumerate(batches)]
+    ends = np.cumsum([len(parts) for parts in shares])
     starts = [0, *ends[config.accumulation - 1 :: config.accumulation].tolist()]
     if starts[-1] != ends[-1]:
         starts.append(int(ends[-1]))
-    return Plan([part for share in shares for part in share], starts)
+    return Plan([part for parts in shares for part in parts], starts)
 
 
-def _share(batch: Indices, limit: int | None, place: int, world: int) -> list[Indices]:
+def share(batch: Indices, limit: int | None, place: int, world: int) -> list[Indices]:
     """A rank's samples of a batch, in as many parts on every rank; a part may be empty.
 
     A batch is sorted by length. It is cut into pieces that are dealt over the ranks in its order, so that a piece is

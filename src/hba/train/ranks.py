@@ -98,6 +98,19 @@ class Ranks:
             distributed.all_gather_object(found, list(values), group=self._patient)
         return [value for of_rank in found for value in of_rank]
 
+    def collect(self, make: Callable[[], Sequence[T]]) -> list[T]:
+        """What `make` gives on every rank, as `gather` does; an HbaError of one rank is raised on all of them."""
+        own: Sequence[T] = ()
+        failed: HbaError | None = None
+        try:
+            own = make()
+        except HbaError as error:
+            failed = error
+        for told in self.gather([failed]):
+            if told is not None:
+                raise told from failed
+        return self.gather(own)
+
     def told(self, value: T, by: int = 0) -> T:
         """The `value` of rank `by`; what the others give is not looked at. Raises HbaError when a rank has ended."""
         if self.world == 1:

@@ -2,8 +2,10 @@
 
 `translate` is a pure function of the run, so that `--dry-run` can show all of it. What verl cannot do as the local
 engine does is refused with a ConfigError that names the key, never approximated. What differs is said in docs/scale.md:
-verl decays all parameters alike, its learning rate moves by its own formula between the same points, a batch that is
-not full is left out, and dynamic sampling drops the groups without signal.
+verl decays all parameters alike, and its learning rate moves by its own formula between the same points.
+
+verl wants batches of one size that its GPUs divide. `Sizes` are such ones; the trainer gives each step the prompts that
+the plan has for it, verl fills the rest with rows that weigh nothing, and the loss is a mean over the others alone.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ TRAINER_MODE = ESTIMATOR = "hba"
 AGENT = "hba_omni"
 TRAINING, VALIDATION = "training", "validation"
 PLUGIN = "hba.rl.verl.plugin"
+SIGNAL_PART = "hba_signal"  # of a rollout: its reward as a whole number, equal where rewards are
 AVERAGES = {"token": "token-mean", "sequence": "seq-mean-token-mean", "constant": "seq-mean-token-sum-norm"}
 KL_KINDS = {"k1": "kl", "k2": "mse", "k3": "low_var_kl"}
 
@@ -71,8 +74,29 @@ def modules(config: RlConfig) -> str:
 
 
 def prompts_of_step(config: RlConfig) -> int:
-    """Prompts of one optimizer step, over all GPUs."""
+    """Prompts of one step, over all GPUs; the last one of a plan, and those of a small dataset, have fewer."""
     return config.train.batch_size * config.train.accumulation
+
+
+class Sizes(NamedTuple):
+    """What verl is told of a step, over all GPUs."""
+
+    prompts_of_update: int
+    rows_at_once: int  # rollouts on one GPU in one pass
+
+
+def sizes(config: RlConfig) -> Sizes:
+    """The smallest sizes that fit a full step. Raises ConfigError for several updates that it cannot be cut into."""
+    world, responses = config.verl.nodes * config.verl.gpus_per_node, config.rollout.per_prompt
+    prompts, updates = prompts_of_step(config), config.loss.updates
+    even = world // math.gcd(world, responses)  # so many prompts have a number of responses that the GPUs divide
+    of_update = -(-prompts // (updates * even)) * even
+    if -(-prompts // of_update) != updates:
+        found = f"{prompts} prompts x {responses} responses cannot be cut into {updates} updates on {world} GPUs"
+        raise ConfigError(found, where="loss.updates", fix=f"Use {-(-prompts // of_update)}, or more prompts a step.")
+    share, limit = of_update * responses // world, config.train.device_batch_size
+    wanted = share if limit is None else min(share, limit * responses)
+    return Sizes(of_update, next(rows for rows in range(wanted, 0, -1) if share % rows == 0))
 
 
 def _algorithm(config: RlConfig) -> Algorithm:
@@ -87,23 +111,21 @@ def _algorithm(config: RlConfig) -> Algorithm:
     if config.rollout.sampler != "generate":
         fix = "Leave rollout.sampler out: verl starts and renews its own vLLM (verl.rollout)."
         raise ConfigError("a server of the local engine", where="rollout.sampler", fix=fix)
-    if prompts_of_step(config) % config.loss.updates:
-        fix = "Use a number that divides train.batch_size * train.accumulation."
-        raise ConfigError(f"{config.loss.updates} updates a step", where="loss.updates", fix=fix)
     return algorithm
 
 
 def _data(config: RlConfig, place: Place, algorithm: Algorithm) -> dict[str, Any]:
     return {
-        "data.gen_batch_size": 1 if algorithm.dynamic_sampling else None,  # prompts in place of groups without signal
+        "data.gen_batch_size": 1,  # prompts are asked for in any number
         "algorithm.filter_groups.enable": algorithm.dynamic_sampling,
-        "algorithm.filter_groups.metric": "reward",
+        # Not the reward: verl compares a deviation of floats, which equal numbers may have, with 0.
+        "algorithm.filter_groups.metric": SIGNAL_PART,
         "data.train_files": TRAINING,  # which of the run's two sets of rows; the dataset opens it
         "data.val_files": VALIDATION,
         "data.hba_run": str(place.run),  # a key of ours: where the plug-ins find the run's config.yaml
         "data.custom_cls.path": "pkg://hba.rl.verl.dataset",
         "data.custom_cls.name": "AtlasDataset",
-        "data.train_batch_size": prompts_of_step(config),
+        "data.train_batch_size": sizes(config).prompts_of_update * config.loss.updates,  # the trainer knows each step's
         "data.max_prompt_length": config.encode.max_tokens,
         "data.max_response_length": config.rollout.max_new_tokens,
         "data.dataloader_num_workers": 0,  # rows hold references, so that there is nothing to prepare
@@ -128,10 +150,10 @@ def _model(config: RlConfig, place: Place) -> dict[str, Any]:
 
 def _actor(config: RlConfig, algorithm: Algorithm) -> dict[str, Any]:
     at, loss, train = "actor_rollout_ref.actor", config.loss, config.train
-    rows = _rows_at_once(config)
+    prompts, rows = sizes(config)
     keys = {
         f"{at}.strategy": "fsdp2",
-        f"{at}.ppo_mini_batch_size": prompts_of_step(config) // loss.updates,
+        f"{at}.ppo_mini_batch_size": prompts,
         f"{at}.ppo_micro_batch_size_per_gpu": rows,
         f"{at}.ppo_epochs": 1,
         f"{at}.grad_clip": train.max_grad_norm,
@@ -192,7 +214,7 @@ def _rollout(config: RlConfig) -> dict[str, Any]:
         f"{at}.tensor_model_parallel_size": verl.tensor_parallel,
         f"{at}.gpu_memory_utilization": verl.gpu_memory_utilization,
         f"{at}.max_model_len": config.encode.max_tokens + config.rollout.max_new_tokens,
-        f"{at}.log_prob_micro_batch_size_per_gpu": _rows_at_once(config),
+        f"{at}.log_prob_micro_batch_size_per_gpu": sizes(config).rows_at_once,
         f"{at}.calculate_log_probs": True,
         f"{at}.val_kwargs.do_sample": False,
         f"{at}.val_kwargs.temperature": 0,
@@ -232,15 +254,3 @@ def _trainer(config: RlConfig, place: Place) -> dict[str, Any]:
             "TENSORBOARD_DIR": str(place.run / "tensorboard"),
         },
     }
-
-
-def _rows_at_once(config: RlConfig) -> int:
-    """Rollouts on one GPU in one pass. Raises ConfigError where a step cannot be split evenly."""
-    world = config.verl.nodes * config.verl.gpus_per_node
-    share, rest = divmod(prompts_of_step(config) * config.rollout.per_prompt, world * config.loss.updates)
-    if rest:
-        found = f"{prompts_of_step(config)} prompts x {config.rollout.per_prompt} responses on {world} GPUs"
-        raise ConfigError(f"{found} do not divide evenly", where="train.batch_size", fix="Change one of them.")
-    limit = config.train.device_batch_size
-    wanted = share if limit is None else min(share, limit * config.rollout.per_prompt)
-    return next(rows for rows in range(wanted, 0, -1) if share % rows == 0)

@@ -21,7 +21,7 @@ from hba.atlas import Atlas
 from hba.atlas.batch import Media
 from hba.atlas.media import Video
 from hba.atlas.sampler import Indices
-from hba.errors import ConfigError, MediaError
+from hba.errors import MediaError
 from hba.quarantine import QuarantineLog
 from hba.rl.config import RlConfig
 from hba.rl.evaluation_log import WAYS
@@ -105,19 +105,11 @@ def _clip(video: Video) -> tuple[torch.Tensor, dict[str, Any]]:
 
 
 def step_rows(atlas: Atlas, config: RlConfig) -> list[Indices]:
-    """The rows of each step of the run, all epochs: the training plan's batches that are full, in its order.
-
-    verl's batches have one size, so that the rest of a modality signature, and batches that fill no step, are left
-    out. Raises ConfigError when nothing is left.
-    """
+    """The rows of each step of the run, all epochs: the batches of the training plan, in its order."""
     single = replace(config.train, accumulation=1, device_batch_size=None)
     plan = training_plan(atlas.columns, atlas.estimated_tokens, config.mix, single, rank=0, world=1)
-    full = [batch for batch in plan.micro_batches if len(batch) == config.train.batch_size]
-    together = config.train.accumulation
-    steps = [np.concatenate(full[i : i + together]) for i in range(0, len(full) - together + 1, together)]
-    if not steps:
-        found = f"no modality has {config.train.batch_size} rows"
-        raise ConfigError(found, where="train.batch_size", fix="Use a smaller batch, or fewer accumulation.")
+    batches, together = plan.micro_batches, config.train.accumulation
+    steps = [np.concatenate(batches[i : i + together]) for i in range(0, len(batches), together)]
     return steps if config.train.max_steps is None else steps[: config.train.max_steps]
 
 

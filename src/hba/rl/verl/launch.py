@@ -1,13 +1,18 @@
 """`hba train rl --engine verl`: write verl's config into the run folder, start verl, follow it, go on where it was.
 
 verl runs in processes of its own, so that its failures cannot take hba's records along. Everything it reads and writes
-is in RUN/verl: `hba.yaml` (its config), `model/` (what it starts from, as the release is laid out), `checkpoints/`,
-`verl.log`. The steps are in RUN/log.jsonl, in the local engine's form.
+is in RUN/verl: `hba.yaml` (its config), `model/` (what it starts from, as the release is laid out), `checkpoints/` (the
+last and the best), `verl.log`. The steps are in RUN/log.jsonl, in the local engine's form.
+
+What ends a run for a reason of ours, a reward that raises say, lies in `failure.json` (`note_failure`): verl would drop
+the rollout that it is about and go on.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -21,14 +26,19 @@ from hba import yaml_core
 from hba.errors import HbaError, InputError
 from hba.model import checkpoint
 from hba.process import data_record
+from hba.rl.advantages import build_advantage
 from hba.rl.config import RlConfig
+from hba.rl.evaluation_log import read_evaluations, summary
 from hba.rl.rows import training_rows, validation_rows
+from hba.rl.scoring import Scorer
+from hba.rl.telemetry import in_words
 from hba.rl.verl.config import Place, modules, nested, translate
 from hba.rl.verl.dataset import step_rows
 from hba.run import RunFolder
-from hba.storage import atomic_folder, atomic_write, read_json
+from hba.storage import atomic_folder, atomic_write, read_json, write_json
 
 CONFIG = "hba"
+FAILURE = "failure.json"
 LATEST = "latest_checkpointed_iteration.txt"
 POLL_SECONDS = 0.5
 TAIL_LINES = 30
@@ -36,7 +46,7 @@ INSTALL = "pip install 'human-behavior-atlas[verl]' into an environment without 
 
 
 def place_of(config: RlConfig, run: Path) -> Place:
-    """Files and length of a run. Raises InputError for rows that cannot be opened, ConfigError for too few of them."""
+    """Files and length of a run. Raises InputError for rows that cannot be opened."""
     run = run.resolve()
     steps = len(step_rows(training_rows(config), config))
     validation_rows(config)
@@ -52,14 +62,19 @@ def _is_release(folder: Path) -> bool:
     return file.is_file() and read_json(file).get("model_type") == "qwen2_5_omni"
 
 
-def train_on_verl(config: RlConfig, run: RunFolder, told: Callable[[int, int], None]) -> int:
-    """Run (or resume) it to its end; gives the number of steps. `told` hears of each, with the number in all.
+def train_on_verl(
+    config: RlConfig, run: RunFolder, told: Callable[[int, int], None], said: Callable[[str], None]
+) -> int:
+    """Run (or resume) it to its end; gives the number of steps. `told` hears of each, with the number in all, `said`
+    what evaluations and warnings say.
 
     Raises InputError without verl, HbaError with the end of verl's log when it fails.
     """
     if find_spec("verl") is None:
         raise InputError("verl is not installed", where="--engine verl", fix=INSTALL)
     place = place_of(config, run.path)
+    build_advantage(config.resolved_algorithm().advantage)  # a function of one's own that is not there is said at once
+    Scorer(config.reward)
     run.record_data(data_record(config.atlas, training_rows(config)))
     place.folder.mkdir(parents=True, exist_ok=True)
     _release(config, place)
@@ -67,7 +82,7 @@ def train_on_verl(config: RlConfig, run: RunFolder, told: Callable[[int, int], N
     with atomic_write(place.folder / f"{CONFIG}.yaml") as file:
         file.write(yaml_core.dump(settings))
     run.truncate_log(latest_step(place.folder))
-    _run(config, place, told)
+    _run(config, place, told, said)
     return latest_step(place.folder)
 
 
@@ -75,6 +90,44 @@ def latest_step(folder: Path) -> int:
     """The step of the newest whole checkpoint below RUN/verl; 0 without one."""
     file = folder / "checkpoints" / LATEST
     return int(file.read_text()) if file.is_file() else 0
+
+
+def best_step(run: Path) -> int:
+    """The step of the checkpoint with the best greedy reward on held-out rows, the newest if none was evaluated."""
+    latest = latest_step(run / "verl")
+    scores = {step: summary(records)["greedy_reward"] for step, records in read_evaluations(run).items()}
+    kept = [step for step, _ in checkpoints(run) if step in scores and step <= latest]
+    return max(kept, key=lambda step: (scores[step], -step), default=latest)
+
+
+def checkpoints(run: Path) -> list[tuple[int, Path]]:
+    """The checkpoints of a run on verl, oldest first; the last of them may be one that is being written."""
+    found = (run / "verl" / "checkpoints").glob("global_step_*")
+    return sorted((int(path.name.removeprefix("global_step_")), path) for path in found)
+
+
+def keep_last_and_best(run: Path) -> None:
+    """Remove the checkpoints that are neither, nor being written. To be called after a save and an evaluation."""
+    latest, best = latest_step(run / "verl"), best_step(run)
+    for step, path in checkpoints(run):
+        if step < latest and step != best:
+            shutil.rmtree(path)
+
+
+def note_failure(run: Path, error: HbaError) -> None:
+    """Let the command of `run` end with `error`; the first one that is noted counts."""
+    file = run / "verl" / FAILURE
+    if not file.is_file():
+        write_json(file, {"what": error.what, "where": error.where, "fix": error.fix})
+
+
+def noted_failure(run: Path) -> HbaError | None:
+    """What a process of verl has noted since the command was started."""
+    file = run / "verl" / FAILURE
+    if not file.is_file():
+        return None
+    noted = read_json(file)
+    return HbaError(noted["what"], where=noted["where"], fix=noted["fix"])
 
 
 def _release(config: RlConfig, place: Place) -> None:
@@ -96,7 +149,7 @@ def _release(config: RlConfig, place: Place) -> None:
         write_full(Parts(base=name, processor=name), new, dtype=torch.float32, card=card)
 
 
-def _run(config: RlConfig, place: Place, told: Callable[[int, int], None]) -> None:
+def _run(config: RlConfig, place: Place, told: Callable[[int, int], None], said: Callable[[str], None]) -> None:
     command = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-dir", str(place.folder)]
     command += ["--config-name", CONFIG, f"hydra.run.dir={place.folder / 'hydra'}", *config.verl.overrides]
     environment = {
@@ -106,25 +159,47 @@ def _run(config: RlConfig, place: Place, told: Callable[[int, int], None]) -> No
         "TOKENIZERS_PARALLELISM": "false",
         "HYDRA_FULL_ERROR": "1",
     }
-    log = place.folder / "verl.log"
+    log, lines = place.folder / "verl.log", _Lines(place)
+    (place.folder / FAILURE).unlink(missing_ok=True)
     with log.open("ab") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)  # noqa: S603
         try:
-            while process.poll() is None:
-                told(_steps(place), place.steps)
+            while process.poll() is None and noted_failure(place.run) is None:
+                lines.tell(told, said)
                 time.sleep(POLL_SECONDS)
         finally:
             if process.poll() is None:
                 process.terminate()
                 process.wait()
-    told(_steps(place), place.steps)
+    lines.tell(told, said)
+    failed = noted_failure(place.run)
+    if failed is not None:
+        raise failed
     if process.returncode:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
         fix = "Run the same command again to go on from the last checkpoint."
         raise HbaError(f"verl ended with code {process.returncode}; its last lines:\n{tail}\n", where=str(log), fix=fix)
 
 
-def _steps(place: Place) -> int:
-    """Steps in the log, which verl's process may be writing."""
-    file = place.run / "log.jsonl"
-    return file.read_text(errors="replace").count('"kind": "rl"') if file.is_file() else 0
+class _Lines:
+    """What verl's processes add to log.jsonl, which they may be writing; a line that was told is not told again."""
+
+    def __init__(self, place: Place) -> None:
+        self._file, self._total = place.run / "log.jsonl", place.steps
+        self._at = self._file.stat().st_size if self._file.is_file() else 0
+        self._step = latest_step(place.folder)
+
+    def tell(self, told: Callable[[int, int], None], said: Callable[[str], None]) -> None:
+        """Tell of the step that was reached, and say evaluations and warnings."""
+        if self._file.is_file():
+            with self._file.open("rb") as file:
+                file.seek(self._at)
+                whole = file.read().rpartition(b"\n")[0]
+            self._at += len(whole) + bool(whole)
+            for record in map(json.loads, whole.splitlines()):
+                self._step = max(self._step, int(record["step"]))
+                if record["kind"] == "evaluation":
+                    said(f"step {record['step']}: {in_words(record['figures'])}")
+                elif record["kind"] == "warning":
+                    said(f"warning: step {record['step']}: {record['message']}")
+        told(self._step, self._total)

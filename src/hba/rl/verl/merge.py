@@ -1,4 +1,4 @@
-"""`hba merge` of a run on verl: its newest whole checkpoint as one full model, which predict, score and report take.
+"""`hba merge` of a run on verl: its best checkpoint as one full model, which predict, score and report take.
 
 verl writes the weights of a checkpoint in Hugging Face form beside its own shards (`actor/huggingface`); nothing here
 needs verl, and nothing is unpickled.
@@ -13,7 +13,7 @@ import torch
 from hba.errors import InputError
 from hba.model import checkpoint
 from hba.model.merge import Parts, require_free, write_full
-from hba.rl.verl.launch import latest_step
+from hba.rl.verl.launch import best_step
 from hba.rl.verl.rows import run_config
 from hba.storage import atomic_folder
 
@@ -31,7 +31,7 @@ def merge_verl_run(run: Path, out: Path, *, dtype: torch.dtype) -> int:
     Raises InputError when no checkpoint is whole or `out` is taken.
     """
     require_free(out)
-    config, step = run_config(str(run)), latest_step(run / FOLDER)
+    config, step = run_config(str(run)), best_step(run)
     weights = run / FOLDER / "checkpoints" / f"global_step_{step}" / "actor" / "huggingface"
     if not step or not list(weights.glob("*.safetensors")):
         raise InputError("no whole checkpoint", where=str(run / FOLDER), fix="Run the command of the run again.")

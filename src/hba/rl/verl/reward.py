@@ -2,21 +2,26 @@
 
 verl asks for one response at a time, of many at the same time. Those that arrive within a moment are scored together,
 so that the sentence encoder sees batches. A reward worker is a Ray actor with one encoder; all agent workers share one,
-unless a run asks for more (`verl.reward_workers`).
+unless a run asks for more (`verl.reward_workers`). What fails here ends the run: verl would drop the rollouts that it
+is about, and learn from the others.
 """
 
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 
 from hba.atlas.sample import Sample
 from hba.errors import HbaError
+from hba.rl.groups import SIGNAL
+from hba.rl.own import raised
 from hba.rl.scoring import Scorer
-from hba.rl.verl.config import VALIDATION
+from hba.rl.verl.config import SIGNAL_PART, VALIDATION
 from hba.rl.verl.evaluation import verdict
+from hba.rl.verl.launch import note_failure
 from hba.rl.verl.rows import run_config, run_rows
 
 GATHER_SECONDS = 0.02
@@ -27,7 +32,7 @@ class _Asked(NamedTuple):
     response: str
     sample: Sample
     tokens: int
-    answer: asyncio.Future[dict[str, float]]
+    answer: asyncio.Future[dict[str, Any]]
 
 
 class ScorerRewardManager(RewardManagerBase):  # type: ignore[misc]
@@ -57,7 +62,8 @@ class ScorerRewardManager(RewardManagerBase):  # type: ignore[misc]
             self._score()
         elif len(self._asked) == 1:
             loop.call_later(GATHER_SECONDS, self._score)
-        parts = {**await asked.answer, "tokens": float(tokens)}
+        parts: dict[str, Any] = {**await asked.answer, "tokens": float(tokens)}
+        parts[SIGNAL_PART] = float(round(parts["score"] / SIGNAL))
         if role == VALIDATION:
             parts |= verdict(sample, text, number, str(row.non_tensor_batch["way"]), self._taxonomy)
         return {"reward_score": parts["score"], "reward_extra_info": parts}
@@ -68,9 +74,11 @@ class ScorerRewardManager(RewardManagerBase):  # type: ignore[misc]
             return
         try:
             scored = self._scorer([a.response for a in asked], [a.sample for a in asked], [a.tokens for a in asked])
-        except HbaError as error:  # to whoever asked; verl ends the rollouts with it
+        except Exception as error:  # noqa: BLE001  # whoever asked waits for an answer, whatever it is
+            failed = error if isinstance(error, HbaError) else HbaError(raised(error), where="verl's reward worker")
+            note_failure(Path(self._run), failed)
             for one in asked:
-                one.answer.set_exception(error)
+                one.answer.set_exception(failed)
             return
         for one, parts in zip(asked, scored, strict=True):
             one.answer.set_result(parts)
