@@ -357,7 +357,7 @@ def failing(rows: list[Prediction], dataset: str, count: int) -> list[Prediction
 
 def test_a_task_of_which_many_rows_failed_is_not_compared_and_says_so(tmp_path: Path) -> None:
     a = folder(tmp_path / "a", answered(1, 0.6))
-    b = folder(tmp_path / "b", failing(answered(2, 0.6), "mmsd", 20))
+    b = folder(tmp_path / "b", failing(answered(2, 0.6), "mmsd", 5))
     found = compare_runs(a, b).paired
     line = found.tasks["SAR"]
     assert (line.a, line.b, line.difference, line.p_value, line.p_holm) == (None,) * 5
@@ -367,6 +367,12 @@ def test_a_task_of_which_many_rows_failed_is_not_compared_and_says_so(tmp_path: 
     assert run_variance([a, b]).tasks["SAR"].mean is None
     seeds = compare_seeds([a, a], [b, b])
     assert seeds.tasks["SAR"].difference is None and seeds.mean and seeds.mean.difference is not None
+    assert run_variance([a, b]).mean.mean is not None
+    lost = folder(tmp_path / "lost", failing(answered(3, 0.6), "mmsd", 6))  # of all rows 5 % exactly
+    assert compare_runs(a, lost).paired.mean.difference is not None
+    more = folder(tmp_path / "more", failing(answered(3, 0.6), "mmsd", 7))
+    assert compare_runs(a, more).paired.mean.difference is None
+    assert "the mean is not compared: 7 of 120 rows failed in a run." in " ".join(hba("compare", a, more)[1].split())
     few = folder(tmp_path / "c", failing(answered(2, 0.6), "mmsd", 1))
     assert compare_runs(a, few).paired.tasks["SAR"].difference is not None
 

@@ -192,9 +192,15 @@ def matched_rows(runs: Sequence[Run], matched: Matched) -> list[Rows]:
 
 
 def failed_tasks(predictions: Sequence[Sequence[Prediction]], taxonomy: Taxonomy) -> dict[str, str]:
-    """Why a task is not compared, by its key: more than MAX_FAILED of a dataset's rows failed in one of the runs."""
+    """Why a task is not compared, by its key: more than MAX_FAILED of a dataset's rows failed in one of the runs.
+
+    The key MEAN says that as many of all rows failed, which leaves no mean.
+    """
     found: dict[str, str] = {}
     for mine in predictions:
+        lost = sum(p.failed for p in mine)
+        if lost > MAX_FAILED * len(mine):
+            found[MEAN] = f"{lost:,} of {len(mine):,} rows failed in a run"
         rows, failed = (Counter(p.dataset for p in kept) for kept in (mine, [p for p in mine if p.failed]))
         for key in failed:
             task = taxonomy.dataset(key).task or key
@@ -305,7 +311,7 @@ def paired_difference(
             tasks[task.key] = _or_failed(_difference(mine, a, test), (failed or {}).get(task.key))
     out = _datasets_of(a, failed or {})
     scored = [each for each in compared if each.a.in_task and each.a.key not in out]
-    mean = replace(_difference(scored, a, test), metric=MEAN) if scored else None
+    mean = _or_failed(replace(_difference(scored, a, test), metric=MEAN), (failed or {}).get(MEAN)) if scored else None
     return Paired(tasks=_with_holm(tasks), mean=mean, datasets=datasets)
 
 
@@ -558,27 +564,24 @@ def run_variance(
     for task in several.taxonomy.tasks.values():
         mine = [each for each in several.datasets if each.part.key in task.datasets]
         if mine:
-            line = _spread(mine, several.rows, alike_N)
-            note = several.failed.get(task.key)
-            nothing: dict[str, Any] = {"mean": None, "sd": None, "ci95_runs": None, "ci95_rows": None}
-            tasks[task.key] = line if note is None else replace(line, **nothing, note=note)
+            tasks[task.key] = _spread(mine, several.rows, alike_N, several.failed.get(task.key))
     out = _datasets_of(several.rows, several.failed)
     scored = [each for each in several.datasets if each.part.in_task and each.part.key not in out]
     return Variance(
         runs=several.names,
         tasks=tasks,
-        mean=_spread(scored, several.rows, alike_N) if scored else None,
+        mean=_spread(scored, several.rows, alike_N, several.failed.get(MEAN)) if scored else None,
         num_rows=len(alike_N),
         num_asked=several.num_asked,
         left_out=several.matched.left_out,
     )
 
 
-def _spread(found: Sequence[_Dataset], rows: Rows, alike_N: Floats) -> Spread:
+def _spread(found: Sequence[_Dataset], rows: Rows, alike_N: Floats, failed: str | None) -> Spread:
     known = [each for each in found if not np.isnan(each.scores_K[0])] or found
     mean = {e.part.key: Drawn(e.scores_K.mean(keepdims=True), e.drawn_KR.mean(0), e.units) for e in known}
     scores_K = _mean_of_runs(rows, {each.part.key: each.scores_K for each in known})
-    scores = [value(scores_K[k : k + 1]) for k in range(len(scores_K))]
+    scores = [None if failed else value(scores_K[k : k + 1]) for k in range(len(scores_K))]
     defined = [score for score in scores if score is not None]
     members_M = np.concatenate([each.part.members_M for each in found])
     return Spread(
@@ -591,6 +594,7 @@ def _spread(found: Sequence[_Dataset], rows: Rows, alike_N: Floats) -> Spread:
         agreement=float(alike_N[members_M].mean()),
         n=len(members_M),
         n_independent=min(each.units for each in found),
+        note=failed,
     )
 
 
@@ -673,7 +677,9 @@ def compare_seeds(
         a=several.names[: len(a)],
         b=several.names[len(a) :],
         tasks=_with_holm(tasks),
-        mean=replace(_of_sides(scored, several.rows, len(a)), metric=MEAN) if scored else None,
+        mean=_or_failed(replace(_of_sides(scored, several.rows, len(a)), metric=MEAN), several.failed.get(MEAN))
+        if scored
+        else None,
         num_rows=len(several.matched.predictions[0]),
         num_asked=several.num_asked,
         left_out=several.matched.left_out,

@@ -33,7 +33,7 @@ def comparison(found: Comparison) -> TextTable:
         rows=[_difference(_name(key, line.metric), line, line.p_holm) for key, line in found.paired.tasks.items()],
         summary=_difference("mean", mean, mean.p_value) if mean else None,
         notes=[f"{NOTE} Bold: p below {LEVEL}."],
-        warnings=_warnings(found.paired.tasks),
+        warnings=_warnings(found.paired.tasks, found.paired.mean),
     )
 
 
@@ -46,7 +46,7 @@ def seed_comparison(found: SeedComparison) -> TextTable:
         rows=[_seeds(_name(key, line.metric), line, line.p_holm) for key, line in found.tasks.items()],
         summary=_seeds("mean", found.mean, found.mean.p_value) if found.mean else None,
         notes=[f"A: {', '.join(found.a)}. B: {', '.join(found.b)}.", f"{SEEDS} Bold: p below {LEVEL}."],
-        warnings=_warnings(found.tasks),
+        warnings=_warnings(found.tasks, found.mean),
     )
 
 
@@ -58,7 +58,7 @@ def variance(found: Variance) -> TextTable:
         rows=[_spread(_name(key, line.metric), line) for key, line in found.tasks.items()],
         summary=_spread("mean", found.mean) if found.mean else None,
         notes=[f"Runs: {', '.join(found.runs)}.", SPREAD],
-        warnings=_warnings(found.tasks),
+        warnings=_warnings(found.tasks, found.mean),
     )
 
 
@@ -68,9 +68,13 @@ def _rows(found: Comparison | SeedComparison | Variance) -> str:
     return f"{count(found.num_rows)} common rows{asked}{left_out}"
 
 
-def _warnings(lines: Mapping[str, Difference | SeedDifference | Spread]) -> list[str]:
+Line = Difference | SeedDifference | Spread
+
+
+def _warnings(lines: Mapping[str, Line], mean: Line | None) -> list[str]:
     """What is not compared, and what rests on too little."""
-    found = [f"{key} is not compared: {line.note}." for key, line in lines.items() if line.note]
+    named = {**lines, **({} if mean is None else {"the mean": mean})}
+    found = [f"{key} is not compared: {line.note}." for key, line in named.items() if line.note]
     few = {key: line.n_independent for key, line in lines.items() if line.n_independent < SCANT and not line.note}
     return [*found, *([scant(few)] if few else [])]
 
