@@ -3,9 +3,9 @@ sharded as whole, from its first sampling on."""
 
 import json
 import os
+import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +13,7 @@ import time
 import pytest
 import rl_run
 import torch
+from ranks import Dies, free_port
 from rl_run import write_reward
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -31,47 +32,14 @@ SMALL = [
 ]  # fmt: skip
 SHARDED = "train.sharding=full"
 LORA = ["model.strategy=lora", "model.lora_r=4", "model.lora_dropout=0.0"]
+AFTER_A_SAVE = Dies(0, "hba.train.loop:save_state", "after")
 
 
-def start(run, atlas, backbone, *overrides, processes=1):
+def train(launch, run, atlas, backbone, *overrides, ranks=1, dies=None):
+    """Stage 1 on so many ranks; with `dies` one of them is killed, and the others end by themselves."""
     config = [f"atlas={atlas}", f"model.name={backbone}", *SMALL, *overrides]
-    return launched(["train", "sft", "--run", str(run), *config], processes)
-
-
-def launched(arguments, processes):
-    """The command's processes, as a launcher starts them."""
-    command = [sys.executable, "-m", "hba", *arguments]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [shared | {"WORLD_SIZE": str(processes), "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(processes)]
-    places = ranks if processes > 1 else [{}]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return [subprocess.Popen(command, env=os.environ | place, **pipes) for place in places]
-
-
-def train(*arguments, **options):
-    ended(start(*arguments, **options))
-
-
-def ended(processes):
-    for process in processes:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors.decode()
-
-
-def killed_after(step, run, *arguments, **options):
-    """Start the command, and kill all its processes once the checkpoint of `step` stands."""
-    processes = start(run, *arguments, **options)
-    deadline = time.monotonic() + 200
-    while not (run / "checkpoints" / f"step_{step}").exists():
-        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
-        time.sleep(0.02)
-    for process in processes:
-        os.kill(process.pid, signal.SIGKILL)
-    for process in processes:
-        process.communicate()
+    ended = launch(["train", "sft", "--run", run, *config], ranks=ranks, dies=dies)
+    assert ended.codes == [0] * ranks if dies is None else -9 in ended.codes, ended.err
 
 
 def logged(run, kind="train"):
@@ -97,19 +65,19 @@ def optimizer_files(run):
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory, mini_atlas, backbone):
+def one(tmp_path_factory, launch, mini_atlas, backbone):
     """The uninterrupted run of one process."""
     run = tmp_path_factory.mktemp("runs") / "one"
-    train(run, mini_atlas, backbone)
+    train(launch, run, mini_atlas, backbone)
     return run
 
 
 @pytest.fixture(scope="module")
-def sharded(tmp_path_factory, mini_atlas, backbone):
+def sharded(tmp_path_factory, launch, mini_atlas, backbone):
     """The same over two processes, sharded, layers computed twice, at most three samples at once."""
     run = tmp_path_factory.mktemp("runs") / "sharded"
     extra = [SHARDED, "train.activation_checkpointing=true", "train.device_batch_size=3"]
-    train(run, mini_atlas, backbone, *extra, processes=2)
+    train(launch, run, mini_atlas, backbone, *extra, ranks=2)
     return run
 
 
@@ -127,6 +95,38 @@ def test_two_processes_of_accelerate_give_the_losses_of_one(one, tmp_path, mini_
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["step"] == 6  # one rank alone answers
+    assert_same_training(run, one)
+
+
+def test_a_loss_that_is_not_finite_ends_all_ranks_and_all_name_its_samples(launch, tmp_path, mini_atlas, backbone):
+    config = [f"atlas={mini_atlas}", f"model.name={backbone}", *SMALL, "train.learning_rate=1e30"]
+    config += ["train.max_grad_norm=1e30"]
+    ended = launch(["train", "sft", "--run", tmp_path / "run", *config], ranks=3)
+    assert ended.code == 1
+    (said,) = {err.partition("error: ")[2] for err in ended.err}  # the same on every rank
+    assert re.match(r"samples train/\d+.*(loss|gradient) is (nan|inf)", said)
+
+
+@pytest.mark.slow
+def test_torchrun_that_is_told_to_stop_leaves_a_checkpoint_and_goes_on(one, tmp_path, mini_atlas, backbone):
+    """A scheduler's signal reaches the launcher, which passes it on and gives the processes time."""
+    run = tmp_path / "run"
+    patient = ["--signals-to-handle=SIGTERM,SIGUSR1", "--shutdown-timeout=120", f"--master-port={free_port()}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", *patient]
+    config = [f"atlas={mini_atlas}", f"model.name={backbone}", *SMALL, "train.save_every=1"]
+    command = [*launcher, "-m", "--", "hba", "train", "sft", "--run", str(run), *config]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    stopped = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while not (run / "checkpoints" / "step_1").exists():
+        assert time.monotonic() < deadline and stopped.poll() is None
+        time.sleep(0.02)
+    stopped.send_signal(signal.SIGUSR1)
+    errors = stopped.communicate(timeout=150)[1]
+    assert stopped.returncode == 1  # that of the launcher, whatever the code of its processes
+    assert errors.count("stopped by SIGUSR1; its checkpoint is written") == 2, errors
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert again.returncode == 0, again.stderr
     assert_same_training(run, one)
 
 
@@ -150,26 +150,33 @@ def test_sharded_ranks_write_their_parts_of_the_optimizer_and_one_whole_model(on
     assert OmniSapiens.from_pretrained(sharded).heads.num_classes == 25
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
-def test_a_run_killed_on_some_processes_goes_on_with_others(one, tmp_path, mini_atlas, backbone, first, then):
+def test_a_run_killed_on_some_processes_goes_on_with_others(one, launch, tmp_path, mini_atlas, backbone, first, then):
     run = tmp_path / "run"
-    killed_after(3, run, mini_atlas, backbone, SHARDED, processes=first)
-    train(run, mini_atlas, backbone, SHARDED, processes=then)
+    train(launch, run, mini_atlas, backbone, SHARDED, ranks=first, dies=AFTER_A_SAVE)
+    train(launch, run, mini_atlas, backbone, SHARDED, ranks=then)
     assert_same_training(run, one)
 
 
-@pytest.mark.slow
-def test_lora_adapters_and_heads_are_sharded_beside_a_frozen_backbone(tmp_path, mini_atlas, backbone):
+def test_lora_adapters_and_heads_are_sharded_beside_a_frozen_backbone(launch, tmp_path, mini_atlas, backbone):
     """Killed and resumed on the way, on as many processes."""
     alone, run = tmp_path / "alone", tmp_path / "run"
-    train(alone, mini_atlas, backbone, *LORA)
-    killed_after(3, run, mini_atlas, backbone, *LORA, SHARDED, processes=2)
-    train(run, mini_atlas, backbone, *LORA, SHARDED, processes=2)
+    train(launch, alone, mini_atlas, backbone, *LORA)
+    train(launch, run, mini_atlas, backbone, *LORA, SHARDED, ranks=2, dies=AFTER_A_SAVE)
+    train(launch, run, mini_atlas, backbone, *LORA, SHARDED, ranks=2)
     assert_same_training(run, alone)
     ours, theirs = (weights(r, "adapter_model.safetensors") for r in (run, alone))
     assert ours.keys() == theirs.keys()
     assert all(torch.allclose(ours[name], theirs[name], atol=2e-3) for name in theirs)
+
+
+def test_sharded_ranks_whose_samples_dropped_a_modality_exchange_what_the_others_do(one, launch, tmp_path, mini_atlas):
+    """With one sample a rank and half of all descriptors dropped, ranks differ in which adapters see any."""
+    config = [f"atlas={mini_atlas}", f"base={one}", "datasets=[daicwoz,siq2]", "stage=full", "modality_dropout=0.5"]
+    config += ["train.batch_size=2", "train.max_steps=6", "train.log_every=1", "features.loader.workers=0", SHARDED]
+    done = launch(["train", "bam", "--run", tmp_path / "run", *config], ranks=2)
+    assert done.code == 0, done.err
+    assert len(logged(tmp_path / "run")) == 6
 
 
 def test_a_part_of_the_optimizer_that_is_missing_is_named(sharded, tmp_path):
@@ -193,12 +200,13 @@ def test_a_launcher_that_shards_by_itself_is_refused(monkeypatch):
         start_accelerator("float32")
 
 
-def test_rl_samples_and_learns_the_same_when_sharded(tmp_path, mini_atlas, backbone):
+def test_rl_samples_and_learns_the_same_when_sharded(launch, tmp_path, mini_atlas, backbone):
     reward = write_reward(tmp_path)
     config = [f"atlas={mini_atlas}", f"model.name={backbone}", f"reward.function={reward}:letters", *rl_run.SMALL]
     config += ["train.batch_size=4", "train.accumulation=1", "train.max_steps=2", "--algorithm", "grpo"]
     for name, extra in (("whole", []), ("sharded", [SHARDED, "train.activation_checkpointing=true"])):
-        ended(launched(["train", "rl", "--run", str(tmp_path / name), *config, *extra], 2))
+        done = launch(["train", "rl", "--run", tmp_path / name, *config, *extra], ranks=2)
+        assert done.code == 0, done.err
     whole, sharded = (logged(tmp_path / name, "rl") for name in ("whole", "sharded"))
     assert len(whole) == len(sharded) == 2
     for ours, theirs in zip(sharded, whole, strict=True):

@@ -146,6 +146,49 @@ def test_a_broken_medium_is_quarantined_and_the_run_goes_on(tmp_path, mini_atlas
     assert all("train.jsonl:" in r["where"] and r["field"] == "audios" for r in records)
 
 
+def test_a_validation_without_any_score_does_not_end_the_run(tmp_path, mini_atlas, backbone, caplog, hba):
+    """Two-class sentiment leaves neutral rows out: of these alone it has no score. The last checkpoint is the best."""
+    atlas, run = tmp_path / "atlas", tmp_path / "run"
+    shutil.copytree(mini_atlas, atlas)
+    for split in ("validation", "test"):
+        rows = [line.record for line in read_jsonl(atlas / f"{split}.jsonl")]
+        for row in (row for row in rows if row["dataset"] == "mosei_senti"):
+            row.update({name: "neutral" for name in ("answer", "class_label") if name in row})
+        (atlas / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = [f"atlas={atlas}", f"model.name={backbone}", *SMALL, "train.max_steps=2", "train.validate_every=1"]
+    code, out, _ = hba("train", "sft", "--run", run, *given, "datasets=[mosei_senti]")
+    assert code == 0 and "no task of the validation has a score" in out
+    assert "the last checkpoint counts as the best" in caplog.text
+    assert [record["metrics"] for record in logged(run, "validation")] == [{"mean": None}] * 2
+    assert json.loads((run / "checkpoints" / "best.json").read_text()) == {"step": 2, "score": None}
+    code, out, err = hba("transfer", "--run", tmp_path / "transfer", "--json", "--heldout", "mosei_senti", *given)
+    assert code == 0, err
+    (row,) = json.loads(out)["rows"]
+    assert (row["task"], row["n"], row["pretrained"]["score"], row["difference"]["score"]) == ("SEN", 6, None, None)
+
+
+def test_every_run_folder_is_a_wandb_run_of_its_own_with_its_config(tmp_path, mini_atlas, backbone, monkeypatch):
+    """A package in the place of the real one, which wants an account: it writes down what it is told."""
+    (tmp_path / "wandb.py").write_text("""
+import json, pathlib
+class Run:
+    def log(self, numbers, step): pass
+    def finish(self): pass
+def init(**told):
+    with (pathlib.Path(__file__).parent / "told.jsonl").open("a") as file:
+        file.write(json.dumps(told) + "\\n")
+    return Run()
+""")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    runs = [tmp_path / name / "sft" for name in ("a", "b")]
+    for run, steps in ((runs[0], 1), (runs[1], 1), (runs[0], 1)):
+        train(run, settings(mini_atlas, backbone, f"train.max_steps={steps}", "train.wandb_project=emotions"))
+    first, second, again = (json.loads(line) for line in (tmp_path / "told.jsonl").read_text().splitlines())
+    assert first["id"] == again["id"] != second["id"]
+    assert [first["name"], second["name"], first["project"]] == ["a/sft", "b/sft", "emotions"]
+    assert first["config"]["train"]["learning_rate"] == 1e-3 and first["config"]["atlas"] == str(mini_atlas)
+
+
 def test_workers_do_not_change_the_batches(straight, tmp_path, mini_atlas, backbone):
     run = tmp_path / "workers"
     train(run, settings(mini_atlas, backbone, "loader.workers=2"))

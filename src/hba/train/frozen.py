@@ -167,35 +167,43 @@ class Code(NamedTuple):
 
 @cache
 def code_between() -> Code:
-    """The code of every module that loading, encoding, padding and the model import, and the versions of packages.
+    """The code of every module that loading, encoding, padding and the model import, and the versions of packages."""
+    begin = [Path(inspect.getfile(part)) for part in (load_batches, Encoder, collate, OmniSapiens)]
+    found = code_from(Path(inspect.getfile(hba)).parent, begin)
+    return found._replace(source=json_sha256([found.source, inspect.getsource(extract)]))
 
-    Found from the imports, those within functions included. Comments and docstrings do not count. Of other packages
-    those count that a module imports beside numpy or torch: it may hand them a sample's numbers.
+
+def code_from(root: Path, files: Sequence[Path]) -> Code:
+    """What `files` of the package `root` are made of: they, the modules that they import, and what those import.
+
+    Imports within functions count, comments and docstrings do not. Of other packages those count that a module imports
+    beside numpy or torch: it may hand them a sample's numbers.
     """
-    begin = [inspect.getmodule(part) for part in (load_batches, Encoder, collate, OmniSapiens)]
-    todo = [Path(inspect.getfile(module)) for module in begin if module is not None]
-    root = Path(inspect.getfile(hba)).parent
-    sources: dict[str, str] = {"extract": inspect.getsource(extract)}
+    todo = list(files)
+    sources: dict[str, str] = {}
     packages: set[str] = set()
     while todo:
         file = todo.pop()
         name = file.relative_to(root).as_posix()
         if name in sources:
             continue
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        names = _imported(tree)
+        sources[name], names = _read_source(file.read_text(encoding="utf-8"))
         outside = {each.partition(".")[0] for each in names} - {"hba"}
         if outside & {"numpy", "torch"}:
             packages |= outside
         todo += [path for each in names if (path := _module_file(root, each)) is not None]
-        sources[name] = ast.dump(_without_docstrings(tree))
     known = packages_distributions()
     versions = {known[name][0]: version(known[name][0]) for name in sorted(packages) if name in known}
     return Code(json_sha256(sources), versions)
 
 
-def _imported(tree: ast.Module) -> list[str]:
-    """The modules that a module imports, and names in them that may be modules; not those for type checkers."""
+@cache
+def _read_source(text: str) -> tuple[str, tuple[str, ...]]:
+    """A module without comments and docstrings; the modules that it imports, and names in them that may be modules.
+
+    What it imports for type checkers is left out.
+    """
+    tree = ast.parse(text)
     skipped = {
         id(node)
         for block in ast.walk(tree)
@@ -208,7 +216,10 @@ def _imported(tree: ast.Module) -> list[str]:
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module is not None and id(node) not in skipped:
             found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return found
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, clean=False):
+            node.body = node.body[1:]
+    return ast.dump(tree), tuple(found)
 
 
 def _module_file(root: Path, name: str) -> Path | None:
@@ -218,13 +229,6 @@ def _module_file(root: Path, name: str) -> Path | None:
         return None
     path = root.joinpath(*parts)
     return next((file for file in (path / "__init__.py", path.with_suffix(".py")) if file.is_file()), None)
-
-
-def _without_docstrings(tree: ast.Module) -> ast.Module:
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, clean=False):
-            node.body = node.body[1:]
-    return tree
 
 
 @torch.no_grad()
