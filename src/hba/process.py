@@ -1,17 +1,15 @@
-"""What every training and prediction process does first: threads, seeds, accelerator, a record of the data."""
+"""What every process with a model does first: threads, seeds, accelerator."""
 
 from __future__ import annotations
 
 import os
 import random
-from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from transformers.utils import logging as transformers_logging
 
-from hba.atlas import Atlas
 from hba.environment import usable_cores
 from hba.errors import ConfigError
 from hba.model.checkpoint import resolve_dtype
@@ -49,8 +47,3 @@ def start_accelerator(dtype: str) -> Accelerator:
         raise ConfigError("the launcher shards models in a way of its own", where=launched[0], fix=fix)
     mixed = "bf16" if resolve_dtype(dtype) is torch.bfloat16 else "no"
     return Accelerator(mixed_precision=mixed)
-
-
-def data_record(path: str, atlas: Atlas) -> dict[str, Any]:
-    """What environment.json says of the data."""
-    return {"path": path, "fingerprint": atlas.fingerprint, "synthetic": atlas.synthetic, "rows": len(atlas)}

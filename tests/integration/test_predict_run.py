@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from hba import open_atlas
+from hba.atlas.jsonl import JsonlStore
 from hba.evaluate.answers import READING_VERSION
 from hba.evaluate.judge.items import items_of
 from hba.evaluate.predictions import read_predictions, write_predictions
@@ -82,6 +83,26 @@ def test_a_pilot_is_not_taken_for_the_whole(hba, mini_atlas, tmp_path):
     assert hba(*command, "--limit", 5)[0] == 0 and len(predictions(tmp_path)) == 5
     code, _, err = hba(*command)
     assert code == 2 and "another data" in err
+
+
+def test_a_finished_run_that_is_run_again_builds_no_sample(hba, mini_atlas, tmp_path, monkeypatch):
+    command = ["predict", "majority", "--atlas", mini_atlas, "--run", tmp_path]
+    assert hba(*command)[0] == 0
+    built, sample = [], JsonlStore.sample
+    monkeypatch.setattr(JsonlStore, "sample", lambda store, row: built.append(store.split) or sample(store, row))
+    before = (tmp_path / "predictions.jsonl").read_bytes()
+    code, out, _ = hba(*command, "--json")
+    assert code == 0 and json.loads(out)["predicted"] == len(open_atlas(mini_atlas, split="test"))
+    assert set(built) == {"train"}  # of which the baseline is made
+    assert (tmp_path / "predictions.jsonl").read_bytes() == before
+
+
+def test_a_baseline_needs_no_torch(mini_atlas, tmp_path):
+    command = ["hba", "predict", "majority", "--atlas", str(mini_atlas), "--run", str(tmp_path)]
+    code = f"import sys; sys.argv = {command}; from hba.cli import main\ntry: main()\n"
+    code += "finally: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.endswith("False\n"), done
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from hba.labelsets import visible
 from hba.storage import read_json
 from hba.taxonomy import Taxonomy, of_folder
 
-__all__ = ["Atlas", "Columns", "Quarantined", "Row", "Sample", "open_atlas"]
+__all__ = ["Atlas", "Columns", "Quarantined", "Row", "Sample", "data_record", "open_atlas"]
 
 Rows = npt.NDArray[np.int64]
 
@@ -221,6 +221,11 @@ class Atlas:
             there = f"of {', '.join(columns.datasets)} and the modalities {', '.join(columns.signatures)}"
             raise InputError(what, where=str(self.root), fix=f"Choose among the rows that it has, {there}.")
         return self._view(self._rows[keep_N])
+
+
+def data_record(path: str, atlas: Atlas) -> dict[str, Any]:
+    """What environment.json and predict.json say of the data."""
+    return {"path": path, "fingerprint": atlas.fingerprint, "synthetic": atlas.synthetic, "rows": len(atlas)}
 
 
 def _checked_names(kind: str, names: Iterable[str], known: Iterable[str]) -> set[str]:

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-import torch
 
-from hba.atlas import Atlas, open_atlas
+from hba.atlas import Atlas, data_record, open_atlas
 from hba.atlas.config import EncodeConfig
 from hba.atlas.sample import Quarantined
 from hba.atlas.sampler import Indices
@@ -32,8 +31,6 @@ from hba.evaluate.predictions import Prediction, PredictionLog, read_predictions
 from hba.evaluate.selection import EVERYTHING, Selection
 from hba.evaluate.shards import Shard, done_elsewhere, merge, merge_when_done
 from hba.evaluate.tally import Tally
-from hba.model import checkpoint
-from hba.process import data_record, prepare_process
 from hba.quarantine import QuarantineLog
 from hba.remote import ServiceError
 from hba.run import locked_folder
@@ -123,10 +120,9 @@ def predict_run(
     InputError when the backend cannot use the model, and when the folder holds predictions of another model, atlas,
     split or prompt; FolderInUseError when another process predicts here.
     """
-    prepare_process(seed=0)
-    if shard is not None and shard.device is not None and torch.cuda.is_available():
-        torch.cuda.set_device(shard.device % torch.cuda.device_count())
     opening = open_rows(model, atlas, split=split, config=config, backend=backend, selection=selection)
+    if opening.backend in LOCAL:
+        _prepare(shard)
     answering = open_backend(opening.backend, opening)
     own = folder if shard is None else shard.folder(folder)
     with ExitStack() as locks:
@@ -152,21 +148,44 @@ def predict_run(
     return summary._replace(merged=merge_when_done(folder, wanted, opening.atlas.taxonomy))
 
 
+def _prepare(shard: Shard | None) -> None:
+    """Seeds, threads and the GPU of a model that runs in this process."""
+    import torch  # not before it is needed: it takes seconds and half a gigabyte
+
+    from hba.process import prepare_process
+
+    prepare_process(seed=0)
+    if shard is not None and shard.device is not None and torch.cuda.is_available():
+        torch.cuda.set_device(shard.device % torch.cuda.device_count())
+
+
 def open_rows(
     model: str, atlas: str, *, split: str, config: PredictConfig, backend: str | None, selection: Selection
 ) -> Opening:
     """The chosen rows, and how they reach the model. Raises InputError for a bad backend, atlas or selection."""
     name = detect(model) if backend is None else known(backend)
     rows = selection.rows(open_atlas(atlas, split=split))
-    encode = config.encode or (checkpoint.encode_config(model) if name in LOCAL else None) or EncodeConfig()
+    encode = config.encode or (_trained_encode(model) if name in LOCAL else None) or EncodeConfig()
     chosen = selection.media(encode)
     config, note = _in_format(model, name, config)
     return Opening(model=model, backend=name, place=atlas, atlas=rows, config=config, encode=chosen, note=note)
 
 
+def _trained_encode(model: str) -> EncodeConfig | None:
+    from hba.model import checkpoint  # imports torch
+
+    return checkpoint.encode_config(model)
+
+
+def _trained_formats(model: str) -> tuple[str, ...] | None:
+    from hba.model import checkpoint  # imports torch
+
+    return checkpoint.answer_formats(model)
+
+
 def _in_format(model: str, backend: str, config: PredictConfig) -> tuple[PredictConfig, str | None]:
     """`config` with the format that a checkpoint was trained in where none is named, and what the user should know."""
-    trained = checkpoint.answer_formats(model) if backend in ("hf", "vllm") else None
+    trained = _trained_formats(model) if backend in ("hf", "vllm") else None
     asked = config.generation.format
     if trained is None:
         return config, None
@@ -208,14 +227,19 @@ def _append_predictions(
     run: Path, own: Path, atlas: Atlas, rows: Indices, backend: Backend, progress: Callable[[Tally], None]
 ) -> PredictSummary:
     """Predict what is left of `rows` into the folder `own`, which is that of the run or of a shard of it."""
-    with PredictionLog(own / "predictions.jsonl", atlas.taxonomy) as log, QuarantineLog(own) as quarantine:
-        done = done_elsewhere(run)
-        tally = _counted(own / "predictions.jsonl", atlas, len(rows), backend)
-        tally.done = sum(atlas.ids[int(row)] in done for row in rows)
-        groups = sample_groups(atlas)
+    path, tally = own / "predictions.jsonl", Tally(total=len(rows), meter=backend.meter)
+
+    def count(prediction: Prediction) -> None:
+        tally.add(prediction, labelled=_labelled(prediction, atlas), fresh=False)
+
+    with PredictionLog(path, atlas.taxonomy, count) as log, QuarantineLog(own) as quarantine:
+        done = log.done_ids() | done_elsewhere(run, besides=path)
+        tally.done = sum(atlas.ids[row] in done for row in rows.tolist())
+        left = tally.done < len(rows)
+        groups = sample_groups(atlas) if left else {}
         progress(tally)
         try:
-            for step in predict(atlas, rows, backend, done):
+            for step in predict(atlas, rows, backend, done) if left else ():
                 if isinstance(step, Quarantined):
                     quarantine.add(step)
                     tally.quarantine()
@@ -232,13 +256,6 @@ def _append_predictions(
         skipped = len(atlas) - len(answerable(atlas, backend))
         unnamed = backend.name == "heads" and backend.domains is None
         return PredictSummary(tally, len(log.done_ids()), skipped, left_out, merged=True, unnamed_heads=unnamed)
-
-
-def _counted(path: Path, atlas: Atlas, total: int, backend: Backend) -> Tally:
-    tally = Tally(total=total, meter=backend.meter)
-    for prediction in read_predictions(path, atlas.taxonomy):
-        tally.add(prediction, labelled=_labelled(prediction, atlas), fresh=False)
-    return tally
 
 
 def _labelled(prediction: Prediction, atlas: Atlas) -> bool:
@@ -270,7 +287,7 @@ def read_anew(folder: Path, atlas: Atlas, *, alone: bool) -> None:
     if not alone:
         what = "answers were read by an older version of hba, and would be mixed with others"
         raise InputError(what, where=str(folder), fix="Run the command once without shards: it reads them anew.")
-    prompts = {sample.id: sample.problem for sample in atlas}
+    prompts = {key: row.problem for key, row, _ in atlas.said()}
     for file in files:
         found = []
         for old in _kept(file, atlas.taxonomy):

@@ -12,7 +12,7 @@ is on disk.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -99,23 +99,35 @@ _decode = msgspec.json.Decoder(Prediction).decode
 
 
 def read_predictions(path: str | Path, taxonomy: Taxonomy = BUILTIN) -> list[Prediction]:
-    """Every prediction of the file, in its order.
+    """Every prediction of the file, in its order. Raises what `each_prediction` raises."""
+    return list(each_prediction(path, taxonomy))
+
+
+def each_prediction(path: str | Path, taxonomy: Taxonomy = BUILTIN) -> Iterator[Prediction]:
+    """Yield the predictions of the file, in its order.
 
     Raises InputError naming file, line and field for a missing file or a line that is not as the contract
     says, TaxonomyError (an InputError) for an unknown dataset or a target or label outside the dataset's
     domain.
     """
     path = Path(path)
-    found: list[Prediction] = []
     line_of: dict[str, int] = {}
     canonical: dict[tuple[str, str | None], str | None] = {}
+    spelled: set[tuple[str, str, str | None, tuple[str, ...] | None]] = set()  # words that are as the taxonomy has them
     for number, prediction in _lines(path):
         first = line_of.setdefault(prediction.id, number)
         if first != number:
             what = f"id {prediction.id!r} occurs twice (first in line {first})"
             raise InputError(what, where=f"{path}:{number}, id", fix="Keep one line per sample.")
-        found.append(_canonical(prediction, f"{path}:{number}", taxonomy, canonical))
-    return found
+        shares = prediction.probs
+        words = (prediction.dataset, prediction.target, prediction.label, None if shares is None else tuple(shares))
+        if words in spelled:
+            yield prediction
+            continue
+        right = _canonical(prediction, f"{path}:{number}", taxonomy, canonical)
+        if right is prediction and not taxonomy.dataset(prediction.dataset).free_form:  # answers in words rarely repeat
+            spelled.add(words)
+        yield right
 
 
 def _lines(path: Path) -> Any:
@@ -193,10 +205,17 @@ class PredictionLog:
     disk.
     """
 
-    def __init__(self, path: str | Path, taxonomy: Taxonomy = BUILTIN) -> None:
+    def __init__(
+        self, path: str | Path, taxonomy: Taxonomy = BUILTIN, found: Callable[[Prediction], None] | None = None
+    ) -> None:
+        """`found` is told of each prediction that is in the file."""
         self._log = AppendLog(path)
+        self._done: set[str] = set()
         try:
-            self._done = {prediction.id for prediction in read_predictions(path, taxonomy)}
+            for prediction in each_prediction(path, taxonomy):
+                self._done.add(prediction.id)
+                if found is not None:
+                    found(prediction)
         except InputError:
             self._log.close()
             raise

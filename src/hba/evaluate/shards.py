@@ -8,13 +8,14 @@ The machines must share the run folder, on a file system with locks.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from hba.atlas.sample import Quarantined
 from hba.errors import InputError
@@ -29,6 +30,13 @@ LAUNCHERS = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
 )
+
+
+class _Named(msgspec.Struct):
+    id: str
+
+
+_named = msgspec.json.Decoder(_Named)
 
 
 @dataclass(frozen=True)
@@ -65,10 +73,13 @@ def launched_shard(environment: Mapping[str, str] = os.environ) -> Shard | None:
     return None
 
 
-def done_elsewhere(run: Path) -> set[str]:
-    """The ids with a prediction in the run's own file or in that of any shard, whoever is writing there."""
+def done_elsewhere(run: Path, besides: Path | None = None) -> set[str]:
+    """The ids with a prediction in the run's own file or in that of any shard, whoever is writing there.
+
+    The file `besides` is left out.
+    """
     files = [run / "predictions.jsonl", *run.glob("shards/*/predictions.jsonl")]
-    return {record for file in files for record in _whole_ids(file)}
+    return {record for file in files if file != besides for record in _whole_ids(file)}
 
 
 def left_out(run: Path) -> set[str]:
@@ -83,7 +94,7 @@ def _whole_ids(file: Path) -> Iterator[str]:
         with file.open("rb") as handle:
             for line in handle:
                 if line.endswith(b"\n"):
-                    yield json.loads(line)["id"]
+                    yield _named.decode(line).id
 
 
 def merge(run: Path, taxonomy: Taxonomy) -> None:

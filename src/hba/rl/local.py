@@ -24,13 +24,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from hba.atlas import Atlas
+from hba.atlas import Atlas, data_record
 from hba.atlas.answer_format import FormatMix
 from hba.atlas.batch import SampleEncoder
 from hba.atlas.chat_encoder import encoder_for
 from hba.model import chat
 from hba.model.chat import ChatModel
-from hba.process import data_record, prepare_process, start_accelerator
+from hba.process import prepare_process, start_accelerator
 from hba.rl.advantages import Advantage, build_advantage, informative
 from hba.rl.algorithms import Algorithm
 from hba.rl.config import RlConfig

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hba.atlas import Atlas, open_atlas
+from hba.atlas import Atlas, data_record, open_atlas
 from hba.atlas.batch import IGNORED, Batch, Encoder
 from hba.atlas.loader import load_batches
 from hba.atlas.sampler import Indices
@@ -31,7 +31,7 @@ from hba.model.bam import FOLDER, AdapterSpec, Bam, load_bam, save_bam
 from hba.model.generate import media_token_ids
 from hba.model.heads import DomainHeads, token_loss
 from hba.model.omni import OmniSapiens, apply_strategy, config_of
-from hba.process import data_record, prepare_process, start_accelerator
+from hba.process import prepare_process, start_accelerator
 from hba.run import RunFolder
 from hba.train.config import BamConfig
 from hba.train.described import described_datasets, read_descriptors, training_matrix

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hba.atlas import Atlas, open_atlas
+from hba.atlas import Atlas, data_record, open_atlas
 from hba.atlas.answer_format import FormatMix
 from hba.atlas.batch import IGNORED, Batch, SampleEncoder
 from hba.atlas.chat_encoder import encoder_for
@@ -24,7 +24,7 @@ from hba.errors import InputError
 from hba.evaluate.backends.batches import evaluation_plan
 from hba.model import chat, checkpoint
 from hba.model.heads import answer_loss
-from hba.process import data_record, prepare_process, start_accelerator
+from hba.process import prepare_process, start_accelerator
 from hba.run import RunFolder
 from hba.train.config import LmConfig
 from hba.train.loop import Stage, Validation, run_training

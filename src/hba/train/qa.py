@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hba.atlas import Atlas, open_atlas
+from hba.atlas import Atlas, data_record, open_atlas
 from hba.atlas.batch import Encoder
 from hba.atlas.sampler import Indices
 from hba.errors import InputError
@@ -23,7 +23,7 @@ from hba.evaluate.backends.batches import evaluation_plan
 from hba.model import checkpoint
 from hba.model.generate import media_token_ids
 from hba.model.heads import token_loss
-from hba.process import data_record, prepare_process, start_accelerator
+from hba.process import prepare_process, start_accelerator
 from hba.run import RunFolder
 from hba.train.config import FeatureConfig, QaConfig
 from hba.train.frozen import FeatureBatch, FrozenBase, cached_batches, features, streamed_batches

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hba.atlas import Atlas, open_atlas
+from hba.atlas import Atlas, data_record, open_atlas
 from hba.atlas.batch import IGNORED, Batch, Encoder
 from hba.atlas.loader import load_batches
 from hba.atlas.sample import Quarantined
@@ -27,7 +27,7 @@ from hba.model import checkpoint
 from hba.model.chat import backbone_of
 from hba.model.heads import answer_loss
 from hba.model.omni import OmniOutput, OmniSapiens, apply_strategy
-from hba.process import data_record, prepare_process, start_accelerator
+from hba.process import prepare_process, start_accelerator
 from hba.run import RunFolder
 from hba.taxonomy import Taxonomy
 from hba.train.config import SftConfig

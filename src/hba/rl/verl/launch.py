@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 
 from hba import yaml_core
+from hba.atlas import data_record
 from hba.errors import HbaError, InputError
 from hba.model import checkpoint
-from hba.process import data_record
 from hba.rl.advantages import build_advantage
 from hba.rl.config import RlConfig
 from hba.rl.evaluation_log import read_evaluations, summary
