@@ -3,8 +3,9 @@
     python benchmarks/predict_remote.py --rows 1500 --concurrency 16
 
 Both ask the same server on the loopback (tests/servers/chat.py), which takes 50 ms for an answer, for rows of text;
-once it never fails, once it fails a tenth of the time. Predictions of `hba predict` are appended to the disk. Prints
-answers a second, medians of the rounds, and the ratio.
+once it never fails, once it fails a tenth of the time. Predictions of `hba predict` are appended to the disk. Then rows
+with a picture each, which has to be decoded, scaled and compressed: as many at once as there are cores, against one
+after the other. Prints answers a second, medians of the rounds, and the ratio.
 """
 
 from __future__ import annotations
@@ -19,9 +20,13 @@ import time
 from pathlib import Path
 from statistics import median
 
+import numpy as np
+import PIL.Image
+
 from hba import open_atlas
 from hba.config import load_config
-from hba.evaluate.backends import open_backend
+from hba.environment import usable_cores
+from hba.evaluate.backends import open_backend, remote
 from hba.evaluate.config import PredictConfig
 from hba.evaluate.predict import open_rows, predict_run
 from hba.evaluate.selection import EVERYTHING
@@ -77,12 +82,54 @@ def rates(atlas: Path, run: Path, url: str, options: argparse.Namespace) -> tupl
     return slow, options.rows / (time.perf_counter() - started)
 
 
+def write_pictures(folder: Path, rows: int) -> None:
+    folder.mkdir()
+    fixed = {"problem": "<image>What is felt? Choose from: anger, fear.", "answer": "anger", "class_label": "anger"}
+    fixed |= {"dataset": "cremad", "task": "emotion_cls", "modality_signature": "text_image", "videos": []}
+    noise = np.random.default_rng(0).integers(0, 256, (800, 1200, 3), dtype=np.uint8)
+    with (folder / "test.jsonl").open("w") as handle:
+        for number in range(rows):
+            PIL.Image.fromarray(np.roll(noise, number, 0)).save(folder / f"{number}.png", compress_level=1)
+            handle.write(json.dumps({"images": [f"{number}.png"], **fixed, "audios": [], "texts": []}) + "\n")
+
+
+def with_pictures(atlas: Path, run: Path, url: str, rows: int, threads: int) -> float:
+    """Answers a second where `threads` prepare pictures."""
+    config = load_config(PredictConfig, None, [f"remote.base_url={url}"])
+    remote.usable_cores = lambda: threads
+    started = time.perf_counter()
+    given = {"atlas": str(atlas), "split": "test", "config": config, "backend": "openai"}
+    done = predict_run("m", run, progress=lambda tally: None, **given)
+    assert (done.predicted, done.tally.failed) == (rows, 0)
+    return rows / (time.perf_counter() - started)
+
+
+def compare_pictures(options: argparse.Namespace) -> None:
+    cores, found = usable_cores(), []
+    with tempfile.TemporaryDirectory() as folder:
+        atlas = Path(folder) / "atlas"
+        write_pictures(atlas, options.pictures)
+        for number in range(options.rounds):
+            process, url = start({})
+            try:
+                runs = [(Path(folder) / f"run{number}-{threads}", threads) for threads in (1, cores)]
+                found.append([with_pictures(atlas, run, url, options.pictures, threads) for run, threads in runs])
+            finally:
+                process.kill()
+                process.wait()
+    slow, fast = (median(column) for column in zip(*found, strict=True))
+    ratio = median(b / a for a, b in found)
+    print(f"pictures       one at a time   {slow:6.1f}/s   on {cores:3} cores  {fast:6.1f}/s   {ratio:5.1f}x")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1500)
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pictures", type=int, default=100)
     options = parser.parse_args()
+    compare_pictures(options)
     for name, faults in (("no faults", {}), ("a tenth fails", FAULTS)):
         found = []
         with tempfile.TemporaryDirectory() as folder:

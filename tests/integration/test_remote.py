@@ -466,3 +466,27 @@ def test_no_key_is_sent_to_a_server_that_it_was_not_named_for(chat_server, monke
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     replies, _ = run(config(chat_server(brain="key")), ["hello"])
     assert replies["hello"].text == "no key"
+
+
+ASK_THE_HUB = """
+import sys
+sys.modules["socksio"] = None
+from hba.errors import InputError
+from hba.atlas import open_atlas
+from hba.model.hub_model import hub_checkpoint
+for ask in (lambda: open_atlas("some/atlas", split="test"), lambda: hub_checkpoint("some/model", None, "hba.json")):
+    try:
+        ask()
+    except InputError as error:
+        print(error)
+"""
+
+
+def test_the_hub_behind_a_socks_proxy_without_its_package_says_what_to_install(tmp_path):
+    away = {"ALL_PROXY": "socks5://me:hunter2@127.0.0.1:1", "HF_ENDPOINT": "http://hub.invalid", "HF_HUB_OFFLINE": "0"}
+    environment = os.environ | away | {"HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", ASK_THE_HUB]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    said = done.stdout.splitlines()
+    assert len(said) == 2 and all("pip install 'httpx[socks]'" in line for line in said), done.stderr
+    assert "hunter2" not in done.stdout + done.stderr
