@@ -142,3 +142,18 @@ def test_the_mean_of_a_slice_is_over_the_tasks_of_the_mean(tmp_path):
     (part,) = whole["aggregate"]["breakdowns"]["split"]["slices"].values()
     assert part["mean"] == pytest.approx(whole["aggregate"]["mean"]["score"])
     assert part["tasks"]["SOC"]["ci95"] == whole["tasks"]["SOC"]["ci95"]
+
+
+def test_another_reading_has_a_mean_over_the_tasks_of_the_mean_or_none(tmp_path):
+    """A judge has seen the answers of one reading: the mean without the judged tasks is none beside the run's own."""
+    make_run(tmp_path, 60)
+    run = tmp_path / "run"
+    row = {"dataset": "mmsd", "task": "x_cls", "split": "test", "target": "sarcasm", "output": "I say sarcasm.",
+           "answer": "sarcasm", "label": "sarcasm", "error": None}  # fmt: skip
+    with (run / "predictions.jsonl").open("a") as file:
+        file.writelines(json.dumps({"id": f"labelled/{i}", **row}) + "\n" for i in range(20))
+    alone = score_run(run)
+    assert alone["aggregate"]["readings"]["published"]["mean"] == 0.0 and alone["aggregate"]["mean"]["score"] == 1.0
+    judge(run, lambda p: p["answer"].lower() == p["target"])
+    judged = score_run(run)["aggregate"]
+    assert judged["mean"]["score"] < 1.0 and judged["readings"]["published"]["mean"] is None

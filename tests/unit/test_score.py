@@ -446,6 +446,8 @@ def test_more_than_one_failed_row_in_twenty_leaves_a_task_without_a_score(tmp_pa
     assert (many.mean.score, many.mean.ci95, many.mean.chance) == (sarcasm.score, sarcasm.ci95, sarcasm.chance)
     most = scoring.score_run(run_folder(tmp_path / "most", [*rows(10), *failed(90, 500), *rows(60, "mmsd", 900)]))
     assert most.tasks["SAR"].score is not None and most.mean.score is None  # most of what was asked is not in it
+    assert most.aggregate.readings["published"].mean is None  # nor has another reading one
+    assert list(many.aggregate.readings["published"].tasks) == ["SAR"]
     table = hba("score", tmp_path / "many")[1]
     assert "failed" in table and re.search(r"6 of 100\s+rows failed", " ".join(table.split()))
 

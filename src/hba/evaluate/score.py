@@ -170,18 +170,20 @@ def score_predictions(
         ci95=intervals.mean,
         chance=None if None in levels_of_tasks else mean_of(levels_of_tasks),
     )
+    if total.failed_share > MAX_FAILED:
+        mean = Score()
     aggregate = replace(
         total,
         n_asked=unanswered.total,
         n_quarantined=(total.n_quarantined or 0) + unanswered.quarantined[""],
         n_quarantined_unassigned=unanswered.quarantined[""],
-        mean=mean if total.failed_share <= MAX_FAILED else Score(),
+        mean=mean,
         breakdowns=convert(parts, dict[str, Breakdown], "breakdowns"),
         calibration=convert(calibration(predictions), Calibration | None, "calibration"),  # type: ignore[arg-type]
         unmapped=convert(unmapped(predictions, taxonomy), dict[str, Unmapped], "unmapped"),
         free_form=_generation(free_form) if free_form else None,
         failures=_failures(predictions),
-        readings=_readings(predictions, tasks, taxonomy, published=options.published),
+        readings=_readings(predictions, scored, mean, taxonomy, published=options.published),
         rules=dict(Counter(p.rule for p in predictions if p.rule is not None).most_common()),
         figures={key: value for key, value in found["aggregate"].items() if key not in ("mean", "n", "n_invalid")},
     )
@@ -209,9 +211,17 @@ def _scored_answer(prediction: Prediction, taxonomy: Taxonomy) -> str | None:
 
 
 def _readings(
-    predictions: Sequence[Prediction], tasks: Mapping[str, TaskScore], taxonomy: Taxonomy, *, published: bool
+    predictions: Sequence[Prediction],
+    scored: Mapping[str, TaskScore],
+    mean: Score,
+    taxonomy: Taxonomy,
+    *,
+    published: bool,
 ) -> dict[str, Reading]:
-    """The scores of the same answers in words by the strict published reading; none where no answer is in words."""
+    """The scores of the same answers in words by the strict published reading; none where no answer is in words.
+
+    It has a mean where the run's own is over the same tasks: no judge has seen these answers.
+    """
     labelled = [p for p in predictions if not taxonomy.dataset(p.dataset).free_form]
     if all(p.output is None or p.probs is not None for p in labelled):
         return {}
@@ -221,9 +231,14 @@ def _readings(
     ]
     rows = encode(strict, [p.target for p in labelled], [p.dataset for p in labelled], taxonomy)
     scores = {key: task["score"] for key, task in score_rows(rows, published)["tasks"].items()}
-    scores = {key: score for key, score in scores.items() if tasks[key].score is not None}
+    scores = {key: score for key, score in scores.items() if key in scored}
+    same = mean.score is not None and scores.keys() == scored.keys()
     invalid = sum(label is None and not p.failed for p, label in zip(labelled, strict, strict=True))
-    return {PUBLISHED_READING: Reading(mean=mean_of(list(scores.values())), n_invalid=invalid, tasks=scores)}
+    return {
+        PUBLISHED_READING: Reading(
+            mean=mean_of(list(scores.values())) if same else None, n_invalid=invalid, tasks=scores
+        )
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------- counts
