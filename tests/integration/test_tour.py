@@ -44,6 +44,7 @@ SUPPORT = {
     "evaluate/judge/scores.py": "verdicts on free-form answers, where a judge was asked",
     "evaluate/unmapped.py": "a report of the answers that mean no label",
     "evaluate/runs.py": "a run folder, read back",
+    "train/ranks.py": "which micro-batches this process runs; of one process all of them",
     "evaluate/score.py": "reads predictions, calls the metrics, writes metrics.json",
     "evaluate/answers.py": "the text of a prediction",
 }
