@@ -257,6 +257,7 @@ def test_what_is_missing_is_said(hba, tmp_path):
         ([tmp_path, "--base-url", "http://x"], "--model: is missing"),
         (["--calibrate", "canaries", "--model", "m"], "--out: is missing"),
         ([tmp_path, "--model", "m", "--provider", "nobody"], "provider"),
+        ([tmp_path, "--model", "m", "client.base_url=http://x/v1"], "Fix: Write remote.base_url=..."),
         ([tmp_path, "--model", "m", "--provider", "anthropic", "remote.api_key_env=NOT_SET"], "predictions.jsonl"),
     ]:
         code, _, err = hba("judge", *arguments)

@@ -370,5 +370,5 @@ PROVIDERS: dict[str, Provider] = {"openai": OpenAI(), "anthropic": Anthropic(), 
 def provider(name: str) -> Provider:
     """The provider of that name. Raises ConfigError listing the known ones."""
     if name not in PROVIDERS:
-        raise ConfigError(f"no provider {name!r}", fix=nearest(name, PROVIDERS))
+        raise ConfigError(f"no provider {name!r}", where="--backend", fix=nearest(name, PROVIDERS))
     return PROVIDERS[name]
