@@ -175,6 +175,7 @@ def test_rows_of_a_shard_cost_what_they_are(hub, long_sounds, form):
         np.testing.assert_array_equal(a.load_audios()[0].samples, b.load_audios()[0].samples)
     wanted = 4 if form == "packed" else 3  # of a row group that is one packed page, all
     assert hub.sent[shard] - opening < (wanted + 1.5) * 640_000
+    assert len(hub.fetched()) < 15  # a page that is walked through comes at once
     before = len(hub.requests)
     [sample.load_audios() for sample in open_atlas(REPO, split="test[:3]")]
     assert shard not in hub.fetched(before)  # what is there is not asked for again

@@ -44,6 +44,8 @@ _MOST_SLOTS = 1 << 24  # more than any page has; a few bytes can claim as many a
 
 Read = Callable[[int, int], bytes]
 """`size` bytes of the shard from byte `start` on; fewer at its end"""
+Announce = Callable[[int, int], None]
+"""told that `size` bytes from `start` on will be read in many small pieces, so that they may be fetched at once"""
 Levels = npt.NDArray[np.uint8]
 
 
@@ -135,9 +137,11 @@ class ShardPages:
     `file` is it opened, `read` reads of its `size` bytes, `kept` holds pages, of all shards.
     """
 
-    def __init__(self, file: pq.ParquetFile, read: Read, size: int, kept: KeptPages) -> None:
+    def __init__(
+        self, file: pq.ParquetFile, read: Read, size: int, kept: KeptPages, announce: Announce | None = None
+    ) -> None:
         """Raises DamagedPageError when its footer is damaged."""
-        self._file, self._read, self._kept = file, read, kept
+        self._file, self._read, self._kept, self._announce = file, read, kept, announce
         self._columns: dict[str, MediaColumn | None] = {}
         self._chunks: dict[tuple[int, str], _Chunk] = {}
         self._groups = _groups(read, size)
@@ -161,7 +165,7 @@ class ShardPages:
                 chunk = _Chunk(column, group.columns[column.number], group.rows, self._read)
             except (IndexError, KeyError, TypeError) as error:
                 raise DamagedPageError("a column chunk lies nowhere") from error
-            chunk.keep = self._keeper(number, name)
+            chunk.keep, chunk.announce = self._keeper(number, name), self._announce
             self._chunks[number, name] = chunk
         return chunk, row - group.first
 
@@ -272,6 +276,7 @@ class _Chunk:
     """A column of a row group."""
 
     keep: Callable[[int, Callable[[], Any]], Any]
+    announce: Announce | None
 
     def __init__(self, column: MediaColumn, about: dict[int, Any], num_rows: int, read: Read) -> None:
         """`about` is the metadata of the chunk in the footer."""
@@ -388,6 +393,8 @@ class _Chunk:
             return memoryview(self.keep(page.body, lambda: self._unpacked(page)))[at : at + size]
 
         if page.packed and page.crc is None and page.kind != _DATA_2 and self._codec == _SNAPPY and size > _WHOLE_BYTES:
+            if self.announce is not None:
+                self.announce(page.body, page.size)
             part = _Snappy(self._read, page.body, page.size, size, otherwise=part).part
         return _Bytes(size, offset, part, at_hand)
 

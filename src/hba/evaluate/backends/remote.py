@@ -109,7 +109,7 @@ class RemoteBackend:
             return self.request(sample)
         except MediaError as error:
             return sample.quarantined(error)
-        except (HbaError, OSError):  # of the machine or the hub
+        except (HbaError, OSError, MemoryError):  # of the machine or the hub
             raise
         except Exception as error:  # noqa: BLE001 - the boundary of one sample: what a decoder raises is its own
             return sample.quarantined(MediaError(f"{type(error).__name__}: {error}", where=sample.where))
