@@ -97,8 +97,13 @@ def test_a_finished_run_that_is_run_again_builds_no_sample(hba, mini_atlas, tmp_
     assert (tmp_path / "predictions.jsonl").read_bytes() == before
 
 
-def test_a_baseline_needs_no_torch(mini_atlas, tmp_path):
-    command = ["hba", "predict", "majority", "--atlas", str(mini_atlas), "--run", str(tmp_path)]
+@pytest.mark.parametrize("remote", [False, True])
+def test_torch_is_for_models_that_run_here(hba, mini_atlas, chat_server, tmp_path, remote):
+    asked = ["m", "--backend", "openai", "--base-url", chat_server().url] if remote else ["majority"]
+    command = ["hba", "predict", *asked, "--atlas", str(mini_atlas), "--run", str(tmp_path)]
+    if remote:  # samples need it for their media, a finished run does not
+        command += ["--limit", "2"]
+        assert hba(*command[1:])[0] == 0
     code = f"import sys; sys.argv = {command}; from hba.cli import main\ntry: main()\n"
     code += "finally: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

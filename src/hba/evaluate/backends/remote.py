@@ -24,7 +24,6 @@ from typing import Any, TypeVar
 
 from hba.atlas import Atlas
 from hba.atlas.answer_format import FormatMix
-from hba.atlas.batch import messages_of
 from hba.atlas.sample import Quarantined, Sample
 from hba.atlas.sampler import Indices
 from hba.environment import usable_cores
@@ -116,6 +115,8 @@ class RemoteBackend:
 
     def request(self, sample: Sample) -> ChatRequest:
         """What is sent for a sample. Raises MediaError for a medium that cannot be read."""
+        from hba.atlas.batch import messages_of  # imports torch, which a run without anything left does not need
+
         parts = media_parts(sample, self._encode, video=self._opening.config.video)
         settings = self._settings
         sampled = settings.temperature != 0

@@ -10,14 +10,13 @@ import base64
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import PIL.Image
 import soundfile
 
-from hba.atlas.batch import Media, load_media
 from hba.atlas.config import EncodeConfig
 from hba.atlas.media import SAMPLE_RATE, Image, Video
 from hba.atlas.prompt import Message, Modality
@@ -26,6 +25,9 @@ from hba.errors import InputError
 from hba.remote.request import Message as RemoteMessage
 from hba.remote.request import Part
 
+if TYPE_CHECKING:
+    from hba.atlas.batch import Media
+
 WIRE_VERSION = 1  # raised when the same sample would be sent in another form
 
 Parts = Mapping[Modality, list[list[Part]]]
@@ -33,6 +35,8 @@ Parts = Mapping[Modality, list[list[Part]]]
 
 def media_parts(sample: Sample, encode: EncodeConfig, *, video: str) -> Parts:
     """The parts of each medium by modality, in the order of the row. Raises MediaError for one that cannot be read."""
+    from hba.atlas.batch import load_media  # imports torch
+
     decoded = load_media(sample, encode, SAMPLE_RATE)  # also where files are sent: what is broken is found here
     if video == "file" and decoded.videos:
         clips = [[_file(data)] for data in sample.read_videos()]
