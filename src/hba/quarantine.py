@@ -1,19 +1,24 @@
 """quarantine.jsonl: the samples that a run left out, each once, with the place and the reason.
 
 A sample is quarantined, never replaced. The log is append-only and deduplicated by id, so that a resumed run names the
-same samples as an uninterrupted one. Lines are appended whole, so that the ranks of a run can share the file.
+same samples as an uninterrupted one. The ranks of a run share the file: whoever adds a sample has it alone, and looks
+first at what the others have added.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from hba.atlas.sample import Quarantined
 from hba.errors import InputError
-from hba.storage import AppendLog, read_jsonl
+from hba.storage import AppendLog, named_os_errors, read_jsonl
 
 
 class QuarantineLog:
@@ -23,15 +28,38 @@ class QuarantineLog:
         self.path = folder / "quarantine.jsonl"
         self._log: AppendLog | None = None
         self._known: set[str] = set()
+        self._num_read = 0  # bytes of the file that `_known` is of
 
     def add(self, sample: Quarantined) -> None:
         """Record a sample unless it is there already. Raises StorageError on a full disk."""
-        if self._log is None:
-            self._log = AppendLog(self.path)
-            self._known = {record["id"] for record in self.records()}
-        if sample.id not in self._known:
-            self._log.append(sample._asdict())
-            self._known.add(sample.id)
+        if sample.id in self._known:
+            return
+        with self._alone():
+            if self._log is None:
+                self._log = AppendLog(self.path)
+                self.records()  # names a line that is none of a quarantine
+            self._read_new()
+            if sample.id not in self._known:
+                self._log.append(sample._asdict())
+                self._read_new()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        with named_os_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            with named_os_errors(self.path):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)  # frees it
+
+    def _read_new(self) -> None:
+        with self.path.open("rb") as handle:
+            handle.seek(self._num_read)
+            self._known |= {json.loads(line)["id"] for line in handle}
+            self._num_read = handle.tell()
 
     def add_all(self, samples: Iterable[Quarantined]) -> None:
         """Record each sample that is not there already."""

@@ -16,6 +16,7 @@ from hba.atlas.sample import Quarantined
 from hba.config import load_config, option
 from hba.environment import environment
 from hba.errors import ConfigError, HbaError, InputError
+from hba.quarantine import QuarantineLog
 from hba.run import RunFolder
 from hba.train.config import SftConfig
 
@@ -46,6 +47,7 @@ HOLD = """
 import os, sys, time
 from pathlib import Path
 from tests_settings import Settings
+from hba.quarantine import QuarantineLog
 from hba.run import RunFolder
 run = RunFolder.open(Path(sys.argv[1]), config=Settings(), command="train sft", seed=0)
 run.log({"step": 1, "loss": 0.5})
@@ -294,6 +296,27 @@ def test_other_ranks_share_the_folder_and_only_quarantine(tmp_path: Path, monkey
         assert [entry["id"] for entry in main.quarantine.records()] == ["train/3"]
     assert not (tmp_path / "log.jsonl").exists()
     assert json.loads((tmp_path / "environment.json").read_text())["data"] is None
+
+
+def test_ranks_that_meet_the_same_samples_at_once_record_each_once(tmp_path: Path) -> None:
+    """Repeated rows reach several ranks; each had read the file before the others wrote."""
+    go, start = os.pipe()
+    children = []
+    for rank in range(6):
+        child = os.fork()
+        if child == 0:
+            os.close(start)
+            log = QuarantineLog(tmp_path)
+            log.add(LOST._replace(id=f"test/{rank}"))  # all have the file open before the first goes on
+            os.read(go, 1)
+            for number in range(rank, rank + 40):
+                log.add(LOST._replace(id=f"train/{number % 40}"))
+            os._exit(0)
+        children.append(child)
+    os.close(start)
+    assert {os.waitpid(child, 0)[1] for child in children} == {0}
+    found = [str(line["id"]) for line in lines(tmp_path / "quarantine.jsonl")]
+    assert sorted(found) == sorted([*(f"train/{i}" for i in range(40)), *(f"test/{i}" for i in range(6))])
 
 
 def test_a_damaged_record_is_named(tmp_path: Path) -> None:

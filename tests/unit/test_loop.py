@@ -1,0 +1,103 @@
+"""The loop over a stage of a few numbers: what a step costs besides its micro-batches, and what it skips."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hba.atlas.sample import Quarantined
+from hba.process import start_accelerator
+from hba.run import RunFolder
+from hba.storage import read_jsonl
+from hba.train.config import TrainConfig
+from hba.train.loop import Stage, Validation, run_training
+from hba.train.plan import Plan
+from hba.train.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A batch of rows that are their own features; odd ones cannot be read where `broken`."""
+
+    samples: tuple
+    x_B: torch.Tensor
+    quarantined: tuple = ()
+
+    def __len__(self):
+        return len(self.samples)
+
+    def to(self, device):
+        return replace(self, x_B=self.x_B.to(device))
+
+
+def batch_of(rows, broken):
+    lost = [Quarantined(f"train/{row}", "train", "x", "here", "row", "broken") for row in rows if row in broken]
+    kept = [int(row) for row in rows if row not in broken]
+    return Numbers(tuple(kept), torch.tensor(kept, dtype=torch.float32).reshape(-1, 1), tuple(lost))
+
+
+def train(folder, micro_batches, starts, broken=(), **config):
+    torch.manual_seed(0)
+    model = nn.Linear(1, 1)
+    stage = Stage(
+        model=model,
+        loss=lambda model, batch: model(batch.x_B).square().sum(),
+        batches=lambda plan, start: iter([batch_of(rows, broken) for rows in plan[start:]]),
+        validate=lambda: Validation(0.5, {"mean": 0.5}),
+        save_model=lambda folder: torch.save(model.state_dict(), folder / "model.pt"),
+        learning_rates={},
+    )
+    settings = TrainConfig(validate_every=100, log_every=1, **config)
+    plan = Plan([np.array(rows, np.int64) for rows in micro_batches], starts)
+    with RunFolder.open(folder, config=settings, command="train x", seed=0) as run:
+        run_training(stage, plan, settings, Ranks(start_accelerator("float32")), run)
+    log = [line.record for line in read_jsonl(folder / "log.jsonl")]
+    return model, [{key: value for key, value in record.items() if key != "samples_per_second"} for record in log]
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what makes the host wait for a device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_more_micro_batches_read_nothing_more_from_the_device(tmp_path):
+    counts = []
+    for name, parts in (("one", [[1, 2, 3, 4, 5, 6]]), ("six", [[1], [2], [3], [4], [5], [6]])):
+        with HostReads() as reads:
+            train(tmp_path / name, parts, [0, len(parts)])
+        counts.append(reads.count)
+    assert counts[0] == counts[1]
+
+
+def test_parts_of_a_step_change_nothing(tmp_path):
+    (whole, log), (parts, other) = (
+        train(tmp_path / name, micro_batches, [0, len(micro_batches)])
+        for name, micro_batches in (("one", [[1, 2, 3, 4]]), ("four", [[], [1, 2], [], [3, 4]]))
+    )
+    assert torch.allclose(whole.weight, parts.weight)
+    assert log[0]["loss"] == pytest.approx(other[0]["loss"])
+
+
+def test_a_step_without_a_sample_is_skipped_named_and_moves_nothing_but_the_schedule(tmp_path):
+    model, log = train(tmp_path / "run", [[1], [2], [3]], [0, 1, 2, 3], broken=(2,), warmup_share=1.0)
+    kinds = [(record["step"], record["kind"]) for record in log]
+    assert kinds == [(1, "train"), (2, "skipped"), (3, "train"), (3, "validation")]
+    assert [record["samples_seen"] for record in log if record["kind"] == "train"] == [1, 2]
+    (lost,) = [line.record["id"] for line in read_jsonl(tmp_path / "run" / "quarantine.jsonl")]
+    assert lost == "train/2"
+    again, _ = train(tmp_path / "without", [[1], [3]], [0, 1, 2], warmup_share=1.0)
+    rates = [record["learning_rate"] for record in log if record["kind"] == "train"]
+    assert rates == pytest.approx([1e-4 / 3, 1e-4]) and not torch.equal(model.weight, again.weight)
+
+
+def test_a_run_without_any_readable_sample_ends_and_says_so(tmp_path):
+    _, log = train(tmp_path / "run", [[1], [2]], [0, 1, 2], broken=(1, 2))
+    assert [record["kind"] for record in log] == ["skipped", "skipped", "validation"]
