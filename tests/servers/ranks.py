@@ -31,7 +31,7 @@ PRELOADED = (
     "torch.distributed.fsdp", "torch._dynamo", "hba.cli", "hba.train.sft", "hba.train.lm", "hba.train.qa",
     "hba.train.bam", "hba.train.transfer", "hba.rl.local", "hba.evaluate.predict", "hba.evaluate.score",
 )  # fmt: skip
-GRACE_SECONDS = 60.0  # for the others, once a rank has failed
+GRACE_SECONDS = 120.0  # for the others, once a rank has failed
 
 
 class Dies(NamedTuple):
