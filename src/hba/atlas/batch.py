@@ -11,8 +11,10 @@ Shapes: B samples, T tokens, A audios, M mel frames, F mel bins, P vision patche
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from dataclasses import field as factory
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -23,14 +25,15 @@ from hba.atlas import padding
 from hba.atlas.config import EncodeConfig
 from hba.atlas.media import Image, Video
 from hba.atlas.omni_features import MEDIA_FEATURES, omni_features
-from hba.atlas.prompt import AS_WRITTEN, Message, Modality, Wording, build_messages, taught
-from hba.atlas.sample import Quarantined, Sample
+from hba.atlas.prompt import AS_WRITTEN, Message, Modality, PlainText, Wording, build_messages, taught
+from hba.atlas.sample import MEDIA_FIELDS, Field, Quarantined, Sample
 from hba.atlas.source import require_audible
 from hba.descriptors.pooled import DescriptorConfig, pooled_descriptors
 from hba.errors import MediaError
 from hba.taxonomy import BUILTIN, Taxonomy
 
 IGNORED = padding.IGNORED
+_ODD_RATIO = 100  # processors refuse pictures that are 200 times as long as wide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +43,12 @@ class Encoded:
     sample: Sample
     input_ids_T: Tensor
     mels: tuple[Tensor, ...] = ()  # each [F, M]
-    media: dict[str, Tensor] = field(default_factory=dict)  # patches [P, D], grids [n, 3], named as the model does
-    per_token: dict[str, Tensor] = field(default_factory=dict)  # [T] each, such as the kinds of tokens
+    media: dict[str, Tensor] = factory(default_factory=dict)  # patches [P, D], grids [n, 3], named as the model does
+    per_token: dict[str, Tensor] = factory(default_factory=dict)  # [T] each, such as the kinds of tokens
     answer_ids_T: Tensor | None = None  # the target and the end token, where the answer is trained as text
-    descriptors: Mapping[str, Tensor] = field(default_factory=dict)  # pooled, [F] by modality, where adapters read them
+    descriptors: Mapping[str, Tensor] = factory(
+        default_factory=dict
+    )  # pooled, [F] by modality, where adapters read them
 
     @property
     def num_bytes(self) -> int:
@@ -112,6 +117,10 @@ class SampleEncoder(Protocol):
         """Id that `collate` pads with."""
         ...
 
+    def messages(self, sample: Sample) -> list[Message]:
+        """The chat messages of a sample."""
+        ...
+
     def encode(self, sample: Sample) -> Encoded:
         """Decode the media of a sample and run the processor. Raises MediaError naming what cannot be encoded."""
         ...
@@ -129,61 +138,78 @@ class Encoder:
         answers: bool = False,
         wording: Wording = AS_WRITTEN,
         descriptors: Mapping[str, DescriptorConfig] | None = None,
+        dims: Mapping[str, Mapping[str, int]] | None = None,
     ) -> None:
         """With `answers`, every sample carries its answer as text behind the prompt, to be trained on.
 
-        Samples of the datasets in `descriptors` also carry their pooled descriptors, for adapters.
+        Samples of the datasets in `descriptors` also carry their pooled descriptors, for adapters, which read vectors
+        of the sizes `dims`.
         """
         self.processor, self.config, self.taxonomy = processor, config, taxonomy
-        self.answers, self.wording, self.descriptors = answers, wording, descriptors or {}
+        self.answers, self.wording, self.descriptors, self.dims = answers, wording, descriptors or {}, dims or {}
 
     @property
     def pad_token_id(self) -> int:
         """Id that `collate` pads with."""
         return int(self.processor.tokenizer.pad_token_id)
 
+    @cached_property
+    def _plain(self) -> PlainText:
+        return PlainText(self.processor)
+
+    def messages(self, sample: Sample) -> list[Message]:
+        """The chat messages of a sample, whose text is text."""
+        return messages_of(sample, self.config, self.wording, self._plain)
+
     def text(self, sample: Sample) -> str:
         """The prompt as the chat template renders it, media still as single placeholders."""
-        messages = messages_of(sample, self.config, self.wording)
-        rendered: str = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        rendered: str = self.processor.apply_chat_template(
+            self.messages(sample), add_generation_prompt=True, tokenize=False
+        )
         return rendered
 
     def encode(self, sample: Sample) -> Encoded:
         """Decode the media of a sample and run the processor.
 
-        Raises MediaError naming the place when a medium cannot be read, is longer than `max_audio_seconds`, or the
-        prompt has more than `max_tokens` tokens.
+        Raises MediaError naming the place when a medium cannot be read or encoded, is longer than `max_audio_seconds`,
+        or the prompt has more than `max_tokens` tokens.
         """
         media_of = load_media(sample, self.config, self.processor.feature_extractor.sampling_rate)
-        features = omni_features(
-            self.processor,
-            self.text(sample),
-            media_of.audios,
-            media_of.images,
-            [torch.from_numpy(v.frames).permute(0, 3, 1, 2) for v in media_of.videos],
-            [v.duration_seconds for v in media_of.videos],
-            pixels={"min_pixels": self.config.min_pixels, "max_pixels": self.config.max_pixels},
-        )
+        with sample.blamed(suspect(media_of)):
+            features = omni_features(
+                self.processor,
+                self.text(sample),
+                media_of.audios,
+                media_of.images,
+                [torch.from_numpy(v.frames).permute(0, 3, 1, 2) for v in media_of.videos],
+                [v.duration_seconds for v in media_of.videos],
+                pixels={"min_pixels": self.config.min_pixels, "max_pixels": self.config.max_pixels},
+            )
+            require_finite(features, sample)
+            mels = _valid_mels(features)
         media = {k: v for k, v in features.items() if k.startswith(MEDIA_FEATURES)}
         input_ids_T = features["input_ids"][0]
         require_short(input_ids_T, sample, self.config)
         tokenizer, answer = self.processor.tokenizer, None
         if self.answers:
-            said = self.wording.answer(sample, taught(sample, self.taxonomy))
-            answer = answer_ids(tokenizer, said, tokenizer.eos_token_id)
+            with sample.blamed():
+                said = self.wording.answer(sample, taught(sample, self.taxonomy))
+                answer = answer_ids(tokenizer, said, tokenizer.eos_token_id)
         wanted = self.descriptors.get(sample.dataset)
         return Encoded(
             sample=sample,
             input_ids_T=input_ids_T,
-            mels=_valid_mels(features),
+            mels=mels,
             media=media,
             answer_ids_T=answer,
-            descriptors={} if wanted is None else pooled_descriptors(sample, wanted),
+            descriptors={} if wanted is None else pooled_descriptors(sample, wanted, self.dims.get(sample.dataset)),
         )
 
 
-def messages_of(sample: Sample, config: EncodeConfig, wording: Wording) -> list[Message]:
-    """The chat messages of a sample, media in the order of their tags. Raises InputError for a tag without a medium."""
+def messages_of(
+    sample: Sample, config: EncodeConfig, wording: Wording, plain: Callable[[str], str] = str
+) -> list[Message]:
+    """The chat messages of a sample, media in the order of their tags. Raises MediaError for a tag without a medium."""
     counts: dict[Modality, int] = {"image": sample.images, "video": sample.videos, "audio": sample.audios}
     return build_messages(
         wording.question(sample),
@@ -191,6 +217,7 @@ def messages_of(sample: Sample, config: EncodeConfig, wording: Wording) -> list[
         where=sample.where,
         modalities=config.modalities,
         system_prompt=config.system_prompt,
+        plain=plain,
     )
 
 
@@ -224,9 +251,27 @@ def require_short(input_ids_T: Tensor, sample: Sample, config: EncodeConfig) -> 
         raise MediaError(found, where=f"{sample.where}, problem", fix="Raise max_tokens or lower max_pixels.")
 
 
+def suspect(media: Media) -> Field | None:
+    """The field whose medium a processor refuses, as far as it is known: the only one, or the one of odd shape."""
+    shapes = [("images", image.shape[:2]) for image in media.images]
+    shapes += [("videos", video.frames.shape[1:3]) for video in media.videos]
+    odd = [name for name, sides in shapes if max(sides) > _ODD_RATIO * min(sides)]
+    present = [name for name, each in zip(("audios", "images", "videos"), media, strict=True) if each]
+    named: list[Field] = [name for name in MEDIA_FIELDS if name in (odd or present)]
+    return named[0] if len(named) == 1 else None
+
+
+def require_finite(features: Mapping[str, Tensor], sample: Sample) -> None:
+    """Raises MediaError for a medium whose features are no numbers, such as sound of absurd loudness."""
+    for name, values in features.items():
+        if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+            field: Field = "audios" if "feature" in name else "images" if sample.images else "videos"
+            raise MediaError(f"gives {name} of NaN or infinity", where=sample.place(field), fix="Restore the medium.")
+
+
 def answer_ids(tokenizer: Any, text: str, end_token_id: int) -> Tensor:
-    """An answer and the end token, as they stand behind a prompt."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    """An answer and the end token, as they stand behind a prompt; names of special tokens in the answer are text."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     return torch.tensor([*ids, end_token_id], dtype=torch.long)
 
 

@@ -19,10 +19,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hba.atlas.batch import Encoded, Encoder, Media, SampleEncoder, answer_ids, load_media, messages_of, require_short
+from hba.atlas.batch import (
+    Encoded,
+    Encoder,
+    Media,
+    SampleEncoder,
+    answer_ids,
+    load_media,
+    messages_of,
+    require_finite,
+    require_short,
+    suspect,
+)
 from hba.atlas.config import EncodeConfig
 from hba.atlas.media import Video
-from hba.atlas.prompt import AS_WRITTEN, MODALITIES, Message, Modality, Wording, taught
+from hba.atlas.prompt import AS_WRITTEN, MODALITIES, Message, Modality, PlainText, Wording, taught
 from hba.atlas.sample import Field, Sample
 from hba.errors import InputError, MediaError
 from hba.taxonomy import BUILTIN, Taxonomy
@@ -102,7 +113,9 @@ class ChatEncoder:
         """
         media = load_media(sample, self.config, SAMPLING_RATE)
         self._require_taken(media, sample)
-        features = self._call(messages_of(sample, self.config, self.wording), media, sample.where)
+        with sample.blamed(suspect(media)):
+            features = self._call(self.messages(sample), media)
+            require_finite(features, sample)
         input_ids_T = features.pop("input_ids")[0]
         features.pop("attention_mask", None)
         require_short(input_ids_T, sample, self.config)
@@ -110,8 +123,9 @@ class ChatEncoder:
         per_token = {k: v[0] for k, v in features.items() if k.endswith("token_type_ids")}
         answer = None
         if self.answers:
-            said = self.wording.answer(sample, taught(sample, self.taxonomy))
-            answer = answer_ids(self.processor.tokenizer, said, self.end_token_id)
+            with sample.blamed():
+                said = self.wording.answer(sample, taught(sample, self.taxonomy))
+                answer = answer_ids(self.processor.tokenizer, said, self.end_token_id)
         return Encoded(
             sample=sample,
             input_ids_T=input_ids_T,
@@ -120,11 +134,18 @@ class ChatEncoder:
             answer_ids_T=answer,
         )
 
-    def _call(self, messages: list[Message], media: Media, where: str) -> dict[str, Tensor]:
+    @cached_property
+    def _plain(self) -> PlainText:
+        return PlainText(self.processor)
+
+    def messages(self, sample: Sample) -> list[Message]:
+        """The chat messages of a sample, whose text is text."""
+        return messages_of(sample, self.config, self.wording, self._plain)
+
+    def _call(self, messages: list[Message], media: Media) -> dict[str, Tensor]:
         """The processor's features of one prompt and its media."""
-        if media.videos and not self._takes("video"):
-            messages, media = _as_frames(messages, media)
-        text: str = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        messages, media = self._shown(messages, media)
+        text = self._rendered(messages)
         bos = self.processor.tokenizer.bos_token
         call: dict[str, Any] = {"text": [text], "return_tensors": "pt"}
         if bos is not None and text.startswith(bos):
@@ -132,14 +153,18 @@ class ChatEncoder:
         if media.audios:
             call |= {"audio": media.audios, "audio_kwargs": {"sampling_rate": SAMPLING_RATE, "truncation": False}}
         if media.images:
-            call |= {"images": [media.images], "images_kwargs": self._pixels(self.processor.image_processor)}
+            pixels = self._pixels(self.processor.image_processor)
+            call |= {"images": [media.images], "images_kwargs": pixels | {"input_data_format": "channels_last"}}
         if media.videos:
             call |= self._videos(media.videos)
-        try:
-            features = self.processor(**call)
-        except ValueError as error:
-            raise InputError(f"{self._name} refuses the sample ({error})", where=where, fix=_FILTER) from error
-        return {k: torch.as_tensor(v) for k, v in features.items()}
+        return {k: torch.as_tensor(v) for k, v in self.processor(**call).items()}
+
+    def _shown(self, messages: list[Message], media: Media) -> tuple[list[Message], Media]:
+        return _as_frames(messages, media) if media.videos and not self._takes("video") else (messages, media)
+
+    def _rendered(self, messages: list[Message]) -> str:
+        text: str = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return text
 
     def _videos(self, videos: Sequence[Video]) -> dict[str, Any]:
         # The frames are evenly spread over the clip; processors that tell the model of time ask for their rate.
@@ -181,13 +206,19 @@ class ChatEncoder:
 
     def _require_placed(self, input_ids_T: Tensor, media: Media, sample: Sample) -> None:
         """A chat template that does not know a kind of medium leaves it out; the model would never see it."""
+        fields: dict[Modality, Field] = {"image": "images", "video": "videos", "audio": "audios"}
         counts = {"image": len(media.images), "video": len(media.videos), "audio": len(media.audios)}
         for modality in MODALITIES:
             kind: Modality = "image" if modality == "video" and not self._takes("video") else modality
             ids = media_placeholders(self.processor, kind)
-            if counts[modality] and ids and not any(int((input_ids_T == i).sum()) for i in ids):
-                found = f"the chat template of {self._name} has no place for a medium of type {modality}"
-                raise InputError(found, where=sample.where, fix=_FILTER)
+            if not counts[modality] or not ids or any(int((input_ids_T == i).sum()) for i in ids):
+                continue
+            rendered = self._rendered(self._shown(self.messages(sample), media)[0])
+            if any(self.processor.tokenizer.convert_ids_to_tokens(i) in rendered for i in ids):
+                found = f"is too small or too short for {self._name}, which makes no token of it"
+                raise MediaError(found, where=sample.place(fields[modality]), fix="Remove the row.")
+            found = f"the chat template of {self._name} has no place for a medium of type {modality}"
+            raise InputError(found, where=sample.where, fix=_FILTER)
 
     @cached_property
     def _audio_window_seconds(self) -> float | None:
@@ -197,10 +228,7 @@ class ChatEncoder:
             return None
         message: Message = {"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": "."}]}
         lengths = (SAMPLING_RATE // 10, SAMPLING_RATE // 2)
-        short, long = (
-            self._call([message], Media([np.zeros(n, np.float32)], [], []), "a probe of the sound window")
-            for n in lengths
-        )
+        short, long = (self._call([message], Media([np.zeros(n, np.float32)], [], [])) for n in lengths)
         same = all(short[k].shape == long[k].shape for k in short if "feature" in k)
         return samples / SAMPLING_RATE if same else None
 

@@ -31,6 +31,7 @@ Image: TypeAlias = npt.NDArray[np.uint8]
 Descriptor: TypeAlias = "Tensor | dict[str, Tensor]"
 
 _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+_NUMBERS = ("float16", "bfloat16", "float32", "float64", "uint8", "int8", "int16", "int32", "int64")
 _DAMAGED_IMAGE = (OSError, SyntaxError, ValueError, EOFError, OverflowError, struct.error, zlib.error, IndexError)
 _DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, struct.error, NotImplementedError)
 _DAMAGED_TENSOR = (
@@ -157,8 +158,19 @@ def _load_safetensors(source: Source, where: str, limits: Limits) -> Descriptor:
 
     try:
         value = safetensors.torch.load(read_bytes(source, where=where))
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
+    except (
+        safetensors.SafetensorError,
+        OSError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        fault = machine_fault(error, where)
+        if fault is not None:
+            raise fault from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise MediaError(f"is not whole safetensors ({reason})", where=where, fix=RESTORE) from None
     if not value:
         raise MediaError("holds no tensors", where=where, fix=RESTORE)
@@ -187,9 +199,17 @@ def _check_archive(source: Source, where: str, limits: Limits) -> None:
 def _checked(tensor: object, name: str, where: str, limits: Limits) -> Tensor:
     import torch
 
-    if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or tensor.is_quantized:
+    if not isinstance(tensor, torch.Tensor):
         what = f"entry{name}: expected a dense tensor, found {type(tensor).__name__}"
         raise MediaError(what, where=where, fix="Save dense tensors alone.")
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+        kind = "quantised" if tensor.is_quantized else "nested" if tensor.is_nested else str(tensor.layout)
+        what = f"tensor{name}: expected a dense tensor, found a {kind.removeprefix('torch.')} one"
+        raise MediaError(what, where=where, fix="Save dense tensors alone.")
+    # Not float8, complex or bool, with which torch cannot count, or which are no features.
+    if str(tensor.dtype).removeprefix("torch.") not in _NUMBERS:
+        what = f"tensor{name} holds values of type {tensor.dtype}"
+        raise MediaError(what, where=where, fix="Save it as float32: tensor.float().")
     if tensor.device.type != "cpu" or tensor.numel() == 0:
         raise MediaError(f"tensor{name} is empty, shape {list(tensor.shape)}", where=where, fix=RESTORE)
     # Strides of zero let a file of a few bytes claim any shape.

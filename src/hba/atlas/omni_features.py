@@ -35,7 +35,8 @@ def omni_features(
     if audios:
         call |= {"audio": list(audios), "audio_kwargs": {"max_length": _window(processor.feature_extractor, audios)}}
     if images:
-        call |= {"images": list(images), "images_kwargs": dict(pixels)}
+        # Without its name, a picture of one or three lines is taken for one of one or three channels.
+        call |= {"images": list(images), "images_kwargs": dict(pixels) | {"input_data_format": "channels_last"}}
     if clips:
         call |= {"videos": list(clips), "videos_kwargs": dict(pixels) | {"do_sample_frames": False}}
     features: dict[str, Tensor] = dict(processor(**call))

@@ -9,11 +9,11 @@ nobody supplies), so that published prompts can be compared.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from hba.atlas.sample import Sample
-from hba.errors import InputError
+from hba.errors import MediaError
 from hba.taxonomy import Taxonomy
 
 Modality = Literal["image", "video", "audio"]
@@ -55,6 +55,28 @@ def taught(sample: Sample, taxonomy: Taxonomy) -> str:
     return taxonomy.worded(sample.dataset, sample.problem).get(sample.label, sample.target)
 
 
+class PlainText:
+    """Text of a row as text: what a model would take for a token of control gets a space behind its first character.
+
+    A row that says `<|im_end|>` would end the turn, one that says `<|AUDIO|>` would promise a sound. Only special
+    tokens and placeholders of media count; other added tokens, such as those of thinking, are words.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        tokenizer = getattr(processor, "tokenizer", processor)
+        added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        media = {getattr(processor, f"{modality}_token", None) for modality in MODALITIES}
+        control = added | set(tokenizer.all_special_tokens) | {token for token in media if isinstance(token, str)}
+        words = sorted((token for token in control if len(token) > 1), key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, words)) or "(?!)")
+
+    def __call__(self, text: str) -> str:
+        """The text without tokens of control."""
+        while self._control.search(text):
+            text = self._control.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+        return text
+
+
 def build_messages(
     problem: str,
     counts: Mapping[Modality, int],
@@ -63,11 +85,13 @@ def build_messages(
     modalities: Sequence[Modality] = MODALITIES,
     system_prompt: str | None = None,
     published: bool = False,
+    plain: Callable[[str], str] = str,
 ) -> list[Message]:
     """Chat messages of one row, media as `{"type": modality}` items in the order of their tags.
 
-    `counts` says how many media of each modality the row has; only `modalities` are used. Raises InputError naming
-    `where` when the tags outnumber the media.
+    `counts` says how many media of each modality the row has; only `modalities` are used. `plain` makes text of the
+    row's text (see `PlainText`); a system prompt is the user's and stays as it is. Raises MediaError naming `where`
+    when the tags outnumber the media.
     """
     text = problem
     for modality in MODALITIES:
@@ -79,9 +103,13 @@ def build_messages(
         present = text.count(tag)
         if present > wanted and not published:
             found = f"problem has {present} {tag} tags for {wanted} {modality}s"
-            raise InputError(found, where=f"{where}, problem", fix="Remove the tag or add the medium.")
+            raise MediaError(found, where=f"{where}, problem", fix="Remove the tag or add the medium.")
         text = tag * (wanted - present) + text
-    messages: list[Message] = [{"role": "user", "content": _split(text, modalities)}]
+    content = _split(text, modalities)
+    for item in content:
+        if item["type"] == "text":
+            item["text"] = plain(item["text"])
+    messages: list[Message] = [{"role": "user", "content": content}]
     if system_prompt is not None:
         messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system_prompt}]})
     return messages

@@ -7,15 +7,17 @@ hands out a path outside its atlas.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
 
 from hba.atlas import media
-from hba.errors import MachineError, MediaError
+from hba.errors import HbaError, MachineError, MediaError
 from hba.storage import machine_fault
 
 Field = Literal["images", "videos", "audios", "ext_video_feats", "ext_audio_feats"]
@@ -127,6 +129,29 @@ class Sample:
         except MemoryError as error:
             raise out_of_memory(error, self.where) from None
 
+    @contextmanager
+    def blamed(self, name: Field | Literal["problem"] | None = None) -> Iterator[None]:
+        """The boundary of one sample: whatever its content raises inside, in any library, is its own MediaError.
+
+        `name`: the field that is read, where one alone can be the cause. Errors of hba stay what they are: what the
+        machine lacks and what a user set wrong are no fault of a sample.
+        """
+        where = self.where if name is None else f"{self.where}, {name}"
+        try:
+            yield
+        except HbaError:
+            raise
+        except MemoryError as error:
+            raise out_of_memory(error, where) from None
+        except Exception as error:
+            fault = machine_fault(error, where)
+            if fault is not None:
+                raise fault from error
+            said = [type(error).__name__, *str(error).strip().splitlines()[:1]]
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            what = f"cannot be encoded ({': '.join(said)[:240]}; {Path(at.filename).name}:{at.lineno})"
+            raise MediaError(what, where=where, fix="Look at the row; mend it, or remove it.") from error
+
     def load_audios(self, limits: media.Limits = media.DEFAULT_LIMITS) -> list[media.Audio]:
         """Decode every audio to 16 kHz mono. Raises MediaError naming file, line and field."""
         with self._recorded():
@@ -158,5 +183,5 @@ class Sample:
 
     def quarantined(self, error: MediaError) -> Quarantined:
         """The quarantine record of this sample for an error raised while its media were read."""
-        name = next((f for f in MEDIA_FIELDS if error.where.endswith(f", {f}")), "row")
+        name = next((f for f in (*MEDIA_FIELDS, "problem") if error.where.endswith(f", {f}")), "row")
         return Quarantined(self.id, self.split, self.dataset, error.where or self.where, name, error.what)

@@ -6,6 +6,7 @@ it go unchanged. A row without the medium misses nothing. Nothing is filled with
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -49,11 +50,13 @@ def missing(sample: Sample) -> list[str]:
     return [name for name, (field, medium) in SOURCES.items() if getattr(sample, medium) and not getattr(sample, field)]
 
 
-def pooled_descriptors(sample: Sample, config: DescriptorConfig) -> dict[str, Tensor]:
+def pooled_descriptors(
+    sample: Sample, config: DescriptorConfig, dims: Mapping[str, int] | None = None
+) -> dict[str, Tensor]:
     """{'video': [F], 'audio': [F]}, float32, without a modality that the sample has no descriptor of.
 
     Several descriptors of one modality are averaged after pooling. Raises MediaError naming the place when one is
-    missing (unless allowed), cannot be read or cannot be pooled.
+    missing (unless allowed), cannot be read or cannot be pooled, or gives another size than its adapter reads (`dims`).
     """
     for name in missing(sample) if not config.allow_missing else ():
         fix = "Run `hba atlas describe`, or leave such samples unchanged with --allow-missing."
@@ -62,10 +65,21 @@ def pooled_descriptors(sample: Sample, config: DescriptorConfig) -> dict[str, Te
 
     found = {}
     for name, (field, _) in SOURCES.items():
-        vectors = [_vector(loaded, config, sample.place(field)) for loaded in sample.load_descriptors(field)]
-        if vectors:
-            found[name] = torch.stack(vectors).mean(0)
+        with sample.blamed(field):
+            vectors = [_vector(loaded, config, sample.place(field)) for loaded in sample.load_descriptors(field)]
+            if vectors:
+                found[name] = torch.stack(vectors).mean(0)
+        if found.get(name) is not None and dims is not None and len(found[name]) != dims.get(name, len(found[name])):
+            raise MediaError(unlike(len(found[name]), dims[name]), where=sample.place(field), fix=ALIKE)
     return found
+
+
+ALIKE = "Extract all descriptors of a dataset with the same settings."
+
+
+def unlike(size: int, expected: int) -> str:
+    """What is wrong with a pooled descriptor of another size than those of its dataset."""
+    return f"the pooled descriptor has {size} values, those of its dataset have {expected}"
 
 
 def _vector(loaded: Descriptor, config: DescriptorConfig, where: str) -> Tensor:

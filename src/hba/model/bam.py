@@ -145,6 +145,11 @@ class Bam(nn.Module):
         """How the descriptors of each dataset with adapters are read."""
         return {key: self.adapters(key).spec.descriptors for key in self.datasets}
 
+    @property
+    def dims(self) -> dict[str, dict[str, int]]:
+        """Size of the pooled descriptors that the adapters of each dataset read, by modality."""
+        return {key: self.adapters(key).spec.dims for key in self.datasets}
+
     def adapters(self, dataset: str) -> DatasetAdapters:
         """The adapters of a dataset. Raises InputError naming those that there are."""
         if dataset not in self.datasets:

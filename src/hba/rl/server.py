@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from hba.atlas.batch import SampleEncoder, load_media, messages_of
+from hba.atlas.batch import SampleEncoder, load_media
 from hba.atlas.chat_encoder import SAMPLING_RATE, media_placeholders
 from hba.atlas.prompt import MODALITIES
 from hba.atlas.sample import Sample
@@ -137,7 +137,7 @@ class ServerSampler:
         if media.videos:
             extra["media_io_kwargs"] = {"video": {"num_frames": -1}}
         return ChatRequest(
-            messages=filled(messages_of(sample, encode, self._encoder.wording), decoded_parts(media)),
+            messages=filled(self._encoder.messages(sample), decoded_parts(media)),
             max_tokens=draws.max_new_tokens,
             temperature=draws.temperature,
             top_p=1.0,

@@ -34,7 +34,7 @@ from hba.model.omni import OmniSapiens, apply_strategy, config_of
 from hba.process import prepare_process, start_accelerator
 from hba.run import RunFolder
 from hba.train.config import BamConfig
-from hba.train.described import described_datasets, read_descriptors, training_matrix
+from hba.train.described import described_datasets, fitting, read_descriptors, training_matrix
 from hba.train.domains import after_bam
 from hba.train.frozen import (
     Descriptors,
@@ -97,10 +97,9 @@ def train_bam(config: BamConfig, run: RunFolder, progress: Progressed = lambda d
     domains = after_bam(base.card, reached, base.taxonomy, base.folder, heads=heads)
     resume = ranks.told(latest(run.checkpoints))
     bam = build_bam(config, keys, train, base, resume)
+    train, validation = (rows._replace(descriptors=fitting(*rows, bam.dims)) for rows in (train, validation))
     model = build_model(config, bam, base, resume, speaks=any(is_free_form(opened, key) for key in keys))
-    give, give_validation = (
-        batch_source(config, base, bam, rows, progress, ranks) for rows in (train, validation)
-    )
+    give, give_validation = (batch_source(config, base, bam, rows, progress, ranks) for rows in (train, validation))
     if config.features.cache:
         base.release()
     plan = training_plan(*how, rank=ranks.rank, world=ranks.world)
@@ -182,13 +181,12 @@ def build_model(
     return AdaptedHeads(bam, heads, base.lm_head() if speaks else None)
 
 
-def batch_source(
-    config: BamConfig, base: FrozenBase, bam: Bam, rows: Rows, progress: Progressed, ranks: Ranks
-) -> Any:
+def batch_source(config: BamConfig, base: FrozenBase, bam: Bam, rows: Rows, progress: Progressed, ranks: Ranks) -> Any:
     """What gives the batches of a plan over `rows`: of the cache, of the frozen backbone, or for the whole model."""
     atlas = rows.atlas
     speaks = any(is_free_form(atlas, key) for key in bam.datasets)
-    encoder = Encoder(base.processor, base.encode, atlas.taxonomy, answers=speaks, descriptors=bam.descriptors)
+    descriptors, dims = bam.descriptors, bam.dims
+    encoder = Encoder(base.processor, base.encode, atlas.taxonomy, answers=speaks, descriptors=descriptors, dims=dims)
     loader = config.features.loader
     if config.stage == "full":
         return lambda plan, start: load_batches(atlas, encoder, plan, loader, start=start)

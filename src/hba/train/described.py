@@ -7,6 +7,7 @@ allowed. A descriptor that cannot be read quarantines its sample, as a medium wo
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from hba.atlas import Atlas
 from hba.atlas.sample import Quarantined
-from hba.descriptors.pooled import SOURCES, DescriptorConfig, missing, pooled_descriptors
+from hba.descriptors.pooled import ALIKE, SOURCES, DescriptorConfig, missing, pooled_descriptors, unlike
 from hba.errors import InputError, MediaError
 from hba.train.frozen import Descriptors
 
@@ -68,20 +69,41 @@ def read_descriptors(rows: Atlas, config: DescriptorConfig) -> Descriptors:
 def training_matrix(rows: Atlas, vectors: Descriptors, dataset: str) -> dict[str, Tensor]:
     """{'video': [N, F], 'audio': [N, F]} of the rows of a dataset, without a modality that none of them has.
 
-    Raises InputError naming a sample whose descriptor has another size than the first.
+    F is the size that most have; rows of another are left out (see `fitting`). Raises InputError naming a sample where
+    more than a tenth of the rows have another size.
     """
     found: dict[str, Tensor] = {}
     for modality in SOURCES:
-        parts: list[Tensor] = []
-        for sample, number in zip(rows, rows.numbers.tolist(), strict=True):
-            vector = vectors[number]
-            if sample.dataset != dataset or isinstance(vector, Quarantined) or modality not in vector:
-                continue
-            parts.append(vector[modality])
-            if len(parts[-1]) != len(parts[0]):
-                what = f"the pooled descriptor has {len(parts[-1])} values, others of {dataset} have {len(parts[0])}"
-                fix = "Extract all descriptors of a dataset with the same settings."
-                raise InputError(what, where=sample.place(SOURCES[modality].field), fix=fix)
-        if parts:
-            found[modality] = torch.stack(parts)
+        parts = {
+            number: vector[modality]
+            for number, vector in ((number, vectors[number]) for number in _numbers(rows, dataset))
+            if not isinstance(vector, Quarantined) and modality in vector
+        }
+        if not parts:
+            continue
+        (size, count), *_ = Counter(map(len, parts.values())).most_common()
+        if len(parts) - count > len(parts) // 10:
+            number = next(number for number, part in parts.items() if len(part) != size)
+            sample = next(sample for sample, each in zip(rows, rows.numbers.tolist(), strict=True) if each == number)
+            what = f"{unlike(len(parts[number]), size)}; so have {len(parts) - count} of {len(parts)} samples"
+            raise InputError(what, where=sample.place(SOURCES[modality].field), fix=ALIKE)
+        found[modality] = torch.stack([part for part in parts.values() if len(part) == size])
     return found
+
+
+def _numbers(rows: Atlas, dataset: str) -> list[int]:
+    return [int(number) for number in rows.filter(datasets=[dataset]).numbers]
+
+
+def fitting(rows: Atlas, vectors: Descriptors, dims: Mapping[str, Mapping[str, int]]) -> Descriptors:
+    """The descriptors that their adapters can read; a sample with another is left out, named."""
+    fit = dict(vectors)
+    for sample, number in zip(rows, rows.numbers.tolist(), strict=True):
+        vector, expected = vectors[number], dims[sample.dataset]
+        for name, values in vector.items() if not isinstance(vector, Quarantined) else ():
+            if len(values) != expected.get(name, len(values)):
+                error = MediaError(
+                    unlike(len(values), expected[name]), where=sample.place(SOURCES[name].field), fix=ALIKE
+                )
+                fit[number] = sample.quarantined(error)
+    return fit

@@ -94,8 +94,8 @@ def open_backend(_name: str, opening: Opening) -> HeadsBackend:
     origin: dict[str, Any] = {"model": checkpoint.trained_hash(trained), "checkpoint": checkpoint.describe(model_name)}
     if max_tokens:
         origin["max_tokens"] = max_tokens
-    adapters = {} if model.bam is None else model.bam.descriptors
-    encoder = Encoder(model.processor, opening.encode, taxonomy, descriptors=adapters)
+    adapters, dims = ({}, {}) if model.bam is None else (model.bam.descriptors, model.bam.dims)
+    encoder = Encoder(model.processor, opening.encode, taxonomy, descriptors=adapters, dims=dims)
     options: dict[str, Any] = {"batch_size": config.batch_size, "loader": config.loader, "max_tokens": max_tokens}
     domains = checkpoint.read_card(trained).get("domains")
     return HeadsBackend(model, encoder, origin=origin, domains=domains, **options)

@@ -27,7 +27,7 @@ from hba.atlas.answer_format import FormatMix
 from hba.atlas.sample import Quarantined, Sample
 from hba.atlas.sampler import Indices
 from hba.environment import usable_cores
-from hba.errors import HbaError, InputError, MediaError
+from hba.errors import InputError, MediaError
 from hba.evaluate.backends.interface import Answered, Output, Result, Unanswered, choices, likeliest, samples, spoken
 from hba.evaluate.backends.wire import WIRE_VERSION, filled, media_parts
 from hba.evaluate.config import Opening
@@ -105,13 +105,10 @@ class RemoteBackend:
 
     def _prepared(self, sample: Sample) -> ChatRequest | Quarantined:
         try:
-            return self.request(sample)
+            with sample.blamed():
+                return self.request(sample)
         except MediaError as error:
             return sample.quarantined(error)
-        except (HbaError, OSError, MemoryError):  # of the machine or the hub
-            raise
-        except Exception as error:  # noqa: BLE001 - the boundary of one sample: what a decoder raises is its own
-            return sample.quarantined(MediaError(f"{type(error).__name__}: {error}", where=sample.where))
 
     def request(self, sample: Sample) -> ChatRequest:
         """What is sent for a sample. Raises MediaError for a medium that cannot be read."""

@@ -22,7 +22,7 @@ from hba.atlas.answer_format import FormatMix
 from hba.atlas.batch import load_media, messages_of
 from hba.atlas.config import EncodeConfig
 from hba.atlas.media import SAMPLE_RATE
-from hba.atlas.prompt import Wording
+from hba.atlas.prompt import PlainText, Wording
 from hba.atlas.sample import Quarantined, Sample
 from hba.atlas.sampler import Indices
 from hba.errors import ConfigError, MediaError
@@ -74,7 +74,8 @@ class VllmBackend:
 
     def _prepared(self, sample: Sample) -> Question | Quarantined:
         try:
-            inputs = engine_inputs(sample, self._processor, self._opening.encode, self._wording)
+            with sample.blamed():
+                inputs = engine_inputs(sample, self._processor, self._opening.encode, self._wording)
         except MediaError as error:
             return sample.quarantined(error)
         return Question(sample=sample, inputs=inputs)
@@ -114,7 +115,7 @@ def engine_inputs(sample: Sample, processor: Any, encode: EncodeConfig, wording:
         "image": [PIL.Image.fromarray(image) for image in media.images],
         "video": [video.frames for video in media.videos],
     }
-    messages = messages_of(sample, encode, wording)
+    messages = messages_of(sample, encode, wording, PlainText(processor))
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     inputs = {"prompt": prompt, "multi_modal_data": {name: items for name, items in given.items() if items}}
     if media.videos:  # frames alone say nothing of when they were

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset, Sampler
 from hba.atlas import Atlas
 from hba.atlas.batch import Media
 from hba.atlas.media import Video
+from hba.atlas.prompt import PlainText
 from hba.atlas.sampler import Indices
 from hba.errors import MediaError
 from hba.quarantine import QuarantineLog
@@ -40,6 +41,8 @@ class AtlasDataset(Dataset[dict[str, Any]]):
         """verl's constructor; `config.hba_run` is the run folder. Raises InputError for rows that cannot be opened."""
         self.role = data_files if isinstance(data_files, str) else str(data_files[0])
         self.config = run_config(config.hba_run)
+        asked = processor if processor is not None else tokenizer
+        self._plain = str if asked is None else PlainText(asked)
         atlas = run_rows(config.hba_run, self.role)
         self.atlas = atlas if max_samples < 0 else atlas[:max_samples]
 
@@ -56,7 +59,7 @@ class AtlasDataset(Dataset[dict[str, Any]]):
         row, way = divmod(int(index), len(self._ways))
         sample = self.atlas[row]
         return {
-            "raw_prompt": messages(sample, self.config, Reference(self.role, row)),
+            "raw_prompt": messages(sample, self.config, Reference(self.role, row), self._plain),
             "data_source": sample.dataset,
             "reward_model": {"style": "rule", "ground_truth": sample.target},
             "extra_info": {"index": row},

@@ -5,6 +5,7 @@ Messages carry a reference to a medium, never its bytes: verl copies every colum
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
@@ -58,9 +59,11 @@ def run_rows(run: str, role: str) -> Atlas:
     return opened[role](run_config(run))
 
 
-def messages(sample: Sample, config: RlConfig, reference: Reference) -> list[dict[str, Any]]:
-    """The chat messages of a sample, each medium with its reference."""
-    found = messages_of(sample, config.encode, FormatMix((config.format,)))
+def messages(
+    sample: Sample, config: RlConfig, reference: Reference, plain: Callable[[str], str] = str
+) -> list[dict[str, Any]]:
+    """The chat messages of a sample, each medium with its reference; `plain` makes text of its text."""
+    found = messages_of(sample, config.encode, FormatMix((config.format,)), plain)
     return [{**message, "content": [_referring(item, reference) for item in message["content"]]} for message in found]
 
 
