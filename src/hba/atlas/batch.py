@@ -12,9 +12,9 @@ Shapes: B samples, T tokens, A audios, M mel frames, F mel bins, P vision patche
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from dataclasses import field as factory
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -43,19 +43,31 @@ class Encoded:
     sample: Sample
     input_ids_T: Tensor
     mels: tuple[Tensor, ...] = ()  # each [F, M]
-    media: dict[str, Tensor] = factory(default_factory=dict)  # patches [P, D], grids [n, 3], named as the model does
-    per_token: dict[str, Tensor] = factory(default_factory=dict)  # [T] each, such as the kinds of tokens
+    media: dict[str, Tensor] = field(default_factory=dict)  # patches [P, D], grids [n, 3], named as the model does
+    per_token: dict[str, Tensor] = field(default_factory=dict)  # [T] each, such as the kinds of tokens
     answer_ids_T: Tensor | None = None  # the target and the end token, where the answer is trained as text
-    descriptors: Mapping[str, Tensor] = factory(
-        default_factory=dict
-    )  # pooled, [F] by modality, where adapters read them
+    descriptors: Mapping[str, Tensor] = field(default_factory=dict)  # pooled, [F] by modality, where adapters read them
+
+    windows: tuple[Encoded, ...] = ()  # the same prompt with each further part of a long sound
 
     @property
     def num_bytes(self) -> int:
         """Memory held by the tensors."""
         named = (self.media, self.per_token, self.descriptors)
         tensors = (self.input_ids_T, *self.mels, self.answer_ids_T, *(t for group in named for t in group.values()))
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        own = sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        return own + sum(window.num_bytes for window in self.windows)
+
+
+class Window(NamedTuple):
+    """A further part of the sounds of some samples, the `rows_R` of the batch, as inputs of the model."""
+
+    rows_R: Tensor
+    inputs: dict[str, Tensor]
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Window:
+        """The same window with changed tensors."""
+        return Window(change(self.rows_R), {name: change(tensor) for name, tensor in self.inputs.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +85,18 @@ class Batch:
     labels_BT: Tensor | None = None
     descriptors: tuple[Mapping[str, Tensor], ...] = ()  # of each sample, pooled, [F] by modality
     quarantined: tuple[Quarantined, ...] = ()
+    windows: tuple[Window, ...] = ()  # parts of long sounds behind the first, which is in `inputs`
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    @property
+    def num_tokens(self) -> Tensor:
+        """Tokens of each sample [B], those of all its windows."""
+        tokens_B = self.inputs["attention_mask"].sum(1)
+        for window in self.windows:
+            tokens_B = tokens_B.index_add(0, window.rows_R, window.inputs["attention_mask"].sum(1))
+        return tokens_B
 
     @property
     def prompt_mask(self) -> Tensor:
@@ -87,6 +108,7 @@ class Batch:
         """The same batch in page-locked memory, from which a GPU takes it while it computes."""
         return replace(
             self,
+            windows=tuple(window.each(Tensor.pin_memory) for window in self.windows),
             inputs={name: tensor.pin_memory() for name, tensor in self.inputs.items()},
             class_index_B=self.class_index_B.pin_memory(),
             labels_BT=None if self.labels_BT is None else self.labels_BT.pin_memory(),
@@ -99,6 +121,7 @@ class Batch:
         return replace(
             self,
             inputs=moved,
+            windows=tuple(window.each(lambda tensor: tensor.to(device, non_blocking=True)) for window in self.windows),
             class_index_B=self.class_index_B.to(device, non_blocking=True),
             labels_BT=None if self.labels_BT is None else self.labels_BT.to(device, non_blocking=True),
         )
@@ -169,41 +192,48 @@ class Encoder:
         return rendered
 
     def encode(self, sample: Sample) -> Encoded:
-        """Decode the media of a sample and run the processor.
+        """Decode the media of a sample and run the processor, once for each window of a long sound.
 
         Raises MediaError naming the place when a medium cannot be read or encoded, is longer than `max_audio_seconds`,
         or the prompt has more than `max_tokens` tokens.
         """
-        media_of = load_media(sample, self.config, self.processor.feature_extractor.sampling_rate)
-        with sample.blamed(suspect(media_of)):
+        rate = self.processor.feature_extractor.sampling_rate
+        labelled = self.taxonomy.dataset(sample.dataset).domain is not None
+        media = load_media(sample, self.config, rate, windows=labelled)
+        first, *later = (
+            self._heard(sample, window) for window in windows_of(media, sample, int(self.config.heard_seconds * rate))
+        )
+        answer = None
+        if self.answers:
+            with sample.blamed():
+                said = self.wording.answer(sample, taught(sample, self.taxonomy))
+                answer = answer_ids(self.processor.tokenizer, said, self.processor.tokenizer.eos_token_id)
+        wanted = self.descriptors.get(sample.dataset)
+        return replace(
+            first,
+            windows=tuple(later),
+            answer_ids_T=answer,
+            descriptors={} if wanted is None else pooled_descriptors(sample, wanted, self.dims.get(sample.dataset)),
+        )
+
+    def _heard(self, sample: Sample, media: Media) -> Encoded:
+        """The prompt with these media."""
+        with sample.blamed(suspect(media)):
             features = omni_features(
                 self.processor,
                 self.text(sample),
-                media_of.audios,
-                media_of.images,
-                [torch.from_numpy(v.frames).permute(0, 3, 1, 2) for v in media_of.videos],
-                [v.duration_seconds for v in media_of.videos],
+                media.audios,
+                media.images,
+                [torch.from_numpy(v.frames).permute(0, 3, 1, 2) for v in media.videos],
+                [v.duration_seconds for v in media.videos],
                 pixels={"min_pixels": self.config.min_pixels, "max_pixels": self.config.max_pixels},
             )
             require_finite(features, sample)
             mels = _valid_mels(features)
-        media = {k: v for k, v in features.items() if k.startswith(MEDIA_FEATURES)}
         input_ids_T = features["input_ids"][0]
         require_short(input_ids_T, sample, self.config)
-        tokenizer, answer = self.processor.tokenizer, None
-        if self.answers:
-            with sample.blamed():
-                said = self.wording.answer(sample, taught(sample, self.taxonomy))
-                answer = answer_ids(tokenizer, said, tokenizer.eos_token_id)
-        wanted = self.descriptors.get(sample.dataset)
-        return Encoded(
-            sample=sample,
-            input_ids_T=input_ids_T,
-            mels=mels,
-            media=media,
-            answer_ids_T=answer,
-            descriptors={} if wanted is None else pooled_descriptors(sample, wanted, self.dims.get(sample.dataset)),
-        )
+        named = {k: v for k, v in features.items() if k.startswith(MEDIA_FEATURES)}
+        return Encoded(sample=sample, input_ids_T=input_ids_T, mels=mels, media=named)
 
 
 def messages_of(
@@ -229,19 +259,43 @@ class Media(NamedTuple):
     videos: list[Video]
 
 
-def load_media(sample: Sample, config: EncodeConfig, sampling_rate: int) -> Media:
-    """Decode the media of a sample. Raises MediaError for one that cannot be read, is too long or too short."""
+def load_media(sample: Sample, config: EncodeConfig, sampling_rate: int, *, windows: bool = False) -> Media:
+    """Decode the media of a sample, long audios as `config.long_audio` says; with `windows`, those stay whole.
+
+    Raises MediaError for one that cannot be read, is too long or too short.
+    """
     wanted = config.modalities
     audios = [a.samples for a in sample.load_audios()] if "audio" in wanted else []
-    for audio in audios:
-        if len(audio) / sampling_rate > config.max_audio_seconds:
+    longest = int(config.heard_seconds * sampling_rate)
+    for number, audio in enumerate(audios):
+        require_audible(len(audio) / sampling_rate, sample.place("audios"))
+        if len(audio) <= longest or (config.long_audio == "windows" and windows):
+            continue
+        if config.long_audio in ("refuse", "windows"):
             limit = config.max_audio_seconds
             found = f"audio of {len(audio) / sampling_rate:.1f} s, more than max_audio_seconds={limit}"
-            raise MediaError(found, where=sample.place("audios"), fix="Raise max_audio_seconds or split the clip.")
-        require_audible(len(audio) / sampling_rate, sample.place("audios"))
+            fix = "Raise max_audio_seconds, split the clip, or choose encode.long_audio (docs/data.md)."
+            raise MediaError(found, where=sample.place("audios"), fix=fix)
+        audios[number] = audio[:longest].copy()  # not a view, which would keep the whole
     images = list(sample.load_images()) if "image" in wanted else []
     videos = sample.load_videos(config.num_frames, frames=config.frames) if "video" in wanted else []
     return Media(audios, images, videos)
+
+
+def windows_of(media: Media, sample: Sample, longest: int) -> list[Media]:
+    """The media once for each window of a long sound: as few equal parts as are no longer than `longest` samples.
+
+    Raises MediaError for a row of several sounds, one of which is long.
+    """
+    if all(len(audio) <= longest for audio in media.audios):
+        return [media]
+    if len(media.audios) > 1:
+        found = f"holds {len(media.audios)} sounds, one of them long, which cannot be heard in windows"
+        raise MediaError(found, where=sample.place("audios"), fix="Join the sounds, or use encode.long_audio=head.")
+    (audio,) = media.audios
+    count = -(-len(audio) // longest)
+    bounds = [len(audio) * number // count for number in range(count + 1)]
+    return [media._replace(audios=[audio[start:end]]) for start, end in pairwise(bounds)]
 
 
 def require_short(input_ids_T: Tensor, sample: Sample, config: EncodeConfig) -> None:
@@ -265,8 +319,8 @@ def require_finite(features: Mapping[str, Tensor], sample: Sample) -> None:
     """Raises MediaError for a medium whose features are no numbers, such as sound of absurd loudness."""
     for name, values in features.items():
         if values.is_floating_point() and not bool(torch.isfinite(values).all()):
-            field: Field = "audios" if "feature" in name else "images" if sample.images else "videos"
-            raise MediaError(f"gives {name} of NaN or infinity", where=sample.place(field), fix="Restore the medium.")
+            medium: Field = "audios" if "feature" in name else "images" if sample.images else "videos"
+            raise MediaError(f"gives {name} of NaN or infinity", where=sample.place(medium), fix="Restore the medium.")
 
 
 def answer_ids(tokenizer: Any, text: str, end_token_id: int) -> Tensor:
@@ -292,15 +346,12 @@ def collate(
     """Pad encoded samples on the left to the longest. An empty list gives an empty batch that carries `quarantined`."""
     samples = tuple(e.sample for e in encoded)
     answers = [e.answer_ids_T for e in encoded]
-    rows = [e.input_ids_T if e.answer_ids_T is None else torch.cat([e.input_ids_T, e.answer_ids_T]) for e in encoded]
-    inputs = padding.token_ids(rows, pad_token_id) if rows else {}
-    mels = [mel for e in encoded for mel in e.mels]
-    if mels:
-        inputs |= padding.mel_frames(mels)
-    for name in sorted({name for e in encoded for name in e.media}):
-        inputs[name] = padding.concatenated([e.media[name] for e in encoded if name in e.media])
-    for name in encoded[0].per_token if encoded else ():
-        inputs[name] = padding.per_token([e.per_token[name] for e in encoded], answers, inputs["input_ids"])
+    inputs = _inputs(encoded, pad_token_id)
+    windows = []
+    for number in range(max((len(e.windows) for e in encoded), default=0)):
+        rows = [row for row, e in enumerate(encoded) if len(e.windows) > number]
+        parts = [encoded[row].windows[number] for row in rows]
+        windows.append(Window(torch.tensor(rows), _inputs(parts, pad_token_id)))
     labelled = encoded and answers[0] is not None
     indices = [taxonomy.global_index(s.dataset, s.label) if s.label is not None else IGNORED for s in samples]
     return Batch(
@@ -311,4 +362,20 @@ def collate(
         labels_BT=padding.labels(answers, inputs["input_ids"]) if labelled else None,
         descriptors=tuple(e.descriptors for e in encoded),
         quarantined=tuple(quarantined),
+        windows=tuple(windows),
     )
+
+
+def _inputs(encoded: Sequence[Encoded], pad_token_id: int) -> dict[str, Tensor]:
+    """The model's keyword arguments for these samples, padded."""
+    answers = [e.answer_ids_T for e in encoded]
+    rows = [e.input_ids_T if e.answer_ids_T is None else torch.cat([e.input_ids_T, e.answer_ids_T]) for e in encoded]
+    inputs = padding.token_ids(rows, pad_token_id) if rows else {}
+    mels = [mel for e in encoded for mel in e.mels]
+    if mels:
+        inputs |= padding.mel_frames(mels)
+    for name in sorted({name for e in encoded for name in e.media}):
+        inputs[name] = padding.concatenated([e.media[name] for e in encoded if name in e.media])
+    for name in encoded[0].per_token if encoded else ():
+        inputs[name] = padding.per_token([e.per_token[name] for e in encoded], answers, inputs["input_ids"])
+    return inputs

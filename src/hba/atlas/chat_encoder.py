@@ -12,6 +12,7 @@ those of the other samples). Encoding alone and padding afterwards gives what a 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -31,11 +32,11 @@ from hba.atlas.batch import (
     require_short,
     suspect,
 )
-from hba.atlas.config import EncodeConfig
+from hba.atlas.config import WINDOWS_ARE_FOR_HEADS, EncodeConfig
 from hba.atlas.media import Video
 from hba.atlas.prompt import AS_WRITTEN, MODALITIES, Message, Modality, PlainText, Wording, taught
 from hba.atlas.sample import Field, Sample
-from hba.errors import InputError, MediaError
+from hba.errors import ConfigError, InputError, MediaError
 from hba.taxonomy import BUILTIN, Taxonomy
 
 SAMPLING_RATE = 16000  # of the atlas' decoded sound
@@ -94,7 +95,13 @@ class ChatEncoder:
         answers: bool = False,
         wording: Wording = AS_WRITTEN,
     ) -> None:
-        """With `answers`, every sample carries its answer as text behind the prompt, to be trained on."""
+        """With `answers`, every sample carries its answer as text behind the prompt, to be trained on.
+
+        Raises ConfigError for sounds in windows, which are for heads.
+        """
+        if config.long_audio == "windows":
+            found = "windows of a sound are averaged by heads, and this model answers in words"
+            raise ConfigError(found, where="encode.long_audio", fix=WINDOWS_ARE_FOR_HEADS)
         self.processor, self.config, self.taxonomy = processor, config, taxonomy
         self.answers, self.wording = answers, wording
         self.end_token_id = end_token_id(processor)
@@ -111,7 +118,7 @@ class ChatEncoder:
         Raises MediaError naming the place when a medium cannot be read or is longer than the model takes, InputError
         when the model does not take this kind of medium at all.
         """
-        media = load_media(sample, self.config, SAMPLING_RATE)
+        media = load_media(sample, self._hearing(sample), SAMPLING_RATE)
         self._require_taken(media, sample)
         with sample.blamed(suspect(media)):
             features = self._call(self.messages(sample), media)
@@ -158,6 +165,13 @@ class ChatEncoder:
         if media.videos:
             call |= self._videos(media.videos)
         return {k: torch.as_tensor(v) for k, v in self.processor(**call).items()}
+
+    def _hearing(self, sample: Sample) -> EncodeConfig:
+        """The config with the model's own limit of a sound, where that is shorter and sounds may be cut."""
+        limit = self._audio_window_seconds if sample.audios and self._takes("audio") else None
+        if limit is None or self.config.long_audio == "refuse" or limit >= self.config.heard_seconds:
+            return self.config
+        return replace(self.config, long_audio="head", max_audio_seconds=limit)
 
     def _shown(self, messages: list[Message], media: Media) -> tuple[list[Message], Media]:
         return _as_frames(messages, media) if media.videos and not self._takes("video") else (messages, media)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 
@@ -17,6 +17,11 @@ from hba.atlas.prompt import MODALITIES, Modality
 from hba.config import option
 from hba.environment import usable_cores
 from hba.errors import ConfigError
+
+LongAudio: TypeAlias = Literal["refuse", "head", "windows", "published"]
+PUBLISHED_AUDIO_SECONDS = 10.0
+"""where the released code cuts every sound"""
+WINDOWS_ARE_FOR_HEADS = "Use encode.long_audio=refuse or head: words are said of one sound, which windows would divide."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +32,20 @@ class EncodeConfig:
     frames: Frames = option("exact", "exact frames, or nearest_keyframe: inexact, faster where keyframes are close")
     min_pixels: Annotated[int, Field(ge=784)] = option(3136, "smallest area of a frame or image after resizing")
     max_pixels: Annotated[int, Field(ge=784)] = option(50176, "largest area of a frame or image after resizing")
-    max_audio_seconds: Annotated[float, Field(gt=0)] = option(
-        300.0, "a longer audio quarantines its sample; nothing is cut"
+    max_audio_seconds: Annotated[float, Field(gt=0)] = option(300.0, "longest audio; what becomes of a longer one:")
+    long_audio: LongAudio = option(
+        "refuse",
+        "refuse: its sample is quarantined; head: its beginning is heard; windows: all of it, in equal parts whose "
+        "logits heads average; published: the first 10 s of every audio",
     )
     max_tokens: Annotated[int, Field(ge=1)] = option(32768, "a longer prompt quarantines its sample; nothing is cut")
     modalities: tuple[Modality, ...] = option(MODALITIES, "media that reach the model; the others are left out")
     system_prompt: str | None = option(None, "system message put in front of every prompt")
+
+    @property
+    def heard_seconds(self) -> float:
+        """How much of an audio is heard at once."""
+        return PUBLISHED_AUDIO_SECONDS if self.long_audio == "published" else self.max_audio_seconds
 
     def __post_init__(self) -> None:
         if self.max_pixels < self.min_pixels:

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from hba.atlas import Atlas, data_record, open_atlas
-from hba.atlas.config import EncodeConfig
+from hba.atlas.config import WINDOWS_ARE_FOR_HEADS, EncodeConfig
 from hba.atlas.sample import Quarantined
 from hba.atlas.sampler import Indices
-from hba.errors import InputError
+from hba.errors import ConfigError, InputError
 from hba.evaluate.answers import READING_VERSION, read
-from hba.evaluate.backends import LOCAL, detect, known, open_backend
+from hba.evaluate.backends import LOCAL, WORDLESS, detect, known, open_backend
 from hba.evaluate.backends.interface import Answered, Backend, Unanswered
 from hba.evaluate.config import DEFAULT_FORMAT, Opening, PredictConfig
 from hba.evaluate.groups import sample_groups
@@ -167,6 +167,9 @@ def open_rows(
     rows = selection.rows(open_atlas(atlas, split=split))
     encode = config.encode or (_trained_encode(model) if name in LOCAL else None) or EncodeConfig()
     chosen = selection.media(encode)
+    if chosen.long_audio == "windows" and name not in WORDLESS:
+        found = "windows of a sound are averaged by heads, and this backend answers in words"
+        raise ConfigError(found, where="encode.long_audio", fix=WINDOWS_ARE_FOR_HEADS)
     config, note = _in_format(model, name, config)
     return Opening(model=model, backend=name, place=atlas, atlas=rows, config=config, encode=chosen, note=note)
 

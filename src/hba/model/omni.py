@@ -10,7 +10,7 @@ Shapes: B samples, T tokens, H hidden size, C global classes, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hba.atlas.batch import IGNORED, Batch
+from hba.atlas.batch import IGNORED, Batch, Window
 from hba.errors import ConfigError, InputError
 from hba.model.bam import Bam
 from hba.model.config import ModelConfig, Strategy
@@ -73,15 +73,10 @@ class OmniSapiens(nn.Module):
         if inputs["input_ids"].device != self.device:
             found = f"batch is on {inputs['input_ids'].device}, model on {self.device}"
             raise InputError(found, fix="Use batch.to(...).")
-        embeddings_BTH = self._embed(inputs)
-        outputs = self.thinker.model(
-            inputs_embeds=embeddings_BTH,
-            attention_mask=inputs["attention_mask"],
-            position_ids=self._positions(inputs),
-            use_cache=False,
-            output_hidden_states=True,
-        )
+        outputs = self._run(inputs)
         pooled_BH = masked_mean(outputs.hidden_states[-2], batch.prompt_mask)
+        if batch.windows:
+            pooled_BH = self._averaged(pooled_BH, batch.windows)
         logits_BC = self.heads(self._adapted(pooled_BH, batch), batch.domain_names)
         last_BTH = outputs.last_hidden_state
         delta_BH = self._answer_delta(batch)
@@ -92,6 +87,25 @@ class OmniSapiens(nn.Module):
         # The state at a position predicts the token behind it.
         answer_NH = last_BTH[:, :-1][batch.labels_BT[:, 1:] != IGNORED]
         return OmniOutput(pooled_BH, logits_BC, last_BTH, self.thinker.lm_head(answer_NH))
+
+    def _run(self, inputs: Mapping[str, Tensor]) -> Any:
+        return self.thinker.model(
+            inputs_embeds=self._embed(inputs),
+            attention_mask=inputs["attention_mask"],
+            position_ids=self._positions(inputs),
+            use_cache=False,
+            output_hidden_states=True,
+        )
+
+    def _averaged(self, pooled_BH: Tensor, windows: Sequence[Window]) -> Tensor:
+        """The mean over the windows of each sample, one after the other. Heads are linear, so that it gives the mean of
+        their logits."""
+        counts_B = torch.ones(len(pooled_BH), device=pooled_BH.device)
+        for rows_R, inputs in windows:
+            pooled_RH = masked_mean(self._run(inputs).hidden_states[-2], inputs["attention_mask"])
+            pooled_BH = pooled_BH.index_add(0, rows_R, pooled_RH)
+            counts_B = counts_B.index_add(0, rows_R, torch.ones(len(rows_R), device=counts_B.device))
+        return pooled_BH / counts_B.unsqueeze(1)
 
     def _adapted(self, pooled_BH: Tensor, batch: Batch) -> Tensor:
         if self.bam is None:

@@ -7,10 +7,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from hba.atlas.config import EncodeConfig, LoaderConfig
+from hba.atlas.config import WINDOWS_ARE_FOR_HEADS, EncodeConfig, LoaderConfig
 from hba.atlas.mixing import MixConfig
 from hba.config import option
 from hba.descriptors.pooled import DescriptorConfig
+from hba.errors import ConfigError
 from hba.model.config import Attention, Dtype, ModelConfig
 
 Count = Annotated[int, Field(ge=1)]
@@ -77,6 +78,17 @@ class SftConfig:
     datasets: tuple[str, ...] | None = option(None, "train on these dataset keys alone")
     validation_batch_size: Count = option(32, "samples in a validation batch")
     answer_weight: float = option(0.0, "weight of the answer's token loss; above 0, free-form rows train too")
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for windows of sounds where words are trained, or where ranks must compute alike."""
+        if self.encode.long_audio == "windows":
+            if self.answer_weight > 0:
+                found = "windows of a sound are averaged by heads; answer_weight trains words, too"
+                raise ConfigError(found, where="encode.long_audio", fix=WINDOWS_ARE_FOR_HEADS)
+            if self.train.sharding == "full":
+                found = "processes that share a model cannot hear different numbers of windows"
+                fix = "Use train.sharding=none, or encode.long_audio=head."
+                raise ConfigError(found, where="encode.long_audio", fix=fix)
 
 
 @dataclass(frozen=True, kw_only=True)

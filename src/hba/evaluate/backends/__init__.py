@@ -25,6 +25,8 @@ MODULES = {
 
 # Over models on this machine: one of ours, merged ones included, says how its samples were encoded.
 LOCAL = ("heads", "hf", "vllm")
+# They answer without a word.
+WORDLESS = ("heads", "majority", "random")
 
 
 def open_backend(name: str, opening: Opening) -> Backend:

@@ -42,7 +42,7 @@ def batched_answers(
         started = time.perf_counter()
         outputs = answer(batch)
         seconds = (time.perf_counter() - started) / len(batch)
-        tokens_B = batch.inputs["attention_mask"].sum(1).tolist()
+        tokens_B = batch.num_tokens.tolist()
         for sample, output, tokens_in in zip(batch.samples, outputs, tokens_B, strict=True):
             if sample.id not in done:
                 measured = {"tokens_in": tokens_in, "seconds": seconds}

@@ -1,7 +1,7 @@
 """Media of a sample as the parts of a chat request.
 
 Everything is a function of the decoded medium, so that the same sample gives the same bytes and a response cache finds
-them. Nothing is cut: a sound longer than `encode.max_audio_seconds` is refused, as in training.
+them. Nothing is cut unless `encode.long_audio` says so: a longer sound is refused, as in training.
 """
 
 from __future__ import annotations
