@@ -19,8 +19,8 @@ STAMP := .venv/.installed
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints-cpu.txt
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null || { \
-	  echo "hba needs Python 3.10, 3.11 or 3.12, but '$(PYTHON)' is $$($(PYTHON) -V 2>&1 | tail -n 1)." \
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null || { \
+	  echo "hba needs Python 3.11, 3.12, 3.13 or 3.14, but '$(PYTHON)' is $$($(PYTHON) -V 2>&1 | tail -n 1)." \
 	       "Fix: name one, for example 'make PYTHON=python3.12 $(or $(MAKECMDGOALS),install)'." >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints-cpu.txt -e '.[dev,descriptors,explorer]'

@@ -91,11 +91,11 @@ def checks_table(checks: Sequence[Check]) -> Table:
 
 
 def check_python() -> Check:
-    """Python is 3.10, 3.11 or 3.12."""
+    """Python is one of those that hba supports."""
     detail = f"{platform.python_version()} at {sys.executable}"
-    if (3, 10) <= sys.version_info[:2] <= (3, 12):
+    if (3, 11) <= sys.version_info[:2] <= (3, 14):
         return Check(name="python", status="ok", detail=detail)
-    return Check(name="python", status="missing", detail=detail, fix="Use Python 3.10, 3.11 or 3.12.")
+    return Check(name="python", status="missing", detail=detail, fix="Use Python 3.11, 3.12, 3.13 or 3.14.")
 
 
 def check_requirements() -> Check:

@@ -59,6 +59,21 @@ def test_a_failing_installer_is_quoted_and_leaves_no_mark(cache: Path, monkeypat
     assert not (environment_folder() / "hba.json").exists()
 
 
+@pytest.mark.parametrize("there", ["python3.11", None])
+def test_a_python_without_wheels_uses_an_older_one_or_says_which_to_install(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str | None
+) -> None:
+    monkeypatch.setattr(sys, "version_info", (3, 14, 0, "final", 0))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if there:
+        (tmp_path / there).write_text("#!/bin/sh\necho called $* >&2; exit 1\n")
+        (tmp_path / there).chmod(0o755)
+    said = r"called -m venv" if there else r"wheels for Python 3\.11 and 3\.12"
+    with pytest.raises(HbaError, match=said) as raised:
+        set_up()
+    assert there or "Install Python 3.12 beside it" in str(raised.value)
+
+
 def test_a_broken_mediapipe_is_said_with_its_last_words(cache: Path) -> None:
     stand_in('echo "W0000 a mere warning" >&2; echo "ImportError: libEGL.so.1" >&2; exit 3')
     with pytest.raises(HbaError, match=r"does not start.*exit code 3, ImportError: libEGL.so.1.*--setup"):

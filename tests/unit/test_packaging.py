@@ -19,7 +19,7 @@ from hba.doctor import declared
 
 ROOT = Path(__file__).resolve().parents[2]
 CONSTRAINTS = ROOT / "constraints-cpu.txt"
-PYTHONS = ("3.10", "3.11", "3.12")
+PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 
 
 def pins(python: str) -> dict[str, str]:
@@ -135,7 +135,7 @@ def test_the_makefile_has_its_targets(target: str) -> None:
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-@pytest.mark.parametrize("version", ["3.9.18", "3.13.0", "none"])
+@pytest.mark.parametrize("version", ["3.10.18", "3.15.0", "none"])
 def test_a_python_that_does_not_fit_is_one_clear_message(tmp_path: Path, version: str) -> None:
     python = tmp_path / "python-of-test"
     if version != "none":
@@ -145,7 +145,7 @@ def test_a_python_that_does_not_fit_is_one_clear_message(tmp_path: Path, version
         shutil.copy(ROOT / name, tmp_path / name)
     done = make("-C", str(tmp_path), "demo", f"PYTHON={python}")
     assert done.returncode != 0
-    assert "hba needs Python 3.10, 3.11 or 3.12" in done.stderr
+    assert "hba needs Python 3.11, 3.12, 3.13 or 3.14" in done.stderr
     assert "make PYTHON=python3.12 demo" in done.stderr
     if version != "none":
         assert version in done.stderr

@@ -4,7 +4,7 @@ import asyncio
 import sys
 import threading
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 import pytest
 from hypothesis import given, settings
@@ -24,7 +24,7 @@ from hba.rl.config import ServerConfig
 steady = settings(deadline=None, derandomize=True)
 SCHEMA = Schema(name="verdict", schema={"type": "object"})
 CALLER = Caller("url", str)
-NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 def request(content="hi", **changes):

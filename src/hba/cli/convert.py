@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +14,7 @@ from hba.environment import usable_cores
 CONVERT_EXAMPLE = "Example: hba atlas convert runs/mini runs/mini-parquet --to parquet"
 
 
-class Form(str, Enum):
+class Form(StrEnum):
     """Forms that an atlas can be converted into."""
 
     parquet = "parquet"

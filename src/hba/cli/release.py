@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -14,14 +14,14 @@ MERGE_EXAMPLE = "Example: hba merge runs/sft models/omnisapiens"
 PUSH_EXAMPLE = "Example: hba push runs/sft my-org/omnisapiens --license apache-2.0"
 
 
-class Precision(str, Enum):
+class Precision(StrEnum):
     """Precisions of written weights."""
 
     bfloat16 = "bfloat16"
     float32 = "float32"
 
 
-class Pooling(str, Enum):
+class Pooling(StrEnum):
     """Statistics over time that adapters read."""
 
     none = "none"

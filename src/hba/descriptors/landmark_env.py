@@ -9,6 +9,7 @@ The last file written marks an environment as whole; one without it is made anew
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,10 +28,17 @@ SET_UP = "Run `hba atlas describe --setup` (400 MB, once), or pass --video none.
 _MARK = "hba.json"
 
 
+def _interpreter() -> tuple[str, str]:
+    """(version, executable) of the Python that has MediaPipe's wheels: this one, or else an older one of the PATH."""
+    own = "{}.{}".format(*sys.version_info)
+    others = ((version, shutil.which(f"python{version}")) for version in ("3.12", "3.11"))
+    found = next(((version, path) for version, path in others if path), ("3.12", ""))
+    return (own, sys.executable) if sys.version_info < (3, 13) else found
+
+
 def environment_folder() -> Path:
-    """The folder of the environment for this Python and these requirements, there or not."""
-    major, minor = sys.version_info[:2]
-    return cache_folder() / f"mediapipe-{MEDIAPIPE}-py{major}.{minor}-{file_sha256(REQUIREMENTS)[:8]}"
+    """The folder of the environment for its Python and these requirements, there or not."""
+    return cache_folder() / f"mediapipe-{MEDIAPIPE}-py{_interpreter()[0]}-{file_sha256(REQUIREMENTS)[:8]}"
 
 
 def python_of_environment() -> Path:
@@ -47,10 +55,15 @@ def set_up() -> Path:
     folder = environment_folder()
     if (folder / _MARK).is_file():
         return folder
+    version, executable = _interpreter()
+    if not executable:
+        what = f"MediaPipe {MEDIAPIPE} has wheels for Python 3.11 and 3.12, and this is {sys.version.split()[0]}"
+        fix = f"Install Python {version} beside it, so that `python{version}` is on the PATH, or pass --video none."
+        raise HbaError(what, where=sys.executable, fix=fix)
     folder.parent.mkdir(parents=True, exist_ok=True)
     python = folder / "bin" / "python"
     pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-deps"]
-    _run([sys.executable, "-m", "venv", "--clear", str(folder)], "Install the venv module of this Python.")
+    _run([executable, "-m", "venv", "--clear", str(folder)], "Install the venv module of this Python.")
     _run([*pip, "-r", str(REQUIREMENTS)], "Check the network or the package index; wheels are needed.")
     _run([str(python), "-I", str(SCRIPT), "--check"], "mediapipe has wheels for Linux x86-64 and macOS only.")
     write_json(folder / _MARK, {"mediapipe": MEDIAPIPE, "requirements": file_sha256(REQUIREMENTS)})

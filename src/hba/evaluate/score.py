@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -450,7 +450,7 @@ def _provenance(run: Run, how: Provenance) -> Provenance:
         backend=run.asked.get("backend"),
         seed=(run.environment or {}).get("seed"),
         synthetic=run.data.get("synthetic"),
-        created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         # What was scored, whatever the order of the lines and the time they took.
         answers_sha256=json_sha256(
             sorted((p.id, p.dataset, p.target, str(p.label), str(p.answer)) for p in run.predictions)

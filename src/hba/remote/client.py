@@ -187,7 +187,7 @@ class RemoteClient:
             try:
                 listing = self._exchange("GET", self._listing, b"", CHECK_SECONDS)
                 response = await asyncio.wait_for(listing, 2 * CHECK_SECONDS)
-            except (asyncio.TimeoutError, httpx.TransportError) as error:  # two classes before Python 3.11
+            except (TimeoutError, httpx.TransportError) as error:
                 fault = await faults.unreachable(self._listing, error)
                 if fault is not None:
                     raise fault from None
@@ -290,7 +290,7 @@ class RemoteClient:
                 exchange = self._exchange(prepared.method, prepared.url, encoded)
                 response = await asyncio.wait_for(exchange, self.config.timeout_seconds)
                 overloaded = response.status == 429 or response.status >= 500
-            except (asyncio.TimeoutError, httpx.TimeoutException):  # two classes before Python 3.11
+            except (TimeoutError, httpx.TimeoutException):
                 raise TransientError("timeout") from None
             except httpx.TransportError as error:
                 raise TransientError("connection", faults.connection_words(error)) from None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,16 +61,14 @@ def find_price(provider: str, model: str, base_url: str, file: Path | None = Non
 def _listed(model: str, base_url: str) -> Price | None:
     if httpx.URL(base_url).host in LOOPBACK:
         return None  # and a fifth of a second is not spent on it
-    try:
-        from genai_prices.data_snapshot import get_snapshot
-        from genai_prices.types import TieredPrices
-    except ModuleNotFoundError:  # Python 3.10, which it has left behind
-        return None
+    from genai_prices.data_snapshot import get_snapshot
+    from genai_prices.types import TieredPrices
+
     try:
         _, found = get_snapshot().find_provider_model(model, None, None, base_url)
     except LookupError:
         return None
-    prices = found.get_prices(datetime.now(timezone.utc))
+    prices = found.get_prices(datetime.now(UTC))
     dollars_in, dollars_out = prices.input_mtok, prices.output_mtok
     if dollars_in is None or dollars_out is None:
         return None

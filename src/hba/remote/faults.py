@@ -14,7 +14,7 @@ import re
 import socket
 import ssl
 from collections.abc import Callable, Iterator, Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 
@@ -216,7 +216,7 @@ def retry_after_seconds(headers: Mapping[str, str], now: datetime | None = None)
         try:
             seconds = float(text) * scale
         except ValueError:
-            seconds = _until(text, now or datetime.now(timezone.utc))
+            seconds = _until(text, now or datetime.now(UTC))
         if math.isfinite(seconds) and seconds >= 0:
             return seconds
     return None
@@ -237,7 +237,7 @@ def _until(text: str, now: datetime) -> float:
         then = parsedate_to_datetime(text)
     except (ValueError, TypeError, IndexError):
         return math.nan
-    then = then if then.tzinfo else then.replace(tzinfo=timezone.utc)
+    then = then if then.tzinfo else then.replace(tzinfo=UTC)
     return max(0.0, (then - now).total_seconds())
 
 
@@ -324,5 +324,5 @@ async def _speaks(scheme: str, host: str, port: int) -> bool:
         return await asyncio.wait_for(try_it(), PROBE_SECONDS)
     except ssl.SSLError as error:  # refused, but by TLS's own alert
         return error.reason is not None and "ALERT" in error.reason
-    except (OSError, ValueError, asyncio.TimeoutError):
+    except (TimeoutError, OSError, ValueError):
         return False
