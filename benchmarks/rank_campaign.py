@@ -5,7 +5,8 @@
 Every case is run once on one process without interruption, and once on eight (gloo, tiny model), where one rank is
 killed with -9 in the named phase (or gets SIGUSR1), and the others have to end by themselves; then the same command
 goes on, on eight, three or one. Rows of a dataset are prime in number, and in every dataset a medium cannot be read.
-Compared with one process: losses (relative 1e-4) and samples of every step, what is in quarantine, the exit codes.
+Compared with one process: losses (relative 1e-4) and samples of every step, what is in quarantine, the exit codes. Of
+RL, whose loss is near 0 by construction, the norm of the gradient stands for it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "servers"))
 from ranks import Dies, Ended, RankLauncher
+from rl_run import write_reward
 
 TINY = ("encode.num_frames=2", "encode.min_pixels=3136", "encode.max_pixels=3136", "loader.workers=0")
 STEPS = ("train.log_every=1", "train.max_steps=6", "train.epochs=3", "train.learning_rate=1e-3")
@@ -75,6 +77,20 @@ CASES = {
     "transfer, forward": Case(
         "transfer", ("train.batch_size=13", "train.max_steps=3"), Dies(5, "hba.train.sft:sft_loss", call=5), 3
     ),
+    "rl, rollout": Case("rl", ("train.batch_size=5",), Dies(3, "hba.rl.local:roll_out", call=3), 8),
+    "rl, reward": Case("rl", ("train.batch_size=5",), Dies(5, "hba.rl.local:_rewarded", "after", call=3), 3),
+    "rl, update": Case("rl", ("train.batch_size=5",), Dies(0, "torch.optim:AdamW.step", "after", call=4), 1),
+    "rl, save": Case("rl", ("train.batch_size=5",), Dies(7, "hba.train.state:save_optimizer", call=2), 3),
+    "rl sharded, update": Case(
+        "rl", ("train.batch_size=5", "train.sharding=full"), Dies(2, "hba.rl.update:surrogate", call=4), 3
+    ),
+    "rl dapo, SIGTERM": Case(
+        "rl",
+        ("train.batch_size=3", "algorithm=dapo", "max_extra_batches=1", "train.validate_every=6"),
+        Dies(6, "hba.rl.local:update", call=3, signal="SIGTERM"),
+        3,
+        codes=[75] * 8,
+    ),
 }  # fmt: skip
 HELD_OUT = "daicwoz"
 
@@ -96,11 +112,11 @@ def lines(path: Path) -> list[dict]:
 def found(run: Path) -> Found:
     """Read it from the run folder. AssertionError for a step that stands in the log twice."""
     log = lines(run / "log.jsonl")
-    trained = [record for record in log if record["kind"] == "train"]
+    trained = [record for record in log if record["kind"] in ("train", "rl")]
     kept = lines(run / "quarantine.jsonl")
     assert len({r["step"] for r in trained}) == len(trained) and len({r["id"] for r in kept}) == len(kept)
     return Found(
-        {record["step"]: record["loss"] for record in trained},
+        {record["step"]: record["loss" if record["kind"] == "train" else "grad_norm"] for record in trained},
         {record["step"]: record["samples_seen"] for record in trained},
         {record["step"] for record in log if record["kind"] == "skipped"},
         {record["id"] for record in kept},
@@ -119,6 +135,7 @@ class Campaign:
         """Make them of a mini-atlas and a tiny backbone."""
         self.backbone = backbone
         prime_atlas(mini_atlas, self.atlas)
+        write_reward(self.folder)
         speaks = ("answer_weight=1", "train.max_steps=2", "train.batch_size=32", "model.strategy=full")
         config = [f"atlas={mini_atlas}", f"model.name={backbone}", "validation_split=validation[:9]", *TINY, *speaks]
         done = self.launch(["train", "sft", "--run", self.base, *config], ranks=1)
@@ -132,6 +149,10 @@ class Campaign:
             shared += [f"model.name={self.backbone}", f"model.strategy={strategy}", "model.lora_dropout=0.0", *TINY]
             rows = "validation" if case.command == "transfer" else "validation[:17]"
             shared += [f"validation_split={rows}"]
+        elif case.command == "rl":
+            shared += [f"model.name={self.backbone}", "model.strategy=full", *TINY, "validation_split=validation[:7]"]
+            shared += [f"reward.function={self.folder / 'own.py'}:letters", "rollout.per_prompt=3"]
+            shared += ["rollout.max_new_tokens=5", "loss.updates=2"]
         else:
             shared += [f"base={self.base}", f"features.folder={run}-features", "features.batch_size=5"]
             shared += ["features.loader.workers=0"]

@@ -16,7 +16,8 @@ def campaign(tmp_path_factory, launch, mini_atlas, backbone):
     return made
 
 
-@pytest.mark.parametrize("name", CASES)
+# RL dies in all of its phases in one run of test_rl_ranks.py.
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("rl")])
 def test_a_run_that_loses_a_rank_ends_as_that_of_one_process(campaign, tmp_path, name):
     """The others end by themselves with the documented code; no step and no sample is lost or done twice."""
     case, run = CASES[name], tmp_path / "run"
