@@ -179,6 +179,22 @@ def test_sharded_ranks_whose_samples_dropped_a_modality_exchange_what_the_others
     assert len(logged(tmp_path / "run")) == 6
 
 
+@pytest.mark.parametrize("strategy", [["model.strategy=full"], LORA], ids=["full", "lora"])
+def test_published_weights_are_dealt_out_from_their_files_and_train_as_whole_ones(
+    launch, tmp_path, mini_atlas, backbone, strategy
+):
+    """The files are in bfloat16, what trains and what is frozen is float32: each rank converts its own rows."""
+    halved = tmp_path / "halved"
+    model = OmniSapiens.from_pretrained(backbone, dtype="bfloat16")
+    model.thinker.save_pretrained(halved)
+    model.processor.save_pretrained(halved)
+    config = [f"atlas={mini_atlas}", f"model.name={halved}", *SMALL, *strategy, "train.max_steps=3"]
+    for name, ranks, extra in (("whole", 1, []), ("dealt", 2, [SHARDED])):
+        ended = launch(["train", "sft", "--run", tmp_path / name, *config, *extra], ranks=ranks)
+        assert ended.code == 0, ended.err
+    assert_same_training(tmp_path / "dealt", tmp_path / "whole")
+
+
 def test_a_part_of_the_optimizer_that_is_missing_is_named(sharded, tmp_path):
     folder = tmp_path / "step_6"
     shutil.copytree(sharded / "checkpoints" / "step_6", folder)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 import hba
@@ -215,6 +216,17 @@ def test_one_placeholder_a_medium_reaches_the_sampling_engine(run):
         assert [t for t in sent if t not in media] == [t for t in ids if t not in media]
     assert len(run.processor.media_token_ids) == 7
     assert run.processor.media_token_ids == media_token_ids(run.whole.thinker_config, run.policy.processor)
+
+
+def test_a_release_that_is_not_whole_is_refused_before_verl_starts(run, tmp_path):
+    """verl loads by transformers, which draws what is missing at random."""
+    copy = Path(shutil.copytree(run.place.model, tmp_path / "release"))
+    weights = load_file(copy / "model.safetensors")
+    del weights["thinker.model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, copy / "model.safetensors")
+    config = replace(run.config, model=replace(run.config.model, name=str(copy)))
+    with pytest.raises(InputError, match=r"1 of the \d+ weights of Qwen2_5OmniThinker\w+ are missing"):
+        _release(config, place_of(config, tmp_path))
 
 
 def test_weights_are_named_as_in_the_release(run):

@@ -5,11 +5,16 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import BertConfig, BertModel, BertTokenizer, Qwen2_5OmniThinkerForConditionalGeneration
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hba.atlas.config import EncodeConfig
 from hba.descriptors.pooled import DescriptorConfig
@@ -19,7 +24,8 @@ from hba.model import OmniSapiens, chat, checkpoint
 from hba.model.bam import AdapterSpec, Bam, load_bam, save_bam
 from hba.model.config import ModelConfig, computes_bfloat16
 from hba.model.omni import apply_strategy
-from hba.model.weights import INDEX, Piece, Weights, write_weights
+from hba.model.weights import INDEX, Piece, Weights, give_precision, write_weights
+from hba.train.sharding import whole_weights
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import tiny_chat
@@ -227,6 +233,107 @@ def test_a_chat_model_that_is_not_whole_is_refused(family, backbone, tmp_path):
     rewrite(file, without(gone))
     with pytest.raises(InputError, match=r"cannot load the model: 1 of the .* weights of .* are missing"):
         chat.load(place)
+
+
+# --- shards ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def group(tmp_path):
+    """A process group of this process alone, whose models are sharded as those of many."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield SimpleNamespace(is_main_process=True)
+    torch.distributed.destroy_process_group()
+
+
+def shard(model):
+    mesh = init_device_mesh("cpu", (1,))
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+@pytest.fixture
+def halved(backbone, tmp_path):
+    """The tiny backbone in bfloat16, as models are published."""
+    model = Thinker.from_pretrained(backbone, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "halved")
+    OmniSapiens.from_pretrained(backbone).processor.save_pretrained(tmp_path / "halved")
+    return tmp_path / "halved"
+
+
+def places(parameters):
+    """The files that parameters are mapped from; None for memory of this process."""
+    found = set()
+    spans = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+    files = [(*(int(end, 16) for end in span[0].split("-")), span[5]) for span in spans if len(span) == 6]
+    for parameter in parameters:
+        names = [name for start, stop, name in files if start <= parameter.data_ptr() < stop and "/" in name]
+        found.add(Path(names[0]).name if names else None)
+    return found
+
+
+def test_a_model_that_will_be_sharded_stays_in_its_files_and_then_is_what_a_loaded_one_is(halved, group):
+    mapped = checkpoint.load(halved, dtype="float32", mapped=True)
+    assert places(mapped.thinker.parameters()) == {"model.safetensors"}
+    assert {p.dtype for p in mapped.thinker.parameters()} == {torch.bfloat16}
+    apply_strategy(mapped, ModelConfig(name="x", strategy="full"))
+    shard(mapped)
+    give_precision(mapped)
+    loaded = checkpoint.load(halved, dtype="float32")
+    assert places(loaded.thinker.parameters()) == {None}
+    expected = dict(loaded.thinker.named_parameters())
+    for name, parameter in mapped.thinker.named_parameters():
+        assert torch.equal(parameter.full_tensor(), expected[name]) and parameter.dtype == torch.float32
+    assert mapped.thinker.lm_head.weight is mapped.thinker.get_input_embeddings().weight
+    assert all(parameter.requires_grad for parameter in mapped.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lora_begins_alike_on_a_model_that_is_mapped_and_is_never_rounded(halved, backbone, dtype):
+    config, fresh = ModelConfig(name="x", lora_r=4), []
+    for name, mapped in ((halved, True), (halved, False), (backbone, False)):
+        torch.manual_seed(0)
+        model = apply_strategy(checkpoint.load(name, dtype=dtype, mapped=mapped), config)
+        give_precision(model)
+        fresh.append({name: p for name, p in model.named_parameters() if "lora_" in name})
+        base = {p.dtype for name, p in model.thinker.named_parameters() if "lora_" not in name}
+        assert base == {getattr(torch, dtype)}
+    for other in fresh[1:]:
+        assert fresh[0].keys() == other.keys() and all(torch.equal(fresh[0][key], other[key]) for key in other)
+    assert {p.dtype for p in fresh[0].values()} == {torch.float32}
+    assert any(not torch.equal(p, p.bfloat16().float()) for p in fresh[0].values())
+
+
+GATHERED = {
+    "lora": lambda name: "lora_" in name or name.startswith("heads.") or name == "thinker.lm_head.weight",
+    "heads": lambda name: name.startswith("heads.") or name == "thinker.lm_head.weight",
+    "full": lambda name: True,
+}
+
+
+@pytest.mark.parametrize("strategy", GATHERED)
+def test_saving_a_sharded_model_gathers_what_its_checkpoint_holds_and_no_more(
+    backbone, tmp_path, group, strategy, monkeypatch
+):
+    model = OmniSapiens.from_pretrained(backbone)
+    model.own_lm_head = True
+    model.untie_lm_head()
+    apply_strategy(model, ModelConfig(name="x", strategy=strategy, lora_r=4))
+    if strategy == "full":  # parts of a model that trains may be frozen: RL trains the language model alone
+        model.thinker.visual.requires_grad_(False)
+    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+    shard(model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    gathered, full_tensor = set(), DTensor.full_tensor
+    monkeypatch.setattr(DTensor, "full_tensor", lambda self: gathered.add(names[id(self)]) or full_tensor(self))
+    with whole_weights(model, group):
+        checkpoint.save(model, tmp_path / "ck", backbone=str(backbone), strategy=strategy, encode=EncodeConfig())
+    assert gathered == {name for name in names.values() if GATHERED[strategy](name)}
+    saved = dict(OmniSapiens.from_pretrained(tmp_path / "ck").named_parameters())
+    assert saved.keys() == expected.keys() and all(torch.equal(saved[name], expected[name]) for name in expected)
 
 
 # --- other models ----------------------------------------------------------------------------------------------------

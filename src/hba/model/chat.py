@@ -137,18 +137,20 @@ class ChatModel(nn.Module):
         return [answer_ids(self.processor.tokenizer, text, end).tolist() for text in texts]
 
 
-def load(path: str | Path, *, dtype: str = "auto", attention: str = "sdpa") -> ChatModel:
+def load(path: str | Path, *, dtype: str = "auto", attention: str = "sdpa", mapped: bool = False) -> ChatModel:
     """A chat model from a hub id, a folder, a checkpoint or a run folder (its best checkpoint), adapter included.
 
-    `dtype` is auto (bfloat16 on GPUs that have it, else float32), float32 or bfloat16. Raises InputError when there is
-    no such model, or none that transformers knows, and for BAM adapters, which a chat model has no place for.
+    `dtype` is auto (bfloat16 on GPUs that have it, else float32), float32 or bfloat16; `mapped` is as in
+    `checkpoint.load`. Raises InputError when there is no such model, or none that transformers knows, and for BAM
+    adapters, which a chat model has no place for.
     """
+    how: dict[str, Any] = {"dtype": dtype, "attention": attention, "mapped": mapped}
     folder = checkpoint.resolve(path)
     if folder is not None and (folder / FOLDER).is_dir():
         fix = "Use --backend heads, or the run of the stage before."
         raise InputError("the checkpoint has BAM adapters, which a chat model ignores", where=str(folder), fix=fix)
     if folder is not None and (folder / checkpoint.LM_HEAD).is_file():
-        model = checkpoint.load(folder, dtype=dtype, attention=attention)  # stage 2 is of OmniSapiens alone
+        model = checkpoint.load(folder, **how)  # stage 2 is of OmniSapiens alone
         return ChatModel(model.thinker, model.processor)
     if folder is None:
         name, adapter = str(path), None
@@ -156,7 +158,7 @@ def load(path: str | Path, *, dtype: str = "auto", attention: str = "sdpa") -> C
         name = checkpoint.base_of(folder)
         checkpoint.require_config(folder, name)
         adapter = folder if checkpoint.read_card(folder)["strategy"] == "lora" else None
-    transformer = checkpoint.pretrained(model_class(name), name, dtype, attention, adapter=adapter, what="the model")
+    transformer = checkpoint.pretrained(model_class(name), name, **how, adapter=adapter, what="the model")
     return ChatModel(transformer, load_processor(str(folder or path)))
 
 

@@ -33,6 +33,7 @@ from hba.model.weights import (
     Fit,
     Weights,
     fit,
+    keep_precision,
     open_tensors,
     read_tensors,
     skeleton,
@@ -162,22 +163,29 @@ def backbone_hashes(folder: Path) -> dict[str, str]:
 
 
 def load(
-    path: str | Path, *, dtype: str = "auto", attention: str = "sdpa", taxonomy: Taxonomy = BUILTIN
+    path: str | Path,
+    *,
+    dtype: str = "auto",
+    attention: str = "sdpa",
+    taxonomy: Taxonomy = BUILTIN,
+    mapped: bool = False,
 ) -> OmniSapiens:
     """An OmniSapiens from a checkpoint folder, a run folder (its best checkpoint), or a backbone with fresh heads.
 
-    `dtype` is auto (bfloat16 on GPUs that have it, else float32), float32 or bfloat16. Raises InputError when the
-    folder is none of these or of a newer format.
+    `dtype` is auto (bfloat16 on GPUs that have it, else float32), float32 or bfloat16. With `mapped` the backbone's
+    weights stay in their files, whatever their precision, until `sharding.prepare_model` has dealt them out. Raises
+    InputError when the folder is none of these or of a newer format.
     """
+    how: dict[str, Any] = {"dtype": dtype, "attention": attention, "mapped": mapped}
     folder = resolve(path)
     if folder is None:
-        thinker, processor = _thinker(str(path), dtype, attention), load_processor(path)
+        thinker, processor = _thinker(str(path), **how), load_processor(path)
         hidden = int(thinker.config.get_text_config().hidden_size)
         return OmniSapiens(thinker, DomainHeads.for_taxonomy(hidden, taxonomy), processor)
     card, base = read_card(folder), base_of(folder)
     require_config(folder, base)
     adapter = folder if card["strategy"] == "lora" else None
-    thinker = _thinker(base, dtype, attention, adapter)
+    thinker = _thinker(base, **how, adapter=adapter)
     hidden = int(thinker.config.get_text_config().hidden_size)
     if card["columns"] is None:  # generative training leaves no heads that would fit
         return OmniSapiens(thinker, DomainHeads.for_taxonomy(hidden, taxonomy), load_processor(folder))
@@ -189,9 +197,8 @@ def load(
     model.speaks = bool(card.get("speaks", False))
     if (folder / LM_HEAD).is_file():
         model.own_lm_head = True
-        model.untie_lm_head()
         weight_VH = load_lm_head(folder, model.thinker.lm_head.weight.shape)
-        model.thinker.lm_head.load_state_dict({"weight": weight_VH})
+        model.untie_lm_head(weight_VH.to(resolve_dtype(dtype)))
     return model
 
 
@@ -369,27 +376,39 @@ def fit_thinker(name: str | Path) -> Fit:
     return _fit_named(str(name), skeleton(thinker_class(), read_thinker_config(name)), "backbone")
 
 
-def _thinker(name: str, dtype: str, attention: str, adapter: Path | None = None) -> Any:
+def _thinker(name: str, **how: Any) -> Any:
     read_thinker_config(name)
-    return pretrained(thinker_class(), name, dtype, attention, adapter=adapter)
+    return pretrained(thinker_class(), name, **how)
 
 
 def pretrained(
-    model_class: Any, name: str, dtype: str, attention: str, *, adapter: Path | None = None, what: str = "backbone"
+    model_class: Any,
+    name: str,
+    *,
+    dtype: str,
+    attention: str,
+    mapped: bool = False,
+    adapter: Path | None = None,
+    what: str = "backbone",
 ) -> Any:
     """A transformers model from a folder or the hub, with the LoRA layers of the checkpoint `adapter`.
 
-    Raises InputError when its files do not hold the weights of the class, all of them and no others; before it is
-    built, but for quantised models, of which transformers alone knows the names. `what` is what errors call it.
+    With `mapped` its weights are mapped from their files in the precision that they have there, which costs no memory;
+    `give_precision` then makes them `dtype`. Raises InputError when the files do not hold the weights of the class, all
+    of them and no others; before it is built, but for quantised models, of which transformers alone knows the names.
+    `what` is what errors call it.
     """
+    wanted = resolve_dtype(dtype)
+    first = wanted
     try:
         config = model_class.config_class.from_pretrained(name)
         if getattr(config, "quantization_config", None) is None:
             bare = skeleton(model_class, config)
-            _fit_named(name, bare, what)
+            stored = _fit_named(name, bare, what).weights
             if adapter is not None:
                 load_adapter(bare, adapter)
-        options = {"dtype": resolve_dtype(dtype), "attn_implementation": attention, "use_safetensors": True}
+            first = (stored.precision if mapped else None) or wanted
+        options = {"dtype": first, "attn_implementation": attention, "use_safetensors": True}
         with without_load_reports():
             model, info = model_class.from_pretrained(name, **options, output_loading_info=True)
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -401,6 +420,8 @@ def pretrained(
     if info["missing_keys"]:
         found = f"{len(info['missing_keys'])} weights are missing: {some(sorted(info['missing_keys']))}"
         raise InputError(f"cannot load {what}: {found}", where=name, fix="Its files are not whole: download it again.")
+    if first is not wanted:
+        keep_precision(model, wanted)
     if adapter is not None:
         load_adapter(model, adapter)
     return model

@@ -120,12 +120,17 @@ class OmniSapiens(nn.Module):
         free_B1 = torch.tensor([[name is None] for name in batch.domain_names], device=self.device)
         return self._adapted(torch.zeros(len(batch), self.hidden_size, device=self.device), batch) * free_B1
 
-    def untie_lm_head(self) -> None:
-        """Give lm_head weights of its own, so that training it leaves the embeddings as they are."""
+    def untie_lm_head(self, weight_VH: Tensor | None = None) -> None:
+        """Give lm_head weights of its own, so that training it leaves the embeddings as they are.
+
+        They are `weight_VH`, or else those that it has.
+        """
         thinker = self.thinker
         embeddings = thinker.get_input_embeddings()
-        if thinker.lm_head.weight is embeddings.weight:
-            thinker.lm_head.weight = nn.Parameter(embeddings.weight.detach().clone())
+        if weight_VH is None and thinker.lm_head.weight is embeddings.weight:
+            weight_VH = embeddings.weight.detach().clone()
+        if weight_VH is not None:
+            thinker.lm_head.weight = nn.Parameter(weight_VH)
         thinker.config.tie_word_embeddings = thinker.config.get_text_config().tie_word_embeddings = False
 
     def _embed(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -239,12 +244,28 @@ def choose_trained(model: Any, config: ModelConfig, targets: str = LORA_TARGETS)
         lora = LoraConfig(
             r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=targets
         )
-        model.add_adapter(lora)
+        with _precise_layers(model):
+            model.add_adapter(lora)
     for name, parameter in model.named_parameters():
         parameter.requires_grad = "lora_" in name
         if parameter.requires_grad:
             # Adapters keep float32 master weights; autocast casts them in the forward pass.
             parameter.data = parameter.data.float()
+
+
+@contextmanager
+def _precise_layers(model: nn.Module) -> Iterator[None]:
+    """Within, linear layers have placeholders of float32 for weights: PEFT rounds fresh LoRA to what it finds there."""
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    weights = [layer.weight for layer in layers]
+    for layer, weight in zip(layers, weights, strict=True):
+        empty = torch.zeros(1, device=weight.device).expand(weight.shape)  # one number, whatever the shape
+        layer.weight = nn.Parameter(empty, requires_grad=False)
+    try:
+        yield
+    finally:
+        for layer, weight in zip(layers, weights, strict=True):
+            layer.weight = weight
 
 
 def _continue_lora(model: Any, config: ModelConfig) -> None:

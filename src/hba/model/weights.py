@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from hba.errors import InputError
 from hba.storage import read_json, write_json
@@ -95,6 +95,13 @@ class Weights:
                 raw = torch.empty(min(step, stored.size - start), dtype=torch.uint8)
                 _fill(handle, raw, stored.file)
                 yield raw.view(dtype)
+
+    @property
+    def precision(self) -> torch.dtype | None:
+        """The floating-point precision that all tensors have, None where they have several."""
+        kinds = {DTYPES[each.dtype] for each in self.stored.values() if each.dtype in DTYPES}
+        floats = {kind for kind in kinds if kind.is_floating_point}
+        return floats.pop() if len(floats) == 1 else None
 
     def piece(self, name: str) -> Piece:
         """A tensor to be written elsewhere, block by block. Raises InputError for numbers of an unknown kind."""
@@ -252,6 +259,23 @@ def some(names: Sequence[str]) -> str:
     """The first of `names`, and how many more there are."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return f"{', '.join(names[:_SHOWN])}{more}"
+
+
+def keep_precision(model: Any, dtype: torch.dtype) -> None:
+    """Note that `model`, whose weights are as its files have them, is to be in `dtype`: `give_precision` does it."""
+    model.precision_to_come = dtype
+
+
+def give_precision(model: nn.Module) -> None:
+    """Put the models of transformers in `model` into the precision that was noted, weights of LoRA aside."""
+    wanted: dict[int, torch.dtype] = {}
+    for part in model.modules():
+        dtype = vars(part).pop("precision_to_come", None)
+        if dtype is not None:
+            wanted |= {id(p): dtype for name, p in part.named_parameters() if "lora_" not in name}
+            part.config.dtype = dtype
+    if wanted:
+        model._apply(lambda tensor: tensor.to(wanted.get(id(tensor), tensor.dtype)))  # type: ignore[no-untyped-call]
 
 
 @contextmanager

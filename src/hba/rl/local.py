@@ -298,8 +298,8 @@ def _setup(
 ) -> Setup:
     accelerator = ranks.accelerator
     scorer = Scorer(config.reward, train.taxonomy)
-    policy = build_policy(config.model, checkpoint, freeze_towers=config.freeze_towers)
     shard, checkpointing = config.train.sharding == "full", config.train.activation_checkpointing
+    policy = build_policy(config.model, checkpoint, freeze_towers=config.freeze_towers, mapped=shard)
     model = prepare_model(policy, accelerator, shard=shard, checkpoint_activations=checkpointing)
     policy.train()
     regularised = config.loss.kl_weight > 0

@@ -28,15 +28,18 @@ from hba.rl.rollout import probabilities
 Reference = Callable[[Batch, float], Tensor]  # (batch, temperature) -> log-probabilities [B, L]
 
 
-def build_policy(config: ModelConfig, resume: Path | None, *, freeze_towers: bool) -> ChatModel:
+def build_policy(
+    config: ModelConfig, resume: Path | None, *, freeze_towers: bool, mapped: bool = False
+) -> ChatModel:
     """The model to train, from the config's name or the checkpoint that a run resumes at.
 
-    With strategy full and `freeze_towers`, the layers of the language model train and nothing else does.
+    With strategy full and `freeze_towers`, the layers of the language model train and nothing else does; `mapped` as in
+    `chat.load`.
     """
     # Weights that train keep float32 masters; the configured dtype is for those that do not.
     dtype = "float32" if config.strategy == "full" else config.dtype
     name = config.name if resume is None else resume
-    policy = chat.prepare(chat.load(name, dtype=dtype, attention=config.attention), config)
+    policy = chat.prepare(chat.load(name, dtype=dtype, attention=config.attention, mapped=mapped), config)
     if config.strategy == "full" and freeze_towers:
         trained = language_layers(policy)
         for name_, parameter in policy.transformer.named_parameters():

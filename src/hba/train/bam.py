@@ -173,7 +173,8 @@ def build_model(
         name, strategy = base.folder if resume is None else resume, base.card["strategy"]
         # Weights that train keep float32 masters; the configured dtype is for those that do not.
         dtype = "float32" if strategy == "full" else config.dtype
-        model = checkpoint.load(name, dtype=dtype, attention=config.attention, taxonomy=base.taxonomy)
+        how: dict[str, Any] = {"attention": config.attention, "mapped": config.train.sharding == "full"}
+        model = checkpoint.load(name, dtype=dtype, taxonomy=base.taxonomy, **how)
         model.bam = bam
         return apply_strategy(model, config_of(model, str(name), strategy))
     heads = checkpoint.load_heads(base.folder if resume is None else resume)

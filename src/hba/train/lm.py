@@ -77,7 +77,9 @@ def build_model(config: LmConfig, resume: Path | None) -> chat.ChatModel:
     if folder is not None and (folder / checkpoint.LM_HEAD).is_file():
         fix = "Merge it first (hba merge), or start from the run of the stage before."
         raise InputError("the checkpoint has a language head of its own from stage 2", where=str(folder), fix=fix)
-    return chat.prepare(chat.load(name, dtype=dtype, attention=config.model.attention), config.model)
+    mapped = config.train.sharding == "full"
+    model = chat.load(name, dtype=dtype, attention=config.model.attention, mapped=mapped)
+    return chat.prepare(model, config.model)
 
 
 def save_checkpoint(model: chat.ChatModel, config: LmConfig, folder: Path) -> None:

@@ -97,7 +97,8 @@ def build_model(config: SftConfig, resume: Path | None, taxonomy: Taxonomy) -> O
     dtype = "float32" if config.model.strategy == "full" else config.model.dtype
     torch.manual_seed(config.train.seed)
     name = config.model.name if resume is None else resume
-    model = checkpoint.load(name, dtype=dtype, attention=config.model.attention, taxonomy=taxonomy)
+    how: dict[str, Any] = {"attention": config.model.attention, "mapped": config.train.sharding == "full"}
+    model = checkpoint.load(name, dtype=dtype, taxonomy=taxonomy, **how)
     return apply_strategy(model, config.model)
 
 

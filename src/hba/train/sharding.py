@@ -5,6 +5,9 @@ modality signature each), so that all ranks gather together; validation and savi
 `gathered` (each rank holds everything and may run what it likes) and `whole_weights` (the first rank's parameters are
 plain tensors, so that code which writes a checkpoint need not know of shards). Both do nothing to a whole model.
 
+Weights come from their files in parts, too: a model that will be sharded is loaded `mapped`, and each rank copies its
+own rows, layer by layer. No process holds the model whole.
+
 No mixed-precision policy is set: parameters are gathered as they are stored, and autocast casts them as it does on one
 device, so that sharding changes no number beyond the order of sums.
 """
@@ -22,6 +25,9 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from hba.model.omni import has_lora
+from hba.model.weights import give_precision
+
 
 def prepare_model(
     model: nn.Module, accelerator: Accelerator, *, shard: bool, checkpoint_activations: bool
@@ -29,8 +35,9 @@ def prepare_model(
     """`model` on this process's device, in autocast where precision is mixed; with `shard` over all processes.
 
     A model that each process holds whole is not wrapped: nothing of it waits for another process, and `Ranks` adds up
-    the gradients. The optimizer is built after this: sharding replaces the parameters. `checkpoint_activations`
-    computes the layers of transformers models again in the backward pass instead of keeping what they computed.
+    the gradients. The optimizer is built after this: sharding replaces the parameters, and weights that were loaded as
+    their files have them get their precision here. `checkpoint_activations` computes the layers of transformers models
+    again in the backward pass instead of keeping what they computed.
     """
     if checkpoint_activations:
         for module in model.modules():
@@ -39,6 +46,7 @@ def prepare_model(
     # "Evaluation" is Accelerate's word for: device and autocast alone, without DDP.
     if not shard or accelerator.num_processes == 1:
         prepared: nn.Module = accelerator.prepare_model(model, evaluation_mode=True)
+        give_precision(prepared)
         if accelerator.num_processes > 1:  # built alike from one seed; that they are the same is not left to that
             for parameter in prepared.parameters():
                 if parameter.requires_grad:
@@ -52,6 +60,7 @@ def prepare_model(
     # RL's first pass is a generation: the layers would take themselves for whole models, each for one of its own.
     register_fsdp_forward_method(model, "generate")
     sharded: nn.Module = accelerator.prepare_model(model, evaluation_mode=True)
+    give_precision(sharded)  # of the own rows alone: until now the weights were mapped from their files
     return sharded
 
 
@@ -81,16 +90,18 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def whole_weights(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
-    """While open, the parameters of `model` on the first rank are whole tensors in main memory; no forward passes.
+    """While open, what a checkpoint holds of `model` is whole tensors in main memory on the first rank.
 
+    Weights that it does not hold, such as those below LoRA, stay in parts: they are not gathered. No forward passes.
     Opened by all ranks together, since gathering needs them all; the others keep their shards.
     """
     main = accelerator.is_main_process
+    written = _written(model)
     whole: dict[int, nn.Parameter | None] = {}  # tied parameters stay tied
     replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            if isinstance(parameter, DTensor):
+            if isinstance(parameter, DTensor) and id(parameter) in written:
                 if id(parameter) not in whole:
                     full: Tensor = parameter.full_tensor().detach()  # a collective: in the same order on every rank
                     whole[id(parameter)] = nn.Parameter(full.cpu(), parameter.requires_grad) if main else None
@@ -102,3 +113,21 @@ def whole_weights(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
     finally:
         for module, name, parameter in replaced:
             module._parameters[name] = parameter
+
+
+def _written(model: nn.Module) -> set[int]:
+    """The parameters that a checkpoint of `model` holds, by id.
+
+    A transformers model is written whole where it trains without LoRA, frozen parts included; of one with LoRA, or
+    whose heads alone train, what trains is written, and an lm_head of its own (stage 2).
+    """
+    frozen: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            named = dict(module.named_parameters())
+            if has_lora(module) or not any(parameter.requires_grad for parameter in named.values()):
+                frozen |= {id(parameter) for parameter in named.values() if not parameter.requires_grad}
+            break  # what it is made of are models of transformers, too
+    if getattr(model, "own_lm_head", False):
+        frozen.discard(id(model.thinker.lm_head.weight))  # type: ignore[union-attr]
+    return {id(parameter) for parameter in model.parameters()} - frozen
