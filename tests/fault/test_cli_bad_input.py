@@ -170,6 +170,18 @@ def test_an_atlas_or_a_backbone_that_is_not_there(tmp_path, mini_atlas, backbone
     assert not new.exists()
 
 
+def test_a_backbone_that_is_not_whole_trains_nothing(tmp_path, mini_atlas, backbone, expect):
+    """The flaw: what was missing was drawn at random, and the command ended with 0."""
+    folder = Path(shutil.copytree(backbone, tmp_path / "backbone"))
+    weights = load_file(folder / "model.safetensors")
+    gone = [name for name in weights if "layers.1." in name][:3]
+    save_file({name: t for name, t in weights.items() if name not in gone}, folder / "model.safetensors")
+    expect(r"3 of the \d+ weights of \w+ are missing", *sft(tmp_path / "new", mini_atlas, folder))
+    save_file({f"encoder.{name}": tensor for name, tensor in weights.items()}, folder / "model.safetensors")
+    expect(r"weights are not known to", *sft(tmp_path / "new", mini_atlas, folder))
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_refused_start_keeps_a_folder_that_was_there(tmp_path, backbone, expect):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
