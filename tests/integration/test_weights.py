@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -25,7 +26,7 @@ from hba.model.bam import AdapterSpec, Bam, load_bam, save_bam
 from hba.model.config import ModelConfig, computes_bfloat16
 from hba.model.omni import apply_strategy
 from hba.model.weights import INDEX, Piece, Weights, give_precision, write_weights
-from hba.train.sharding import whole_weights
+from hba.train.sharding import prepare_model, whole_weights
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import tiny_chat
@@ -305,6 +306,16 @@ def test_lora_begins_alike_on_a_model_that_is_mapped_and_is_never_rounded(halved
         assert fresh[0].keys() == other.keys() and all(torch.equal(fresh[0][key], other[key]) for key in other)
     assert {p.dtype for p in fresh[0].values()} == {torch.float32}
     assert any(not torch.equal(p, p.bfloat16().float()) for p in fresh[0].values())
+
+
+def test_one_process_that_was_launched_as_many_are_holds_its_one_shard(halved, group):
+    """So that one GPU can show what sharding does."""
+    mapped = checkpoint.load(halved, dtype="float32", mapped=True)
+    apply_strategy(mapped, ModelConfig(name="x", strategy="full"))
+    prepared = prepare_model(mapped, Accelerator(cpu=True), shard=True, checkpoint_activations=False)
+    expected = dict(checkpoint.load(halved, dtype="float32").thinker.named_parameters())
+    for name, parameter in prepared.thinker.named_parameters():
+        assert isinstance(parameter, DTensor) and torch.equal(parameter.full_tensor(), expected[name])
 
 
 GATHERED = {

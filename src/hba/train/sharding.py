@@ -44,7 +44,7 @@ def prepare_model(
             if isinstance(module, PreTrainedModel) and module.supports_gradient_checkpointing:
                 module.gradient_checkpointing_enable({"use_reentrant": False})
     # "Evaluation" is Accelerate's word for: device and autocast alone, without DDP.
-    if not shard or accelerator.num_processes == 1:
+    if not shard or not distributed.is_initialized():  # one process that was launched as many are has its one shard
         prepared: nn.Module = accelerator.prepare_model(model, evaluation_mode=True)
         give_precision(prepared)
         if accelerator.num_processes > 1:  # built alike from one seed; that they are the same is not left to that
