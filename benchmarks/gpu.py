@@ -120,13 +120,14 @@ def stages(place: Place) -> dict[str, Any]:
     options += [f"features.folder={place.folder / 'features'}", "train.batch_size=5", "validation_split=validation"]
     first = child(place, "train", "qa", "--run", str(place.folder / "qa"), *options)
     second = child(place, "train", "qa", "--run", str(place.folder / "qa-again"), *options)
-    return {"stage_1_gpu_mb": base["gpu_mb"], "first_gpu_mb": first["gpu_mb"], "cached_gpu_mb": second["gpu_mb"]}
+    key = "main_mb" if base["gpu_mb"] is None else "gpu_mb"
+    return {f"stage_1_{key}": base[key], f"first_{key}": first[key], f"cached_{key}": second[key]}
 
 
 def merge(place: Place) -> dict[str, Any]:
     """`hba merge`: main memory against the largest file of the backbone."""
     out = place.folder / "merged"
-    done = child(place, "merge", str(place.folder / "sft"), "--out", str(out))
+    done = child(place, "merge", str(place.folder / "sft"), str(out))
     largest = merge_memory.megabytes(*(place.folder / "base").glob("*.safetensors"))
     return {**done, "largest_shard_mb": round(largest), "to_largest_shard": round(done["main_mb"] / largest, 2)}
 
