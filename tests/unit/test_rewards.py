@@ -194,6 +194,7 @@ def sample(target="anger", dataset="cremad", task="emotion_cls", identity="train
 
 OWN = """
 from __future__ import annotations
+import asyncio
 from dataclasses import dataclass
 import numpy as np
 def good(responses, targets, tasks, datasets, lengths):
@@ -228,6 +229,11 @@ def helper(response):
 
 def leaves(responses, **_):
     raise SystemExit(3)
+
+def gives_up(responses, **_):
+    async def judge():
+        raise asyncio.CancelledError("the judge is gone")
+    asyncio.run(judge())
 
 @dataclass
 class Judgement:
@@ -285,6 +291,7 @@ def test_a_reward_that_is_not_there(name):
     [
         ("divides", "ZeroDivisionError: division by zero", r"in helper\n    return 1 / "),
         ("leaves", "SystemExit: 3", "in leaves"),
+        ("gives_up", "asyncio.exceptions.CancelledError: the judge is gone", "in gives_up"),
     ],
 )
 def test_what_a_users_function_raises_ends_the_run_with_the_users_traceback(own, name, said, line):

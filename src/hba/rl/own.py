@@ -34,7 +34,9 @@ def load_function(name: str, *, key: str, known: Iterable[str]) -> Callable[...,
         module = _load_file(Path(module_name)) if module_name.endswith(".py") else importlib.import_module(module_name)
     except (ImportError, OSError) as error:
         raise InputError(f"cannot import {module_name!r} ({error})", where=key, fix=fix) from error
-    except (Exception, SystemExit) as error:  # whatever a module of the user's own does when it is run
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever a module of the user's own does when it is run
         raise InputError(f"{module_name!r} {raised(error)}", where=key, fix="Mend it.") from error
     function: Callable[..., Any] | None = getattr(module, function_name, None)
     if not callable(function):
@@ -53,9 +55,9 @@ class _Guarded:
     def __call__(self, **given: Any) -> Any:
         try:
             return self._function(**given)
-        except HbaError:
+        except (HbaError, KeyboardInterrupt):
             raise
-        except (Exception, SystemExit) as error:
+        except BaseException as error:  # asyncio's CancelledError is no Exception, nor is sys.exit()'s
             fix = "Mend it; the last checkpoint stands, and the same command goes on from there."
             raise HbaError(raised(error), where=self._where, fix=fix) from error
 

@@ -74,7 +74,7 @@ class ScorerRewardManager(RewardManagerBase):  # type: ignore[misc]
             return
         try:
             scored = self._scorer([a.response for a in asked], [a.sample for a in asked], [a.tokens for a in asked])
-        except Exception as error:  # noqa: BLE001  # whoever asked waits for an answer, whatever it is
+        except BaseException as error:  # noqa: BLE001  # whoever asked waits for an answer, whatever it is
             failed = error if isinstance(error, HbaError) else HbaError(raised(error), where="verl's reward worker")
             note_failure(Path(self._run), failed)
             for one in asked:
