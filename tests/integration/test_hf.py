@@ -61,7 +61,7 @@ def test_greedy_answers_are_those_of_omni_sapiens(straight, mini_atlas, backbone
         batch = collate([enc.encode(sample)], pad_token_id=enc.pad_token_id, taxonomy=atlas.taxonomy)
         (text,) = model.generate(batch, max_new_tokens=6)
         mine = predictions[sample.id]
-        said = read(text, sample.dataset, atlas.taxonomy, prompt=sample.problem)
+        said = read(text, sample.dataset, atlas.taxonomy, prompt=sample.problem, cut=mine.finish == "length")
         assert mine.output == text and (mine.rule, mine.answer, mine.label) == said
         assert mine.tokens_in == batch.inputs["input_ids"].shape[1]
         assert 1 <= mine.tokens_out <= 6
@@ -86,6 +86,18 @@ def test_the_format_decides_the_prompt_and_is_part_of_the_run(straight, tmp_path
     assert all(thinking[key].tokens_in > boxed[key].tokens_in for key in boxed)
     with pytest.raises(InputError, match="another format"):
         predict(backbone, tmp_path / "think", mini_atlas, "generation.format=plain")
+
+
+def test_what_a_template_opens_stands_in_the_output_and_unended_thinking_has_no_label(tmp_path, mini_atlas, backbone):
+    model = tiny_chat.build("llama", backbone, tmp_path / "llama")
+    seen = ("encode.modalities=[]", "generation.max_tokens=3")
+    _, plain = predict(model, tmp_path / "plain", mini_atlas, *seen)
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text() + "{% if add_generation_prompt %}<think>\n{% endif %}")
+    _, thinking = predict(model, tmp_path / "thinking", mini_atlas, *seen)
+    assert not any(p.output.startswith("<think>") for p in plain.values())
+    assert all(p.output.startswith("<think>\n") and p.finish == "length" for p in thinking.values())
+    assert {(p.rule, p.label, p.tokens_out) for p in thinking.values()} == {("unanswered", None, 3)}
 
 
 def test_labels_alone_are_said_or_weighed(tmp_path, mini_atlas, backbone):

@@ -9,6 +9,7 @@ import ssl
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -144,6 +145,13 @@ async def tls_server(folder):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(folder / "pem", folder / "key")
     return await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0, ssl=context)
+
+
+def test_a_server_that_never_answers_is_not_waited_for_row_by_row(chat_server):
+    server = chat_server(hang=1.0, hang_seconds=60.0, most_faults=99)
+    with pytest.raises(ServiceError, match=r"none of 8 requests was answered within 0\.2 s.*remote\.timeout_seconds"):
+        run(replace(config(server), timeout_seconds=0.2), [f"question {i}" for i in range(40)])
+    assert server.stats()["requests"] < 20
 
 
 def refused(url, **changes):

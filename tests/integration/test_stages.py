@@ -402,6 +402,8 @@ def test_predictions_answer_free_form_rows_and_take_adapters_along(runs, tmp_pat
     qa, bam = ({line.record["id"]: line.record for line in lines[stage]} for stage in ("qa", "bam"))
     free = [row for row in qa.values() if row["dataset"] in ("siq2", "intentqa", "mimeqa")]
     assert free and all(row["output"] is not None and "probs" not in row for row in free)
+    assert all(row["finish"] == "stop" or (row["finish"], row["tokens_out"]) == ("length", 8) for row in free)
+    assert all(1 <= row["tokens_out"] <= 8 for row in free)
     changed = {row["dataset"] for key, row in bam.items() if "probs" in row and row["probs"] != qa[key]["probs"]}
     assert changed == {"daicwoz"}
     identity = json.loads((Path(tmp_path) / "bam/predict.json").read_text())["identity"]

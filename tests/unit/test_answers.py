@@ -145,6 +145,27 @@ def test_to_label_maps_or_says_none(dataset: str, text: str, label: str | None) 
     assert to_label(dataset, text) == label
 
 
+CUT = [
+    ("<think>it could be <answer>happy</answer> but", None, "happy"),
+    ("<think>was it \\boxed{happy}? No,", None, None),
+    ("Okay, let me see. Is it \\boxed{happy}? No,", None, "happy"),
+    ("嗯，用户问的是情绪。他很 happy", None, "happy"),
+    ("A ver, parece happy pero", None, None),
+    ("He laughs, so he is happy. But wait", None, "happy"),
+    ("Okay, he laughs.</think>\\boxed{happy} since he", "happy", "happy"),
+    ("<think>he laughs</think> The emotion is happy. He", "happy", "happy"),
+    ("happy", "happy", "happy"),
+    ('{"answer": "happy", "reason": "he', "happy", "happy"),
+    ("The emotion is happy. The speaker laughs at his own joke, and the", "happy", "happy"),
+]
+
+
+@pytest.mark.parametrize(("text", "cut", "whole"), CUT)
+def test_what_was_cut_off_while_it_thought_has_no_label(text: str, cut: str | None, whole: str | None) -> None:
+    assert read(text, "cremad", cut=True).label == cut
+    assert read(text, "cremad").label == whole
+
+
 def test_to_label_refuses_an_unknown_dataset() -> None:
     with pytest.raises(TaxonomyError, match="Did you mean 'cremad'"):
         to_label("cremadd", "anger")

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from hba.cli import app
 from hba.errors import InputError
-from hba.evaluate.compare import compare_predictions, compare_runs, compare_seeds, run_variance
+from hba.evaluate.compare import MEAN, compare_predictions, compare_runs, compare_seeds, run_variance
 from hba.evaluate.judge.items import answer_sha256
 from hba.evaluate.judge.judgements import Judgement, JudgementLog
 from hba.evaluate.predictions import Prediction, PredictionLog
@@ -132,6 +132,20 @@ def test_compare_on_the_command_line(tmp_path: Path) -> None:
     assert json.loads(out)["runs"] == ["a", "b"]
     assert "same answer" in hba("compare", "--seeds", a, b)[1]
     assert isinstance(hba("compare", a)[2], InputError)
+
+
+def test_failed_rows_have_a_column_in_every_comparison(tmp_path: Path) -> None:
+    lost = [replace(p, output=None, answer=None, label=None, error="refused") for p in answered(1, 0.4)[:2]]
+    a, b = folder(tmp_path / "a", answered(2, 0.9)), folder(tmp_path / "b", [*lost, *answered(1, 0.4)[2:]])
+    task = "EMO" if lost[0].dataset == "cremad" else "SAR"
+    found = json.loads(hba("compare", a, b, "--json")[1])["failed"]
+    assert sum(sum(counts) for key, counts in found.items() if key != MEAN) == 2 and found[MEAN] == [0, 2]
+    assert found[task][0] == 0 < found[task][1]
+    pair, several = (a, b), (a, b, "vs", b, b)
+    for arguments, columns, shown in ((pair, 60, "0/2"), (("--seeds", a, b), 80, "2"), (several, 80, "2/4")):
+        out = hba("compare", *arguments, columns=columns)[1]
+        mean = next(line for line in out.splitlines() if line.strip().startswith("mean "))
+        assert "failed" in out and mean.split()[-1] == shown, out
 
 
 def test_compare_writes_tables_for_papers_and_pages(tmp_path: Path) -> None:

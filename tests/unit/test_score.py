@@ -20,7 +20,7 @@ from hba.evaluate.leaderboard import build_leaderboard
 from hba.evaluate.metrics import score
 from hba.evaluate.predictions import Prediction, PredictionLog, read_predictions
 from hba.evaluate.results import parse_metrics
-from hba.evaluate.runs import open_run
+from hba.evaluate.runs import ids_sha256, open_run
 from hba.export.wandb_table import tables_of
 from hba.report import write_report
 from hba.report.words import warnings
@@ -333,6 +333,29 @@ def test_a_part_of_the_rows_is_never_scored_as_the_whole(tmp_path: Path) -> None
     asked(run, 337)
     code, out, err = hba("score", run)
     assert (code, err) == (0, "") and "of 1,012" not in out
+
+
+def test_other_rows_of_the_same_number_are_noticed(tmp_path: Path) -> None:
+    mine = [p.id for p in rows(40)]
+    run = asked(run_folder(tmp_path / "run", rows(40)), 40, asked={"cremad": 40}, asked_ids=ids_sha256(reversed(mine)))
+    code, out, err = hba("score", run)
+    assert (code, err) == (0, "") and "other rows" not in out
+    assert "other_rows" not in json.loads((run / "metrics.json").read_text())["aggregate"]
+    other = asked(run_folder(tmp_path / "other", rows(40, start=7)), 40, asked_ids=ids_sha256(mine))
+    code, out, err = hba("score", other)
+    assert code == 1 and "of other rows than" in out and "error: the predictions are of other rows" in err
+    assert json.loads((other / "metrics.json").read_text())["aggregate"]["other_rows"] is True
+    assert hba("score", other, "--partial")[0] == 0
+    assert "of other rows than the run was asked for" in write_report(other).read_text(encoding="utf-8")
+    board = build_leaderboard([run, other], tables=[])
+    assert {entry.name: entry.rank for entry in board.entries} == {"run": 1, "other": None}
+    more = asked(run_folder(tmp_path / "more", rows(41)), 40)
+    assert hba("score", more)[0] == 1
+    quarantined = [{"id": "test/39", "dataset": "cremad", "split": "test"}]
+    whole = run_folder(tmp_path / "whole", rows(39), quarantined)
+    ids = [p.id for p in rows(39)]
+    for left_out, code in (("test/39", 0), ("test/40", 1)):
+        assert hba("score", asked(whole, 40, asked_ids=ids_sha256([*ids, left_out])))[0] == code
 
 
 def test_what_was_asked_of_each_dataset_is_counted_against_it(tmp_path: Path) -> None:

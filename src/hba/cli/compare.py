@@ -64,7 +64,8 @@ def compare_command(
     def show() -> None:
         from rich.console import Console
 
-        Console().print(to_terminal(table))
+        console = Console()
+        console.print(to_terminal(table, console.width))
         if flips and isinstance(found, Comparison):
             Console().print(flips_table(found, flips))
         say_written(out or ())

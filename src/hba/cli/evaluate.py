@@ -52,6 +52,12 @@ def _finish(run: Path, metrics: Metrics, partial: bool) -> None:
     """Exit 1 when rows that were asked for are missing, unless that was allowed."""
     from hba.evaluate.predictions import MERGE
 
+    if metrics.aggregate.other_rows:
+        fix = "Predict into another folder with --run, or put back the predict.json of these predictions."
+        what = "the predictions are of other rows than those that predict.json was written for"
+        sys.stderr.write(f"{'warning' if partial else 'error'}: {what}. Fix: {fix}\n")
+        if not partial:
+            raise typer.Exit(1)
     if not metrics.aggregate.n_missing:
         return
     folder = run if run.is_dir() else run.parent

@@ -28,7 +28,7 @@ import yaml
 from hba import labelsets
 from hba.taxonomy import BUILTIN, Taxonomy
 
-READING_VERSION = 2  # raised when a text may be read as another label than before
+READING_VERSION = 3  # raised when a text may be read as another label than before
 
 RULES: Mapping[str, str] = {
     "unanswered": "thinking that never ended, or nothing behind it: no answer",
@@ -53,14 +53,23 @@ class Reading(NamedTuple):
     label: str | None
 
 
-def read(text: str, dataset: str | None = None, taxonomy: Taxonomy = BUILTIN, *, prompt: str | None = None) -> Reading:
+def read(
+    text: str,
+    dataset: str | None = None,
+    taxonomy: Taxonomy = BUILTIN,
+    *,
+    prompt: str | None = None,
+    cut: bool = False,
+) -> Reading:
     """`text` read as the answer to a row of `dataset`; free-form rows and `dataset=None` have no label.
 
     `prompt` is what was asked: a letter or number is an answer where the prompt offers it ("0 or 1", "A. happy"), and
-    only there. Without a prompt the taxonomy's own numbers count. Raises TaxonomyError for an unknown dataset.
+    only there. Without a prompt the taxonomy's own numbers count. `cut` says that the text reached a limit of length:
+    thinking that has not ended is then thinking, marked or not, and its last sentence was not finished. Raises
+    TaxonomyError for an unknown dataset.
     """
     about = None if dataset is None else taxonomy.dataset(dataset)
-    spoken = _spoken(text)
+    spoken = _spoken(text, cut)
     if spoken is None:
         return Reading("unanswered", "", None)
     if about is None or about.free_form:
@@ -68,7 +77,7 @@ def read(text: str, dataset: str | None = None, taxonomy: Taxonomy = BUILTIN, *,
     if about.multilabel:
         found = _free(spoken)
         return found._replace(label=taxonomy.canonical_label(about.key, found.answer))
-    return _Labels.of(about.key, taxonomy).read(spoken, prompt)
+    return _Labels.of(about.key, taxonomy).read(spoken, prompt, cut)
 
 
 def to_label(dataset: str, text: str, taxonomy: Taxonomy = BUILTIN, *, prompt: str | None = None) -> str | None:
@@ -135,11 +144,23 @@ _CONTROL = re.compile(r"<\|[^|<>\n]{1,40}\|>|<(?:end_of_turn|eos|/?s)>")
 _ROLE = re.compile(r"(?:^|\n)[ \t]{0,9}assistant:", re.IGNORECASE)
 
 
-def _spoken(text: str) -> str | None:
+def opened_thinking(prompt: str) -> str:
+    """The tag with which a prompt ends, as those of chat templates do that open thinking for the model; "" without."""
+    tags = list(_THOUGHT.finditer(prompt))
+    opened = bool(tags) and _opens(tags[-1]) and not prompt[tags[-1].end() :].strip()
+    return prompt[tags[-1].start() :] if opened else ""
+
+
+def _opens(tag: re.Match[str]) -> bool:
+    return "/" not in tag[0] and "end_" not in tag[0]
+
+
+def _spoken(text: str, cut: bool = False) -> str | None:
     """`text` without its thinking, however that is marked; None if it says nothing else.
 
-    A closing tag without an opening one ends what a chat template opened in the prompt. Thinking that never ends hides
-    all behind it but an <answer>, with which a model ends that forgot the tag.
+    A closing tag without an opening one ends what a chat template opened in the prompt; a text that was `cut` off
+    before any, and begins as thinking does, is such thinking. Thinking that never ends hides all behind it but an
+    <answer>, with which a model ends that forgot the tag; of a text that was cut off that, too, is a thought.
     """
     channels = list(_CHANNEL.finditer(text))
     if channels:
@@ -150,15 +171,17 @@ def _spoken(text: str) -> str | None:
     position, opened, thought = 0, -1, False
     for tag in _THOUGHT.finditer(text):
         thought = True
-        if "/" not in tag[0] and "end_" not in tag[0]:
+        if _opens(tag):
             opened = tag.start() if opened < 0 else opened
         elif opened >= 0:
             kept.append(text[position:opened])
             position, opened = tag.end(), -1
         else:
             kept, position = [], tag.end()
+    if cut and not thought and _pattern(r"\W{0,9}WORDS", "musings").match(text[:_NEAR].lower().replace("’", "'")):
+        return None
     if opened >= 0:
-        answer = _tag(text[opened:])
+        answer = None if cut else _tag(text[opened:])
         kept += [text[position:opened], "" if answer is None else f"<answer>{answer}</answer>"]
         position = len(text)
     spoken = _CONTROL.sub("", "".join(kept) + text[position:])
@@ -436,7 +459,7 @@ class _Labels:
         denied = _pattern(r"WORDS\s*\S", "negations")
         return {word: label for word, label in table.items() if self.no is None or not denied.match(word)}
 
-    def read(self, spoken: str, prompt: str | None) -> Reading:
+    def read(self, spoken: str, prompt: str | None, cut: bool = False) -> Reading:
         """`spoken` by the first of `RULES` that finds an answer."""
         found = _json(spoken)
         value = None if found is None else self._json_value(found.value)
@@ -456,7 +479,7 @@ class _Labels:
         exact = self._exact(flat, prompt)
         if exact is not None:
             return Reading("exact", bare(flat), exact)
-        return self._stated(flat, prompt) or self._weighed(flat) or _free(spoken)
+        return self._stated(flat, prompt) or self._weighed(flat, cut) or _free(spoken)
 
     def _placed(self, rule: str, answer: str, prompt: str | None) -> Reading:
         return Reading(rule, _peeled(answer), self._meant(_flat(answer)[:_LONGEST_READ], prompt))
@@ -527,7 +550,7 @@ class _Labels:
                 label = self._meant(line, None) or self._meant(rest, None)
         return Reading("stated", bare(head), label)
 
-    def _weighed(self, flat: str) -> Reading | None:
+    def _weighed(self, flat: str, cut: bool) -> Reading | None:
         """The label that a text speaks for by what it mentions; None where it speaks for none or several."""
         said = [mention for mention in self._mentions(flat) if mention.label is not None]
         bracketed = {
@@ -539,7 +562,7 @@ class _Labels:
         if bracketed:
             return Reading("bracket", ", ".join(sorted(map(str, bracketed))), _only(bracketed))
         topics = _topics(flat)
-        whole = _whole_until(flat)
+        whole = _whole_until(flat, cut)
         said = [m for m in said if m.start < whole or (whole >= 0 and any(s <= m.start < e for s, e in topics))]
         labels = {mention.label for mention in said}
         labels |= self._yes_or_no(flat, labels)
@@ -688,12 +711,12 @@ def _only(labels: set[str | None]) -> str | None:
     return next(iter(labels)) if len(labels) == 1 and _OPEN not in labels else None
 
 
-def _whole_until(flat: str) -> int:
-    """Where the last sentence of a text begins that stops in its middle, as one that reached its limit may; -1 where
-    that sentence turns to something else: all that was said is then open."""
+def _whole_until(flat: str, cut: bool) -> int:
+    """Where the last sentence of a text begins that stops in its middle, as one that reached its limit may (one that
+    was `cut` off did); -1 where that sentence turns to something else: all that was said is then open."""
     ends = [end.end() for end in _SENTENCE_ENDS.finditer(flat.rstrip())]
     start = ends[-1] if ends else 0
-    stops = flat[-1:].isalnum() and start and len(flat[start:].split()) > _SHORT_SENTENCE
+    stops = flat[-1:].isalnum() and start and (cut or len(flat[start:].split()) > _SHORT_SENTENCE)
     if not stops and _pattern(_CUT, "cut").search(flat[-_NEAR:]) is None:
         return len(flat)
     return -1 if _pattern("WORDS", "contrasts").search(flat, start) else start

@@ -118,12 +118,14 @@ class Flip:
 class Comparison:
     """`hba compare A B`: the paired differences, and the rows behind them.
 
-    `num_asked` is how many rows the runs were to answer, None where a run does not say.
+    `num_asked` is how many rows the runs were to answer, None where a run does not say. `failed` has, for each task and
+    MEAN (all rows), how many rows ended in an error in each run.
     """
 
     a: str
     b: str
     paired: Paired
+    failed: dict[str, list[int]]
     flips: list[Flip]
     num_rows: int
     num_asked: int | None
@@ -191,6 +193,16 @@ def matched_rows(runs: Sequence[Run], matched: Matched) -> list[Rows]:
     return verdicts if all(cells.judged == common for cells in verdicts) else rows
 
 
+def failed_rows(predictions: Sequence[Sequence[Prediction]], taxonomy: Taxonomy) -> dict[str, list[int]]:
+    """How many rows ended in an error in each run, by the key of their task, and of all rows under MEAN."""
+    found: dict[str, list[int]] = {}
+    for number, mine in enumerate(predictions):
+        for p in mine:
+            for key in (taxonomy.dataset(p.dataset).task or p.dataset, MEAN):
+                found.setdefault(key, [0] * len(predictions))[number] += p.failed
+    return found
+
+
 def failed_tasks(predictions: Sequence[Sequence[Prediction]], taxonomy: Taxonomy) -> dict[str, str]:
     """Why a task is not compared, by its key: more than MAX_FAILED of a dataset's rows failed in one of the runs.
 
@@ -242,6 +254,7 @@ def compare_runs(
             seed=seed,
             failed=failed_tasks(matched.predictions, runs[0].taxonomy),
         ),
+        failed=failed_rows(matched.predictions, runs[0].taxonomy),
         flips=_flips(matched, rows),
         num_rows=len(of_a),
         num_asked=_num_asked(runs),
@@ -494,6 +507,7 @@ class Variance:
     runs: list[str]
     tasks: dict[str, Spread]
     mean: Spread | None
+    failed: dict[str, list[int]]
     num_rows: int
     num_asked: int | None
     left_out: list[int]
@@ -571,6 +585,7 @@ def run_variance(
         runs=several.names,
         tasks=tasks,
         mean=_spread(scored, several.rows, alike_N, several.failed.get(MEAN)) if scored else None,
+        failed=failed_rows(several.matched.predictions, several.taxonomy),
         num_rows=len(alike_N),
         num_asked=several.num_asked,
         left_out=several.matched.left_out,
@@ -641,6 +656,8 @@ class SeedComparison:
     b: list[str]
     tasks: dict[str, SeedDifference]
     mean: SeedDifference | None
+    failed: dict[str, list[int]]
+    """of the runs of a, then of b"""
     num_rows: int
     num_asked: int | None
     left_out: list[int]
@@ -680,6 +697,7 @@ def compare_seeds(
         mean=_or_failed(replace(_of_sides(scored, several.rows, len(a)), metric=MEAN), several.failed.get(MEAN))
         if scored
         else None,
+        failed=failed_rows(several.matched.predictions, several.taxonomy),
         num_rows=len(several.matched.predictions[0]),
         num_asked=several.num_asked,
         left_out=several.matched.left_out,

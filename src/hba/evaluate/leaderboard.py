@@ -159,6 +159,8 @@ def not_comparable(metrics: Metrics, tasks: Collection[str]) -> list[str]:
         found.append(f"does not say how many rows it was asked for (published: {PUBLISHED_ROWS:,})")
     elif said.data_rows != PUBLISHED_ROWS:
         found.append(f"{said.data_rows:,} rows were asked for (published: {PUBLISHED_ROWS:,})")
+    if total.other_rows:
+        found.append("answered other rows than it was asked for")
     if total.n_missing:
         found.append(f"only {total.rows} were answered")
     mine = {
@@ -233,6 +235,8 @@ def _entry(run: _Measured, max_quarantined: float) -> Entry:
     unfair, notes = [], []
     if counts.n_missing:
         unfair.append(f"{counts.rows}: not ranked")
+    if counts.other_rows:
+        unfair.append("other rows than it was asked for: not ranked")
     if counts.failed_share > MAX_FAILED:
         unfair.append(f"{counts.failed_share:.1%} of the rows failed: not ranked")
     elif counts.n_failed:

@@ -28,6 +28,8 @@ from hba.evaluate.backends.interface import Answered, Backend, Unanswered
 from hba.evaluate.config import DEFAULT_FORMAT, Opening, PredictConfig
 from hba.evaluate.groups import sample_groups
 from hba.evaluate.predictions import Prediction, PredictionLog, read_predictions, write_predictions
+from hba.evaluate.results import was_cut
+from hba.evaluate.runs import ids_sha256
 from hba.evaluate.selection import EVERYTHING, Selection
 from hba.evaluate.shards import Shard, done_elsewhere, merge, merge_when_done
 from hba.evaluate.tally import Tally
@@ -212,6 +214,7 @@ def _settings(opening: Opening, split: str, backend: Backend, rows: Indices) -> 
         "data": data_record(opening.place, opening.atlas),
         "encode": asdict(opening.encode),
         "asked": _by_dataset(opening.atlas, rows),
+        "asked_ids": ids_sha256(opening.atlas.ids[int(row)] for row in rows),
         "skipped": _by_dataset(opening.atlas, np.setdiff1d(np.arange(len(opening.atlas)), rows)),
         "reading": READING_VERSION,
     }
@@ -295,7 +298,8 @@ def read_anew(folder: Path, atlas: Atlas, *, alone: bool) -> None:
         found = []
         for old in _kept(file, atlas.taxonomy):
             if old.output is not None and old.probs is None and old.id in prompts:
-                rule, answer, label = read(old.output, old.dataset, atlas.taxonomy, prompt=prompts[old.id])
+                prompt, cut = prompts[old.id], was_cut(old.finish)
+                rule, answer, label = read(old.output, old.dataset, atlas.taxonomy, prompt=prompt, cut=cut)
                 old = replace(old, rule=rule, answer=answer, label=label)
             found.append(old)
         write_predictions(file, found)

@@ -31,6 +31,13 @@ FILTERED = frozenset(
     | {"prohibited_content", "image_safety", "guardrail_intervened", "sensitive"}
 )
 T = TypeVar("T")
+
+
+def was_cut(finish: str | None) -> bool:
+    """Whether an answer that ended so reached a limit of length."""
+    return (finish or "").lower() in CUT
+
+
 Interval = tuple[float, float]
 
 
@@ -81,7 +88,7 @@ class Counts:
     @property
     def n_cut(self) -> int:
         """Answers that were cut off at a limit of length."""
-        return sum(n for reason, n in self.finish.items() if reason.lower() in CUT)
+        return sum(n for reason, n in self.finish.items() if was_cut(reason))
 
     @property
     def n_filtered(self) -> int:
@@ -223,11 +230,13 @@ class Reading:
 class Aggregate(Counts):
     """Everything that is over all rows. `figures` are the twelve published averages of the classification rows.
 
-    `mean` is over the scored tasks. `readings` are by name, `rules` how many answers each rule of `answers` read;
-    `failures` are the most frequent errors of failed rows.
+    `mean` is over the scored tasks. With `other_rows` the predictions are of other rows than the run was asked
+    for, though of no fewer. `readings` are by name, `rules` how many answers each rule of `answers` read; `failures`
+    are the most frequent errors of failed rows.
     """
 
     mean: Score = Score()
+    other_rows: bool | None = None
     n_quarantined_unassigned: int = 0
     breakdowns: dict[str, Breakdown] = field(default_factory=dict)
     calibration: Calibration | None = None
@@ -352,9 +361,10 @@ class Metrics:
 
 
 # Left out of the file where they say nothing: None, "" or empty.
-_OPTIONAL = frozenset({"name", "note", "finish", "failures", "readings", "rules", "free_form", "figures"}) | {
-    f"n_{name}" for name in ("invalid", "failed", "quarantined", "skipped")
-}
+_OPTIONAL = frozenset(
+    {"name", "note", "finish", "other_rows", "failures", "readings", "rules", "free_form", "figures"}
+    | {f"n_{name}" for name in ("invalid", "failed", "quarantined", "skipped")}
+)
 
 
 def _pruned(value: Any) -> Any:

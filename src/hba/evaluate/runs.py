@@ -9,7 +9,7 @@ Invariant: what is read depends on the files alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from hba.evaluate.judge.scores import Verdicts, read_verdicts
 from hba.evaluate.predictions import Prediction, answered_by, read_predictions
 from hba.evaluate.results import FILE as METRICS
 from hba.evaluate.results import Metrics, convert, read_metrics, without_nan
-from hba.storage import read_json, read_jsonl
+from hba.storage import json_sha256, read_json, read_jsonl
 from hba.taxonomy import Taxonomy, of_folder
 
 PREDICTIONS, QUARANTINE, LOG, ASKED = "predictions.jsonl", "quarantine.jsonl", "log.jsonl", "predict.json"
@@ -129,6 +129,24 @@ class Run:
         return None if rows is None else int(rows) - sum((self.asked.get("skipped") or {}).values())
 
     @cached_property
+    def other_rows(self) -> bool:
+        """Whether the answered rows are not those that were to be answered, though no fewer.
+
+        False where the run does not say which they were, and where rows are missing, which counts tell.
+        """
+        wanted, answered = self.asked.get("asked_ids"), {p.id for p in self.predictions}
+        if self.num_asked is None:
+            return False
+        missing = self.num_asked - len(answered)
+        splits = {p.split for p in self.predictions}
+        left_out = {entry.id for entry in self.quarantine or () if entry.split is None or entry.split in splits}
+        if missing > 0 and len(left_out) == missing:
+            answered |= left_out
+        elif missing > 0:  # a part; or a training in the same folder has left out other rows of the split
+            return False
+        return missing < 0 or (wanted is not None and ids_sha256(answered) != wanted)
+
+    @cached_property
     def environment(self) -> Mapping[str, Any] | None:
         """environment.json: seed, data, machine."""
         return self._record("environment.json")
@@ -209,6 +227,11 @@ class Run:
             fix = "Restore or remove the file."
             raise InputError("expected an object with an object `data`", where=str(path), fix=fix)
         return facts
+
+
+def ids_sha256(ids: Iterable[str]) -> str:
+    """Hash of a set of sample ids, for predict.json: by it other rows of the same number are known."""
+    return json_sha256(sorted(set(ids)))
 
 
 def read_quarantine(path: Path, taxonomy: Taxonomy | None = None) -> list[LeftOut]:

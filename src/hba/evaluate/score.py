@@ -5,7 +5,7 @@ an output is wrong (n_failed); a quarantined sample, whose medium could not be r
 (n_quarantined), and so is a row whose head was not trained (n_skipped). A task whose answers need a judge has score
 null until judgements.jsonl of the folder has a verdict on each of them, never a default verdict; so has a task of which
 more than MAX_FAILED of a dataset's rows failed: that is the score of a server, not of a model. The predictions are
-counted against the rows that the run was to answer (n_asked).
+compared with the rows that the run was to answer: their number (n_asked) and their ids (other_rows).
 
 Refused: a missing or malformed file, and a run without a single row to score. metrics.json is written whole
 or not at all. Invariant: the same predictions in any order and the same seed give the same file apart from
@@ -85,6 +85,7 @@ class Unanswered:
     skipped: Counter[str] = field(default_factory=Counter)
     asked: Mapping[str, int] = field(default_factory=dict)
     total: int | None = None
+    other_rows: bool = False
 
 
 def score_run(
@@ -175,6 +176,7 @@ def score_predictions(
     aggregate = replace(
         total,
         n_asked=unanswered.total,
+        other_rows=unanswered.other_rows or None,
         n_quarantined=(total.n_quarantined or 0) + unanswered.quarantined[""],
         n_quarantined_unassigned=unanswered.quarantined[""],
         mean=mean,
@@ -347,7 +349,13 @@ def _unanswered(run: Run, quarantine: Path | None, skipped: Counter[str], atlas:
     predicted, splits = {p.id for p in run.predictions}, {p.split for p in run.predictions}
     mine = [e for e in entries if e.id not in predicted and (e.split is None or e.split in splits)]
     left_out = Counter(e.dataset or "" for e in _asked_for(run, mine, atlas))
-    return Unanswered(quarantined=left_out, skipped=skipped, asked=run.asked.get("asked") or {}, total=run.num_asked)
+    return Unanswered(
+        quarantined=left_out,
+        skipped=skipped,
+        asked=run.asked.get("asked") or {},
+        total=run.num_asked,
+        other_rows=run.other_rows,
+    )
 
 
 def _asked_for(run: Run, entries: list[LeftOut], atlas: Path | None) -> list[LeftOut]:

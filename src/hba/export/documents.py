@@ -22,12 +22,15 @@ def taxonomy_of(folder: str) -> Taxonomy:
     return of_folder(folder)
 
 
-def read_answer(document: Mapping[str, Any], text: str) -> dict[str, Any]:
-    """One scored row: dataset, target, and the label (free-form: the answer) that the model's `text` gives, or None."""
+def read_answer(document: Mapping[str, Any], text: str, *, cut: bool = False) -> dict[str, Any]:
+    """One scored row: dataset, target, and the label (free-form: the answer) that the model's `text` gives, or None.
+
+    `cut`: it reached a limit of length.
+    """
     taxonomy = taxonomy_of(document["taxonomy"])
     free_form = taxonomy.dataset(document["dataset"]).free_form
     prompt = "".join(part.get("text", "") for part in document["parts"]) if "parts" in document else None
-    _, answer, label = read(text, document["dataset"], taxonomy, prompt=prompt)
+    _, answer, label = read(text, document["dataset"], taxonomy, prompt=prompt, cut=cut)
     said = (answer or None) if free_form else label
     return {name: document[name] for name in ("dataset", "target", "task", "taxonomy")} | {"answer": said}
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from hba.errors import InputError
 from hba.evaluate.answers import same_answer
+from hba.evaluate.results import was_cut
 from hba.export.documents import invalid_share, read_answer, task_metric, task_score, taxonomy_of
 from hba.export.rows import write_documents
 from hba.storage import atomic_write
@@ -98,7 +99,7 @@ def _scorer(key: str, folder: Path) -> Any:
     from inspect_ai.scorer import Score, scorer
 
     async def score(state: Any, target: Any) -> Any:
-        row = read_answer(state.metadata, state.output.completion)
+        row = read_answer(state.metadata, state.output.completion, cut=was_cut(state.output.stop_reason))
         right = row["answer"] is not None and same_answer(row["answer"], row["target"])
         return Score(value=float(right), answer=row["answer"] or state.output.completion, metadata=row)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -38,6 +38,10 @@ class Said(NamedTuple):
     def tokens(self) -> int:
         """How many they are."""
         return len(self.ids)
+
+    def finish(self, ends: Collection[int]) -> str:
+        """How it ended, in the words of servers: 'stop' at one of the end tokens, 'length' where it was cut off."""
+        return "stop" if self.ids and self.ids[-1] in ends else "length"
 
 
 class SaidTokens(NamedTuple):

@@ -22,7 +22,7 @@ from hba.atlas.batch import IGNORED, Batch, Window
 from hba.errors import ConfigError, InputError
 from hba.model.bam import Bam
 from hba.model.config import ModelConfig, Strategy
-from hba.model.generate import generate
+from hba.model.generate import Said, generate
 from hba.model.heads import DomainHeads, masked_mean
 
 # Scoped to the language model: the audio and vision towers have layers of the same names.
@@ -193,9 +193,13 @@ class OmniSapiens(nn.Module):
 
     def generate(self, batch: Batch, *, max_new_tokens: int, temperature: float = 0.0) -> list[str]:
         """Answers as text, greedy at temperature 0. Media tokens are never sampled: they would stand for no medium."""
+        return [one.text for one in self.say(batch, max_new_tokens=max_new_tokens, temperature=temperature)]
+
+    def say(self, batch: Batch, *, max_new_tokens: int, temperature: float = 0.0) -> list[Said]:
+        """`generate`, with the tokens of each answer."""
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
         with self._adapted_lm_head(batch):
-            return [said.text for said in generate(self.thinker, self.processor, batch.inputs, **options)]
+            return generate(self.thinker, self.processor, batch.inputs, **options)
 
     @contextmanager
     def _adapted_lm_head(self, batch: Batch) -> Iterator[None]:

@@ -43,6 +43,7 @@ from hba.storage import whole
 CONNECT_SECONDS = 10.0
 CHECK_SECONDS = 5.0  # for the connection that is tried before a run
 MAX_REPLY_BYTES = 32 << 20
+SILENT_AFTER = 8  # attempts that run out of time, and none that is answered, after which a server is silent
 WITNESSES = 3  # attempts during which others were answered, after which a failure is the request's own
 Accept = Callable[[Reply], object]
 
@@ -112,6 +113,7 @@ class RemoteClient:
         self.meter = Meter(find_price(config.provider, model, self._base, config.prices), asked=model)
         self.limit = AdaptiveLimit(config.max_concurrency)
         self.failed_in_a_row = 0
+        self._silent = 0  # attempts without an answer in time, while there was none at all
         self._checked = False
         self._checking = asyncio.Lock()
         self._offered: tuple[str, ...] = ()
@@ -212,6 +214,7 @@ class RemoteClient:
                 reply = await self._attempt(prepared)
             except TransientError as fault:
                 faults_seen.append(fault)
+                self._require_a_sign(fault)
                 witnessed += self.meter.replies > answered
                 await self._wait(fault, len(faults_seen))
             except RequestError as error:
@@ -238,6 +241,15 @@ class RemoteClient:
             # Full jitter: anything up to first * 2^n seconds, so that clients do not come back together.
             longest = self.config.first_backoff_seconds * 2 ** (attempts - 1)
             await asyncio.sleep(random.uniform(0, min(self.config.longest_backoff_seconds, longest)))
+
+    def _require_a_sign(self, fault: TransientError) -> None:
+        """Raises ServiceError for a server that takes requests and answers none: each would be waited for as often."""
+        self._silent = 0 if self.meter.replies or fault.kind != "timeout" else self._silent + 1
+        if self._silent >= SILENT_AFTER:
+            seconds = f"{self.config.timeout_seconds:g} s"
+            what = f"none of {self._silent} requests was answered within {seconds}"
+            fix = f"See to the server, or give it longer with remote.timeout_seconds, {RESUME}"
+            raise ServiceError(what, where=self._url, fix=fix)
 
     def _count_failure(self, what: str, url: str) -> None:
         """Raises ServiceError where one request after the other fails: what repeats is not the requests' fault."""

@@ -5,13 +5,13 @@ Bold is a difference that is significant at 5 %, after Holm's correction where i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from hba.evaluate.compare import Comparison, Difference, SeedComparison, SeedDifference, Spread, Variance
+from hba.evaluate.compare import MEAN, Comparison, Difference, SeedComparison, SeedDifference, Spread, Variance
 from hba.evaluate.results import SCANT
 from hba.evaluate.statistics import EXACT_MATCH
 from hba.report.tables import Cell, TextTable
@@ -29,9 +29,12 @@ def comparison(found: Comparison) -> TextTable:
     mean = found.paired.mean
     return TextTable(
         caption=f"B ({found.b}) minus A ({found.a}): {_rows(found)}; {grouped}",
-        head=("task", "A", "B", "B-A", "95% interval", "p (Holm)", "won/lost"),
-        rows=[_difference(_name(key, line.metric), line, line.p_holm) for key, line in found.paired.tasks.items()],
-        summary=_difference("mean", mean, mean.p_value) if mean else None,
+        head=("task", "A", "B", "B-A", "95% interval", "p (Holm)", "won/lost", "failed"),
+        rows=[
+            [*_difference(_name(key, line.metric), line, line.p_holm), _failed(found.failed[key], 1)]
+            for key, line in found.paired.tasks.items()
+        ],
+        summary=[*_difference("mean", mean, mean.p_value), _failed(found.failed[MEAN], 1)] if mean else None,
         notes=[f"{NOTE} Bold: p below {LEVEL}."],
         warnings=_warnings(found.paired.tasks, found.paired.mean),
     )
@@ -42,9 +45,14 @@ def seed_comparison(found: SeedComparison) -> TextTable:
     grouped = "rows of one group drawn together" if found.clustered_by else "rows independent"
     return TextTable(
         caption=f"B ({len(found.b)} runs) minus A ({len(found.a)} runs): {_rows(found)}; {grouped}",
-        head=("task", "A", "B", "B-A", "95% interval", "p (Holm)", "sd of A", "sd of B"),
-        rows=[_seeds(_name(key, line.metric), line, line.p_holm) for key, line in found.tasks.items()],
-        summary=_seeds("mean", found.mean, found.mean.p_value) if found.mean else None,
+        head=("task", "A", "B", "B-A", "95% interval", "p (Holm)", "sd of A", "sd of B", "failed"),
+        rows=[
+            [*_seeds(_name(key, line.metric), line, line.p_holm), _failed(found.failed[key], len(found.a))]
+            for key, line in found.tasks.items()
+        ],
+        summary=[*_seeds("mean", found.mean, found.mean.p_value), _failed(found.failed[MEAN], len(found.a))]
+        if found.mean
+        else None,
         notes=[f"A: {', '.join(found.a)}. B: {', '.join(found.b)}.", f"{SEEDS} Bold: p below {LEVEL}."],
         warnings=_warnings(found.tasks, found.mean),
     )
@@ -54,9 +62,12 @@ def variance(found: Variance) -> TextTable:
     """Mean and spread per task."""
     return TextTable(
         caption=f"{len(found.runs)} runs over {_rows(found)}",
-        head=("task", "mean", "sd of runs", "95% over runs", "95% over rows", "same answer"),
-        rows=[_spread(_name(key, line.metric), line) for key, line in found.tasks.items()],
-        summary=_spread("mean", found.mean) if found.mean else None,
+        head=("task", "mean", "sd of runs", "95% over runs", "95% over rows", "same answer", "failed"),
+        rows=[
+            [*_spread(_name(key, line.metric), line), Cell(count(sum(found.failed[key])))]
+            for key, line in found.tasks.items()
+        ],
+        summary=[*_spread("mean", found.mean), Cell(count(sum(found.failed[MEAN])))] if found.mean else None,
         notes=[f"Runs: {', '.join(found.runs)}.", SPREAD],
         warnings=_warnings(found.tasks, found.mean),
     )
@@ -90,6 +101,11 @@ def _difference(name: str, line: Difference, p_value: float | None) -> list[Cell
 
 def _seeds(name: str, line: SeedDifference, p_value: float | None) -> list[Cell]:
     return [*_start(name, line, p_value), Cell(figure(line.sd_a)), Cell(figure(line.sd_b))]
+
+
+def _failed(rows: Sequence[int], num_a: int) -> Cell:
+    """The rows that failed on either side."""
+    return Cell(f"{count(sum(rows[:num_a]))}/{count(sum(rows[num_a:]))}")
 
 
 def _start(name: str, line: Difference | SeedDifference, p_value: float | None) -> list[Cell]:

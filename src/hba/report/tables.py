@@ -92,12 +92,17 @@ def to_latex(table: TextTable) -> str:
 WRITERS: Mapping[str, Callable[[TextTable], str]] = {".md": to_markdown, ".tex": to_latex}
 
 
-def to_terminal(table: TextTable) -> Table:
-    """For the terminal; a bold difference is green or red."""
+def to_terminal(table: TextTable, width: int = 80) -> Table:
+    """For a terminal of `width` columns, in which heads are broken where they need to; a bold difference is green or
+    red."""
     made = Table(title=Text(table.caption), title_justify="left", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     made.add_column(table.head[0], overflow="fold")
-    for head in table.head[1:]:
-        made.add_column(head, justify="right", no_wrap=True)
+    rows = [*table.rows, *([table.summary] if table.summary else [])]
+    sizes = [max(len(cell.text) for cell in cells) for cells in zip(*rows, strict=True)] or [0] * len(table.head)
+    fits = sum(max(size, len(head)) + 1 for size, head in zip(sizes, table.head, strict=True)) <= width
+    for size, head in zip(sizes[1:], table.head[1:], strict=True):
+        shown = head if fits or len(head) <= size else re.sub(r" |(?<=/)", "\n", head)
+        made.add_column(shown, justify="right", no_wrap=True)
     for row in table.rows:
         made.add_row(*_texts(row))
     if table.summary:

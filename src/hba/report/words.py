@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from hba.evaluate.results import MAX_FAILED, Counts, Metrics, Provenance, TaskScore
 
 DASH = "–"
+OTHER_ROWS = "The predictions are of other rows than the run was asked for: they are not its scores."
 MAX_NAMED = 5
 NEAR = 0.01  # readings of the same answers whose scores differ by less are shown once
 METRIC_NAMES = {
@@ -79,6 +80,8 @@ def warnings(metrics: Metrics) -> list[str]:
     total, found = metrics.aggregate, []
     if total.n_missing:
         found.append(f"Only {total.rows} were answered: these are the scores of a part.")
+    if total.other_rows:
+        found.append(OTHER_ROWS)
     if total.n_failed:
         reason = f", most often: {shortened(total.failures[0].error)}" if total.failures else ""
         every = total.n_failed == total.n

@@ -20,6 +20,7 @@ from hba.evaluate.backends.batches import batched_answers
 from hba.evaluate.backends.interface import Output, Result, spoken
 from hba.evaluate.config import Opening
 from hba.model import checkpoint
+from hba.model.generate import end_token_ids
 from hba.model.omni import OmniSapiens
 from hba.remote.cost import Meter
 from hba.taxonomy import Taxonomy
@@ -77,8 +78,12 @@ class HeadsBackend:
 
     def speak(self, batch: Batch) -> Sequence[Output]:
         """Greedy answers in words."""
-        texts = self.model.generate(batch.to(self.model.device), max_new_tokens=self.max_tokens)
-        return [spoken(s, text, self.encoder.taxonomy) for s, text in zip(batch.samples, texts, strict=True)]
+        said = self.model.say(batch.to(self.model.device), max_new_tokens=self.max_tokens)
+        ends = end_token_ids(self.model.thinker, self.model.processor)
+        return [
+            spoken(sample, one.text, self.encoder.taxonomy, tokens_out=one.tokens, finish=one.finish(ends))
+            for sample, one in zip(batch.samples, said, strict=True)
+        ]
 
 
 def open_backend(_name: str, opening: Opening) -> HeadsBackend:

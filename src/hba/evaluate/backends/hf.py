@@ -20,6 +20,7 @@ from hba.atlas.batch import Batch, SampleEncoder
 from hba.atlas.chat_encoder import encoder_for
 from hba.atlas.sampler import Indices
 from hba.errors import InputError
+from hba.evaluate.answers import opened_thinking
 from hba.evaluate.backends.batches import batched_answers
 from hba.evaluate.backends.interface import Output, Result, choices, likeliest, spoken
 from hba.evaluate.config import GenerationConfig, Opening, PredictConfig
@@ -28,6 +29,7 @@ from hba.model.generate import end_token_ids
 from hba.remote.cost import Meter
 from hba.storage import file_sha256, json_sha256
 
+TAG_TOKENS = 16  # at the end of a prompt, in which a tag of thinking would stand
 
 class ChatBackend:
     """A `Backend` over a loaded model. `origin` is the identity of its weights.
@@ -73,14 +75,9 @@ class ChatBackend:
             choices=texts if generation.constrain == "labels" else (),
         )
         ends = end_token_ids(self.model.transformer, self.model.processor)
+        opened = "" if generation.bound else self._opened(batch)
         outputs = [
-            spoken(
-                sample,
-                one.text,
-                taxonomy,
-                tokens_out=one.tokens,
-                finish="stop" if one.ids and one.ids[-1] in ends else "length",
-            )
+            spoken(sample, opened + one.text, taxonomy, tokens_out=one.tokens, finish=one.finish(ends))
             for sample, one in zip(batch.samples, said, strict=True)
         ]
         if generation.read == "likelihood" and any(offered):
@@ -88,6 +85,13 @@ class ChatBackend:
             rows = zip(offered, logps, outputs, strict=True)
             return [likeliest(of, each) if of else words for of, each, words in rows]
         return outputs
+
+
+    def _opened(self, batch: Batch) -> str:
+        """What of the model's turn the chat template has begun: a tag of thinking, without which an answer that never
+        ends it reads as one that was spoken."""
+        last_T = batch.inputs["input_ids"][0, -TAG_TOKENS:]
+        return opened_thinking(self.model.processor.tokenizer.decode(last_T))
 
 
 def open_backend(_name: str, opening: Opening) -> ChatBackend:

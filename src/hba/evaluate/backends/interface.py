@@ -19,6 +19,7 @@ from hba.atlas.answer_format import FormatMix
 from hba.atlas.sample import Quarantined, Sample
 from hba.atlas.sampler import Indices
 from hba.evaluate import answers
+from hba.evaluate.results import was_cut
 from hba.remote.cost import Meter
 from hba.taxonomy import Taxonomy
 
@@ -115,10 +116,12 @@ def likeliest(texts: Mapping[str, str], logps: Sequence[float]) -> Output:
 def spoken(sample: Sample, text: str, taxonomy: Taxonomy, **known: Any) -> Output:
     """The output of a model that answered in words, read by `answers.read`. `known` are further fields of `Output`.
 
-    An answer that cannot even be read is an error of its own, with its text.
+    What its `finish` says was cut off at a limit is read as that. An answer that cannot even be read is an error of its
+    own, with its text.
     """
+    cut = was_cut(known.get("finish"))
     try:
-        rule, answer, label = answers.read(text, sample.dataset, taxonomy, prompt=sample.problem)
+        rule, answer, label = answers.read(text, sample.dataset, taxonomy, prompt=sample.problem, cut=cut)
     except Exception as error:  # noqa: BLE001 - the boundary of one reply: whatever a model says, the others go on
         known["error"] = f"the answer cannot be read ({type(error).__name__}: {error})"
         return Output(text=text, answer=None, label=None, **known)
