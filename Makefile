@@ -30,10 +30,15 @@ demo: $(STAMP)
 	$(BIN)/hba demo $(ARGS)
 
 # The explorer's tests drive a real browser. Where apt can, it is installed; elsewhere the tests say how to get one.
+# Another apt may be at work: its lock on the lists is refused at once, whatever the timeout, so that it is asked for again.
 browser:
 	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
-	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq chromium \
-	  || echo "No Chromium on the PATH: the explorer's browser tests will be skipped."
+	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && for try in $$(seq 60); do \
+	    said=$$(export LC_ALL=C; apt-get update -qq -o DPkg::Lock::Timeout=600 2>&1 && \
+	      apt-get install -y -qq -o DPkg::Lock::Timeout=600 chromium 2>&1) && exit 0; \
+	    case $$said in *"get lock"*|*"lock directory"*) echo "Waiting for another apt to end ($$try of 60)."; sleep 10;; \
+	      *) echo "$$said" | tail -n 5; break;; esac; done; \
+	  echo "No Chromium on the PATH: the explorer's browser tests will be skipped."
 
 # One thread a process: with more, torch's threads fight the other test processes for the same cores.
 # A file stays on one process, so that its module fixtures (a trained tiny model) are made once.

@@ -7,18 +7,15 @@ first at what the others have added.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from hba.atlas.sample import Quarantined
 from hba.errors import InputError
-from hba.storage import AppendLog, named_os_errors, read_jsonl
+from hba.storage import AppendLog, alone, read_jsonl
 
 
 class QuarantineLog:
@@ -34,7 +31,7 @@ class QuarantineLog:
         """Record a sample unless it is there already. Raises StorageError on a full disk."""
         if sample.id in self._known:
             return
-        with self._alone():
+        with alone(self.path):
             if self._log is None:
                 self._log = AppendLog(self.path)
                 self.records()  # names a line that is none of a quarantine
@@ -42,18 +39,6 @@ class QuarantineLog:
             if sample.id not in self._known:
                 self._log.append(sample._asdict())
                 self._read_new()
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        with named_os_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            with named_os_errors(self.path):
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)  # frees it
 
     def _read_new(self) -> None:
         with self.path.open("rb") as handle:

@@ -9,6 +9,7 @@ waited for and then a MachineError, never a fault of the data.
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import mmap
@@ -266,6 +267,21 @@ def named_os_errors(path: Path) -> Iterator[None]:
                 f"cannot write ({error.strerror})", where=str(path), fix="Choose a writable folder."
             ) from error
         raise
+
+
+@contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """Wait until no other process or thread holds `lock`, and hold it; the kernel frees it when a process ends.
+
+    Raises StorageError when it cannot be made. Nothing that the file holds is changed.
+    """
+    with named_os_errors(lock):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        handle = lock.open("a")
+    with handle:
+        with named_os_errors(lock):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager

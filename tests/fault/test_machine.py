@@ -346,3 +346,90 @@ def test_only_what_a_dead_process_of_this_machine_had_begun_is_removed(tmp_path)
     assert is_abandoned(dead) and not is_abandoned(living)
     remove_abandoned(tmp_path)
     assert set(tmp_path.iterdir()) == {living, elsewhere, restarted, named_by_id_alone}
+
+
+# --- machines other than Linux ---------------------------------------------------------------------------------------
+
+ELSEWHERE = """
+import ctypes, errno, os, resource, signal, socket
+LINUX = {
+    os: ("fdatasync", "sched_getaffinity", "sched_setaffinity", "posix_fadvise", "posix_fallocate", "copy_file_range",
+         "memfd_create", "eventfd", "splice", "pidfd_open", "getrandom", "O_DIRECT", "O_TMPFILE", "O_PATH"),
+    errno: ("EREMOTEIO", "ENOMEDIUM", "ECOMM", "EUCLEAN", "EREMCHG", "EKEYEXPIRED", "EL2HLT"),
+    signal: ("SIGPWR", "SIGSTKFLT", "SIGPOLL", "SIGRTMIN", "SIGRTMAX"),
+    resource: ("prlimit",),
+    socket: ("SO_PEERCRED", "TCP_USER_TIMEOUT"),
+}
+for module, names in LINUX.items():
+    for name in filter(module.__dict__.__contains__, names):
+        delattr(module, name)
+
+class Library(ctypes.CDLL):
+    def __getattr__(self, name):
+        if name == "prctl":
+            raise AttributeError(name)
+        return super().__getattr__(name)
+
+ctypes.CDLL = Library
+"""
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """The environment of commands whose Python lacks what Linux alone has, their worker processes' too."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(ELSEWHERE)
+    path = os.pathsep.join([str(tmp_path / "site"), str(Path(storage.__file__).parents[1])])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def hba(*arguments):
+    return [sys.executable, "-m", "hba", *map(str, arguments)]
+
+
+def test_what_linux_alone_has_is_done_without(mini_atlas, backbone, tmp_path, elsewhere):
+    given = [f"atlas={mini_atlas}", f"model.name={backbone}", "train.epochs=1", "datasets=[mmsd]"]
+    commands = [
+        hba("atlas", "convert", mini_atlas, tmp_path / "shards", "--to", "parquet", "--workers", 2),
+        hba("train", "sft", "--config", "sft_tiny", "--run", tmp_path / "sft", *given),
+        hba("train", "sft", "--config", "sft_tiny", "--run", tmp_path / "refused", *given, "loader.workers=2"),
+    ]
+    done = [subprocess.run(each, env=elsewhere, capture_output=True, text=True, check=False) for each in commands]
+    assert [each.returncode for each in done] == [0, 0, 2], [each.stderr for each in done]
+    assert "worker processes need Linux" in done[2].stderr and "Use loader.workers=0" in done[2].stderr
+
+
+def test_workers_end_with_a_killed_command_without_the_kernels_help(tmp_path, elsewhere):
+    command = hba("atlas", "mini", tmp_path / "atlas", "--size", "small", "--workers", 2)
+    main = subprocess.Popen(command, env=elsewhere, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    children = Path(f"/proc/{main.pid}/task/{main.pid}/children")
+
+    def workers():
+        pids = [pid for pid in children.read_text().split() if Path(f"/proc/{pid}").exists()]
+        return [pid for pid in pids if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+    left = []
+    try:
+        deadline = time.monotonic() + 300
+        while not list(tmp_path.rglob("*.wav")):  # both work, and hold the ends of each other's pipes
+            assert main.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        left = workers()
+        assert len(left) == 2
+    finally:
+        main.kill()
+        main.wait()
+    deadline = time.monotonic() + 30
+    while left := [pid for pid in left if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["doctor"], ["train", "sft"]])
+def test_windows_is_told_what_to_do_instead(arguments):
+    """The real door of the command, on a Python that says it is Windows' and has no locks."""
+    code = "import runpy, sys; sys.platform = 'win32'; sys.modules['fcntl'] = None; "
+    code += "runpy.run_module('hba', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: hba does not run on Windows") and "wsl --install" in done.stderr

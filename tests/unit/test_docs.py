@@ -36,7 +36,7 @@ OF_OTHERS = {"--dist", "--use_fsdp"}
 # Those that messages name: of pip, vLLM, lmms-eval, Hydra, and of a script in an environment of its own.
 OF_OTHER_PROGRAMS = {
     *("--force-reinstall", "--only-binary", "--logprobs-mode", "--max-model-len", "--enable-lora", "--max-lora-rank"),
-    *("--include_path", "--check"),
+    *("--include_path", "--check", "--install"),
 }
 
 

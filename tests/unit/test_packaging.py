@@ -152,6 +152,30 @@ def test_a_python_that_does_not_fit_is_one_clear_message(tmp_path: Path, version
     assert not (tmp_path / ".venv").exists()
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("refusals", [2, 99])
+def test_the_browser_waits_for_another_apt_and_for_nothing_else(tmp_path: Path, refusals: int) -> None:
+    """Two programs that stand in for the machine's: apt's list lock is taken twice, then the archive may be away."""
+    away = refusals == 99
+    refusal = "Temporary failure resolving" if away else "Could not get lock /var/lib/apt/lists/lock. It is held"
+    programs = {
+        "apt-get": f'echo "$*" >> calls; [ $(wc -l < calls) -gt {refusals} ] || {{ echo "E: {refusal}"; exit 100; }}',
+        "id": "echo 0",
+        "sleep": "true",
+    }
+    for name, script in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\ncd {tmp_path}\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    for name in ("sh", "seq", "wc", "tail", "make"):
+        (tmp_path / name).symlink_to(shutil.which(name) or name)
+    done = make("browser", path=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    calls = [line.split()[0] for line in (tmp_path / "calls").read_text().splitlines()]
+    assert calls == (["update"] if away else ["update"] * 3 + ["install"])
+    assert ("No Chromium" in done.stdout) == away
+    assert ("Waiting for another apt" in done.stdout) != away
+
+
 def test_ci_runs_the_checks_and_the_tests_and_nothing_else() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)

@@ -6,7 +6,6 @@ torch is imported, which takes seconds.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, TypeAlias
 
@@ -17,6 +16,7 @@ from hba.atlas.prompt import MODALITIES, Modality
 from hba.config import option
 from hba.environment import usable_cores
 from hba.errors import ConfigError
+from hba.lifeline import kernel_ends_children
 
 LongAudio: TypeAlias = Literal["refuse", "head", "windows", "published"]
 PUBLISHED_AUDIO_SECONDS = 10.0
@@ -74,7 +74,7 @@ class LoaderConfig:
 
     def resolved_workers(self) -> int:
         """Number of worker processes on this machine. Raises ConfigError for workers elsewhere than on Linux."""
-        if sys.platform != "linux":
+        if not kernel_ends_children():
             if self.workers > 0:
                 raise ConfigError("worker processes need Linux", where="loader.workers", fix="Use loader.workers=0.")
             return 0

@@ -15,14 +15,14 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple, TypeVar
 
 from hba.atlas.hub import Layout, layout_of, media_paths, splits_of
-from hba.atlas.hub_client import Listing, NotInRepoError, Repo, alone, list_repo
+from hba.atlas.hub_client import Listing, NotInRepoError, Repo, list_repo
 from hba.atlas.hub_id import HubId, parse_hub_id
 from hba.atlas.jsonl import JsonlStore
 from hba.atlas.parquet import ParquetStore
 from hba.atlas.split import Split
 from hba.atlas.untar import unpack
 from hba.errors import InputError
-from hba.storage import StorageError, json_sha256, read_json, write_json
+from hba.storage import StorageError, alone, json_sha256, read_json, write_json
 from hba.taxonomy import Taxonomy, of_folder
 
 WORKERS = 8

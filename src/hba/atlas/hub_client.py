@@ -11,11 +11,9 @@ of the last time; without that, no old answer is used.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -49,7 +47,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but
 from hba.atlas.hub_id import HubId
 from hba.errors import HbaError, InputError, MachineError
 from hba.remote.addresses import proxies_checked, shown
-from hba.storage import AWAY, CLOCK, StorageError, machine_fault, pauses, read_json, write_json
+from hba.storage import AWAY, CLOCK, StorageError, alone, machine_fault, pauses, read_json, write_json
 
 T = TypeVar("T")
 
@@ -124,7 +122,7 @@ class Repo:
                 rest = memoryview(answer.content)
                 while rest:
                     rest = rest[file.write(rest) :]
-                os.fdatasync(file.fileno())
+                os.fsync(file.fileno())
 
         _ask(download, f"{self}/{name}", self.id, known=True)
 
@@ -176,15 +174,6 @@ def list_repo(wanted: HubId) -> Listing:
         for path in {saved, home / f"{repo.commit}.json"}:
             write_json(path, {"commit": repo.commit, "names": sorted(names)})
     return Listing(repo, frozenset(names))
-
-
-@contextmanager
-def alone(lock: Path) -> Iterator[None]:
-    """Wait until no other process or thread holds `lock`, and hold it; the kernel frees it when a process ends."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def _names_in_folders(repo: Repo) -> list[str]:
