@@ -37,7 +37,7 @@ COMMANDS = {
     "judge": "run overrides --model --backend --base-url --atlas --calibrate --offline --out --retry-unjudged"
     " --dry-run --allow-unjudged --cache --json",
     "report": "run! --atlas --out --json",
-    "explore": "--atlas --runs --host --port --cache --json",
+    "explore": "--atlas --runs --host --port --cache --browser --no-token --json",
     "compare": "runs! --seeds --allow-other-data --out --flips --resamples --seed --json",
     "leaderboard": "runs! --out --published --tasks --name --max-quarantined --allow-other-data --json",
     "export lmms-eval": "out! --atlas! --split --json",

@@ -80,10 +80,17 @@ def form_of(request: Request) -> Form:
 
 
 def create_app(
-    *, atlas: str | Path | None, runs: Path | None, cache_folder: Path, token: str | None = None
+    *,
+    atlas: str | Path | None,
+    runs: Path | None,
+    cache_folder: Path,
+    token: str | None = None,
+    only_loopback: bool = True,
 ) -> Starlette:
     """The app over an atlas (a folder, or org/name on the hub) and a folder of runs; `cache_folder` keeps the index.
 
+    Without a `token` everybody who reaches the server may read everything. `only_loopback` answers to the names of this
+    machine alone.
     Raises InputError for a folder that holds no atlas, and for a dataset on the hub that cannot be had.
     """
     root = located(atlas) if atlas else None
@@ -101,7 +108,7 @@ def create_app(
         explorer.decoder.close()
         scratch.cleanup()
 
-    guard = Middleware(Guard, token=token)
+    guard = Middleware(Guard, token=token, only_loopback=only_loopback)
     app = Starlette(routes=_routes(), middleware=[guard], lifespan=lifespan, exception_handlers={HbaError: _error_page})
     app.state.explorer = explorer
     return app

@@ -11,9 +11,11 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import Iterable, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any
+
+from hba.storage import alone, begun
 
 ROWS_VERSION = 1  # of ROWS_TABLES: raise it when they change
 ROWS_TABLES = """
@@ -53,19 +55,32 @@ class Database:
         self._rows, self._runs = rows, runs
         self._local = threading.local()
         self.writing = threading.Lock()
-        """held by whoever writes: the index or a run's files, one at a time"""
+        """held by whoever writes in this process: the index or a run's files, one at a time"""
         self._make("rows", rows, ROWS_TABLES)
         self._make("runs", runs, RUNS_TABLES)
 
     def _make(self, name: str, path: Path, tables: str) -> None:
         if path.is_file():
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o600)  # prompts of clinical interviews are for nobody else on the machine
-        with closing(sqlite3.connect(":memory:")) as connection:
-            connection.execute(f"ATTACH DATABASE ? AS {name}", [str(path)])
-            connection.execute(f"PRAGMA {name}.journal_mode = WAL")
-            connection.executescript(tables)
+        with self._alone(path):
+            if path.is_file():
+                return  # another explorer began at the same moment
+            made = begun(path)
+            made.unlink(missing_ok=True)
+            made.touch(mode=0o600)  # prompts of clinical interviews are for nobody else on the machine
+            with closing(sqlite3.connect(":memory:")) as connection:
+                connection.execute(f"ATTACH DATABASE ? AS {name}", [str(made)])
+                connection.execute(f"PRAGMA {name}.journal_mode = WAL")
+                connection.executescript(tables)
+            made.replace(path)
+
+    def indexing(self) -> AbstractContextManager[None]:
+        """Held by the one process that lays rows into the index; another that serves it reads, and goes on after it."""
+        return self._alone(self._rows)
+
+    @staticmethod
+    def _alone(path: Path) -> AbstractContextManager[None]:
+        return alone(path.with_suffix(".lock"))
 
     @property
     def connection(self) -> sqlite3.Connection:

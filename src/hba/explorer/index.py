@@ -1,7 +1,8 @@
 """The atlas behind the pages: opened split by split in the background, its rows laid into the search index.
 
 The index is keyed by the files of the rows (name, size, modification time): an atlas that has changed is indexed anew,
-an unchanged one opens at once. Pages can be read while it grows and say how far it is. Durations come last, from the
+an unchanged one opens at once. Explorers of one atlas share the index; one of them fills it, and when it ends, another
+goes on. Pages can be read while it grows and say how far it is. Durations come last, from the
 headers that `hba atlas info --durations` reads and remembers, too. A dataset on the hub is looked at as its branch was
 at the start; its media are fetched when a page shows them, so that their durations stay unknown.
 """
@@ -133,10 +134,11 @@ class AtlasIndex:
 
     def _build(self) -> None:
         try:
-            if not self.state.ready:
-                self._index_rows()
-            if isinstance(self.root, Path) and self._facts().get("durations") != "1":
-                self._index_durations(self.root)
+            with self._database.indexing():
+                if not self.state.ready:
+                    self._index_rows()
+                if isinstance(self.root, Path) and self._facts().get("durations") != "1":
+                    self._index_durations(self.root)
         except HbaError as error:
             self._error = str(error)
 

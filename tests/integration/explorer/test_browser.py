@@ -12,6 +12,8 @@ import pytest
 
 from hba import open_atlas
 from hba.evaluate.judge.agreement import read_items, read_labels
+from hba.explorer.app import create_app
+from hba.explorer.server import GO_TO
 
 SHOTS = os.environ.get("HBA_SCREENSHOTS")
 
@@ -170,3 +172,25 @@ def test_every_page_fits_and_is_named(served, browser, width, scheme, tmp_path):
         page.screenshot(path=picture)
         assert picture.stat().st_size > 5_000
     context.close()
+
+
+def test_a_browser_comes_in_with_the_token_from_a_file_and_from_another_site(served, serve, browser, tmp_path):
+    """A strict cookie is not sent along with what another page began: the way in must not need it at once."""
+    app = create_app(atlas=served.atlas, runs=served.runs, cache_folder=tmp_path, token="secret")
+    with serve(app) as url:
+        context = browser.new_context()
+        page, asked = context.new_page(), []
+        page.on("request", lambda request: asked.append((request.url, request.headers.get("referer", ""))))
+        page.goto(url + "/sample/test/0")
+        assert "lacks its token" in page.inner_text("h1")
+        (tmp_path / "open.html").write_text(GO_TO.format(url=f"{url}/sample/test/0?token=secret"))
+        page.goto((tmp_path / "open.html").as_uri())
+        page.wait_for_url(url + "/sample/test/0")
+        page.wait_for_selector("main h1")
+        assert "lacks its token" not in page.inner_text("h1")
+        page.goto(url + "/runs")
+        assert page.locator("main table").count() > 0
+        assert sum("secret" in address for address, _ in asked) == 1
+        assert not any("secret" in referer for _, referer in asked)
+        assert "secret" not in page.evaluate("document.cookie")
+        context.close()

@@ -1,7 +1,15 @@
 """What the explorer's server answers, and what it refuses."""
 
 import json
+import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -16,6 +24,7 @@ from hba.evaluate.score import score_run
 from hba.explorer.app import create_app
 from hba.explorer.decode import Decoder
 from hba.explorer.serve_media import MAX_RANGE_BYTES, parse_range
+from hba.explorer.server import bind
 
 
 def sound_row(served):
@@ -145,16 +154,130 @@ def test_forged_verdicts_are_refused(served, form, status):
     assert httpx.post(served.url + "/judge", data=form).status_code == status
 
 
-def test_beyond_loopback_a_token_is_needed(served, serve, tmp_path):
-    app = create_app(atlas=None, runs=served.runs, cache_folder=tmp_path, token="secret")
-    headers = {"host": "machine.example:8377"}
-    with serve(app) as url, httpx.Client(base_url=url, headers=headers) as client:
-        assert client.get("/runs").status_code == 401
-        assert client.get("/runs?token=wrong").status_code == 401
-        first = client.get("/runs?token=secret")
-        assert first.status_code == 303 and "secret" not in first.headers["location"]
-        assert "HttpOnly" in first.headers["set-cookie"] and "SameSite=strict" in first.headers["set-cookie"]
+@pytest.fixture(scope="module")
+def guarded(served, serve, tmp_path_factory):
+    """An explorer with a token over the atlas and the runs."""
+    cache = tmp_path_factory.mktemp("guarded")
+    app = create_app(atlas=served.atlas, runs=served.runs, cache_folder=cache, token="secret")
+    with serve(app) as url:
+        yield url, app
+
+
+def test_without_the_token_nothing_is_given_by_any_route(served, guarded):
+    url, app = guarded
+    words = {"split": "test", "kind": "sound", "field": "audios"}
+    addresses = [re.sub(r"{(\w+)(:int)?}", lambda m: words.get(m[1], "0"), route.path) for route in app.routes]
+    assert {"/atlas", "/media/test/0/audios/0", "/judge", "/static"} <= set(addresses)
+    for address in (*addresses, "/static/explorer.js", "/nowhere"):
+        for more in ({}, {"params": {"token": "wrong"}}, {"headers": {"cookie": "hba_token_0=secret; token=secret"}}):
+            answer = httpx.get(url + address, **more)
+            assert answer.status_code == 403 and "hba explore</code> printed" in answer.text, address
+            assert "secret" not in answer.text and "set-cookie" not in answer.headers
+    form = {"run": "a", "id": "test/0", "decision": "right"}
+    assert httpx.post(url + "/judge", data=form).status_code == 403
+    upgrade = {"connection": "upgrade", "upgrade": "websocket", "sec-websocket-version": "13", "sec-websocket-key": "a"}
+    assert httpx.get(url + "/atlas", headers=upgrade).status_code == 403
+
+
+def test_the_token_comes_once_and_stays_in_a_cookie_of_its_port(guarded):
+    url, _ = guarded
+    port = url.rpartition(":")[2]
+    with httpx.Client(base_url=url) as client:
+        first = client.get("/runs?run=a&token=secret")
+        assert first.status_code == 200 and 'url=/runs?run=a"' in first.text and "secret" not in first.text
+        assert first.headers["referrer-policy"] == "no-referrer"
+        cookie = first.headers["set-cookie"]
+        assert cookie.startswith(f"hba_token_{port}=secret") and "HttpOnly" in cookie and "SameSite=strict" in cookie
         assert client.get("/runs").status_code == 200
+        assert client.get("/static/explorer.js").status_code == 200
+        for path, place in (("//evil.example/x", "/evil.example/x"), ("/%5Cevil.example", "/evil.example"),
+                            ("/%22%3E%3Cb", "/%22%3E%3Cb")):  # fmt: skip
+            assert f'url={place}"' in client.get(f"{url}{path}?token=secret").text
+
+
+def test_names_other_than_this_machines_are_for_servers_beyond_loopback(served, serve, tmp_path):
+    headers = {"host": "machine.example:8377", "cookie": "hba_token_8377=secret"}
+    for only_loopback, status in ((True, 421), (False, 200)):
+        about = {"token": "secret", "only_loopback": only_loopback}
+        with serve(create_app(atlas=None, runs=served.runs, cache_folder=tmp_path, **about)) as url:
+            assert httpx.get(url + "/runs", headers=headers).status_code == status
+
+
+@contextmanager
+def explore(atlas, cache, *more, env=None):
+    """`hba explore` as a user starts it: (process, printed address, file of what it says)."""
+    command = [sys.executable, "-m", "hba", "explore", "--atlas", atlas, "--runs", atlas, "--port", 0, "--cache", cache]
+    said = Path(tempfile.mkdtemp(dir=cache.parent)) / "said"
+    with said.open("w") as out:
+        process = subprocess.Popen([*map(str, command), *more], stdout=out, stderr=out, env=env)
+    try:
+        deadline = time.monotonic() + 120
+        while not (found := re.search(r"http://\S+", said.read_text())):
+            assert process.poll() is None and time.monotonic() < deadline, said.read_text()
+            time.sleep(0.05)
+        yield process, found[0], said
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_command_prints_a_token_opens_it_unseen_and_logs_it_nowhere(served, tmp_path):
+    """BROWSER names what opens pages: a program that keeps its arguments and what it was to open."""
+    seen = tmp_path / "seen"
+    (tmp_path / "browser").write_text(f'#!/bin/sh\necho "$1" > {seen}.url\ncp "${{1#file://}}" {seen}.html\n')
+    (tmp_path / "browser").chmod(0o755)
+    env = {**os.environ, "BROWSER": f"{tmp_path}/browser %s"}
+    with explore(served.atlas, tmp_path / "cache", "--browser", env=env) as (process, address, said):
+        url, _, token = address.partition("/?token=")
+        assert len(token) >= 32
+        with httpx.Client(base_url=url, timeout=60) as client:
+            assert client.get("/atlas").status_code == 403
+            assert client.get(f"/?token={token}").status_code == 200
+            assert client.get("/atlas").status_code == 200
+            assert client.get("/run?run=none").status_code == 404
+        assert said.read_text().count(token) == 1
+        deadline = time.monotonic() + 60
+        while not Path(f"{seen}.html").is_file() or token not in Path(f"{seen}.html").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert token not in Path(f"{seen}.url").read_text()
+        page = Path(Path(f"{seen}.url").read_text().strip().removeprefix("file://"))
+        assert page.stat().st_mode & 0o077 == 0 and page.parent.stat().st_mode & 0o077 == 0
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+    assert not page.exists() and said.read_text().count(token) == 1
+
+
+def test_no_token_is_for_loopback_alone(served, tmp_path):
+    with explore(served.atlas, tmp_path / "cache", "--no-token") as (_, address, _):
+        assert "token" not in address and httpx.get(address + "atlas", timeout=60).status_code == 200
+    with pytest.raises(InputError, match="SSH tunnel"):
+        bind("0.0.0.0", 0, with_token=False)
+
+
+def test_two_explorers_share_an_index_and_one_that_is_killed_leaves_it_to_the_other(tmp_path):
+    rows, atlas, cache = 60_000, tmp_path / "atlas", tmp_path / "cache"
+    atlas.mkdir()
+    row = {"problem": "x", "answer": "sarcasm", "dataset": "mmsd", "task": "sarcasm_cls", "modality_signature": "text"}
+    (atlas / "test.jsonl").write_text((json.dumps(row) + "\n") * rows)
+
+    def counts(url):
+        return int(re.search(r"([\d,]+) samples", httpx.get(url + "atlas", timeout=60).text)[1].replace(",", ""))
+
+    with explore(atlas, cache, "--no-token") as first, explore(atlas, cache, "--no-token") as second:
+        deadline = time.monotonic() + 120
+        while not counts(second[1]) > 0:  # both see it grow
+            assert time.monotonic() < deadline
+        assert counts(first[1]) > 0
+        first[0].kill()
+        while counts(second[1]) < rows or "Reading the atlas" in httpx.get(second[1] + "atlas", timeout=60).text:
+            assert time.monotonic() < deadline, second[2].read_text()
+            time.sleep(0.1)
+        with explore(atlas, cache, "--no-token") as third:
+            assert counts(third[1]) == rows
+        assert counts(second[1]) == rows
+        assert "Traceback" not in first[2].read_text() + second[2].read_text() + third[2].read_text()
+    assert len(list((cache / "explorer").glob("*.sqlite"))) == 1
 
 
 def test_every_answer_binds_the_browser(served):
