@@ -2,16 +2,12 @@
 
 import json
 import math
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from itertools import pairwise
 
 import pytest
 import torch
+from ranks import Dies
 from safetensors.torch import load_file
 
 from hba.config import load_config
@@ -63,39 +59,31 @@ def test_a_run_leaves_its_whole_record(straight):
     assert {p.name for p in (straight / "checkpoints").glob("step_*")} == {f"step_{best}", "step_6"}
 
 
-def killed_at(run, command, target):
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (run / "checkpoints" / target).exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+AFTER_A_SAVE = Dies(0, "hba.train.loop:save_state", "after")
 
 
-def test_killed_and_resumed_equals_uninterrupted(straight, tmp_path, mini_atlas, backbone):
+def test_killed_and_resumed_equals_uninterrupted(straight, launch, tmp_path, mini_atlas, backbone):
     run = tmp_path / "killed"
-    config = [f"atlas={mini_atlas}", f"model.name={backbone}", *SMALL]
-    command = [sys.executable, "-m", "hba", "train", "sft", "--run", str(run), *config]
-    for target in ("step_2", "step_4"):
-        killed_at(run, command, target)
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    command = ["train", "sft", "--run", run, f"atlas={mini_atlas}", f"model.name={backbone}", *SMALL]
+    for step in ("step_2", "step_4"):
+        assert launch(command, ranks=1, dies=AFTER_A_SAVE).code == -9
+        assert (run / "checkpoints" / step).exists()
+    done = launch(command, ranks=1)
+    assert done.code == 0, done.err
     assert logged(run) == logged(straight)
     assert logged(run, "validation") == logged(straight, "validation")
     ours, theirs = (load_file(r / "checkpoints/step_6/model.safetensors") for r in (run, straight))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_mean_losses_of_the_log_are_those_of_an_uninterrupted_run(tmp_path, mini_atlas, backbone):
-    """A run that resumes at a checkpoint between two log lines does not know the losses before it."""
+def test_mean_losses_of_the_log_are_those_of_an_uninterrupted_run(launch, tmp_path, mini_atlas, backbone):
+    """A run may resume at a checkpoint between two log lines."""
     run, whole = tmp_path / "killed", tmp_path / "whole"
     rare = ["train.log_every=3", "train.validate_every=2"]
     train(whole, settings(mini_atlas, backbone, *rare))
-    config = [f"atlas={mini_atlas}", f"model.name={backbone}", *SMALL, *rare]
-    command = [sys.executable, "-m", "hba", "train", "sft", "--run", str(run), *config]
-    killed_at(run, command, "step_2")
-    subprocess.run(command, check=True, capture_output=True)
+    command = ["train", "sft", "--run", run, f"atlas={mini_atlas}", f"model.name={backbone}", *SMALL, *rare]
+    assert launch(command, ranks=1, dies=AFTER_A_SAVE).code == -9
+    assert launch(command, ranks=1).code == 0
     assert [record["step"] for record in logged(whole)] == [2, 3, 4, 6]
     assert logged(run) == logged(whole)
 

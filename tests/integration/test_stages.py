@@ -2,18 +2,14 @@
 
 import json
 import logging
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from ranks import Dies
 from safetensors.torch import load_file
 
 from hba import open_atlas
@@ -27,7 +23,7 @@ from hba.model import OmniSapiens, checkpoint
 from hba.model.config import ModelConfig
 from hba.model.generate import media_token_ids
 from hba.model.omni import apply_strategy
-from hba.run import RunFolder
+from hba.run import RunFolder, locked_folder
 from hba.storage import read_jsonl
 from hba.train.bam import train_bam
 from hba.train.config import BamConfig, QaConfig, SftConfig
@@ -261,6 +257,23 @@ def test_the_backbone_goes_once_its_features_are_cached(stage, tmp_path, mini_at
     assert left == [0] and list((tmp_path / "features").rglob("*.safetensors"))
 
 
+def test_other_commands_are_not_kept_out_of_the_features_while_the_backbone_is_hashed(
+    tmp_path, mini_atlas, base, monkeypatch
+):
+    """That takes minutes at 7B, and a sweep starts many commands on one cache at once."""
+    hashes, entered = checkpoint.backbone_hashes, []
+
+    def hashed(folder):
+        with locked_folder(tmp_path / "features/train/siq2"):
+            entered.append(folder)
+        return hashes(folder)
+
+    monkeypatch.setattr(checkpoint, "backbone_hashes", hashed)
+    few = ["datasets=[siq2]", "train.max_steps=1", f"features.folder={tmp_path / 'features'}"]
+    train("qa", tmp_path / "run", mini_atlas, base, *few)
+    assert entered
+
+
 def test_stale_features_are_named_and_computed_again(runs, tmp_path, mini_atlas, base, caplog):
     copy = tmp_path / "sft"
     shutil.copytree(base, copy)
@@ -282,7 +295,7 @@ def test_a_damaged_shard_is_named(runs, tmp_path, mini_atlas, base):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_killed_and_resumed_equals_uninterrupted(stage, runs, tmp_path, mini_atlas, base):
+def test_killed_and_resumed_equals_uninterrupted(stage, runs, launch, tmp_path, mini_atlas, base):
     """Once while features are computed, once after a checkpoint."""
     copy, run = tmp_path / "sft", tmp_path / "run"
     shutil.copytree(base, copy)
@@ -290,17 +303,15 @@ def test_killed_and_resumed_equals_uninterrupted(stage, runs, tmp_path, mini_atl
     own = [f"atlas={mini_atlas}", "--from", str(copy), *LATER, *STAGES[stage][2]]
     if stage == "bam":
         own = [word for word in own if not word.startswith("datasets")] + ["--dataset", "daicwoz", "--dataset", "siq2"]
-    command = [sys.executable, "-m", "hba", "train", stage, "--run", str(run), *own]
-    for sign in ("features/train/*/shard_*.safetensors", "../run/checkpoints/step_4"):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 120
-        while not list(copy.glob(sign)):
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    command = ["train", stage, "--run", run, *own]
+    for function, sign in (
+        ("hba.train.frozen:write_shard", "features/train/*/shard_*.safetensors"),
+        ("hba.train.loop:save_state", "../run/checkpoints/step_4"),
+    ):
+        assert launch(command, ranks=1, dies=Dies(0, function, "after")).code == -9
+        assert list(copy.glob(sign))
+    done = launch(command, ranks=1)
+    assert done.code == 0, done.err
     assert losses(run) == losses(runs[stage])
     assert same(weights(run), weights(runs[stage]))
 
