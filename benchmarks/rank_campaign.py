@@ -3,10 +3,12 @@
     python benchmarks/rank_campaign.py [NAME ...]
 
 Every case is run once on one process without interruption, and once on eight (gloo, tiny model), where one rank is
-killed with -9 in the named phase (or gets SIGUSR1), and the others have to end by themselves; then the same command
-goes on, on eight, three or one. Rows of a dataset are prime in number, and in every dataset a medium cannot be read.
-Compared with one process: losses (relative 1e-4) and samples of every step, what is in quarantine, the exit codes. Of
-RL, whose loss is near 0 by construction, the norm of the gradient stands for it.
+killed with -9 in the named phase (or gets a signal), and the others have to end by themselves; then the same command
+goes on, from there on eight, three and one. First come the stages, each over a whole epoch, where every row is trained
+on once or named in quarantine; then the other phases in which a rank may die, which go on on one of the numbers. Rows
+of a dataset are prime in number, and in every dataset a medium cannot be read. Compared with one process: losses
+(relative 1e-4) and samples of every step, what is in quarantine, the exit codes. Of RL, whose loss is near 0 by
+construction, the norm of the gradient stands for it.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "servers"))
 from ranks import Dies, Ended, RankLauncher
 from rl_run import write_reward
 
+from hba.taxonomy import BUILTIN
+
 TINY = ("encode.num_frames=2", "encode.min_pixels=3136", "encode.max_pixels=3136", "loader.workers=0")
 STEPS = ("train.log_every=1", "train.max_steps=6", "train.epochs=3", "train.learning_rate=1e-3")
 TOLERANCE = 1e-4
@@ -35,11 +39,26 @@ class Case(NamedTuple):
     command: str
     config: Sequence[str]
     dies: Dies
-    resumed_on: int
+    resumed_on: int | Sequence[int]  # of several numbers, on each of them from the same death
     codes: Sequence[int] | None = None  # of all ranks; by default -9 of the one that dies, 1 of the others
 
 
+EVERYWHERE = (8, 3, 1)
+EPOCH = ("train.epochs=1", "train.max_steps=null")
+SEEN_OR_HEARD = "datasets=[tess,meld_emotion,daicwoz]"
 LOADS, EXCHANGE = "hba.atlas.batch:Encoder.encode", "hba.train.ranks:Ranks.add_up_gradients"
+STAGES = {
+    "sft": Case("sft", ("train.batch_size=5", SEEN_OR_HEARD, *EPOCH), Dies(6, EXCHANGE, call=4), EVERYWHERE),
+    "lm": Case("lm", ("train.batch_size=5", SEEN_OR_HEARD, *EPOCH), Dies(3, EXCHANGE, call=4), EVERYWHERE),
+    "qa": Case("qa", ("train.batch_size=4", *EPOCH), Dies(5, EXCHANGE, call=4), EVERYWHERE),
+    "bam": Case("bam", ("train.batch_size=4", *EPOCH), Dies(2, EXCHANGE, call=4), EVERYWHERE),
+    "rl": Case(
+        "rl",
+        ("train.batch_size=5", SEEN_OR_HEARD, *EPOCH, "validation_split=validation"),
+        Dies(5, "hba.rl.local:update", call=4),
+        EVERYWHERE,
+    ),
+}
 CASES = {
     # A batch of 5 on 8 ranks, each with at most one sample at once.
     "sft, load": Case("sft", ("train.batch_size=5", "train.device_batch_size=1"), Dies(3, LOADS, call=4), 8),
@@ -172,18 +191,30 @@ class Campaign:
             self.alone[key] = run
         return self.alone[key]
 
-    def interrupted(self, case: Case, run: Path) -> tuple[Ended, Ended]:
-        """Eight ranks of which one dies, and the same command again."""
-        arguments = self.arguments(case, run)
-        died = self.launch(arguments, ranks=8, dies=case.dies)
+    def killed(self, case: Case, run: Path) -> Ended:
+        """Eight ranks of which one dies. AssertionError unless the others end by themselves with the code for it."""
+        died = self.launch(self.arguments(case, run), ranks=8, dies=case.dies)
         dead = died.codes.index(-9) if case.dies.rank is None and -9 in died.codes else case.dies.rank
         expected = case.codes or [-9 if rank == dead else 1 for rank in range(8)]
         assert died.codes == list(expected), (died.codes, died.err)
-        resumed = self.launch(arguments, ranks=case.resumed_on)
+        return died
+
+    def again(self, case: Case, run: Path, ranks: int) -> Ended:
+        """The same command on so many processes. AssertionError unless it ends as one that has left samples out."""
+        resumed = self.launch(self.arguments(case, run), ranks=ranks)
         # Samples are in quarantine. Of a protocol of several runs the first rank alone predicts, and speaks.
         others = 0 if case.command == "transfer" else 2
-        assert resumed.codes == [2] + [others] * (case.resumed_on - 1), (resumed.codes, resumed.err)
-        return died, resumed
+        assert resumed.codes == [2] + [others] * (ranks - 1), (resumed.codes, resumed.err)
+        return resumed
+
+    def rows(self, case: Case) -> int | None:
+        """How many rows a case goes through, each once; None for one of other than one whole epoch."""
+        if not set(EPOCH) <= set(case.config):
+            return None
+        named = [word for word in self.arguments(case, Path("run")) if word.startswith("datasets=")]
+        keys = {key for word in named for key in word.removeprefix("datasets=[").rstrip("]").split(",")}
+        rows = lines(self.atlas / "train.jsonl")
+        return sum(row["dataset"] in keys if keys else BUILTIN.dataset(row["dataset"]).domain is None for row in rows)
 
     def compare(self, run: Path, alone: Path) -> float:
         """The largest relative difference of a loss. AssertionError where anything else differs, or it is too large."""
@@ -216,13 +247,31 @@ def prime_atlas(mini: Path, out: Path) -> None:
                 (out / media[0]).write_bytes(b"no medium")
 
 
+def row(campaign: Campaign, case: Case, run: Path, died: Ended, resumed: Ended) -> list[object]:
+    """A line of the table. AssertionError where `run` has not ended as that of one process."""
+    worst = campaign.compare(run, campaign.uninterrupted(case))
+    end, rows = found(next(log.parent for log in run.glob("**/log.jsonl"))), campaign.rows(case)
+    last = max(end.samples)
+    trained, named = end.samples[last], sum(name.startswith("train/") for name in end.quarantined)
+    assert rows in (None, trained + named), (rows, end)
+    once = f"{trained} + {named} of {rows}" if rows is not None else f"{trained} + {named}"
+    lost = "first" if case.dies.rank is None else f"rank {case.dies.rank}"
+    how, again = ("/".join(str(code) for code in sorted(set(ended.codes))) for ended in (died, resumed))
+    return [lost, how, len(resumed.codes), again, last, once, f"{worst:.1e}", f"{resumed.cpu_seconds:.0f}"]
+
+
+HEADS = (("case", 20), ("lost of 8", 10), ("codes", 7), ("again on", 9), ("codes", 6), ("steps", 6))
+HEADS += (("trained + named", 16), ("loss", 9), ("cpu s", 6))
+
+
 def main() -> None:
     """Run the cases that are named, or all, and print the table."""
     from hba.atlas import open_atlas
     from hba.atlas.mini import build_mini_atlas
     from hba.model.tiny import atlas_texts, build_tiny
 
-    names = sys.argv[1:] or list(CASES)
+    cases = STAGES | CASES
+    names = sys.argv[1:] or list(cases)
     launch = RankLauncher()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -230,18 +279,22 @@ def main() -> None:
         build_tiny(folder / "tiny", atlas_texts(open_atlas(folder / "mini", split="train")), seed=0)
         campaign = Campaign(folder, launch)
         campaign.prepare(folder / "mini", folder / "tiny")
-        heads = ("killed", "codes", "again on", "steps", "samples", "loss", "cpu s")
-        print(f"{'case':22}" + "".join(f"{head:>10}" for head in heads))
+        print("".join(f"{head:>{width}}" if at else f"{head:{width}}" for at, (head, width) in enumerate(HEADS)))
         for name in names:
-            case = CASES[name]
-            run, alone = folder / name.replace(", ", "-"), campaign.uninterrupted(case)
-            died, resumed = campaign.interrupted(case, run)
-            worst, end = campaign.compare(run, alone), found(next(log.parent for log in run.glob("**/log.jsonl")))
-            codes, last = "/".join(str(code) for code in sorted(set(died.codes))), max(end.samples)
-            killed = "first" if case.dies.rank is None else f"rank {case.dies.rank}"
-            seconds = died.cpu_seconds + resumed.cpu_seconds
-            cells = (killed, codes, case.resumed_on, last, end.samples[last], f"{worst:.1e}", f"{seconds:.1f}")
-            print(f"{name:22}" + "".join(f"{cell:>10}" for cell in cells), flush=True)
+            case, first = cases[name], folder / "killed"
+            campaign.uninterrupted(case)
+            died = campaign.killed(case, first)
+            for ranks in (case.resumed_on,) if isinstance(case.resumed_on, int) else case.resumed_on:
+                run = folder / "again"
+                for kept in folder.glob("killed*"):  # the run, and its features
+                    shutil.copytree(kept, folder / kept.name.replace("killed", "again", 1), symlinks=True)
+                cells = [name, *row(campaign, case, run, died, campaign.again(case, run, ranks))]
+                texts = zip(cells, HEADS, strict=True)
+                print("".join(f"{t!s:>{w}}" if at else f"{t:{w}}" for at, (t, (_, w)) in enumerate(texts)), flush=True)
+                for made in folder.glob("again*"):
+                    shutil.rmtree(made)
+            for made in folder.glob("killed*"):
+                shutil.rmtree(made)
     launch.close()
 
 

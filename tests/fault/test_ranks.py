@@ -22,7 +22,8 @@ def test_a_run_that_loses_a_rank_ends_as_that_of_one_process(campaign, tmp_path,
     """The others end by themselves with the documented code; no step and no sample is lost or done twice."""
     case, run = CASES[name], tmp_path / "run"
     alone = campaign.uninterrupted(case)
-    died, _ = campaign.interrupted(case, run)
+    died = campaign.killed(case, run)
+    campaign.again(case, run, case.resumed_on)
     campaign.compare(run, alone)
     others = [err for err, code in zip(died.err, died.codes, strict=True) if code != -9]
     told = "its checkpoint is written" if case.codes else "another process of this run has ended"
