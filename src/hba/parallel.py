@@ -202,12 +202,13 @@ def _serve(connection: Connection, function: Callable[[Item], Result], memory: A
         while True:
             item = connection.recv()
             CLOCK.start()
-            connection.send(_one(function, item))
+            connection.send(outcome(function, item))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
 
 
-def _one(function: Callable[[Item], Result], item: Item) -> Result | Died | MachineError:
+def outcome(function: Callable[[Item], Result], item: Item) -> Result | Died | MachineError:
+    """What becomes of an item: `function` of it, or what it raises. A MachineError is no fault of the item."""
     try:
         return function(item)
     except MachineError as error:

@@ -20,6 +20,7 @@ import soundfile
 import torch
 
 from hba.descriptors.executors import run
+from hba.errors import MachineError
 from hba.parallel import Died
 
 pytest.importorskip("opensmile", reason="opensmile is not installed: pip install 'human-behavior-atlas[descriptors]'")
@@ -133,6 +134,19 @@ def troubled(number: int) -> int:
     if number == 5:
         raise ValueError("no")
     return number * number
+
+
+def away(number: int) -> int:
+    raise MachineError("storage is away", where=f"medium {number}")
+
+
+@pytest.mark.parametrize("executor", ["processes", "ray"])
+def test_what_the_machine_lacks_ends_the_run_and_is_no_fault_of_the_item(executor: str) -> None:
+    if executor == "ray":
+        ray = pytest.importorskip("ray", reason="ray is not installed: pip install ray")
+        ray.cloudpickle.register_pickle_by_value(sys.modules[away.__module__])
+    with pytest.raises(MachineError, match="medium 3: storage is away"):
+        list(run(away, [3], executor=executor, workers=1, patience=lambda _: 300.0))
 
 
 @pytest.mark.parametrize("executor", ["processes", "ray"])

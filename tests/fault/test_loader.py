@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,27 @@ def test_encoded_samples_are_kept_for_the_next_epoch(batches, workers):
     assert len(found) == 18 and set(calls.values()) == {1}
     _, calls = batches(plan=PLAN * 3, workers=workers, cache_megabytes=0, prefetch_megabytes=0)
     assert set(calls.values()) == {3}
+
+
+@pytest.mark.parametrize("size", [1, 8])
+def test_workers_are_ahead_by_bytes_whatever_the_size_of_a_batch(atlas, tmp_path, size):
+    """Of 1 MB rows, 16 lie ready; each worker holds one more at either end of its socket."""
+
+    class Large(TinyEncoder):
+        def encode(self, sample):
+            return replace(super().encode(sample), media={"pixel_values": torch.zeros(1 << 18)})
+
+    log, plan = tmp_path / "log", [np.arange(start, start + size) for start in range(0, 64, size)]
+    config = LoaderConfig(workers=2, prefetch_megabytes=16, cache_megabytes=0)
+    batches = load_batches(atlas, Large(log), plan, config)
+    next(batches)
+    deadline = time.monotonic() + 60
+    while (ahead := len(log.read_text().split()) - size) < 16:
+        assert time.monotonic() < deadline, ahead
+        time.sleep(0.02)
+    time.sleep(0.5)
+    assert len(log.read_text().split()) - size <= 16 + 2 * 3
+    batches.close()
 
 
 def test_nothing_is_left_behind(atlas, tmp_path):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import rl_run
@@ -96,6 +97,39 @@ def test_two_processes_of_accelerate_give_the_losses_of_one(one, tmp_path, mini_
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["step"] == 6  # one rank alone answers
     assert_same_training(run, one)
+
+
+SLOW_START = """
+import sys, time
+from datetime import timedelta
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from hba.train.ranks import Ranks
+from test_loop import train
+impatient = InitProcessGroupKwargs(backend="gloo", timeout=timedelta(seconds=2))
+ranks = Ranks(Accelerator(cpu=True, kwargs_handlers=[impatient]))
+time.sleep(5 * ranks.rank)
+train(Path(sys.argv[2]), [[1 + ranks.rank], [3 + ranks.rank]], [0, 1, 2], ranks=ranks)
+"""
+
+
+def test_a_process_that_reads_its_weights_for_longer_than_exchanges_may_take_is_waited_for(tmp_path):
+    unit = Path(__file__).parents[1] / "unit"
+    places = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", SLOW_START, str(unit), str(tmp_path / "run")],
+            env=os.environ | places | {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=200)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    assert [line["samples_seen"] for line in logged(tmp_path / "run")] == [2, 4]
 
 
 def test_a_loss_that_is_not_finite_ends_all_ranks_and_all_name_its_samples(launch, tmp_path, mini_atlas, backbone):

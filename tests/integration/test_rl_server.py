@@ -17,7 +17,7 @@ import pytest
 import soundfile
 import torch
 from accelerate import Accelerator
-from rl_run import as_prompts, die_in, logged, result, settings, train, write_reward
+from rl_run import SMALL, as_prompts, die_in, logged, result, settings, train, write_reward
 
 from hba import open_atlas
 from hba.atlas.answer_format import FormatMix
@@ -34,6 +34,7 @@ from hba.rl.rollout import probabilities, roll_out
 from hba.rl.sampler import Draws, Place, PolicySampler
 from hba.rl.server import ServerSampler
 from hba.rl.server_weights import ServedWeights
+from hba.train.ranks import Ranks
 
 SERVER = Path(__file__).parents[1] / "servers" / "model_server.py"
 PIXELS = ["--num-frames", "2", "--min-pixels", "3136", "--max-pixels", "3136"]
@@ -99,7 +100,7 @@ def prompts(mini_atlas, backbone):
 def sampler(url, prompts, run):
     given = ["atlas=a", "model.strategy=full", "model.dtype=float32", "rollout.sampler=server"]
     config = load_config(RlConfig, None, [*given, f"rollout.server.url={url}"])
-    return closing(ServerSampler(config, prompts.policy, prompts.encoder, Accelerator(cpu=True), run))
+    return closing(ServerSampler(config, prompts.policy, prompts.encoder, Ranks(Accelerator(cpu=True)), run))
 
 
 def stats(url):
@@ -195,9 +196,11 @@ def test_replies_on_which_nothing_can_be_trained_are_refused(served, prompts, tm
     assert sample.id in str(raised.value)
 
 
+FEW = ["rollout.per_prompt=2", "rollout.max_new_tokens=4", "validation_rows=3", "rollout.sampler=server"]
+
+
 def from_server(atlas, model, reward, url, *changes):
-    small = ["rollout.per_prompt=2", "rollout.max_new_tokens=4", "validation_rows=3"]
-    return settings(atlas, model, reward, *small, "rollout.sampler=server", f"rollout.server.url={url}", *changes)
+    return settings(atlas, model, reward, *FEW, f"rollout.server.url={url}", *changes)
 
 
 @pytest.fixture(scope="module")
@@ -268,6 +271,19 @@ def test_a_server_that_keeps_its_weights_is_noticed(tmp_path, mini_atlas, backbo
         with pytest.raises(HbaError, match=r"differ by .* nats, more than max_gap=0\.01.*--logprobs-mode"):
             train(tmp_path / "lora", from_server(mini_atlas, backbone, reward, served, *lora))
     assert len(logged(tmp_path / "full", "rl")) == 1, "it had learnt from the weights that the server did have"
+
+
+def test_what_the_server_denies_to_the_first_process_ends_all_of_them_with_the_reason(
+    launch, tmp_path, mini_atlas, backbone, reward, served
+):
+    post(served, "/restart", {})
+    given = [f"atlas={mini_atlas}", f"model.name={backbone}", f"reward.function={reward}:letters", *SMALL, *FEW]
+    command = ["train", "rl", "--run", tmp_path / "run", *given, f"rollout.server.url={served}"]
+    with misbehaving(served, stale=True):
+        ended = launch(command, ranks=2)
+    post(served, "/restart", {})
+    assert ended.code == 1
+    assert all("answers as before" in text for text in ended.err), ended.err
 
 
 def test_importance_weights_scale_the_gradient(tmp_path, mini_atlas, backbone, reward, served):

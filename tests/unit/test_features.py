@@ -3,9 +3,12 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import hba
+from hba.storage import begun
 from hba.train.cache import Claims, start_cache
 from hba.train.frozen import code_between, code_from
 
@@ -51,6 +54,19 @@ def test_a_card_that_says_something_else_removes_the_shards_and_gives_another_ke
     assert start_cache(tmp_path, {"model": "a", "packages": {"av": "2"}}) != key
     assert not (tmp_path / "shard_00000.safetensors").exists()
     assert "another packages" in caplog.text
+
+
+def test_what_a_killed_process_had_begun_of_a_shard_is_removed_and_nothing_else(tmp_path):
+    start_cache(tmp_path, {"model": "a"})
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    shard = tmp_path / "shard_00000.safetensors"
+    own = begun(shard)
+    of_the_dead = own.with_name(own.name.replace(f"-{os.getpid()}.", f"-{ended.pid}."))
+    for path in (own, of_the_dead, shard):
+        path.write_bytes(b"half")
+    start_cache(tmp_path, {"model": "a"})
+    assert own.exists() and shard.exists() and not of_the_dead.exists()
 
 
 def test_a_shard_is_one_process_s_until_that_ends(tmp_path):

@@ -39,7 +39,7 @@ def batch_of(rows, broken):
     return Numbers(tuple(kept), torch.tensor(kept, dtype=torch.float32).reshape(-1, 1), tuple(lost))
 
 
-def train(folder, micro_batches, starts, broken=(), **config):
+def train(folder, micro_batches, starts, broken=(), ranks=None, **config):
     torch.manual_seed(0)
     model = nn.Linear(1, 1)
     stage = Stage(
@@ -53,7 +53,7 @@ def train(folder, micro_batches, starts, broken=(), **config):
     settings = TrainConfig(validate_every=100, log_every=1, **config)
     plan = Plan([np.array(rows, np.int64) for rows in micro_batches], starts)
     with RunFolder.open(folder, config=settings, command="train x", seed=0) as run:
-        run_training(stage, plan, settings, Ranks(start_accelerator("float32")), run)
+        run_training(stage, plan, settings, ranks or Ranks(start_accelerator("float32")), run)
     log = [line.record for line in read_jsonl(folder / "log.jsonl")]
     return model, [{key: value for key, value in record.items() if key != "samples_per_second"} for record in log]
 

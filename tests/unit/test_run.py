@@ -19,6 +19,7 @@ from hba.errors import ConfigError, HbaError, InputError
 from hba.quarantine import QuarantineLog
 from hba.run import RunFolder
 from hba.train.config import SftConfig
+from hba.train.start import training_run
 
 DATA = {"path": "atlas", "fingerprint": "abc", "synthetic": True}
 
@@ -296,6 +297,16 @@ def test_other_ranks_share_the_folder_and_only_quarantine(tmp_path: Path, monkey
         assert [entry["id"] for entry in main.quarantine.records()] == ["train/3"]
     assert not (tmp_path / "log.jsonl").exists()
     assert json.loads((tmp_path / "environment.json").read_text())["data"] is None
+
+
+def test_a_rank_says_why_it_was_refused_when_the_first_has_removed_the_folder_already(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    run = training_run(tmp_path / "run", config=Settings(), command="train sft", seed=0)
+    with pytest.raises(InputError, match="no row is left"), run:
+        raise InputError("no row is left")
+    assert not (tmp_path / "run").exists()
 
 
 def test_ranks_that_meet_the_same_samples_at_once_record_each_once(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from hba.rl.config import RlConfig
 from hba.rl.rollout import probabilities, roll_out
 from hba.rl.sampler import Draws, PolicySampler
 from hba.rl.server import ServerSampler
+from hba.train.ranks import Ranks
 
 START_SECONDS = 300
 FULL = {"VLLM_SERVER_DEV_MODE": "1"}
@@ -106,7 +107,7 @@ def test_answers_and_probabilities_are_those_of_the_policy(served, full, mini_at
     given = ["atlas=a", "model.strategy=full", "model.dtype=float32", "rollout.sampler=server"]
     config = load_config(RlConfig, None, [*given, f"rollout.server.url={full}"])
     greedy, sampled = Draws("test", 16, 0.0), Draws("test", 16, 0.7)
-    with closing(ServerSampler(config, policy, encoder, Accelerator(cpu=True), tmp_path)) as there:
+    with closing(ServerSampler(config, policy, encoder, Ranks(Accelerator(cpu=True)), tmp_path)) as there:
         there.renew(0)
         (said,) = roll_out(there, policy, [as_prompts(single)], greedy)
         drawn, again = (roll_out(there, policy, [as_prompts(batch)], sampled)[0] for _ in range(2))

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, TypeVar
 
-from hba.errors import HbaError, InputError, nearest
-from hba.parallel import Died, Done, each
+from hba.errors import HbaError, InputError, MachineError, nearest
+from hba.parallel import Died, Done, each, outcome
 
 Work = TypeVar("Work")
 Result = TypeVar("Result")
@@ -50,10 +50,7 @@ class _Hand:
         self._function = function
 
     def work(self, item: Any) -> Any:
-        try:
-            return self._function(item)
-        except Exception as error:  # noqa: BLE001 -- the boundary of one item, as in hba.parallel
-            return Died(f"raised {type(error).__name__}: {error}")
+        return outcome(self._function, item)
 
 
 def _each_on_ray(
@@ -86,6 +83,8 @@ def _each_on_ray(
             for ref in ready or late[:1]:
                 actor, item, _ = busy.pop(ref)
                 result = _result(ray, ref) if ready else Died(f"took more than {patience(item):,.0f} s")
+                if isinstance(result, MachineError):
+                    raise result
                 if isinstance(result, Died):  # whatever the actor is now, a new one is sound
                     ray.kill(actor)
                     actor = hand.remote(function)

@@ -300,6 +300,7 @@ def _setup(
     scorer = Scorer(config.reward, train.taxonomy)
     shard, checkpointing = config.train.sharding == "full", config.train.activation_checkpointing
     policy = build_policy(config.model, checkpoint, freeze_towers=config.freeze_towers, mapped=shard)
+    ranks.wait()  # as in the loop of the other stages: the first exchange of tensors comes next
     model = prepare_model(policy, accelerator, shard=shard, checkpoint_activations=checkpointing)
     policy.train()
     regularised = config.loss.kl_weight > 0
@@ -311,7 +312,7 @@ def _setup(
         run=run,
         policy=policy,
         model=model,
-        sampler=build_sampler(config, policy, encoder, accelerator, run.path),
+        sampler=build_sampler(config, policy, encoder, ranks, run.path),
         reference=build_reference(config.model, policy, accelerator) if regularised else None,
         optimizer=build_optimizer(policy, config.train, {}),
         scorer=scorer,

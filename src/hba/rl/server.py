@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from hba.atlas.batch import SampleEncoder, load_media
 from hba.atlas.chat_encoder import SAMPLING_RATE, media_placeholders
@@ -37,6 +35,7 @@ from hba.remote.request import Choice, TokenReply
 from hba.rl.config import RlConfig, ServerConfig
 from hba.rl.sampler import Drawn, Draws, Place, PolicySampler, Prompts, Sampler
 from hba.rl.server_weights import ServedWeights, served_folder
+from hba.train.ranks import Ranks
 from hba.train.sharding import whole_weights
 
 T = TypeVar("T")
@@ -62,10 +61,10 @@ class ServerSampler:
     """
 
     def __init__(
-        self, config: RlConfig, policy: ChatModel, encoder: SampleEncoder, accelerator: Accelerator, run: Path
+        self, config: RlConfig, policy: ChatModel, encoder: SampleEncoder, ranks: Ranks, run: Path
     ) -> None:
         self._config, self._policy = config.rollout.server, policy
-        self._encoder, self._accelerator = encoder, accelerator
+        self._encoder, self._ranks = encoder, ranks
         self._client = _client(self._config)
         self._weights = ServedWeights(self._client, policy, config.model, served_folder(run, self._config.weights))
         self._model, self._version = "", -1
@@ -73,20 +72,23 @@ class ServerSampler:
         self._ends = end_token_ids(policy.transformer, policy.processor)
         self._loop = asyncio.new_event_loop()
         self._run(self._client.__aenter__())
-        if accelerator.is_main_process:
+        if ranks.is_first:
             self._weights.remove()
 
     def renew(self, version: int) -> None:
         """Let the server load the policy's weights, unless it has those of this version."""
         if version == self._version:
             return
-        accelerator = self._accelerator
-        with whole_weights(self._policy, accelerator):
-            if accelerator.is_main_process:
-                self._run(self._weights.renew(version))
-        name = [self._weights.name]
-        broadcast_object_list(name)
-        self._model, self._version = name[0], version
+
+        def name() -> list[str]:
+            if not self._ranks.is_first:
+                return []
+            self._run(self._weights.renew(version))
+            return [self._weights.name]
+
+        with whole_weights(self._policy, self._ranks.accelerator):
+            (self._model,) = self._ranks.collect(name)
+        self._version = version
 
     def draw(self, prompts: Sequence[Prompts], draws: Draws) -> list[Drawn]:
         """All batches at once, as the server bears. Raises HbaError naming the sample of a reply that is of no use."""
@@ -106,7 +108,7 @@ class ServerSampler:
         self._run(self._client.__aexit__())
         self._loop.run_until_complete(self._loop.shutdown_default_executor())
         self._loop.close()
-        if self._accelerator.is_main_process:
+        if self._ranks.is_first:
             self._weights.remove()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
@@ -222,12 +224,12 @@ def _client(config: ServerConfig) -> RemoteClient:
 
 
 def build_sampler(
-    config: RlConfig, policy: ChatModel, encoder: SampleEncoder, accelerator: Accelerator, run: Path
+    config: RlConfig, policy: ChatModel, encoder: SampleEncoder, ranks: Ranks, run: Path
 ) -> Sampler:
     """The sampler of `rollout.sampler`."""
     if config.rollout.sampler == "generate":
-        return PolicySampler(policy, accelerator.autocast)
-    return ServerSampler(config, policy, encoder, accelerator, run)
+        return PolicySampler(policy, ranks.accelerator.autocast)
+    return ServerSampler(config, policy, encoder, ranks, run)
 
 
 def require_small_gap(gaps: Sequence[float], config: ServerConfig) -> None:

@@ -154,20 +154,26 @@ def _one_update(setup: Setup, turns: Sequence[Turn[_Part]], outcomes: Sequence[O
     """One optimizer step over `outcomes`, those of all ranks; nothing moves where none of them has a gradient."""
     ranks, accelerator, policy = setup.ranks, setup.accelerator, setup.policy
     losses: list[Tensor] = []
+    learned: list[_Learned] = []
     for turn in turns:
         # Sharded ranks go through their layers together, backwards too.
         signal = setup.reference is not None or any(row and row.advantage for row in turn.batch.outcomes)
         silent = not signal and not is_sharded(policy)
         with torch.no_grad() if silent else nullcontext():
-            loss = _loss(setup, turn.batch) * turn.weight
+            loss, about = _loss(setup, turn.batch)
+            loss = loss * turn.weight
         if not silent:
             ranks.backward(loss, policy)
         losses.append(loss.detach())
+        learned.append(about)
     ranks.add_up_gradients(policy)
     norm = accelerator.clip_grad_norm_(policy.parameters(), setup.config.train.max_grad_norm)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     summed = ranks.total(torch.stack(losses).sum() if losses else torch.zeros((), device=accelerator.device))
+    # Here the host waits for the device; in the micro-batches nothing of ours makes it.
     mean, grad_norm = torch.stack([summed.float(), norm.float()]).tolist()
+    for about in learned:
+        about.tell()
     for name, value in (("loss", mean), ("gradient", grad_norm)):
         if not math.isfinite(value):
             ids = ", ".join(dict.fromkeys(outcome.id for outcome in outcomes))
@@ -181,8 +187,22 @@ def _one_update(setup: Setup, turns: Sequence[Turn[_Part]], outcomes: Sequence[O
     return Updated(mean, grad_norm)
 
 
-def _loss(setup: Setup, part: _Part) -> Tensor:
-    """The share of a micro-batch in the loss; its outcomes learn of entropy, KL and clipping."""
+class _Learned(NamedTuple):
+    """What an update says of the rollouts of a micro-batch: by name a mean over the tokens of each, on the device."""
+
+    outcomes: Sequence[Outcome | None]
+    means_B: Mapping[str, Tensor]
+
+    def tell(self) -> None:
+        """Let the outcomes know."""
+        for name, values_B in self.means_B.items() if self.outcomes else ():
+            for outcome, value in zip(self.outcomes, values_B.tolist(), strict=True):
+                if outcome is not None:
+                    setattr(outcome, name, value)
+
+
+def _loss(setup: Setup, part: _Part) -> tuple[Tensor, _Learned]:
+    """The share of a micro-batch in the loss, and what its outcomes learn: entropy, KL, clipping."""
     config, algorithm = setup.config.loss, setup.algorithm
     new = _probabilities(setup, part)
     old_BL = new.logps_BL.detach() if part.old_logps_BL is None else part.old_logps_BL
@@ -203,12 +223,9 @@ def _loss(setup: Setup, part: _Part) -> Tensor:
     if part.reference_logps_BL is not None:
         loss_BL = loss_BL + config.kl_weight * kl_divergence(new.logps_BL, part.reference_logps_BL, config.kl)
         reported["kl"] = kl_divergence(new.logps_BL.detach(), part.reference_logps_BL, "k3")
-    for name, value_BL in reported.items() if part.outcomes else ():
-        means = (value_BL.detach() * new.mask_BL).sum(1) / new.mask_BL.sum(1).clamp_min(1)
-        for outcome, mean in zip(part.outcomes, means.tolist(), strict=True):
-            if outcome is not None:
-                setattr(outcome, name, mean)
-    return (loss_BL * new.mask_BL * part.weights_B.unsqueeze(1)).sum()
+    tokens_B = new.mask_BL.sum(1).clamp_min(1)
+    means = {name: (value_BL.detach() * new.mask_BL).sum(1) / tokens_B for name, value_BL in reported.items()}
+    return (loss_BL * new.mask_BL * part.weights_B.unsqueeze(1)).sum(), _Learned(part.outcomes, means)
 
 
 def _probabilities(setup: Setup, part: _Part) -> Probabilities:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from hba.atlas.sample import Quarantined
 from hba.errors import InputError
-from hba.storage import StorageError, atomic_write, json_sha256, read_json, write_json
+from hba.storage import StorageError, atomic_write, json_sha256, read_json, remove_abandoned, write_json
 
 FORMAT = 2
 CARD = "card.json"
@@ -117,6 +117,7 @@ def start_cache(folder: Path, identity: Mapping[str, Any]) -> str:
     """
     card = json.loads(json.dumps({"format": FORMAT, **identity}))  # as it reads from the file
     path = folder / CARD
+    remove_abandoned(folder)
     before = read_json(path) if path.is_file() else None
     if before == card:
         return json_sha256(card)

@@ -68,6 +68,14 @@ class FeatureBatch:
     def __len__(self) -> int:
         return len(self.samples)
 
+    def pinned(self) -> FeatureBatch:
+        """The same batch in page-locked memory, from which a GPU takes it while it computes."""
+        tokens = None if self.tokens_L is None else self.tokens_L.pin_memory()
+        named = ("class_index_B", "states_LH", "lengths_B")
+        descriptors = tuple({name: t.pin_memory() for name, t in each.items()} for each in self.descriptors)
+        kept = {name: getattr(self, name).pin_memory() for name in named}
+        return replace(self, tokens_L=tokens, descriptors=descriptors, **kept)
+
     def to(self, device: torch.device | str) -> FeatureBatch:
         """The same batch with its tensors on `device`."""
         tokens = None if self.tokens_L is None else self.tokens_L.to(device, non_blocking=True)
@@ -266,8 +274,10 @@ def features(
     keys: dict[str, str] = {}
     if ranks.is_first:
         for name, view in views.items():
+            # Before the folder is locked: hashing a backbone takes long, and a sweep starts many commands at once.
+            identity = base.identity(view, config.batch_size)
             with locked_folder(folders[name]):
-                keys[name] = start_cache(folders[name], base.identity(view, config.batch_size))
+                keys[name] = start_cache(folders[name], identity)
     keys = ranks.told(keys)
 
     done = 0
@@ -340,7 +350,7 @@ def cached_batches(
     atlas: Atlas, caches: Mapping[str, FeatureCache], plan: Sequence[Indices], descriptors: Descriptors, start: int = 0
 ) -> Iterator[FeatureBatch]:
     """The batches of `plan` from number `start` on, read from the caches."""
-    numbers = atlas.numbers
+    numbers, pinned = atlas.numbers, torch.cuda.is_available()
     for rows in islice(plan, start, None):
         samples, found, vectors, refused = [], [], [], []
         for row in rows:
@@ -353,7 +363,8 @@ def cached_batches(
             samples.append(sample)
             found.append(feature)
             vectors.append(vector)
-        yield assemble(samples, found, atlas.taxonomy, vectors, refused)
+        made = assemble(samples, found, atlas.taxonomy, vectors, refused)
+        yield made.pinned() if pinned else made
 
 
 def streamed_batches(

@@ -119,6 +119,7 @@ def run_training(stage: Stage[B], plan: Plan, config: TrainConfig, ranks: Ranks,
     Raises StoppedError, after a checkpoint was written, when a signal asks a rank to stop.
     """
     total = num_steps(plan, config)
+    ranks.wait()  # weights take one process longer to read than another; exchanges of tensors have a time limit
     shard, recompute = config.sharding == "full", config.activation_checkpointing
     model = prepare_model(stage.model, ranks.accelerator, shard=shard, checkpoint_activations=recompute)
     optimizer: torch.optim.Optimizer = build_optimizer(stage.model, config, stage.learning_rates)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hba.atlas import Atlas, data_record, open_atlas
-from hba.atlas.batch import IGNORED, Batch, Encoder
+from hba.atlas.batch import Batch, Encoder
 from hba.atlas.loader import load_batches
 from hba.atlas.sample import Quarantined
 from hba.evaluate.backends.heads import HeadsBackend
@@ -70,9 +70,10 @@ def train_sft(config: SftConfig, run: RunFolder) -> Progress:
 def sft_loss(model: nn.Module, batch: Batch, *, answer_weight: float) -> Tensor:
     """Cross-entropy over each row's own classes plus the weighted answer loss, summed over the batch."""
     output: OmniOutput = model(batch)
-    # Free-form rows have no classes: every logit of theirs is -inf, and not even their gradient may be touched.
-    rows_B = batch.class_index_B != IGNORED
-    loss = F.cross_entropy(output.logits_BC[rows_B], batch.class_index_B[rows_B], reduction="sum")
+    # Free-form rows have no classes: every logit of theirs is -inf, and not even their gradient may be touched. Which
+    # they are is read from the batch's names: the host would have to wait for a mask on the device.
+    rows = [row for row, name in enumerate(batch.domain_names) if name is not None]
+    loss = F.cross_entropy(output.logits_BC[rows], batch.class_index_B[rows], reduction="sum")
     if batch.labels_BT is None or output.answer_logits_NV is None:
         return loss
     return loss + answer_weight * answer_loss(output.answer_logits_NV, batch.labels_BT)

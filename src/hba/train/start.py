@@ -33,16 +33,20 @@ def training_run(path: Path, *, config: Any, command: str, seed: int) -> Iterato
 
     Raises HbaError where an exchange between the processes of the run fails since one has ended.
     """
-    before = {file.name for file in path.iterdir()} if path.is_dir() else set()
+    before: set[str] = set()
+    with suppress(FileNotFoundError, NotADirectoryError):
+        before = {file.name for file in path.iterdir()}
     made = next((parent for parent in [*reversed(path.parents), path] if not parent.exists()), None)
     with _stoppable(), RunFolder.open(path, config=config, command=command, seed=seed) as run:
-        remove_abandoned(path)
+        if run.is_main:  # the first rank makes the folder, and may have removed it before another comes here
+            remove_abandoned(path)
         try:
             yield run
         except InputError:
-            added = {file.name for file in path.iterdir()} - before
-            if run.is_main and "config.yaml" in added and added <= RECORDS:
-                _remove([path / name for name in added], path, made)
+            if run.is_main:
+                added = {file.name for file in path.iterdir()} - before
+                if "config.yaml" in added and added <= RECORDS:
+                    _remove([path / name for name in added], path, made)
             raise
         except RuntimeError as error:
             from hba.train.ranks import lost_rank  # torch, which has raised it
