@@ -8,7 +8,7 @@ goes on, from there on eight, three and one. First come the stages, each over a 
 on once or named in quarantine; then the other phases in which a rank may die, which go on on one of the numbers. Rows
 of a dataset are prime in number, and in every dataset a medium cannot be read. Compared with one process: losses
 (relative 1e-4) and samples of every step, what is in quarantine, the exit codes. Of RL, whose loss is near 0 by
-construction, the norm of the gradient stands for it.
+construction, the norm of the gradient stands for it; of predictions, the probability of every class of every row.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from hba.taxonomy import BUILTIN
 TINY = ("encode.num_frames=2", "encode.min_pixels=3136", "encode.max_pixels=3136", "loader.workers=0")
 STEPS = ("train.log_every=1", "train.max_steps=6", "train.epochs=3", "train.learning_rate=1e-3")
 TOLERANCE = 1e-4
+PATIENCE = 900.0  # seconds for all of a command that nothing holds up, on a busy machine
 
 
 class Case(NamedTuple):
@@ -58,6 +59,7 @@ STAGES = {
         Dies(5, "hba.rl.local:update", call=4),
         EVERYWHERE,
     ),
+    "predict": Case("predict", ("batch_size=5",), Dies(5, LOADS, call=4), EVERYWHERE),
 }
 CASES = {
     # A batch of 5 on 8 ranks, each with at most one sample at once.
@@ -162,6 +164,9 @@ class Campaign:
 
     def arguments(self, case: Case, run: Path) -> list[str]:
         """The command of a case."""
+        if case.command == "predict":
+            asked = ["--atlas", str(self.atlas), "--split", "train", "--run", str(run)]
+            return ["predict", str(self.base), *asked, "loader.workers=0", *case.config]
         shared = [f"atlas={self.atlas}", *STEPS, "train.validate_every=3", "train.save_every=2"]
         if case.command in ("sft", "lm", "transfer"):
             strategy = "full" if case.command == "lm" else "lora"
@@ -186,14 +191,18 @@ class Campaign:
         key = (case.command, *case.config)
         if key not in self.alone:
             run = self.folder / f"alone-{len(self.alone)}"
-            done = self.launch(self.arguments(case, run), ranks=1)
+            done = self.launch(self.arguments(case, run), ranks=1, timeout=PATIENCE, grace=PATIENCE)
             assert done.code == 2, done.err  # samples are in quarantine
             self.alone[key] = run
         return self.alone[key]
 
     def killed(self, case: Case, run: Path) -> Ended:
         """Eight ranks of which one dies. AssertionError unless the others end by themselves with the code for it."""
-        died = self.launch(self.arguments(case, run), ranks=8, dies=case.dies)
+        if case.command == "predict":  # processes that know nothing of each other: the others do their shares
+            died = self.launch(self.arguments(case, run), dies=case.dies, timeout=PATIENCE, grace=PATIENCE)
+            assert died.codes.count(-9) == 1 and set(died.codes) <= {-9, 0, 2}, (died.codes, died.err)
+            return died
+        died = self.launch(self.arguments(case, run), dies=case.dies)
         dead = died.codes.index(-9) if case.dies.rank is None and -9 in died.codes else case.dies.rank
         expected = case.codes or [-9 if rank == dead else 1 for rank in range(8)]
         assert died.codes == list(expected), (died.codes, died.err)
@@ -201,7 +210,10 @@ class Campaign:
 
     def again(self, case: Case, run: Path, ranks: int) -> Ended:
         """The same command on so many processes. AssertionError unless it ends as one that has left samples out."""
-        resumed = self.launch(self.arguments(case, run), ranks=ranks)
+        resumed = self.launch(self.arguments(case, run), ranks=ranks, timeout=PATIENCE, grace=PATIENCE)
+        if case.command == "predict":
+            assert 2 in resumed.codes and set(resumed.codes) <= {0, 2}, (resumed.codes, resumed.err)
+            return resumed
         # Samples are in quarantine. Of a protocol of several runs the first rank alone predicts, and speaks.
         others = 0 if case.command == "transfer" else 2
         assert resumed.codes == [2] + [others] * (ranks - 1), (resumed.codes, resumed.err)
@@ -221,6 +233,17 @@ class Campaign:
         parts = sorted(log.parent.relative_to(alone) for log in alone.glob("**/log.jsonl"))
         assert parts == sorted(log.parent.relative_to(run) for log in run.glob("**/log.jsonl"))
         return max(self._compare_run(run / part, alone / part) for part in parts)
+
+    def compare_predictions(self, run: Path, alone: Path) -> float:
+        """The largest difference of a probability. AssertionError for a row that is missing, twice or other."""
+        ours, theirs = (sorted(lines(each / "predictions.jsonl"), key=lambda p: p["id"]) for each in (run, alone))
+        named, expected = ({record["id"] for record in lines(each / "quarantine.jsonl")} for each in (run, alone))
+        said, wanted = ([(p["id"], p["output"], p["label"]) for p in each] for each in (ours, theirs))
+        assert said == wanted and named == expected and not (run / "shards").exists(), (said, wanted, named)
+        pairs = [(o["probs"][c], p) for o, t in zip(ours, theirs, strict=True) for c, p in t["probs"].items()]
+        worst = max(abs(our - their) for our, their in pairs)
+        assert len({p["id"] for p in ours}) == len(ours) and worst < TOLERANCE, worst
+        return worst
 
     def _compare_run(self, run: Path, alone: Path) -> float:
         ours, theirs = found(run), found(alone)
@@ -249,19 +272,24 @@ def prime_atlas(mini: Path, out: Path) -> None:
 
 def row(campaign: Campaign, case: Case, run: Path, died: Ended, resumed: Ended) -> list[object]:
     """A line of the table. AssertionError where `run` has not ended as that of one process."""
-    worst = campaign.compare(run, campaign.uninterrupted(case))
-    end, rows = found(next(log.parent for log in run.glob("**/log.jsonl"))), campaign.rows(case)
-    last = max(end.samples)
-    trained, named = end.samples[last], sum(name.startswith("train/") for name in end.quarantined)
-    assert rows in (None, trained + named), (rows, end)
-    once = f"{trained} + {named} of {rows}" if rows is not None else f"{trained} + {named}"
+    alone = campaign.uninterrupted(case)
+    if case.command == "predict":
+        worst, steps = campaign.compare_predictions(run, alone), "-"
+        done, named = len(lines(run / "predictions.jsonl")), len(lines(run / "quarantine.jsonl"))
+        rows = sum(json.loads((run / "predict.json").read_text())["asked"].values())
+    else:
+        worst, end = campaign.compare(run, alone), found(next(log.parent for log in run.glob("**/log.jsonl")))
+        steps, rows = max(end.samples), campaign.rows(case)
+        done, named = end.samples[steps], sum(name.startswith("train/") for name in end.quarantined)
+    assert rows in (None, done + named), (rows, done, named)
+    once = f"{done} + {named} of {rows}" if rows is not None else f"{done} + {named}"
     lost = "first" if case.dies.rank is None else f"rank {case.dies.rank}"
     how, again = ("/".join(str(code) for code in sorted(set(ended.codes))) for ended in (died, resumed))
-    return [lost, how, len(resumed.codes), again, last, once, f"{worst:.1e}", f"{resumed.cpu_seconds:.0f}"]
+    return [lost, how, len(resumed.codes), again, steps, once, f"{worst:.1e}", f"{resumed.cpu_seconds:.0f}"]
 
 
 HEADS = (("case", 20), ("lost of 8", 10), ("codes", 7), ("again on", 9), ("codes", 6), ("steps", 6))
-HEADS += (("trained + named", 16), ("loss", 9), ("cpu s", 6))
+HEADS += (("done + named", 16), ("worst", 9), ("cpu s", 6))
 
 
 def main() -> None:

@@ -69,8 +69,9 @@ class RankLauncher:
     def __init__(self) -> None:
         self._process: subprocess.Popen | None = None
 
-    def __call__(self, arguments, *, ranks=8, dies=None, timeout=240.0, environment=None) -> Ended:
-        """Run `hba ARGUMENTS` on so many ranks. AssertionError when they have not ended by themselves in time."""
+    def __call__(self, arguments, *, ranks=8, dies=None, timeout=240.0, grace=GRACE_SECONDS, environment=None) -> Ended:
+        """Run `hba ARGUMENTS` on so many ranks. AssertionError when they have not ended by themselves in time: all
+        within `timeout` seconds, the others within `grace` once one has failed."""
         with tempfile.TemporaryDirectory() as folder:
             order = {
                 "arguments": [str(argument) for argument in arguments],
@@ -79,6 +80,7 @@ class RankLauncher:
                 "folder": folder,
                 "environment": environment or {},
                 "timeout": timeout,
+                "grace": grace,
             }
             answer = self._ask(order)
             texts = [[Path(folder, f"{rank}.{name}").read_text() for rank in range(ranks)] for name in ("out", "err")]
@@ -134,7 +136,7 @@ def _run(order):
                 codes[rank] = os.waitstatus_to_exitcode(status)
                 cpu += used.ru_utime + used.ru_stime
                 if codes[rank]:
-                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+                    deadline = min(deadline, time.monotonic() + order["grace"])
         if time.monotonic() > deadline and not hung:
             hung = [rank for rank in range(len(pids)) if rank not in codes]
             for rank in hung:
