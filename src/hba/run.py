@@ -15,6 +15,7 @@ import fcntl
 import json
 import os
 import time
+import uuid
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -180,6 +181,15 @@ class RunFolder:
         changed = {fact: here[fact] for fact in MACHINE_FACTS if recorded.get(fact) != here[fact]}
         resumed = [*recorded.get("resumed", []), {"started_at": now(), "changed": changed}]
         write_json(self.environment, {**recorded, "resumed": resumed})
+
+
+def wandb_run(path: Path) -> dict[str, str]:
+    """Name and id of the Weights & Biases run of a run folder: one of its own, and the same after a resume."""
+    known = path / "wandb.json"
+    if not known.is_file():
+        write_json(known, {"id": uuid.uuid4().hex})
+    place = path.resolve()
+    return {"name": f"{place.parent.name}/{place.name}", "id": str(read_json(known)["id"])}
 
 
 @contextmanager

@@ -554,6 +554,37 @@ def test_a_task_of_ones_own_has_its_name_in_every_table(tmp_path: Path) -> None:
     assert [row[:2] for row in tasks[:2]] == [("MINE", "engagement of pupils"), ("BARE", "bare")]
 
 
+BOARD = """
+import json, pathlib
+from types import SimpleNamespace
+def Table(columns, data): return {"columns": columns}
+def init(**told):
+    with (pathlib.Path(__file__).parent / "told.jsonl").open("a") as file:
+        file.write(json.dumps(told) + "\\n")
+    return SimpleNamespace(log=lambda tables: None, summary={}, finish=lambda: None, dir="here", url="there")
+"""
+
+
+def test_tables_go_to_the_board_of_their_run_folder_whatever_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A package in the place of the real one, which wants an account: it writes down what it is told."""
+    (tmp_path / "wandb.py").write_text(BOARD)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("a", "b"):
+        run = tmp_path / name / "sft"
+        run.mkdir(parents=True)
+        (run / "predictions.jsonl").write_text("".join(json.dumps(p.record()) + "\n" for p in rows(30, "mmsd")))
+        assert hba("score", run)[0] == 0
+    (tmp_path / "a" / "sft" / "wandb.json").write_text('{"id": "of-the-training"}')
+    for name in ("a", "b", "b"):
+        code, *said = hba("export", "wandb", tmp_path / name / "sft", "--project", "emotions")
+        assert code == 0, said
+    first, second, again = (json.loads(line) for line in (tmp_path / "told.jsonl").read_text().splitlines())
+    assert (first["id"], first["name"], first["resume"]) == ("of-the-training", "a/sft", "allow")
+    assert second["id"] == again["id"] != first["id"] and second["name"] == "b/sft"
+
+
 def test_few_rows_and_few_effective_groups_are_named(tmp_path: Path) -> None:
     sizes = [60, 40, 30, 20] + [3] * 31  # 35 speakers, worth 8.7
     speakers = [str(i) for i, size in enumerate(sizes) for _ in range(size)]

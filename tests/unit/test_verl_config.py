@@ -56,6 +56,7 @@ def test_what_the_actor_is_told(overrides, key, value):
         (["model.strategy=lora"], "model.strategy"),
         (["loss.average=group"], "loss.average"),
         (["loss.updates=5"], "loss.updates"),
+        (["train.save_every=30min"], "train.save_every"),
         (["rollout.sampler=server", "rollout.server.url=http://localhost:8000/v1"], "rollout.sampler"),
     ],
 )
@@ -63,6 +64,18 @@ def test_what_verl_cannot_do_is_refused_by_name(overrides, where):
     with pytest.raises(ConfigError) as error:
         keys(*overrides)
     assert error.value.where == where
+
+
+@pytest.mark.parametrize("save, every", [("null", 200), ("50", 50), ("120", 40), ("400", 200)])
+def test_checkpoints_come_as_often_as_asked_and_at_each_evaluation(save, every):
+    found = keys("train.validate_every=200", f"train.save_every={save}")
+    assert (found["trainer.save_freq"], found["trainer.test_freq"]) == (every, 200)
+
+
+def test_the_board_is_that_of_the_run_folder():
+    found = keys("train.wandb_project=emotions")
+    assert (found["trainer.project_name"], found["trainer.experiment_name"]) == ("emotions", "runs/rl")
+    assert "wandb" in found["trainer.logger"] and "wandb" not in keys()["trainer.logger"]
 
 
 @pytest.mark.parametrize("prompts", [1, 7, 23, 32, 33])

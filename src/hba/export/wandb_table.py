@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from hba.errors import InputError
 from hba.evaluate.results import Metrics
 from hba.evaluate.runs import open_run
+from hba.run import wandb_run
 
 ORIGIN = ("model", "backend", "split", "data_fingerprint", "synthetic", "seed", "hba_version", "answers_sha256")
 TASK_COLUMNS = (
@@ -40,7 +41,8 @@ def tables_of(run: Path, *, predictions: bool = False) -> dict[str, Table]:
 
 
 def log_tables(run: Path, *, project: str, offline: bool = False, predictions: bool = False) -> str:
-    """Log the tables of a run to a W&B run of its name; return where it can be seen, or its folder when offline.
+    """Log the tables of a run to its W&B run, that of its training if it has one; return where it can be seen, or its
+    folder when offline.
 
     Raises InputError when wandb is not installed.
     """
@@ -51,9 +53,8 @@ def log_tables(run: Path, *, project: str, offline: bool = False, predictions: b
     except ImportError:
         raise InputError("wandb is not installed", fix="pip install 'human-behavior-atlas[wandb]'") from None
     config = {name: getattr(provenance, name) for name in ORIGIN}
-    board = wandb.init(
-        project=project, name=run.resolve().name, config=config, mode="offline" if offline else None, dir=str(run)
-    )
+    options: dict[str, Any] = {"mode": "offline" if offline else None, "dir": str(run)}
+    board = wandb.init(project=project, resume="allow", config=config, **options, **wandb_run(run))
     board.log(
         {name: wandb.Table(columns=list(t.columns), data=[list(row) for row in t.rows]) for name, t in tables.items()}
     )

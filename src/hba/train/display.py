@@ -6,7 +6,6 @@ throughput) are the only ones that differ between two equal runs.
 
 from __future__ import annotations
 
-import uuid
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from types import TracebackType
@@ -18,8 +17,7 @@ from rich.progress import Progress as Bar
 
 from hba import yaml_core
 from hba.errors import ConfigError
-from hba.run import RunFolder
-from hba.storage import read_json, write_json
+from hba.run import RunFolder, wandb_run
 from hba.train.state import Progress
 
 if TYPE_CHECKING:
@@ -140,15 +138,5 @@ def _start_wandb(project: str, run: RunFolder) -> Any:
     except ImportError:
         fix = "pip install 'human-behavior-atlas[wandb]', or leave wandb_project unset."
         raise ConfigError("wandb is not installed", where="wandb_project", fix=fix) from None
-    known = run.path / "wandb.json"
-    if not known.is_file():
-        write_json(known, {"id": uuid.uuid4().hex})
-    path = run.path.resolve()
-    return wandb.init(
-        project=project,
-        name=f"{path.parent.name}/{path.name}",
-        id=read_json(known)["id"],
-        resume="allow",
-        config=yaml_core.read(run.config),
-        dir=str(path),
-    )
+    config, folder = yaml_core.read(run.config), str(run.path.resolve())
+    return wandb.init(project=project, resume="allow", config=config, dir=folder, **wandb_run(run.path))

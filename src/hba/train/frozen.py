@@ -72,9 +72,7 @@ class FeatureBatch:
         """The same batch in page-locked memory, from which a GPU takes it while it computes."""
         tokens = None if self.tokens_L is None else self.tokens_L.pin_memory()
         named = ("class_index_B", "states_LH", "lengths_B")
-        descriptors = tuple({name: t.pin_memory() for name, t in each.items()} for each in self.descriptors)
-        kept = {name: getattr(self, name).pin_memory() for name in named}
-        return replace(self, tokens_L=tokens, descriptors=descriptors, **kept)
+        return replace(self, tokens_L=tokens, **{name: getattr(self, name).pin_memory() for name in named})
 
     def to(self, device: torch.device | str) -> FeatureBatch:
         """The same batch with its tensors on `device`."""

@@ -233,18 +233,20 @@ def _reward(config: RlConfig) -> dict[str, Any]:
 
 
 def _trainer(config: RlConfig, place: Place) -> dict[str, Any]:
-    every = config.train.validate_every
+    every, save = config.train.validate_every, config.train.save_every
+    if isinstance(save, str):
+        raise ConfigError("verl saves by steps", where="train.save_every", fix="Give a number of steps, or null.")
     return {
         "algorithm.adv_estimator": ESTIMATOR,
         "trainer.v1.trainer_mode": TRAINER_MODE,
-        "trainer.project_name": "hba",
-        "trainer.experiment_name": place.run.name,
+        "trainer.project_name": config.train.wandb_project or "hba",
+        "trainer.experiment_name": f"{place.run.parent.name}/{place.run.name}",
         "trainer.logger": ["console", "file", "tensorboard", *(["wandb"] if config.train.wandb_project else [])],
         "trainer.nnodes": config.verl.nodes,
         "trainer.n_gpus_per_node": config.verl.gpus_per_node,
         "trainer.total_epochs": config.train.epochs,
         "trainer.total_training_steps": place.steps,
-        "trainer.save_freq": every,
+        "trainer.save_freq": every if save is None else math.gcd(every, save),
         "trainer.test_freq": every,
         "trainer.val_before_train": True,
         "trainer.resume_mode": "auto",

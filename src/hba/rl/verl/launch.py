@@ -34,7 +34,7 @@ from hba.rl.scoring import Scorer
 from hba.rl.telemetry import in_words
 from hba.rl.verl.config import Place, modules, nested, translate
 from hba.rl.verl.dataset import step_rows
-from hba.run import RunFolder
+from hba.run import RunFolder, wandb_run
 from hba.storage import atomic_folder, atomic_write, read_json, write_json
 
 CONFIG = "hba"
@@ -78,7 +78,11 @@ def train_on_verl(
     run.record_data(data_record(config.atlas, training_rows(config)))
     place.folder.mkdir(parents=True, exist_ok=True)
     _release(config, place)
-    settings = {"defaults": ["ppo_trainer", "_self_"], **nested(translate(config, place))}
+    keys = translate(config, place)
+    if config.train.wandb_project is not None:
+        at = "ray_kwargs.ray_init.runtime_env.env_vars"
+        keys[at] |= {"WANDB_RUN_ID": wandb_run(run.path)["id"], "WANDB_RESUME": "allow"}
+    settings = {"defaults": ["ppo_trainer", "_self_"], **nested(keys)}
     with atomic_write(place.folder / f"{CONFIG}.yaml") as file:
         file.write(yaml_core.dump(settings))
     run.truncate_log(latest_step(place.folder))
