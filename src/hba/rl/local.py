@@ -113,6 +113,7 @@ def train_rl(config: RlConfig, run: RunFolder) -> Progress:
     checkpoint = ranks.told(latest(run.checkpoints))
     setup = _setup(config, run, ranks, train, validation, checkpoint)
     memory, progress = _memory(setup, train, checkpoint)
+    ranks.wait()  # for one that reads its reference for longer: a sharded policy is gathered next
     planned = -(-len(memory.feed) // config.train.accumulation)
     total = planned if config.train.max_steps is None else min(planned, config.train.max_steps)
     display = TrainingDisplay(run, total, progress, config.train, enabled=ranks.is_first)
