@@ -240,7 +240,7 @@ class Campaign:
         named, expected = ({record["id"] for record in lines(each / "quarantine.jsonl")} for each in (run, alone))
         said, wanted = ([(p["id"], p["output"], p["label"]) for p in each] for each in (ours, theirs))
         assert said == wanted and named == expected and not (run / "shards").exists(), (said, wanted, named)
-        pairs = [(o["probs"][c], p) for o, t in zip(ours, theirs, strict=True) for c, p in t["probs"].items()]
+        pairs = [(o["probs"][c], p) for o, t in zip(ours, theirs, strict=True) for c, p in t.get("probs", {}).items()]
         worst = max(abs(our - their) for our, their in pairs)
         assert len({p["id"] for p in ours}) == len(ours) and worst < TOLERANCE, worst
         return worst
