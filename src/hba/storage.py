@@ -376,18 +376,23 @@ def read_json(path: str | Path) -> Any:
         ) from None
 
 
-def read_jsonl(path: str | Path, expect: Callable[[dict[str, Any]], None] | None = None) -> Iterator[Line]:
+def read_jsonl(
+    path: str | Path, expect: Callable[[dict[str, Any]], None] | None = None, *, growing: bool = False
+) -> Iterator[Line]:
     """Yield the objects of a JSONL file with their 1-based line numbers.
 
-    Raises InputError naming file and line for a missing file, a malformed or truncated line, or a line that
-    is not an object; `expect` may raise for a record that is not as its reader needs it.
+    Of a `growing` file, which another process writes, a last line without its end is left for the next time, and one
+    that is not there yet has no lines. Raises InputError naming file and line for a missing file, a malformed or
+    truncated line, or a line that is not an object; `expect` may raise for a record that is not as its reader needs it.
     """
     path = Path(path)
     if not path.is_file():
+        if growing:
+            return
         raise InputError("no such file", where=str(path), fix="Check the path.")
     with path.open("rb") as handle:
         for number, raw in enumerate(handle, 1):
-            if not raw.strip():
+            if not raw.strip() or (growing and not raw.endswith(b"\n")):
                 continue
             try:
                 record = json.loads(raw)

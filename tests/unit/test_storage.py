@@ -351,3 +351,15 @@ def test_hashes(tmp_path: Path) -> None:
     assert file_sha256(tmp_path / "x") == hashlib.sha256(data).hexdigest()
     assert json_sha256({"b": 1, "a": [1]}) == json_sha256(json.loads('{"a":[1],  "b":1}'))
     assert json_sha256({"a": 1}) != json_sha256({"a": 2})
+
+
+def test_a_growing_file_is_read_as_far_as_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    assert list(read_jsonl(path, growing=True)) == []
+    path.write_text('{"step": 1}\n{"step": 2')
+    assert [line.record for line in read_jsonl(path, growing=True)] == [{"step": 1}]
+    with pytest.raises(InputError, match=r"log\.jsonl:2"):
+        list(read_jsonl(path))
+    path.write_text('{"step": 1\n{"step": 2}\n')
+    with pytest.raises(InputError, match=r"log\.jsonl:1"):
+        list(read_jsonl(path, growing=True))

@@ -11,9 +11,9 @@ from starlette.responses import Response
 from hba import yaml_core
 from hba.config import flat
 from hba.errors import InputError
-from hba.evaluate.runs import Event, open_run
+from hba.evaluate.runs import Event
 from hba.explorer.app import explorer_of, form_of
-from hba.explorer.runs import RunEntry, optional_json, whole_lines
+from hba.explorer.runs import RunEntry, whole_lines
 from hba.report.curves import Curves, curves
 
 SHOWN_FACTS = (
@@ -28,12 +28,12 @@ def runs(request: Request) -> Response:
 
 
 def _summary(run: RunEntry) -> dict[str, Any]:
-    environment = optional_json(run.path / "environment.json")
+    environment = run.opened.environment or {}
     last = max((int(record.get("step", 0)) for record in whole_lines(run.path / "log.jsonl")), default=None)
     score, part = None, ""
     if run.has("metrics.json"):
         try:
-            metrics = open_run(run.path).metrics
+            metrics = run.opened.metrics
             score, part = metrics.mean.score, metrics.aggregate.rows if metrics.aggregate.n_missing else ""
         except InputError as error:  # of this run alone; its own page says it in full
             part = error.what
@@ -51,11 +51,10 @@ def run(request: Request) -> Response:
     """One run: curves, configuration, environment, and where to go from here."""
     explorer = explorer_of(request)
     shown = explorer.runs.get(form_of(request).text("run"))
-    environment = optional_json(shown.path / "environment.json")
-    config = shown.path / "config.yaml"
+    environment = shown.opened.environment or {}
     return explorer.page(
         request, "run.html.jinja", shown.name, run=shown, curves=_curves(shown),
-        config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
+        config=shown.opened.config,
         facts={name: environment[name] for name in SHOWN_FACTS if name in environment},
         packages=environment.get("packages", {}), data=environment.get("data", {}),
     )  # fmt: skip
@@ -75,7 +74,7 @@ def _curves(shown: RunEntry) -> Curves | None:
         events.append(msgspec.convert({"kind": "", **kept}, Event))
     if not events:
         return None
-    return curves(events, open_run(shown.path).metrics.tasks if shown.has("metrics.json") else {})
+    return curves(events, shown.opened.metrics.tasks if shown.has("metrics.json") else {})
 
 
 def side_by_side(request: Request) -> Response:

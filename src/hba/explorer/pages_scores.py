@@ -5,17 +5,13 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import Response
 
-from hba.evaluate.predictions import read_predictions
-from hba.evaluate.results import Metrics
-from hba.evaluate.runs import open_run
+from hba.evaluate.runs import Run
 from hba.explorer.app import explorer_of, form_of
 from hba.explorer.query import Form
-from hba.explorer.runs import RunEntry
 from hba.report.confusion import Matrix, matrices
 from hba.report.plots import bar
 from hba.report.reliability import reliability
 from hba.report.words import warnings
-from hba.taxonomy import Taxonomy
 
 
 def scores(request: Request) -> Response:
@@ -25,10 +21,8 @@ def scores(request: Request) -> Response:
     if not runs:
         return explorer.page(request, "scores.html.jinja", "Scores", runs=[], run=None)
     shown = explorer.runs.get(form.text("run") or runs[0].name)
-    metrics = metrics_of(shown)
-    shown_matrices: list[Matrix] = []
-    if shown.has("predictions.jsonl"):
-        shown_matrices = _matrices(shown, explorer.runs.taxonomy(shown))
+    metrics = shown.opened.metrics
+    shown_matrices = _matrices(shown.opened) if shown.has("predictions.jsonl") else []
     plot = reliability(metrics.calibration.all) if metrics.calibration else None
     bars = {key: bar(task, name=key) for key, task in metrics.tasks.items() if task.score is not None}
     return explorer.page(
@@ -38,18 +32,12 @@ def scores(request: Request) -> Response:
     )  # fmt: skip
 
 
-def metrics_of(run: RunEntry) -> Metrics:
-    """metrics.json of a run. Raises InputError when it is missing or malformed."""
-    return open_run(run.path).metrics
-
-
-def _matrices(run: RunEntry, taxonomy: Taxonomy) -> list[Matrix]:
+def _matrices(run: Run) -> list[Matrix]:
     """One matrix a dataset, so that a cell says which samples it means."""
-    predictions = read_predictions(run.path / "predictions.jsonl", taxonomy)
     return [
         matrix
-        for key in sorted({each.dataset for each in predictions})
-        for domain in matrices([each for each in predictions if each.dataset == key], taxonomy)
+        for key in sorted({each.dataset for each in run.predictions})
+        for domain in matrices([each for each in run.predictions if each.dataset == key], run.taxonomy)
         for matrix in [domain.pooled]
     ]
 

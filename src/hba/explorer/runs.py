@@ -10,18 +10,22 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from hba.errors import InputError
 from hba.evaluate.answers import same_answer
+from hba.evaluate.judge.judgements import FILE as JUDGEMENTS
+from hba.evaluate.judge.judgements import SETTINGS
+from hba.evaluate.results import FILE as METRICS
+from hba.evaluate.runs import ASKED, LOG, PREDICTIONS, Run, open_run
 from hba.explorer.database import Database
-from hba.storage import read_json
-from hba.taxonomy import Taxonomy, of_folder
+from hba.storage import read_json, read_jsonl
+from hba.taxonomy import Taxonomy
 
-MARKS = ("config.yaml", "predict.json", "predictions.jsonl", "metrics.json", "log.jsonl")
+MARKS = ("config.yaml", ASKED, PREDICTIONS, METRICS, LOG)
 MAX_DEPTH = 4
-JUDGEMENTS = "judgements.jsonl"
 DECISIONS = "human_verdicts.jsonl"
 
 
@@ -33,9 +37,14 @@ class RunEntry:
     path: Path
     changed: float
 
+    @cached_property
+    def opened(self) -> Run:
+        """The run as everybody reads it."""
+        return open_run(self.path)
+
     def has(self, file: str) -> bool:
         """Whether the run has a file of that name."""
-        return (self.path / file).is_file()
+        return self.opened.has(file)
 
 
 class Runs:
@@ -53,7 +62,7 @@ class Runs:
 
     def predicted(self) -> list[RunEntry]:
         """The runs that have predictions."""
-        return [run for run in self.all() if run.has("predictions.jsonl")]
+        return [run for run in self.all() if run.has(PREDICTIONS)]
 
     def get(self, name: str) -> RunEntry:
         """The run of that name. Raises InputError for a name that is no run's."""
@@ -62,15 +71,11 @@ class Runs:
                 return run
         raise InputError(f"no run {name!r}", where=str(self.root), fix="Choose one of the list.")
 
-    def taxonomy(self, run: RunEntry) -> Taxonomy:
-        """The taxonomy that the run was predicted with."""
-        return of_folder(run.path)
-
     def load(self, name: str) -> RunEntry:
         """The run, with its predictions and verdicts in the database as its files are now."""
         run = self.get(name)
         readers: dict[str, Callable[[RunEntry], None]] = {
-            "predictions.jsonl": self._load_predictions,
+            PREDICTIONS: self._load_predictions,
             JUDGEMENTS: self._load_judgements,
             DECISIONS: self._load_decisions,
         }
@@ -89,16 +94,16 @@ class Runs:
         return run
 
     def _load_predictions(self, run: RunEntry) -> None:
-        taxonomy = self.taxonomy(run)
+        taxonomy = run.opened.taxonomy
         self._database.write("DELETE FROM runs.prediction WHERE run = ?", [(run.name,)])
-        values = (_prediction(run, record, taxonomy) for record in whole_lines(run.path / "predictions.jsonl"))
+        values = (_prediction(run, record, taxonomy) for record in whole_lines(run.path / PREDICTIONS))
         self._database.write(
             "INSERT OR REPLACE INTO runs.prediction VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values
         )
 
     def _load_judgements(self, run: RunEntry) -> None:
         self._database.write("DELETE FROM runs.judgement WHERE run = ?", [(run.name,)])
-        judge = str(optional_json(run.path / "judge.json").get("model", "judge"))
+        judge = str(read_json(run.path / SETTINGS).get("model", "judge")) if run.has(SETTINGS) else "judge"
         values = (_judgement(run, record, judge) for record in whole_lines(run.path / JUDGEMENTS))
         self._database.write("INSERT OR REPLACE INTO runs.judgement VALUES (?, ?, ?, ?, ?)", values)
 
@@ -125,27 +130,8 @@ def _entry(folder: Path, root: Path) -> RunEntry:
 
 
 def whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file; a last line that is still being written is left for the next time.
-
-    Raises InputError naming any other line that is no JSON object."""
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                return
-            if line.strip():
-                yield _object(line, f"{path}:{number}")
-
-
-def _object(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"not valid JSON ({error})", where=where, fix="Repair the line.") from None
-    if not isinstance(record, dict):
-        raise InputError("expected a JSON object", where=where, fix="Repair the line.")
-    return record
+    """The objects of a JSONL file of a run that may be going on. Raises InputError naming a line that is none."""
+    return (line.record for line in read_jsonl(path, growing=True))
 
 
 def _prediction(run: RunEntry, record: dict[str, Any], taxonomy: Taxonomy) -> tuple[Any, ...]:
@@ -172,9 +158,3 @@ def _judgement(run: RunEntry, record: dict[str, Any], judge: str) -> tuple[Any, 
 def exact(answer: str | None, target: str) -> bool:
     """Whether a free-form answer is the target to the letter, but for case and punctuation."""
     return answer is not None and same_answer(answer, target)
-
-
-def optional_json(path: Path) -> dict[str, Any]:
-    """A JSON file of a run folder with NaN as None, {} where there is none. Raises InputError for a broken one."""
-    value = read_json(path) if path.is_file() else {}
-    return value if isinstance(value, dict) else {}
