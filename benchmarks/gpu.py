@@ -171,7 +171,7 @@ def vllm(place: Place) -> dict[str, Any]:
         predict(place)
     done = child(place, *asked(place, "vllm"), python=python)
     said = [
-        {record["id"]: record["raw"] for record in records(place.folder / f"predictions-{name}", "predictions.jsonl")}
+        {record["id"]: record["output"] for record in records(place.folder / f"predictions-{name}", "predictions.jsonl")}
         for name in ("hf", "vllm")
     ]
     require(said[0].keys() == said[1].keys(), "other rows")
