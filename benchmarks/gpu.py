@@ -170,10 +170,8 @@ def vllm(place: Place) -> dict[str, Any]:
     if not (place.folder / "predictions-hf").is_dir():
         predict(place)
     done = child(place, *asked(place, "vllm"), python=python)
-    said = [
-        {record["id"]: record["output"] for record in records(place.folder / f"predictions-{name}", "predictions.jsonl")}
-        for name in ("hf", "vllm")
-    ]
+    folders = [place.folder / f"predictions-{name}" for name in ("hf", "vllm")]
+    said = [{row["id"]: row["output"] for row in records(folder, "predictions.jsonl")} for folder in folders]
     require(said[0].keys() == said[1].keys(), "other rows")
     alike = sum(said[0][row] == said[1][row] for row in said[0])
     return {**done, "rows": len(said[0]), "answers_alike": alike}
@@ -219,7 +217,9 @@ def child(
 ) -> dict[str, Any]:
     """Run this file for one command; what it measured. AssertionError with the end of its errors for another code."""
     hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if place.tiny else {}
-    given = os.environ | {"HF_HUB_OFFLINE": "1"} | hidden | (environment or {})
+    # What is freed goes back to the kernel at once: main memory is what is held, not what the allocator kept.
+    shared = {"HF_HUB_OFFLINE": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    given = os.environ | shared | hidden | (environment or {})
     command = [python, __file__, "--child", *arguments]
     done = subprocess.run(command, env=given, capture_output=True, text=True, check=False)
     require(done.returncode == code, f"{' '.join(arguments)} ended with {done.returncode}: {done.stderr[-2000:]}")
