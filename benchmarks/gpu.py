@@ -156,7 +156,7 @@ def probabilities(place: Place) -> dict[str, Any]:
     found = {way: child(place, "--probabilities", way) for way in ("chunks", "whole")}
     key = "main_mb" if found["chunks"]["gpu_mb"] is None else "gpu_mb"
     chunks, whole = found["chunks"], found["whole"]
-    require(abs(whole["sum"] / chunks["sum"] - 1) < 1e-5, f"other numbers: {found}")
+    require(abs(whole["sum"] / chunks["sum"] - 1) < 1e-4, f"other numbers: {found}")
     peaks = {"chunks_mb": chunks[key], "whole_mb": whole[key], "whole_to_chunks": round(whole[key] / chunks[key], 1)}
     return {"tokens": chunks["tokens"], "whole_logits_mb": chunks["tokens"] * VOCABULARY * 4 // 2**20, **peaks}
 
@@ -241,10 +241,15 @@ def run_child(arguments: Sequence[str]) -> None:
     if step := os.environ.get(DIES):
         die_at(int(step))
     waits: list[str] = []
+    on_gpu = on_gpu and "vllm" not in arguments  # whose engine is a process of its own, and wants to be the first
     if on_gpu:
-        torch.cuda.init()
+
+        def shown(message: Warning | str, category: type[Warning], name: str, line: int, *_: Any) -> None:
+            if "synchroniz" in str(message):
+                waits.append(f"{name}:{line}")
+
         torch.cuda.set_sync_debug_mode("warn")
-        warnings.showwarning = lambda message, category, name, line, *_: waits.append(f"{name}:{line}")
+        warnings.showwarning = shown
         warnings.simplefilter("always")
     found: dict[str, Any] = {}
     with load_memory.Watched() as watched:
