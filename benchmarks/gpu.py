@@ -95,6 +95,7 @@ def sft(place: Place) -> dict[str, Any]:
 
 def resume(place: Place) -> dict[str, Any]:
     """Killed at step 4 and resumed, against uninterrupted: bit for bit on a CPU, on a GPU as far as its kernels are."""
+    require_made(place, "sft", sft)
     run = place.folder / "resumed"
     killed = train(place, "sft", run.name, *SFT, environment={DIES: "4"}, code=-signal.SIGKILL)
     again = train(place, "sft", run.name, *SFT)
@@ -103,6 +104,7 @@ def resume(place: Place) -> dict[str, Any]:
 
 def sharded(place: Place) -> dict[str, Any]:
     """FSDP over one GPU, loaded from mapped files: what is computed and saved is what a whole model gives."""
+    require_made(place, "sft", sft)
     done = train(place, "sft", "sharded", *SFT, "train.sharding=full", shards=True)
     return {**done, **difference(place.folder / "sharded", place.folder / "sft")}
 
@@ -126,6 +128,7 @@ def stages(place: Place) -> dict[str, Any]:
 
 def merge(place: Place) -> dict[str, Any]:
     """`hba merge`: main memory against the largest file of the backbone."""
+    require_made(place, "sft", sft)
     out = place.folder / "merged"
     done = child(place, "merge", str(place.folder / "sft"), str(out))
     largest = merge_memory.megabytes(*(place.folder / "base").glob("*.safetensors"))
@@ -134,8 +137,7 @@ def merge(place: Place) -> dict[str, Any]:
 
 def predict(place: Place) -> dict[str, Any]:
     """The merged model answers in words, and the heads of the run that it was made of in classes."""
-    if not (place.folder / "merged").is_dir():
-        merge(place)
+    require_made(place, "merged", merge)
     words = child(place, *asked(place, "hf"))
     heads = child(place, *asked(place, "heads", str(place.folder / "sft")))
     return {"words": words, "heads": heads}
@@ -167,8 +169,7 @@ def vllm(place: Place) -> dict[str, Any]:
     python = sys.executable if here else os.environ.get("HBA_VLLM")
     if python is None or place.tiny:
         return {"skipped": "no GPU" if place.tiny else "no vLLM here, and HBA_VLLM names no environment with it"}
-    if not (place.folder / "predictions-hf").is_dir():
-        predict(place)
+    require_made(place, "predictions-hf", predict)
     done = child(place, *asked(place, "vllm"), python=python)
     folders = [place.folder / f"predictions-{name}" for name in ("hf", "vllm")]
     said = [{row["id"]: row["output"] for row in records(folder, "predictions.jsonl")} for folder in folders]
@@ -205,7 +206,8 @@ def train(
 def asked(place: Place, backend: str, model: str | None = None) -> list[str]:
     """`hba predict` of some rows of the test split."""
     arguments = ["predict", model or str(place.folder / "merged"), "--backend", backend, "--limit", "40"]
-    return [*arguments, "--atlas", str(place.folder / "atlas"), "--run", str(place.folder / f"predictions-{backend}")]
+    arguments += ["--atlas", str(place.folder / "atlas"), "--run", str(place.folder / f"predictions-{backend}")]
+    return [*arguments, *ENCODE, *([] if backend == "heads" else ["generation.max_tokens=16"])]
 
 
 def child(
@@ -356,6 +358,12 @@ def require(holds: bool, what: str) -> None:
     """End the check with `what` where it does not hold."""
     if not holds:
         raise AssertionError(what)
+
+
+def require_made(place: Place, name: str, check: Check) -> None:
+    """Run the check that leaves the folder `name`, where it is not there."""
+    if not (place.folder / name).is_dir():
+        check(place)
 
 
 def records(run: Path, name: str = "log.jsonl") -> list[dict[str, Any]]:
