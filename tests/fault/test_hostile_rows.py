@@ -16,8 +16,12 @@ import PIL.Image
 import pytest
 import soundfile
 import torch
+from starlette.testclient import TestClient
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # media_corpus and tiny_chat are shared
+
+import free_form_run
+import rl_run
 
 import media_corpus
 import tiny_chat
@@ -29,12 +33,19 @@ from hba.atlas.media import load_descriptor
 from hba.config import load_config
 from hba.errors import InputError, MediaError
 from hba.evaluate.config import PredictConfig
+from hba.evaluate.judge.run import JudgeConfig, judge_run
 from hba.evaluate.predict import predict_run
+from hba.evaluate.score import score_run
+from hba.explorer.app import create_app
 from hba.model.chat import load_processor
+from hba.remote import ClientConfig
+from hba.report import write_report
 from hba.run import RunFolder
 from hba.storage import read_jsonl
 from hba.train.bam import train_bam
-from hba.train.config import BamConfig, SftConfig
+from hba.train.config import BamConfig, LmConfig, QaConfig, SftConfig
+from hba.train.lm import train_lm
+from hba.train.qa import train_qa
 from hba.train.sft import train_sft
 
 GOOD = {"dataset": "cremad", "task": "emotion_cls", "answer": "anger", "problem": "How does the person feel?"}
@@ -62,7 +73,7 @@ def picture(width: int, height: int) -> bytes:
 
 def clip(width: int, height: int) -> bytes:
     file = io.BytesIO()
-    with av.open(file, "w", format="matroska") as out:
+    with av.open(file, "w", format="matroska", options={"fflags": "+bitexact"}) as out:
         stream: Any = out.add_stream("ffv1", rate=5)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for _ in range(5):
@@ -165,6 +176,27 @@ def test_train_sft_goes_on(
     assert progress.samples_seen == 2 * len(hostile_rows()) + 1 - len(blamed["train"])
 
 
+def test_train_lm_goes_on(tmp_path: Path, hostile: tuple[Path, dict[str, dict[str, str]]], backbone: Path) -> None:
+    atlas, blamed = hostile
+    small = ["model.strategy=full", *SMALL[1:], "loader.workers=0"]
+    config = load_config(LmConfig, None, [f"atlas={atlas}", f"model.name={backbone}", *small])
+    with RunFolder.open(tmp_path / "run", config=config, command="train lm", seed=0) as folder:
+        progress = train_lm(config, folder)
+    assert quarantined(tmp_path / "run") == blamed["train"]
+    assert progress.samples_seen == 2 * len(hostile_rows()) + 1 - len(blamed["train"])
+
+
+def test_train_rl_goes_on(tmp_path: Path, hostile: tuple[Path, dict[str, dict[str, str]]], backbone: Path) -> None:
+    atlas, blamed = hostile
+    changes = ["train.max_steps=20", "train.validate_every=50", "encode.max_tokens=2000", "validation_rows=2"]
+    config = rl_run.settings(atlas, backbone, rl_run.write_reward(tmp_path), *changes)
+    rl_run.train(tmp_path / "run", config)
+    assert quarantined(tmp_path / "run") == blamed["train"]
+    shown = {record["id"] for record in (line.record for line in read_jsonl(tmp_path / "run" / "rollouts.jsonl"))}
+    places = {sample.id: sample.where for sample in open_atlas(atlas, split="train")}
+    assert shown and not {places[each] for each in shown} & blamed["train"].keys()
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, mini_atlas: Path, backbone: Path) -> Path:
     run = tmp_path_factory.mktemp("runs") / "sft"
@@ -194,6 +226,108 @@ def test_predict_with_heads_goes_on(
     assert quarantined(tmp_path / "run") == blamed["test"]
     places = {sample.where for sample in open_atlas(atlas, split="test")}
     assert said == dict.fromkeys(places - blamed["test"].keys())
+
+
+def test_train_qa_goes_on(
+    tmp_path: Path, mini_atlas: Path, hostile: tuple[Path, dict[str, dict[str, str]]], backbone: Path
+) -> None:
+    """Its features are those of the frozen backbone: the rows are read for the cache, not in the loop."""
+    atlas = tmp_path / "atlas"
+    shutil.copytree(hostile[0], atlas)
+    for split in ("train", "validation"):
+        lines = [json.loads(line) for line in (atlas / f"{split}.jsonl").read_text().splitlines()]
+        free = {"dataset": "siq2", "task": "social_reasoning_qa", "answer": "Since he is angry."}
+        (atlas / f"{split}.jsonl").write_text("".join(json.dumps(line | free) + "\n" for line in lines))
+    settings = [f"atlas={mini_atlas}", f"model.name={backbone}", *SMALL, "train.max_steps=1", "answer_weight=1"]
+    config = load_config(SftConfig, None, [*settings, "loader.workers=0", "validation_split=validation"])
+    with RunFolder.open(tmp_path / "base", config=config, command="train sft", seed=0) as folder:
+        train_sft(config, folder)
+    settings = [f"atlas={atlas}", f"base={tmp_path / 'base'}", "datasets=[siq2]", *SMALL[1:5]]
+    config = load_config(QaConfig, None, [*settings, "features.loader.workers=0"])
+    with RunFolder.open(tmp_path / "run", config=config, command="train qa", seed=0) as folder:
+        progress = train_qa(config, folder)
+    blamed = {place.replace(str(hostile[0]), str(atlas)): field for place, field in hostile[1]["train"].items()}
+    assert quarantined(tmp_path / "run") == blamed
+    assert progress.samples_seen == 2 * len(hostile_rows()) + 1 - len(blamed)
+
+
+@pytest.mark.parametrize("video", ["frames", "file"])
+def test_predict_report_and_explorer_go_on_with_a_server(
+    tmp_path: Path, hostile: tuple[Path, dict[str, dict[str, str]]], chat_server: Any, video: str
+) -> None:
+    """A server sees what can be decoded, whatever its shape: what it refuses is its own answer."""
+    atlas, blamed = hostile
+    run, server = tmp_path / "runs" / "run", chat_server("echo")
+    said = predict(Path("m"), run, atlas, "openai", f"remote.base_url={server.url}", f"video={video}")
+    healthy = {"picture 4000 x 1", "picture 1 x 4000", "picture 27 x 5600", "clip 3000 x 14", "a prompt without end"}
+    samples = list(open_atlas(atlas, split="test"))
+    hostile_places = dict(zip((s.where for s in samples[1::2]), hostile_rows(), strict=True))
+    expected = {place: field for place, field in blamed["test"].items() if hostile_places[place] not in healthy}
+    loud = next(place for place, name in hostile_places.items() if name == "sound of absurd loudness")
+    expected.pop(loud, None)
+    assert quarantined(run) == expected
+    assert set(said) == {s.where for s in samples} - expected.keys() and set(said.values()) == {None}
+    score_run(run, resamples=100)
+    assert write_report(run).is_file()
+    if video == "file":
+        return
+    app = create_app(atlas=atlas, runs=tmp_path / "runs", cache_folder=tmp_path / "cache")
+    with TestClient(app, base_url="http://127.0.0.1") as client:
+        app.state.explorer.index.wait(120)
+        for sample in samples:
+            assert client.get(f"/sample/test/{sample.number}").status_code == 200
+            drawn = [("sound", "audios", sample.audios), ("playable", "images", sample.images)]
+            for kind, field, count in [*drawn, ("playable", "videos", sample.videos)]:
+                if count:
+                    assert client.get(f"/picture/{kind}/test/{sample.number}/{field}/0").status_code == 200
+        assert client.get("/quarantine").status_code == 200
+
+
+ANSWERS = [
+    CONTROL,
+    "\0\x1b[0m\u202e\ufffe",
+    "[" * 100_000,
+    "x" * 300_000,
+    '{"code": 1, "correct": true}',
+    "\\boxed{" * 9,
+]
+
+
+def test_judge_goes_on(tmp_path: Path, chat_server: Any) -> None:
+    """Answers of every sort, as another program may have written them, each get a verdict of their own."""
+    free_form_run.make_run(tmp_path, 20)
+    path = tmp_path / "run" / "predictions.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line, answer in zip(lines, ANSWERS, strict=False):
+        line["output"] = line["answer"] = answer
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    client = ClientConfig(base_url=chat_server("judge").url, first_backoff_seconds=0.01, timeout_seconds=60)
+    judged = judge_run(tmp_path / "run", model="m", config=JudgeConfig(remote=client), progress=lambda tally: None)
+    expected = {line["id"]: line["answer"].lower() == line["target"] for line in lines}
+    assert {j.id: j.correct for j in judged.judgements} == expected and not judged.unjudged
+
+
+def test_describe_goes_on(hostile: tuple[Path, dict[str, dict[str, str]]], tmp_path: Path) -> None:
+    pytest.importorskip(
+        "opensmile", reason="opensmile is not installed: pip install 'human-behavior-atlas[descriptors]'"
+    )
+    from hba.descriptors.describe import describe
+    from hba.descriptors.items import Settings
+
+    atlas = tmp_path / "atlas"
+    shutil.copytree(hostile[0], atlas)
+    summary = describe(atlas, Settings(audio="egemaps", video=None), workers=1)
+    lines = [json.loads(line) for line in (atlas / "train.jsonl").read_text().splitlines()]
+    rows = dict(zip(hostile_rows(), lines[1::2], strict=True))
+    soundless = ("clip 3000 x 14", "clip of eight bytes", "sound without samples", "sound of one sample")
+    bad = {
+        (rows[name].get("audios") or rows[name]["videos"])[0]
+        for name in (*soundless, "sound, cut off", "sound that is text")
+    }
+    assert {failure["medium"] for failure in summary.failures} == bad
+    assert summary.extracted == {"audio": 4}
+    named = [json.loads(line)["ext_audio_feats"] for line in (atlas / "test.jsonl").read_text().splitlines()[::2]]
+    assert all(len(each) == 1 for each in named)
 
 
 @pytest.mark.parametrize(("family", "modalities"), [("qwen_vl", "image,video"), ("qwen_audio", "audio"), ("llama", "")])

@@ -80,6 +80,9 @@ BAD_ROWS: dict[str, tuple[Any, Planted]] = {
     "array": ("[1]", {("error", "row-json", ":2")}),
     "type": (text_row(answer=3), {("error", "row-schema", ":2")}),
     "missing": (text_row(modality_signature=...), {("error", "row-schema", ":2")}),
+    "twice": ('{"answer": "humour", ' + json.dumps(text_row())[1:], {("error", "row-schema", ":2")}),
+    "twice inside": (json.dumps(text_row())[:-1] + ', "x": [{"a": 1, "a": 2}]}', {("error", "row-schema", ":2")}),
+    "number": (json.dumps(text_row())[:-1] + ', "x": 1e999}', {("error", "row-schema", ":2")}),
     "dataset": (text_row(dataset="urfunn"), {("error", "row-dataset", ":2")}),
     "label": (text_row(answer="funny"), {("error", "row-label", ":2")}),
     "signature": (text_row(modality_signature="text_audio"), {("error", "row-signature", ":2")}),
@@ -100,6 +103,8 @@ BAD_ROWS: dict[str, tuple[Any, Planted]] = {
         },
     ),
 }
+LEFT = ("tags", "prompt", "free answer", "twice", "twice inside", "number")
+"""what opening leaves to the encoder, or to who reads extra fields"""
 NOTE = ("note", "release-size", "train.jsonl")
 
 
@@ -111,7 +116,7 @@ def test_a_bad_row_is_named(tmp_path: Path, name: str) -> None:
     assert set(found(result)) - {NOTE} == {(level, code, f"train.jsonl{at}") for level, code, at in planted}
     assert (result.rows, result.ok) == ({"train": 3}, not any(level == "error" for level, _, _ in planted))
     assert all(finding.fix for finding in result.findings)
-    if not result.ok and name not in ("tags", "prompt", "free answer"):  # what opening leaves to the encoder
+    if not result.ok and name not in LEFT:
         with pytest.raises(InputError, match=re.escape(f"{tmp_path}/train.jsonl:2")):
             open_atlas(tmp_path, split="train")
 

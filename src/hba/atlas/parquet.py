@@ -163,7 +163,7 @@ class ParquetStore:
         said = {name: value for name, value in values.items() if name not in _KNOWN and value is not None}
         try:
             return said | msgspec.json.decode(values.get(EXTRA) or "{}", type=dict[str, Any])
-        except (msgspec.DecodeError, TypeError) as error:
+        except (msgspec.DecodeError, TypeError, RecursionError) as error:
             where = f"{self.place(number)}, {EXTRA}"
             raise InputError(f"cannot be read ({error})", where=where, fix="Convert the shard again.") from None
 

@@ -7,8 +7,10 @@ that names file and line, the field, what was expected, what was found, and a fi
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -79,9 +81,26 @@ def decode_fields(raw: bytes, where: str) -> dict[str, Any]:
     """All fields of a JSON line. Raises InputError naming the place for a number that no computer holds."""
     try:
         fields: dict[str, Any] = msgspec.json.decode(raw)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise InputError(f"an extra field cannot be read ({error})", where=where, fix=_FIX_JSON) from None
     return fields
+
+
+def check_fields(raw: bytes, where: str) -> None:
+    """What is wrong with a line that decodes as a row: InputError for a number as above, or a key that stands twice."""
+    decode_fields(raw, where)
+    try:
+        json.loads(raw, object_pairs_hook=partial(_once, where))
+    except RecursionError:
+        return  # deeper than Python's reader goes
+
+
+def _once(where: str, pairs: list[tuple[str, Any]]) -> None:
+    names = [name for name, _ in pairs]
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            fix = "Keep one of the two; readers take the last."
+            raise InputError(f"field {name!r}: stands twice in the row", where=where, fix=fix)
 
 
 def _schema_error(message: str, where: str) -> InputError:

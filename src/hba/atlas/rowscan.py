@@ -18,7 +18,7 @@ from typing import NamedTuple
 from hba.atlas.columns import Columns
 from hba.atlas.findings import Finding, at_places
 from hba.atlas.rowfiles import MediumName, RawRow, read_rows
-from hba.atlas.rows import PATH_FIELDS, RowChecker, decode_row, label_of, signature_of
+from hba.atlas.rows import PATH_FIELDS, RowChecker, check_fields, decode_row, label_of, signature_of
 from hba.atlas.sample import MEDIA_FIELDS, Field, Row
 from hba.atlas.split import SplitFiles, find_files, parse_split, present_splits
 from hba.errors import InputError
@@ -116,6 +116,7 @@ class Catalogue:
             return False
         try:
             row = decode_row(raw.text, self.files[place.file], raw.line)
+            check_fields(raw.text, self.where(place))
         except InputError as error:
             no_object = error.what.startswith(("not valid JSON", "expected a JSON object"))
             code = "row-json" if no_object else "row-schema"

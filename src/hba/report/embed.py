@@ -87,7 +87,8 @@ def embed_media(sample: Sample, budget: Budget) -> tuple[Medium, ...]:
 
 def _embed(sample: Sample, kind: Kind, name: Field, index: int, budget: Budget) -> Medium:
     try:
-        encoded = _encode(sample, kind, name, index, budget)
+        with sample.blamed(name):
+            encoded = _encode(sample, kind, name, index, budget)
     except MediaError as error:
         return Medium(kind=kind, uri=None, note=f"cannot be shown: {error.what}")
     uri = budget.take(encoded)

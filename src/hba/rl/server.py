@@ -135,7 +135,8 @@ class ServerSampler:
         extra["logit_bias"] = {str(token): BANNED_BIAS for token in self._banned}
         if media.images or media.videos:
             pixels = {"min_pixels": encode.min_pixels, "max_pixels": encode.max_pixels}
-            extra["mm_processor_kwargs"] = pixels | frame_rate([v.rate_hz for v in media.videos], sample.where)
+            rates_hz = [video.rate_hz for video in media.videos]
+            extra["mm_processor_kwargs"] = pixels | frame_rate(rates_hz, sample.place("videos"))
         if media.videos:
             extra["media_io_kwargs"] = {"video": {"num_frames": -1}}
         return ChatRequest(

@@ -119,7 +119,7 @@ def engine_inputs(sample: Sample, processor: Any, encode: EncodeConfig, wording:
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     inputs = {"prompt": prompt, "multi_modal_data": {name: items for name, items in given.items() if items}}
     if media.videos:  # frames alone say nothing of when they were
-        inputs["mm_processor_kwargs"] = frame_rate([video.rate_hz for video in media.videos], sample.where)
+        inputs["mm_processor_kwargs"] = frame_rate([video.rate_hz for video in media.videos], sample.place("videos"))
     return inputs
 
 

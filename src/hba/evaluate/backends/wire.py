@@ -21,7 +21,7 @@ from hba.atlas.config import EncodeConfig
 from hba.atlas.media import SAMPLE_RATE, Image, Video
 from hba.atlas.prompt import Message, Modality
 from hba.atlas.sample import Sample
-from hba.errors import InputError
+from hba.errors import MediaError
 from hba.remote.request import Message as RemoteMessage
 from hba.remote.request import Part
 
@@ -126,11 +126,11 @@ def _base64(data: bytes) -> str:
 def frame_rate(rates_hz: Sequence[float], where: str = "") -> dict[str, float]:
     """`fps`, from which vLLM's processor takes the times of all videos of a prompt; nothing without videos.
 
-    `rates_hz` are the frames of each video by the seconds that they span. Raises InputError where these differ:
+    `rates_hz` are the frames of each video by the seconds that they span. Raises MediaError where these differ:
     one number cannot say them all.
     """
     different = {round(rate, 6) for rate in rates_hz}
     if len(different) > 1:
         fix = "Take rows of one video, or let transformers answer: --backend hf, rollout.sampler=generate."
-        raise InputError(f"videos of one prompt have {len(different)} different frame rates", where=where, fix=fix)
+        raise MediaError(f"videos of one prompt have {len(different)} different frame rates", where=where, fix=fix)
     return {"fps": rates_hz[0]} if different else {}  # rounded, it would move positions by one
