@@ -273,7 +273,10 @@ def sounds() -> dict[str, Callable[[], Sound]]:
         "wav, two files joined": lambda: Sound(_wave() * 2, refused="joined together", ffmpeg="reads the first alone"),
         "wav with mp3 inside": lambda: Sound(track(tone(), "wav", "libmp3lame"), mp3_padded),
         "wav, big endian": lambda: Sound(written(tone(), "WAV", "PCM_16", endian="BIG"), whole),
+        "wav of gsm, an odd number of blocks": lambda: Sound(written(tone(), "WAV", "GSM610"), whole),
+        "wav of gsm": lambda: Sound(written(tone(3.2 + 320 / RATE), "WAV", "GSM610"), whole + 320 / RATE),
         "rf64": lambda: Sound(written(tone(), "RF64", "PCM_16"), whole),
+        "bw64": lambda: Sound(b"BW64" + written(tone(), "RF64", "PCM_16")[4:], whole),
         "rf64, never finished": lambda: Sound(
             (data := written(tone(), "RF64", "PCM_16"))[:20] + bytes(24) + data[44:],
             refused="0 samples",
@@ -282,6 +285,7 @@ def sounds() -> dict[str, Callable[[], Sound]]:
         "w64": lambda: Sound(written(tone(), "W64", "PCM_16"), whole),
         "w64, cut": lambda: Sound(written(tone(), "W64", "PCM_16")[:50_000], refused="cut off"),
         "aiff": lambda: Sound(written(tone(), "AIFF", "PCM_16"), whole),
+        "aiff, little endian": lambda: Sound(track(tone(), "aiff", "pcm_s16le"), whole),
         "aiff, cut": lambda: Sound(written(tone(), "AIFF", "PCM_16")[:50_000], refused="cut off"),
         "aiff from a pipe": lambda: Sound(
             track(tone(), "aiff", "pcm_s16be", piped=True), whole, ffmpeg="refuses a size of 0"
@@ -289,6 +293,7 @@ def sounds() -> dict[str, Callable[[], Sound]]:
         "au from a pipe": lambda: Sound(track(tone(), "au", "pcm_s16be", piped=True), whole),
         "au, cut": lambda: Sound(written(tone(), "AU", "PCM_16")[:50_000], refused="cut off"),
         "caf from a pipe": lambda: Sound(track(tone(), "caf", "pcm_s16le", piped=True), whole),
+        "caf of mu-law": lambda: Sound(track(tone(), "caf", "pcm_mulaw"), whole),
         "caf of alac": lambda: Sound(track(tone(), "caf", "alac"), whole),
         "nist": lambda: Sound(written(tone(), "NIST", "PCM_16"), whole),
         "nist, cut": lambda: Sound(written(tone(), "NIST", "PCM_16")[:50_000], refused="cut off"),
@@ -388,6 +393,11 @@ def sounds() -> dict[str, Callable[[], Sound]]:
             refused="its index reaches",
         ),
         "m4a of alac": lambda: Sound(track(tone(), "ipod", "alac"), whole),
+        "mp4 of mp3": lambda: Sound(track(tone(), "mp4", "libmp3lame"), 141_743 / RATE),
+        "mp4 of flac": lambda: Sound(track(tone(), "mp4", "flac", strict="-2"), whole),
+        "3gp of amr": lambda: Sound(track(tone(rate=8000), "3gp", "libopencore_amrnb", 8000, bit_rate=12_200), 3.21375),
+        "flv of aac": lambda: Sound(track(tone(), "flv", "aac"), 139 * 1024 / RATE),
+        "ts of aac": lambda: Sound(track(tone(), "mpegts", "aac"), 139 * 1024 / RATE),
         "mp4 of opus": lambda: Sound(track(tone(rate=48_000), "mp4", "libopus", 48_000), 154_248 / 48_000),
         "avi of pcm": lambda: Sound(track(tone(), "avi", "pcm_s16le"), whole),
         "mkv of opus": lambda: Sound(track(tone(rate=48_000), "matroska", "libopus", 48_000), whole),
@@ -583,6 +593,7 @@ def clips() -> dict[str, Callable[[], Clip]]:
             [*range(40), *range(100, 140)],
         ),
         "ts, cut within a packet": lambda: Clip(movie("mpegts", "libx264")[:-1000], [], refused="cut off"),
+        "m2ts": lambda: Clip(by_ffmpeg(movie("mp4", "libx264", g="12"), "m2ts", "-c", "copy"), everything),
         "mpg": whole("mpeg", "mpeg1video", sound="mp2", **anchored),
         "mpg, large": whole("mpeg", "mpeg1video", numbers=range(250), size=LARGE, sound="mp2", g="25", bf="2"),
         "mpg, two recordings joined": lambda: Clip(
@@ -603,6 +614,7 @@ def clips() -> dict[str, Callable[[], Clip]]:
         ),
         "wmv": whole("asf", "wmv2", sound="wmav2", g="12"),
         "wmv of wmv1": whole("asf", "wmv1", g="12"),
+        "wmv of h264": whole("asf", "libx264", sound="aac", g="12"),
         "wmv from a pipe": whole("asf", "wmv2", sound="wmav2", g="12", piped=True),
         "wmv, cut": lambda: Clip(movie("asf", "wmv2", sound="wmav2")[:-5000], [], refused="cut off"),
         "wmv, cut, from a pipe": lambda: Clip(

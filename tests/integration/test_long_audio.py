@@ -28,7 +28,8 @@ from hba.model import OmniSapiens
 from hba.model.chat import load_processor
 from hba.run import RunFolder
 from hba.storage import read_json, read_jsonl
-from hba.train.config import SftConfig
+from hba.train.bam import train_bam
+from hba.train.config import BamConfig, SftConfig
 from hba.train.sft import train_sft
 
 RATE = 16_000
@@ -128,7 +129,9 @@ def test_what_cannot_be_heard_in_windows_is_refused_by_name(recordings: Path, mo
         batch(windows, atlas, "two")
 
 
-def test_training_and_prediction_with_windows(tmp_path: Path, recordings: Path, backbone: Path) -> None:
+def test_training_and_prediction_with_windows(
+    tmp_path: Path, recordings: Path, backbone: Path, mini_atlas: Path
+) -> None:
     settings = [
         f"atlas={recordings}", f"model.name={backbone}", "model.strategy=full", "train.max_steps=2", "train.epochs=9",
         "train.batch_size=4", "train.validate_every=2", "train.log_every=1", "loader.workers=0",
@@ -153,6 +156,13 @@ def test_training_and_prediction_with_windows(tmp_path: Path, recordings: Path, 
     probs = torch.softmax(logits[0], 0)
     line = next(line for line in said if line["id"] == "long")
     assert max(line["probs"].values()) == pytest.approx(float(probs.max()), abs=1e-4)
+    later = [f"atlas={mini_atlas}", f"base={tmp_path / 'run'}", "datasets=[daicwoz]", "train.sharding=full"]
+    whole = load_config(BamConfig, None, [*later, "stage=full"])
+    with (
+        RunFolder.open(tmp_path / "bam", config=whole, command="train bam", seed=0) as folder,
+        pytest.raises(ConfigError, match=r"encode\.long_audio.*different numbers of windows"),
+    ):
+        train_bam(whole, folder)
 
 
 def test_words_are_not_said_of_windows(tmp_path: Path, recordings: Path, backbone: Path) -> None:

@@ -14,7 +14,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
-from itertools import dropwhile, pairwise
+from itertools import chain, dropwhile, pairwise
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -613,22 +613,24 @@ class _Pass:
     def _stored(self) -> Iterator[Packet[VideoStream]]:
         """The packets from the keyframe on, in stored order, each with the times that it has when all are read."""
         self.clip.container.seek(self.keyframe.seek_ticks, stream=self.clip.stream)
+        packets, begin = self.clip.container.demux(self.clip.stream), self.keyframe.pts
+        first = next((packet for packet in packets if packet.is_keyframe and packet.pts == begin), None)
+        if first is None:
+            raise self.clip.damaged(begin)
         places = self.timeline.places
+        if not places:
+            yield first
+            yield from packets
+            return
         number: int | None = None
-        for packet in self.clip.container.demux(self.clip.stream):
-            if number is None and not (packet.is_keyframe and packet.pts == self.keyframe.pts):
-                continue
-            if places and packet.size and not packet.is_discard:
+        for packet in chain([first], packets):
+            if packet.size and not packet.is_discard:
                 # Times that a container leaves out are guessed from those before, which a seek forgets.
                 place, pts = places.get(packet.dts, (-1, None))
                 if pts != packet.pts or place < 0 or (number is not None and place != number + 1):
                     raise self.clip.damaged(packet.pts)
                 number = place
-            else:
-                number = 0
             yield packet
-        if number is None:
-            raise self.clip.damaged(self.keyframe.pts)
 
     def _packets(self) -> Iterator[tuple[Packet[VideoStream], bool]]:
         """Packets in stored order, and whether the packet's own frame (not those that refer to it) is needless."""

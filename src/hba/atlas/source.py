@@ -67,6 +67,8 @@ CODECS = frozenset(_VIDEO_CODECS + _SOUND_CODECS)
 
 # The header of these tells how long they last and nothing of their structure shows whether they are whole.
 _DECLARING = frozenset({"ogg", "rm", "mxf"})
+# The header of these may be corrupt while all is there.
+_DECLARED = ("mov", "matroska")
 _UNKNOWN_SIZE = 0x7FFF0000
 """a size from here on is that of a writer to a pipe, who cannot know it (0x7ffff000, 0x80000000, 0xffffffff)"""
 
@@ -652,6 +654,11 @@ def packet_end(packet: Packet[Any]) -> float:
     return (packet.pts + (packet.duration or 0)) * base.numerator / base.denominator
 
 
+def is_judged_by_end(container: InputContainer) -> bool:
+    """Whether `check_reaches_end` can refuse it."""
+    return container.format.name in _DECLARING or container.format.name.startswith(_DECLARED)
+
+
 def check_reaches_end(container: InputContainer, end_seconds: float, where: str) -> None:
     """Raise MediaError when the last packet ends far beyond the end that the header declares, or well before it.
 
@@ -665,6 +672,6 @@ def check_reaches_end(container: InputContainer, end_seconds: float, where: str)
         found = max(end_seconds, 0.0)
         what = f"is cut off: holds {found:.1f} s of the {declared:.1f} s that its header declares"
         raise MediaError(what, where=where, fix=RESTORE)
-    if container.format.name.startswith(("mov", "matroska")) and end_seconds > 2 * declared + 60:
+    if container.format.name.startswith(_DECLARED) and end_seconds > 2 * declared + 60:
         what = f"has a corrupt header: declares {declared:.1f} s, holds {end_seconds:,.1f} s"
         raise MediaError(what, where=where, fix=RESTORE)

@@ -33,7 +33,7 @@ from hba.model.heads import DomainHeads, token_loss
 from hba.model.omni import OmniSapiens, apply_strategy, config_of
 from hba.process import prepare_process, start_accelerator
 from hba.run import RunFolder
-from hba.train.config import BamConfig
+from hba.train.config import BamConfig, refuse_windows_of_shards
 from hba.train.described import described_datasets, fitting, read_descriptors, training_matrix
 from hba.train.domains import after_bam
 from hba.train.frozen import (
@@ -91,6 +91,8 @@ def train_bam(config: BamConfig, run: RunFolder, progress: Progressed = lambda d
     train, validation = Rows.of(opened, keys, config), Rows.of(held_out, keys, config)
     run.record_data(data_record(config.atlas, train.atlas))
     base = FrozenBase(config.base, dtype=config.dtype, attention=config.attention, taxonomy=opened.taxonomy)
+    if config.stage == "full":
+        refuse_windows_of_shards(base.encode, config.train)
     columns, heads = train.atlas.columns, config.stage != "adapters"
     how = (columns, train.atlas.estimated_tokens, config.mix, config.train, columns.dataset_codes.astype(np.int64))
     reached = {columns.datasets[code] for code in columns.dataset_codes[planned_rows(*how)]} if heads else keys

@@ -85,10 +85,15 @@ class SftConfig:
             if self.answer_weight > 0:
                 found = "windows of a sound are averaged by heads; answer_weight trains words, too"
                 raise ConfigError(found, where="encode.long_audio", fix=WINDOWS_ARE_FOR_HEADS)
-            if self.train.sharding == "full":
-                found = "processes that share a model cannot hear different numbers of windows"
-                fix = "Use train.sharding=none, or encode.long_audio=head."
-                raise ConfigError(found, where="encode.long_audio", fix=fix)
+            refuse_windows_of_shards(self.encode, self.train)
+
+
+def refuse_windows_of_shards(encode: EncodeConfig, train: TrainConfig) -> None:
+    """Raise ConfigError where processes that share a model would hear different numbers of windows of a sound."""
+    if encode.long_audio == "windows" and train.sharding == "full":
+        found = "processes that share a model cannot hear different numbers of windows"
+        fix = "Use train.sharding=none, or encode.long_audio=head."
+        raise ConfigError(found, where="encode.long_audio", fix=fix)
 
 
 @dataclass(frozen=True, kw_only=True)
