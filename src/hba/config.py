@@ -140,6 +140,14 @@ def keys_without_effect(cls: type[Any], prefix: str = "") -> set[str]:
     return found
 
 
+def renamed(cls: type[Any], key: str) -> str:
+    """The present name of a dotted key of an earlier version (RENAMED: old -> new, of keys or whole sections)."""
+    for old, new in getattr(cls, "RENAMED", {}).items():
+        if key == old or key.startswith(f"{old}."):
+            return f"{new}{key[len(old) :]}"
+    return key
+
+
 def _fields(cls: type[Any]) -> dict[str, _Field]:
     """The fields of a config class. Raises TypeError when it is not a frozen, keyword-only dataclass."""
     fields = dataclasses.fields(cls)
@@ -202,6 +210,10 @@ def _check_keys(
         key = f"{prefix}{name}"
         where = _place(key, places)
         if name not in fields:
+            old = next(iter(flat({key: value})))
+            if (now := renamed(root, old)) != old:
+                written = f"{now}=..." if where.startswith(COMMAND_LINE) else now
+                raise ConfigError(f"{old!r} has another name now", where=where, fix=f"Write {written}")
             elsewhere = [known.key for known in describe(root) if known.key.rpartition(".")[2] == name]
             # Compared without the prefix, whose letters would make any key of the section look near.
             fix = f"Did you mean {elsewhere[0]!r}?" if elsewhere else nearest(name, fields, prefix=prefix)

@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from hba import yaml_core
-from hba.config import defaults, flat, keys_without_effect, to_dict, to_yaml
+from hba.config import defaults, flat, keys_without_effect, renamed, to_dict, to_yaml
 from hba.environment import environment, now
 from hba.errors import ConfigError, HbaError
 from hba.quarantine import QuarantineLog
@@ -160,7 +160,7 @@ class RunFolder:
     def _require_same(self, config: Any, command: str, seed: int) -> None:
         given = flat(to_dict(config))
         # A key that an older version did not have was what its default is now.
-        recorded = flat(yaml_core.read(self.config))
+        recorded = {renamed(type(config), key): value for key, value in flat(yaml_core.read(self.config)).items()}
         recorded = {key: value for key, value in defaults(type(config)).items() if key in given} | recorded
         if self.environment.is_file():
             of_run = read_json(self.environment)

@@ -19,6 +19,7 @@ from hba.evaluate.predictions import read_predictions, write_predictions
 from hba.evaluate.selection import Selection
 from hba.evaluate.shards import launched_shard, parse_shard
 from hba.run import locked_folder
+from hba.storage import read_json
 
 ASKED = ("remote.first_backoff_seconds=0.01", "encode.modalities=[]")
 
@@ -127,6 +128,18 @@ def test_chosen_rows_are_found_again_by_whoever_reads_the_atlas_later(hba, mini_
     assert {item.id for item in items_of(tmp_path)} == free_form and free_form
     code, _, err = hba("score", tmp_path, "--by", "modality_signature", "--atlas", tmp_path / "none")
     assert code == 2 and "none" in err
+
+
+def test_a_run_of_an_older_version_goes_on_while_new_keys_of_encode_have_their_defaults(hba, mini_atlas, tmp_path):
+    command = ("predict", "majority", "--atlas", mini_atlas, "--run", tmp_path, "--limit", 6)
+    assert hba(*command)[0] == 0
+    settings = read_json(tmp_path / "predict.json")
+    del settings["encode"]["frames"], settings["encode"]["max_tokens"]
+    (tmp_path / "predict.json").write_text(json.dumps(settings), encoding="utf-8")
+    code, _, err = hba(*command)
+    assert code == 0, err
+    code, _, err = hba(*command, "encode.max_tokens=99")
+    assert code == 2 and "another encode.max_tokens." in err
 
 
 # --- what reaches the model ------------------------------------------------------------------------------------------

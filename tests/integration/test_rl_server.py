@@ -99,7 +99,7 @@ def prompts(mini_atlas, backbone):
 
 def sampler(url, prompts, run):
     given = ["atlas=a", "model.strategy=full", "model.dtype=float32", "rollout.sampler=server"]
-    config = load_config(RlConfig, None, [*given, f"rollout.server.url={url}"])
+    config = load_config(RlConfig, None, [*given, f"remote.base_url={url}"])
     return closing(ServerSampler(config, prompts.policy, prompts.encoder, Ranks(Accelerator(cpu=True)), run))
 
 
@@ -200,7 +200,7 @@ FEW = ["rollout.per_prompt=2", "rollout.max_new_tokens=4", "validation_rows=3", 
 
 
 def from_server(atlas, model, reward, url, *changes):
-    return settings(atlas, model, reward, *FEW, f"rollout.server.url={url}", *changes)
+    return settings(atlas, model, reward, *FEW, f"remote.base_url={url}", *changes)
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +208,7 @@ def straight(tmp_path_factory, mini_atlas, backbone, reward, served):
     run = tmp_path_factory.mktemp("rl") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SERVER_KEY", SECRET)
-        config = from_server(mini_atlas, backbone, reward, served, "rollout.server.api_key_env=SERVER_KEY")
+        config = from_server(mini_atlas, backbone, reward, served, "remote.api_key_env=SERVER_KEY")
         assert train(run, config).step == 4
     return run
 
@@ -241,7 +241,7 @@ def test_when_the_server_or_the_run_dies_the_run_goes_on_to_the_same_end(
 ):
     run, gone = tmp_path / "run", r"no response to sample \S+: no reply.*run the same command again"
     with serving(backbone) as url, misbehaving(url, busy=1, die=10), pytest.raises(HbaError, match=gone):
-        train(run, from_server(mini_atlas, backbone, reward, url, "rollout.server.max_attempts=2"))
+        train(run, from_server(mini_atlas, backbone, reward, url, "remote.max_attempts=2"))
     assert logged(run, "evaluation"), "it had begun"
     config = from_server(mini_atlas, backbone, reward, served)  # another port
     for owner, name, when in PHASES:
@@ -267,7 +267,7 @@ def test_a_server_that_keeps_its_weights_is_noticed(tmp_path, mini_atlas, backbo
         with pytest.raises(HbaError, match="answers as before"):
             train(tmp_path / "full", from_server(mini_atlas, backbone, reward, served))
         post(served, "/restart", {})
-        lora = ["model.strategy=lora", "model.lora_r=4", "train.learning_rate=5e-2", "rollout.server.max_gap=0.01"]
+        lora = ["model.strategy=lora", "model.lora_r=4", "train.learning_rate=5e-2", "rollout.max_gap=0.01"]
         with pytest.raises(HbaError, match=r"differ by .* nats, more than max_gap=0\.01.*--logprobs-mode"):
             train(tmp_path / "lora", from_server(mini_atlas, backbone, reward, served, *lora))
     assert len(logged(tmp_path / "full", "rl")) == 1, "it had learnt from the weights that the server did have"
@@ -278,7 +278,7 @@ def test_what_the_server_denies_to_the_first_process_ends_all_of_them_with_the_r
 ):
     post(served, "/restart", {})
     given = [f"atlas={mini_atlas}", f"model.name={backbone}", f"reward.function={reward}:letters", *SMALL, *FEW]
-    command = ["train", "rl", "--run", tmp_path / "run", *given, f"rollout.server.url={served}"]
+    command = ["train", "rl", "--run", tmp_path / "run", *given, f"remote.base_url={served}"]
     with misbehaving(served, stale=True):
         ended = launch(command, ranks=2)
     post(served, "/restart", {})
@@ -308,8 +308,11 @@ def test_the_key_reaches_the_server_and_no_file_of_the_run(straight, served):
 
 
 def test_a_server_and_its_url_are_given_together():
-    for given in (["rollout.sampler=server"], ["rollout.server.url=http://localhost:8000/v1"]):
+    for given in (["rollout.sampler=server"], ["remote.base_url=http://localhost:8000/v1"]):
         with pytest.raises(ConfigError, match="together"):
             load_config(RlConfig, None, ["atlas=a", *given])
+    for old, new in (("url", "remote.base_url"), ("max_gap", "rollout.max_gap"), ("max_attempts", "remote.max_att")):
+        with pytest.raises(ConfigError, match=rf"rollout\.server\.{old}' has another name now\. Fix: Write {new}"):
+            load_config(RlConfig, None, ["atlas=a", f"rollout.server.{old}=1"])
     with pytest.raises(ConfigError, match="no mismatch to correct"):
         load_config(RlConfig, None, ["atlas=a", "loss.importance_cap=2"])

@@ -29,7 +29,7 @@ COMMANDS = {
     "train bam": "overrides --config --from --dataset --all --allow-missing --run --allow-quarantined --json",
     "merge": "run! out! --dtype --backbone --onto --adapters-of --pooling --lora-alpha --json",
     "train lm": "overrides --config --run --allow-quarantined --json",
-    "train rl": "overrides --config --algorithm --run --engine --dry-run --allow-quarantined --json",
+    "train rl": "overrides --config --algorithm --base-url --run --engine --dry-run --allow-quarantined --json",
     "predict": "model! overrides --atlas! --split --backend --base-url --run --modalities --datasets --limit"
     " --per-dataset --shard --retry-failed --dry-run --allow-failed --allow-quarantined --json",
     "push": "run! repo! --license! --merge --private --json",

@@ -1,6 +1,7 @@
 """The parts of the remote client, without a network: bodies, replies, waits, limits, prices, the cache."""
 
 import asyncio
+import json
 import sys
 import threading
 import time
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hba.config import load_config
 from hba.errors import ConfigError, InputError
 from hba.remote import ChatRequest, ClientConfig, RemoteClient, Reply, RequestError, Schema, ServiceError, bounded
 from hba.remote.addresses import shown
@@ -19,7 +21,7 @@ from hba.remote.cost import Meter, Price, find_price
 from hba.remote.faults import Caller, Response, of_response, retry_after_seconds
 from hba.remote.providers import PROVIDERS, TokenChat
 from hba.remote.request import TransientError
-from hba.rl.config import ServerConfig
+from hba.rl.config import RlConfig
 
 steady = settings(deadline=None, derandomize=True)
 SCHEMA = Schema(name="verdict", schema={"type": "object"})
@@ -358,15 +360,17 @@ def test_base_urls(url, said):
         ClientConfig(base_url=url)
     assert "pass" not in str(refused.value)
     with pytest.raises(ConfigError, match=said):
-        ServerConfig(url=url)
+        load_config(RlConfig, None, ["atlas=a", "rollout.sampler=server", f"remote.base_url={json.dumps(url)}"])
 
 
 @pytest.mark.parametrize("key", ["sk-proj-0123456789", "AIzaSyD0123456789"])
 def test_a_key_in_place_of_its_variable_is_refused_and_not_repeated(key):
-    for build in (ClientConfig, ServerConfig):
-        with pytest.raises(ConfigError, match="not the name of an environment variable") as refused:
-            build(api_key_env=key)
-        assert key not in str(refused.value)
+    with pytest.raises(ConfigError, match="not the name of an environment variable") as refused:
+        ClientConfig(api_key_env=key)
+    assert key not in str(refused.value)
+    with pytest.raises(ConfigError, match="not the name of an environment variable") as refused:
+        load_config(RlConfig, None, ["atlas=a", f"remote.api_key_env={key}"])
+    assert key not in str(refused.value)
 
 
 @pytest.mark.parametrize("raw", [b'{"error": {"message": "%s"}}', b"%s"])

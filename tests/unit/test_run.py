@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -360,3 +361,30 @@ def test_a_run_of_before_goes_on_when_a_key_that_changed_no_result_is_gone(tmp_p
     assert "prefetch: 4" in run.config.read_text()
     with RunFolder.open(tmp_path, config=config, command="train sft", seed=0):
         pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Renamed:
+    RENAMED: ClassVar[dict[str, str]] = {"inner.learning_rate": "rate", "inner": "newer"}
+
+    newer: Inner = field(default_factory=Inner)
+    rate: float = option(1e-4, "peak rate")
+    atlas: str = option("atlas", "the data")
+    workers: int = option(1, "processes", affects_result=False)
+
+
+def test_a_run_of_an_older_version_goes_on_under_new_names_of_its_keys(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with RunFolder.open(path, config=Settings(inner=Inner(learning_rate=0.5)), command="train sft", seed=0):
+        pass
+    with RunFolder.open(path, config=replace(Renamed(), rate=0.5), command="train sft", seed=0):
+        pass
+    with pytest.raises(ConfigError, match=r"rate was 0\.5, is 0\.25"):
+        RunFolder.open(path, config=replace(Renamed(), rate=0.25), command="train sft", seed=0)
+    for written in (["inner.learning_rate=1.0"], ["inner={learning_rate: 1.0}"]):
+        with pytest.raises(ConfigError, match=r"'inner.learning_rate' has another name now. Fix: Write rate="):
+            load_config(Renamed, None, written)
+    file = tmp_path / "old.yaml"
+    file.write_text("inner:\n  other: 1\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"old.yaml:1.*'inner.other' has another name now. Fix: Write newer.other"):
+        load_config(Renamed, file)

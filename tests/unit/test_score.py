@@ -358,6 +358,36 @@ def test_other_rows_of_the_same_number_are_noticed(tmp_path: Path) -> None:
         assert hba("score", asked(whole, 40, asked_ids=ids_sha256([*ids, left_out])))[0] == code
 
 
+def test_scores_of_other_predictions_than_the_present_are_named_and_not_ranked(tmp_path: Path) -> None:
+    run, other = asked(run_folder(tmp_path / "run", rows(40)), 40), asked(run_folder(tmp_path / "other", rows(40)), 40)
+    for each in (run, other):
+        scoring.score_run(each)
+    assert not open_run(other).stale and [e.rank for e in build_leaderboard([run, other], tables=[]).entries] == [1, 1]
+    path = other / "predictions.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(reversed(lines)))
+    assert not open_run(other).stale
+    path.write_bytes(b"".join(lines[:20]))
+    board = build_leaderboard([run, other], tables=[])
+    assert {entry.name: entry.rank for entry in board.entries} == {"run": 1, "other": None}
+    assert "hba score" in board.entries[1].notes[0]
+    assert "have changed since these scores were made" in write_report(other).read_text(encoding="utf-8")
+    path.write_bytes(b"".join(lines)[:-30])  # cut off by a kill
+    assert open_run(other).stale and build_leaderboard([run, other], tables=[]).entries[1].rank is None
+
+
+def test_a_field_called_group_is_read_from_the_rows_where_predictions_have_none(tmp_path: Path) -> None:
+    row = {"problem": "How does it sound? Choose from: happy, sad.", "answer": "sad", "dataset": "cremad",
+           "task": "emotion_cls", "modality_signature": "text"}  # fmt: skip
+    atlas = tmp_path / "atlas"
+    atlas.mkdir()
+    lines = [json.dumps({**row, "id": f"test/{i}", "group": f"g{i % 2}"}) for i in range(12)]
+    (atlas / "test.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    run = asked(run_folder(tmp_path / "run", rows(12)), 12, data={"path": str(atlas)})
+    assert set(scoring.score_run(run, by=["group"]).breakdowns["group"].slices) == {"g0", "g1"}
+    assert scoring.score_run(run, cluster="group").provenance.scoring.clusters.groups == 2
+
+
 def test_what_was_asked_of_each_dataset_is_counted_against_it(tmp_path: Path) -> None:
     quarantined = [{"id": "test/900", "dataset": "cremad", "split": "test"}]
     run = run_folder(tmp_path / "run", rows(40), quarantined)

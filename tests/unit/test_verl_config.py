@@ -57,7 +57,7 @@ def test_what_the_actor_is_told(overrides, key, value):
         (["loss.average=group"], "loss.average"),
         (["loss.updates=5"], "loss.updates"),
         (["train.save_every=30min"], "train.save_every"),
-        (["rollout.sampler=server", "rollout.server.url=http://localhost:8000/v1"], "rollout.sampler"),
+        (["rollout.sampler=server", "remote.base_url=http://localhost:8000/v1"], "rollout.sampler"),
     ],
 )
 def test_what_verl_cannot_do_is_refused_by_name(overrides, where):

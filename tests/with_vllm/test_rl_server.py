@@ -90,7 +90,7 @@ def lora(served, tmp_path_factory):
 
 
 def from_server(atlas, model, reward, url, *changes):
-    server = ["rollout.sampler=server", f"rollout.server.url={url}", "rollout.server.max_attempts=2"]
+    server = ["rollout.sampler=server", f"remote.base_url={url}", "remote.max_attempts=2"]
     return settings(atlas, model, reward, *server, "rollout.max_new_tokens=12", *changes)
 
 
@@ -105,7 +105,7 @@ def test_answers_and_probabilities_are_those_of_the_policy(served, full, mini_at
     batch = collate([each for each in encoded for _ in range(2)], pad_token_id=encoder.pad_token_id)
     single = collate(encoded, pad_token_id=encoder.pad_token_id)
     given = ["atlas=a", "model.strategy=full", "model.dtype=float32", "rollout.sampler=server"]
-    config = load_config(RlConfig, None, [*given, f"rollout.server.url={full}"])
+    config = load_config(RlConfig, None, [*given, f"remote.base_url={full}"])
     greedy, sampled = Draws("test", 16, 0.0), Draws("test", 16, 0.7)
     with closing(ServerSampler(config, policy, encoder, Ranks(Accelerator(cpu=True)), tmp_path)) as there:
         there.renew(0)

@@ -78,11 +78,6 @@ def _settings(overrides: list[str], backend: str, base_url: str | None, cache: b
     from hba.remote.providers import provider
     from hba.storage import cache_folder
 
-    for override in overrides:
-        key = override.partition("=")[0]
-        if key.startswith("client."):
-            new = f"remote.{key.removeprefix('client.')}"
-            raise InputError("a server is named by remote.* in every command", where=key, fix=f"Write {new}=...")
     given = [f"remote.provider={provider(backend).name}", *served(base_url)]
     given += [f"remote.cache={cache_folder() / 'responses'}"] if cache else []
     return load_config(JudgeConfig, None, [*given, *overrides])

@@ -10,6 +10,7 @@ import typer
 
 from hba.cli.options import (
     AllowQuarantined,
+    BaseUrl,
     ConfigOption,
     JsonFlag,
     Overrides,
@@ -18,6 +19,7 @@ from hba.cli.options import (
     recipe_path,
     say,
     say_beside,
+    served,
     trained,
     training,
 )
@@ -42,6 +44,7 @@ def rl_command(
         str | None,
         typer.Option(help="grpo, harpo, dr_grpo, rloo, reinforce_pp, gpg, ema_grpo, dapo, gspo: docs/rl.md."),
     ] = None,
+    base_url: BaseUrl = None,
     run: Annotated[Path, typer.Option(help="Run folder; an unfinished one is resumed.")] = Path("runs/rl"),
     engine: Annotated[Engine, typer.Option(help="local: this machine; verl: Ray, FSDP and vLLM.")] = Engine.local,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="With verl: show its config and start nothing.")] = False,
@@ -54,7 +57,7 @@ def rl_command(
     from hba.rl.config import RlConfig
 
     chosen = [] if algorithm is None else [f"algorithm={algorithm}"]
-    settings = load_config(RlConfig, recipe_path(config), [*(overrides or []), *chosen])
+    settings = load_config(RlConfig, recipe_path(config), [*served(base_url), *(overrides or []), *chosen])
     if dry_run and engine is not Engine.verl:
         raise InputError("--dry-run shows verl's config", where="hba train rl", fix="Add --engine verl.")
     if dry_run:

@@ -1,8 +1,8 @@
 """What a field says of every predicted sample: for slices, fairness and clusters.
 
 `dataset`, `task`, `split`, `language`, `modality` and `group` come from the predictions and the taxonomy. Any other
-name is a field of the atlas' rows, read from the atlas that the run recorded or the one that is given. Refused: a field
-that no row has, and rows of another fingerprint than the run's.
+name, and `group` where no prediction has one, is a field of the atlas' rows, read from the atlas that the run recorded
+or the one that is given. Refused: a field that no row has, and rows of another fingerprint than the run's.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ def field_values(
             values = [getattr(taxonomy.dataset(p.dataset), field) for p in predictions]
         else:
             values = [getattr(p, field) for p in predictions]
+        if not any(values) and field == "group":  # where the taxonomy tells none, it is a field like any other
+            return _from_atlas(field, predictions, run, atlas)
         if not any(values):
             fix = "Predict again with this version, or name a field of the rows."
             raise InputError(f"no prediction says its {field}", where=str(run.folder), fix=fix)

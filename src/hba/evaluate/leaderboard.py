@@ -2,8 +2,9 @@
 
 Tasks are ranked one by one (1 is best, ties share the mean of their places); a row's mean rank is over the ranked
 tasks, by default those that every ranked run has a score for. A row without one of them is shown and not ranked.
-Never ranked: a run that answered a part of its rows, of which too many failed, or that left too many out; and published
-rows beside a run whose datasets, split, rows or judge are not theirs (`not_comparable`). They stand apart and say why.
+Never ranked: a run whose predictions are no longer those that were scored, that answered a part of its rows, of which
+too many failed, or that left too many out; and published rows beside a run whose datasets, split, rows or judge are not
+theirs (`not_comparable`). They stand apart and say why.
 Runs on different data or different rows are refused unless allowed, and then marked. What is no scored run is skipped
 and named. Published figures are quoted, never measured here, and marked as such.
 """
@@ -95,7 +96,11 @@ def build_leaderboard(
     found, skipped = [run for run in runs if (run / FILE).is_file()], _skipped(runs)
     if not found:
         raise InputError(f"no scored run: {'; '.join(skipped)}", where="RUNS", fix="Run `hba score` on it first.")
-    measured = [_Measured((names or {}).get(run) or _name(run, found), open_run(run).metrics) for run in found]
+    opened = [open_run(run) for run in found]
+    measured = [
+        _Measured((names or {}).get(place) or _name(place, found), run.metrics, run.stale)
+        for place, run in zip(found, opened, strict=True)
+    ]
     rows = [_entry(run, max_quarantined) for run in measured]
     fair = [run for run, row in zip(measured, rows, strict=True) if not row.excluded]
     ranked = _ranked_tasks(measured, fair, tasks)
@@ -127,6 +132,7 @@ def build_leaderboard(
 class _Measured:
     name: str
     metrics: Metrics
+    stale: bool
 
 
 def _skipped(runs: Sequence[Path]) -> list[str]:
@@ -233,6 +239,8 @@ def _entry(run: _Measured, max_quarantined: float) -> Entry:
     left_out = counts.n_quarantined or 0
     share = left_out / (counts.n + left_out) if counts.n + left_out else 0.0
     unfair, notes = [], []
+    if run.stale:
+        unfair.append("its predictions have changed since it was scored: not ranked (hba score)")
     if counts.n_missing:
         unfair.append(f"{counts.rows}: not ranked")
     if counts.other_rows:

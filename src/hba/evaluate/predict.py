@@ -40,6 +40,7 @@ from hba.storage import read_json, write_json
 from hba.taxonomy import BUILTIN, Taxonomy, save_beside
 
 Predicted: TypeAlias = Prediction | Quarantined | Unanswered
+_DEFAULT_ENCODE: dict[str, Any] = json.loads(json.dumps(asdict(EncodeConfig())))
 
 
 def answerable(atlas: Atlas, backend: Backend) -> Indices:
@@ -334,7 +335,11 @@ def _kept(file: Path, taxonomy: Taxonomy) -> list[Prediction]:
 
 
 def _identity(settings: dict[str, Any]) -> dict[str, Any]:
-    """What decides the predictions, under the names that a message uses."""
-    kept = {key: settings.get(key) for key in ("backend", "split", "encode")}
+    """What decides the predictions, under the names that a message uses.
+
+    A key of `encode` that an older version did not have was what its default is now.
+    """
+    kept = {key: settings.get(key) for key in ("backend", "split")}
+    encode = {f"encode.{key}": value for key, value in {**_DEFAULT_ENCODE, **(settings.get("encode") or {})}.items()}
     data = settings.get("data") or {}
-    return {**(settings.get("identity") or {}), **kept, "data": data.get("fingerprint")}
+    return {**(settings.get("identity") or {}), **kept, **encode, "data": data.get("fingerprint")}

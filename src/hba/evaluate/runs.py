@@ -147,6 +147,17 @@ class Run:
         return missing < 0 or (wanted is not None and ids_sha256(answered) != wanted)
 
     @cached_property
+    def stale(self) -> bool:
+        """Whether the predictions are no longer those that were scored; also where they can no longer be read."""
+        scored = self.metrics.provenance.answers_sha256
+        if scored is None or not self.predictions_path.is_file():
+            return False
+        try:
+            return answers_sha256(self.predictions) != scored
+        except InputError:
+            return True
+
+    @cached_property
     def environment(self) -> Mapping[str, Any] | None:
         """environment.json: seed, data, machine."""
         return self._record("environment.json")
@@ -227,6 +238,11 @@ class Run:
             fix = "Restore or remove the file."
             raise InputError("expected an object with an object `data`", where=str(path), fix=fix)
         return facts
+
+
+def answers_sha256(predictions: Iterable[Prediction]) -> str:
+    """Hash of what is scored, whatever the order of the lines and the time they took."""
+    return json_sha256(sorted((p.id, p.dataset, p.target, str(p.label), str(p.answer)) for p in predictions))
 
 
 def ids_sha256(ids: Iterable[str]) -> str:

@@ -51,11 +51,11 @@ from hba.evaluate.results import (
     Unmapped,
     convert,
 )
-from hba.evaluate.runs import QUARANTINE, LeftOut, Run, open_run, read_quarantine
+from hba.evaluate.runs import QUARANTINE, LeftOut, Run, answers_sha256, open_run, read_quarantine
 from hba.evaluate.slices import breakdown
 from hba.evaluate.statistics import LEVEL, bootstrap, chance, units_of
 from hba.evaluate.unmapped import unmapped
-from hba.storage import json_sha256, write_json
+from hba.storage import write_json
 from hba.taxonomy import BUILTIN, Task, Taxonomy
 
 JUDGED_NOTE = "not scored (needs a judge)"
@@ -459,10 +459,7 @@ def _provenance(run: Run, how: Provenance) -> Provenance:
         seed=(run.environment or {}).get("seed"),
         synthetic=run.data.get("synthetic"),
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        # What was scored, whatever the order of the lines and the time they took.
-        answers_sha256=json_sha256(
-            sorted((p.id, p.dataset, p.target, str(p.label), str(p.answer)) for p in run.predictions)
-        ),
+        answers_sha256=answers_sha256(run.predictions),
         **answered_by(run.predictions),
         judge=run.judge if run.verdicts else None,
     )

@@ -27,7 +27,7 @@ def scores(request: Request) -> Response:
     bars = {key: bar(task, name=key) for key, task in metrics.tasks.items() if task.score is not None}
     return explorer.page(
         request, "scores.html.jinja", "Scores", runs=runs, run=shown, metrics=metrics, bars=bars,
-        warnings=warnings(metrics), matrices=shown_matrices, reliability=plot, zip=zip,
+        warnings=warnings(metrics, stale=shown.opened.stale), matrices=shown_matrices, reliability=plot, zip=zip,
         link=lambda **values: Form(values).link(),
     )  # fmt: skip
 

@@ -53,7 +53,9 @@ class ClientConfig:
     """Where requests go, and how patiently."""
 
     provider: Literal["openai", "anthropic", "google"] = option("openai", "API that the server speaks")
-    base_url: str | None = option(None, "of the server, such as http://localhost:8000/v1; null: the official one")
+    base_url: str | None = option(
+        None, "of the server, such as http://localhost:8000/v1; null: the official one", affects_result=False
+    )
     api_key_env: str | None = option(
         None, "environment variable with the key; null: the usual one officially, none elsewhere", affects_result=False
     )

@@ -146,7 +146,7 @@ def _fix(status: int, caller: Caller) -> str:
         offered = f" The server offers {', '.join(caller.offered[:8])}." if caller.offered else ""
         return f"Check the model's name, and remote.base_url, which most servers want with /v1.{offered}"
     if caller.key_variable is None:
-        return "export MY_KEY=..., then add remote.api_key_env=MY_KEY (rollout.server.api_key_env for a sampler)."
+        return "export MY_KEY=..., then add remote.api_key_env=MY_KEY."
     return f"Check the key in {caller.key_variable}" + (" and what it may do." if status == 403 else ".")
 
 

@@ -54,7 +54,7 @@ def model_card(run: Run, *, place: str, base_model: str, license_id: str, card: 
             license_id=license_id,
             card=card,
             metrics=run.metrics,
-            warnings=words.warnings(run.metrics),
+            warnings=words.warnings(run.metrics, stale=run.stale),
             data={**data, "path": public_name(str(data.get("path", "unknown")))},
             synthetic=synthetic,
             environment=run.environment or {},

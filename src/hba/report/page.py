@@ -117,7 +117,7 @@ def render(run: Run, atlas_root: Path | None = None, taxonomy: Taxonomy = BUILTI
             run=run,
             metrics=metrics,
             verdict=verdict(run),
-            warnings=words.warnings(metrics),
+            warnings=words.warnings(metrics, stale=run.stale),
             bars=_bars(run, published),
             published=published,
             dataset_figures=[n for n in DATASET_FIGURES if any(n in d.figures for d in metrics.datasets.values())],

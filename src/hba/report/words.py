@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from hba.evaluate.results import MAX_FAILED, Counts, Metrics, Provenance, TaskScore
 
 DASH = "–"
+STALE = "The predictions have changed since these scores were made: `hba score` makes them anew."
 OTHER_ROWS = "The predictions are of other rows than the run was asked for: they are not its scores."
 MAX_NAMED = 5
 NEAR = 0.01  # readings of the same answers whose scores differ by less are shown once
@@ -75,9 +76,12 @@ def endings(counts: Counts) -> str:
     return ", ".join([*found, *([f"{counts.n_filtered:,} filtered"] if counts.n_filtered else [])])
 
 
-def warnings(metrics: Metrics) -> list[str]:
-    """What a reader must know before any figure: rows that are missing or failed, intervals that rest on too little."""
-    total, found = metrics.aggregate, []
+def warnings(metrics: Metrics, *, stale: bool = False) -> list[str]:
+    """What a reader must know before any figure: rows that are missing or failed, intervals that rest on too little.
+
+    `stale`: the predictions are no longer those that were scored.
+    """
+    total, found = metrics.aggregate, [STALE] if stale else []
     if total.n_missing:
         found.append(f"Only {total.rows} were answered: these are the scores of a part.")
     if total.other_rows:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -12,7 +13,7 @@ from hba.atlas.mixing import MixConfig
 from hba.config import option
 from hba.errors import ConfigError
 from hba.model.config import ModelConfig
-from hba.remote.addresses import check_base_url, check_variable
+from hba.remote import ClientConfig
 from hba.rl.algorithms import ALGORITHMS, Algorithm, AlgorithmName, Average, KlKind
 from hba.rl.scoring import RewardConfig
 from hba.rl.verl.settings import VerlConfig
@@ -22,14 +23,15 @@ NotNegative = Annotated[float, Field(ge=0)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerConfig:
-    """A vLLM server that samples; how to start it: docs/rl.md."""
+class RolloutConfig:
+    """How responses are sampled. Defaults are those of the published runs."""
 
-    url: str | None = option(None, "of the server, such as http://localhost:8000/v1", affects_result=False)
-    api_key_env: str | None = option(None, "environment variable with its key; null: none", affects_result=False)
-    max_concurrency: Annotated[int, Field(ge=1)] = option(64, "most prompts under way at once", affects_result=False)
-    timeout_seconds: Annotated[float, Field(gt=0)] = option(600.0, "for one attempt", affects_result=False)
-    max_attempts: Annotated[int, Field(ge=1)] = option(6, "attempts before a request has failed", affects_result=False)
+    per_prompt: Annotated[int, Field(ge=1)] = option(5, "responses sampled for each prompt")
+    max_new_tokens: Annotated[int, Field(ge=1)] = option(2048, "longest response, in tokens")
+    temperature: Annotated[float, Field(gt=0)] = option(1.0, "of the sampling, and of the policy that is trained")
+    sampler: Literal["generate", "server"] = option(
+        "generate", "transformers' generate, or the vLLM server of remote.base_url (docs/rl.md)"
+    )
     weights: str | None = option(
         None,
         "folder that trainer and server both see, where weights are handed over; null: in the run",
@@ -38,27 +40,6 @@ class ServerConfig:
     max_gap: Annotated[float, Field(gt=0)] = option(
         0.3, "mean |log-probability of server - of policy| of a step, in nats, above which the run ends"
     )
-
-    def __post_init__(self) -> None:
-        """Before config.yaml is written, which must hold no secret."""
-        check_variable(self.api_key_env)
-        check_base_url(self.url)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
-    """How responses are sampled. Defaults are those of the published runs."""
-
-    per_prompt: Annotated[int, Field(ge=1)] = option(5, "responses sampled for each prompt")
-    max_new_tokens: Annotated[int, Field(ge=1)] = option(2048, "longest response, in tokens")
-    temperature: Annotated[float, Field(gt=0)] = option(1.0, "of the sampling, and of the policy that is trained")
-    sampler: Literal["generate", "server"] = option("generate", "transformers' generate, or the server of server.url")
-    server: ServerConfig = field(default_factory=ServerConfig)
-
-    def __post_init__(self) -> None:
-        if (self.sampler == "server") != (self.server.url is not None):
-            what = f"rollout.sampler is {self.sampler}, rollout.server.url is {self.server.url}"
-            raise ConfigError(what, fix="Give rollout.sampler=server and rollout.server.url=http://... together.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +74,13 @@ class LossConfig:
 class RlConfig:
     """Everything that decides a run. A step takes `train.batch_size` times `train.accumulation` prompts."""
 
+    RENAMED: ClassVar[Mapping[str, str]] = {
+        "rollout.server.url": "remote.base_url",
+        "rollout.server.weights": "rollout.weights",
+        "rollout.server.max_gap": "rollout.max_gap",
+        "rollout.server": "remote",
+    }
+
     atlas: str = option(doc="atlas folder, or the hub id of a release")
     algorithm: AlgorithmName = option("harpo", "whose advantages and loss")
     published_harpo: bool = option(
@@ -103,6 +91,9 @@ class RlConfig:
     freeze_towers: bool = option(True, "with strategy full: train the layers of the language model alone")
     train: TrainConfig = field(default_factory=lambda: TrainConfig(log_every=1))  # steps are slow, lines are few
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    remote: ClientConfig = field(
+        default_factory=lambda: ClientConfig(max_concurrency=64, timeout_seconds=600.0, max_attempts=6)
+    )
     reward: RewardConfig = field(default_factory=RewardConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     encode: EncodeConfig = field(default_factory=EncodeConfig)
@@ -120,6 +111,12 @@ class RlConfig:
     table_prompts: Count = option(4, "prompts in such a sample", affects_result=False)
 
     def __post_init__(self) -> None:
+        if (self.rollout.sampler == "server") != (self.remote.base_url is not None):
+            what = f"rollout.sampler is {self.rollout.sampler}, remote.base_url is {self.remote.base_url}"
+            raise ConfigError(what, fix="Give rollout.sampler=server and remote.base_url=http://... together.")
+        if self.remote.provider != "openai" or self.remote.cache is not None:
+            what = "a sampler speaks the API of vLLM and keeps no replies"
+            raise ConfigError(what, where="remote", fix="Leave remote.provider and remote.cache out.")
         if self.loss.importance_cap is not None and self.rollout.sampler != "server":
             what = "the policy that samples is the policy that learns: there is no mismatch to correct"
             raise ConfigError(what, where="loss.importance_cap", fix="Leave it out, or use rollout.sampler=server.")

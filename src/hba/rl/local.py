@@ -164,7 +164,7 @@ def _step(setup: Setup, memory: Memory, progress: Progress, log: RunLog, total: 
     seconds = {"rollout_seconds": sampled_at - started, "update_seconds": time.perf_counter() - sampled_at}
     log.step(progress, everyone, memory.advantage, memory.watch, updated, rate, num_prompts, seconds)
     if config.rollout.sampler == "server":
-        require_small_gap([outcome.sampler_gap for outcome in everyone], config.rollout.server)
+        require_small_gap([outcome.sampler_gap for outcome in everyone], config)
     return progress
 
 

@@ -29,10 +29,10 @@ from hba.errors import HbaError
 from hba.evaluate.backends.wire import decoded_parts, filled, frame_rate
 from hba.model.chat import ChatModel
 from hba.model.generate import BANNED_BIAS, end_token_ids, media_token_ids
-from hba.remote import ChatRequest, ClientConfig, RemoteClient, RequestError, ServiceError, bounded
+from hba.remote import ChatRequest, RemoteClient, RequestError, ServiceError, bounded
 from hba.remote.providers import TokenChat
 from hba.remote.request import Choice, TokenReply
-from hba.rl.config import RlConfig, ServerConfig
+from hba.rl.config import RlConfig
 from hba.rl.sampler import Drawn, Draws, Place, PolicySampler, Prompts, Sampler
 from hba.rl.server_weights import ServedWeights, served_folder
 from hba.train.ranks import Ranks
@@ -55,7 +55,7 @@ class _Question(NamedTuple):
 
 
 class ServerSampler:
-    """A `Sampler` behind `rollout.server.url`, for the run in the folder `run`.
+    """A `Sampler` behind `remote.base_url`, for the run in the folder `run`.
 
     Raises ConfigError for a bad URL, or a key that is not in the environment.
     """
@@ -63,10 +63,10 @@ class ServerSampler:
     def __init__(
         self, config: RlConfig, policy: ChatModel, encoder: SampleEncoder, ranks: Ranks, run: Path
     ) -> None:
-        self._config, self._policy = config.rollout.server, policy
+        self._config, self._policy = config.remote, policy
         self._encoder, self._ranks = encoder, ranks
-        self._client = _client(self._config)
-        self._weights = ServedWeights(self._client, policy, config.model, served_folder(run, self._config.weights))
+        self._client = RemoteClient("", config.remote, TokenChat())
+        self._weights = ServedWeights(self._client, policy, config.model, served_folder(run, config.rollout.weights))
         self._model, self._version = "", -1
         self._banned = media_token_ids(policy.transformer.config, policy.processor)
         self._ends = end_token_ids(policy.transformer, policy.processor)
@@ -158,7 +158,7 @@ class ServerSampler:
             self._check(question, reply)
         except _UnfitError as unfit:
             raise HbaError(
-                str(unfit), where=f"{self._config.url}, sample {question.sample.id}", fix=unfit.fix
+                str(unfit), where=f"{self._config.base_url}, sample {question.sample.id}", fix=unfit.fix
             ) from None
         return question, reply.choices
 
@@ -213,17 +213,6 @@ class _UnfitError(Exception):
         self.fix = fix
 
 
-def _client(config: ServerConfig) -> RemoteClient:
-    settings = ClientConfig(
-        base_url=config.url,
-        api_key_env=config.api_key_env,
-        max_concurrency=config.max_concurrency,
-        timeout_seconds=config.timeout_seconds,
-        max_attempts=config.max_attempts,
-    )
-    return RemoteClient("", settings, TokenChat())
-
-
 def build_sampler(
     config: RlConfig, policy: ChatModel, encoder: SampleEncoder, ranks: Ranks, run: Path
 ) -> Sampler:
@@ -233,17 +222,18 @@ def build_sampler(
     return ServerSampler(config, policy, encoder, ranks, run)
 
 
-def require_small_gap(gaps: Sequence[float], config: ServerConfig) -> None:
+def require_small_gap(gaps: Sequence[float], config: RlConfig) -> None:
     """Raises HbaError when the server's log-probabilities are on average too far from the policy's (NaN: not known)."""
     known = [gap for gap in gaps if not math.isnan(gap)]
     mean = sum(known) / len(known) if known else 0.0
-    if mean > config.max_gap:
-        what = f"log-probabilities of server and policy differ by {mean:.3g} nats, more than max_gap={config.max_gap:g}"
+    most = config.rollout.max_gap
+    if mean > most:
+        what = f"log-probabilities of server and policy differ by {mean:.3g} nats, more than max_gap={most:g}"
         fix = (
             "The last checkpoint stands. Start the server with the same model, processor and --logprobs-mode "
-            "processed_logprobs, alone behind its URL; or raise rollout.server.max_gap."
+            "processed_logprobs, alone behind its URL; or raise rollout.max_gap."
         )
-        raise HbaError(what, where=str(config.url), fix=fix)
+        raise HbaError(what, where=str(config.remote.base_url), fix=fix)
 
 
 def _drawn(choices: Sequence[Choice]) -> Drawn:

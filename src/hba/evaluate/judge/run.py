@@ -10,10 +10,10 @@ its first answers is none, and the command stops.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import Field
 
@@ -48,6 +48,8 @@ Progress = Callable[[Tally], None]
 @dataclass(frozen=True, kw_only=True)
 class JudgeConfig:
     """How answers are judged."""
+
+    RENAMED: ClassVar[Mapping[str, str]] = {"client": "remote"}
 
     remote: ClientConfig = field(default_factory=ClientConfig)
     max_tokens: Annotated[int, Field(ge=16)] = option(2048, "most tokens of a reply, a model's reasoning included")
