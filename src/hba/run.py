@@ -193,9 +193,12 @@ def wandb_run(path: Path) -> dict[str, str]:
 
 
 @contextmanager
-def locked_folder(path: Path) -> Iterator[None]:
-    """Make the folder if need be and keep other commands out of it. Raises FolderInUseError when one is in it."""
-    lock = _Lock(_made(path) / ".lock")
+def locked_folder(path: Path, patience_seconds: float = LOCK_GRACE_SECONDS) -> Iterator[None]:
+    """Make the folder if need be and keep other commands out of it.
+
+    Raises FolderInUseError when one is in it and stays for longer than `patience_seconds`.
+    """
+    lock = _Lock(_made(path) / ".lock", patience_seconds)
     try:
         yield
     finally:
@@ -221,7 +224,7 @@ def _made(path: Path) -> Path:
 class _Lock:
     """An flock on a file: the system releases it when its process ends, kill -9 included."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, patience_seconds: float = LOCK_GRACE_SECONDS) -> None:
         self._descriptor: int | None = None
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -230,7 +233,7 @@ class _Lock:
                 f"cannot write ({error.strerror})", where=str(path.parent), fix="Choose a writable folder."
             ) from None
         try:
-            _acquire(descriptor, path)
+            _acquire(descriptor, path, patience_seconds)
         except HbaError:
             os.close(descriptor)
             raise
@@ -247,8 +250,8 @@ class _Lock:
             _drop(self)
 
 
-def _acquire(descriptor: int, path: Path) -> None:
-    deadline = time.monotonic() + LOCK_GRACE_SECONDS
+def _acquire(descriptor: int, path: Path, patience_seconds: float) -> None:
+    deadline = time.monotonic() + patience_seconds
     while True:
         try:
             return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from rank_campaign import CASES, Campaign, found, lines
+from rank_campaign import CASES, STAGES, Campaign, found, lines
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def campaign(tmp_path_factory, launch, mini_atlas, backbone):
 
 
 # RL dies in all of its phases in one run of test_rl_ranks.py.
-@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("rl")])
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith(("rl", "predict"))])
 def test_a_run_that_loses_a_rank_ends_as_that_of_one_process(campaign, tmp_path, name):
     """The others end by themselves with the documented code; no step and no sample is lost or done twice."""
     case, run = CASES[name], tmp_path / "run"
@@ -47,3 +47,19 @@ def test_the_features_of_a_rank_that_dies_are_computed_by_the_others(campaign, t
     # Seven rows of each of three datasets in batches of five, of which one was in the hands of the rank that died.
     shards = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("run-features/train/*/shard_*"))
     assert len(shards) == 6, shards
+
+
+PREDICTIONS = {name: case for name, case in (STAGES | CASES).items() if case.command == "predict"}
+
+
+@pytest.mark.parametrize("name", PREDICTIONS)
+def test_predictions_that_lose_a_rank_are_those_of_one_process(campaign, tmp_path, name):
+    """Every row once, merged and scored, to the last bit; one process speaks for all."""
+    case, run = PREDICTIONS[name], tmp_path / "run"
+    died = campaign.killed(case, run)
+    campaign.again(case, run, case.resumed_on if isinstance(case.resumed_on, int) else 8)
+    campaign.compare_predictions(run, campaign.uninterrupted(case))
+    assert len({record["dataset"] for record in lines(run / "quarantine.jsonl")}) > 5
+    assert not [err for err in died.err if "Traceback" in err]
+    campaign.again(case, run, 8)  # a finished run, run again
+    campaign.compare_predictions(run, campaign.uninterrupted(case))

@@ -21,7 +21,7 @@ from hba.evaluate.predictions import read_predictions
 from hba.evaluate.score import score_run
 from hba.model import OmniSapiens
 from hba.run import RunFolder
-from hba.storage import read_json
+from hba.storage import read_json, write_json
 from hba.train.config import LmConfig
 from hba.train.lm import train_lm
 
@@ -98,6 +98,28 @@ def test_what_a_template_opens_stands_in_the_output_and_unended_thinking_has_no_
     assert not any(p.output.startswith("<think>") for p in plain.values())
     assert all(p.output.startswith("<think>\n") and p.finish == "length" for p in thinking.values())
     assert {(p.rule, p.label, p.tokens_out) for p in thinking.values()} == {("unanswered", None, 3)}
+
+
+def test_a_model_is_known_by_what_is_in_it_and_what_it_computes_in(straight, tmp_path, mini_atlas, backbone):
+    kept = tmp_path / "kept"
+    shutil.copytree(straight[0], kept)
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(backbone, moved)
+    predict(moved, kept, mini_atlas)  # another place, the same model
+    with pytest.raises(InputError, match="another dtype"):
+        predict(moved, kept, mini_atlas, "dtype=bfloat16")
+    with pytest.raises(InputError, match="another attention"):
+        predict(moved, kept, mini_atlas, "attention=eager")
+    config = read_json(moved / "config.json")
+    write_json(moved / "config.json", {**config, "initializer_range": 0.01})
+    with pytest.raises(InputError, match="another settings"):
+        predict(moved, kept, mini_atlas)
+    settings = read_json(kept / "predict.json")
+    for name in ("dtype", "attention", "settings"):  # as an older version wrote it
+        del settings["identity"][name]
+    write_json(kept / "predict.json", settings)
+    shutil.copyfile(backbone / "config.json", moved / "config.json")
+    predict(moved, kept, mini_atlas)
 
 
 def test_labels_alone_are_said_or_weighed(tmp_path, mini_atlas, backbone):

@@ -15,6 +15,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import soundfile
+import torch
 
 from hba import open_atlas
 from hba.atlas.config import EncodeConfig
@@ -216,6 +217,31 @@ def test_the_engine_gets_what_the_loader_decodes(mini_atlas, backbone):
     assert rate == 16000 and "image" not in given["multi_modal_data"]
     span = sample.load_videos(ENCODE.num_frames)[0].duration_seconds
     assert given["mm_processor_kwargs"] == {"fps": pytest.approx(ENCODE.num_frames / span)}
+
+
+def test_the_engine_serves_an_adapter_as_it_is_and_names_what_has_to_be_merged(
+    hba, mini_atlas, backbone, model, tmp_path
+):
+    from hba.evaluate.backends.vllm import served
+    from hba.model.merge import write_thinker
+
+    with pytest.raises(InputError, match=r"a thinker alone.*--backend hf"):
+        served(str(backbone))
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    write_thinker(model.thinker, whole, dtype=torch.float32)
+    model.thinker.generation_config.save_pretrained(whole)
+    model.processor.save_pretrained(whole)
+    small = ["train.max_steps=1", "train.batch_size=4", "encode.num_frames=2", "encode.max_pixels=3136"]
+    options = [f"atlas={mini_atlas}", f"model.name={whole}", "loader.workers=0", "model.lora_r=5", *small]
+    rows = ["train_split=train[:4]", "validation_split=validation[:4]"]
+    for strategy in ("lora", "full"):
+        code, _, err = hba("train", "lm", "--run", tmp_path / strategy, *options, *rows, f"model.strategy={strategy}")
+        assert code == 0, err
+    found = served(str(tmp_path / "lora"))
+    assert found.model == str(whole) and found.rank == 8 and (found.adapter / "adapter_model.safetensors").is_file()
+    with pytest.raises(InputError, match=r"`hba merge .*full FOLDER`"):
+        served(str(tmp_path / "full"))
 
 
 def test_a_missing_engine_says_how_to_get_one(mini_atlas):

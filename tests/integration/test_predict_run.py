@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -13,12 +14,14 @@ import pytest
 
 from hba import open_atlas
 from hba.atlas.jsonl import JsonlStore
+from hba.errors import ConfigError
+from hba.evaluate import predict as predict_module
 from hba.evaluate.answers import READING_VERSION
 from hba.evaluate.judge.items import items_of
 from hba.evaluate.predictions import read_predictions, write_predictions
 from hba.evaluate.selection import Selection
-from hba.evaluate.shards import launched_shard, parse_shard
-from hba.run import locked_folder
+from hba.evaluate.shards import launched_shard, parse_shard, take_gpus
+from hba.run import LOCK_GRACE_SECONDS, locked_folder
 from hba.storage import read_json
 
 ASKED = ("remote.first_backoff_seconds=0.01", "encode.modalities=[]")
@@ -309,13 +312,47 @@ def test_a_shard_at_work_keeps_others_out(hba, mini_atlas, tmp_path):
         assert hba(*command, "--shard", "2/2")[0] == 0
 
 
-def test_quarantines_of_shards_are_merged(hba, mini_atlas, chat_server, tmp_path):
+def broken_atlas(mini_atlas, tmp_path):
+    """A copy, its first row with a sound that cannot be read, and how many rows have that sound."""
     atlas = tmp_path / "atlas"
     shutil.copytree(mini_atlas, atlas)
     broken = next(sample for sample in open_atlas(atlas, split="test") if sample.audios)
     row = json.loads((atlas / "test.jsonl").read_text().splitlines()[broken.number])
     (atlas / row["audios"][0]).write_bytes(b"RIFFnothing")
-    sharing = sum(row["audios"][0] in line for line in (atlas / "test.jsonl").read_text().splitlines())
+    return atlas, broken, sum(row["audios"][0] in line for line in (atlas / "test.jsonl").read_text().splitlines())
+
+
+def test_a_process_that_comes_when_the_others_have_merged_leaves_it_to_them(
+    hba, mini_atlas, chat_server, tmp_path, monkeypatch
+):
+    atlas, broken, _ = broken_atlas(mini_atlas, tmp_path)
+    server = chat_server(brain="choose")
+    small = [f"remote.base_url={server.url}", "encode.num_frames=2", "encode.max_pixels=3136", "--json"]
+    command = ["predict", "m", "--atlas", atlas, "--backend", "openai", "--run", tmp_path / "run", *small]
+    command += ["--modalities", "audio", "--limit", "30"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    first = str(broken.number % 2)  # its share has the sample that cannot be read
+    second = str(1 - broken.number % 2)
+    monkeypatch.setenv("RANK", first)
+    assert hba(*command)[:2] == (0, "")
+    opened, said = predict_module.open_backend, []
+
+    def slowly(name, opening):
+        """While the model of one loads, the other does its share and finds that all is done."""
+        monkeypatch.setattr(predict_module, "open_backend", opened)
+        monkeypatch.setenv("RANK", second)
+        said.append(hba(*command))
+        return opened(name, opening)
+
+    monkeypatch.setattr(predict_module, "open_backend", slowly)
+    assert hba(*command)[:2] == (0, "")
+    ((code, out, _),) = said
+    assert code == 2 and json.loads(out)["merged"] is True and json.loads(out)["quarantined"] >= 1
+    assert not (tmp_path / "run" / "shards").exists()
+
+
+def test_quarantines_of_shards_are_merged(hba, mini_atlas, chat_server, tmp_path):
+    atlas, broken, sharing = broken_atlas(mini_atlas, tmp_path)
     url = f"remote.base_url={chat_server(brain='choose').url}"
     small = [url, "encode.num_frames=2", "encode.max_pixels=3136", "--modalities", "audio"]
     command = ["predict", "m", "--atlas", atlas, "--backend", "openai", "--run", tmp_path / "run", *small]
@@ -339,6 +376,69 @@ def test_launchers_give_each_rank_its_share():
     step = launched_shard({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"})
     assert step.name == parse_shard("1/2").name
     assert launched_shard({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}) is None  # a batch script is no task of its own
+
+
+def gpus(launched, visible, each=1, shared=True):
+    """What CUDA_VISIBLE_DEVICES says once a launched process has taken its GPUs."""
+    environment = {**launched, "CUDA_VISIBLE_DEVICES": visible}
+    take_gpus(launched_shard(launched), each, shared=shared, environment=environment)
+    return environment["CUDA_VISIBLE_DEVICES"]
+
+
+def test_each_process_sees_its_own_gpus_alone():
+    torchrun = [{"RANK": str(8 + n), "WORLD_SIZE": "16", "LOCAL_RANK": str(n)} for n in range(4)]
+    assert [gpus(rank, "4,5,6,7") for rank in torchrun] == ["4", "5", "6", "7"]
+    assert [gpus(rank, "GPU-a,MIG-b,GPU-c,GPU-d,-1,GPU-e") for rank in torchrun] == ["GPU-a", "MIG-b", "GPU-c", "GPU-d"]
+    assert [gpus(rank, "0,1,2,3", each=2, shared=False) for rank in torchrun[:2]] == ["0,1", "2,3"]
+    assert [gpus(rank, "0,1") for rank in torchrun] == ["0", "1", "0", "1"]  # a small model: two on each
+    assert gpus(torchrun[3], "") == ""  # none
+    srun = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"}
+    assert gpus(srun, "0,1,2,3") == "1"
+    assert gpus(srun, "3") == "3" and gpus({**srun, "SLURM_GPUS_PER_TASK": "2"}, "0,1") == "0,1"  # dealt out already
+
+
+def test_too_few_gpus_for_the_engines_of_a_machine():
+    third = {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "2"}
+    with pytest.raises(ConfigError, match=r"4 GPUs are enough for 2 processes of 2.*--nproc-per-node 2"):
+        gpus(third, "0,1,2,3", each=2, shared=False)
+    with pytest.raises(ConfigError, match=r"8 GPUs are wanted.*vllm\.tensor_parallel_size=4"):
+        gpus(third, "0,1,2,3", each=8, shared=False)
+
+
+def test_a_shard_waits_for_a_run_that_another_process_starts_or_merges(hba, mini_atlas, tmp_path):
+    command = ["predict", "random", "--atlas", mini_atlas, "--run", tmp_path]
+    held, free = threading.Event(), threading.Event()
+
+    def starts():
+        with locked_folder(tmp_path):
+            held.set()
+            free.wait(60)
+
+    other = threading.Thread(target=starts)
+    other.start()
+    held.wait(60)
+    threading.Timer(2 * LOCK_GRACE_SECONDS, free.set).start()
+    assert hba(*command, "--shard", "1/1")[0] == 0
+    other.join()
+    assert len(predictions(tmp_path)) == len(open_atlas(mini_atlas, split="test"))
+
+
+def test_a_finished_run_asks_nothing_of_many_processes(hba, mini_atlas, chat_server, tmp_path, monkeypatch):
+    server = chat_server(brain="choose")
+    command = ["predict", "m", "--atlas", mini_atlas, "--backend", "openai", "--run", tmp_path, *ASKED]
+    command += [f"remote.base_url={server.url}", "--json"]
+    whole = json.loads(hba(*command)[1])
+    before, asked = (tmp_path / "predictions.jsonl").read_bytes(), server.stats()["requests"]
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    said = []
+    for rank in (2, 0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        code, out, _ = hba(*command)
+        assert code == 0
+        said += [json.loads(out)] if out else []
+    assert [(one["predicted"], one["merged"]) for one in said] == [(whole["predicted"], True)]  # the first speaks
+    assert server.stats()["requests"] == asked and (tmp_path / "predictions.jsonl").read_bytes() == before
+    assert not (tmp_path / "shards").exists()
 
 
 def test_two_processes_of_a_launcher_make_one_run(mini_atlas, tmp_path):

@@ -33,10 +33,10 @@ SECTIONS = {key.partition(".")[0] for names in KEYS.values() for key in names if
 FILE_ENDINGS = (".jsonl", ".parquet", ".json", ".yaml")
 # Options in the text that belong to other programs.
 OF_OTHERS = {"--dist", "--use_fsdp"}
-# Those that messages name: of pip, vLLM, lmms-eval, Hydra, and of a script in an environment of its own.
+# Those that messages name: of pip, vLLM, torchrun, lmms-eval, Hydra, and of a script in an environment of its own.
 OF_OTHER_PROGRAMS = {
     *("--force-reinstall", "--only-binary", "--logprobs-mode", "--max-model-len", "--enable-lora", "--max-lora-rank"),
-    *("--include_path", "--check", "--install"),
+    *("--include_path", "--check", "--install", "--nproc-per-node"),
 }
 
 

@@ -53,9 +53,9 @@ def served(base_url: str | None) -> list[str]:
     return [] if base_url is None else [f"remote.base_url={json.dumps(base_url)}"]
 
 
-def answer(result: dict[str, Any], *, as_json: bool, show: Callable[[], None]) -> None:
-    """Print `result` as JSON, or call `show`; once, although a launcher runs the command on several ranks."""
-    if os.environ.get("RANK", "0") != "0":
+def answer(result: dict[str, Any], *, as_json: bool, show: Callable[[], None], once: bool = True) -> None:
+    """Print `result` as JSON, or call `show`; `once`, although a launcher runs the command on several ranks."""
+    if once and os.environ.get("RANK", "0") != "0":
         return
     if as_json:
         sys.stdout.write(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
@@ -129,9 +129,10 @@ def trained(
     finish(quarantined, allowed)
 
 
-def finish(quarantined: Sequence[dict[str, Any]], allowed: int) -> None:
-    """Name every quarantined sample on standard error; exit 2 when there are more than `allowed`."""
-    told = sys.stderr.write if os.environ.get("RANK", "0") == "0" else str  # once, although on several ranks
+def finish(quarantined: Sequence[dict[str, Any]], allowed: int, *, once: bool = True) -> None:
+    """Name every quarantined sample on standard error, `once`, although a launcher runs the command on several ranks;
+    exit 2 when there are more than `allowed`."""
+    told = sys.stderr.write if not once or os.environ.get("RANK", "0") == "0" else str
     for record in quarantined:
         told(f"quarantined {record['id']}: {record['where']}: {record['reason']}\n")
     if len(quarantined) > allowed:

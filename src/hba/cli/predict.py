@@ -14,6 +14,7 @@ from hba.errors import InputError
 
 if TYPE_CHECKING:
     from hba.evaluate.predict import PredictSummary
+    from hba.evaluate.shards import Shard
 
 BACKENDS = "heads (a checkpoint), hf (chat models), openai (or compatible), anthropic, google, vllm, majority or random"
 
@@ -49,9 +50,7 @@ def predict_command(
 
     settings = load_config(PredictConfig, None, [*served(base_url), *(overrides or [])])
     folder = run or _run_folder(model)
-    selection = Selection(
-        limit=limit, per_dataset=per_dataset, channels=_names(modalities), datasets=_names(datasets)
-    )
+    selection = Selection(limit=limit, per_dataset=per_dataset, channels=_names(modalities), datasets=_names(datasets))
     from hba.evaluate.predict import open_rows, predict_run
 
     if dry_run:
@@ -62,7 +61,8 @@ def predict_command(
         expected = estimate(opened, folder)
         return show_estimate(expected, "predict", as_json=json)
     share = launched_shard() if shard is None else parse_shard(shard)
-    with tallied("predict" if share is None else f"predict {share.number}/{share.count}") as progress:
+    first = share is None or share.device is None or share.number == 1  # of those that a launcher has started
+    with tallied("predict" if share is None else f"predict {share.number}/{share.count}", shown=first) as progress:
         summary = predict_run(
             model,
             folder,
@@ -75,15 +75,18 @@ def predict_command(
             shard=share,
             retry_failed=retry_failed,
         )
-    if summary.unnamed_heads:
+    if summary.unnamed_heads and first:
         warn(f"{model} does not name the domains whose heads were trained: all count, and an untrained one says noise")
-    if summary.note:
+    if summary.note and first:
         warn(f"{summary.note}. generation.format=NAME asks in another")
-    answer(_record(summary, folder), as_json=json, show=lambda: _show(summary, folder))
     for text in summary.tally.meter.warnings() if summary.tally.meter else ():
         warn(text)
-    _finish_failed(summary, allow_failed)
-    return finish(summary.quarantined, allow_quarantined)
+    # Of the processes of a launcher the one that merges speaks for all: a failure of one makes it end the others.
+    speaks = share is None or share.device is None or summary.merged
+    if speaks:
+        answer(_record(summary, folder), as_json=json, show=lambda: _show(summary, folder, share), once=False)
+    _finish_failed(summary, allow_failed, known=speaks)
+    return finish(summary.quarantined if speaks else (), allow_quarantined, once=False)
 
 
 def _names(listed: str | None) -> tuple[str, ...] | None:
@@ -107,7 +110,7 @@ def _record(summary: PredictSummary, folder: Path) -> dict[str, object]:
     }
 
 
-def _show(summary: PredictSummary, folder: Path) -> None:
+def _show(summary: PredictSummary, folder: Path, share: Shard | None) -> None:
     from hba.cli.progress import tally_cost
 
     tally = summary.tally
@@ -116,13 +119,15 @@ def _show(summary: PredictSummary, folder: Path) -> None:
     facts += [f"{tally.invalid:,} answers mean no label and count as wrong"] if tally.invalid else []
     facts += [f"{tally.endings.n_cut:,} were cut off at generation.max_tokens"] if tally.endings.n_cut else []
     facts += [f"{tally.endings.n_filtered:,} were stopped by a filter"] if tally.endings.n_filtered else []
-    facts += [] if tally.meter is None else [f"{tally_cost(tally.meter)} in this session"]
-    facts += [] if summary.merged else ["the other shards are not done: whichever ends last merges all"]
+    of = "" if share is None else f" of one of {share.count} processes"
+    facts += [] if tally.meter is None else [f"{tally_cost(tally.meter)} in this session{of}"]
+    facts += [] if summary.merged else ["other shards are not done: whichever ends last merges all"]
     say("; ".join(facts) + ".")
 
 
-def _finish_failed(summary: PredictSummary, allowed: int) -> None:
-    failed, unanswered = summary.tally.failed, summary.tally.unanswered
+def _finish_failed(summary: PredictSummary, allowed: int, *, known: bool) -> None:
+    """Say what failed, unless that is not `known` of the whole run yet, and which rows stay open; exit 1 for either."""
+    failed, unanswered = summary.tally.failed if known else 0, summary.tally.unanswered
     if unanswered:
         fix = "Run the same command again: it asks them."
         what = f"{unanswered.total()} rows got no answer and stay open ({_most(unanswered)}); everything else is done"

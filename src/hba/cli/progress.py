@@ -29,7 +29,7 @@ def counted(description: str) -> Iterator[OnProgress]:
 
 
 @contextmanager
-def tallied(description: str) -> Iterator[Callable[[Tally], None]]:
+def tallied(description: str, *, shown: bool = True) -> Iterator[Callable[[Tally], None]]:
     """A bar of predictions with their failures, cost, speed and time left; call the yielded function with a tally."""
     from rich.console import Console
     from rich.progress import (
@@ -53,7 +53,7 @@ def tallied(description: str) -> Iterator[Callable[[Tally], None]]:
             tally: Tally | None = task.fields["tally"]
             return Text("" if tally is None else tally_facts(tally, monotonic() - started))
 
-    with Progress(*columns[:3], Facts(), columns[3], console=Console(stderr=True)) as bar:
+    with Progress(*columns[:3], Facts(), columns[3], console=Console(stderr=True), disable=not shown) as bar:
         task = None
 
         def show(tally: Tally) -> None:

@@ -9,6 +9,7 @@ service gave no answer gets none either: it stays open, and the same command ask
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
@@ -27,17 +28,35 @@ from hba.evaluate.backends import LOCAL, WORDLESS, detect, known, open_backend
 from hba.evaluate.backends.interface import Answered, Backend, Unanswered
 from hba.evaluate.config import DEFAULT_FORMAT, Opening, PredictConfig
 from hba.evaluate.groups import sample_groups
-from hba.evaluate.predictions import Prediction, PredictionLog, read_predictions, write_predictions
+from hba.evaluate.predictions import (
+    Prediction,
+    PredictionLog,
+    each_prediction,
+    read_predictions,
+    write_predictions,
+)
 from hba.evaluate.results import was_cut
 from hba.evaluate.runs import ids_sha256
 from hba.evaluate.selection import EVERYTHING, Selection
-from hba.evaluate.shards import Shard, done_elsewhere, merge, merge_when_done
+from hba.evaluate.shards import (
+    PATIENCE_SECONDS,
+    Shard,
+    done_elsewhere,
+    leave_nothing,
+    merge,
+    merge_when_done,
+    merged_since,
+    take_gpus,
+)
 from hba.evaluate.tally import Tally
 from hba.quarantine import QuarantineLog
 from hba.remote import ServiceError
 from hba.run import locked_folder
 from hba.storage import read_json, write_json
 from hba.taxonomy import BUILTIN, Taxonomy, save_beside
+
+SINCE = ("settings", "dtype", "attention", "backbone")
+"""what the identity of a backend has not always said; runs that do not say it go on"""
 
 Predicted: TypeAlias = Prediction | Quarantined | Unanswered
 _DEFAULT_ENCODE: dict[str, Any] = json.loads(json.dumps(asdict(EncodeConfig())))
@@ -53,12 +72,16 @@ def answerable(atlas: Atlas, backend: Backend) -> Indices:
     return np.flatnonzero(np.where(labelled_N, known[columns.dataset_codes], backend.free_form))
 
 
-def predict(atlas: Atlas, rows: Indices, backend: Backend, done: Set[str] = frozenset()) -> Iterator[Predicted]:
-    """Yield the prediction of each of `rows` but for the samples whose ids are `done`, in the backend's order.
+def predict(atlas: Atlas, rows: Indices, backend: Backend) -> Iterator[Predicted]:
+    """Yield the prediction of each of `rows`, in the backend's order.
 
     A sample whose media cannot be read comes as its quarantine record, one that a service did not answer as it is.
     """
-    for result in backend.answers(atlas, rows, done):
+    return _predictions(atlas, backend.batches(atlas, rows), backend, frozenset())
+
+
+def _predictions(atlas: Atlas, batches: Sequence[Indices], backend: Backend, done: Set[str]) -> Iterator[Predicted]:
+    for result in backend.answers(atlas, batches, done):
         yield _prediction(result) if isinstance(result, Answered) else result
 
 
@@ -87,11 +110,11 @@ def _prediction(answered: Answered) -> Prediction:
 
 
 class PredictSummary(NamedTuple):
-    """What one call of `predict_run` leaves: the counts of the run (of the shard, if it is one), and what is missing.
+    """What one call of `predict_run` leaves: counts of the run, or of a shard that is not `merged`; what is missing.
 
-    `skipped` rows have no trained head; `merged` is False while other shards of the run have rows left. `unnamed_heads`
-    says that the rows were answered by heads of which nobody knows whether they were trained. `note` is what the user
-    should know of the format in which the model was asked.
+    `skipped` rows have no trained head; `merged` is False while other shards of the run have rows left, and where
+    another process has put all together. `unnamed_heads` says that the rows were answered by heads of which nobody
+    knows whether they were trained. `note` is what the user should know of the format in which the model was asked.
     """
 
     tally: Tally
@@ -123,43 +146,55 @@ def predict_run(
     InputError when the backend cannot use the model, and when the folder holds predictions of another model, atlas,
     split or prompt; FolderInUseError when another process predicts here.
     """
+    began = time.time()
     opening = open_rows(model, atlas, split=split, config=config, backend=backend, selection=selection)
     if opening.backend in LOCAL:
-        _prepare(shard)
+        _prepare(opening, shard)
     answering = open_backend(opening.backend, opening)
+    rows, taxonomy = answerable(opening.atlas, answering), opening.atlas.taxonomy
+    # What is hashed is hashed before a lock is taken that every process of the run waits for.
+    settings = {**_settings(opening, split, answering, rows), "selection": asdict(selection)}
+    batches = answering.batches(opening.atlas, rows)
     own = folder if shard is None else shard.folder(folder)
     with ExitStack() as locks:
-        with locked_folder(folder) if shard is not None else nullcontext():
+        with nullcontext() if shard is None else locked_folder(folder, PATIENCE_SECONDS):
             locks.enter_context(locked_folder(own))
-            rows = answerable(opening.atlas, answering)
-            settings = {**_settings(opening, split, answering, rows), "selection": asdict(selection)}
-            start_predictions(folder, settings, opening.atlas.taxonomy)
-            save_beside(opening.atlas.taxonomy, folder)
+            start_predictions(folder, settings, taxonomy)
+            save_beside(taxonomy, folder)
             read_anew(folder, opening.atlas, alone=shard is None)
-            if retry_failed and shard is not None:  # what earlier shards have merged; the first that comes takes it out
-                forget_failed(folder / "predictions.jsonl", opening.atlas.taxonomy)
         if shard is None:
-            merge(folder, opening.atlas.taxonomy)
+            merge(folder, taxonomy)
         if retry_failed:
-            forget_failed(own / "predictions.jsonl", opening.atlas.taxonomy)
-        share = rows if shard is None else rows[shard.number - 1 :: shard.count]
-        summary = _append_predictions(folder, own, opening.atlas, share, answering, progress)
-    summary = summary._replace(note=opening.note)
+            forget_failed(own / "predictions.jsonl", taxonomy)
+        done = done_elsewhere(folder, own / "predictions.jsonl", failed=not retry_failed)
+        share = batches if shard is None else shard.share(batches)
+        launched = shard is not None and shard.device is not None
+        if came_late := launched and not retry_failed and merged_since(folder, began):
+            share = []  # others found the run whole before this process had loaded its model
+        summary = _append_predictions(own, opening.atlas, share, answering, done, progress)
+        if shard is not None:
+            with locked_folder(folder, PATIENCE_SECONDS):
+                leave_nothing(folder, shard)
     if shard is None:
-        return summary
-    wanted = {opening.atlas.ids[int(row)] for row in rows}
-    return summary._replace(merged=merge_when_done(folder, wanted, opening.atlas.taxonomy))
+        return summary._replace(note=opening.note)
+    wanted = {opening.atlas.ids[row] for row in rows.tolist()}
+    merged = merge_when_done(folder, wanted, taxonomy, retry_failed=retry_failed)
+    if not merged and (shard.device is None or shard.number == 1) and not came_late:  # all was there when it came
+        merged = not (folder / "shards").is_dir() and wanted <= done_elsewhere(folder, failed=not retry_failed)
+    if merged:
+        summary = _whole_run(folder, len(rows), opening.atlas, answering)
+    return summary._replace(merged=merged, note=opening.note)
 
 
-def _prepare(shard: Shard | None) -> None:
-    """Seeds, threads and the GPU of a model that runs in this process."""
-    import torch  # not before it is needed: it takes seconds and half a gigabyte
-
-    from hba.process import prepare_process
+def _prepare(opening: Opening, shard: Shard | None) -> None:
+    """GPUs, seeds and threads of a model that runs in this process. Raises ConfigError for too few GPUs."""
+    if shard is not None and shard.device is not None:
+        alone = opening.backend == "vllm"  # its engine wants nearly all memory of its GPUs
+        each = opening.config.vllm.tensor_parallel_size if alone else 1
+        take_gpus(shard, each, shared=not alone)
+    from hba.process import prepare_process  # not before it is needed: torch takes seconds and half a gigabyte
 
     prepare_process(seed=0)
-    if shard is not None and shard.device is not None and torch.cuda.is_available():
-        torch.cuda.set_device(shard.device % torch.cuda.device_count())
 
 
 def open_rows(
@@ -231,22 +266,31 @@ def _by_dataset(atlas: Atlas, rows: Indices) -> dict[str, int]:
 
 
 def _append_predictions(
-    run: Path, own: Path, atlas: Atlas, rows: Indices, backend: Backend, progress: Callable[[Tally], None]
+    own: Path,
+    atlas: Atlas,
+    batches: Sequence[Indices],
+    backend: Backend,
+    elsewhere: Set[str],
+    progress: Callable[[Tally], None],
 ) -> PredictSummary:
-    """Predict what is left of `rows` into the folder `own`, which is that of the run or of a shard of it."""
+    """Predict what is left of `batches` into the folder `own`, which is that of the run or of a shard of it.
+
+    `elsewhere` are ids that are done in other files of the run.
+    """
+    rows = np.concatenate(batches).tolist() if batches else []
     path, tally = own / "predictions.jsonl", Tally(total=len(rows), meter=backend.meter)
 
     def count(prediction: Prediction) -> None:
         tally.add(prediction, labelled=_labelled(prediction, atlas), fresh=False)
 
     with PredictionLog(path, atlas.taxonomy, count) as log, QuarantineLog(own) as quarantine:
-        done = log.done_ids() | done_elsewhere(run, besides=path)
-        tally.done = sum(atlas.ids[row] in done for row in rows.tolist())
+        done = log.done_ids() | elsewhere
+        tally.done = sum(atlas.ids[row] in done for row in rows)
         left = tally.done < len(rows)
         groups = sample_groups(atlas) if left else {}
         progress(tally)
         try:
-            for step in predict(atlas, rows, backend, done) if left else ():
+            for step in _predictions(atlas, batches, backend, done) if left else ():
                 if isinstance(step, Quarantined):
                     quarantine.add(step)
                     tally.quarantine()
@@ -259,10 +303,29 @@ def _append_predictions(
         except ServiceError as error:
             what = f"{error.what}; {len(log.done_ids()):,} of {len(rows):,} rows are answered and kept in {own}"
             raise ServiceError(what, where=error.where, fix=error.fix) from None
-        left_out = [r for r in quarantine.records(atlas.split) if r["id"] not in log.done_ids()]
-        skipped = len(atlas) - len(answerable(atlas, backend))
-        unnamed = backend.name == "heads" and backend.domains is None
-        return PredictSummary(tally, len(log.done_ids()), skipped, left_out, merged=True, unnamed_heads=unnamed)
+        return _summary(tally, log.done_ids(), quarantine, atlas, backend)
+
+
+def _summary(
+    tally: Tally, answered: Set[str], quarantine: QuarantineLog, atlas: Atlas, backend: Backend
+) -> PredictSummary:
+    return PredictSummary(
+        tally=tally,
+        predicted=len(answered),
+        skipped=len(atlas) - len(answerable(atlas, backend)),
+        quarantined=[record for record in quarantine.records(atlas.split) if record["id"] not in answered],
+        merged=True,
+        unnamed_heads=backend.name == "heads" and backend.domains is None,
+    )
+
+
+def _whole_run(folder: Path, total: int, atlas: Atlas, backend: Backend) -> PredictSummary:
+    """The summary of a run of `total` rows whose shards are merged."""
+    tally, answered = Tally(total=total, meter=backend.meter), set()
+    for prediction in each_prediction(folder / "predictions.jsonl", atlas.taxonomy):
+        tally.add(prediction, labelled=_labelled(prediction, atlas), fresh=False)
+        answered.add(prediction.id)
+    return _summary(tally, answered, QuarantineLog(folder), atlas, backend)
 
 
 def _labelled(prediction: Prediction, atlas: Atlas) -> bool:
@@ -310,13 +373,14 @@ def read_anew(folder: Path, atlas: Atlas, *, alone: bool) -> None:
 def start_predictions(folder: Path, settings: dict[str, Any], taxonomy: Taxonomy = BUILTIN) -> None:
     """Write predict.json, or check that it says the same. Raises InputError naming what differs.
 
-    Where model and atlas lie may differ, their content may not. A folder in which nothing was ever answered is free:
-    whatever was tried there came to nothing, and its failures go.
+    Where model and atlas lie may differ, their content may not, nor what the model computes in. A folder in which
+    nothing was ever answered is free: whatever was tried there came to nothing, and its failures go.
     """
     path = folder / "predict.json"
     if path.is_file():
         before, now = _identity(read_json(path)), _identity(settings)
-        differing = [key for key in {**now, **before} if before.get(key) != now.get(key)]
+        unsaid = {key for key in SINCE if key not in before}  # by an older version
+        differing = [key for key in {**now, **before} if before.get(key) != now.get(key) and key not in unsaid]
         if not differing:
             return
         files = [folder / "predictions.jsonl", *folder.glob("shards/*/predictions.jsonl")]
@@ -335,11 +399,12 @@ def _kept(file: Path, taxonomy: Taxonomy) -> list[Prediction]:
 
 
 def _identity(settings: dict[str, Any]) -> dict[str, Any]:
-    """What decides the predictions, under the names that a message uses.
+    """What decides the predictions, under the names that a message uses. How a checkpoint is called does not.
 
     A key of `encode` that an older version did not have was what its default is now.
     """
+    known = {key: value for key, value in (settings.get("identity") or {}).items() if key != "checkpoint"}
     kept = {key: settings.get(key) for key in ("backend", "split")}
     encode = {f"encode.{key}": value for key, value in {**_DEFAULT_ENCODE, **(settings.get("encode") or {})}.items()}
     data = settings.get("data") or {}
-    return {**(settings.get("identity") or {}), **kept, **encode, "data": data.get("fingerprint")}
+    return {**known, **kept, **encode, "data": data.get("fingerprint")}

@@ -66,12 +66,30 @@ class Prediction:
     @property
     def failed(self) -> bool:
         """Whether the sample ended in an error without any output or answer."""
-        said = (self.output or "").strip() or (self.answer or "").strip()
-        return self.error is not None and self.label is None and not said
+        return has_failed(self)
 
     def record(self) -> dict[str, Any]:
         """The line of predictions.jsonl; what not every contract has, from `probs` on, only where it is known."""
         return {key: value for key, value in asdict(self).items() if key not in _OPTIONAL or value not in (None, ())}
+
+
+class Said(Protocol):
+    """What a line says of its sample."""
+
+    @property
+    def output(self) -> str | None: ...
+    @property
+    def answer(self) -> str | None: ...
+    @property
+    def label(self) -> str | None: ...
+    @property
+    def error(self) -> str | None: ...
+
+
+def has_failed(said: Said) -> bool:
+    """Whether a sample ended in an error without any output or answer."""
+    words = (said.output or "").strip() or (said.answer or "").strip()
+    return said.error is not None and said.label is None and not words
 
 
 class FromService(Protocol):

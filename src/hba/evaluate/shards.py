@@ -1,28 +1,35 @@
 """One run on several processes, GPUs or machines: each predicts its share into a folder of its own, the last merges.
 
-Shard i of N takes every N-th row. It writes `shards/i-of-N/` of the run folder; whoever finds all rows done, the last
-shard or a later run without shards, puts everything into the run's own predictions.jsonl and quarantine.jsonl and
-removes the folder `shards`. What any shard has done counts as done for all, so that a run may go on with another N.
-The machines must share the run folder, on a file system with locks.
+Shard i of N takes every N-th batch of the rows that are asked together. It writes `shards/i-of-N/` of the run folder;
+whoever finds all rows done, the last shard or a later run without shards, puts everything into the run's own
+predictions.jsonl and quarantine.jsonl and removes the folder `shards`. What any shard has done counts as done for all,
+so that a run may go on with another N. The machines must share the run folder, on a file system with locks.
+
+Nothing that a shard finds ends it with a failure, since a launcher then ends the others: whoever merges speaks for the
+run, its exit code included.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
 from hba.atlas.sample import Quarantined
-from hba.errors import InputError
-from hba.evaluate.predictions import Prediction, PredictionLog, read_predictions, write_predictions
+from hba.errors import ConfigError, InputError
+from hba.evaluate.predictions import Prediction, PredictionLog, has_failed, read_predictions, write_predictions
 from hba.quarantine import QuarantineLog
 from hba.run import FolderInUseError, locked_folder
 from hba.taxonomy import Taxonomy
+
+T = TypeVar("T")
 
 # (rank, number of processes, rank on its machine) as torchrun and accelerate launch, and as srun say it. A batch script
 # has SLURM_NTASKS too, without being one of the tasks.
@@ -30,18 +37,27 @@ LAUNCHERS = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
 )
+FILES = ("predictions.jsonl", "quarantine.jsonl")
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+PATIENCE_SECONDS = 120.0
+"""for the run's lock, which processes of one run hold for moments, or for as long as one puts everything together"""
 
 
-class _Named(msgspec.Struct):
+class _Line(msgspec.Struct):
     id: str
+    output: str | None = None
+    answer: str | None = None
+    label: str | None = None
+    error: str | None = None
 
 
-_named = msgspec.json.Decoder(_Named)
+_line = msgspec.json.Decoder(_Line)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Shard `number` (from 1) of `count`; `device` is the GPU that it takes, None for the usual one."""
+    """Shard `number` (from 1) of `count`; `device` is its place among the processes that a launcher started on this
+    machine, None without a launcher."""
 
     number: int
     count: int
@@ -55,6 +71,10 @@ class Shard:
     def folder(self, run: Path) -> Path:
         """Where its predictions go."""
         return run / "shards" / self.name
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """Every N-th of the items."""
+        return items[self.number - 1 :: self.count]
 
 
 def parse_shard(text: str) -> Shard:
@@ -73,59 +93,128 @@ def launched_shard(environment: Mapping[str, str] = os.environ) -> Shard | None:
     return None
 
 
-def done_elsewhere(run: Path, besides: Path | None = None) -> set[str]:
+def take_gpus(shard: Shard, each: int, *, shared: bool, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Show this process its own `each` GPUs alone, of those that its machine shows to all, by CUDA_VISIBLE_DEVICES.
+
+    Names in that list may be numbers, UUIDs or MIG devices. Where srun has dealt out GPUs already, nothing changes.
+    With `shared`, processes may have a GPU together where there are too few. Nothing happens where there is none.
+    Raises ConfigError for too few GPUs, and when CUDA has started, which reads the list once.
+    """
+    seen = _visible(environment)
+    dealt_out = "LOCAL_RANK" not in environment and ("SLURM_GPUS_PER_TASK" in environment or len(seen) == each)
+    if not seen or dealt_out:
+        return
+    if each > len(seen):
+        what = f"{each} GPUs are wanted for each process, but {len(seen)} can be seen"
+        raise ConfigError(what, where=VISIBLE, fix=f"Set vllm.tensor_parallel_size={len(seen)} or less.")
+    first = (shard.device or 0) * each
+    if first + each > len(seen):
+        if not shared:
+            fits = len(seen) // each
+            what = f"{len(seen)} GPUs are enough for {fits} processes of {each}, and this is number {first // each + 1}"
+            raise ConfigError(what, where=VISIBLE, fix=f"Start {fits} on this machine (--nproc-per-node {fits}).")
+        first %= len(seen)
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        raise ConfigError("CUDA has started already", where=VISIBLE, fix="Predict before anything uses a GPU.")
+    environment[VISIBLE] = ",".join(seen[first : first + each])
+
+
+def _visible(environment: Mapping[str, str]) -> list[str]:
+    """The GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES has; CUDA does not start for it."""
+    if VISIBLE not in environment:
+        import torch  # asks the driver's library, which starts nothing
+
+        return [str(number) for number in range(torch.cuda.device_count())]
+    named: list[str] = []
+    for name in map(str.strip, environment[VISIBLE].split(",")):
+        if not name or name.startswith("-"):  # CUDA, too, reads no further
+            break
+        named.append(name)
+    return named
+
+
+def done_elsewhere(run: Path, besides: Path | None = None, *, failed: bool = True) -> set[str]:
     """The ids with a prediction in the run's own file or in that of any shard, whoever is writing there.
 
-    The file `besides` is left out.
+    The file `besides` is left out, and unless `failed`, what failed.
     """
     files = [run / "predictions.jsonl", *run.glob("shards/*/predictions.jsonl")]
-    return {record for file in files if file != besides for record in _whole_ids(file)}
+    lines = (line for file in files if file != besides for line in _whole_lines(file))
+    return {line.id for line in lines if failed or not has_failed(line)}
 
 
-def left_out(run: Path) -> set[str]:
-    """The ids that the run or any shard has quarantined."""
-    files = [run / "quarantine.jsonl", *run.glob("shards/*/quarantine.jsonl")]
-    return {record for file in files for record in _whole_ids(file)}
+def _settled(run: Path, *, retry_failed: bool) -> set[str]:
+    """The ids of which this command has nothing more to say: answered, or failed or quarantined in a shard.
+
+    What the run itself has in quarantine was left out by an earlier command and is tried again; so is what failed
+    there, with `retry_failed`.
+    """
+    found = done_elsewhere(run, failed=not retry_failed)
+    return found | {line.id for name in FILES for file in run.glob(f"shards/*/{name}") for line in _whole_lines(file)}
 
 
-def _whole_ids(file: Path) -> Iterator[str]:
-    """The ids of the lines that are written to their end."""
+def _whole_lines(file: Path) -> Iterator[_Line]:
+    """The lines that are written to their end."""
     if file.is_file():
         with file.open("rb") as handle:
             for line in handle:
                 if line.endswith(b"\n"):
-                    yield _named.decode(line).id
+                    yield _line.decode(line)
 
 
-def merge(run: Path, taxonomy: Taxonomy) -> None:
-    """Put what all shards have into the run's own files and remove theirs. The caller holds the run's lock.
+def merge(run: Path, taxonomy: Taxonomy) -> bool:
+    """Put what all shards have into the run's own files and remove theirs; False where there is none.
 
-    Killed at any point, it can be done again. Raises FolderInUseError when a shard is still being predicted.
+    The caller holds the run's lock. Killed at any point, it can be done again. Raises FolderInUseError when a shard is
+    still being predicted.
     """
     folders = sorted(path for path in run.glob("shards/*") if path.is_dir())
     if not folders:
-        return
+        return False
     with ExitStack() as locks:
         for folder in folders:
             locks.enter_context(locked_folder(folder))
         _merge_predictions(run / "predictions.jsonl", [f / "predictions.jsonl" for f in folders], taxonomy)
         _merge_quarantines(run, folders)
         shutil.rmtree(run / "shards", ignore_errors=True)
+    return True
 
 
-def merge_when_done(run: Path, wanted: set[str], taxonomy: Taxonomy) -> bool:
-    """Merge if every id of `wanted` is predicted or quarantined; False while shards are at work.
+def merge_when_done(run: Path, wanted: set[str], taxonomy: Taxonomy, *, retry_failed: bool) -> bool:
+    """Merge if every id of `wanted` is predicted or quarantined; False while shards are at work, and where another did.
 
     Shards that end together may each find the other's lock taken; each lets go of its own before, so that one merges.
     """
-    if not wanted <= done_elsewhere(run) | left_out(run):
+    if not wanted <= _settled(run, retry_failed=retry_failed):
         return False
     try:
         with locked_folder(run):
-            merge(run, taxonomy)
+            return merge(run, taxonomy)
     except FolderInUseError:  # by another process, which is about to do the same
-        return not (run / "shards").is_dir()
-    return True
+        return False
+
+
+def merged_since(run: Path, began: float) -> bool:
+    """Whether shards were merged after `began`, in seconds since the epoch, and no shard has been at work since.
+
+    The processes of a launcher do not start at once: one may come when the others have found that all is done.
+    """
+    merged = run / "predictions.jsonl"
+    at_work = any((run / "shards").glob("*/*.jsonl"))
+    return merged.is_file() and merged.stat().st_mtime >= began and not at_work
+
+
+def leave_nothing(run: Path, shard: Shard) -> None:
+    """Remove the folder of a shard that had nothing to do; the run may have been merged before it came.
+
+    The caller holds both locks.
+    """
+    own = shard.folder(run)
+    if not any((own / name).is_file() and (own / name).stat().st_size for name in FILES):
+        shutil.rmtree(own, ignore_errors=True)
+        if not any((run / "shards").glob("*")):
+            shutil.rmtree(run / "shards", ignore_errors=True)
 
 
 def _merge_predictions(own: Path, parts: list[Path], taxonomy: Taxonomy) -> None:
@@ -135,7 +224,8 @@ def _merge_predictions(own: Path, parts: list[Path], taxonomy: Taxonomy) -> None
     kept: dict[str, Prediction] = {}
     for path in files:
         for prediction in read_predictions(path, taxonomy):
-            kept.setdefault(prediction.id, prediction)
+            if prediction.id not in kept or kept[prediction.id].failed:  # a row that failed was asked again
+                kept[prediction.id] = prediction
     write_predictions(own, kept.values())
 
 

@@ -47,6 +47,7 @@ FORMAT = 1
 CARD = "hba.json"
 HEADS, LM_HEAD = "heads.safetensors", "lm_head.safetensors"
 _STATE_OF_TRAINING = ("optimizer", "trainer_state")  # files of a run's checkpoint that are none of its model
+_SETTINGS = (".json", ".jinja", ".txt", ".model")  # files of a model that are not weights
 ADAPTER = "adapter_model.safetensors"
 _DAMAGED = "Use another checkpoint of the run, or train again."
 _OTHER_BACKBONE = f"Check that {CARD} names the backbone that it was trained on. {_DAMAGED}"
@@ -146,7 +147,7 @@ def trained_hash(folder: Path) -> str:
 def backbone_hashes(folder: Path) -> dict[str, str]:
     """What decides the hidden states of a checkpoint: SHA-256 of its weights, and of the backbone that it stands on.
 
-    A backbone of the hub is named with the commit that the cache holds.
+    A backbone of the hub is named with its commit.
     """
     card = read_card(folder)
     others = (HEADS, LM_HEAD, *_STATE_OF_TRAINING)
@@ -156,10 +157,51 @@ def backbone_hashes(folder: Path) -> dict[str, str]:
     base = base_of(folder)
     if Path(base).is_dir():
         return found | {f"backbone/{f.name}": file_sha256(f) for f in Path(base).glob("*.safetensors")}
+    return found | {"backbone": _revision(base)}
+
+
+def settings_hash(folder: Path) -> str:
+    """SHA-256 of the files of a model that say how it and its processor work: settings, vocabulary, chat template; of a
+    checkpoint, with the config of its backbone."""
+    others = (CARD, "trainer_state.json")
+    files = [f for f in sorted(folder.iterdir()) if f.suffix in _SETTINGS and f.name not in others]
+    if (folder / CARD).is_file():
+        files += [f for f in (Path(base_of(folder)) / "config.json",) if f.is_file()]
+    return json_sha256([[f.name, file_sha256(f)] for f in files])
+
+
+def identity(name: str | Path, *, dtype: str, attention: str | None = None) -> dict[str, str]:
+    """What decides the words of the model `name`, by content, wherever it lies: its weights, the files that say how it
+    works, and what it computes in, `dtype` as `load` has it. A model of the hub is its name and commit. A checkpoint is
+    also called by the name of its folder.
+
+    Raises InputError when there is no such model.
+    """
+    folder = resolve(name)
+    found = {"checkpoint": folder.name} if folder is not None else {}
+    if folder is not None:
+        weights = backbone_hashes(folder)
+        if (folder / LM_HEAD).is_file():
+            weights[LM_HEAD] = file_sha256(folder / LM_HEAD)
+        ends = Path(base_of(folder)) / "generation_config.json"
+        settings = [settings_hash(folder), file_sha256(ends) if ends.is_file() else None]
+        found |= {"model": json_sha256(weights), "settings": json_sha256(settings)}
+    elif Path(name).is_dir():
+        weights = {file.name: file_sha256(file) for file in Path(name).glob("*.safetensors")}
+        found |= {"model": json_sha256(weights), "settings": settings_hash(Path(name))}
+    else:
+        found["model"] = _revision(str(name))
+    found["dtype"] = str(resolve_dtype(dtype)).removeprefix("torch.")
+    return found if attention is None else {**found, "attention": attention}
+
+
+def _revision(name: str) -> str:
+    """A model of the hub with the commit that the cache holds, into which its config is put where it is not yet."""
     from huggingface_hub import try_to_load_from_cache
 
-    cached = try_to_load_from_cache(base, "config.json")
-    return found | {"backbone": f"{base}@{Path(cached).parent.name if isinstance(cached, str) else None}"}
+    read_config(name, what="the model")
+    cached = try_to_load_from_cache(name, "config.json")
+    return f"{name}@{Path(cached).parent.name if isinstance(cached, str) else None}"
 
 
 def load(

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hba.atlas.config import EncodeConfig
@@ -34,6 +35,7 @@ from hba.storage import atomic_folder, write_json
 # The class name by which every version of vLLM finds its thinker.
 ARCHITECTURE = "Qwen2_5OmniModel"
 PREFIX = "thinker."  # of a thinker's parameters in the whole model
+PEFT_ROOT = "base_model.model."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +153,16 @@ def write_thinker(thinker: Any, folder: Path, *, dtype: torch.dtype) -> None:
     pieces = [tensor_piece(f"{PREFIX}{name}", tensor) for name, tensor in weights.items()]
     write_weights(folder, [[_rounded(piece, None, dtype) for piece in pieces]])
     write_json(folder / "config.json", _config(thinker.config, dtype, tied=tied))
+
+
+def name_as_released(adapter: Path, out: Path) -> None:
+    """Write the PEFT adapter of a thinker into `out`, which may be its own folder, with the names of the whole model,
+    by which vLLM knows its layers."""
+    tensors = load_file(adapter / checkpoint.ADAPTER)
+    if out != adapter:
+        shutil.copyfile(adapter / "adapter_config.json", out / "adapter_config.json")
+    named = {name.replace(PEFT_ROOT, PEFT_ROOT + PREFIX, 1): tensor for name, tensor in tensors.items()}
+    save_file(named, out / checkpoint.ADAPTER)
 
 
 class _Placed(NamedTuple):

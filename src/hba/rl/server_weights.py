@@ -17,19 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from hba.errors import HbaError
 from hba.model.chat import ChatModel
 from hba.model.checkpoint import is_thinker, resolve_dtype
 from hba.model.config import ModelConfig
-from hba.model.merge import PREFIX, write_thinker
+from hba.model.merge import name_as_released, write_thinker
 from hba.remote import ChatRequest, RemoteClient, RequestError, ServiceError
 from hba.remote.request import TokenReply
 from hba.storage import atomic_folder
 
-ADAPTER = "adapter_model.safetensors"
-PEFT_ROOT = "base_model.model."
 LORA_START = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve MODEL --enable-lora --max-lora-rank RANK"
 FULL_START = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL, without --enable-lora"
 PROBE_TOKENS = 32
@@ -79,8 +76,7 @@ class ServedWeights:
             return
         transformer.save_pretrained(folder)
         if self._config.strategy == "lora" and thinker:
-            tensors = load_file(folder / ADAPTER)
-            save_file({n.replace(PEFT_ROOT, PEFT_ROOT + PREFIX, 1): t for n, t in tensors.items()}, folder / ADAPTER)
+            name_as_released(folder, folder)
 
     def remove(self) -> None:
         """Remove what was written, here and by a run that was killed."""

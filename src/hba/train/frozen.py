@@ -38,7 +38,7 @@ from hba.evaluate.backends.batches import evaluation_plan
 from hba.model import checkpoint
 from hba.model.omni import OmniSapiens
 from hba.run import locked_folder
-from hba.storage import file_sha256, json_sha256
+from hba.storage import json_sha256
 from hba.taxonomy import Taxonomy
 from hba.train.cache import Claims, Feature, FeatureCache, Shard, shard_path, start_cache, write_shard
 from hba.train.config import FeatureConfig
@@ -46,7 +46,6 @@ from hba.train.ranks import Ranks
 
 SHARD_BATCHES = 16  # most batches in a shard
 FEWEST_SHARDS = 64  # of a dataset that has so many batches
-SETTINGS = (".json", ".jinja", ".txt", ".model")  # files of a checkpoint that are not weights
 POLL_SECONDS = 0.5  # between looks at the shards that other processes compute
 Descriptors: TypeAlias = Mapping[int, Mapping[str, Tensor] | Quarantined]
 """By row number: the pooled descriptors of a sample, or why it has none."""
@@ -149,19 +148,11 @@ class FrozenBase:
             "precision": str(checkpoint.resolve_dtype(self.dtype)),
             "data": rows.fingerprint,
             "encoding": asdict(self.encode),
-            "processor": self.processor_files,
+            "processor": checkpoint.settings_hash(self.folder),
             "code": code_between().source,
             "packages": code_between().packages,
             "batch_size": batch_size,
         }
-
-    @cached_property
-    def processor_files(self) -> str:
-        """Hash of what tells processor and backbone how to work: their settings, vocabulary and chat template."""
-        others = (checkpoint.CARD, "trainer_state.json")
-        files = [f for f in sorted(self.folder.iterdir()) if f.suffix in SETTINGS and f.name not in others]
-        backbone = Path(checkpoint.base_of(self.folder)) / "config.json"
-        return json_sha256([[f.name, file_sha256(f)] for f in (*files, *([backbone] if backbone.is_file() else []))])
 
 
 class Code(NamedTuple):

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from hba.atlas import Atlas, open_atlas
 from hba.atlas.sampler import Indices
 from hba.errors import InputError
 from hba.evaluate.answers import plain
-from hba.evaluate.backends.interface import Answered, Output, Result, samples
+from hba.evaluate.backends.interface import Answered, Output, Result, one_by_one, samples
 from hba.evaluate.config import Opening
 from hba.remote.cost import Meter
 from hba.storage import json_sha256
@@ -40,9 +40,13 @@ class Baseline:
         seed = {"seed": self.seed} if self.name == "random" else {}
         return {"model": json_sha256({key: dict(counted) for key, counted in self.counts.items()}), **seed}
 
-    def answers(self, atlas: Atlas, rows: Indices, done: Set[str]) -> Iterator[Result]:
+    def batches(self, _atlas: Atlas, rows: Indices) -> Sequence[Indices]:
+        """Each row alone."""
+        return one_by_one(rows)
+
+    def answers(self, atlas: Atlas, batches: Sequence[Indices], done: Set[str]) -> Iterator[Result]:
         """One after the other."""
-        for sample in samples(atlas, rows, done):
+        for sample in samples(atlas, batches, done):
             counted = self.counts[sample.dataset]
             answer = next(iter(counted)) if self.name == "majority" else self._drawn(sample.id, counted)
             one_label = sample.label is not None

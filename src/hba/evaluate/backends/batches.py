@@ -1,7 +1,8 @@
 """The path of backends that take tensor batches: plan them by signature and length, load them, ask the model.
 
-The plan depends on the rows alone, never on what is done already: a batch that is done in part is computed whole, so
-that its padding, and with it the last bits of every number, are those of an uninterrupted run.
+The plan depends on the rows alone, never on what is done already nor on how many processes share it: a batch that is
+done in part is computed whole, so that its padding, and with it the last bits of every number, are those of an
+uninterrupted run of one process.
 """
 
 from __future__ import annotations
@@ -20,22 +21,20 @@ from hba.evaluate.backends.interface import Answered, Output, Result
 
 def batched_answers(
     atlas: Atlas,
-    rows: Indices,
+    batches: Sequence[Indices],
     done: Set[str],
     *,
     encoder: SampleEncoder,
     answer: Callable[[Batch], Sequence[Output]],
-    batch_size: int,
     loader: LoaderConfig,
 ) -> Iterator[Result]:
-    """The results of `rows`, a batch at a time; `answer` gives one output a sample, in the batch's order.
+    """The results of `batches` of an `evaluation_plan`; `answer` gives one output a sample, in the batch's order.
 
     Time and input tokens are measured here unless `answer` gives them.
     """
-    plan = evaluation_plan(atlas, rows, batch_size)
     if done:
-        plan = [batch for batch in plan if any(atlas.ids[int(row)] not in done for row in batch)]
-    for batch in load_batches(atlas, encoder, plan, loader):
+        batches = [batch for batch in batches if any(atlas.ids[int(row)] not in done for row in batch)]
+    for batch in load_batches(atlas, encoder, batches, loader):
         yield from batch.quarantined
         if not len(batch):
             continue

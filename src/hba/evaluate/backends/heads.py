@@ -16,7 +16,7 @@ from hba.atlas.batch import Batch, Encoder
 from hba.atlas.config import LoaderConfig
 from hba.atlas.sampler import Indices
 from hba.errors import InputError
-from hba.evaluate.backends.batches import batched_answers
+from hba.evaluate.backends.batches import batched_answers, evaluation_plan
 from hba.evaluate.backends.interface import Output, Result, spoken
 from hba.evaluate.config import Opening
 from hba.model import checkpoint
@@ -53,15 +53,22 @@ class HeadsBackend:
         self.domains = None if domains is None else frozenset(domains)
 
     def identity(self) -> Mapping[str, Any]:
-        """Hash of the heads and name of the checkpoint."""
+        """Hashes of the heads and of what they stand on, and what it computes in."""
         return self.origin
 
-    def answers(self, atlas: Atlas, rows: Indices, done: Set[str]) -> Iterator[Result]:
-        """In batches of similar length, rows with classes before those without."""
-        options: dict[str, Any] = {"encoder": self.encoder, "batch_size": self.batch_size, "loader": self.loader}
+    def batches(self, atlas: Atlas, rows: Indices) -> Sequence[Indices]:
+        """Of similar length, rows with classes before those without."""
         labelled_N = atlas.columns.label_codes[rows] >= 0
-        for chosen, answer in ((rows[labelled_N], self.classify), (rows[~labelled_N], self.speak)):
-            if len(chosen):
+        kinds = (rows[labelled_N], rows[~labelled_N])
+        return [batch for kind in kinds if len(kind) for batch in evaluation_plan(atlas, kind, self.batch_size)]
+
+    def answers(self, atlas: Atlas, batches: Sequence[Indices], done: Set[str]) -> Iterator[Result]:
+        """Rows with classes by the heads, those without in words."""
+        options: dict[str, Any] = {"encoder": self.encoder, "loader": self.loader}
+        labelled = [atlas.columns.label_codes[batch[0]] >= 0 for batch in batches]
+        for wanted, answer in ((True, self.classify), (False, self.speak)):
+            chosen = [batch for batch, has in zip(batches, labelled, strict=True) if has == wanted]
+            if chosen:
                 yield from batched_answers(atlas, chosen, done, answer=answer, **options)
 
     def classify(self, batch: Batch) -> Sequence[Output]:
@@ -96,7 +103,8 @@ def open_backend(_name: str, opening: Opening) -> HeadsBackend:
     model = checkpoint.load(model_name, dtype=config.dtype, attention=config.attention, taxonomy=taxonomy).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     max_tokens = config.generation.max_tokens if model.speaks else 0
-    origin: dict[str, Any] = {"model": checkpoint.trained_hash(trained), "checkpoint": checkpoint.describe(model_name)}
+    origin: dict[str, Any] = dict(checkpoint.identity(trained, dtype=config.dtype, attention=config.attention))
+    origin |= {"backbone": origin["model"], "model": checkpoint.trained_hash(trained)}
     if max_tokens:
         origin["max_tokens"] = max_tokens
     adapters, dims = ({}, {}) if model.bam is None else (model.bam.descriptors, model.bam.dims)

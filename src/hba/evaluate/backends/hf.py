@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence, Set
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,18 +20,18 @@ from hba.atlas.chat_encoder import encoder_for
 from hba.atlas.sampler import Indices
 from hba.errors import InputError
 from hba.evaluate.answers import opened_thinking
-from hba.evaluate.backends.batches import batched_answers
+from hba.evaluate.backends.batches import batched_answers, evaluation_plan
 from hba.evaluate.backends.interface import Output, Result, choices, likeliest, spoken
 from hba.evaluate.config import GenerationConfig, Opening, PredictConfig
 from hba.model import chat, checkpoint
 from hba.model.generate import end_token_ids
 from hba.remote.cost import Meter
-from hba.storage import file_sha256, json_sha256
 
 TAG_TOKENS = 16  # at the end of a prompt, in which a tag of thinking would stand
 
+
 class ChatBackend:
-    """A `Backend` over a loaded model. `origin` is the identity of its weights.
+    """A `Backend` over a loaded model. `origin` is the identity of the model and of what it computes in.
 
     Rows that have no labels, or may have several, are answered in words whatever is asked of the others.
     """
@@ -53,10 +52,14 @@ class ChatBackend:
         drawn = {"batch_size": self.config.batch_size} if self.config.generation.temperature else {}
         return {**self.origin, **self.config.generation.identity(), **drawn}
 
-    def answers(self, atlas: Atlas, rows: Indices, done: Set[str]) -> Iterator[Result]:
-        """In batches of similar length."""
-        options: dict[str, Any] = {"batch_size": self.config.batch_size, "loader": self.config.loader}
-        return batched_answers(atlas, rows, done, encoder=self.encoder, answer=self.generate, **options)
+    def batches(self, atlas: Atlas, rows: Indices) -> Sequence[Indices]:
+        """Of similar length."""
+        return evaluation_plan(atlas, rows, self.config.batch_size)
+
+    def answers(self, atlas: Atlas, batches: Sequence[Indices], done: Set[str]) -> Iterator[Result]:
+        """A batch after the other."""
+        how: dict[str, Any] = {"encoder": self.encoder, "answer": self.generate, "loader": self.config.loader}
+        return batched_answers(atlas, batches, done, **how)
 
     def generate(self, batch: Batch) -> Sequence[Output]:
         """One answer a sample."""
@@ -86,7 +89,6 @@ class ChatBackend:
             return [likeliest(of, each) if of else words for of, each, words in rows]
         return outputs
 
-
     def _opened(self, batch: Batch) -> str:
         """What of the model's turn the chat template has begun: a tag of thinking, without which an answer that never
         ends it reads as one that was spoken."""
@@ -105,20 +107,8 @@ def open_backend(_name: str, opening: Opening) -> ChatBackend:
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     wording = FormatMix([config.generation.asked])
     encoder = encoder_for(model.processor, opening.encode, taxonomy, wording=wording)
-    return ChatBackend(model, encoder, config, origin(opening.model, model))
-
-
-def origin(name: str, model: chat.ChatModel) -> dict[str, Any]:
-    """Which weights these are: hashes of the files of a folder, the commit of a model of the hub."""
-    folder = checkpoint.resolve(name)
-    if folder is not None:
-        hashes = checkpoint.backbone_hashes(folder)
-        if (folder / checkpoint.LM_HEAD).is_file():
-            hashes[checkpoint.LM_HEAD] = file_sha256(folder / checkpoint.LM_HEAD)
-        return {"checkpoint": folder.name, "model": json_sha256(hashes)}
-    if Path(name).is_dir():
-        return {"model": json_sha256({path.name: file_sha256(path) for path in Path(name).glob("*.safetensors")})}
-    return {"model": f"{name}@{getattr(model.transformer.config, '_commit_hash', None)}"}
+    origin = checkpoint.identity(opening.model, dtype=config.dtype, attention=config.attention)
+    return ChatBackend(model, encoder, config, origin)
 
 
 def _seed(generation: GenerationConfig, batch: Batch) -> int:

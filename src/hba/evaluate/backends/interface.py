@@ -1,10 +1,11 @@
 """What a backend is: a way to answer rows of an atlas. The run that uses it is `hba.evaluate.predict`.
 
-A backend draws the rows that it is given in an order of its own choice and yields one result a row: what it said
-(`Answered`, an error included), that the sample's media cannot be read (`Quarantined`), or that the service it asks
-gave nobody an answer (`Unanswered`), which is not kept and is asked again. Order, batching and concurrency are its own;
-resume, files, counts and display are the run's. A backend that takes tensor batches builds on
-`batches.batched_answers`, one that takes samples loops over `samples`.
+A backend says which rows it asks together (`batches`), draws the batches that it is given in an order of its own choice
+and yields one result a row: what it said (`Answered`, an error included), that the sample's media cannot be read
+(`Quarantined`), or that the service it asks gave nobody an answer (`Unanswered`), which is not kept and is asked again.
+Order, batching and concurrency are its own; resume, files, counts, display and who of several processes asks what are
+the run's. A backend that takes tensor batches builds on `batches.batched_answers`, one that takes samples loops over
+`samples`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from hba.atlas import Atlas
@@ -83,14 +85,26 @@ class Backend(Protocol):
         """
         ...
 
-    def answers(self, atlas: Atlas, rows: Indices, done: Set[str]) -> Iterator[Result]:
-        """One result for each of the row numbers `rows` of `atlas` whose sample's id is not in `done`."""
+    def batches(self, atlas: Atlas, rows: Indices) -> Sequence[Indices]:
+        """The row numbers `rows` of `atlas` in the parts that are asked together: a function of the rows alone.
+
+        Processes share a run out by these, so that no answer depends on how many they are.
+        """
+        ...
+
+    def answers(self, atlas: Atlas, batches: Sequence[Indices], done: Set[str]) -> Iterator[Result]:
+        """One result for each row of `batches`, which are some of its own, whose sample's id is not in `done`."""
         ...
 
 
-def samples(atlas: Atlas, rows: Indices, done: Set[str]) -> Iterator[Sample]:
-    """The samples of `rows` that are not done, in the order of the rows; media are not decoded."""
-    for row in rows:
+def one_by_one(rows: Indices) -> Sequence[Indices]:
+    """Batches of one row, for a backend whose answers know nothing of each other."""
+    return list(rows.reshape(-1, 1))
+
+
+def samples(atlas: Atlas, batches: Sequence[Indices], done: Set[str]) -> Iterator[Sample]:
+    """The samples of `batches` that are not done, in the order of the rows; media are not decoded."""
+    for row in chain.from_iterable(batches):
         if atlas.ids[int(row)] not in done:
             yield atlas[int(row)]
 

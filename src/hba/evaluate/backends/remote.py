@@ -28,7 +28,17 @@ from hba.atlas.sample import Quarantined, Sample
 from hba.atlas.sampler import Indices
 from hba.environment import usable_cores
 from hba.errors import InputError, MediaError
-from hba.evaluate.backends.interface import Answered, Output, Result, Unanswered, choices, likeliest, samples, spoken
+from hba.evaluate.backends.interface import (
+    Answered,
+    Output,
+    Result,
+    Unanswered,
+    choices,
+    likeliest,
+    one_by_one,
+    samples,
+    spoken,
+)
 from hba.evaluate.backends.wire import WIRE_VERSION, filled, media_parts
 from hba.evaluate.config import Opening
 from hba.remote import (
@@ -71,11 +81,15 @@ class RemoteBackend:
         bound = {} if self._settings.constrain == "none" else {"constrain_by": self._settings.constrain_by}
         return {"model": self._opening.model, **self._settings.identity(), **media, **bound}
 
-    def answers(self, atlas: Atlas, rows: Indices, done: Set[str]) -> Iterator[Result]:
-        """In the order in which replies come."""
-        return drained(self._answers(atlas, rows, done))
+    def batches(self, _atlas: Atlas, rows: Indices) -> Sequence[Indices]:
+        """Each row alone."""
+        return one_by_one(rows)
 
-    async def _answers(self, atlas: Atlas, rows: Indices, done: Set[str]) -> AsyncGenerator[Result, None]:
+    def answers(self, atlas: Atlas, batches: Sequence[Indices], done: Set[str]) -> Iterator[Result]:
+        """In the order in which replies come."""
+        return drained(self._answers(atlas, batches, done))
+
+    async def _answers(self, atlas: Atlas, batches: Sequence[Indices], done: Set[str]) -> AsyncGenerator[Result, None]:
         threads = usable_cores()
         ready = asyncio.Semaphore(threads)
         held: list[Result] = []
@@ -89,7 +103,7 @@ class RemoteBackend:
         try:
             async with self._client:
                 width = self._opening.config.remote.max_concurrency + threads
-                async for result in bounded(samples(atlas, rows, done), ask, width):
+                async for result in bounded(samples(atlas, batches, done), ask, width):
                     if isinstance(result, Answered) and result.output.error is not None:
                         held.append(result)  # until it is known to be this sample's own
                     else:
@@ -153,7 +167,6 @@ class RemoteBackend:
         known = {name: getattr(reply, name) for name in ("tokens_in", "tokens_out", "seconds", "finish", "model")}
         known["left_out"] = reply.left_out
         return Answered(sample, spoken(sample, reply.text, taxonomy, **known))
-
 
     async def _logps(self, request: ChatRequest, texts: Sequence[str]) -> list[float]:
         """The log-probability of each text as the answer to a request, the end of the turn included, in nats.
