@@ -665,7 +665,7 @@ def clips() -> dict[str, Callable[[], Clip]]:
         ),
         "webm from a pipe": whole("webm", "libvpx", g="20", piped=True, deadline="realtime"),
         "ivf": whole("ivf", "libvpx", g="20", deadline="realtime"),
-        "ivf, cut": lambda: Clip(movie("ivf", "libvpx", deadline="realtime")[:-50], [], refused="cut off"),
+        "ivf, cut": lambda: Clip(movie("ivf", "libvpx", deadline="realtime")[:-5], [], refused="cut off"),
         "mxf": whole("mxf", "mpeg2video", **anchored),
         "mxf, cut": lambda: Clip(movie("mxf", "mpeg2video")[:-2000], [], refused="cut off"),
         "real video": whole("rm", "rv20", size=(176, 144), g="12"),

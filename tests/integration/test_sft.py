@@ -11,7 +11,7 @@ from ranks import Dies
 from safetensors.torch import load_file
 
 from hba.config import load_config
-from hba.errors import HbaError
+from hba.errors import HbaError, InputError
 from hba.run import RunFolder
 from hba.storage import read_jsonl
 from hba.train.config import SftConfig, TrainConfig
@@ -57,6 +57,12 @@ def test_a_run_leaves_its_whole_record(straight):
     assert [r["step"] for r in logged(straight, "validation")] == [2, 4, 6]
     best = json.loads((straight / "checkpoints/best.json").read_text())["step"]
     assert {p.name for p in (straight / "checkpoints").glob("step_*")} == {f"step_{best}", "step_6"}
+
+
+def test_validation_rows_of_other_domains_alone_are_refused(tmp_path, mini_atlas, backbone):
+    rows = ["train_split=train[:1]", "validation_split=validation[6:7]"]
+    with pytest.raises(InputError, match="its rows are of sentiment_intensity, the trained heads of emotion"):
+        train(tmp_path / "run", settings(mini_atlas, backbone, *rows))
 
 
 AFTER_A_SAVE = Dies(0, "hba.train.loop:save_state", "after")

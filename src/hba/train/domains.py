@@ -28,6 +28,16 @@ def after_sft(train: Atlas, rows: Indices, start: str) -> list[str] | None:
     return sorted({*known, *_domains(train.taxonomy, (columns.datasets[code] for code in codes))})
 
 
+def require_trained(validation: Atlas, domains: list[str] | None) -> None:
+    """Raise InputError when no row of `validation` belongs to a domain whose head is trained: no score is had."""
+    columns = validation.columns
+    found = _domains(validation.taxonomy, (columns.datasets[code] for code in set(columns.dataset_codes.tolist())))
+    if domains is not None and not found & set(domains):
+        what = f"its rows are of {', '.join(sorted(found))}, the trained heads of {', '.join(domains)}"
+        fix = "Give training and validation rows of one domain at least: other datasets, or other splits."
+        raise InputError(what, where=f"{validation.root}, split {validation.split}", fix=fix)
+
+
 def after_bam(
     card: dict[str, Any], datasets: Iterable[str], taxonomy: Taxonomy, base: Path, *, heads: bool
 ) -> list[str] | None:

@@ -31,7 +31,7 @@ from hba.process import prepare_process, start_accelerator
 from hba.run import RunFolder
 from hba.taxonomy import Taxonomy
 from hba.train.config import SftConfig
-from hba.train.domains import after_sft
+from hba.train.domains import after_sft, require_trained
 from hba.train.loop import Stage, Validation, run_training
 from hba.train.plan import planned_rows, training_plan
 from hba.train.ranks import Ranks
@@ -48,10 +48,11 @@ def train_sft(config: SftConfig, run: RunFolder) -> Progress:
     held_out = open_atlas(config.atlas, split=config.validation_split, taxonomy=taxonomy)
     validation = classification_rows(held_out, config.datasets)
     run.record_data(data_record(config.atlas, train))
-    model = build_model(config, ranks.told(latest(run.checkpoints)), taxonomy)
-    encoder = Encoder(model.processor, config.encode, taxonomy)
     how = (train.columns, train.estimated_tokens, config.mix, config.train)
     domains = after_sft(train, planned_rows(*how), config.model.name)
+    require_trained(validation, domains)
+    model = build_model(config, ranks.told(latest(run.checkpoints)), taxonomy)
+    encoder = Encoder(model.processor, config.encode, taxonomy)
     options: dict[str, Any] = {"batch_size": config.validation_batch_size, "loader": config.loader}
     backend = HeadsBackend(model, encoder, domains=domains, **options)
     train_encoder = Encoder(model.processor, config.encode, taxonomy, answers=config.answer_weight > 0)
