@@ -190,8 +190,8 @@ def begun(path: Path) -> Path:
 
 
 def writer_name() -> str:
-    """A name of this process that no other has on any machine, 'machine-boot-process'."""
-    return f"{_machine()}-{_boot()}-{os.getpid()}"
+    """A name of this process that no other has on any machine, 'machine-boot-process-start'."""
+    return f"{_machine()}-{_boot()}-{os.getpid()}-{_started(os.getpid())}"
 
 
 @cache
@@ -208,7 +208,7 @@ def _boot() -> str:
     return hashlib.sha256(told.read_bytes()).hexdigest()[:8] if told.is_file() else "0"
 
 
-_BEGUN = re.compile(r"\..+\.([0-9a-f]{8})-([0-9a-f]+)-(\d+)\.tmp")
+_BEGUN = re.compile(r"\..+\.([0-9a-f]{8})-([0-9a-f]+)-(\d+)-(\d+)\.tmp")
 _OLD_SECONDS = 7 * 24 * 3600.0
 
 
@@ -222,7 +222,7 @@ def is_abandoned(path: Path) -> bool:
         return False
     if match[2] != _boot():
         return time.time() - path.lstat().st_mtime > _OLD_SECONDS
-    return not _lives(int(match[3]))
+    return not (_lives(int(match[3])) and _started(int(match[3])) == int(match[4]))
 
 
 def remove_abandoned(folder: Path) -> None:
@@ -230,6 +230,15 @@ def remove_abandoned(folder: Path) -> None:
     for path in folder.glob(".*.tmp"):
         if is_abandoned(path):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _started(process_id: int) -> int:
+    """When a process began, in ticks since the system did; 0 where that is not told. Ids are given out again."""
+    try:
+        told = Path(f"/proc/{process_id}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return int(told.rpartition(b")")[2].split()[19])  # the name in brackets may hold anything
 
 
 def _lives(process_id: int) -> bool:

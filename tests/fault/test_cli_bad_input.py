@@ -404,7 +404,7 @@ def test_predictions_of_another_split_or_model(run, mini_atlas, expect, tmp_path
     shutil.copytree(run / "checkpoints" / f"step_{best}", other)
     heads = {name: tensor + 1 for name, tensor in load_file(other / "heads.safetensors").items()}
     save_file(heads, other / "heads.safetensors")
-    expect("holds predictions with another model, checkpoint", "predict", other, *to, "test[:16]")
+    expect("holds predictions with another model", "predict", other, *to, "test[:16]")
     assert snapshot(run) == before
 
 

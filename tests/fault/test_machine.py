@@ -334,13 +334,14 @@ def test_an_atlas_that_is_gone_is_no_fault_of_its_rows(mini_atlas, tmp_path):
 
 def test_only_what_a_dead_process_of_this_machine_had_begun_is_removed(tmp_path):
     living = begun(tmp_path / "a.bin")
-    dead = tmp_path / living.name.replace(f"-{os.getpid()}.", "-4194304.")
-    machine, boot, _ = living.name.split(".")[-2].split("-")
+    dead = tmp_path / living.name.replace(f"-{os.getpid()}-", "-4194304-")
+    machine, boot, _, start = living.name.split(".")[-2].split("-")
+    of_a_dead_one_with_our_id = tmp_path / living.name.replace(f"-{start}.", "-1.")
     elsewhere = tmp_path / dead.name.replace(machine, "0" * 8)
     restarted = tmp_path / dead.name.replace(boot, "1" * 8)
     older = tmp_path / f"{restarted.name.replace('a.bin', 'b.bin')}"
     named_by_id_alone = tmp_path / ".a.bin.4194304.tmp"
-    for path in (living, dead, elsewhere, restarted, older, named_by_id_alone):
+    for path in (living, dead, elsewhere, restarted, older, named_by_id_alone, of_a_dead_one_with_our_id):
         path.write_bytes(b"half")
     os.utime(older, (1, 1)), os.utime(elsewhere, (1, 1))
     assert is_abandoned(dead) and not is_abandoned(living)

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 from itertools import pairwise
 
 import pytest
@@ -174,6 +175,7 @@ def init(**told):
     return Run()
 """)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
     runs = [tmp_path / name / "sft" for name in ("a", "b")]
     for run, steps in ((runs[0], 1), (runs[1], 1), (runs[0], 1)):
         train(run, settings(mini_atlas, backbone, f"train.max_steps={steps}", "train.wandb_project=emotions"))

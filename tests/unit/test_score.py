@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -601,6 +602,7 @@ def test_tables_go_to_the_board_of_their_run_folder_whatever_its_name(
     """A package in the place of the real one, which wants an account: it writes down what it is told."""
     (tmp_path / "wandb.py").write_text(BOARD)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
     for name in ("a", "b"):
         run = tmp_path / name / "sft"
         run.mkdir(parents=True)
