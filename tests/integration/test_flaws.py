@@ -113,7 +113,7 @@ def test_a_half_written_checkpoint_is_never_resumed_from(tmp_path, mini_atlas, b
     train(broken, mini_atlas, backbone, "train.max_steps=4")
     checkpoints = broken / "checkpoints"
     # As if the process had been killed while it wrote step 4: the whole folder is there under its unfinished name.
-    unfinished = checkpoints / begun(checkpoints / "step_4").name.replace(f"-{os.getpid()}.", "-4194304.")
+    unfinished = checkpoints / begun(checkpoints / "step_4").name.replace(f"-{os.getpid()}-", "-4194304-")
     shutil.copytree(checkpoints / "step_4", unfinished)
     (unfinished / "model.safetensors").write_bytes(b"half")
     shutil.rmtree(checkpoints / "step_4")

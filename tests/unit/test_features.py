@@ -62,7 +62,7 @@ def test_what_a_killed_process_had_begun_of_a_shard_is_removed_and_nothing_else(
     ended.wait()
     shard = tmp_path / "shard_00000.safetensors"
     own = begun(shard)
-    of_the_dead = own.with_name(own.name.replace(f"-{os.getpid()}.", f"-{ended.pid}."))
+    of_the_dead = own.with_name(own.name.replace(f"-{os.getpid()}-", f"-{ended.pid}-"))
     for path in (own, of_the_dead, shard):
         path.write_bytes(b"half")
     start_cache(tmp_path, {"model": "a"})
