@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from hba.atlas import open_atlas
-from hba.atlas.sampler import plan_batches
+from hba.batch.sampler import plan_batches
 
 REPEATS = 5
 ROWS_100K = 100_000

@@ -27,7 +27,7 @@ import soundfile
 from hba.descriptors import pool
 from hba.descriptors.describe import describe
 from hba.descriptors.items import Settings
-from hba.descriptors.landmark_env import environment_folder
+from hba.descriptors.landmarks import environment_folder
 from hba.parallel import AHEAD
 
 CLIP_FRAMES, CLIP_RATE, CLIPS = 25, 25, 20

@@ -17,11 +17,11 @@ import fault_sandbox
 from fault_media import FIELDS, SUFFIX, Damaged
 from hba.atlas import Atlas, Sample
 from hba.atlas import media as reader
-from hba.atlas.batch import Encoded, Encoder
-from hba.atlas.config import EncodeConfig, LoaderConfig
-from hba.atlas.loader import load_batches
+from hba.batch.config import EncodeConfig, LoaderConfig
+from hba.batch.encode import Encoded, Encoder
+from hba.batch.loader import load_batches
 from hba.errors import MediaError
-from hba.quarantine import QuarantineLog
+from hba.run import QuarantineLog
 
 NUM_FRAMES = 4
 BATCH_ROWS = 8

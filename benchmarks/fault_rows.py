@@ -22,7 +22,7 @@ import soundfile
 import fault_media
 from hba.atlas import open_atlas
 from hba.atlas.convert import convert_to_parquet
-from hba.atlas.embedded import index_path
+from hba.atlas.parquet import index_path
 
 ROWS = 24
 TEXT = ("problem", "answer", "dataset", "task", "modality_signature")

@@ -289,9 +289,9 @@ def look_at_loading(base: str) -> dict[str, Any]:
     """Weights in their own precision, to the device."""
     import torch
 
-    from hba.model import checkpoint
+    from hba.model import OmniSapiens
 
-    model = checkpoint.load(base, dtype="bfloat16")
+    model = OmniSapiens.from_pretrained(base, dtype="bfloat16")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     return {"parameters": sum(parameter.numel() for parameter in model.parameters())}
 
@@ -301,16 +301,16 @@ def look_at_bfloat16(folder: str) -> dict[str, Any]:
     import torch
 
     from hba import open_atlas
-    from hba.atlas.batch import Encoder, collate
-    from hba.atlas.config import EncodeConfig
-    from hba.model import checkpoint
+    from hba.batch.config import EncodeConfig
+    from hba.batch.encode import Encoder, collate
+    from hba.model import OmniSapiens
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = open_atlas(Path(folder) / "atlas", split="test").filter(datasets=["tess"])
     logits = []
     for dtype in ("float32", "bfloat16"):
         torch.manual_seed(0)
-        model = checkpoint.load(Path(folder) / "base", dtype=dtype).eval().to(device)
+        model = OmniSapiens.from_pretrained(Path(folder) / "base", dtype=dtype).eval().to(device)
         encoder = Encoder(model.processor, EncodeConfig(num_frames=2, min_pixels=3136, max_pixels=3136), rows.taxonomy)
         batch = collate([encoder.encode(sample) for sample in rows], pad_token_id=encoder.pad_token_id).to(device)
         with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
@@ -400,7 +400,7 @@ def size(folder: Path) -> int:
 def build(place: Place) -> None:
     """Data, model and processor."""
     from hba import open_atlas
-    from hba.atlas.mini import build_mini_atlas
+    from hba.mini import build_mini_atlas
     from hba.model.tiny import atlas_texts, build_tiny
 
     if not place.tiny:

@@ -23,10 +23,9 @@ import torch
 from torch import Tensor
 
 from hba import open_atlas
-from hba.atlas.answer_format import FormatMix
-from hba.atlas.batch import Batch, collate
-from hba.atlas.chat_encoder import encoder_for
-from hba.atlas.config import EncodeConfig
+from hba.batch.config import EncodeConfig
+from hba.batch.encode import Batch, collate, encoder_for
+from hba.batch.prompt import FormatMix
 from hba.model import chat
 from hba.model.heads import answer_loss
 
@@ -88,7 +87,7 @@ def resident(field: str) -> float:
 
 def made(folder: Path) -> tuple[Path, Path]:
     """A mini-atlas, and a tiny backbone with the vocabulary of Qwen2.5-Omni."""
-    from hba.atlas.mini import build_mini_atlas
+    from hba.mini import build_mini_atlas
     from hba.model.tiny import atlas_texts, build_tiny
 
     build_mini_atlas(folder / "atlas", size="tiny", seed=0, workers=1)

@@ -32,10 +32,10 @@ def rank(folder: Path, strategy: str, way: str, turn: int) -> dict[str, float]:
     import torch.distributed
     from accelerate import Accelerator
 
-    from hba.model import checkpoint
+    from hba.model import OmniSapiens, checkpoint
     from hba.model.config import ModelConfig
     from hba.model.omni import apply_strategy
-    from hba.train.sharding import prepare_model
+    from hba.train.ranks import prepare_model
 
     accelerator = Accelerator()
     checkpoint.thinker_class()
@@ -45,7 +45,7 @@ def rank(folder: Path, strategy: str, way: str, turn: int) -> dict[str, float]:
     for number in range(accelerator.num_processes):
         if number == turn:
             with Watched() as watched:
-                model = checkpoint.load(folder / "base", dtype=dtype, mapped=way == "mapped")
+                model = OmniSapiens.from_pretrained(folder / "base", dtype=dtype, mapped=way == "mapped")
                 apply_strategy(model, ModelConfig(name="base", strategy=strategy))
                 model = prepare_model(model, accelerator, shard=True, checkpoint_activations=False)
             own = sum(p.to_local().nbytes for p in model.parameters())

@@ -29,10 +29,9 @@ import torch.multiprocessing
 from torch.utils.data import DataLoader
 
 from hba.atlas import Atlas, Sample, open_atlas
-from hba.atlas.batch import Encoded, Encoder, collate
-from hba.atlas.config import EncodeConfig, LoaderConfig
-from hba.atlas.handover import pack, receive, receive_header, send, unpack
-from hba.atlas.loader import load_batches
+from hba.batch.config import EncodeConfig, LoaderConfig
+from hba.batch.encode import Encoded, Encoder, collate
+from hba.batch.loader import load_batches, pack, receive, receive_header, send, unpack
 from hba.model import OmniSapiens
 
 TRIALS = 5
@@ -53,7 +52,7 @@ def start_up(method: str, atlas: Atlas, encoder: Encoder) -> float:
     """Seconds from the start of a process to its first answer."""
     context = multiprocessing.get_context(method)
     if method == "forkserver":
-        context.set_forkserver_preload(["torch", "transformers", "hba.atlas.batch", "transformers.processing_utils"])
+        context.set_forkserver_preload(["torch", "transformers", "hba.batch.encode", "transformers.processing_utils"])
     ours, theirs = context.Pipe()
     started = time.perf_counter()
     process = context.Process(target=answer, args=(theirs, atlas, encoder))
@@ -220,7 +219,7 @@ def main() -> None:
 
 def made(folder: Path) -> tuple[Path, Path]:
     """A mini-atlas and a tiny backbone."""
-    from hba.atlas.mini import build_mini_atlas
+    from hba.mini import build_mini_atlas
     from hba.model.tiny import atlas_texts, build_tiny
 
     build_mini_atlas(folder / "atlas", size="tiny", seed=0, workers=1)

@@ -28,8 +28,8 @@ def build(folder: Path) -> None:
     from transformers import AutoProcessor
 
     from hba import open_atlas
-    from hba.atlas.config import EncodeConfig
-    from hba.atlas.mini import build_mini_atlas
+    from hba.batch.config import EncodeConfig
+    from hba.mini import build_mini_atlas
     from hba.model import OmniSapiens, checkpoint
     from hba.model.config import ModelConfig
     from hba.model.omni import apply_strategy
@@ -61,7 +61,7 @@ def build(folder: Path) -> None:
         if "lora_" in name:
             parameter.data.normal_(std=0.02)
     kept = {"backbone": str(folder / "base"), "strategy": "lora", "encode": EncodeConfig()}
-    checkpoint.save(adapted, folder / "lora", **kept)
+    adapted.save_pretrained(folder / "lora", **kept)
 
 
 def imports(folder: Path) -> None:
@@ -89,9 +89,9 @@ def whole(folder: Path, dtype: str) -> None:
     from huggingface_hub import save_torch_state_dict
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    from hba.model import checkpoint
+    from hba.model import OmniSapiens
 
-    thinker = checkpoint.load(folder / "lora", dtype="float32").thinker
+    thinker = OmniSapiens.from_pretrained(folder / "lora", dtype="float32").thinker
     for parent in list(thinker.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, BaseTunerLayer):

@@ -28,8 +28,7 @@ from hba.config import load_config
 from hba.environment import usable_cores
 from hba.evaluate.backends import open_backend, remote
 from hba.evaluate.config import PredictConfig
-from hba.evaluate.predict import open_rows, predict_run
-from hba.evaluate.selection import EVERYTHING
+from hba.evaluate.predict import EVERYTHING, open_rows, predict_run
 from hba.remote import RemoteClient
 
 SERVER = Path(__file__).parents[1] / "tests" / "servers" / "chat.py"

@@ -176,7 +176,7 @@ def atlas_item(folder: Path) -> Callable[[int], object]:
 def atlas_reader(folder: Path) -> Read:
     """Through the atlas, as a loader reads."""
     from hba.atlas import open_atlas
-    from hba.atlas.slices import read_bytes
+    from hba.atlas.source import read_bytes
 
     atlas = open_atlas(folder, "train")
 

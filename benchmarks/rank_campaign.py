@@ -47,7 +47,7 @@ class Case(NamedTuple):
 EVERYWHERE = (8, 3, 1)
 EPOCH = ("train.epochs=1", "train.max_steps=null")
 SEEN_OR_HEARD = "datasets=[tess,meld_emotion,daicwoz]"
-LOADS, EXCHANGE = "hba.atlas.batch:Encoder.encode", "hba.train.ranks:Ranks.add_up_gradients"
+LOADS, EXCHANGE = "hba.batch.encode:Encoder.encode", "hba.train.ranks:Ranks.add_up_gradients"
 ANSWER = "hba.evaluate.predictions:PredictionLog.append"
 IN_WORDS = ("batch_size=1", "--backend=hf", "generation.max_tokens=4")
 STAGES = {
@@ -90,9 +90,9 @@ CASES = {
         3,
     ),
     "lm, save": Case("lm", ("train.batch_size=5",), Dies(0, "hba.train.lm:save_checkpoint", "after", call=2), 8),
-    "qa, features": Case("qa", ("train.batch_size=3",), Dies(None, "hba.train.frozen:write_shard"), 8),
+    "qa, features": Case("qa", ("train.batch_size=3",), Dies(None, "hba.train.features:write_shard"), 8),
     "qa, validate": Case("qa", ("train.batch_size=5",), Dies(0, "hba.train.qa:validate_answers", "after"), 1),
-    "bam, features": Case("bam", ("train.batch_size=3",), Dies(None, "hba.train.frozen:extract"), 3),
+    "bam, features": Case("bam", ("train.batch_size=3",), Dies(None, "hba.train.features:extract"), 3),
     "bam full, forward": Case(
         "bam", ("train.batch_size=3", "stage=full", "train.sharding=full"), Dies(3, "hba.train.bam:bam_loss", call=3), 1
     ),
@@ -105,7 +105,7 @@ CASES = {
     "rl, update": Case("rl", ("train.batch_size=5",), Dies(0, "torch.optim:AdamW.step", "after", call=4), 1),
     "rl, save": Case("rl", ("train.batch_size=5",), Dies(7, "hba.train.state:save_optimizer", call=2), 3),
     "rl sharded, update": Case(
-        "rl", ("train.batch_size=5", "train.sharding=full"), Dies(2, "hba.rl.update:surrogate", call=4), 3
+        "rl", ("train.batch_size=5", "train.sharding=full"), Dies(2, "hba.rl.local:surrogate", call=4), 3
     ),
     "rl dapo, SIGTERM": Case(
         "rl",
@@ -307,7 +307,7 @@ HEADS += (("done + named", 16), ("worst", 9), ("cpu s", 6))
 def main() -> None:
     """Run the cases that are named, or all, and print the table."""
     from hba.atlas import open_atlas
-    from hba.atlas.mini import build_mini_atlas
+    from hba.mini import build_mini_atlas
     from hba.model.tiny import atlas_texts, build_tiny
 
     cases = STAGES | CASES

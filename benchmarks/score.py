@@ -17,8 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hba.evaluate.compare import paired_difference
-from hba.evaluate.confusion import encode
-from hba.evaluate.metrics import SENTIMENT_GROUPS, mean_of, score
+from hba.evaluate.metrics import SENTIMENT_GROUPS, encode, mean_of, score
 from hba.evaluate.statistics import bootstrap, chance
 from hba.taxonomy import BUILTIN, DATASETS, DOMAINS
 

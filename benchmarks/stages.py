@@ -24,14 +24,14 @@ import numpy as np
 import torch
 
 from hba.atlas import open_atlas
-from hba.atlas.batch import Batch, Encoder, collate
-from hba.atlas.config import EncodeConfig
-from hba.atlas.mini import build_mini_atlas
-from hba.atlas.sampler import plan_batches
+from hba.batch.config import EncodeConfig
+from hba.batch.encode import Batch, Encoder, collate
+from hba.batch.sampler import plan_batches
 from hba.config import load_config
+from hba.mini import build_mini_atlas
 from hba.model import OmniSapiens
+from hba.model.process import prepare_process
 from hba.model.tiny import atlas_texts, build_tiny
-from hba.process import prepare_process
 from hba.run import RunFolder
 from hba.storage import read_jsonl
 from hba.train.bam import train_bam

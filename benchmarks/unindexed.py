@@ -29,12 +29,12 @@ import pyarrow.parquet as pq
 import torch
 
 from hba.atlas import Atlas, Sample, open_atlas
-from hba.atlas.batch import Encoded, Encoder
-from hba.atlas.config import EncodeConfig, LoaderConfig
-from hba.atlas.loader import load_batches
 from hba.atlas.validate import validate_atlas
-from hba.evaluate.backends.batches import evaluation_plan
-from hba.evaluate.groups import sample_groups
+from hba.batch.config import EncodeConfig, LoaderConfig
+from hba.batch.encode import Encoded, Encoder
+from hba.batch.loader import load_batches
+from hba.evaluate.backends.interface import evaluation_plan
+from hba.evaluate.predict import sample_groups
 
 ROWS, GROUP_ROWS, SOUND_BYTES = 40, 100, 1_000_000
 IDS_AT_MOST, BYTES_AT_MOST = 0.1, 3.0

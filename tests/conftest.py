@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def mini_atlas(tmp_path_factory):
     """Folder of a mini-atlas of size tiny."""
-    from hba.atlas.mini import build_mini_atlas
+    from hba.mini import build_mini_atlas
 
     out = tmp_path_factory.mktemp("mini") / "atlas"
     build_mini_atlas(out, size="tiny", seed=0, workers=1)

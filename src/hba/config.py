@@ -3,7 +3,7 @@
 Sections are nested dataclasses and keys are dotted (`train.learning_rate=1e-4`). Values have the types that
 their fields say: nothing is coerced, except that a whole number is a fine float, a list a tuple and a text a
 path. Refused, with file, line and key: unknown, repeated and missing keys, wrong types, numbers that are not
-finite. YAML is read as `hba.yaml_core` says.
+finite. YAML is read as `hba.config` says.
 
 Invariant: what `to_yaml` writes loads to an equal config.
 """
@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import UnionType
 from typing import (
     TYPE_CHECKING,
@@ -30,11 +30,121 @@ from typing import (
     overload,
 )
 
-from hba import yaml_core
+import yaml
+
 from hba.errors import ConfigError, nearest
 
-if TYPE_CHECKING:  # pydantic costs a third of a second, which `hba --help` does not have
+if TYPE_CHECKING:
     from pydantic import ValidationError
+
+
+# YAML as configuration needs it: the scalars of its core schema alone, one place for every key.
+#
+# PyYAML follows YAML 1.1, where `1e-4` is text, `no` is false, `010` is eight and `12:30` is 750. Here `1e-4` is a
+# float and the others are texts. Dates, sets and binary values do not exist, a key is always a text, and a key
+# that stands twice is an error instead of the last one winning.
+#
+# Invariant: what `dump_yaml` writes, `parse_yaml` reads back equal.
+
+
+_SCALARS = {
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    "int": (r"[-+]?(0|[1-9][0-9_]*)", list("-+0123456789")),
+    "float": (r"[-+]?((\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)", list("-+.0123456789")),
+}
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
+    yaml_constructors = {  # noqa: RUF012
+        tag: construct
+        for tag, construct in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.rpartition(":")[2] in {*_SCALARS, "str", "seq", "map"}
+    }
+
+
+class _Dumper(yaml.SafeDumper):
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
+
+
+for _name, (_pattern, _first) in _SCALARS.items():
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(rf"^(?:{_pattern})\Z"), _first)
+
+
+def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    # YAML folds these line breaks into spaces wherever they stand unescaped.
+    style = '"' if any(mark in text for mark in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def read_yaml(path: Path, places: dict[str, str] | None = None) -> dict[str, Any]:
+    """The mapping in a YAML file; `places` receives 'file:line' for every dotted key.
+
+    Raises ConfigError naming file and line when the file cannot be read_yaml or is not a mapping of texts.
+    """
+    try:
+        loader = _Loader(path.read_bytes())
+        node = loader.get_single_node()
+        if node is None:
+            return {}
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError("expected 'key: value' lines", where=str(path), fix="Write one key a line.")
+        _mark(node, path, "", {} if places is None else places, set())
+        data: dict[str, Any] = loader.construct_document(node)
+    except OSError as error:
+        raise ConfigError(f"cannot read_yaml ({error.strerror})", where=str(path), fix="Check the path.") from None
+    except (yaml.YAMLError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark is not None else str(path)
+        what = getattr(error, "problem", None) or str(error)
+        raise ConfigError(f"not valid YAML ({what})", where=where, fix="Repair the line.") from None
+    return data
+
+
+def _mark(node: yaml.MappingNode, path: Path, prefix: str, places: dict[str, str], seen: set[int]) -> None:
+    """Note where each key stands, and refuse one that stands twice: YAML would silently keep the last."""
+    seen.add(id(node))
+    here: set[str] = set()
+    for key_node, value_node in node.value:
+        where = f"{path}:{key_node.start_mark.line + 1}"
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise ConfigError("a key must be a word", where=where, fix="Write 'key: value'.")
+        # `1:` and `"1":` would be two keys; a config has only texts.
+        key_node.tag = "tag:yaml.org,2002:str"
+        key = f"{prefix}{key_node.value}"
+        if key in here:
+            raise ConfigError(f"key {key!r} stands twice", where=where, fix="Remove one of the two.")
+        here.add(key)
+        places[key] = where
+        if isinstance(value_node, yaml.MappingNode) and id(value_node) not in seen:
+            _mark(value_node, path, f"{key}.", places, seen)
+
+
+def parse_yaml(text: str) -> Any:
+    """The value that a YAML text holds. Raises ValueError."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 -- a SafeLoader with fewer tags
+    except yaml.YAMLError as error:
+        raise ValueError(getattr(error, "problem", None) or str(error)) from None
+
+
+def dump_yaml(value: Any) -> str:
+    """A plain value as YAML lines, in the order of its keys."""
+    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    return text
+
+
+def inline_yaml(value: Any) -> str:
+    """A value as YAML in one line; tuples as lists, paths as texts."""
+    plain = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, PurePath) else value
+    text: str = yaml.dump(plain, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=10**6)
+    return text.removesuffix("\n").removesuffix("\n...")
+
 
 T = TypeVar("T")
 COMMAND_LINE = "command line"
@@ -79,7 +189,7 @@ def load_config(cls: type[T], path: Path | None, overrides: Sequence[str] = ()) 
     data: dict[str, Any] = {}
     places: dict[str, str] = {"": COMMAND_LINE if path is None else str(path)}
     if path is not None:
-        data = yaml_core.read(path, places)
+        data = read_yaml(path, places)
     for override in overrides:
         _apply(override, data, places)
     _check_keys(cls, cls, data, places, "")
@@ -100,7 +210,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def to_yaml(config: Any) -> str:
     """The whole config, defaults included, as YAML that `load_config` reads back to an equal config."""
-    return yaml_core.dump(to_dict(config))
+    return dump_yaml(to_dict(config))
 
 
 def describe(cls: type[Any]) -> list[Key]:
@@ -186,7 +296,7 @@ def _apply(override: str, data: dict[str, Any], places: dict[str, str]) -> None:
             raise ConfigError(f"{section!r} has no keys of its own", where=where, fix=fix)
         data = inner
     try:
-        data[name] = yaml_core.loads(text)
+        data[name] = parse_yaml(text)
     except ValueError as error:
         fix = "Quote the value: key='\"text: with special characters\"'."
         raise ConfigError(f"the value is not valid YAML ({error})", where=where, fix=fix) from None
@@ -292,7 +402,7 @@ def _key(cls: type[Any], loc: Sequence[int | str]) -> str:
 
 def _as_list(key: str, value: Any, where: str) -> str:
     """The one value as a list of one, as it is written at `where`."""
-    listed = yaml_core.dump_inline([value])
+    listed = inline_yaml([value])
     return f"{key}={listed}" if where.startswith(COMMAND_LINE) else f"{key.rpartition('.')[2]}: {listed}"
 
 
@@ -307,7 +417,7 @@ def _describe(cls: type[Any], base: Mapping[str, Any], prefix: str) -> Iterator[
         if section is not None:
             yield from _describe(section, default if isinstance(default, Mapping) else {}, f"{prefix}{name}.")
             continue
-        shown = None if default is dataclasses.MISSING else yaml_core.dump_inline(default)
+        shown = None if default is dataclasses.MISSING else inline_yaml(default)
         yield Key(f"{prefix}{name}", _type_name(hint), shown, field.metadata.get("doc", ""))
 
 

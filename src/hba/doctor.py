@@ -62,7 +62,7 @@ def diagnose(*, online: bool = False, folder: Path = Path()) -> list[Check]:
     """All checks, in reading order. Runs go below `folder`; `online` also tries to reach the hub, for at most 5 s."""
     checks = [check_python(), check_requirements(), check_torch(), check_torchvision(), check_transformers()]
     checks += [check_video(), check_audio(), check_gpu(), check_cores(), check_memory(), check_disk(folder)]
-    landmarks = probe("landmarks", "hba.descriptors.landmark_env", lambda module: module.check_landmarks())
+    landmarks = probe("landmarks", "hba.descriptors.landmarks", lambda module: module.check_landmarks())
     return [*checks, *map(check_extra, extras()), landmarks, check_token(), *([check_hub()] if online else [])]
 
 
@@ -286,7 +286,7 @@ def check_hub() -> Check:
     """Whether the hub (HF_ENDPOINT, if set) answers within 5 s."""
 
     def look(constants: Any) -> Check:
-        from hba.remote.addresses import shown
+        from hba.remote.request import shown
 
         address = shown(constants.ENDPOINT)  # what doctor says is pasted into issues
         try:

@@ -17,18 +17,90 @@ import os
 import time
 import uuid
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from hba import yaml_core
-from hba.config import defaults, flat, keys_without_effect, renamed, to_dict, to_yaml
+from hba.atlas.rows import Quarantined
+from hba.config import defaults, flat, inline_yaml, keys_without_effect, read_yaml, renamed, to_dict, to_yaml
 from hba.environment import environment, now
-from hba.errors import ConfigError, HbaError
-from hba.quarantine import QuarantineLog
-from hba.storage import AppendLog, StorageError, atomic_write, read_json, read_jsonl, write_json
+from hba.errors import ConfigError, HbaError, InputError
+from hba.storage import AppendLog, StorageError, alone, atomic_write, read_json, read_jsonl, write_json
+
+# quarantine.jsonl: the samples that a run left out, each once, with the place and the reason.
+#
+# A sample is quarantined, never replaced. The log is append-only and deduplicated by id, so that a resumed run names
+# the same samples as an uninterrupted one. The ranks of a run share the file: whoever adds a sample has it alone, and
+# looks first at what the others have added.
+
+
+class QuarantineLog:
+    """The quarantine of one run folder; the file is made with the first sample."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "quarantine.jsonl"
+        self._log: AppendLog | None = None
+        self._known: set[str] = set()
+        self._num_read = 0  # bytes of the file that `_known` is of
+
+    def add(self, sample: Quarantined) -> None:
+        """Record a sample unless it is there already. Raises StorageError on a full disk."""
+        if sample.id in self._known:
+            return
+        with alone(self.path):
+            if self._log is None:
+                self._log = AppendLog(self.path)
+                self.records()  # names a line that is none of a quarantine
+            self._read_new()
+            if sample.id not in self._known:
+                self._log.append(sample._asdict())
+                self._read_new()
+
+    def _read_new(self) -> None:
+        with self.path.open("rb") as handle:
+            handle.seek(self._num_read)
+            self._known |= {json.loads(line)["id"] for line in handle}
+            self._num_read = handle.tell()
+
+    def add_all(self, samples: Iterable[Quarantined]) -> None:
+        """Record each sample that is not there already."""
+        for sample in samples:
+            self.add(sample)
+
+    def records(self, split: str | None = None) -> list[dict[str, Any]]:
+        """What has been left out so far, in one split or in all, other ranks and earlier sessions included.
+
+        Raises InputError naming file, line and field for a line that is none of a quarantine.
+        """
+        found: list[dict[str, Any]] = []
+        lines = read_jsonl(self.path) if self.path.is_file() else ()
+        for line in lines:
+            missing = [name for name in ("id", "split") if not isinstance(line.record.get(name), str)]
+            if missing:
+                where = f"{self.path}:{line.number}, {missing[0]}"
+                raise InputError("expected a text", where=where, fix="Repair the line, or remove it.")
+            if split is None or line.record["split"] == split:
+                found.append(line.record)
+        return found
+
+    def close(self) -> None:
+        """Flush to the disk and close."""
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def __enter__(self) -> QuarantineLog:
+        if self.path.is_file():
+            AppendLog(self.path).close()  # cuts off a line that a kill left torn, before anyone reads it
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
 
 MACHINE_FACTS = ("hba_version", "git_commit", "python", "platform", "cpu", "cpu_cores", "gpus", "packages")
 # A killed process holds its lock until it is torn down, and a worker forked in that moment until it starts.
@@ -160,7 +232,7 @@ class RunFolder:
     def _require_same(self, config: Any, command: str, seed: int) -> None:
         given = flat(to_dict(config))
         # A key that an older version did not have was what its default is now.
-        recorded = {renamed(type(config), key): value for key, value in flat(yaml_core.read(self.config)).items()}
+        recorded = {renamed(type(config), key): value for key, value in flat(read_yaml(self.config)).items()}
         recorded = {key: value for key, value in defaults(type(config)).items() if key in given} | recorded
         if self.environment.is_file():
             of_run = read_json(self.environment)
@@ -206,7 +278,7 @@ def locked_folder(path: Path, patience_seconds: float = LOCK_GRACE_SECONDS) -> I
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:
-    return yaml_core.dump_inline(values[key]) if key in values else "not there"
+    return inline_yaml(values[key]) if key in values else "not there"
 
 
 def _made(path: Path) -> Path:

@@ -8,20 +8,108 @@ part of the released checkpoints and never change. A `Taxonomy` is immutable; `B
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import yaml
 
-from hba import labelsets
-from hba.errors import TaxonomyError, nearest
-from hba.metric_fit import require_fit
+from hba.errors import InputError, TaxonomyError, nearest
 from hba.storage import atomic_write
+
+if TYPE_CHECKING:
+    pass  # MOVED
+
+
+# Several labels in one text: how rows write them, how models answer with them, and their one canonical spelling.
+#
+# Labels are listed with commas, semicolons, bars, slashes or lines, numbered or not, the last perhaps after 'and';
+# 'none' (or one of its words) says that there is none. Canonical: labels in the taxonomy's order, joined by ', ', or
+# 'none'. A part that is no label is left out of an answer (`read_labels`), and refused in a row (`read_labels(...,
+# strict=True)`); a text without any label that does not say 'none' is no answer.
+
+
+NONE = "none"
+NONE_WORDS = frozenset((NONE, "no label", "none of these", "none of the above", "background", "n/a", "nothing"))
+_SEPARATORS = re.compile(r"[,;|/\n、，；]+")
+_AND = re.compile(r"\band\b|&")
+_BULLET = re.compile(r"^\s*(?:[-*•]|\(?\d{1,2}[.):])\s*")
+_DECORATION = " \t\r\n.:!?\"'`*_$()[]。！？：“”‘’"
+
+
+def visible(raw: str) -> str:
+    """`raw` as a reader sees it: compatibility forms are folded (full-width letters are letters), and signs that nobody
+    sees (zero-width spaces, byte order marks, marks of direction) are left out."""
+    if raw.isascii():
+        return raw
+    return "".join(sign for sign in unicodedata.normalize("NFKC", raw) if unicodedata.category(sign) != "Cf").strip()
+
+
+def plain_label(raw: str) -> str:
+    """`raw` as labels are compared: `visible`, in lower case, runs of white space one space."""
+    return " ".join(visible(raw).lower().split())
+
+
+def read_labels(text: str, labels: Sequence[str], synonyms: Mapping[str, str], *, strict: bool = False) -> str | None:
+    """The canonical spelling of the labels that `text` gives, None if it gives none and does not say so.
+
+    `strict`: None as well if any part of it is not a label.
+    """
+    table = {plain_label(label): label for label in labels}
+    table |= {plain_label(raw): label for raw, label in synonyms.items()}
+    text = visible(text).lower()
+    if " ".join(text.strip(_DECORATION).split()) in NONE_WORDS:
+        return NONE
+    parts = [part for piece in _SEPARATORS.split(text) for part in _label_parts(piece, table)]
+    found = {table[part] for part in parts if part in table}
+    unknown = any(part not in table for part in parts)
+    if not found or (strict and unknown):
+        return None
+    return ", ".join(label for label in labels if label in found)
+
+
+def split(canonical: str) -> tuple[str, ...]:
+    """The labels of a canonical spelling."""
+    return () if canonical == NONE else tuple(canonical.split(", "))
+
+
+def _label_parts(piece: str, table: Mapping[str, str]) -> list[str]:
+    """The labels in a piece between separators; one that is no label is cut at 'and'."""
+    whole = _clean_label(piece)
+    if whole in table or not whole:
+        return [whole] if whole else []
+    return [part for part in map(_clean_label, _AND.split(piece)) if part]
+
+
+def _clean_label(piece: str) -> str:
+    return " ".join(_BULLET.sub("", piece).strip(_DECORATION).split())
+
+
+# Which metric of a task suits which rows. Said when a taxonomy is read, not by a score that cannot be made later.
+
+
+SENTIMENT = "sentiment_intensity"
+
+
+def require_fit(task: str, metric: str, dataset: Dataset) -> None:
+    """Raise TaxonomyError naming task and dataset unless answers of `dataset` can be scored by `metric`."""
+    if dataset.multilabel:
+        fitting = ["multilabel_macro_f1"]
+    elif dataset.free_form:
+        fitting = ["llm_judge_accuracy"]
+    else:
+        fitting = ["weighted_f1", "mean_weighted_accuracy"]
+        fitting += ["binary_weighted_f1"] if dataset.domain == SENTIMENT else []
+    if metric not in fitting:
+        kind = "multilabel" if dataset.multilabel else "free-form" if dataset.free_form else f"{dataset.domain}"
+        what = f"metric {metric} does not suit the {kind} dataset {dataset.key!r}"
+        raise TaxonomyError(what, where=f"task {task!r}", fix=f"Use {' or '.join(fitting)}, or another task.")
+
 
 _DENIAL = re.compile(r"^(?:(?:no|not|non|without|sin)[\s-]+|无|没有|不|非)")
 _YES_WORDS = ("yes", "true", "1", "是", "有", "sí")
@@ -154,8 +242,8 @@ class Taxonomy:
 
     def _raw_to_label(self, domain: str) -> dict[str, str]:
         labels = self.domains[domain].labels
-        table = {labelsets.plain(label): label for label in labels}
-        table |= {labelsets.plain(raw): label for raw, label in self._raw["synonyms"].get(domain, {}).items()}
+        table = {plain_label(label): label for label in labels}
+        table |= {plain_label(raw): label for raw, label in self._raw["synonyms"].get(domain, {}).items()}
         if domain in self._raw["synonyms"].get("boolean_domains", ()):
             booleans = self._raw["synonyms"]["boolean"]
             table |= {str(raw): labels[0] for raw in booleans["false"]}
@@ -178,9 +266,9 @@ class Taxonomy:
         """
         about = self.dataset(dataset)
         if about.multilabel:
-            return labelsets.read(raw, about.labels, self._raw["synonyms"].get(dataset, {}))
+            return read_labels(raw, about.labels, self._raw["synonyms"].get(dataset, {}))
         domain = about.domain
-        return None if domain is None else self._lookup[domain].get(labelsets.plain(raw))
+        return None if domain is None else self._lookup[domain].get(plain_label(raw))
 
     def spellings(self, dataset: str) -> Mapping[str, str]:
         """Every spelling that `canonical_label` knows of the labels of a dataset's domain, with its label."""
@@ -192,7 +280,7 @@ class Taxonomy:
         domain = self.dataset(dataset).domain
         labels = () if domain is None else self.domains[domain].labels
         for no, yes in (labels, labels[::-1]) if len(labels) == 2 else ():
-            if _DENIAL.sub("", labelsets.plain(no), count=1) == labelsets.plain(yes) != labelsets.plain(no):
+            if _DENIAL.sub("", plain_label(no), count=1) == plain_label(yes) != plain_label(no):
                 return no, yes
         return None
 
@@ -204,7 +292,7 @@ class Taxonomy:
         """
         about = self.dataset(dataset)
         labels = about.labels or (self.domains[about.domain].labels if about.domain else ())
-        text = labelsets.visible(prompt)
+        text = visible(prompt)
         offered: dict[str, str] = {}
         for label in labels:
             known = [raw for raw, meant in self.spellings(dataset).items() if meant == label and len(raw) > 1]
@@ -227,7 +315,7 @@ class Taxonomy:
         """
         about = self.dataset(dataset)
         if about.multilabel:
-            label = labelsets.read(raw, about.labels, self._raw["synonyms"].get(dataset, {}), strict=True)
+            label = read_labels(raw, about.labels, self._raw["synonyms"].get(dataset, {}), strict=True)
             if label is None:
                 what = f"{raw!r} is no list of labels of dataset {dataset!r}"
                 raise TaxonomyError(what, fix=f"List some of these with commas, or write 'none': {about.labels}.")
@@ -352,3 +440,23 @@ TASKS, DOMAINS, DATASETS = BUILTIN.tasks, BUILTIN.domains, BUILTIN.datasets
 NUM_CLASSES = BUILTIN.num_classes
 canonical_label = BUILTIN.canonical_label
 global_index = BUILTIN.global_index
+
+
+# The published figures, as the package brings them: `published_results.yaml`, a table by name.
+#
+# Figures stand as they were published, in per cent or as shares; whoever shows them beside scores says so.
+
+
+def published_table(name: str) -> dict[str, Any]:
+    """The rows of a table by their names; `columns` are among them where the rows are lists. Raises InputError."""
+    tables = _tables()
+    if name not in tables:
+        raise InputError(f"no published table {name!r}", fix=nearest(name, tables))
+    return dict(tables[name])
+
+
+@cache
+def _tables() -> dict[str, dict[str, Any]]:
+    text = Path(__file__).with_name("published_results.yaml").read_text(encoding="utf-8")
+    tables: dict[str, dict[str, Any]] = yaml.safe_load(text)
+    return tables

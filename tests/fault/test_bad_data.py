@@ -15,11 +15,11 @@ import soundfile
 import torch
 
 from hba.atlas import open_atlas
-from hba.atlas.batch import load_media
-from hba.atlas.config import EncodeConfig
 from hba.atlas.convert import convert_to_parquet
 from hba.atlas.info import atlas_info
 from hba.atlas.validate import validate_atlas
+from hba.batch.config import EncodeConfig
+from hba.batch.encode import load_media
 from hba.errors import InputError, MediaError
 
 

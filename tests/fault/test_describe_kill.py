@@ -19,7 +19,7 @@ import pytest
 import soundfile
 import torch
 
-from hba.descriptors.executors import run
+from hba.descriptors.describe import run
 from hba.errors import MachineError
 from hba.parallel import Died
 

@@ -26,20 +26,19 @@ import rl_run
 import media_corpus
 import tiny_chat
 from hba import open_atlas
-from hba.atlas.batch import Encoder
-from hba.atlas.chat_encoder import encoder_for
-from hba.atlas.config import EncodeConfig
 from hba.atlas.media import load_descriptor
+from hba.batch.config import EncodeConfig
+from hba.batch.encode import Encoder, encoder_for
 from hba.config import load_config
 from hba.errors import InputError, MediaError
 from hba.evaluate.config import PredictConfig
 from hba.evaluate.judge.run import JudgeConfig, judge_run
 from hba.evaluate.predict import predict_run
 from hba.evaluate.score import score_run
-from hba.explorer.app import create_app
+from hba.explorer.server import create_app
 from hba.model.chat import load_processor
 from hba.remote import ClientConfig
-from hba.report import write_report
+from hba.report.page import write_report
 from hba.run import RunFolder
 from hba.storage import read_jsonl
 from hba.train.bam import train_bam

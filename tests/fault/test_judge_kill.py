@@ -11,7 +11,7 @@ import time
 import pytest
 from free_form_run import make_run
 
-from hba.evaluate.judge.judgements import read_judgements
+from hba.evaluate.judge.items import read_judgements
 from hba.evaluate.score import score_run
 
 ROWS, ANSWERS, CONCURRENCY = 5102, 5000, 32  # every 50th answer is empty

@@ -15,10 +15,9 @@ import pytest
 import torch
 
 from hba.atlas import open_atlas
-from hba.atlas.batch import Encoded, Encoder
-from hba.atlas.config import EncodeConfig, LoaderConfig
-from hba.atlas.loader import load_batches
-from hba.atlas.workers import DEATHS_WITHOUT_RESULT
+from hba.batch.config import EncodeConfig, LoaderConfig
+from hba.batch.encode import Encoded, Encoder
+from hba.batch.loader import DEATHS_WITHOUT_RESULT, load_batches
 from hba.config import load_config
 from hba.errors import ConfigError, HbaError, InputError, MediaError
 from hba.run import RunFolder
@@ -276,11 +275,11 @@ import sys, time
 from pathlib import Path
 import numpy as np, multiprocessing
 from hba.atlas import open_atlas
-from hba.atlas.batch import Encoder
-from hba.atlas.config import EncodeConfig
-from hba.atlas.loader import load_batches
-from hba.atlas.config import LoaderConfig
-from hba.atlas.workers import DEATHS_WITHOUT_RESULT
+from hba.batch.encode import Encoder
+from hba.batch.config import EncodeConfig
+from hba.batch.loader import load_batches
+from hba.batch.config import LoaderConfig
+from hba.batch.loader import DEATHS_WITHOUT_RESULT
 
 class Slow(Encoder):
     pad_token_id = 0

@@ -24,13 +24,13 @@ import torch
 
 from hba import storage
 from hba.atlas import open_atlas
-from hba.atlas.batch import Encoded, Encoder
-from hba.atlas.config import EncodeConfig, LoaderConfig
-from hba.atlas.loader import load_batches
 from hba.atlas.media import load_audio, load_image, load_video
-from hba.atlas.rowscan import read_catalogue
-from hba.atlas.slices import Slice, opened, read_bytes
-from hba.atlas.survey import locate, survey
+from hba.atlas.probe import locate, survey
+from hba.atlas.scan import read_catalogue
+from hba.atlas.source import Slice, opened, read_bytes
+from hba.batch.config import EncodeConfig, LoaderConfig
+from hba.batch.encode import Encoded, Encoder
+from hba.batch.loader import load_batches
 from hba.errors import MachineError, MediaError
 from hba.storage import begun, confined_path, is_abandoned, patiently, remove_abandoned
 
@@ -103,7 +103,7 @@ def test_a_worker_that_is_killed_once_is_done_without(atlas, tmp_path, caplog):
 
 def test_a_medium_whose_process_is_killed_twice_stops_a_survey_and_is_not_blamed(mini_atlas, tmp_path, monkeypatch):
     media, _ = locate(read_catalogue(mini_atlas, ["test"], None))
-    monkeypatch.setattr("hba.atlas.survey._probe", killing.probe)  # a module that its processes import quickly
+    monkeypatch.setattr("hba.atlas.probe._probe", killing.probe)  # a module that its processes import quickly
     monkeypatch.setenv("KILLED_TIMES", f"1 {tmp_path}")
     assert len(survey(media[:3], log=None, quick=True, workers=2)) == 3
     monkeypatch.setenv("KILLED_TIMES", f"9 {tmp_path}")
@@ -237,7 +237,7 @@ def test_a_file_of_which_a_part_cannot_be_had_is_never_served_in_part(tmp_path, 
 
     with MEMORY.open("rb") as file:
         memory = file.fileno()
-        monkeypatch.setattr("hba.atlas.slices.os.pread", flaky)
+        monkeypatch.setattr("hba.atlas.source.os.pread", flaky)
         with pytest.raises(MachineError, match="row 1: cannot be read") if decode is load_audio else suppressed():
             decode(source, where="row 1")
         with pytest.raises(MachineError, match="row 1: cannot be read"), opened(source, where="row 1") as handle:

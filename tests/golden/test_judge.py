@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hba.evaluate.judge.accuracy import judge_accuracy
+from hba.evaluate.judge.scores import judge_accuracy
 
 GOLDEN = json.loads((Path(__file__).with_name("data") / "extras" / "judge_accuracy.json").read_text(encoding="utf-8"))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hba.atlas.prompt import build_messages
+from hba.batch.prompt import build_messages
 from hba.errors import InputError
 
 GOLDEN = json.loads((Path(__file__).parent / "data/messages/base_dataset.json").read_text())

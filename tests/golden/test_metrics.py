@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 
-from hba.evaluate.confusion import pooled_confusion
-from hba.evaluate.freeform import generation_metrics
-from hba.evaluate.metrics import averages, class_report, score, score_indices
+from hba.evaluate.metrics import averages, class_report, generation_metrics, pooled_confusion, score, score_indices
 from hba.taxonomy import BUILTIN
 
 DATA = Path(__file__).with_name("data")

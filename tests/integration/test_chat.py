@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from hba import open_atlas
-from hba.atlas.answer_format import FormatMix
-from hba.atlas.batch import IGNORED, collate
-from hba.atlas.chat_encoder import encoder_for, end_token_id, media_placeholders
-from hba.atlas.config import EncodeConfig
+from hba.batch.config import EncodeConfig
+from hba.batch.encode import IGNORED, collate, encoder_for, end_token_id, media_placeholders
+from hba.batch.prompt import FormatMix
 from hba.errors import ConfigError, InputError, MediaError
 from hba.model import chat
 from hba.model.config import ModelConfig

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from hba import open_atlas
-from hba.atlas.batch import Encoder, collate
-from hba.atlas.config import EncodeConfig
+from hba.batch.config import EncodeConfig
+from hba.batch.encode import Encoder, collate
 from hba.config import load_config
 from hba.errors import ConfigError, InputError
 from hba.model import OmniSapiens, chat, checkpoint
@@ -41,7 +41,7 @@ def trained(backbone, strategy):
 @pytest.mark.parametrize("strategy", ["heads", "lora", "full"])
 def test_saved_and_loaded_models_agree(backbone, batch, tmp_path, strategy):
     model = trained(backbone, strategy)
-    checkpoint.save(model, tmp_path / "ck", backbone=str(backbone), strategy=strategy, encode=ENCODE)
+    model.save_pretrained(tmp_path / "ck", backbone=str(backbone), strategy=strategy, encode=ENCODE)
     loaded = OmniSapiens.from_pretrained(tmp_path / "ck").eval()
     assert torch.equal(loaded.classify(batch), model.classify(batch))
     assert checkpoint.encode_config(tmp_path / "ck") == ENCODE
@@ -60,7 +60,7 @@ def test_heads_strategy_trains_nothing_else(backbone):
 
 
 def test_a_lora_adapter_follows_the_conventions_of_peft(backbone, tmp_path):
-    checkpoint.save(trained(backbone, "lora"), tmp_path, backbone=str(backbone), strategy="lora", encode=ENCODE)
+    trained(backbone, "lora").save_pretrained(tmp_path, backbone=str(backbone), strategy="lora", encode=ENCODE)
     assert {"adapter_config.json", "adapter_model.safetensors", "heads.safetensors"} <= {
         p.name for p in tmp_path.iterdir()
     }
@@ -81,7 +81,7 @@ def test_a_backbone_that_does_not_exist_is_named():
     ("file", "message"), [("heads.safetensors", "cannot load the heads"), ("model.safetensors", "cannot load backbone")]
 )
 def test_a_cut_checkpoint_is_named(backbone, tmp_path, file, message):
-    checkpoint.save(trained(backbone, "full"), tmp_path / "ck", backbone=str(backbone), strategy="full", encode=ENCODE)
+    trained(backbone, "full").save_pretrained(tmp_path / "ck", backbone=str(backbone), strategy="full", encode=ENCODE)
     whole = (tmp_path / "ck" / file).read_bytes()
     (tmp_path / "ck" / file).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match=message):
@@ -99,8 +99,8 @@ def test_a_checkpoint_opens_from_any_folder(backbone, tmp_path, monkeypatch):
     shutil.copytree(backbone, tmp_path / "models" / "tiny")
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs" / "sft" / "checkpoints" / "step_1"
-    name = chat.backbone_of("models/tiny")
-    checkpoint.save(trained("models/tiny", "lora"), folder, backbone=name, strategy="lora", encode=ENCODE)
+    name = checkpoint.backbone_of("models/tiny")
+    trained("models/tiny", "lora").save_pretrained(folder, backbone=name, strategy="lora", encode=ENCODE)
     assert checkpoint.read_card(folder)["backbone"] == str(tmp_path / "models" / "tiny")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -119,7 +119,7 @@ def test_a_backbone_that_is_gone_is_named_with_the_places_where_it_was_looked_fo
     backbone, tmp_path, monkeypatch, name, load
 ):
     folder = tmp_path / "runs" / "step_1"
-    checkpoint.save(trained(backbone, "heads"), folder, backbone=str(backbone), strategy="heads", encode=ENCODE)
+    trained(backbone, "heads").save_pretrained(folder, backbone=str(backbone), strategy="heads", encode=ENCODE)
     old(folder, name)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"the backbone of this checkpoint is gone: no folder") as refused:
@@ -132,7 +132,7 @@ def test_a_backbone_that_is_gone_is_named_with_the_places_where_it_was_looked_fo
 def test_a_folder_beside_the_run_is_no_id_of_the_hub(backbone, tmp_path):
     assert checkpoint.place_of("Qwen/Qwen2.5-Omni-7B") == "Qwen/Qwen2.5-Omni-7B"
     folder = tmp_path / "step_1"
-    checkpoint.save(trained(backbone, "heads"), folder, backbone="Qwen/Omni", strategy="heads", encode=ENCODE)
+    trained(backbone, "heads").save_pretrained(folder, backbone="Qwen/Omni", strategy="heads", encode=ENCODE)
     assert checkpoint.base_of(folder) == "Qwen/Omni"
 
 
@@ -144,7 +144,7 @@ def test_a_folder_beside_the_run_is_no_id_of_the_hub(backbone, tmp_path):
     [({"lora_r": 8}, "model.lora_r=4"), ({"lora_alpha": 8}, "model.lora_alpha=64"), ({}, "model.lora_r=4")],
 )
 def test_lora_of_another_rank_or_alpha_is_refused_with_what_to_type(backbone, tmp_path, change, fix):
-    checkpoint.save(trained(backbone, "lora"), tmp_path, backbone=str(backbone), strategy="lora", encode=ENCODE)
+    trained(backbone, "lora").save_pretrained(tmp_path, backbone=str(backbone), strategy="lora", encode=ENCODE)
     wanted = {"lora_r": 4, "lora_alpha": 64, **change} if change else {}
     config = ModelConfig(name=str(tmp_path), **wanted)
     whole, words = OmniSapiens.from_pretrained(tmp_path), chat.load(tmp_path)
@@ -157,12 +157,12 @@ def test_lora_of_another_rank_or_alpha_is_refused_with_what_to_type(backbone, tm
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_the_dropout_of_the_config_is_that_of_lora_which_goes_on(backbone, batch, tmp_path, dropout):
     kept = {"backbone": str(backbone), "strategy": "lora", "encode": ENCODE}
-    checkpoint.save(trained(backbone, "lora"), tmp_path / "a", **kept)
+    trained(backbone, "lora").save_pretrained(tmp_path / "a", **kept)
     config = ModelConfig(name=str(tmp_path), lora_r=4, lora_dropout=dropout)
     model = apply_strategy(OmniSapiens.from_pretrained(tmp_path / "a"), config).train()
     first, second = (model(batch).pooled_BH for _ in range(2))
     assert torch.equal(first, second) == (dropout == 0)
-    checkpoint.save(model, tmp_path / "b", **kept)
+    model.save_pretrained(tmp_path / "b", **kept)
     assert json.loads((tmp_path / "b" / "adapter_config.json").read_text())["lora_dropout"] == dropout
 
 

@@ -12,9 +12,9 @@ import pytest
 from rich.console import Console
 
 from hba.cli import main
-from hba.demo import run_demo
+from hba.cli.demo import run_demo
 from hba.errors import ConfigError
-from hba.report.stages import read_stages, stages_table
+from hba.report.comparison import read_stages, stages_table
 
 FEW_STEPS = ["train.max_steps=12", "train.validate_every=3", "train.batch_size=8", "encode.num_frames=4"]
 FEW_STEPS += ["qa.train.max_steps=4", "bam.train.max_steps=8", "speak.train.max_steps=2", "rl.train.max_steps=1"]

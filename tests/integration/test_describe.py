@@ -18,11 +18,9 @@ import torch
 from hba import open_atlas
 from hba.atlas.media import load_audio
 from hba.atlas.video import read_frames
-from hba.descriptors.describe import Summary, describe
-from hba.descriptors.items import Settings, make_plan
-from hba.descriptors.landmark_env import environment_folder
-from hba.descriptors.ledger import open_ledger
-from hba.descriptors.link import link_rows
+from hba.descriptors.describe import Summary, describe, link_rows
+from hba.descriptors.items import Settings, make_plan, open_ledger
+from hba.descriptors.landmarks import environment_folder
 from hba.errors import HbaError, InputError, MediaError
 from hba.storage import file_sha256
 

@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from hba import open_atlas
-from hba.atlas.batch import Encoder, collate
-from hba.atlas.config import EncodeConfig, LoaderConfig
-from hba.atlas.loader import load_batches
-from hba.atlas.prompt import MODALITIES
+from hba.batch.config import EncodeConfig, LoaderConfig
+from hba.batch.encode import Encoder, collate
+from hba.batch.loader import load_batches
+from hba.batch.prompt import MODALITIES
 from hba.config import load_config
 from hba.errors import InputError
 from hba.model import OmniSapiens
 from hba.model.config import ModelConfig
-from hba.rl.policy import build_policy
+from hba.rl.local import build_policy
 from hba.run import RunFolder
 from hba.storage import begun, read_jsonl
 from hba.train.config import SftConfig, TrainConfig

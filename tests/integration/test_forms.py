@@ -8,14 +8,14 @@ import torch
 from transformers import AutoProcessor
 
 from hba import open_atlas
-from hba.atlas.batch import Encoder
-from hba.atlas.config import EncodeConfig, LoaderConfig
 from hba.atlas.convert import convert_atlas
-from hba.atlas.embedded import index_path
-from hba.atlas.loader import load_batches
-from hba.atlas.sample import MEDIA_FIELDS
-from hba.atlas.sampler import plan_batches
-from hba.atlas.slices import read_bytes
+from hba.atlas.parquet import index_path
+from hba.atlas.rows import MEDIA_FIELDS
+from hba.atlas.source import read_bytes
+from hba.batch.config import EncodeConfig, LoaderConfig
+from hba.batch.encode import Encoder
+from hba.batch.loader import load_batches
+from hba.batch.sampler import plan_batches
 
 SPOKEN = ("id", "split", "problem", "answer", "dataset", "task", "modality_signature", "label", "texts", "extra")
 

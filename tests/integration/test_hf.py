@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from hba import open_atlas
-from hba.atlas.answer_format import FormatMix
-from hba.atlas.batch import collate
-from hba.atlas.chat_encoder import encoder_for
+from hba.batch.encode import collate, encoder_for
+from hba.batch.prompt import FormatMix
 from hba.config import load_config
 from hba.errors import ConfigError, InputError
 from hba.evaluate.answers import read
@@ -220,8 +219,8 @@ def test_a_broken_medium_is_quarantined_and_scored_rows_stay(tmp_path, mini_atla
 
 
 def test_a_language_head_of_stage_two_is_heard_and_adapters_are_not_ignored(tmp_path, mini_atlas, backbone):
-    from hba.atlas.config import EncodeConfig
-    from hba.model import chat, checkpoint
+    from hba.batch.config import EncodeConfig
+    from hba.model import chat
 
     model = OmniSapiens.from_pretrained(backbone)
     model.own_lm_head = True
@@ -229,7 +228,7 @@ def test_a_language_head_of_stage_two_is_heard_and_adapters_are_not_ignored(tmp_
     with torch.no_grad():
         model.thinker.lm_head.weight.copy_(model.thinker.lm_head.weight.flip(0))
     folder = tmp_path / "qa"
-    checkpoint.save(model, folder, backbone=str(backbone), strategy="heads", encode=EncodeConfig())
+    model.save_pretrained(folder, backbone=str(backbone), strategy="heads", encode=EncodeConfig())
     assert torch.equal(chat.load(folder).transformer.lm_head.weight, model.thinker.lm_head.weight)
     config = load_config(LmConfig, None, [f"atlas={mini_atlas}", f"model.name={folder}", "model.strategy=full"])
     started = RunFolder.open(tmp_path / "lm", config=config, command="train lm", seed=0)

@@ -21,16 +21,16 @@ import torch
 from typer.testing import CliRunner
 
 from hba import open_atlas
-from hba.atlas.batch import Encoder, collate
-from hba.atlas.config import EncodeConfig, LoaderConfig
 from hba.atlas.convert import convert_to_parquet
-from hba.atlas.download import download_atlas
+from hba.atlas.hub import download_atlas
 from hba.atlas.info import atlas_info
-from hba.atlas.loader import load_batches
-from hba.atlas.sample import MEDIA_FIELDS
-from hba.atlas.sampler import plan_batches
-from hba.atlas.slices import read_bytes
+from hba.atlas.rows import MEDIA_FIELDS
+from hba.atlas.source import read_bytes
 from hba.atlas.validate import validate_atlas
+from hba.batch.config import EncodeConfig, LoaderConfig
+from hba.batch.encode import Encoder, collate
+from hba.batch.loader import load_batches
+from hba.batch.sampler import plan_batches
 from hba.cli import app
 from hba.errors import InputError, MachineError, MediaError
 from hba.storage import StorageError

@@ -8,7 +8,7 @@ from free_form_run import make_run
 
 from hba.errors import HbaError, InputError
 from hba.evaluate.judge.agreement import CANARIES
-from hba.evaluate.judge.judgements import read_judgements
+from hba.evaluate.judge.items import read_judgements
 from hba.evaluate.judge.run import JudgeConfig, judge_run
 from hba.remote import ClientConfig, ServiceError
 

@@ -13,14 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from hba import open_atlas
-from hba.atlas.answer_format import FormatMix
-from hba.atlas.batch import IGNORED, collate
-from hba.atlas.chat_encoder import encoder_for
+from hba.batch.encode import IGNORED, collate, encoder_for
+from hba.batch.prompt import FormatMix
 from hba.config import load_config
 from hba.errors import ConfigError, InputError
 from hba.evaluate.config import PredictConfig
-from hba.evaluate.predict import open_rows
-from hba.evaluate.selection import Selection
+from hba.evaluate.predict import Selection, open_rows
 from hba.model import OmniSapiens, chat, checkpoint
 from hba.run import RunFolder
 from hba.storage import read_json, read_jsonl, write_json

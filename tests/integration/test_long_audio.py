@@ -17,9 +17,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # tiny_chat is shared
 import tiny_chat
 from hba import open_atlas
 from hba.atlas import Atlas
-from hba.atlas.batch import Encoder, collate
-from hba.atlas.chat_encoder import encoder_for
-from hba.atlas.config import EncodeConfig
+from hba.batch.config import EncodeConfig
+from hba.batch.encode import Encoder, collate, encoder_for
 from hba.config import load_config
 from hba.errors import ConfigError, MediaError
 from hba.evaluate.config import PredictConfig

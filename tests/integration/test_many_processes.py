@@ -22,9 +22,9 @@ from torch import nn
 
 from hba.errors import ConfigError, InputError
 from hba.model import OmniSapiens
-from hba.process import start_accelerator
+from hba.model.process import start_accelerator
 from hba.storage import read_jsonl
-from hba.train.optimizer_state import restore_optimizer
+from hba.train.state import restore_optimizer
 
 SMALL = [
     "model.strategy=full", "train.max_steps=6", "train.epochs=9", "train.batch_size=8", "train.validate_every=3",

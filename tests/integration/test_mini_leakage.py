@@ -22,10 +22,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from hba.atlas.mini import build_mini_atlas
-from hba.atlas.mini.functionals import functionals
+from hba.batch.pool import sequence
 from hba.descriptors import pool
-from hba.descriptors.pool import sequence
+from hba.mini import build_mini_atlas
+from hba.mini.build import functionals
 
 # What carries the label. 'rows' (prompt around the transcript, files, order) is everywhere a channel that must not.
 CHANNELS = {

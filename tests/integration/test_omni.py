@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from hba import open_atlas
-from hba.atlas.batch import IGNORED, Encoder, collate
-from hba.atlas.config import EncodeConfig
+from hba.batch.config import EncodeConfig
+from hba.batch.encode import IGNORED, Encoder, collate
 from hba.errors import InputError
 from hba.model.generate import media_token_ids
 

@@ -16,10 +16,9 @@ from hba import open_atlas
 from hba.config import load_config
 from hba.errors import InputError
 from hba.evaluate.config import PredictConfig
-from hba.evaluate.predict import predict_run
+from hba.evaluate.predict import Selection, predict_run
 from hba.evaluate.predictions import read_predictions
 from hba.evaluate.score import score_run
-from hba.evaluate.selection import Selection
 from hba.model.tiny import atlas_texts, build_tiny
 from hba.taxonomy import BUILTIN
 

@@ -19,15 +19,14 @@ import soundfile
 import torch
 
 from hba import open_atlas
-from hba.atlas.config import EncodeConfig
+from hba.batch.config import EncodeConfig
 from hba.config import load_config
 from hba.errors import ConfigError, InputError
 from hba.evaluate.backends import open_backend
 from hba.evaluate.config import Opening, PredictConfig
-from hba.evaluate.predict import predict_run
+from hba.evaluate.predict import Selection, predict_run
 from hba.evaluate.predictions import read_predictions
 from hba.evaluate.score import score_run
-from hba.evaluate.selection import Selection
 
 ENCODE = EncodeConfig(num_frames=2, max_pixels=3136)
 
@@ -204,7 +203,7 @@ def test_what_was_answered_once_is_not_asked_again_by_another_run(mini_atlas, ch
 def test_the_engine_gets_what_the_loader_decodes(mini_atlas, backbone):
     from transformers import Qwen2_5OmniProcessor
 
-    from hba.atlas.answer_format import FormatMix
+    from hba.batch.prompt import FormatMix
     from hba.evaluate.backends.vllm import engine_inputs
 
     processor = Qwen2_5OmniProcessor.from_pretrained(backbone)

@@ -13,15 +13,15 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from hba.atlas.config import EncodeConfig
+from hba.batch.config import EncodeConfig
 from hba.cli import app
 from hba.errors import HbaError, InputError
 from hba.evaluate.score import score_run
+from hba.export.push import push_run
 from hba.model import OmniSapiens, checkpoint
 from hba.model.config import ModelConfig
 from hba.model.hub_model import hub_checkpoint
 from hba.model.omni import apply_strategy
-from hba.push import push_run
 from hba.storage import write_json
 from hba.taxonomy import DATASETS, of_folder
 
@@ -38,7 +38,7 @@ def run(request, backbone, tmp_path_factory):
     config = ModelConfig(name=str(backbone), strategy=request.param, lora_r=4)
     model = apply_strategy(OmniSapiens.from_pretrained(backbone), config)
     best = folder / "checkpoints" / "step_5"
-    checkpoint.save(model, best, backbone=str(backbone), strategy=request.param, encode=EncodeConfig())
+    model.save_pretrained(best, backbone=str(backbone), strategy=request.param, encode=EncodeConfig())
     (best / "optimizer-00000-of-00001.safetensors").write_bytes(b"state")
     write_json(best / "trainer_state.json", {"step": 5})
     write_json(folder / "checkpoints" / "best.json", {"step": 5, "score": 0.5})

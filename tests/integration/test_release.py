@@ -17,13 +17,12 @@ from torch import nn
 from transformers import AutoConfig, AutoProcessor, Qwen2_5OmniThinkerForConditionalGeneration
 
 from hba import open_atlas
-from hba.atlas.batch import Encoder, collate
-from hba.atlas.config import EncodeConfig
+from hba.batch.config import EncodeConfig
+from hba.batch.encode import Encoder, collate
 from hba.errors import InputError
 from hba.evaluate.backends import LOCAL
 from hba.evaluate.config import PredictConfig
-from hba.evaluate.predict import open_rows
-from hba.evaluate.selection import EVERYTHING
+from hba.evaluate.predict import EVERYTHING, open_rows
 from hba.model import OmniSapiens, chat, checkpoint
 from hba.model.config import ModelConfig
 from hba.model.heads import masked_mean
@@ -67,7 +66,7 @@ def lora(backbone, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lora") / "step_1"
     model = apply_strategy(OmniSapiens.from_pretrained(backbone), ModelConfig(name=str(backbone), lora_r=4))
     known = {"encode": ENCODE, "domains": ["emotion", "humour"]}
-    checkpoint.save(shaken(model), folder, backbone=str(backbone), strategy="lora", **known)
+    shaken(model).save_pretrained(folder, backbone=str(backbone), strategy="lora", **known)
     return model, folder
 
 
@@ -165,7 +164,7 @@ def adapted(base, out, **options):
     model.thinker.add_adapter(LoraConfig(**how))
     for name, parameter in model.named_parameters():
         parameter.requires_grad = "lora_" in name
-    checkpoint.save(shaken(model), out, backbone=str(base), strategy="lora", encode=ENCODE)
+    shaken(model).save_pretrained(out, backbone=str(base), strategy="lora", encode=ENCODE)
     return out
 
 
@@ -223,7 +222,7 @@ def test_a_language_head_and_every_strategy_are_merged_from_shards(backbone, tmp
     model.untie_lm_head()
     with torch.no_grad():
         model.thinker.lm_head.weight.add_(0.5)
-    checkpoint.save(model, tmp_path / "ck", backbone=str(base), strategy=strategy, encode=ENCODE)
+    model.save_pretrained(tmp_path / "ck", backbone=str(base), strategy=strategy, encode=ENCODE)
     merge_checkpoint(tmp_path / "ck", tmp_path / "out", dtype="float32")
     ours, whole = stored(tmp_path / "out")[0], merged_whole(tmp_path / "ck", torch.float32)
     assert sorted(ours) == sorted(whole)

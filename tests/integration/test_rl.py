@@ -15,20 +15,18 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hba import open_atlas
-from hba.atlas.answer_format import FormatMix
-from hba.atlas.batch import collate
-from hba.atlas.chat_encoder import encoder_for
-from hba.atlas.config import EncodeConfig, LoaderConfig
-from hba.atlas.mixing import MixConfig
+from hba.batch.config import EncodeConfig, LoaderConfig
+from hba.batch.encode import collate, encoder_for
+from hba.batch.prompt import FormatMix
+from hba.batch.sampler import MixConfig
 from hba.errors import HbaError, InputError
 from hba.model import chat
 from hba.model.generate import media_token_ids
-from hba.report import write_report
+from hba.report.page import write_report
 from hba.rl import evaluation_log, local, rollout
 from hba.rl.prompts import PromptFeed
-from hba.rl.rollout import probabilities, roll_out
-from hba.rl.sampler import Draws, PolicySampler
-from hba.rl.scoring import RewardConfig, Scorer
+from hba.rl.rewards import RewardConfig, Scorer
+from hba.rl.rollout import Draws, PolicySampler, probabilities, roll_out
 from hba.run import RunFolder
 from hba.storage import read_json, read_jsonl
 from hba.train.config import TrainConfig

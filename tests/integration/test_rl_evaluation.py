@@ -10,17 +10,17 @@ from rich.console import Console
 from rl_run import settings, train, write_reward
 
 from hba import open_atlas
-from hba.atlas.answer_format import FormatMix
-from hba.atlas.chat_encoder import encoder_for
-from hba.atlas.config import EncodeConfig
+from hba.batch.config import EncodeConfig
+from hba.batch.encode import encoder_for
+from hba.batch.prompt import FormatMix
 from hba.model import chat
-from hba.quarantine import QuarantineLog
-from hba.report import write_report
+from hba.report.page import write_report
 from hba.report.rl import changes, changes_table
 from hba.rl.config import RolloutConfig
 from hba.rl.evaluation import evaluate
-from hba.rl.sampler import PolicySampler
-from hba.rl.scoring import RewardConfig, Scorer
+from hba.rl.rewards import RewardConfig, Scorer
+from hba.rl.rollout import PolicySampler
+from hba.run import QuarantineLog
 from hba.train.ranks import Ranks
 
 

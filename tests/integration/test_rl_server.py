@@ -20,20 +20,17 @@ from accelerate import Accelerator
 from rl_run import SMALL, as_prompts, die_in, logged, result, settings, train, write_reward
 
 from hba import open_atlas
-from hba.atlas.answer_format import FormatMix
-from hba.atlas.batch import collate
-from hba.atlas.chat_encoder import encoder_for
-from hba.atlas.config import EncodeConfig
+from hba.batch.config import EncodeConfig
+from hba.batch.encode import collate, encoder_for
+from hba.batch.prompt import FormatMix
 from hba.config import load_config
 from hba.errors import ConfigError, HbaError
 from hba.model import chat
-from hba.report import write_report
+from hba.report.page import write_report
 from hba.rl import local
 from hba.rl.config import RlConfig
-from hba.rl.rollout import probabilities, roll_out
-from hba.rl.sampler import Draws, Place, PolicySampler
-from hba.rl.server import ServerSampler
-from hba.rl.server_weights import ServedWeights
+from hba.rl.rollout import Draws, Place, PolicySampler, probabilities, roll_out
+from hba.rl.server import ServedWeights, ServerSampler
 from hba.train.ranks import Ranks
 
 SERVER = Path(__file__).parents[1] / "servers" / "model_server.py"

@@ -13,8 +13,8 @@ from ranks import Dies
 from safetensors.torch import load_file
 
 from hba import open_atlas
-from hba.atlas.batch import Encoder, collate
-from hba.atlas.config import EncodeConfig
+from hba.batch.config import EncodeConfig
+from hba.batch.encode import Encoder, collate
 from hba.config import load_config
 from hba.errors import InputError
 from hba.evaluate.config import PredictConfig
@@ -27,7 +27,7 @@ from hba.run import RunFolder, locked_folder
 from hba.storage import read_jsonl
 from hba.train.bam import train_bam
 from hba.train.config import BamConfig, QaConfig, SftConfig
-from hba.train.frozen import extract
+from hba.train.features import extract
 from hba.train.qa import train_qa
 from hba.train.scores import exact
 from hba.train.sft import train_sft
@@ -142,15 +142,15 @@ def test_the_whole_model_of_a_lora_run_trains_in_its_own_precision_and_is_loaded
     config = ModelConfig(name=str(backbone), lora_r=4, lora_alpha=6)
     model = apply_strategy(OmniSapiens.from_pretrained(backbone), config)
     encode = EncodeConfig(num_frames=2, max_pixels=3136)
-    checkpoint.save(model, tmp_path / "lora", backbone=str(backbone), strategy="lora", encode=encode)
+    model.save_pretrained(tmp_path / "lora", backbone=str(backbone), strategy="lora", encode=encode)
     loaded = []
-    load = checkpoint.load
+    load = OmniSapiens.from_pretrained
 
     def noted(*args, **options):
         loaded.append(load(*args, **options))
         return loaded[-1]
 
-    monkeypatch.setattr(checkpoint, "load", noted)
+    monkeypatch.setattr(OmniSapiens, "from_pretrained", noted)
     steps = ["train.max_steps=1", "datasets=[daicwoz]", "validation_split=validation[:40]"]
     AcceleratorState._reset_state(reset_partial_state=True)  # the process has begun in float32
     try:
@@ -212,7 +212,7 @@ def test_a_checkpoint_of_a_later_training_keeps_lm_head_and_adapters(runs, tmp_p
     for stage, run in runs.items():
         model = OmniSapiens.from_pretrained(run)
         kept = {"backbone": str(backbone), "strategy": "heads", "encode": EncodeConfig(), "speaks": True}
-        checkpoint.save(model, tmp_path / stage, **kept)
+        model.save_pretrained(tmp_path / stage, **kept)
         again = OmniSapiens.from_pretrained(tmp_path / stage)
         assert torch.equal(again.thinker.lm_head.weight, model.thinker.lm_head.weight) or stage == "bam"
         assert (again.bam is None) == (stage == "qa") and again.speaks
@@ -230,7 +230,7 @@ def test_the_cache_changes_no_loss(stage, runs, tmp_path, mini_atlas, base):
 def test_a_standing_cache_is_read_without_the_backbone(runs, tmp_path, mini_atlas, base, monkeypatch):
     shards = {path: path.stat().st_mtime_ns for path in (base / "features").rglob("*.safetensors")}
     assert shards
-    monkeypatch.setattr(checkpoint, "load", lambda *_, **__: pytest.fail("the backbone was loaded"))
+    monkeypatch.setattr(OmniSapiens, "from_pretrained", lambda *_, **__: pytest.fail("the backbone was loaded"))
     train("bam", tmp_path / "bam", mini_atlas, base, "train.seed=1", "train.max_steps=2", "datasets=[siq2]")
     train("qa", tmp_path / "qa", mini_atlas, base, "train.seed=1", "train.max_steps=2")
     assert shards == {path: path.stat().st_mtime_ns for path in (base / "features").rglob("*.safetensors")}
@@ -239,7 +239,7 @@ def test_a_standing_cache_is_read_without_the_backbone(runs, tmp_path, mini_atla
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_backbone_goes_once_its_features_are_cached(stage, tmp_path, mini_atlas, base, monkeypatch):
     loaded, left = weakref.WeakSet(), []
-    load, run_training = checkpoint.load, train_qa.__globals__["run_training"]
+    load, run_training = OmniSapiens.from_pretrained, train_qa.__globals__["run_training"]
 
     def watched(*args, **options):
         model = load(*args, **options)
@@ -250,7 +250,7 @@ def test_the_backbone_goes_once_its_features_are_cached(stage, tmp_path, mini_at
         left.append(len(loaded))
         return run_training(*args)
 
-    monkeypatch.setattr(checkpoint, "load", watched)
+    monkeypatch.setattr(OmniSapiens, "from_pretrained", watched)
     monkeypatch.setattr(f"hba.train.{stage}.run_training", train_now)
     rows = ["train_split=train[:90]", "validation_split=validation[:90]", "datasets=[siq2]", "train.max_steps=1"]
     train(stage, tmp_path / "run", mini_atlas, base, f"features.folder={tmp_path / 'features'}", *rows)
@@ -305,7 +305,7 @@ def test_killed_and_resumed_equals_uninterrupted(stage, runs, launch, tmp_path, 
         own = [word for word in own if not word.startswith("datasets")] + ["--dataset", "daicwoz", "--dataset", "siq2"]
     command = ["train", stage, "--run", run, *own]
     for function, sign in (
-        ("hba.train.frozen:write_shard", "features/train/*/shard_*.safetensors"),
+        ("hba.train.features:write_shard", "features/train/*/shard_*.safetensors"),
         ("hba.train.loop:save_state", "../run/checkpoints/step_4"),
     ):
         assert launch(command, ranks=1, dies=Dies(0, function, "after")).code == -9

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 import hba
-from hba.atlas.answer_format import FormatMix
-from hba.atlas.chat_encoder import encoder_for
+from hba.batch.encode import encoder_for
+from hba.batch.prompt import FormatMix
 from hba.config import load_config, to_yaml
 from hba.errors import HbaError, InputError, MediaError
 from hba.evaluate.answers import bare
@@ -25,16 +25,12 @@ from hba.model import chat
 from hba.model.generate import media_token_ids
 from hba.rl.config import RlConfig
 from hba.rl.evaluation_log import write_evaluation
-from hba.rl.prompts import PromptFeed
+from hba.rl.prompts import PromptFeed, training_rows, validation_rows
 from hba.rl.rollout import probabilities, with_responses
-from hba.rl.rows import training_rows, validation_rows
 from hba.rl.verl.config import AGENT
-from hba.rl.verl.dataset import AtlasDataset, PlanSampler
-from hba.rl.verl.evaluation import records, verdict
+from hba.rl.verl.dataset import AtlasDataset, PlanSampler, Reference, records, verdict
 from hba.rl.verl.launch import _release, best_step, checkpoints, keep_last_and_best, place_of, train_on_verl
-from hba.rl.verl.processor import OmniProcessor
-from hba.rl.verl.rows import Reference
-from hba.rl.verl.thinker import NEVER, OmniForConditionalGeneration
+from hba.rl.verl.thinker import NEVER, OmniForConditionalGeneration, OmniProcessor
 from hba.run import RunFolder
 
 SETTINGS = [
@@ -243,7 +239,7 @@ def test_probabilities_are_the_local_policys(run):
     actor = OmniForConditionalGeneration.from_pretrained(run.place.model, config=run.whole, dtype=torch.float32).eval()
     encoder = encoder_for(run.policy.processor, run.config.encode, run.dataset.atlas.taxonomy,
                           wording=FormatMix((run.config.format,)))  # fmt: skip
-    from hba.atlas.batch import collate
+    from hba.batch.encode import collate
 
     ids = torch.tensor([5, 9, 300, 41])
     for row in first_of_each_signature(run):

@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 from transformers import BertConfig, BertModel, BertTokenizer, Qwen2_5OmniThinkerForConditionalGeneration
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hba.atlas.config import EncodeConfig
-from hba.descriptors.pooled import DescriptorConfig
+from hba.batch.config import EncodeConfig
+from hba.batch.pool import DescriptorConfig
 from hba.embedding import Embedder
 from hba.errors import InputError
 from hba.model import OmniSapiens, chat, checkpoint
@@ -26,7 +26,7 @@ from hba.model.bam import AdapterSpec, Bam, load_bam, save_bam
 from hba.model.config import ModelConfig, computes_bfloat16
 from hba.model.omni import apply_strategy
 from hba.model.weights import INDEX, Piece, Weights, give_precision, write_weights
-from hba.train.sharding import prepare_model, whole_weights
+from hba.train.ranks import prepare_model, whole_weights
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import tiny_chat
@@ -167,7 +167,7 @@ def lora(backbone, tmp_path):
     model = apply_strategy(OmniSapiens.from_pretrained(backbone), ModelConfig(name=str(backbone), lora_r=4))
     model.own_lm_head = True
     model.untie_lm_head()
-    checkpoint.save(model, tmp_path / "ck", backbone=str(backbone), strategy="lora", encode=EncodeConfig())
+    model.save_pretrained(tmp_path / "ck", backbone=str(backbone), strategy="lora", encode=EncodeConfig())
     return tmp_path / "ck"
 
 
@@ -277,13 +277,13 @@ def places(parameters):
 
 
 def test_a_model_that_will_be_sharded_stays_in_its_files_and_then_is_what_a_loaded_one_is(halved, group):
-    mapped = checkpoint.load(halved, dtype="float32", mapped=True)
+    mapped = OmniSapiens.from_pretrained(halved, dtype="float32", mapped=True)
     assert places(mapped.thinker.parameters()) == {"model.safetensors"}
     assert {p.dtype for p in mapped.thinker.parameters()} == {torch.bfloat16}
     apply_strategy(mapped, ModelConfig(name="x", strategy="full"))
     shard(mapped)
     give_precision(mapped)
-    loaded = checkpoint.load(halved, dtype="float32")
+    loaded = OmniSapiens.from_pretrained(halved, dtype="float32")
     assert places(loaded.thinker.parameters()) == {None}
     expected = dict(loaded.thinker.named_parameters())
     for name, parameter in mapped.thinker.named_parameters():
@@ -297,7 +297,7 @@ def test_lora_begins_alike_on_a_model_that_is_mapped_and_is_never_rounded(halved
     config, fresh = ModelConfig(name="x", lora_r=4), []
     for name, mapped in ((halved, True), (halved, False), (backbone, False)):
         torch.manual_seed(0)
-        model = apply_strategy(checkpoint.load(name, dtype=dtype, mapped=mapped), config)
+        model = apply_strategy(OmniSapiens.from_pretrained(name, dtype=dtype, mapped=mapped), config)
         give_precision(model)
         fresh.append({name: p for name, p in model.named_parameters() if "lora_" in name})
         base = {p.dtype for name, p in model.thinker.named_parameters() if "lora_" not in name}
@@ -310,10 +310,10 @@ def test_lora_begins_alike_on_a_model_that_is_mapped_and_is_never_rounded(halved
 
 def test_one_process_that_was_launched_as_many_are_holds_its_one_shard(halved, group):
     """So that one GPU can show what sharding does."""
-    mapped = checkpoint.load(halved, dtype="float32", mapped=True)
+    mapped = OmniSapiens.from_pretrained(halved, dtype="float32", mapped=True)
     apply_strategy(mapped, ModelConfig(name="x", strategy="full"))
     prepared = prepare_model(mapped, Accelerator(cpu=True), shard=True, checkpoint_activations=False)
-    expected = dict(checkpoint.load(halved, dtype="float32").thinker.named_parameters())
+    expected = dict(OmniSapiens.from_pretrained(halved, dtype="float32").thinker.named_parameters())
     for name, parameter in prepared.thinker.named_parameters():
         assert isinstance(parameter, DTensor) and torch.equal(parameter.full_tensor(), expected[name])
 
@@ -341,7 +341,7 @@ def test_saving_a_sharded_model_gathers_what_its_checkpoint_holds_and_no_more(
     gathered, full_tensor = set(), DTensor.full_tensor
     monkeypatch.setattr(DTensor, "full_tensor", lambda self: gathered.add(names[id(self)]) or full_tensor(self))
     with whole_weights(model, group):
-        checkpoint.save(model, tmp_path / "ck", backbone=str(backbone), strategy=strategy, encode=EncodeConfig())
+        model.save_pretrained(tmp_path / "ck", backbone=str(backbone), strategy=strategy, encode=EncodeConfig())
     assert gathered == {name for name in names.values() if GATHERED[strategy](name)}
     saved = dict(OmniSapiens.from_pretrained(tmp_path / "ck").named_parameters())
     assert saved.keys() == expected.keys() and all(torch.equal(saved[name], expected[name]) for name in expected)

@@ -4,8 +4,7 @@ import os
 import signal
 from pathlib import Path
 
-from hba.atlas.probe import Facts
-from hba.atlas.survey import Medium
+from hba.atlas.probe import Facts, Medium
 
 
 def probe(medium: Medium, *, quick: bool) -> Facts:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from hba.config import load_config
 from hba.rl import evaluation_log, local
 from hba.rl.config import RlConfig
-from hba.rl.sampler import Place, Prompts
+from hba.rl.rollout import Place, Prompts
 from hba.run import RunFolder
 from hba.storage import read_json, read_jsonl
 

@@ -22,8 +22,7 @@ from hba.rl.advantages import (
     reinforce_pp_baseline,
     rloo,
 )
-from hba.rl.algorithms import ALGORITHMS
-from hba.rl.config import LossConfig
+from hba.rl.config import ALGORITHMS, LossConfig
 
 REWARDS = [1.0, 0.0, 0.2, 0.2, 1.0, 0.5, 0.5, 0.5, 0.9]
 GROUPS = ["a", "b", "a", "b", "a", "c", "c", "c", "d"]  # c has no signal, d a single rollout

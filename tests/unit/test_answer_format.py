@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hba.atlas.answer_format import FORMATS, AnswerFormat, FormatMix
-from hba.atlas.prompt import taught
-from hba.atlas.sample import Sample
+from hba.atlas.rows import Sample
+from hba.batch.prompt import FORMATS, AnswerFormat, FormatMix, taught
 from hba.errors import InputError
 from hba.evaluate.answers import extract, to_label
 from hba.taxonomy import BUILTIN

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 import hba
 from hba.atlas import Atlas, open_atlas
-from hba.atlas.sampler import plan_batches
-from hba.atlas.split import parse_split
+from hba.atlas.names import parse_split
+from hba.batch.sampler import plan_batches
 from hba.errors import InputError, MediaError
 from hba.taxonomy import BUILTIN
 

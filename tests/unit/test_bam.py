@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hba.descriptors.pooled import DescriptorConfig
+from hba.batch.pool import DescriptorConfig
 from hba.errors import InputError
 from hba.model.bam import AdapterSpec, Bam, load_bam, save_bam
 

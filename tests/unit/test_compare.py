@@ -13,8 +13,7 @@ from scipy.stats import binomtest, permutation_test
 
 from hba.errors import InputError
 from hba.evaluate.compare import paired_difference
-from hba.evaluate.confusion import Rows, encode
-from hba.evaluate.metrics import score, score_rows
+from hba.evaluate.metrics import Rows, encode, score, score_rows
 from hba.evaluate.statistics import bootstrap, holm, mcnemar
 from hba.taxonomy import BUILTIN, DATASETS
 

@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hba import yaml_core
-from hba.config import describe, keys_without_effect, load_config, option, to_yaml
+from hba.config import describe, inline_yaml, keys_without_effect, load_config, option, parse_yaml, to_yaml
 from hba.errors import ConfigError
 
 
@@ -87,7 +86,7 @@ def test_a_section_in_part_keeps_the_default_that_its_parent_gives() -> None:
     + [("12:30", "12:30"), ("2024-01-01", "2024-01-01"), ("true", True), ("yes", "yes"), (".inf", ".inf"), ("", None)],
 )
 def test_scalars_of_the_core_schema_alone(text: str, value: object) -> None:
-    loaded = yaml_core.loads(text)
+    loaded = parse_yaml(text)
     assert loaded == value
     assert type(loaded) is type(value)
 
@@ -264,6 +263,6 @@ def test_what_is_written_loads_to_an_equal_config(config: Settings) -> None:
 @settings(deadline=None)
 @given(st.text() | awkward, finite)
 def test_a_value_passes_through_an_override(note: str, rate: float) -> None:
-    values = [f"note={yaml_core.dump_inline(note)}", f"train.optimiser.learning_rate={yaml_core.dump_inline(rate)}"]
+    values = [f"note={inline_yaml(note)}", f"train.optimiser.learning_rate={inline_yaml(rate)}"]
     loaded = load_config(Settings, None, ["train.steps=1", *values])
     assert (loaded.note, loaded.train.optimiser.learning_rate) == (note, rate)

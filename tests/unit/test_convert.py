@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from hba.atlas import open_atlas
 from hba.atlas.convert import convert_atlas, convert_to_parquet
-from hba.atlas.sample import MEDIA_FIELDS
-from hba.atlas.slices import read_bytes
+from hba.atlas.rows import MEDIA_FIELDS
+from hba.atlas.source import read_bytes
 from hba.cli import app
 from hba.errors import HbaError, InputError, MediaError
 from hba.storage import read_json

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from hba import open_atlas
-from hba.atlas.sample import Quarantined
-from hba.descriptors.pooled import DescriptorConfig
-from hba.train.described import read_descriptors, training_matrix
+from hba.atlas.rows import Quarantined
+from hba.batch.pool import DescriptorConfig
+from hba.train.features import read_descriptors, training_matrix
 
 
 @pytest.mark.parametrize("content", [b"", b"no descriptor", "NaN"])

@@ -10,8 +10,7 @@ import pytest
 
 from hba.descriptors.describe import describe
 from hba.descriptors.items import Settings
-from hba.descriptors.landmark_env import check_landmarks, environment_folder, python_of_environment, set_up
-from hba.descriptors.landmarks import Holistic
+from hba.descriptors.landmarks import Holistic, check_landmarks, environment_folder, python_of_environment, set_up
 from hba.errors import HbaError, MediaError
 from hba.storage import write_json
 

@@ -29,7 +29,7 @@ from transformers import (
 from hba.atlas.audio import Audio, load_audio
 from hba.descriptors.describe import describe
 from hba.descriptors.items import Settings
-from hba.descriptors.transcribe import Transcriber, extractor_id
+from hba.descriptors.sound import Transcriber, transcriber_id
 from hba.errors import InputError, MediaError
 
 CONTROL = ("endoftext", "startoftranscript", "en", "translate", "transcribe", "startofprev", "nospeech", "notimestamps")
@@ -108,16 +108,16 @@ def test_no_words_are_an_error_and_no_empty_transcript(wav2vec: Path) -> None:
 
 
 def test_other_weights_are_another_extractor(whisper: Path, wav2vec: Path, tmp_path: Path) -> None:
-    assert extractor_id(str(whisper)) == extractor_id(str(whisper)) != extractor_id(str(wav2vec))
+    assert transcriber_id(str(whisper)) == transcriber_id(str(whisper)) != transcriber_id(str(wav2vec))
     other = tmp_path / wav2vec.name
     shutil.copytree(wav2vec, other)
-    assert extractor_id(str(other)) == extractor_id(str(wav2vec))
+    assert transcriber_id(str(other)) == transcriber_id(str(wav2vec))
     weights = other / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(bytes(data))
-    assert extractor_id(str(other)) != extractor_id(str(wav2vec))
-    assert extractor_id("openai/whisper-large-v3") == "transformers asr openai/whisper-large-v3"
+    assert transcriber_id(str(other)) != transcriber_id(str(wav2vec))
+    assert transcriber_id("openai/whisper-large-v3") == "transformers asr openai/whisper-large-v3"
 
 
 def test_what_is_no_recognition_model_is_named(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import hba
-from hba.atlas.split import find_files, present_splits
+from hba.atlas.names import find_files, present_splits
 from hba.errors import ConfigError, HbaError, InputError, MediaError, TaxonomyError, nearest
 from hba.storage import StorageError
 from hba.taxonomy import BUILTIN

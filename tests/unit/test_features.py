@@ -9,11 +9,10 @@ from pathlib import Path
 
 import hba
 from hba.storage import begun
-from hba.train.cache import Claims, start_cache
-from hba.train.frozen import code_between, code_from
+from hba.train.features import Claims, code_between, code_from, start_cache
 
 ROOT = Path(hba.__file__).parent
-BEGIN = ("atlas/loader.py", "atlas/batch.py", "model/omni.py")
+BEGIN = ("batch/loader.py", "batch/encode.py", "model/omni.py")
 
 
 def code(root):
@@ -32,9 +31,9 @@ def test_a_change_of_what_a_sample_passes_through_makes_features_stale(tmp_path)
         file.write_text(whole)
         return found
 
-    for name in ("prompt", "frames", "audio", "omni_features", "padding", "handover"):
-        assert after(f"atlas/{name}.py", "\n\nADDED = 1\n").source != before.source, name
-    assert after("atlas/frames.py", "\n\n# A comment.\n") == before
+    for name in ("batch/prompt", "atlas/video", "atlas/audio", "batch/encode", "batch/loader"):
+        assert after(f"{name}.py", "\n\nADDED = 1\n").source != before.source, name
+    assert after("atlas/video.py", "\n\n# A comment.\n") == before
     for name in ("evaluate/score.py", "rl/rewards.py", "cli/train.py"):
         assert after(name, "\n\nADDED = 1\n") == before, name
 

@@ -13,11 +13,10 @@ import pytest
 from hba.atlas import open_atlas
 from hba.errors import InputError
 from hba.evaluate import score as scoring
-from hba.evaluate.calibration import calibration
 from hba.evaluate.config import PredictConfig
-from hba.evaluate.groups import sample_groups
-from hba.evaluate.predict import predict_run
+from hba.evaluate.predict import predict_run, sample_groups
 from hba.evaluate.predictions import Prediction, PredictionLog, read_predictions
+from hba.evaluate.score import calibration
 
 
 def score_run(*arguments: Any, **options: Any) -> dict[str, Any]:

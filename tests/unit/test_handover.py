@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hba.atlas.handover import pack, receive, receive_header, send, unpack
+from hba.batch.loader import pack, receive, receive_header, send, unpack
 
 TYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
 

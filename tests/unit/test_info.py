@@ -18,11 +18,10 @@ import soundfile
 from typer.testing import CliRunner
 
 from hba.atlas import open_atlas
-from hba.atlas.histogram import histogram
-from hba.atlas.info import atlas_info
+from hba.atlas.info import atlas_info, histogram
 from hba.cli import app
 from hba.errors import InputError
-from hba.report.atlas_page import render_info
+from hba.report.atlas import render_info
 
 
 def write_atlas(folder: Path, seconds: dict[str, list[float]], **changes: Any) -> Path:

@@ -8,11 +8,10 @@ from free_form_run import make_run
 
 from hba.errors import InputError
 from hba.evaluate import score as scoring
-from hba.evaluate.judge.items import answer_sha256
-from hba.evaluate.judge.judgements import Judgement
+from hba.evaluate.judge.items import Judgement, answer_sha256
 from hba.evaluate.results import parse_metrics
-from hba.report import write_report
-from hba.report.terminal import metrics_table
+from hba.report.page import write_report
+from hba.report.tables import metrics_table
 
 
 def score_run(*arguments, **options):

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from hba.cli import app
 from hba.errors import InputError
 from hba.evaluate.leaderboard import build_leaderboard, published_entries
-from hba.report.leaderboard import write_leaderboard
+from hba.report.comparison import write_leaderboard
 from hba.taxonomy import TASKS
 
 NEXT_BEST = {"SEN": 0.7, "EMO": 0.8}

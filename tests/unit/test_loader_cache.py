@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from hba import open_atlas
-from hba.atlas.batch import Encoded, Encoder
-from hba.atlas.config import EncodeConfig, LoaderConfig
-from hba.atlas.loader import load_batches
+from hba.batch.config import EncodeConfig, LoaderConfig
+from hba.batch.encode import Encoded, Encoder
+from hba.batch.loader import load_batches
 
 SAMPLE_BYTES = 400_000  # two of them fit into a megabyte
 

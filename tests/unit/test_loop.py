@@ -8,13 +8,12 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hba.atlas.sample import Quarantined
-from hba.process import start_accelerator
+from hba.atlas.rows import Quarantined
+from hba.model.process import start_accelerator
 from hba.run import RunFolder
 from hba.storage import read_jsonl
 from hba.train.config import TrainConfig
-from hba.train.loop import Stage, Validation, run_training
-from hba.train.plan import Plan
+from hba.train.loop import Plan, Stage, Validation, run_training
 from hba.train.ranks import Ranks
 
 

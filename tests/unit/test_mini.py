@@ -13,9 +13,9 @@ import soundfile
 import torch
 
 from hba import open_atlas
-from hba.atlas.mini import CARRIED_BY, VERSION, build_mini_atlas
-from hba.atlas.mini.plan import make_plan
 from hba.errors import InputError
+from hba.mini import CARRIED_BY, VERSION, build_mini_atlas
+from hba.mini.scenes import make_plan
 from hba.taxonomy import BUILTIN
 
 SPLITS = ("train", "validation", "test")

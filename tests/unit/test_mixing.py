@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hba.atlas.columns import Columns
-from hba.atlas.mixing import MixConfig, epoch_rows, subsample
+from hba.atlas.rows import Columns
+from hba.batch.sampler import MixConfig, epoch_rows, subsample
 from hba.config import load_config, to_dict
 from hba.errors import ConfigError, InputError
 from hba.train.config import SftConfig, TrainConfig
-from hba.train.plan import training_plan
+from hba.train.loop import training_plan
 
 NAMES = ("meld", "cremad", "tess", "mosei")
 

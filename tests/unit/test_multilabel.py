@@ -19,12 +19,10 @@ from hba.errors import InputError, TaxonomyError
 from hba.evaluate import score as scoring
 from hba.evaluate.answers import to_label
 from hba.evaluate.compare import paired_difference
-from hba.evaluate.confusion import encode
-from hba.evaluate.metrics import score
+from hba.evaluate.metrics import encode, score
 from hba.evaluate.predictions import Prediction, PredictionLog
 from hba.evaluate.statistics import bootstrap, chance
-from hba.labelsets import NONE, read
-from hba.taxonomy import BUILTIN, PUBLISHED, bundled, of_folder, save_beside
+from hba.taxonomy import BUILTIN, NONE, PUBLISHED, bundled, of_folder, read_labels, save_beside
 
 
 def score_run(*arguments: Any, **options: Any) -> dict[str, Any]:
@@ -69,14 +67,14 @@ def test_several_labels_are_read_from_an_answer_or_it_is_none(text: str, expecte
 @steady
 @given(sets, st.sampled_from([", ", "; ", "\n", " | ", "，", "\n- "]))
 def test_every_set_is_read_back_from_every_way_of_listing_it(labels: list[str], separator: str) -> None:
-    assert read(separator.join(labels) or "none", LABELS, {}) == spelled(labels)
+    assert read_labels(separator.join(labels) or "none", LABELS, {}) == spelled(labels)
 
 
 @steady
 @given(st.text())
 def test_any_text_is_a_set_or_none(text: str) -> None:
-    found = read(text, LABELS, {})
-    assert found is None or read(found, LABELS, {}, strict=True) == found
+    found = read_labels(text, LABELS, {})
+    assert found is None or read_labels(found, LABELS, {}, strict=True) == found
 
 
 def made(count: int, seed: int = 0, skill: float = 0.6) -> tuple[list[str | None], list[str]]:

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hba.atlas.embedded import open_shard, read_index, write_index
 from hba.atlas.pages import DamagedPageError, KeptPages, ShardPages, Value, entries
+from hba.atlas.parquet import open_shard, read_index, write_index
 from hba.errors import InputError
 
 BYTES = pa.struct([("path", pa.string()), ("bytes", pa.binary())])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hba import storage
-from hba.atlas.slices import Slice, read_bytes
+from hba.atlas.source import Slice, read_bytes
 from hba.errors import MachineError
 from hba.parallel import Died, each
 

@@ -17,16 +17,16 @@ import pytest
 import soundfile
 import torch
 
-from hba.atlas import Atlas, embedded, open_atlas
+from hba.atlas import Atlas, open_atlas, parquet
 from hba.atlas.convert import convert_atlas, convert_to_parquet
-from hba.atlas.embedded import index_path, write_index
 from hba.atlas.info import atlas_info
 from hba.atlas.media import Limits, load_audio
-from hba.atlas.slices import CHECKED_BYTES, Slice, checksums_of, read_bytes
-from hba.atlas.slices import opened as opened_medium
+from hba.atlas.parquet import index_path, write_index
+from hba.atlas.source import CHECKED_BYTES, Slice, checksums_of, read_bytes
+from hba.atlas.source import opened as opened_medium
 from hba.atlas.validate import validate_atlas
 from hba.errors import InputError, MediaError
-from hba.evaluate.groups import sample_groups
+from hba.evaluate.predict import sample_groups
 
 
 def _write_media(folder: Path, number: int) -> None:
@@ -207,7 +207,7 @@ def test_only_what_is_read_is_checked(tmp_path: Path) -> None:
 
 
 def test_an_index_of_another_format_is_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, "_VERSION", 2)
+    monkeypatch.setattr(parquet, "_VERSION", 2)
     convert_to_parquet(open_atlas(source, "train"), tmp_path / "old")
     monkeypatch.undo()
     with pytest.raises(InputError, match=r"is of format 2, this hba reads format 3. Fix: Delete .*index, then convert"):
@@ -501,7 +501,7 @@ def test_ids_and_what_rows_say_cost_no_medium(tmp_path: Path, monkeypatch: pytes
         read += len(data)
         return data
 
-    monkeypatch.setattr("hba.atlas.embedded.os.pread", counted)
+    monkeypatch.setattr("hba.atlas.parquet.os.pread", counted)
     atlas = open_atlas(tmp_path, "test")
     assert atlas.ids[:2] == ["test/1", "test/2"] and len(atlas.ids) == 40
     assert [(key, row.problem, extra["speaker"]) for key, row, extra in atlas[3:5].said()] == [

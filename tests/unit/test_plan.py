@@ -9,14 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hba import open_atlas
-from hba.atlas.columns import Columns
-from hba.atlas.mixing import MixConfig
-from hba.atlas.sampler import padding_share
+from hba.atlas.rows import Columns
+from hba.batch.sampler import MixConfig, padding_share
 from hba.cli.options import recipe_path
 from hba.config import load_config
 from hba.rl.config import RlConfig
 from hba.train.config import BamConfig, LmConfig, QaConfig, SftConfig, TrainConfig
-from hba.train.plan import num_steps, training_plan
+from hba.train.loop import num_steps, training_plan
 
 # Rows of the release's training split by signature: its 74,449 rows in the shares of the whole release.
 RELEASE = {"text_video_audio": 64_815, "text_audio": 7_742, "text": 1_892}

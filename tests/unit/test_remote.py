@@ -14,13 +14,11 @@ from hypothesis import strategies as st
 from hba.config import load_config
 from hba.errors import ConfigError, InputError
 from hba.remote import ChatRequest, ClientConfig, RemoteClient, Reply, RequestError, Schema, ServiceError, bounded
-from hba.remote.addresses import shown
-from hba.remote.cache import ResponseCache
-from hba.remote.concurrency import AdaptiveLimit
+from hba.remote.client import AdaptiveLimit, ResponseCache
 from hba.remote.cost import Meter, Price, find_price
 from hba.remote.faults import Caller, Response, of_response, retry_after_seconds
 from hba.remote.providers import PROVIDERS, TokenChat
-from hba.remote.request import TransientError
+from hba.remote.request import TransientError, shown
 from hba.rl.config import RlConfig
 
 steady = settings(deadline=None, derandomize=True)

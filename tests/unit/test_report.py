@@ -16,12 +16,10 @@ from hba.errors import InputError
 from hba.evaluate.predictions import Prediction
 from hba.evaluate.results import TaskScore, parse_metrics
 from hba.evaluate.runs import Event, open_run
-from hba.report import write_report
-from hba.report.confusion import NO_LABEL, matrices
-from hba.report.curves import curves
-from hba.report.plots import Reference, bar, nice_axis, smooth, thin
+from hba.report.charts import NO_LABEL, Reference, bar, curves, matrices, nice_axis, smooth, thin
+from hba.report.page import write_report
 from hba.report.samples import choose
-from hba.report.terminal import breakdown_tables, metrics_table
+from hba.report.tables import breakdown_tables, metrics_table
 
 METRICS = {
     "tasks": {

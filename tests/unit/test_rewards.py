@@ -15,8 +15,7 @@ from hba.embedding import Embedder
 from hba.errors import HbaError, InputError
 from hba.evaluate.answers import to_label
 from hba.rl.advantages import build_advantage
-from hba.rl.rewards import grpo_reward, harpo_reward, task_kind
-from hba.rl.scoring import RewardConfig, Scorer
+from hba.rl.rewards import RewardConfig, Scorer, grpo_reward, harpo_reward, task_kind
 
 LABELS = "anger, disgust, fear, happy, neutral, sad, surprise"
 HONEST = r"<think>The voice is loud.</think>\boxed{anger}"

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hba.rl.server_weights import served_folder
+from hba.rl.server import served_folder
 
 
 def test_runs_of_one_name_do_not_share_a_folder_in_memory(tmp_path):

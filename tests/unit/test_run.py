@@ -13,14 +13,13 @@ from typing import ClassVar
 
 import pytest
 
-from hba.atlas.sample import Quarantined
+from hba.atlas.rows import Quarantined
 from hba.config import load_config, option
 from hba.environment import environment
 from hba.errors import ConfigError, HbaError, InputError
-from hba.quarantine import QuarantineLog
-from hba.run import RunFolder
+from hba.run import QuarantineLog, RunFolder
 from hba.train.config import SftConfig
-from hba.train.start import training_run
+from hba.train.state import training_run
 
 DATA = {"path": "atlas", "fingerprint": "abc", "synthetic": True}
 
@@ -49,7 +48,7 @@ HOLD = """
 import os, sys, time
 from pathlib import Path
 from tests_settings import Settings
-from hba.quarantine import QuarantineLog
+from hba.run import QuarantineLog
 from hba.run import RunFolder
 run = RunFolder.open(Path(sys.argv[1]), config=Settings(), command="train sft", seed=0)
 run.log({"step": 1, "loss": 0.5})

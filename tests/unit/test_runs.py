@@ -17,8 +17,7 @@ from typer.testing import CliRunner
 from hba.cli import app
 from hba.errors import InputError
 from hba.evaluate.compare import MEAN, compare_predictions, compare_runs, compare_seeds, run_variance
-from hba.evaluate.judge.items import answer_sha256
-from hba.evaluate.judge.judgements import Judgement, JudgementLog
+from hba.evaluate.judge.items import Judgement, JudgementLog, answer_sha256
 from hba.evaluate.predictions import Prediction, PredictionLog
 
 LABELS = {"mmsd": ("sarcasm", "not sarcasm"), "cremad": ("anger", "sad", "happy")}
@@ -312,7 +311,7 @@ def test_the_standard_error_is_the_sum_of_its_parts(tmp_path: Path) -> None:
 def test_the_interval_over_seeds_and_rows_covers_what_it_promises() -> None:
     """Rows, seeds and what both do together, as logits of a right answer; the models do not differ."""
     from hba.evaluate import compare
-    from hba.evaluate.confusion import encode
+    from hba.evaluate.metrics import encode
     from hba.evaluate.statistics import parts
 
     covered, repeats, size = 0, 120, 150

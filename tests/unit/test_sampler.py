@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hba.atlas.sampler import padding_share, plan_batches
+from hba.batch.sampler import padding_share, plan_batches
 from hba.errors import ConfigError
 
 

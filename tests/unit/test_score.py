@@ -19,11 +19,11 @@ from hba.errors import InputError
 from hba.evaluate import score as scoring
 from hba.evaluate.leaderboard import build_leaderboard
 from hba.evaluate.metrics import score
-from hba.evaluate.predictions import Prediction, PredictionLog, read_predictions
+from hba.evaluate.predictions import Prediction, PredictionLog, ids_sha256, read_predictions
 from hba.evaluate.results import parse_metrics
-from hba.evaluate.runs import ids_sha256, open_run
+from hba.evaluate.runs import open_run
 from hba.export.wandb_table import tables_of
-from hba.report import write_report
+from hba.report.page import write_report
 from hba.report.words import warnings
 from hba.storage import read_json
 
@@ -283,7 +283,7 @@ def test_old_metrics_stay_when_the_new_predictions_are_broken(tmp_path: Path) ->
 
 def test_the_report_of_what_means_no_label_counts_and_shortens():
     from hba.evaluate.predictions import Prediction
-    from hba.evaluate.unmapped import LONGEST, unmapped
+    from hba.evaluate.score import LONGEST, unmapped
 
     common = {"task": "t", "split": "test", "target": "anger", "output": "x"}
     answers = ["angry?!", "dunno", "dunno", "w " * 99]
@@ -446,7 +446,7 @@ def test_chosen_rows_and_another_split_stand_beside_the_figures(tmp_path: Path) 
 
 
 def test_the_model_card_says_that_a_part_was_scored(tmp_path: Path) -> None:
-    from hba.report.model_card import model_card
+    from hba.export.push import model_card
 
     run = asked(run_folder(tmp_path / "run", [*rows(300), *failed(7, 600)]), 1012)
     environment = {"hba_version": "0", "seed": 0, "data": {"path": "a", "rows": 9, "fingerprint": "f"}}

@@ -11,8 +11,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from hba.errors import InputError
-from hba.evaluate.confusion import Rows, encode
-from hba.evaluate.metrics import score, score_rows
+from hba.evaluate.metrics import Rows, encode, score, score_rows
 from hba.evaluate.statistics import (
     Null,
     bootstrap,

@@ -24,12 +24,12 @@ from typer.testing import CliRunner
 
 from hba.atlas import open_atlas
 from hba.atlas.convert import convert_to_parquet
-from hba.atlas.findings import CODES, LEVELS
 from hba.atlas.probe import probe
+from hba.atlas.scan import CODES, LEVELS
 from hba.atlas.validate import Validation, validate_atlas
 from hba.cli import app, main
 from hba.errors import InputError, MediaError
-from hba.report.atlas_page import render_validation
+from hba.report.atlas import render_validation
 
 Rows = dict[str, list[Any]]
 

@@ -14,11 +14,13 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 
-from hba import yaml_core  # noqa: E402
-from hba.config import load_config, to_yaml  # noqa: E402
+from hba.config import (  # noqa: E402
+    dump_yaml,
+    load_config,
+    to_yaml,
+)
 from hba.rl.advantages import build_advantage  # noqa: E402
-from hba.rl.algorithms import ALGORITHMS  # noqa: E402
-from hba.rl.config import RlConfig  # noqa: E402
+from hba.rl.config import ALGORITHMS, RlConfig  # noqa: E402
 from hba.rl.losses import kl_divergence, surrogate, token_weights  # noqa: E402
 from hba.rl.verl.config import AGENT, ESTIMATOR, TRAINER_MODE, Place, nested, translate  # noqa: E402
 
@@ -59,7 +61,7 @@ def test_every_key_that_we_set_is_one_of_verls(translated):
 
 def composed_with(translated, folder):
     """verl's config as a run of ours composes it."""
-    (folder / "hba.yaml").write_text(yaml_core.dump({"defaults": ["ppo_trainer", "_self_"], **nested(translated)}))
+    (folder / "hba.yaml").write_text(dump_yaml({"defaults": ["ppo_trainer", "_self_"], **nested(translated)}))
     searched = [f"hydra.searchpath=[file://{SOURCE / 'trainer' / 'config'}]"]
     with hydra.initialize_config_dir(str(folder), version_base=None):
         return hydra.compose("hba", overrides=searched)
@@ -83,7 +85,7 @@ def test_what_is_registered_by_name():
     from hba.rl.verl.trainer import OmniTrainer
 
     assert get_trainer_cls(TRAINER_MODE) is OmniTrainer
-    assert _agent_loop_registry[AGENT]["_target_"] == "hba.rl.verl.agent.OmniAgentLoop"
+    assert _agent_loop_registry[AGENT]["_target_"] == "hba.rl.verl.plugin.OmniAgentLoop"
     assert callable(RolloutReplicaRegistry.register)
 
 
@@ -238,7 +240,7 @@ def test_groups_of_equal_rewards_have_no_deviation_in_the_part_that_verl_compare
     """Of a reward they may have one: it is why the reward is not what verl compares."""
     from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
-    from hba.rl.groups import SIGNAL
+    from hba.rl.advantages import SIGNAL
     from hba.rl.verl.config import SIGNAL_PART
 
     source = inspect.getsource(ReplayBuffer._dapo_filtered_keys)
@@ -336,7 +338,7 @@ def test_the_vllm_server_has_the_step_that_we_replace():
 
 
 def test_a_config_of_a_run_reaches_the_plugins(tmp_path):
-    from hba.rl.verl.rows import run_config
+    from hba.rl.verl.dataset import run_config
 
     config = load_config(RlConfig, None, ["atlas=DATA", "algorithm=grpo"])
     (tmp_path / "config.yaml").write_text(to_yaml(config))

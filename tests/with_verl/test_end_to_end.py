@@ -30,13 +30,13 @@ from hba.report.rl import changes  # noqa: E402
 from hba.rl.advantages import build_advantage  # noqa: E402
 from hba.rl.config import RlConfig  # noqa: E402
 from hba.rl.evaluation_log import read_evaluations, summary  # noqa: E402
-from hba.rl.rows import training_rows  # noqa: E402
-from hba.rl.scoring import Scorer  # noqa: E402
+from hba.rl.prompts import training_rows  # noqa: E402
+from hba.rl.rewards import Scorer  # noqa: E402
 from hba.rl.verl.dataset import step_rows  # noqa: E402
 from hba.rl.verl.trainer import STATE  # noqa: E402
 from hba.train.config import LmConfig  # noqa: E402
 from hba.train.lm import train_lm  # noqa: E402
-from hba.train.start import training_run  # noqa: E402
+from hba.train.state import training_run  # noqa: E402
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent

@@ -18,17 +18,15 @@ from real_vllm import CPU, VLLM
 from rl_run import as_prompts, die_in, logged, settings, train, write_reward
 
 from hba import open_atlas
-from hba.atlas.answer_format import FormatMix
-from hba.atlas.batch import collate
-from hba.atlas.chat_encoder import encoder_for
-from hba.atlas.config import EncodeConfig
+from hba.batch.config import EncodeConfig
+from hba.batch.encode import collate, encoder_for
+from hba.batch.prompt import FormatMix
 from hba.config import load_config
 from hba.errors import HbaError
 from hba.model import chat
 from hba.rl import local
 from hba.rl.config import RlConfig
-from hba.rl.rollout import probabilities, roll_out
-from hba.rl.sampler import Draws, PolicySampler
+from hba.rl.rollout import Draws, PolicySampler, probabilities, roll_out
 from hba.rl.server import ServerSampler
 from hba.train.ranks import Ranks
 

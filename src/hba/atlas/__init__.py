@@ -17,16 +17,12 @@ from typing import Any, Protocol, overload
 import numpy as np
 import numpy.typing as npt
 
-from hba.atlas.columns import Columns
-from hba.atlas.hub_id import hub_id_of
 from hba.atlas.jsonl import JsonlStore
-from hba.atlas.rows import SIGNATURES
-from hba.atlas.sample import MediaSource, Quarantined, Row, Said, Sample
-from hba.atlas.split import Split, find_files, parse_split
+from hba.atlas.names import Split, find_files, hub_id_of, parse_split
+from hba.atlas.rows import SIGNATURES, Columns, MediaSource, Quarantined, Row, Said, Sample
 from hba.errors import InputError, nearest
-from hba.labelsets import visible
 from hba.storage import read_json
-from hba.taxonomy import Taxonomy, of_folder
+from hba.taxonomy import Taxonomy, of_folder, visible
 
 __all__ = ["Atlas", "Columns", "Quarantined", "Row", "Sample", "data_record", "open_atlas"]
 

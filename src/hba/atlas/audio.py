@@ -23,12 +23,12 @@ import numpy.typing as npt
 import soundfile
 import soxr
 
-from hba.atlas.slices import Source, opened, read_bytes
 from hba.atlas.source import (
     CONVERT,
     DEFAULT_LIMITS,
     RESTORE,
     Limits,
+    Source,
     check_index,
     check_reaches_end,
     check_source,
@@ -36,7 +36,9 @@ from hba.atlas.source import (
     is_judged_by_end,
     ogg_files,
     open_container,
+    opened,
     packet_end,
+    read_bytes,
     readable,
     sound_track,
 )

@@ -19,10 +19,21 @@ import numpy as np
 import numpy.typing as npt
 
 from hba.atlas import media
-from hba.atlas.columns import Columns
-from hba.atlas.rows import KNOWN_FIELDS, RowChecker, canonical, decode_fields, decode_row, label_of, signature_of
-from hba.atlas.sample import Field, Row, Said, Sample
-from hba.atlas.slices import opened
+from hba.atlas.rows import (
+    KNOWN_FIELDS,
+    Columns,
+    Field,
+    Row,
+    RowChecker,
+    Said,
+    Sample,
+    canonical,
+    decode_fields,
+    decode_row,
+    label_of,
+    signature_of,
+)
+from hba.atlas.source import opened
 from hba.errors import InputError
 from hba.storage import confined_path, patiently
 from hba.taxonomy import Taxonomy

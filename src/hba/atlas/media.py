@@ -18,8 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hba.atlas.audio import SAMPLE_RATE, Audio, load_audio
-from hba.atlas.slices import Source, opened, read_bytes
-from hba.atlas.source import DEFAULT_LIMITS, RESTORE, Limits, check_source, head
+from hba.atlas.source import DEFAULT_LIMITS, RESTORE, Limits, Source, check_source, head, opened, read_bytes
 from hba.atlas.video import Frames, Video, load_video
 from hba.errors import MediaError
 from hba.storage import machine_fault

@@ -1,6 +1,6 @@
 """Rows of parquet shards whose media are embedded as bytes.
 
-Opening reads the columns without media (from the index parts where there are some, see `embedded`) and checks every row
+Opening reads the columns without media (from the index parts where there are some) and checks every row
 (see `tables`). A medium of an indexed shard is a slice of the shard: a decoder reads the bytes that it needs, and no
 more. Without an index it is found by the pages of its column (see `pages`), and no medium is read for what rows say.
 Ids, order, samples and fingerprint are those of the JSONL form that the shards were made from; a shard that is cut off,
@@ -9,13 +9,17 @@ of another schema or changed after it was opened is an InputError.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
-from functools import cached_property
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -24,15 +28,421 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from hba.atlas import embedded, media
-from hba.atlas.pages import KeptPages
-from hba.atlas.rows import canonical, check_paths, label_of, signature_of
-from hba.atlas.sample import MEDIA_FIELDS, Field, Row, Said, Sample
-from hba.atlas.slices import PLACES, Slice
-from hba.atlas.tables import MEDIA_PATHS, OPTIONAL, TEXT, Places, check_schema, check_tables, numbers_of, uniform
+from hba.atlas import media
+from hba.atlas.pages import DamagedPageError, KeptPages, Read, ShardPages, Value, is_list
+from hba.atlas.rows import (
+    MEDIA_FIELDS,
+    NAME_FIELDS,
+    Columns,
+    Field,
+    Row,
+    Said,
+    Sample,
+    canonical,
+    check_paths,
+    label_of,
+    make_columns,
+    signature_kinds,
+    signature_of,
+)
+from hba.atlas.source import PLACES, Slice, Source, checksums_of, read_bytes
 from hba.errors import InputError, MediaError
-from hba.storage import machine_fault
+from hba.storage import atomic_write, machine_fault, patiently
 from hba.taxonomy import Taxonomy
+
+# The checks of rows that lie in Arrow tables, column by column.
+#
+# They are those of `rows`: strict types, known dataset, label and signature, ids that occur once, paths that stay in
+# the atlas. Almost every row says what another said before, so that only one example of each combination is looked at;
+# the row that an error names is the first of its kind. A null in `{field}_sizes` says that the media of a row are not
+# known before they are read; its signature is then trusted for their number, and checked when they are. Arrays leave
+# pyarrow by DLPack, and no value of Python enters it: `to_numpy`, `pa.array` and scalar arguments import pandas where
+# it is installed, which takes longer than all the checks.
+
+
+TEXT = ("problem", "answer", "dataset", "task", "modality_signature")
+OPTIONAL = ("class_label", "id")
+MEDIA_PATHS = "media_paths"
+"""what embedded media were called as files: a struct of field to list of paths"""
+_KINDS = {"images": "image", "videos": "video", "audios": "audio"}
+_SUSPECT = r"^/|^$|\.\.|[:\\\x00\n]"
+FIX_SCHEMA = "Write the published schema; see the schema of a row in docs."
+
+_STRINGS = (pa.string(), pa.large_string(), pa.string_view(), pa.null())
+_BINARIES = (pa.binary(), pa.large_binary(), pa.binary_view(), pa.null())
+
+Integers = npt.NDArray[np.integer[Any]]
+
+
+class Places(NamedTuple):
+    """How the checks name a row and look at it, by its number."""
+
+    place: Callable[[int], str]
+    row: Callable[[int], Row]
+    identity: Callable[[int, str | None], str]
+
+
+def check_schema(schema: pa.Schema, shard: Path) -> None:
+    """Raise InputError naming the column when one is missing or of another type than the published schema says."""
+    for name in (*TEXT, *OPTIONAL, *MEDIA_FIELDS, "texts", MEDIA_PATHS):
+        position = schema.get_field_index(name)
+        if position < 0 and name in TEXT:
+            raise InputError(f"column {name!r}: is missing", where=str(shard), fix=FIX_SCHEMA)
+        if position >= 0:
+            kind = schema.field(position).type
+            expected, good = _expected(name, kind)
+            if not good:
+                what = f"column {name!r}: expected {expected}, found {kind}"
+                raise InputError(what, where=str(shard), fix=FIX_SCHEMA)
+
+
+def _expected(name: str, kind: pa.DataType) -> tuple[str, bool]:
+    types = pa.types
+    if name in TEXT or name in OPTIONAL:
+        good = kind in _STRINGS[:3] or types.is_dictionary(kind)
+        return "string", good or (name in OPTIONAL and types.is_null(kind))
+    if types.is_null(kind):
+        return "", True
+    if name == MEDIA_PATHS:
+        good = types.is_struct(kind) and all(is_list(f.type) and f.type.value_type in _STRINGS for f in kind)
+        return "lists of string by field", good
+    if name == "texts":
+        return "list of string", is_list(kind) and kind.value_type in _STRINGS
+    return "list of binary, or of structs {bytes, path}", _holds_bytes(kind.value_type if is_list(kind) else kind)
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        position = kind.get_field_index("bytes")
+        return position >= 0 and kind.field(position).type in _BINARIES
+    return kind in _BINARIES
+
+
+def _null(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_null(kind))
+
+
+def uniform(table: pa.Table) -> pa.Table:
+    """The table with plain string columns, names as a reader sees them (see `labelsets.visible`), and nulls where
+    optional columns and sizes are absent."""
+    for name in (*TEXT, *OPTIONAL):
+        position = table.schema.get_field_index(name)
+        if position < 0:
+            table = table.append_column(name, pa.nulls(table.num_rows, pa.string()))
+        elif table.schema.field(position).type != pa.string():
+            table = table.set_column(position, name, table[name].cast(pa.string()))
+    position = table.schema.get_field_index("texts")
+    if position >= 0 and table.schema.field(position).type != pa.list_(pa.string()):
+        table = table.set_column(position, "texts", table["texts"].cast(pa.list_(pa.string())))
+    for name in NAME_FIELDS:
+        if not pc.all(pc.string_is_ascii(table[name])).as_py():
+            seen = pc.replace_substring_regex(pc.utf8_normalize(table[name], "NFKC"), r"\p{Cf}", "")
+            table = table.set_column(table.schema.get_field_index(name), name, pc.utf8_trim_whitespace(seen))
+    for name in MEDIA_FIELDS:
+        if f"{name}_sizes" not in table.schema.names:
+            table = table.append_column(f"{name}_sizes", pa.nulls(table.num_rows, pa.list_(pa.int64())))
+    return table
+
+
+def check_tables(tables: list[pa.Table], places: Places, taxonomy: Taxonomy) -> Columns:
+    """Check the rows of tables made by `uniform`, in order. Raises InputError naming the row and the field."""
+    names = [*TEXT, *OPTIONAL, *(f"{name}_sizes" for name in _KINDS)]
+    table = pa.concat_tables([each.select(names) for each in tables])
+    for name in TEXT:
+        if table[name].null_count:
+            where = places.place(pc.index(pc.is_null(table[name]), True).as_py())
+            raise InputError(f"field {name!r}: is missing", where=where, fix=FIX_SCHEMA)
+    label_codes_N = _labels(table, places, taxonomy)
+    counts_KN = [_counts(table, name) for name in _KINDS]
+    signatures, signature_codes_N = _signatures(table, counts_KN, places)
+    for kind, counts_N in zip(_KINDS.values(), counts_KN, strict=True):
+        there = np.array([kind in signature_kinds(signature) for signature in signatures], np.int64)
+        np.copyto(counts_N, there[signature_codes_N], where=counts_N < 0)
+    _check_ids(table["id"], places)
+    _check_texts(tables, places)
+    datasets, dataset_codes_N = _encoded(table["dataset"])
+    chars_KN = [numbers_of(pc.utf8_length(table[name])) for name in ("problem", "answer")]
+    codes_KN = [dataset_codes_N, signature_codes_N, label_codes_N]
+    values_KN = np.stack([np.asarray(each, np.int32) for each in (*codes_KN, *chars_KN, *counts_KN)])
+    return make_columns(taxonomy, tuple(datasets), tuple(signatures), values_KN)
+
+
+def numbers_of(column: pa.ChunkedArray | pa.Array, null: int = 0) -> npt.NDArray[np.int64]:
+    """A column of integers; `null` stands for nulls."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    values = pa.Array.from_buffers(array.type, len(array), [None, array.buffers()[1]], offset=array.offset)
+    numbers_N: npt.NDArray[np.int64] = np.from_dlpack(values).astype(np.int64)
+    if array.null_count:
+        numbers_N[np.from_dlpack(array.is_null().cast(pa.int8())).astype(bool)] = null
+    return numbers_N
+
+
+def _encoded(column: pa.ChunkedArray) -> tuple[list[Any], npt.NDArray[np.int64]]:
+    """Distinct values, null among them, in the order of first sight, and the code of each row."""
+    codes = column.combine_chunks().dictionary_encode(null_encoding="encode")
+    return codes.dictionary.to_pylist(), numbers_of(codes.indices)
+
+
+def _examples(codes_N: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The first row of each distinct code, ascending, and for each row the number of its example."""
+    _, first, inverse_N = np.unique(codes_N, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return first[order], rank[inverse_N]
+
+
+def _counts(table: pa.Table, name: str) -> npt.NDArray[np.int64]:
+    """Media of a field in each row, -1 where that is not known."""
+    return numbers_of(pc.list_value_length(table[f"{name}_sizes"]), null=-1)
+
+
+def _labels(table: pa.Table, places: Places, taxonomy: Taxonomy) -> Integers:
+    datasets, dataset_codes_N = _encoded(table["dataset"])
+    known = [taxonomy.datasets.get(name) for name in datasets]
+    free = np.array([dataset is not None and dataset.free_form for dataset in known])
+    key_N = dataset_codes_N
+    for name in ("class_label", "answer"):
+        values, codes_N = _encoded(table[name])
+        # Free-form answers hardly ever repeat, and name no label.
+        said_N = np.where(free[dataset_codes_N], 0, codes_N) if name == "answer" else codes_N
+        key_N = key_N * len(values) + said_N
+    examples, codes_N = _examples(key_N)
+    labels = [label_of(places.row(int(i)), taxonomy, places.place(int(i))).code for i in examples]
+    class_codes_N: Integers = np.array(labels, np.int16)[codes_N]
+    return class_codes_N
+
+
+def _signatures(table: pa.Table, counts_KN: list[npt.NDArray[np.int64]], places: Places) -> tuple[list[str], Integers]:
+    """The distinct signatures in the order of first sight, and the code of each row."""
+    _, said_N = _encoded(table["modality_signature"])
+    key_N = said_N
+    for counts_N in counts_KN:
+        key_N = key_N * 3 + np.sign(counts_N) + 1
+    examples, codes_N = _examples(key_N)
+    names = []
+    for i in map(int, examples):
+        known = all(counts_N[i] >= 0 for counts_N in counts_KN)
+        names.append(signature_of(places.row(i), places.place(i), check_media=known))
+    signatures = list(dict.fromkeys(names))
+    return signatures, np.array([signatures.index(name) for name in names], np.int16)[codes_N]
+
+
+def _check_ids(ids: pa.ChunkedArray, places: Places) -> None:
+    if ids.null_count == len(ids):
+        return
+    blank = np.flatnonzero(numbers_of(pc.utf8_length(pc.utf8_trim_whitespace(ids)), null=-1) == 0)
+    if len(blank):
+        where = places.place(int(blank[0]))
+        raise InputError("field 'id': is empty", where=where, fix="Remove it, or give every row its own.")
+    if ids.null_count == 0 and pc.count_distinct(ids).as_py() == len(ids):
+        return
+    seen: dict[str, int] = {}
+    for number, given in enumerate(ids.to_pylist()):
+        identity = places.identity(number, given)
+        first = seen.setdefault(identity, number)
+        if first != number:
+            what = f"field 'id': {identity!r} is also the id of {places.place(first)}"
+            raise InputError(what, where=places.place(number), fix="Give every row its own id.")
+
+
+def _check_texts(tables: list[pa.Table], places: Places) -> None:
+    first = 0
+    for table in tables:
+        if "texts" in table.schema.names and not _null(table.schema.field("texts").type):
+            texts = table["texts"].combine_chunks()
+            if len(texts.flatten()) == 0:
+                continue
+            suspect = pc.match_substring_regex(pc.list_flatten(texts), _SUSPECT)
+            for local in pc.filter(pc.list_parent_indices(texts), pc.fill_null(suspect, True)).to_pylist():
+                check_paths(places.row(first + local), places.place(first + local))
+        first += table.num_rows
+
+
+# Where the media embedded in a parquet shard lie, so that one row costs the bytes of one row.
+#
+# Parquet cannot be read by row: a reader decodes a whole column chunk, often gigabytes, to serve one clip. But a column
+# that is not compressed holds each value as it is, in one piece. An index part beside a shard (`index/<name of the
+# shard>.arrow`) holds the rows without their media, and for each medium its offset and size in the shard, and the
+# CRC-32 of every 128 KiB of it: an Arrow stream, which opens ten times as fast as parquet, and the CRC-32 of the
+# stream. A part carries a stamp of its shard, and one that does not fit, or is damaged, is an error. A value that lies
+# in pieces (a compressed column) has the offset -1. Without an index part, `ShardMedia` finds a medium when it is asked
+# for.
+
+
+_VERSION = 3
+_CRC_BYTES = 4
+TAIL_BYTES = 1 << 16
+_META = b"hba"
+
+
+def index_path(shard: Path) -> Path:
+    """The index part of a shard."""
+    return shard.parent / "index" / f"{shard.name}.arrow"
+
+
+class Remote(Protocol):
+    """A shard of which only a part is on this machine."""
+
+    def open(self) -> BinaryIO:
+        """A file that fetches what is read from it."""
+        ...
+
+    def fetch(self, start: int, stop: int) -> None:
+        """Have these bytes of the shard in its file."""
+        ...
+
+
+def open_shard(shard: Path, remote: Remote | None = None, *, buffer_bytes: int = 0) -> pq.ParquetFile:
+    """The opened shard; `remote` fetches what is read of it. Raises InputError when it is not a whole parquet file."""
+    options: dict[str, Any] = {"pre_buffer": False, "page_checksum_verification": True, "buffer_size": buffer_bytes}
+
+    def opened() -> pq.ParquetFile:
+        return pq.ParquetFile(shard if remote is None else pa.PythonFile(remote.open(), mode="r"), **options)
+
+    try:
+        return patiently(opened, str(shard))
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        what = f"is not a whole parquet file ({reason})"
+        raise InputError(what, where=str(shard), fix="Download or convert the shard again.") from None
+
+
+def stamp(shard: Path) -> str:
+    """What tells a shard from another: its size and a hash of its end, which holds the places of everything in it."""
+    size = patiently(shard.stat, str(shard)).st_size
+    tail = read_bytes(Slice(shard, max(0, size - TAIL_BYTES), min(size, TAIL_BYTES)))
+    return f"{size}:{hashlib.sha256(tail).hexdigest()}"
+
+
+def write_index(shard: Path) -> Path:
+    """Read a shard once, row group by row group, and write its index part. Raises InputError for a damaged shard."""
+    with open_shard(shard) as file, shard.open("rb", buffering=0) as raw:
+        tables: list[pa.Table] = []
+        read: Read = lambda start, size: os.pread(raw.fileno(), size, start)  # noqa: E731 -- one line of its own
+        first = 0
+        try:
+            pages = ShardPages(file, read, shard.stat().st_size, KeptPages())
+            for group in range(file.num_row_groups):
+                tables.append(_group_index(file, group, first, pages, read))
+                first += tables[-1].num_rows
+        except (DamagedPageError, pa.ArrowException, OSError) as error:
+            damaged = InputError(f"is damaged ({error})", where=str(shard), fix="Restore the shard.")
+            raise machine_fault(error, str(shard)) or damaged from None
+        schema = file.schema_arrow
+    if not tables:
+        tables = [pa.schema([field for field in schema if field.name not in MEDIA_FIELDS]).empty_table()]
+    table = pa.concat_tables(tables)
+    table = table.replace_schema_metadata({_META: json.dumps({"version": _VERSION, "stamp": stamp(shard)})})
+    path = index_path(shard)
+    stream = pa.BufferOutputStream()
+    with pa.ipc.new_stream(stream, table.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
+        writer.write_table(table.combine_chunks())
+    content = stream.getvalue()
+    with atomic_write(path, "wb") as handle:
+        handle.write(content)
+        handle.write(zlib.crc32(content).to_bytes(_CRC_BYTES, "little"))
+    return path
+
+
+def read_index(shard: Path, shard_stamp: str | None = None) -> pa.Table | None:
+    """The index part of a shard, None when there is none. `shard_stamp`: the stamp of the shard, if it is known.
+
+    Raises InputError when the part is damaged, or belongs to another shard than the one that is there.
+    """
+    path = index_path(shard)
+    fix = "Delete it; the shard can be indexed again."
+    try:
+        data = memoryview(patiently(path.read_bytes, str(path)))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", where=str(path), fix=fix) from None
+    content, crc = data[:-_CRC_BYTES], data[-_CRC_BYTES:]
+    try:
+        if zlib.crc32(content) != int.from_bytes(crc, "little"):
+            raise ValueError("its checksum differs")
+        table = pa.ipc.open_stream(pa.py_buffer(content)).read_all()
+        table.validate(full=True)
+        meta = json.loads((table.schema.metadata or {}).get(_META, b"{}"))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise InputError(f"is damaged ({error})", where=str(path), fix=fix) from None
+    if meta.get("version") != _VERSION:
+        what = f"is of format {meta.get('version')}, this hba reads format {_VERSION}"
+        fix = f"Delete {path.parent}, then convert the shards again: hba atlas convert OLD NEW --to parquet."
+        raise InputError(what, where=str(path), fix=fix)
+    if meta.get("stamp") != (shard_stamp or stamp(shard)):
+        raise InputError(f"was not made from {shard.name} as it is now", where=str(path), fix=fix)
+    return table
+
+
+def _group_index(file: pq.ParquetFile, group: int, first: int, pages: ShardPages, read: Read) -> pa.Table:
+    """The index of a row group, whose first row has the number `first` in the shard."""
+    names = file.schema_arrow.names
+    light = file.read_row_group(group, columns=[n for n in names if n not in MEDIA_FIELDS], use_threads=False)
+    for name in MEDIA_FIELDS:
+        found: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
+        for row in range(first, first + light.num_rows):
+            media = pages.media(row, name)
+            found[0].append([value.offset if value is not None and value.size else -1 for value in media])
+            found[1].append([0 if value is None else value.size for value in media])
+            found[2].append([b"" if value is None else checksums_of(_bytes_of(value, read)) for value in media])
+        for what, column, kind in zip(PLACES, found, (pa.int64(), pa.int64(), pa.binary()), strict=True):
+            light = light.append_column(f"{name}_{what}", pa.array(column, pa.list_(kind)))
+    return light
+
+
+def _bytes_of(value: Value, read: Read) -> memoryview:
+    return value.data if value.data is not None else memoryview(read(value.offset, value.size))
+
+
+class ShardMedia:
+    """The media of a shard without an index part, each found when it is asked for (see `pages`)."""
+
+    def __init__(self, shard: Path, kept: KeptPages, remote: Remote | None = None) -> None:
+        """Raises InputError when it is not a whole parquet file."""
+        self._shard, self._remote = shard, remote
+        self._raw = patiently(lambda: shard.open("rb", buffering=0), str(shard))
+        file, size = open_shard(shard, remote), patiently(shard.stat, str(shard)).st_size
+        with _damage_named(str(shard)):
+            self._pages = ShardPages(file, self._read, size, kept, None if remote is None else self._announce)
+
+    def _read(self, start: int, size: int) -> bytes:
+        if self._remote is not None:
+            self._remote.fetch(start, start + size)
+        return patiently(partial(os.pread, self._raw.fileno(), size, start), str(self._shard))
+
+    def _announce(self, start: int, size: int) -> None:
+        if self._remote is not None:
+            self._remote.fetch(start, start + size)
+
+    def count(self, row: int, name: Field, *, where: str) -> int:
+        """How many media a row (of the shard) has in a field. Raises MediaError naming `where` for a damaged shard."""
+        with _damage_named(where):
+            return self._pages.count(row, name)
+
+    def medium(self, row: int, name: Field, index: int, *, where: str) -> Source:
+        """A medium, as a slice of the shard or as bytes. Raises MediaError when it is null or damaged."""
+        with _damage_named(where):
+            media = self._pages.media(row, name)
+        value = media[index] if index < len(media) else None
+        if value is None:
+            raise MediaError("is null", where=where, fix="Restore the medium, or remove the row.")
+        if value.data is not None:
+            return bytes(value.data)
+        if self._remote is not None:
+            self._remote.fetch(value.offset, value.offset + value.size)
+        return Slice(self._shard, value.offset, value.size)
+
+
+@contextmanager
+def _damage_named(where: str) -> Iterator[None]:
+    try:
+        yield
+    except (DamagedPageError, pa.ArrowException, OSError) as error:
+        what = f"cannot be read ({error or type(error).__name__}): cut off or corrupt"
+        raise machine_fault(error, where) or MediaError(what, where=where, fix="Restore the shard.") from None
+
 
 EXTRA = "extra_json"
 UNNAMED = "-"
@@ -54,7 +464,7 @@ class ParquetStore:
         *,
         split: str,
         taxonomy: Taxonomy,
-        remote: Mapping[Path, embedded.Remote] = MappingProxyType({}),
+        remote: Mapping[Path, Remote] = MappingProxyType({}),
     ) -> None:
         """Read and check every row; `remote` fetches the shards that are not whole on this machine.
 
@@ -65,7 +475,7 @@ class ParquetStore:
         self.split = split
         self.root = shards[0].parent.resolve()
         self.taxonomy = taxonomy
-        self._stamps = [embedded.stamp(shard) for shard in shards]
+        self._stamps = [stamp(shard) for shard in shards]
         tables = self._tables
         self._first = np.cumsum([0, *(table.num_rows for table in tables)])
         if len(self) == 0:
@@ -90,11 +500,11 @@ class ParquetStore:
 
     def open_shard(self, shard: Path, *, buffer_bytes: int = 0) -> pq.ParquetFile:
         """One of the shards, opened. Raises InputError when it is not a whole parquet file."""
-        return embedded.open_shard(shard, self._remote.get(shard), buffer_bytes=buffer_bytes)
+        return open_shard(shard, self._remote.get(shard), buffer_bytes=buffer_bytes)
 
-    def _light(self, shard: Path, stamp: str) -> pa.Table:
+    def _light(self, shard: Path, known: str) -> pa.Table:
         """The columns of a shard without its media. Raises InputError when it is damaged or is not as it was."""
-        table = embedded.read_index(shard, stamp)
+        table = read_index(shard, known)
         if table is None:
             with self.open_shard(shard) as file:
                 check_schema(file.schema_arrow, shard)
@@ -107,7 +517,7 @@ class ParquetStore:
                 _check_values(table, shard)
                 for name in set(MEDIA_FIELDS) - set(file.schema_arrow.names):
                     table = table.append_column(f"{name}_sizes", _empty_lists(table.num_rows))
-            if embedded.stamp(shard) != stamp:
+            if stamp(shard) != known:
                 raise InputError("was changed after it was opened", where=str(shard), fix="Open the atlas again.")
         check_schema(table.schema, shard)
         return uniform(table)
@@ -214,21 +624,21 @@ class ParquetStore:
         with self._lock:
             return self._media_of(shard).medium(local, name, index, where=where)
 
-    def _media_of(self, shard: int) -> embedded.ShardMedia:
+    def _media_of(self, shard: int) -> ShardMedia:
         """The media of a shard without an index; a few shards are open at a time."""
         opened = self._opened.pop(shard, None)
         if opened is None:
             path = self.shards[shard]
-            if embedded.stamp(path) != self._stamps[shard]:
+            if stamp(path) != self._stamps[shard]:
                 raise InputError("was changed after it was opened", where=str(path), fix="Open the atlas again.")
-            opened = embedded.ShardMedia(path, self._kept, self._remote.get(path))
+            opened = ShardMedia(path, self._kept, self._remote.get(path))
             while len(self._opened) >= _OPEN_SHARDS:
                 self._opened.pop(next(iter(self._opened)))
         self._opened[shard] = opened
         return opened
 
     @cached_property
-    def _opened(self) -> dict[int, embedded.ShardMedia]:
+    def _opened(self) -> dict[int, ShardMedia]:
         return {}
 
     @cached_property

@@ -9,19 +9,294 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+import traceback
+from array import array
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import product
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
-from hba.atlas.columns import ColumnsBuilder
-from hba.atlas.sample import MEDIA_FIELDS, Row
-from hba.errors import InputError, TaxonomyError, nearest
-from hba.labelsets import visible
-from hba.storage import check_relative
-from hba.taxonomy import Taxonomy
+from hba.atlas import media
+from hba.errors import HbaError, InputError, MachineError, MediaError, TaxonomyError, nearest
+from hba.storage import check_relative, machine_fault
+from hba.taxonomy import Taxonomy, visible
+
+# Rows and samples: what one line of the atlas says, before and after it is checked against the taxonomy.
+#
+# `Row` is the published schema as it lies on disk. `Sample` is a row with its id, its canonical label and its place
+# (file and line), whose media are opened only when asked for. A sample never decodes anything by itself and never
+# hands out a path outside its atlas.
+
+
+Field = Literal["images", "videos", "audios", "ext_video_feats", "ext_audio_feats"]
+_KIND_OF = {"images": "image", "videos": "video", "audios": "audio"}
+MEDIA_FIELDS: tuple[Field, ...] = ("images", "videos", "audios", "ext_video_feats", "ext_audio_feats")
+
+
+class Row(msgspec.Struct, kw_only=True, frozen=True, gc=False):
+    """The published schema of a JSONL row; fields that are not named here are kept in `Sample.extra`."""
+
+    problem: str
+    answer: str
+    dataset: str
+    task: str
+    modality_signature: str
+    class_label: str | None = None
+    images: tuple[str, ...] = ()
+    videos: tuple[str, ...] = ()
+    audios: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
+    ext_video_feats: tuple[str, ...] = ()
+    ext_audio_feats: tuple[str, ...] = ()
+    id: str | None = None
+
+
+class Said(NamedTuple):
+    """What a row says: its id, the published fields, and the others."""
+
+    id: str
+    row: Row
+    extra: Mapping[str, Any]
+
+
+class Quarantined(NamedTuple):
+    """A sample that was left out, with the place and the reason; one line of quarantine.jsonl."""
+
+    id: str
+    split: str
+    dataset: str
+    where: str
+    field: str
+    reason: str
+
+
+def out_of_memory(error: MemoryError, where: str) -> MachineError | MediaError:
+    """What a lack of memory means: the machine is short of it, or else the medium asks for what nobody has."""
+    fix = "Restore the medium, or remove the row."
+    return machine_fault(error, where) or MediaError("asks for more memory than there is", where=where, fix=fix)
+
+
+class MediaSource(Protocol):
+    """What a store gives a sample to open its media with."""
+
+    def medium(self, number: int, name: Field, index: int, *, where: str) -> media.Source:
+        """The file or bytes of medium `index` of field `name` of row `number`. Raises MediaError."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One row of the atlas. `label` is canonical, None for free-form rows; `where` is 'file:line'."""
+
+    id: str
+    split: str
+    where: str
+    number: int
+    problem: str
+    answer: str
+    dataset: str
+    task: str
+    modality_signature: str
+    label: str | None
+    images: int
+    videos: int
+    audios: int
+    texts: tuple[str, ...]
+    ext_video_feats: int
+    ext_audio_feats: int
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    source: MediaSource
+    refused: dict[str, Quarantined] = field(default_factory=dict, repr=False, compare=False)
+    """where a medium that cannot be read is recorded: the quarantine of the atlas that gave the sample"""
+
+    @property
+    def target(self) -> str:
+        """What a model should answer: the canonical label, or the row's free-form answer."""
+        return self.label if self.label is not None else self.answer
+
+    def place(self, name: Field) -> str:
+        """'file:line, field' for messages about a medium of this sample."""
+        return f"{self.where}, {name}"
+
+    def _sources(self, name: Field) -> list[media.Source]:
+        count: int = getattr(self, name)
+        kind = _KIND_OF.get(name)
+        if kind is not None and (kind in self.modality_signature.split("_")) != (count > 0):
+            # Elsewhere a row is refused for it when the atlas is opened; of a shard without an index nobody knew.
+            what = f"the row has {count} of them, but its modality_signature is {self.modality_signature!r}"
+            raise MediaError(what, where=self.place(name), fix="Restore the media, or correct the signature.")
+        return [self.source.medium(self.number, name, i, where=self.place(name)) for i in range(count)]
+
+    @contextmanager
+    def _recorded(self) -> Iterator[None]:
+        try:
+            yield
+        except MediaError as error:
+            self.refused[self.id] = self.quarantined(error)
+            raise
+        except MemoryError as error:
+            raise out_of_memory(error, self.where) from None
+
+    @contextmanager
+    def blamed(self, name: Field | Literal["problem"] | None = None) -> Iterator[None]:
+        """The boundary of one sample: whatever its content raises inside, in any library, is its own MediaError.
+
+        `name`: the field that is read, where one alone can be the cause. Errors of hba stay what they are: what the
+        machine lacks and what a user set wrong are no fault of a sample.
+        """
+        where = self.where if name is None else f"{self.where}, {name}"
+        try:
+            yield
+        except HbaError:
+            raise
+        except MemoryError as error:
+            raise out_of_memory(error, where) from None
+        except Exception as error:
+            fault = machine_fault(error, where)
+            if fault is not None:
+                raise fault from error
+            said = [type(error).__name__, *str(error).strip().splitlines()[:1]]
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            what = f"cannot be encoded ({': '.join(said)[:240]}; {Path(at.filename).name}:{at.lineno})"
+            raise MediaError(what, where=where, fix="Look at the row; mend it, or remove it.") from error
+
+    def load_audios(self, limits: media.Limits = media.DEFAULT_LIMITS) -> list[media.Audio]:
+        """Decode every audio to 16 kHz mono. Raises MediaError naming file, line and field."""
+        with self._recorded():
+            return [media.load_audio(s, where=self.place("audios"), limits=limits) for s in self._sources("audios")]
+
+    def load_videos(
+        self, num_frames: int, limits: media.Limits = media.DEFAULT_LIMITS, frames: media.Frames = "exact"
+    ) -> list[media.Video]:
+        """Decode `num_frames` evenly spaced frames of every video. Raises MediaError naming the place."""
+        with self._recorded():
+            where, sources = self.place("videos"), self._sources("videos")
+            return [media.load_video(s, num_frames, where=where, limits=limits, frames=frames) for s in sources]
+
+    def read_videos(self, limits: media.Limits = media.DEFAULT_LIMITS) -> list[bytes]:
+        """The bytes of every video as it is stored, not decoded. Raises MediaError naming the place."""
+        with self._recorded():
+            where = self.place("videos")
+            return [media.load_bytes(s, where=where, limits=limits) for s in self._sources("videos")]
+
+    def load_images(self, limits: media.Limits = media.DEFAULT_LIMITS) -> list[media.Image]:
+        """Decode every image. Raises MediaError naming the place."""
+        with self._recorded():
+            return [media.load_image(s, where=self.place("images"), limits=limits) for s in self._sources("images")]
+
+    def load_descriptors(self, name: Literal["ext_video_feats", "ext_audio_feats"]) -> list[media.Descriptor]:
+        """Load every `.pt` descriptor of a field without unpickling code. Raises MediaError naming the place."""
+        with self._recorded():
+            return [media.load_descriptor(s, where=self.place(name)) for s in self._sources(name)]
+
+    def quarantined(self, error: MediaError) -> Quarantined:
+        """The quarantine record of this sample for an error raised while its media were read."""
+        name = next((f for f in (*MEDIA_FIELDS, "problem") if error.where.endswith(f", {f}")), "row")
+        return Quarantined(self.id, self.split, self.dataset, error.where or self.where, name, error.what)
+
+
+# What a sampler needs to know of every row, as compact columns.
+#
+# Built once while an atlas is opened; 100,000 rows take about 3 MB. `select` makes the columns of a view. Codes index
+# the tuple of names beside them.
+
+
+Codes = npt.NDArray[np.int16]
+Counts = npt.NDArray[np.int32]
+
+NO_TASK = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """One entry a row in every array; `label_codes` is the global class index, -1 for free-form rows."""
+
+    datasets: tuple[str, ...]
+    dataset_codes: Codes
+    tasks: tuple[str, ...]
+    """task keys such as EMO; '' stands for datasets of no task"""
+    task_codes: Codes
+    signatures: tuple[str, ...]
+    signature_codes: Codes
+    label_codes: Codes
+    problem_chars: Counts
+    answer_chars: Counts
+    num_images: Counts
+    num_videos: Counts
+    num_audios: Counts
+
+    def __len__(self) -> int:
+        return len(self.dataset_codes)
+
+    def select(self, rows: npt.NDArray[np.integer]) -> Columns:
+        """The columns of the given rows, in their order."""
+        taken: dict[str, Any] = {}
+        for each in fields(self):
+            value = getattr(self, each.name)
+            taken[each.name] = value[rows] if isinstance(value, np.ndarray) else value
+        return Columns(**taken)
+
+
+class ColumnsBuilder:
+    """Collects one row after the other; codes are given in the order of first sight."""
+
+    def __init__(self, taxonomy: Taxonomy) -> None:
+        self._taxonomy = taxonomy
+        self._datasets: dict[str, int] = {}
+        self._signatures: dict[str, int] = {}
+        self._flat = array("i")
+
+    def add(
+        self, dataset: str, signature: str, label: int, problem: str, answer: str, media: tuple[int, int, int]
+    ) -> None:
+        """Add a row; `media` counts images, videos, audios; `label` is a global class index or -1."""
+        self._flat.extend(
+            (
+                self._datasets.setdefault(dataset, len(self._datasets)),
+                self._signatures.setdefault(signature, len(self._signatures)),
+                label,
+                len(problem),
+                len(answer),
+                *media,
+            )
+        )
+
+    def build(self) -> Columns:
+        """The finished columns."""
+        values_KN = np.ascontiguousarray(np.frombuffer(self._flat, np.int32).reshape(-1, 8).T)
+        return make_columns(self._taxonomy, tuple(self._datasets), tuple(self._signatures), values_KN)
+
+
+def make_columns(
+    taxonomy: Taxonomy, datasets: tuple[str, ...], signatures: tuple[str, ...], values_KN: npt.NDArray[np.int32]
+) -> Columns:
+    """Columns of N rows from [8, N]: codes of `datasets` and `signatures`, label codes, characters of problem and
+    answer, counts of images, videos, audios."""
+    dataset_codes, signature_codes, label_codes = values_KN[:3].astype(np.int16)
+    task_of = [taxonomy.dataset(key).task or NO_TASK for key in datasets]
+    tasks = tuple(dict.fromkeys(task_of))
+    return Columns(
+        datasets=datasets,
+        tasks=tasks,
+        signatures=signatures,
+        task_codes=np.array([tasks.index(task) for task in task_of], np.int16)[dataset_codes],
+        dataset_codes=dataset_codes,
+        signature_codes=signature_codes,
+        label_codes=label_codes,
+        problem_chars=values_KN[3],
+        answer_chars=values_KN[4],
+        num_images=values_KN[5],
+        num_videos=values_KN[6],
+        num_audios=values_KN[7],
+    )
+
 
 _FIX_JSON = "Repair the line; if it is the last one, the file was cut off."
 _KINDS = ("image", "video", "audio")
@@ -219,6 +494,6 @@ def _is_suspect(row: Row) -> bool:
 
 def check_paths(row: Row, where: str) -> None:
     """Raise InputError for a path of the row that leaves the atlas folder."""
-    for field in PATH_FIELDS:
-        for path in getattr(row, field):
-            check_relative(path, where=f"{where}, {field}")
+    for name in PATH_FIELDS:
+        for path in getattr(row, name):
+            check_relative(path, where=f"{where}, {name}")

@@ -7,26 +7,211 @@ nothing in the atlas is written. Equal data give an equal result, with any numbe
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+import numpy as np
 
-from hba.atlas.checks import count_findings, count_signatures, media_findings, shape_findings, shape_text
-from hba.atlas.findings import LEVELS, Finding, in_order
-from hba.atlas.hub_id import local_copy
-from hba.atlas.leaks import find_leaks, to_hash
-from hba.atlas.probe import Facts
-from hba.atlas.rowscan import Catalogue, Use, read_catalogue
-from hba.atlas.sample import MEDIA_FIELDS
-from hba.atlas.survey import Medium, Outcome, locate, survey
+from hba.atlas.names import hub_id_of
+from hba.atlas.probe import UNKNOWN, Facts, Medium, Outcome, Refused, locate, survey
+from hba.atlas.rows import MEDIA_FIELDS
+from hba.atlas.scan import (
+    LEVELS,
+    Asked,
+    Catalogue,
+    Finding,
+    Level,
+    MediumName,
+    Place,
+    Use,
+    at_places,
+    in_order,
+    read_catalogue,
+)
 from hba.environment import hba_version
 from hba.errors import InputError
 from hba.storage import read_json, write_json
-from hba.taxonomy import BUILTIN, Taxonomy
+from hba.taxonomy import BUILTIN, PUBLISHED, Taxonomy
+
+# What only shows once all rows are read and all media probed: findings that need more than one row to see.
+#
+# Media that could not be read or hold nothing, with every row that names them; descriptors whose shape is not that of
+# the others of their dataset; row and label counts against the published ones. Everything here is a function of a
+# `Catalogue` and of what a survey found; nothing is opened.
+
+
+def media_findings(catalogue: Catalogue, outcomes: Mapping[int, Outcome]) -> Iterator[Finding]:
+    """One finding for each medium that was refused or holds nothing, with the rows that name it."""
+    for number, outcome in outcomes.items():
+        use = catalogue.uses[number]
+        places = [catalogue.where(place, use.field) for place in use.places]
+        if isinstance(outcome, Refused):
+            yield at_places("error", outcome.code, places, _named(use.name, outcome.what), outcome.fix)
+        elif outcome.blank:
+            what = "is silent from end to end" if use.field == "audios" else "is of one colour throughout"
+            fix = "Look at its source: undecodable media are sometimes stored so."
+            yield at_places("warning", "media-blank", places, _named(use.name, what), fix)
+
+
+def _named(name: MediumName, what: str) -> str:
+    return what if not isinstance(name, str) or name in what else f"{name} {what}"
+
+
+def shape_findings(catalogue: Catalogue, outcomes: Mapping[int, Outcome]) -> Iterator[Finding]:
+    """Descriptors whose shape, but for the number of frames, is not that of most others of their dataset."""
+    groups: dict[tuple[str, str], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for number, outcome in outcomes.items():
+        if isinstance(outcome, Facts) and outcome.shapes is not None:
+            use = catalogue.uses[number]
+            groups[use.field, use.dataset][shape_text(outcome.shapes)].append(number)
+    for shapes in groups.values():
+        usual = max(shapes, key=lambda shape: (len(shapes[shape]), shape))
+        for shape, numbers in shapes.items():
+            for number in numbers if shape != usual else ():
+                use = catalogue.uses[number]
+                places = [catalogue.where(place, use.field) for place in use.places]
+                what = _named(use.name, f"has the shape {shape}, where {len(shapes[usual]):,} others have {usual}")
+                fix = "Extract all descriptors of a kind with the same settings."
+                yield at_places("error", "descriptor-shape", places, what, fix)
+
+
+def shape_text(shapes: Mapping[str, Sequence[int]]) -> str:
+    """Shapes with T for the number of frames; a vector has none."""
+    texts = []
+    for name, shape in sorted(shapes.items()):
+        sides = [str(side) for side in shape] if len(shape) == 1 else ["T", *map(str, shape[1:])]
+        texts.append(f"{name} [{', '.join(sides)}]".strip())
+    return ", ".join(texts)
+
+
+def count_signatures(catalogue: Catalogue) -> Counter[str]:
+    """Good rows by modality signature."""
+    counts: Counter[str] = Counter()
+    for split in catalogue.splits:
+        for columns in split.columns:
+            codes, numbers = np.unique(columns.signature_codes, return_counts=True)
+            for code, number in zip(codes.tolist(), numbers.tolist(), strict=True):
+                counts[columns.signatures[code]] += number
+    return counts
+
+
+def count_findings(catalogue: Catalogue, *, complete: bool, release: bool) -> Iterator[Finding]:
+    """Where the counts are other than published: errors for the release, else one note in all."""
+    size: dict[str, Any] = PUBLISHED["size"]
+    rows = {split.name: split.num_rows for split in catalogue.splits}
+    have = {name: rows.get(name, 0) for name in PUBLISHED["splits_jsonl"] if complete or name in rows}
+    if complete:
+        have |= {name: count for name, count in count_signatures(catalogue).items() if name in size}
+        have |= {name: 0 for name in ("text", "text_audio", "text_video_audio") if name not in have}
+        have |= {"total": sum(rows.values())}
+    wrong = [f"{name} {number:,} for {size[name]:,}" for name, number in have.items() if number != size[name]]
+    where = catalogue.files[0]
+    if wrong and not release:
+        message = f"is not the published release, nor all of it: {', '.join(wrong)} rows"
+        yield Finding(level="note", code="release-size", where=where, message=message, fix="None is needed.")
+        return
+    for text in wrong if release else ():
+        message = f"rows of the published release: found {text}"
+        yield Finding(level="error", code="release-size", where=where, message=message, fix="Download it again.")
+    if release:
+        yield from _absent_labels(catalogue, where)
+
+
+def _absent_labels(catalogue: Catalogue, where: str) -> Iterator[Finding]:
+    counts = catalogue.labels()
+    present = {key for split in catalogue.splits for columns in split.columns for key in columns.datasets}
+    for key in sorted(present):
+        for label in catalogue.taxonomy.dataset(key).labels:
+            if (key, label) not in counts:
+                message = f"{label!r} never occurs in {key}"
+                yield Finding(
+                    level="error", code="label-absent", where=where, message=message, fix="Download it again."
+                )
+
+
+# What lies in more than one split: media of the same content, and rows that ask the same about the same media.
+#
+# Content decides, not the name: media are the same when their bytes are. Only media whose size occurs in several splits
+# can be, so that `to_hash` keeps the others from being hashed. Descriptors do not count, since clips without a face
+# have equal ones. A leak that touches training data is an error, one between validation and test a warning; the same
+# clip within one split is nothing.
+
+
+TRAINING = "train"
+_FIX = "Remove the rows from one of the splits."
+
+
+def to_hash(media: Iterable[Medium], uses: Sequence[Use]) -> list[Medium]:
+    """The media, with `hashed` set on those whose size occurs in more than one split."""
+    media = list(media)
+    splits_of: dict[int, set[int]] = defaultdict(set)
+    for medium in media:
+        if not medium.field.startswith("ext_"):
+            splits_of[medium.num_bytes].update(place.split for place in uses[medium.number].places)
+    unknown = any(medium.num_bytes == UNKNOWN for medium in media)
+    several = {size for size, splits in splits_of.items() if len(splits) > 1}
+    return [m._replace(hashed=(unknown or m.num_bytes in several) and not m.field.startswith("ext_")) for m in media]
+
+
+def find_leaks(catalogue: Catalogue, outcomes: Mapping[int, Outcome]) -> Iterator[Finding]:
+    """A finding for each content and each question that lies in more than one split."""
+    contents = {number: _content(number, outcomes.get(number)) for number in range(len(catalogue.uses))}
+    yield from _media_leaks(catalogue, contents)
+    yield from _row_leaks(catalogue, contents)
+
+
+def _content(number: int, outcome: Outcome | None) -> Hashable:
+    hashed = outcome.sha256 if isinstance(outcome, Facts) else None
+    return hashed if hashed is not None else number
+
+
+def _media_leaks(catalogue: Catalogue, contents: Mapping[int, Hashable]) -> Iterator[Finding]:
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for number, use in enumerate(catalogue.uses):
+        if not use.field.startswith("ext_"):
+            groups[contents[number]].append(number)
+    for numbers in groups.values():
+        named = sorted({(place, number) for number in numbers for place in catalogue.uses[number].places})
+        if len({place.split for place, _ in named}) > 1:
+            rows = [place for place, _ in named]
+            same = _same([catalogue.uses[number].name for number in numbers])
+            message = f"{same} in the splits {_splits(catalogue, rows)}"
+            places = [catalogue.where(place, catalogue.uses[number].field) for place, number in named]
+            yield at_places(_level(catalogue, rows), "media-leak", places, message, _FIX)
+
+
+def _row_leaks(catalogue: Catalogue, contents: Mapping[int, Hashable]) -> Iterator[Finding]:
+    groups: dict[Hashable, list[Asked]] = defaultdict(list)
+    for asked in catalogue.asked:
+        groups[asked.problem, tuple(contents[number] for number in asked.media)].append(asked)
+    for rows in groups.values():
+        if len({row.place.split for row in rows}) > 1:
+            places = sorted(row.place for row in rows)
+            what = "the same prompt with the same media" if rows[0].media else "the same prompt"
+            message = f"{what} is in the splits {_splits(catalogue, places)}"
+            where = [catalogue.where(place) for place in places]
+            yield at_places(_level(catalogue, places), "row-leak", where, message, _FIX)
+
+
+def _splits(catalogue: Catalogue, places: Sequence[Place]) -> str:
+    names = dict.fromkeys(catalogue.splits[place.split].name for place in places)
+    return " and ".join(names)
+
+
+def _level(catalogue: Catalogue, places: Sequence[Place]) -> Level:
+    return "error" if any(catalogue.splits[place.split].name == TRAINING for place in places) else "warning"
+
+
+def _same(names: Sequence[MediumName]) -> str:
+    files = sorted({name for name in names if isinstance(name, str)})
+    if len(names) == 1:
+        return f"{files[0]} is" if files else "this medium is"
+    return f"{' and '.join(files[:3])} are the same and lie" if files else "these media are the same and lie"
+
 
 LOG, RESULT = "media.jsonl", "validate.json"
 OnProgress = Callable[[int, int], None]
@@ -122,7 +307,12 @@ def validate_atlas(
     expects the published release. `progress(done, total)` is told of each medium. Raises InputError when there is no
     atlas, or a split is not there; what is wrong within it is a finding.
     """
-    path, out = local_copy(path, splits, progress), None if out is None else Path(out)
+    out, wanted = None if out is None else Path(out), hub_id_of(path)
+    if wanted is not None:
+        from hba.atlas.hub import local_copy  # the hub's client takes as long to load as a small atlas to open
+
+        path = local_copy(wanted, splits, progress)
+    path = Path(path)
     catalogue = read_catalogue(path, splits, taxonomy)
     media, outcomes = locate(catalogue)
     log = None if out is None else out / LOG

@@ -14,19 +14,24 @@ from typing import Annotated
 import typer
 
 from hba.cli.atlas import atlas_app
-from hba.cli.compare import compare_command, leaderboard_command
-from hba.cli.evaluate import report_command, score_command
-from hba.cli.explore import explore_command
-from hba.cli.export import LMMS_EXAMPLE, export_app
+from hba.cli.evaluate import compare_command, leaderboard_command, report_command, score_command
 from hba.cli.judge import JUDGE_EXAMPLE, judge_command
 from hba.cli.options import say
 from hba.cli.predict import predict_command
-from hba.cli.release import MERGE_EXAMPLE, PUSH_EXAMPLE, merge_command, push_command
-from hba.cli.rl import RL_EXAMPLE, rl_command
-from hba.cli.stages import BAM_EXAMPLE, QA_EXAMPLE, bam_command, qa_command
-from hba.cli.start import demo_command, doctor_command, tiny_command
-from hba.cli.train import SFT_EXAMPLE, train_app
-from hba.cli.transfer import TRANSFER_EXAMPLE, transfer_command
+from hba.cli.release import LMMS_EXAMPLE, MERGE_EXAMPLE, PUSH_EXAMPLE, export_app, merge_command, push_command
+from hba.cli.start import demo_command, doctor_command, explore_command, tiny_command
+from hba.cli.train import (
+    BAM_EXAMPLE,
+    QA_EXAMPLE,
+    RL_EXAMPLE,
+    SFT_EXAMPLE,
+    TRANSFER_EXAMPLE,
+    bam_command,
+    qa_command,
+    rl_command,
+    train_app,
+    transfer_command,
+)
 from hba.errors import HbaError, InputError, StoppedError
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

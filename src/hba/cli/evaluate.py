@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hba.cli.options import JsonFlag, answer, bold, say
+from hba.cli.options import JsonFlag, answer, bold, say, say_written, warn
+from hba.errors import InputError, nearest
 
 if TYPE_CHECKING:
     from hba.evaluate.results import Metrics
+    from hba.report.tables import TextTable
 
 
 def score_command(
@@ -38,7 +41,7 @@ def score_command(
     def show() -> None:
         from rich.console import Console
 
-        from hba.report.terminal import breakdown_tables, metrics_table, unmapped_table
+        from hba.report.tables import breakdown_tables, metrics_table, unmapped_table
 
         for table in (metrics_table(metrics), unmapped_table(metrics), *breakdown_tables(metrics)):
             if table is not None:
@@ -79,7 +82,146 @@ def report_command(
     json: JsonFlag = False,
 ) -> None:
     """Write one self-contained HTML page: scores, confusion, curves, samples, provenance."""
-    from hba.report import write_report
+    from hba.report.page import write_report
 
     page = write_report(run, atlas_root=atlas, out=out)
     answer({"report": str(page)}, as_json=json, show=lambda: say(f"Wrote {bold(page)}."))
+
+
+# `hba compare` and `hba leaderboard`: whether runs differ, how far they spread, which is best at what.
+
+
+AGAINST = "vs"
+AllowOtherData = Annotated[
+    bool, typer.Option("--allow-other-data", help="Compare the common rows of runs on different data.")
+]
+
+
+def compare_command(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUNS... [vs RUNS...]", help="Run folders with predictions.jsonl, or seeds of A vs those of B."
+        ),
+    ],
+    seeds: Annotated[
+        bool, typer.Option("--seeds", help="The runs are one model with other seeds or prompts: show their spread.")
+    ] = False,
+    allow_other_data: AllowOtherData = False,
+    out: Annotated[list[Path] | None, typer.Option(help="File to write: .md or .tex; may be repeated.")] = None,
+    flips: Annotated[int, typer.Option(min=0, help="Print so many of the samples that changed sides.")] = 0,
+    resamples: Annotated[int, typer.Option(min=100, help="Bootstrap resamples.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    json: JsonFlag = False,
+) -> None:
+    """Test B against A over the same samples (A B), seeds against seeds (A... vs B...), or show a spread (--seeds)."""
+    from hba.evaluate.compare import Comparison, compare_runs, compare_seeds, run_variance
+    from hba.report.comparison import comparison, flips_table, seed_comparison, variance
+    from hba.report.tables import WRITERS, to_terminal, write_table, writer_of
+
+    for path in out or ():
+        writer_of(path, WRITERS)  # refused before minutes of resampling
+    how: dict[str, Any] = {"allow_other_data": allow_other_data, "resamples": resamples, "seed": seed}
+    a, b = _sides(runs)
+    found: Any
+    table_of: Callable[[Any], TextTable]
+    if b is not None and (len(a) > 1 or len(b) > 1):
+        found, table_of = compare_seeds(a, b, **how), seed_comparison
+    elif seeds:
+        found, table_of = run_variance(runs, **how), variance
+    elif len(a) + len(b or ()) == 2:
+        found, table_of = compare_runs(*a, *(b or ()), **how), comparison
+    else:
+        fix = "Give A and B, several runs of either as A... vs B..., or say with --seeds that all are one model."
+        raise InputError(f"{len(runs)} runs to compare, expected 2", fix=fix)
+    table = table_of(found)
+    for path in out or ():
+        write_table(table, path)
+
+    def show() -> None:
+        from rich.console import Console
+
+        console = Console()
+        console.print(to_terminal(table, console.width))
+        if flips and isinstance(found, Comparison):
+            Console().print(flips_table(found, flips))
+        say_written(out or ())
+
+    answer(found.record(), as_json=json, show=show)
+
+
+def _sides(runs: list[Path]) -> tuple[list[Path], list[Path] | None]:
+    """The runs before and behind `vs`; None without it. Raises InputError for a side without a run."""
+    marks = [number for number, run in enumerate(runs) if str(run) == AGAINST]
+    if not marks:
+        return runs, None
+    a, b = runs[: marks[0]], runs[marks[0] + 1 :]
+    if len(marks) > 1 or not a or not b:
+        fix = "Write hba compare A1 A2 vs B1 B2, and ./vs for a folder of that name."
+        raise InputError("`vs` stands between the runs of A and those of B", where="RUNS", fix=fix)
+    return a, b
+
+
+def leaderboard_command(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUNS...", help="Scored run folders.")],
+    out: Annotated[
+        list[Path] | None, typer.Option(help="File to write: .html, .md, .tex or .csv; may be repeated.")
+    ] = None,
+    published: Annotated[
+        list[str] | None, typer.Option(help="Published table to show, none for no table; may be repeated.")
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="Tasks to rank by, such as EMO,SEN; those that all runs have.")] = "",
+    name: Annotated[
+        list[str] | None, typer.Option(help="What a run is called: RUN=NAME, or NAME of the only run; may be repeated.")
+    ] = None,
+    max_quarantined: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of samples that a ranked run may have left out.")
+    ] = 0.01,
+    allow_other_data: Annotated[
+        bool, typer.Option("--allow-other-data", help="Rank runs on different data, marked as such.")
+    ] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Rank scored runs by task and mean rank, beside the published results."""
+    from hba.evaluate.leaderboard import DEFAULT_TABLES, build_leaderboard
+
+    tables = DEFAULT_TABLES if published is None else [table for table in published if table != "none"]
+    board = build_leaderboard(
+        runs,
+        tables=tables,
+        tasks=[key.strip() for key in tasks.split(",") if key.strip()],
+        names=_names(runs, name or []),
+        allow_other_data=allow_other_data,
+        max_quarantined=max_quarantined,
+    )
+    for path in out or ():
+        from hba.report.comparison import write_leaderboard
+
+        write_leaderboard(board, path)
+    for skipped in board.skipped:
+        warn(f"skipped {skipped}")
+
+    def show() -> None:
+        from rich.console import Console
+
+        from hba.report.comparison import leaderboard_tables
+
+        console = Console()
+        console.print(leaderboard_tables(board, console.width))
+        say_written(out or ())
+
+    answer(board.record(), as_json=json, show=show)
+
+
+def _names(runs: list[Path], given: list[str]) -> dict[Path, str]:
+    """What runs are called by --name. Raises InputError for a run that is not there."""
+    found, known = {}, {run.name: run for run in runs} | {str(run): run for run in runs}
+    for text in given:
+        mine = [key for key in known if text.startswith(f"{key}=")]
+        key = max(mine, key=len) if mine else str(runs[0]) if len(runs) == 1 and "=" not in text else None
+        shown = text.removeprefix(f"{key}=")
+        if key is None or not shown:
+            fix = f"Write RUN=NAME, such as --name {runs[0]}=Ours. {nearest(text.partition('=')[0], known)}"
+            raise InputError("names no run", where=f"--name {text}", fix=fix)
+        found[known[key]] = shown
+    return found

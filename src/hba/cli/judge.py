@@ -93,8 +93,8 @@ def _items(run: Path | None, atlas: str | None, calibrate: Path | None) -> Seque
 def _estimate(
     items: Sequence[Item], folder: Path, model: str, settings: JudgeConfig, retry_unjudged: bool, json: bool
 ) -> None:
-    from hba.cli.estimate import show_estimate
-    from hba.evaluate.judge.estimate import estimate_judging
+    from hba.cli.predict import show_estimate
+    from hba.evaluate.judge.run import estimate_judging
 
     expected = estimate_judging(items, folder, model=model, config=settings, retry_unjudged=retry_unjudged)
     show_estimate(expected, "judge", as_json=json)
@@ -110,7 +110,7 @@ def _judge(
     allow_unjudged: int,
     json: bool,
 ) -> None:
-    from hba.cli.progress import tallied
+    from hba.cli.options import tallied
     from hba.evaluate.judge.run import judge_run
 
     with tallied("judge") as progress:
@@ -180,7 +180,7 @@ def _labelled_items(calibrate: Path) -> Sequence[Item]:
 
 def _calibrate(calibrate: Path, model: str, settings: JudgeConfig, out: Path, json: bool) -> None:
     """Ask the judge about labelled items, then compare."""
-    from hba.cli.progress import tallied
+    from hba.cli.options import tallied
     from hba.evaluate.judge.agreement import agreement, read_labels
     from hba.evaluate.judge.run import judge_items
     from hba.storage import write_json
@@ -227,7 +227,7 @@ def _show_agreement(result: dict[str, Any]) -> None:
 
 
 def _offline(run: Path, out: Path | None, json: bool) -> None:
-    from hba.evaluate.judge.offline import FILE, METRIC, judge_offline
+    from hba.evaluate.judge.agreement import METRIC, SIMILARITY_FILE, judge_offline
 
     result = judge_offline(run, out=out)
 
@@ -240,6 +240,6 @@ def _offline(run: Path, out: Path | None, json: bool) -> None:
             reach = "" if entry["ci95"] is None else "{:.3f} to {:.3f}".format(*entry["ci95"])
             table.add_row(key, f"{entry[METRIC]:.3f}", reach, str(entry["n"]))
         Console().print(table)
-        say(f"Wrote {bold((out or run) / FILE)}.")
+        say(f"Wrote {bold((out or run) / SIMILARITY_FILE)}.")
 
     answer({key: value for key, value in result.items() if key != "rows"}, as_json=json, show=show)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,8 +16,11 @@ import typer
 from hba.errors import InputError, nearest
 
 if TYPE_CHECKING:
+    from hba.evaluate.predictions import Tally
+    from hba.remote.cost import Meter
     from hba.run import RunFolder
     from hba.train.state import Progress
+
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Overrides = Annotated[
@@ -97,7 +101,7 @@ def bold(value: object) -> str:
 @contextmanager
 def training(run: Path, settings: Any, command: str) -> Iterator[RunFolder]:
     """The folder of a training run, made or resumed; says which it is, and how to choose another, before it trains."""
-    from hba.train.start import training_run
+    from hba.train.state import training_run
 
     resumed = (run / "config.yaml").is_file()
     with training_run(run, config=settings, command=command, seed=settings.train.seed) as folder:
@@ -139,3 +143,77 @@ def finish(quarantined: Sequence[dict[str, Any]], allowed: int, *, once: bool = 
         fix = f"Repair the files, or accept this with --allow-quarantined {len(quarantined)}."
         told(f"error: {len(quarantined)} samples were left out; everything else is done. Fix: {fix}\n")
         raise typer.Exit(2)
+
+
+# A progress bar on standard error for work that can be counted.
+
+
+OnProgress = Callable[[int, int], None]
+
+
+@contextmanager
+def counted(description: str) -> Iterator[OnProgress]:
+    """A bar; call the yielded function with (done, total)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    silent = os.environ.get("RANK", "0") != "0"  # one bar, although a launcher runs the command on several ranks
+    with Progress(*columns, console=Console(stderr=True), disable=silent) as bar:
+        task = bar.add_task(description, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def tallied(description: str, *, shown: bool = True) -> Iterator[Callable[[Tally], None]]:
+    """A bar of predictions with their failures, cost, speed and time left; call the yielded function with a tally."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    started = monotonic()
+
+    class Facts(ProgressColumn):
+        """Read at each refresh, so that it says what is waited for while nothing comes."""
+
+        def render(self, task: Task) -> Text:
+            tally: Tally | None = task.fields["tally"]
+            return Text("" if tally is None else tally_facts(tally, monotonic() - started))
+
+    with Progress(*columns[:3], Facts(), columns[3], console=Console(stderr=True), disable=not shown) as bar:
+        task = None
+
+        def show(tally: Tally) -> None:
+            nonlocal task
+            if task is None:  # what an earlier session did is no part of this one's speed
+                task = bar.add_task(description, total=tally.total, completed=tally.done - tally.fresh, tally=tally)
+            bar.update(task, completed=tally.done, total=tally.total)
+
+        yield show
+
+
+def tally_facts(tally: Tally, seconds: float) -> str:
+    """Failures, cost and speed in a few words; what is unknown is said so."""
+    facts = [tally.meter.trouble] if tally.meter is not None and tally.meter.trouble else []
+    facts += [f"{tally.failed:,} failed"] if tally.failed else []
+    facts += [f"{tally.unanswered.total():,} without an answer"] if tally.unanswered else []
+    facts += [f"{tally.quarantined:,} left out"] if tally.quarantined else []
+    facts += [f"{tally.endings.n_cut:,} cut off"] if tally.endings.n_cut else []
+    facts += [] if tally.meter is None else [tally_cost(tally.meter)]
+    if tally.tokens_in + tally.tokens_out:
+        facts.append(f"{(tally.tokens_in + tally.tokens_out) / max(seconds, 1e-3):,.0f} tokens/s")
+    return " · ".join(facts)
+
+
+def tally_cost(meter: Meter) -> str:
+    """What was spent in this session, in dollars; 'cost unknown' without a price or token counts."""
+    return "cost unknown" if meter.cost_usd is None else f"${meter.cost_usd:,.2f}"

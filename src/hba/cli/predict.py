@@ -13,8 +13,10 @@ from hba.cli.options import AllowQuarantined, BaseUrl, JsonFlag, Overrides, answ
 from hba.errors import InputError
 
 if TYPE_CHECKING:
+    from hba.evaluate.estimate import Estimate
     from hba.evaluate.predict import PredictSummary
     from hba.evaluate.shards import Shard
+
 
 BACKENDS = "heads (a checkpoint), hf (chat models), openai (or compatible), anthropic, google, vllm, majority or random"
 
@@ -42,10 +44,10 @@ def predict_command(
     json: JsonFlag = False,
 ) -> None:
     """Answer every sample of a split; resumes where it stopped."""
-    from hba.cli.progress import tallied
+    from hba.cli.options import tallied
     from hba.config import load_config
     from hba.evaluate.config import PredictConfig
-    from hba.evaluate.selection import Selection
+    from hba.evaluate.predict import Selection
     from hba.evaluate.shards import launched_shard, parse_shard
 
     settings = load_config(PredictConfig, None, [*served(base_url), *(overrides or [])])
@@ -54,7 +56,6 @@ def predict_command(
     from hba.evaluate.predict import open_rows, predict_run
 
     if dry_run:
-        from hba.cli.estimate import show_estimate
         from hba.evaluate.estimate import estimate
 
         opened = open_rows(model, atlas, split=split, config=settings, backend=backend, selection=selection)
@@ -111,7 +112,7 @@ def _record(summary: PredictSummary, folder: Path) -> dict[str, object]:
 
 
 def _show(summary: PredictSummary, folder: Path, share: Shard | None) -> None:
-    from hba.cli.progress import tally_cost
+    from hba.cli.options import tally_cost
 
     tally = summary.tally
     facts = [f"{summary.predicted:,} predictions in {bold(folder)}"]
@@ -149,10 +150,46 @@ def _most(reasons: Counter[str]) -> str:
 
 def _run_folder(model: str) -> Path:
     """Where predictions go without --run: the model's own run folder, and no other place is guessed."""
-    from hba.model.names import require_place
+    from hba.model.config import require_place
 
     if not (Path(model) / "checkpoints").is_dir():
         require_place(model)
         fix = "Check the path, or say with --run where the predictions go."
         raise InputError("no run folder of a training", where=model, fix=fix)
     return Path(model)
+
+
+# How `--dry-run` of `hba predict` and `hba judge` is answered.
+
+
+def show_estimate(expected: Estimate, verb: str, *, as_json: bool) -> None:
+    """Answer a command with what it would do; `verb` is what is left to do with the rows."""
+    answer(expected.record(), as_json=as_json, show=lambda: _show_estimate(expected, verb))
+
+
+def _show_estimate(expected: Estimate, verb: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Dry run: nothing was asked", title_justify="left", show_header=False, box=None)
+    for dataset, count in expected.datasets.items():
+        table.add_row(dataset, f"{count:,} rows")
+    table.add_row(f"left to {verb}", f"{expected.left:,} of {expected.rows:,} rows")
+    if expected.requests_at_most > expected.left:
+        again = f"{expected.requests_at_most // expected.left} a row, since useless replies are asked for again"
+        table.add_row("requests", f"{expected.left:,}; {expected.requests_at_most:,} at most, {again}")
+    how = "as measured on this folder's records" if expected.measured else "roughly; records in it would measure it"
+    table.add_row("tokens in", f"{expected.tokens_in:,} {how}")
+    table.add_row("tokens out", f"{expected.tokens_out_at_most:,}" + ("" if expected.measured else " at most"))
+    table.add_row("cost", _cost(expected))
+    Console().print(table)
+
+
+def _cost(expected: Estimate) -> str:
+    cost = expected.cost_usd_at_most
+    if cost is None:
+        return f"unknown: {expected.note}"
+    once = ""
+    if expected.requests_at_most > expected.left and not expected.measured:
+        once = f" (${cost * expected.left / expected.requests_at_most:,.2f} with one request a row)"
+    return f"${cost:,.2f} at most{once}, {expected.note}"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
 
 from hba.cli.options import JsonFlag, Overrides, answer, bold, finish, say
+from hba.errors import InputError
+from hba.storage import cache_folder
 
 
 def demo_command(
@@ -19,16 +23,16 @@ def demo_command(
     json: JsonFlag = False,
 ) -> None:
     """Make a synthetic mini-atlas, train a tiny OmniSapiens in three stages and by RL, score and report. Resumes."""
-    from hba.demo import run_demo
+    from hba.cli.demo import run_demo
 
     result = run_demo(run, size=size, seed=seed, overrides=overrides or [])
 
     def show() -> None:
         from rich.console import Console
 
+        from hba.report.comparison import stages_table
         from hba.report.rl import changes_table
-        from hba.report.stages import stages_table
-        from hba.report.terminal import metrics_table
+        from hba.report.tables import metrics_table
 
         Console().print(metrics_table(result.metrics))
         Console().print(stages_table(result.stages))
@@ -55,8 +59,8 @@ def tiny_command(
 ) -> None:
     """Make a tiny backbone: the real Qwen2.5-Omni classes with small dimensions and random weights."""
     from hba.atlas import open_atlas
+    from hba.model.process import prepare_process
     from hba.model.tiny import atlas_texts, build_tiny
-    from hba.process import prepare_process
 
     prepare_process(seed)
     build_tiny(out, atlas_texts(open_atlas(atlas, split="train")), seed=seed)
@@ -80,3 +84,44 @@ def doctor_command(
     answer(to_json(checks), as_json=json, show=show)
     if any(check.required and check.status == "missing" for check in checks):
         raise typer.Exit(1)
+
+
+# `hba explore`: the atlas, the runs and their mistakes in a browser.
+
+
+NO_SERVER = "Install it: pip install 'human-behavior-atlas[explorer]'."
+
+
+def explore_command(
+    atlas: Annotated[
+        Path | None, typer.Option(help="Atlas folder, or org/name on the hub; none shows runs alone.")
+    ] = None,
+    runs: Annotated[Path, typer.Option(help="Folder below which run folders are looked for.")] = Path("runs"),
+    host: Annotated[str, typer.Option(help="Address to bind; 0.0.0.0 is every network's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8377,
+    cache: Annotated[
+        Path | None, typer.Option(help="Where the index is kept; else $HBA_CACHE or ~/.cache/hba.")
+    ] = None,
+    browser: Annotated[
+        bool | None, typer.Option(help="Open the page in a browser; as it is, where a screen seems to be.")
+    ] = None,
+    no_token: Annotated[
+        bool, typer.Option("--no-token", help="Let everybody who has an account on this machine read everything.")
+    ] = False,
+    json: JsonFlag = False,
+) -> None:
+    """See and hear the data, the predictions and the mistakes: a local web app. Ctrl-C ends it."""
+    try:
+        from hba.explorer.server import bind, create_app, has_screen, is_loopback, open_browser, serve
+    except ImportError as error:
+        raise InputError(f"the explorer's server is not installed ({error.name})", fix=NO_SERVER) from None
+    folder = cache or cache_folder()
+    bound = bind(host, port, with_token=not no_token)
+    only_loopback = is_loopback(host)
+    app = create_app(atlas=atlas, runs=runs, cache_folder=folder, token=bound.token, only_loopback=only_loopback)
+    answer({"url": bound.url}, as_json=json, show=lambda: say(f"Open [bold]{bound.url}[/bold] (Ctrl-C ends it)."))
+    sys.stdout.flush()
+    with TemporaryDirectory(prefix="hba-explore-") as private:
+        if browser if browser is not None else (not json and has_screen()):
+            open_browser(bound, Path(private))
+        serve(bound, app)

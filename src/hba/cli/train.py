@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hba.cli.options import AllowQuarantined, ConfigOption, JsonFlag, Overrides, recipe_path, trained, training
+from hba.cli.options import (
+    AllowQuarantined,
+    BaseUrl,
+    ConfigOption,
+    JsonFlag,
+    Overrides,
+    answer,
+    finish,
+    recipe_path,
+    say,
+    say_beside,
+    served,
+    trained,
+    training,
+)
+from hba.errors import InputError
+
+if TYPE_CHECKING:
+    from hba.rl.config import RlConfig
+
 
 train_app = typer.Typer(no_args_is_help=True, help="Train OmniSapiens, one command a stage.")
 
@@ -58,3 +78,194 @@ def lm_command(
         progress = train_lm(settings, folder)
         quarantined = folder.quarantine.records()
     trained(run, progress, quarantined, allow_quarantined, best="validation loss", sign=-1, as_json=json)
+
+
+# `hba train qa`, `hba train bam`: the stages that stand on an earlier one.
+
+
+QA_EXAMPLE = "Example: hba train qa --config qa_tiny --from runs/sft --run runs/qa atlas=runs/mini"
+BAM_EXAMPLE = "Example: hba train bam --config bam_tiny --from runs/qa --dataset daicwoz --run runs/bam atlas=runs/mini"
+
+From = Annotated[str | None, typer.Option("--from", help="Run folder or checkpoint that the stage stands on.")]
+
+
+def qa_command(
+    overrides: Overrides = None,
+    config: ConfigOption = None,
+    base: From = None,
+    run: Annotated[Path, typer.Option(help="Run folder; an unfinished one is resumed.")] = Path("runs/qa"),
+    allow_quarantined: AllowQuarantined = 0,
+    json: JsonFlag = False,
+) -> None:
+    """Stage 2: lm_head learns to answer free-form rows; backbone and heads stay as they are."""
+    from hba.cli.options import counted
+    from hba.config import load_config
+    from hba.train.config import QaConfig
+
+    settings = load_config(QaConfig, recipe_path(config), [*(overrides or []), *_key("base", base)])
+    from hba.train.qa import train_qa
+
+    with training(run, settings, "train qa") as folder, counted("features") as told:
+        progress = train_qa(settings, folder, told)
+        quarantined = folder.quarantine.records()
+    trained(run, progress, quarantined, allow_quarantined, as_json=json)
+
+
+def bam_command(
+    overrides: Overrides = None,
+    config: ConfigOption = None,
+    base: From = None,
+    dataset: Annotated[
+        list[str] | None, typer.Option(help="Dataset that gets adapters; give it again for more.")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Adapt every dataset that has descriptors.")] = False,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Leave samples whose descriptors are missing unchanged.")
+    ] = False,
+    run: Annotated[Path, typer.Option(help="Run folder; an unfinished one is resumed.")] = Path("runs/bam"),
+    allow_quarantined: AllowQuarantined = 0,
+    json: JsonFlag = False,
+) -> None:
+    """Stage 3: adapters over openSMILE and landmark descriptors, dataset by dataset."""
+    from hba.cli.options import counted
+    from hba.config import load_config
+    from hba.train.config import BamConfig
+
+    if every and dataset:
+        raise InputError("--all and --dataset exclude each other", where="hba train bam", fix="Give one of them.")
+    chosen = [*_key("base", base), *_key("datasets", f"[{','.join(dataset)}]" if dataset else None)]
+    chosen += _key("datasets", "null" if every else None) + _key("descriptors.allow_missing", allow_missing or None)
+    settings = load_config(BamConfig, recipe_path(config), [*(overrides or []), *chosen])
+    if settings.datasets is None and not every:
+        raise InputError("no dataset is named", where="hba train bam", fix="Give --dataset KEY, or --all.")
+    from hba.train.bam import train_bam
+
+    with training(run, settings, "train bam") as folder, counted("features") as told:
+        progress = train_bam(settings, folder, told)
+        quarantined = folder.quarantine.records()
+    trained(run, progress, quarantined, allow_quarantined, as_json=json)
+
+
+def _key(name: str, value: object) -> list[str]:
+    """`name=value` as an override; nothing for None."""
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return [] if value is None else [f"{name}={text}"]
+
+
+# `hba train rl`: the local engine, or verl on a cluster.
+
+
+RL_EXAMPLE = "Example: hba train rl --algorithm harpo --config rl_tiny atlas=runs/mini model.name=runs/speak"
+
+
+class Engine(StrEnum):
+    """Who runs the steps."""
+
+    local = "local"
+    verl = "verl"
+
+
+def rl_command(
+    overrides: Overrides = None,
+    config: ConfigOption = None,
+    algorithm: Annotated[
+        str | None,
+        typer.Option(help="grpo, harpo, dr_grpo, rloo, reinforce_pp, gpg, ema_grpo, dapo, gspo: docs/rl.md."),
+    ] = None,
+    base_url: BaseUrl = None,
+    run: Annotated[Path, typer.Option(help="Run folder; an unfinished one is resumed.")] = Path("runs/rl"),
+    engine: Annotated[Engine, typer.Option(help="local: this machine; verl: Ray, FSDP and vLLM.")] = Engine.local,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="With verl: show its config and start nothing.")] = False,
+    allow_quarantined: AllowQuarantined = 0,
+    json: JsonFlag = False,
+) -> None:
+    """Reinforcement learning of a model that speaks: GRPO, HARPO and their rivals."""
+    from hba.config import load_config
+    from hba.errors import InputError
+    from hba.rl.config import RlConfig
+
+    chosen = [] if algorithm is None else [f"algorithm={algorithm}"]
+    settings = load_config(RlConfig, recipe_path(config), [*served(base_url), *(overrides or []), *chosen])
+    if dry_run and engine is not Engine.verl:
+        raise InputError("--dry-run shows verl's config", where="hba train rl", fix="Add --engine verl.")
+    if dry_run:
+        _show_verl(settings, run, as_json=json)
+    elif engine is Engine.verl:
+        _on_verl(settings, run, allow_quarantined, as_json=json)
+    else:
+        _here(settings, run, allow_quarantined, as_json=json)
+
+
+def _here(settings: RlConfig, run: Path, allow_quarantined: int, *, as_json: bool) -> None:
+    from hba.rl.local import train_rl
+
+    with training(run, settings, "train rl") as folder:
+        progress = train_rl(settings, folder)
+        quarantined = folder.quarantine.records()
+    trained(run, progress, quarantined, allow_quarantined, best="greedy reward", as_json=as_json)
+
+
+def _show_verl(settings: RlConfig, run: Path, *, as_json: bool) -> None:
+    from hba.config import dump_yaml
+    from hba.rl.verl.config import nested, translate
+    from hba.rl.verl.launch import place_of
+
+    keys = translate(settings, place_of(settings, run))
+    answer(keys, as_json=as_json, show=lambda: typer.echo(dump_yaml(nested(keys)), nl=False))
+
+
+def _on_verl(settings: RlConfig, run: Path, allow_quarantined: int, *, as_json: bool) -> None:
+    from hba.cli.options import counted
+    from hba.rl.verl.launch import train_on_verl
+
+    with training(run, settings, "train rl --engine verl") as folder, counted("steps on verl") as told:
+        steps = train_on_verl(settings, folder, told, say_beside)
+        quarantined = folder.quarantine.records()
+    then = f"hba merge {run} MODEL makes the model"
+    result = {"run": str(run), "step": steps, "quarantined": len(quarantined)}
+    answer(result, as_json=as_json, show=lambda: say(f"Trained {steps} steps: {then}."))
+    finish(quarantined, allow_quarantined)
+
+
+# `hba transfer`: the paper's protocol of held-out datasets.
+
+
+TRANSFER_EXAMPLE = "Example: hba transfer --config sft_tiny --run runs/transfer atlas=runs/mini model.name=runs/tiny"
+
+
+def transfer_command(
+    overrides: Overrides = None,
+    config: ConfigOption = None,
+    run: Annotated[Path, typer.Option(help="Folder of all runs; an unfinished one is resumed.")] = Path(
+        "runs/transfer"
+    ),
+    heldout: Annotated[
+        list[str] | None, typer.Option(help="Dataset to hold out; repeat it. Those of the paper by default.")
+    ] = None,
+    allow_quarantined: AllowQuarantined = 0,
+    json: JsonFlag = False,
+) -> None:
+    """Pretrain without the held-out datasets, fine-tune on each, compare with no pretraining."""
+    from hba.cli.options import tallied
+    from hba.config import load_config
+    from hba.train.config import SftConfig
+
+    settings = load_config(SftConfig, recipe_path(config), overrides or [])
+    from hba.train.transfer import run_transfer
+
+    result = run_transfer(run, settings, heldout=heldout or None, progress=tallied)
+    if result is None:  # another rank reports
+        return
+    from hba.report.comparison import transfer_markdown, transfer_table
+    from hba.storage import atomic_write
+
+    with atomic_write(run / "transfer.md") as handle:
+        handle.write(transfer_markdown(result))
+
+    def show() -> None:
+        from rich.console import Console
+
+        Console().print(transfer_table(result))
+
+    answer(result.record(), as_json=json, show=show)
+    finish(result.quarantined, allow_quarantined)

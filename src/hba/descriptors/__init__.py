@@ -6,6 +6,6 @@ Nothing here fills a gap: what cannot be measured or pooled is an error or a rec
 
 from __future__ import annotations
 
-from hba.descriptors.pool import flatten_landmarks, pool, sequence, stack
+from hba.batch.pool import flatten_landmarks, pool, sequence, stack
 
 __all__ = ["flatten_landmarks", "pool", "sequence", "stack"]

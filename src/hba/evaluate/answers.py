@@ -25,8 +25,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from hba import labelsets
-from hba.taxonomy import BUILTIN, Taxonomy
+from hba.taxonomy import BUILTIN, Taxonomy, plain_label, visible
 
 READING_VERSION = 3  # raised when a text may be read as another label than before
 
@@ -305,7 +304,7 @@ def _value(found: Any, names: Sequence[str]) -> str | None:
 
 
 def _plain_key(key: str) -> str:
-    return labelsets.plain(key.replace("_", " ").replace("-", " "))
+    return plain_label(key.replace("_", " ").replace("-", " "))
 
 
 def _free(spoken: str) -> Reading:
@@ -408,7 +407,7 @@ def _ending(text: str, words: Collection[str]) -> str:
 
 def _flat(text: str) -> str:
     """`text` as its words are looked for: folded and lower-cased, without markup; lines stay lines, empty ones go."""
-    flat = labelsets.visible(without_latex(_CUT_BOX.sub(" ", _EMPTY_BOX.sub(" ", text)))).lower()
+    flat = visible(without_latex(_CUT_BOX.sub(" ", _EMPTY_BOX.sub(" ", text)))).lower()
     flat = flat.replace("’", "'").replace("【", "[").replace("】", "]")
     flat = _HYPHEN.sub(" ", _MARKUP.sub(" ", flat))
     return _SPACES.sub(lambda run: "\n" if "\n" in run[0] else " ", flat)

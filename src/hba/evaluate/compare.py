@@ -26,9 +26,9 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from hba.errors import InputError
-from hba.evaluate.confusion import Floats, Ints, Rows
-from hba.evaluate.judge.judgements import PLACE
+from hba.evaluate.judge.items import PLACE
 from hba.evaluate.judge.scores import judged_rows
+from hba.evaluate.metrics import Floats, Ints, Rows
 from hba.evaluate.predictions import Prediction
 from hba.evaluate.results import MAX_FAILED, Interval
 from hba.evaluate.runs import Run, open_run

@@ -8,13 +8,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from hba.atlas import Atlas
-from hba.atlas.answer_format import AnswerFormat
-from hba.atlas.config import EncodeConfig, LoaderConfig
+from hba.batch.config import EncodeConfig, LoaderConfig
+from hba.batch.prompt import AnswerFormat
 from hba.config import option
 from hba.errors import ConfigError
 from hba.model.config import Attention, Dtype
 from hba.remote import ClientConfig
-from hba.remote.addresses import check_extra
+from hba.remote.request import check_extra
 from hba.storage import json_sha256
 
 DEFAULT_FORMAT = "boxed"

@@ -20,8 +20,7 @@ from typing import Any
 from hba.errors import InputError, nearest
 from hba.evaluate.results import FILE, MAX_FAILED, SCANT, TEST, Metrics
 from hba.evaluate.runs import ASKED, PREDICTIONS, open_run
-from hba.published import published_table
-from hba.taxonomy import PUBLISHED, TASKS
+from hba.taxonomy import PUBLISHED, TASKS, published_table
 
 SOURCES = {
     "hba_iclr2026": "arXiv 2510.04899",

@@ -9,35 +9,37 @@ service gave no answer gets none either: it stays open, and the same command ask
 from __future__ import annotations
 
 import json
+import re
 import time
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from hba.atlas import Atlas, data_record, open_atlas
-from hba.atlas.config import WINDOWS_ARE_FOR_HEADS, EncodeConfig
-from hba.atlas.sample import Quarantined
-from hba.atlas.sampler import Indices
-from hba.errors import ConfigError, InputError
+from hba.atlas.rows import Quarantined, Row
+from hba.batch.config import WINDOWS_ARE_FOR_HEADS, EncodeConfig
+from hba.batch.prompt import Modality
+from hba.batch.sampler import Indices, subsample
+from hba.errors import ConfigError, InputError, nearest
 from hba.evaluate.answers import READING_VERSION, read
 from hba.evaluate.backends import LOCAL, WORDLESS, detect, known, open_backend
 from hba.evaluate.backends.interface import Answered, Backend, Unanswered
 from hba.evaluate.config import DEFAULT_FORMAT, Opening, PredictConfig
-from hba.evaluate.groups import sample_groups
 from hba.evaluate.predictions import (
     Prediction,
     PredictionLog,
+    Tally,
     each_prediction,
+    ids_sha256,
     read_predictions,
     write_predictions,
 )
 from hba.evaluate.results import was_cut
-from hba.evaluate.runs import ids_sha256
-from hba.evaluate.selection import EVERYTHING, Selection
 from hba.evaluate.shards import (
     PATIENCE_SECONDS,
     Shard,
@@ -48,12 +50,129 @@ from hba.evaluate.shards import (
     merged_since,
     take_gpus,
 )
-from hba.evaluate.tally import Tally
-from hba.quarantine import QuarantineLog
 from hba.remote import ServiceError
-from hba.run import locked_folder
+from hba.run import QuarantineLog, locked_folder
 from hba.storage import read_json, write_json
 from hba.taxonomy import BUILTIN, Taxonomy, save_beside
+
+# Which rows of a split are predicted, and which media of theirs reach the model.
+#
+# A selection makes another atlas with another fingerprint, so that its predictions cannot be taken for those of the
+# whole split. An ablation leaves media out and takes their tags away; the prompt keeps its text, in which the question
+# stands, and with it a transcript where the row has one. "Audio alone" is therefore the question with the sound.
+
+
+CHANNELS: dict[str, tuple[Modality, ...]] = {"text": (), "audio": ("audio",), "video": ("image", "video")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """What of a split is predicted; None leaves everything in.
+
+    The rows of `datasets` alone; at most `per_dataset` rows of each dataset, drawn so that its labels keep their shares
+    (a dataset with fewer rows gives all); then the first `limit` rows. `channels` are those of CHANNELS that reach the
+    model.
+    """
+
+    limit: int | None = None
+    per_dataset: int | None = None
+    channels: tuple[str, ...] | None = None
+    datasets: tuple[str, ...] | None = None
+
+    def rows(self, atlas: Atlas, seed: int = 0) -> Atlas:
+        """The chosen rows of `atlas`, in their order. The same seed draws the same rows."""
+        if self.datasets is not None:
+            atlas = atlas.filter(datasets=self.datasets)
+        if self.per_dataset is not None:
+            codes_N = atlas.columns.dataset_codes
+            chosen = []
+            for code in np.unique(codes_N):
+                rows = np.flatnonzero(codes_N == code)
+                if len(rows) > self.per_dataset:
+                    of_dataset = atlas.columns.select(rows)
+                    rows = rows[subsample(of_dataset, self.per_dataset, seed=seed, by=("label",))]
+                chosen.append(rows)
+            atlas = atlas.select(np.sort(np.concatenate(chosen)))
+        return atlas if self.limit is None else atlas[: self.limit]
+
+    def media(self, encode: EncodeConfig) -> EncodeConfig:
+        """`encode` with the media of the chosen channels alone. Raises InputError for an unknown channel."""
+        return encode if self.channels is None else replace(encode, modalities=reaching(self.channels))
+
+
+EVERYTHING = Selection()
+
+
+def predicted_rows(facts: Mapping[str, Any], place: str, split: str) -> Atlas:
+    """The rows of `split` of the atlas at `place` that a run was asked to predict; `facts` are its predict.json.
+
+    Raises InputError when their fingerprint is not the one that the run recorded.
+    """
+    atlas = Selection(**facts.get("selection") or {}).rows(open_atlas(place, split=split))
+    if (facts.get("data") or {}).get("fingerprint") not in (None, atlas.fingerprint):
+        fix = "Say with --atlas which one it was."
+        raise InputError("is not the atlas that was predicted (another fingerprint)", where=place, fix=fix)
+    return atlas
+
+
+def reaching(channels: Sequence[str]) -> tuple[Modality, ...]:
+    """The media modalities of the channels text, audio and video; video is everything that is seen, text none.
+
+    Raises InputError for another name.
+    """
+    for name in channels:
+        if name not in CHANNELS:
+            raise InputError(f"unknown modality {name!r}", where="--modalities", fix=nearest(name, CHANNELS))
+    kept = {modality for name in channels for modality in CHANNELS[name]}
+    order: tuple[Modality, ...] = ("image", "video", "audio")
+    return tuple(modality for modality in order if modality in kept)
+
+
+# Which samples are no independent evidence: those of one speaker, dialogue or video.
+#
+# The release has no field for it. In this order: a field of the row that names a speaker, participant, dialogue or
+# video (`GROUP_FIELDS`, or one of the user's own with `hba score --cluster`); what the file name tells where the source
+# names files by speaker or dialogue (`group` of the dataset in taxonomy.yaml); a clip, sound or image that several rows
+# share. A row of which nothing is known stands alone: a group is never guessed from what a row says.
+
+
+GROUP_FIELDS = (
+    *("speaker_id", "speaker", "participant_id", "participant", "subject_id", "subject"),
+    *("dialogue_id", "video_id"),
+)
+UNNAMED = "-"  # what a shard gives for the path of a medium that it does not tell
+
+
+def sample_groups(atlas: Atlas) -> dict[str, str]:
+    """The group of every sample that shares one with another of its dataset, by id. Reads rows, opens no medium."""
+    named: dict[str, str] = {}
+    shared: dict[str, str] = {}
+    datasets: dict[str, str] = {}
+    for key, row, extra in atlas.said():
+        datasets[key] = row.dataset
+        field = next((name for name in GROUP_FIELDS if extra.get(name) not in (None, "")), None)
+        if field is not None:
+            named[key] = f"{field}: {extra[field]}"
+            continue
+        path = _first_medium(row)
+        if path is not None:
+            told = _told_by_name(atlas.taxonomy.dataset(row.dataset).group, path)
+            (named if told else shared)[key] = told or path
+    found = named | shared
+    # Groups are drawn within a dataset: a clip that one row of each of two datasets has joins nothing.
+    sizes = Counter((datasets[key], group) for key, group in found.items())
+    return {key: group for key, group in found.items() if sizes[datasets[key], group] > 1}
+
+
+def _first_medium(row: Row) -> str | None:
+    paths = (*row.videos[:1], *row.audios[:1], *row.images[:1])
+    return next((path for path in paths if path != UNNAMED), None)
+
+
+def _told_by_name(pattern: str | None, path: str) -> str | None:
+    found = re.search(pattern, PurePosixPath(path).name) if pattern else None
+    return f"file name: {found[1]}" if found else None
+
 
 SINCE = ("settings", "dtype", "attention", "backbone")
 """what the identity of a backend has not always said; runs that do not say it go on"""
@@ -192,7 +311,7 @@ def _prepare(opening: Opening, shard: Shard | None) -> None:
         alone = opening.backend == "vllm"  # its engine wants nearly all memory of its GPUs
         each = opening.config.vllm.tensor_parallel_size if alone else 1
         take_gpus(shard, each, shared=not alone)
-    from hba.process import prepare_process  # not before it is needed: torch takes seconds and half a gigabyte
+    from hba.model.process import prepare_process  # not before it is needed: torch takes seconds and half a gigabyte
 
     prepare_process(seed=0)
 

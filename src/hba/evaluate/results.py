@@ -249,7 +249,7 @@ class Aggregate(Counts):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clusters:
+class ClusterSummary:
     """What rows were drawn together by; `few` names the datasets whose interval rests on few groups."""
 
     field: str
@@ -266,7 +266,7 @@ class Scoring:
     seed: int
     published: bool
     level: float
-    clusters: Clusters | None = None
+    clusters: ClusterSummary | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from hba.errors import InputError
-from hba.evaluate.judge.judgements import FILE as JUDGEMENTS
-from hba.evaluate.judge.judgements import SETTINGS, Judgement, read_judgements
+from hba.evaluate.judge.items import FILE as JUDGEMENTS
+from hba.evaluate.judge.items import SETTINGS, Judgement, read_judgements
 from hba.evaluate.judge.scores import Verdicts, read_verdicts
-from hba.evaluate.predictions import Prediction, answered_by, read_predictions
+from hba.evaluate.predictions import Prediction, answered_by, ids_sha256, read_predictions
 from hba.evaluate.results import FILE as METRICS
 from hba.evaluate.results import Metrics, convert, read_metrics, without_nan
 from hba.storage import json_sha256, read_json, read_jsonl
@@ -243,11 +243,6 @@ class Run:
 def answers_sha256(predictions: Iterable[Prediction]) -> str:
     """Hash of what is scored, whatever the order of the lines and the time they took."""
     return json_sha256(sorted((p.id, p.dataset, p.target, str(p.label), str(p.answer)) for p in predictions))
-
-
-def ids_sha256(ids: Iterable[str]) -> str:
-    """Hash of a set of sample ids, for predict.json: by it other rows of the same number are known."""
-    return json_sha256(sorted(set(ids)))
 
 
 def read_quarantine(path: Path, taxonomy: Taxonomy | None = None) -> list[LeftOut]:

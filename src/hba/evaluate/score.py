@@ -14,23 +14,22 @@ or not at all. Invariant: the same predictions in any order and the same seed gi
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
 
 from hba import __version__
-from hba.errors import InputError
+from hba.errors import InputError, nearest
 from hba.evaluate.answers import published_label
-from hba.evaluate.calibration import calibration
-from hba.evaluate.confusion import Rows, encode
-from hba.evaluate.fields import field_values
-from hba.evaluate.freeform import generation_metrics, majority_levels
 from hba.evaluate.judge.scores import Verdicts, add_judged, judged_rows
-from hba.evaluate.metrics import mean_of, score_rows
+from hba.evaluate.metrics import Floats, Rows, encode, generation_metrics, majority_levels, mean_of, score_rows
 from hba.evaluate.predictions import Prediction, answered_by
 from hba.evaluate.results import (
     FILE,
@@ -38,7 +37,7 @@ from hba.evaluate.results import (
     Aggregate,
     Breakdown,
     Calibration,
-    Clusters,
+    ClusterSummary,
     Counts,
     DatasetScore,
     Failure,
@@ -51,12 +50,280 @@ from hba.evaluate.results import (
     Unmapped,
     convert,
 )
-from hba.evaluate.runs import QUARANTINE, LeftOut, Run, answers_sha256, open_run, read_quarantine
-from hba.evaluate.slices import breakdown
-from hba.evaluate.statistics import LEVEL, bootstrap, chance, units_of
-from hba.evaluate.unmapped import unmapped
+from hba.evaluate.runs import ASKED, QUARANTINE, LeftOut, Run, answers_sha256, open_run, read_quarantine
+from hba.evaluate.statistics import EXACT_MATCH, LEVEL, Clusters, bootstrap, chance, parts, units_of
 from hba.storage import write_json
 from hba.taxonomy import BUILTIN, Task, Taxonomy
+
+# Scores of parts of the data: by modality, by language, and by any field of the rows (fairness).
+#
+# A slice is scored as if it were all there is, with the tasks' own metrics and bootstrap intervals; a task of which too
+# many rows failed in a slice has no score there. `gap` is the distance between the best and the worst slice of a task
+# among those with at least MIN_ROWS rows of it; smaller ones are shown, and would make a gap of noise. Slices may
+# differ in what is asked of them (datasets, labels), so that a gap is a question and not yet an answer.
+
+
+MIN_ROWS = 20
+UNKNOWN = "(not given)"
+
+
+def breakdown(
+    rows: Rows,
+    values: Sequence[str | None],
+    *,
+    failed: Sequence[bool] | None = None,
+    clusters: Clusters | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+    published: bool = False,
+) -> dict[str, Any]:
+    """{"slices": {value: {n, n_invalid, n_failed, accuracy, mean, tasks: {key: {score, ci95, n}}}}, "gaps": {task: x}}.
+
+    `values` [N] gives each row's slice; None is a slice of its own. `failed` [N] says which rows ended in an error:
+    they are wrong, and not among the invalid answers. Scores lie in [0, 1]; accuracy is the share of right rows
+    whatever their task. `mean` is over the tasks of the slice that count in the run's own mean.
+    """
+    found = {}
+    named_N = np.array([UNKNOWN if value is None else value for value in values], dtype=object)
+    failed_N = np.zeros(len(rows.cells), dtype=bool) if failed is None else np.array(failed, dtype=bool)
+    for name in sorted(set(named_N.tolist())):
+        members_M = np.flatnonzero(named_N == name)
+        part = replace(rows, cells=rows.cells[members_M])
+        groups = None if clusters is None else [clusters[i] for i in members_M.tolist()]
+        how: dict[str, Any] = {"clusters": groups, "resamples": resamples, "seed": seed, "published": published}
+        found[name] = _slice(part, failed_N[members_M], **how)
+    return {"slices": found, "gaps": _gaps(found)}
+
+
+def _slice(rows: Rows, failed_N: np.ndarray[Any, np.dtype[np.bool_]], *, published: bool, **how: Any) -> dict[str, Any]:
+    scored = score_rows(rows, published)
+    intervals = bootstrap(rows, published=published, **how)
+    taxonomy, tasks, counted = rows.layout.taxonomy, {}, []
+    over = _over(rows, failed_N, published)
+    for task in taxonomy.tasks.values():
+        keys = [key for key in task.datasets if scored["datasets"].get(key, {}).get("n")]
+        if not keys:
+            continue
+        n = sum(scored["datasets"][key]["n"] for key in keys)
+        metric = task.metric
+        if task.key in scored["tasks"]:
+            score, ci95, counts = scored["tasks"][task.key]["score"], intervals.tasks.get(task.key), True
+        else:
+            # The cells of a judged dataset hold verdicts, and their share of right ones is what `score_rows` counts.
+            counts = all(key in rows.judged for key in keys)
+            metric = metric if counts else EXACT_MATCH
+            score = mean_of([scored["datasets"][key][EXACT_MATCH] for key in keys])
+            alone = intervals.datasets.get(keys[0]) if len(keys) == 1 else None
+            ci95 = intervals.tasks.get(task.key) if counts else alone
+        if any(key in over for key in keys):
+            score = ci95 = None
+        tasks[task.key] = {"score": score, "ci95": ci95 and list(ci95), "n": n, "metric": metric}
+        counted += [score] if counts else []
+    invalid = scored["aggregate"]["n_invalid"] - int(failed_N.sum())
+    few = failed_N.mean() <= MAX_FAILED
+    return {
+        "n": len(rows.cells),
+        "n_invalid": invalid,
+        "n_failed": int(failed_N.sum()),
+        "accuracy": float(rows.right().mean()) if few else None,
+        "mean": mean_of(counted) if few else None,
+        "tasks": tasks,
+    }
+
+
+def _over(rows: Rows, failed_N: np.ndarray[Any, np.dtype[np.bool_]], published: bool) -> set[str]:
+    """The datasets of which more than MAX_FAILED of the rows failed."""
+    return {part.key for part in parts(rows, published) if failed_N[part.members_M].mean() > MAX_FAILED}
+
+
+def _gaps(found: dict[str, Any]) -> dict[str, float]:
+    scores: dict[str, list[float]] = {}
+    for entry in found.values():
+        for key, task in entry["tasks"].items():
+            if task["score"] is not None and task["n"] >= MIN_ROWS:
+                scores.setdefault(key, []).append(task["score"])
+    return {key: max(values) - min(values) for key, values in scores.items() if len(values) > 1}
+
+
+# What could not be mapped: answers to labelled rows that mean no label, by dataset, with the most frequent of them.
+#
+# Such an answer counts as wrong. A synonym that the taxonomy lacks shows here, and so does a model that never answers
+# in the form it was asked for; neither should pass for a model that errs.
+
+
+SHOWN = 5
+LONGEST = 80
+
+
+def unmapped(predictions: Sequence[Prediction], taxonomy: Taxonomy = BUILTIN) -> dict[str, Any]:
+    """{dataset: {"n", "share", "answers": [{"answer", "n"}]}} of datasets with an answer that means no label.
+
+    `share` is of all rows of the dataset, 0..1. Samples that failed gave no answer and are not among them. `answers`
+    are the extracted ones, the most frequent first, at most SHOWN, cut to LONGEST characters.
+    """
+    rows: Counter[str] = Counter()
+    said: dict[str, Counter[str]] = {}
+    for prediction in predictions:
+        if taxonomy.dataset(prediction.dataset).free_form:
+            continue
+        rows[prediction.dataset] += 1
+        if prediction.label is None and not prediction.failed:
+            said.setdefault(prediction.dataset, Counter())[_shortened(prediction.answer or "")] += 1
+    return {key: _entry(answers, rows[key]) for key, answers in sorted(said.items())}
+
+
+def _entry(answers: Counter[str], rows: int) -> dict[str, Any]:
+    ranked = sorted(answers.items(), key=lambda entry: (-entry[1], entry[0]))[:SHOWN]
+    total = answers.total()
+    return {"n": total, "share": total / rows, "answers": [{"answer": text, "n": count} for text, count in ranked]}
+
+
+def _shortened(answer: str) -> str:
+    line = " ".join(answer.split())
+    return line if len(line) <= LONGEST else line[: LONGEST - 1] + "…"
+
+
+# What a field says of every predicted sample: for slices, fairness and clusters.
+#
+# `dataset`, `task`, `split`, `language`, `modality` and `group` come from the predictions and the taxonomy. Any other
+# name, and `group` where no prediction has one, is a field of the atlas' rows, read from the atlas that the run
+# recorded or the one that is given. Refused: a field that no row has, and rows of another fingerprint than the run's.
+
+
+PUBLISHED_FIELDS = ("class_label", "modality_signature", "answer", "problem")
+PREDICTED = ("dataset", "task", "split", "language", "modality", "group")
+
+
+def field_values(
+    field: str, predictions: Sequence[Prediction], taxonomy: Taxonomy, *, run: Run, atlas: Path | None = None
+) -> list[str | None]:
+    """The value of `field` for every prediction as text, None where a row does not have it.
+
+    `task` is the benchmark's task key (EMO). Raises InputError when no row has the field, naming those that there are.
+    """
+    if field in PREDICTED:
+        if field in ("task", "language"):
+            values = [getattr(taxonomy.dataset(p.dataset), field) for p in predictions]
+        else:
+            values = [getattr(p, field) for p in predictions]
+        if not any(values) and field == "group":  # where the taxonomy tells none, it is a field like any other
+            return _from_atlas(field, predictions, run, atlas)
+        if not any(values):
+            fix = "Predict again with this version, or name a field of the rows."
+            raise InputError(f"no prediction says its {field}", where=str(run.folder), fix=fix)
+        return values
+    return _from_atlas(field, predictions, run, atlas)
+
+
+def _from_atlas(field: str, predictions: Sequence[Prediction], run: Run, atlas: Path | None) -> list[str | None]:
+    from hba.evaluate.predict import predicted_rows
+
+    asked = run.asked
+    data = asked.get("data") or {}
+    place = str(atlas) if atlas is not None else data.get("path")
+    split = asked.get("split") or "+".join(sorted({p.split for p in predictions}))
+    if not place:
+        fix = "Say with --atlas where the rows are."
+        what = f"the run does not record the atlas that has the field {field!r}"
+        raise InputError(what, where=str(run.root / ASKED), fix=fix)
+    opened = predicted_rows(asked, place, split)
+    wanted, found, names = {p.id for p in predictions}, {}, set(PREDICTED)
+    for key, row, extra in opened.said():
+        if key in wanted:
+            said = {**extra, **{name: getattr(row, name) for name in PUBLISHED_FIELDS}}
+            names |= said.keys()
+            found[key] = _text(said.get(field))
+    values = [found.get(p.id) for p in predictions]
+    if not any(value is not None for value in values):
+        raise InputError(f"no row has the field {field!r}", where=str(place), fix=nearest(field, sorted(names)))
+    return values
+
+
+def _text(value: Any) -> str | None:
+    return None if value in (None, "") else str(value)
+
+
+# Do probabilities mean what they say? Expected calibration error and the bins of a reliability plot.
+#
+# Of every prediction that has probabilities: confidence is the probability of the label that was given, right whether
+# it is the target. ECE = sum over bins of n_bin / n |accuracy - confidence|, over 15 bins of equal width (Guo et al.
+# 2017). It is too high where rows are few, so that n stands beside it. Brier score and log loss are those of the whole
+# distribution. A prediction without probabilities is left out, never taken for certain.
+
+
+NUM_BINS = 15
+_SMALLEST = 1e-12  # a probability of 0 for the truth would make the log loss of a run infinite
+
+
+class _Rows(NamedTuple):
+    confidence_N: Floats
+    right_N: Floats
+    brier_N: Floats
+    log_loss_N: Floats
+
+
+def calibration(predictions: Sequence[Prediction]) -> dict[str, Any] | None:
+    """{"all": ..., "datasets": {key: ...}} with n, ece, brier, log_loss, accuracy, confidence and, for all, the bins.
+
+    A bin is {low, high, n, confidence, accuracy}; empty bins are left out. None when no prediction has probabilities.
+    """
+    told = [p for p in predictions if p.probs and p.label in p.probs]
+    if not told:
+        return None
+    rows = _rows(told)
+    codes = np.array([p.dataset for p in told], dtype=object)
+    datasets = {key: _figures(_Rows(*(column[codes == key] for column in rows))) for key in sorted(set(codes.tolist()))}
+    return {"all": _figures(rows) | {"bins": _bins(rows)}, "datasets": datasets}
+
+
+def _rows(told: Sequence[Prediction]) -> _Rows:
+    def column(values: Sequence[float]) -> Floats:
+        return np.array(values, dtype=float)
+
+    probs = [p.probs or {} for p in told]
+    targets = [p.target for p in told]
+    return _Rows(
+        column([of[str(p.label)] for of, p in zip(probs, told, strict=True)]),
+        column([p.label == p.target for p in told]),
+        column([_brier(of, target) for of, target in zip(probs, targets, strict=True)]),
+        column([-math.log(max(of.get(t, 0.0), _SMALLEST)) for of, t in zip(probs, targets, strict=True)]),
+    )
+
+
+def _brier(probs: Mapping[str, float], target: str) -> float:
+    return sum((p - (label == target)) ** 2 for label, p in probs.items()) + (target not in probs)
+
+
+def _figures(rows: _Rows) -> dict[str, Any]:
+    bins = _bins(rows)
+    total = len(rows.confidence_N)
+    return {
+        "n": total,
+        "ece": sum(each["n"] / total * abs(each["accuracy"] - each["confidence"]) for each in bins),
+        "brier": float(rows.brier_N.mean()),
+        "log_loss": float(rows.log_loss_N.mean()),
+        "accuracy": float(rows.right_N.mean()),
+        "confidence": float(rows.confidence_N.mean()),
+    }
+
+
+def _bins(rows: _Rows) -> list[dict[str, Any]]:
+    """Bins (low, high] of equal width; 0 belongs to the first."""
+    numbers_N = np.clip(np.ceil(rows.confidence_N * NUM_BINS).astype(int) - 1, 0, NUM_BINS - 1)
+    found = []
+    for number in np.unique(numbers_N).tolist():
+        inside_N = numbers_N == number
+        found.append(
+            {
+                "low": number / NUM_BINS,
+                "high": (number + 1) / NUM_BINS,
+                "n": int(inside_N.sum()),
+                "confidence": float(rows.confidence_N[inside_N].mean()),
+                "accuracy": float(rows.right_N[inside_N].mean()),
+            }
+        )
+    return found
+
 
 JUDGED_NOTE = "not scored (needs a judge)"
 SKIPPED_NOTE = "not scored ({n_skipped} rows that the model is not trained to answer)"
@@ -367,7 +634,7 @@ def _asked_for(run: Run, entries: list[LeftOut], atlas: Path | None) -> list[Lef
         return entries
     place = atlas or Path(str(run.asked["data"].get("path")))
     if place.is_dir():
-        from hba.evaluate.selection import predicted_rows  # opens the atlas, which scoring needs for nothing else
+        from hba.evaluate.predict import predicted_rows  # opens the atlas, which scoring needs for nothing else
 
         try:
             rows = predicted_rows(run.asked, str(place), str(run.asked.get("split")))
@@ -405,11 +672,11 @@ def _clusters(
 
 def _described(
     clusters: Sequence[str | None] | None, cluster: str, datasets: Mapping[str, DatasetScore]
-) -> Clusters | None:
+) -> ClusterSummary | None:
     """What rows were drawn together by; `few` names datasets whose interval rests on fewer than SCANT groups."""
     if clusters is None:
         return None
-    return Clusters(
+    return ClusterSummary(
         field="group" if cluster == AUTO_CLUSTERS else cluster,
         groups=len({group for group in clusters if group is not None}),
         rows=sum(group is not None for group in clusters),

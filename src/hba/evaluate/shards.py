@@ -22,11 +22,10 @@ from typing import TypeVar
 
 import msgspec
 
-from hba.atlas.sample import Quarantined
+from hba.atlas.rows import Quarantined
 from hba.errors import ConfigError, InputError
 from hba.evaluate.predictions import Prediction, PredictionLog, has_failed, read_predictions, write_predictions
-from hba.quarantine import QuarantineLog
-from hba.run import FolderInUseError, locked_folder
+from hba.run import FolderInUseError, QuarantineLog, locked_folder
 from hba.taxonomy import Taxonomy
 
 T = TypeVar("T")

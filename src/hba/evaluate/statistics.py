@@ -33,9 +33,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hba.errors import InputError
-from hba.evaluate.confusion import RIGHT, Floats, Ints, Layout, Rows
-from hba.evaluate.metrics import primary
-from hba.evaluate.multilabel import METRIC as MULTILABEL
+from hba.evaluate.metrics import METRIC as MULTILABEL
+from hba.evaluate.metrics import RIGHT, Floats, Ints, Layout, Rows, primary
 
 LEVEL = 0.95
 EXACT_MATCH = "exact_match"

@@ -14,7 +14,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from hba.explorer.database import Row
+from hba.explorer.index import Row
 
 _THINK = re.compile(r"\s*<think>(.*?)</think>\s*(.*)", re.DOTALL | re.IGNORECASE)
 WIDTH, HEIGHT = 800, 96

@@ -11,22 +11,297 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sqlite3
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 from hba.atlas import Atlas, Sample, open_atlas
-from hba.atlas.hub_id import hub_id_of
 from hba.atlas.info import row_seconds, splits_at
-from hba.atlas.split import find_files, no_split, present_splits
-from hba.errors import HbaError, InputError
-from hba.explorer.database import ROWS_VERSION, Database
-from hba.explorer.query import SAMPLE_COLUMNS
+from hba.atlas.names import find_files, hub_id_of, no_split, present_splits
+from hba.errors import HbaError, InputError, nearest
+from hba.storage import alone, begun
 from hba.taxonomy import Taxonomy
+
+# The SQLite files behind the pages, and the one way to ask them.
+#
+# `rows` holds an atlas's rows for search and filters and lies in a cache folder, so that 100,000 rows are indexed once;
+# `runs` holds what run folders say, and lives as long as the server. Both stand in one connection a thread, so that a
+# filter such as "A right, B wrong, about sarcasm" is one query. Neither holds anything that the files do not say:
+# remove them, and they are made again.
+
+
+ROWS_VERSION = 1  # of ROWS_TABLES: raise it when they change
+ROWS_TABLES = """
+CREATE TABLE rows.fact(key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
+CREATE TABLE rows.sample(
+  n INTEGER PRIMARY KEY, split TEXT NOT NULL, number INTEGER NOT NULL, id TEXT NOT NULL, dataset TEXT NOT NULL,
+  task TEXT NOT NULL, label TEXT, signature TEXT NOT NULL, problem TEXT NOT NULL, target TEXT NOT NULL,
+  images INTEGER, videos INTEGER, audios INTEGER, visual INTEGER, sound INTEGER, seconds REAL,
+  words TEXT GENERATED ALWAYS AS (id || char(10) || problem || char(10) || target) VIRTUAL);
+CREATE UNIQUE INDEX rows.sample_place ON sample(split, number);
+CREATE INDEX rows.sample_id ON sample(id);
+CREATE INDEX rows.sample_dataset ON sample(dataset, label);
+CREATE VIRTUAL TABLE rows.sample_text USING fts5(
+  words, content='sample', content_rowid='n', tokenize='trigram', columnsize=0);
+"""
+RUNS_TABLES = """
+CREATE TABLE runs.source(run TEXT, file TEXT, stamp TEXT, PRIMARY KEY(run, file)) WITHOUT ROWID;
+CREATE TABLE runs.prediction(
+  run TEXT NOT NULL, id TEXT NOT NULL, split TEXT NOT NULL, dataset TEXT NOT NULL, task TEXT NOT NULL,
+  target TEXT NOT NULL, output TEXT, answer TEXT, label TEXT, error TEXT, probs TEXT, tokens_out INTEGER,
+  correct INTEGER, invalid INTEGER NOT NULL, PRIMARY KEY(run, id)) WITHOUT ROWID;
+CREATE INDEX runs.prediction_cell ON prediction(run, dataset, target, label);
+CREATE TABLE runs.judgement(
+  run TEXT NOT NULL, id TEXT NOT NULL, judge TEXT NOT NULL, correct INTEGER, reason TEXT, PRIMARY KEY(run, id)
+) WITHOUT ROWID;
+CREATE TABLE runs.decision(
+  run TEXT NOT NULL, id TEXT NOT NULL, correct INTEGER NOT NULL, PRIMARY KEY(run, id)) WITHOUT ROWID;
+"""
+
+Row = sqlite3.Row
+
+
+class Database:
+    """Both files, opened once a thread. `rows` is a file of the cache, `runs` a temporary one."""
+
+    def __init__(self, rows: Path, runs: Path) -> None:
+        self._rows, self._runs = rows, runs
+        self._local = threading.local()
+        self.writing = threading.Lock()
+        """held by whoever writes in this process: the index or a run's files, one at a time"""
+        self._make("rows", rows, ROWS_TABLES)
+        self._make("runs", runs, RUNS_TABLES)
+
+    def _make(self, name: str, path: Path, tables: str) -> None:
+        if path.is_file():
+            return
+        with self._alone(path):
+            if path.is_file():
+                return  # another explorer began at the same moment
+            made = begun(path)
+            made.unlink(missing_ok=True)
+            made.touch(mode=0o600)  # prompts of clinical interviews are for nobody else on the machine
+            with closing(sqlite3.connect(":memory:")) as connection:
+                connection.execute(f"ATTACH DATABASE ? AS {name}", [str(made)])
+                connection.execute(f"PRAGMA {name}.journal_mode = WAL")
+                connection.executescript(tables)
+            made.replace(path)
+
+    def indexing(self) -> AbstractContextManager[None]:
+        """Held by the one process that lays rows into the index; another that serves it reads, and goes on after it."""
+        return self._alone(self._rows)
+
+    @staticmethod
+    def _alone(path: Path) -> AbstractContextManager[None]:
+        return alone(path.with_suffix(".lock"))
+
+    @property
+    def connection(self) -> sqlite3.Connection:
+        """This thread's connection."""
+        made: sqlite3.Connection | None = getattr(self._local, "connection", None)
+        if made is None:
+            made = sqlite3.connect(":memory:", timeout=30.0)
+            made.row_factory = sqlite3.Row
+            made.execute("PRAGMA temp_store = MEMORY")
+            for name, path in (("rows", self._rows), ("runs", self._runs)):
+                made.execute(f"ATTACH DATABASE ? AS {name}", [str(path)])
+                made.execute(f"PRAGMA {name}.synchronous = NORMAL")
+                made.execute(f"PRAGMA {name}.cache_size = -8000")
+            self._local.connection = made
+        return made
+
+    def all(self, query: str, values: Sequence[Any] = ()) -> list[Row]:
+        """Every row of a query."""
+        return self.connection.execute(query, values).fetchall()
+
+    def one(self, query: str, values: Sequence[Any] = ()) -> Row | None:
+        """The first row of a query, or None."""
+        found: Row | None = self.connection.execute(query, values).fetchone()
+        return found
+
+    def number(self, query: str, values: Sequence[Any] = ()) -> int:
+        """The integer that a query gives; 0 for NULL."""
+        found = self.one(query, values)
+        return 0 if found is None or found[0] is None else int(found[0])
+
+    def write(self, query: str, values: Iterable[Sequence[Any]]) -> None:
+        """Run one statement for each of `values`, inside the caller's transaction."""
+        self.connection.executemany(query, values)
+
+
+# From a page's form to rows of the database: filters, order, pages.
+#
+# Every value of a request becomes a bound parameter, and every column stands here by name: no text of a request is ever
+# part of a query. A filter that is not of its form is an error that names it.
+
+
+
+PAGE_SIZE = 24
+SAMPLE_COLUMNS = ("split", "dataset", "task", "label", "signature")
+VERDICTS = {
+    "right": "p.correct = 1",
+    "wrong": "p.correct = 0",
+    "invalid": "p.invalid = 1",
+    "error": "p.error IS NOT NULL",
+    "judged right": "j.correct = 1",
+    "judged wrong": "j.correct = 0",
+    "unjudged": "p.correct IS NULL AND j.correct IS NULL",
+    "judge disagreed with a person": "h.correct <> j.correct",
+}
+PAIRS = {
+    "A right, B wrong": "(coalesce(p.correct, j.correct) = 1 AND coalesce(q.correct, i.correct) = 0)",
+    "A wrong, B right": "(coalesce(p.correct, j.correct) = 0 AND coalesce(q.correct, i.correct) = 1)",
+    "answers differ": "coalesce(p.label, p.answer, '') <> coalesce(q.label, q.answer, '')",
+    "both wrong": "(coalesce(p.correct, j.correct) = 0 AND coalesce(q.correct, i.correct) = 0)",
+}
+MAX_PAGE = 100_000
+
+
+@dataclass(frozen=True)
+class Form:
+    """The values of a page's address, with the ways to read and to change them."""
+
+    values: Mapping[str, str]
+
+    def text(self, name: str) -> str:
+        """A value, '' where there is none."""
+        return self.values.get(name, "").strip()
+
+    def number(self, name: str) -> float | None:
+        """A number, None where there is none. Raises InputError for what is none."""
+        text = self.text(name)
+        try:
+            return float(text) if text else None
+        except ValueError:
+            raise InputError(f"{text!r} is no number", where=name, fix="Write it as 2.5.") from None
+
+    @property
+    def page(self) -> int:
+        """The page that was asked for, from 1."""
+        text = self.text("page")
+        if text and not (text.isdecimal() and 1 <= int(text) <= MAX_PAGE):
+            raise InputError(f"{text!r} is no page", where="page", fix="Pages count from 1.")
+        return int(text or 1)
+
+    def link(self, **changed: object) -> str:
+        """'?...' with some values changed; None removes one. A changed filter begins at the first page."""
+        kept = {k: v for k, v in self.values.items() if v and k != "page"}
+        merged = {**kept, **{k: str(v) for k, v in changed.items() if v is not None}}
+        return "?" + urlencode({k: v for k, v in merged.items() if k not in changed or changed[k] is not None})
+
+
+@dataclass
+class Where:
+    """Conditions that all hold, and their values in order."""
+
+    parts: list[str] = field(default_factory=list)
+    values: list[Any] = field(default_factory=list)
+
+    def add(self, condition: str, *values: Any) -> None:
+        """One more condition with a '?' for each value."""
+        self.parts.append(condition)
+        self.values += values
+
+    @property
+    def sql(self) -> str:
+        """'WHERE ...', or '' without conditions."""
+        return f"WHERE {' AND '.join(self.parts)}" if self.parts else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """One page of rows of `total`; `pages` counts from 1."""
+
+    rows: Sequence[Row]
+    total: int
+    page: int
+    pages: int
+
+
+def _paged(database: Database, select: str, tables: str, where: Where, order: str, page: int) -> Found:
+    total = database.number(f"SELECT count(*) FROM {tables} {where.sql}", where.values)  # noqa: S608  bound values
+    query = f"SELECT {select} FROM {tables} {where.sql} ORDER BY {order} LIMIT ? OFFSET ?"  # noqa: S608
+    rows = database.all(query, [*where.values, PAGE_SIZE, (page - 1) * PAGE_SIZE])
+    return Found(rows=rows, total=total, page=page, pages=max(1, -(-total // PAGE_SIZE)))
+
+
+def find_samples(database: Database, form: Form) -> Found:
+    """The samples that a form of the atlas page asks for, in the order of the atlas."""
+    where = Where()
+    add_sample_filters(where, form)
+    return _paged(database, "s.*", "rows.sample s", where, "s.n", form.page)
+
+
+def add_sample_filters(where: Where, form: Form) -> None:
+    """Conditions on `s`: q, split, dataset, task, label, signature, least and most (seconds)."""
+    for name in SAMPLE_COLUMNS:
+        if value := form.text(name):
+            where.add(f"s.{name} = ?", value)
+    words = form.text("q").split()
+    quoted = ['"' + word.replace('"', '""') + '"' for word in words if len(word) >= 3]  # what trigrams can find
+    if quoted:
+        where.add("s.n IN (SELECT rowid FROM rows.sample_text WHERE sample_text MATCH ?)", " AND ".join(quoted))
+    for word in words:
+        if len(word) < 3:
+            where.add("instr(lower(s.words), lower(?)) > 0", word)
+    for name, condition in (("least", "s.seconds >= ?"), ("most", "s.seconds <= ?")):
+        if (seconds := form.number(name)) is not None:
+            where.add(condition, seconds)
+
+
+def find_predictions(database: Database, form: Form) -> Found:
+    """The predictions of run A (and of run B beside them) that a form asks for, in the order of the ids.
+
+    Filters: those of samples, `target`, `predicted`, `verdict` (of A), and `pair` (of A and B)."""
+    where, tables, select = Where(), _PREDICTIONS, _COLUMNS
+    second = form.text("b")
+    values: list[Any] = []
+    if second:
+        tables, select, values = tables + _SECOND, select + _SECOND_COLUMNS, [second]
+    where.add("p.run = ?", form.text("a"))
+    if any(form.text(name) for name in ("q", "signature", "least", "most")):
+        chosen = Where()
+        only = Form({k: v for k, v in form.values.items() if k in ("q", "signature", "least", "most")})
+        add_sample_filters(chosen, only)
+        same = f"SELECT 1 FROM rows.sample s {chosen.sql} AND s.id = p.id AND s.split = p.split"  # noqa: S608
+        where.add(f"EXISTS ({same})", *chosen.values)
+    for name, column in (("dataset", "p.dataset"), ("task", "p.task"), ("split", "p.split"), ("target", "p.target")):
+        if value := form.text(name):
+            where.add(f"{column} = ?", value)
+    if predicted := form.text("predicted"):
+        where.add("p.label IS NULL") if predicted == "no label" else where.add("p.label = ?", predicted)
+    _add_choice(where, form, "verdict", VERDICTS)
+    if second:
+        _add_choice(where, form, "pair", PAIRS)
+    where.values = [*values, *where.values]
+    return _paged(database, select, tables, where, "p.id", form.page)
+
+
+_PREDICTIONS = """runs.prediction p
+  LEFT JOIN runs.judgement j ON j.run = p.run AND j.id = p.id
+  LEFT JOIN runs.decision h ON h.run = p.run AND h.id = p.id"""
+_SECOND = """ JOIN runs.prediction q ON q.run = ? AND q.id = p.id
+  LEFT JOIN runs.judgement i ON i.run = q.run AND i.id = q.id"""
+_COLUMNS = "p.*, j.correct AS judged, j.reason AS reason"
+_SECOND_COLUMNS = """, q.output AS b_output, q.answer AS b_answer, q.label AS b_label, q.correct AS b_correct,
+  q.error AS b_error, i.correct AS b_judged"""
+
+
+def _add_choice(where: Where, form: Form, name: str, choices: Mapping[str, str]) -> None:
+    value = form.text(name)
+    if not value:
+        return
+    if value not in choices:
+        raise InputError(f"unknown filter {value!r}", where=name, fix=nearest(value, choices))
+    where.add(choices[value])
+
 
 CHUNK = 5000
 NO_TASK = "no task"

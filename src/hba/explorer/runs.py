@@ -16,11 +16,11 @@ from typing import Any
 
 from hba.errors import InputError
 from hba.evaluate.answers import same_answer
-from hba.evaluate.judge.judgements import FILE as JUDGEMENTS
-from hba.evaluate.judge.judgements import SETTINGS
+from hba.evaluate.judge.items import FILE as JUDGEMENTS
+from hba.evaluate.judge.items import SETTINGS
 from hba.evaluate.results import FILE as METRICS
 from hba.evaluate.runs import ASKED, LOG, PREDICTIONS, Run, open_run
-from hba.explorer.database import Database
+from hba.explorer.index import Database
 from hba.storage import read_json, read_jsonl
 from hba.taxonomy import Taxonomy
 

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hba.descriptors.pooled import DescriptorConfig
+from hba.batch.pool import DescriptorConfig
 from hba.errors import InputError, nearest
 from hba.model.weights import read_tensors
 from hba.storage import read_json, write_json

@@ -20,15 +20,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from hba.atlas.batch import IGNORED, Batch, answer_ids
-from hba.atlas.chat_encoder import TextProcessor, end_token_id
-from hba.atlas.config import EncodeConfig
+from hba.batch.config import EncodeConfig
+from hba.batch.encode import IGNORED, Batch, TextProcessor, answer_ids, end_token_id
 from hba.errors import ConfigError, InputError
 from hba.model import checkpoint
 from hba.model.bam import FOLDER
 from hba.model.config import ModelConfig, Strategy
 from hba.model.generate import Said, choice_logps, generate
-from hba.model.omni import choose_trained, has_lora
+from hba.model.omni import OmniSapiens, choose_trained, has_lora
 from hba.storage import write_json
 
 Head: TypeAlias = Callable[[Tensor], Tensor]  # states [C, H] to logits [C, V]
@@ -141,8 +140,8 @@ def load(path: str | Path, *, dtype: str = "auto", attention: str = "sdpa", mapp
     """A chat model from a hub id, a folder, a checkpoint or a run folder (its best checkpoint), adapter included.
 
     `dtype` is auto (bfloat16 on GPUs that have it, else float32), float32 or bfloat16; `mapped` is as in
-    `checkpoint.load`. Raises InputError when there is no such model, or none that transformers knows, and for BAM
-    adapters, which a chat model has no place for.
+    `OmniSapiens.from_pretrained`. Raises InputError when there is no such model, or none that transformers knows, and
+    for BAM adapters, which a chat model has no place for.
     """
     how: dict[str, Any] = {"dtype": dtype, "attention": attention, "mapped": mapped}
     folder = checkpoint.resolve(path)
@@ -150,7 +149,7 @@ def load(path: str | Path, *, dtype: str = "auto", attention: str = "sdpa", mapp
         fix = "Use --backend heads, or the run of the stage before."
         raise InputError("the checkpoint has BAM adapters, which a chat model ignores", where=str(folder), fix=fix)
     if folder is not None and (folder / checkpoint.LM_HEAD).is_file():
-        model = checkpoint.load(folder, **how)  # stage 2 is of OmniSapiens alone
+        model = OmniSapiens.from_pretrained(folder, **how)  # stage 2 is of OmniSapiens alone
         return ChatModel(model.thinker, model.processor)
     if folder is None:
         name, adapter = str(path), None
@@ -182,12 +181,6 @@ def save(
     model.processor.save_pretrained(folder)
     card = checkpoint.new_card(backbone, strategy, encode, formats=formats)
     write_json(folder / checkpoint.CARD, card)
-
-
-def backbone_of(path: str) -> str:
-    """The model that an adapter trained from `path` stands on: that of its card, where it has one."""
-    folder = checkpoint.resolve(path)
-    return checkpoint.place_of(path if folder is None else checkpoint.base_of(folder))
 
 
 def prepare(model: ChatModel, config: ModelConfig) -> ChatModel:

@@ -21,14 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hba.atlas.config import EncodeConfig
-from hba.atlas.hub_id import hub_id_of, parse_hub_id
+from hba.atlas.names import hub_id_of, parse_hub_id
+from hba.batch.config import EncodeConfig
 from hba.errors import InputError, nearest
-from hba.model.bam import FOLDER, load_bam, save_bam
-from hba.model.config import Strategy, computes_bfloat16
+from hba.model.bam import FOLDER
+from hba.model.config import Strategy, computes_bfloat16, require_place
 from hba.model.heads import DomainHeads
-from hba.model.names import require_place
-from hba.model.omni import OmniSapiens
 from hba.model.weights import (
     Fit,
     Weights,
@@ -41,7 +39,6 @@ from hba.model.weights import (
     without_load_reports,
 )
 from hba.storage import file_sha256, json_sha256, read_json, write_json
-from hba.taxonomy import BUILTIN, Taxonomy
 
 FORMAT = 1
 CARD = "hba.json"
@@ -50,35 +47,7 @@ _STATE_OF_TRAINING = ("optimizer", "trainer_state")  # files of a run's checkpoi
 _SETTINGS = (".json", ".jinja", ".txt", ".model")  # files of a model that are not weights
 ADAPTER = "adapter_model.safetensors"
 _DAMAGED = "Use another checkpoint of the run, or train again."
-_OTHER_BACKBONE = f"Check that {CARD} names the backbone that it was trained on. {_DAMAGED}"
-
-
-def save(
-    model: OmniSapiens,
-    folder: Path,
-    *,
-    backbone: str,
-    strategy: Strategy,
-    encode: EncodeConfig,
-    speaks: bool = False,
-    domains: list[str] | None = None,
-) -> None:
-    """Write a checkpoint into `folder` (which the caller makes atomic).
-
-    `speaks` says that training has taught the model to answer free-form rows in words; `domains` are those whose heads
-    have seen rows, None all of them.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    if strategy in ("lora", "full"):
-        model.thinker.save_pretrained(folder)
-    save_heads(model.heads, folder)
-    if model.own_lm_head:
-        save_lm_head(model.thinker.lm_head.weight, folder)
-    if model.bam is not None:
-        save_bam(model.bam, folder)
-    model.processor.save_pretrained(folder)
-    card = new_card(backbone, strategy, encode, columns=model.heads.columns, speaks=speaks, domains=domains)
-    write_json(folder / CARD, card)
+OTHER_BACKBONE = f"Check that {CARD} names the backbone that it was trained on. {_DAMAGED}"
 
 
 def new_card(
@@ -204,46 +173,6 @@ def _revision(name: str) -> str:
     return f"{name}@{Path(cached).parent.name if isinstance(cached, str) else None}"
 
 
-def load(
-    path: str | Path,
-    *,
-    dtype: str = "auto",
-    attention: str = "sdpa",
-    taxonomy: Taxonomy = BUILTIN,
-    mapped: bool = False,
-) -> OmniSapiens:
-    """An OmniSapiens from a checkpoint folder, a run folder (its best checkpoint), or a backbone with fresh heads.
-
-    `dtype` is auto (bfloat16 on GPUs that have it, else float32), float32 or bfloat16. With `mapped` the backbone's
-    weights stay in their files, whatever their precision, until `sharding.prepare_model` has dealt them out. Raises
-    InputError when the folder is none of these or of a newer format.
-    """
-    how: dict[str, Any] = {"dtype": dtype, "attention": attention, "mapped": mapped}
-    folder = resolve(path)
-    if folder is None:
-        thinker, processor = _thinker(str(path), **how), load_processor(path)
-        hidden = int(thinker.config.get_text_config().hidden_size)
-        return OmniSapiens(thinker, DomainHeads.for_taxonomy(hidden, taxonomy), processor)
-    card, base = read_card(folder), base_of(folder)
-    require_config(folder, base)
-    adapter = folder if card["strategy"] == "lora" else None
-    thinker = _thinker(base, **how, adapter=adapter)
-    hidden = int(thinker.config.get_text_config().hidden_size)
-    if card["columns"] is None:  # generative training leaves no heads that would fit
-        return OmniSapiens(thinker, DomainHeads.for_taxonomy(hidden, taxonomy), load_processor(folder))
-    heads = load_heads(folder)
-    if heads.hidden_size != hidden:
-        what = f"the heads read states of {heads.hidden_size} numbers, the backbone {base} gives {hidden}"
-        raise InputError(what, where=str(folder / HEADS), fix=_OTHER_BACKBONE)
-    model = OmniSapiens(thinker, heads, load_processor(folder), load_bam(folder, hidden))
-    model.speaks = bool(card.get("speaks", False))
-    if (folder / LM_HEAD).is_file():
-        model.own_lm_head = True
-        weight_VH = load_lm_head(folder, model.thinker.lm_head.weight.shape)
-        model.untie_lm_head(weight_VH.to(resolve_dtype(dtype)))
-    return model
-
-
 def load_heads(folder: Path) -> DomainHeads:
     """The heads of a checkpoint folder alone. Raises InputError when they are damaged or others than its card names."""
     tensors, columns = read_tensors(folder / HEADS, "the heads", _DAMAGED), read_card(folder)["columns"]
@@ -348,6 +277,12 @@ def base_of(folder: Path) -> str:
     return name
 
 
+def backbone_of(path: str) -> str:
+    """The model that an adapter trained from `path` stands on: that of its card, where it has one."""
+    folder = resolve(path)
+    return place_of(path if folder is None else base_of(folder))
+
+
 def require_heads(path: str | Path) -> Path:
     """The checkpoint folder that `path` means. Raises InputError for a backbone, and for a model without heads."""
     folder = resolve(path)
@@ -418,7 +353,8 @@ def fit_thinker(name: str | Path) -> Fit:
     return _fit_named(str(name), skeleton(thinker_class(), read_thinker_config(name)), "backbone")
 
 
-def _thinker(name: str, **how: Any) -> Any:
+def load_thinker(name: str, **how: Any) -> Any:
+    """The thinker of the folder or hub model `name`; `how` as in `pretrained`. Raises InputError as it does."""
     read_thinker_config(name)
     return pretrained(thinker_class(), name, **how)
 
@@ -505,11 +441,11 @@ def load_adapter(model: Any, folder: Path) -> None:
             if name in shapes and list(each.shape) != shapes[name]
         ]
         said = some(wrong) if wrong else str(error).splitlines()[0]
-        raise InputError(f"cannot load the adapter ({said})", where=str(file), fix=_OTHER_BACKBONE) from error
+        raise InputError(f"cannot load the adapter ({said})", where=str(file), fix=OTHER_BACKBONE) from error
     for what, names in (("missing", info.missing_keys), ("unknown", info.unexpected_keys)):
         if names:
             found = f"{len(names)} weights of the adapter are {what}: {some(sorted(map(_unnamed, names)))}"
-            raise InputError(found, where=str(file), fix=_OTHER_BACKBONE)
+            raise InputError(found, where=str(file), fix=OTHER_BACKBONE)
 
 
 def _unnamed(name: str) -> str:

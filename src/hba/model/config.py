@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
+from hba.atlas.names import hub_id_of
 from hba.config import option
+from hba.errors import InputError
 
 Strategy = Literal["heads", "lora", "full"]
 Dtype: TypeAlias = Literal["auto", "float32", "bfloat16"]
@@ -34,3 +37,24 @@ def computes_bfloat16(capability: tuple[int, int] | None) -> bool:
     than float32.
     """
     return capability is not None and capability >= (8, 0)
+
+
+# What the name of a model means: a folder on this machine, or an id of the hub such as Qwen/Qwen2.5-Omni-7B.
+#
+# The rule is that of atlases (`hba.atlas.names`): a path below a folder that exists is never taken for an id, so that a
+# mistyped run is reported as one instead of being looked up on the hub.
+
+
+ACCEPTED = (
+    "a run folder, a checkpoint, a folder with a Hugging Face model, or a hub id such as Qwen/Qwen2.5-Omni-7B (a path"
+    " below a folder that exists is none)"
+)
+
+
+def require_place(name: str | Path, *, also: str = "") -> None:
+    """Raise InputError when `name` is neither a folder on this machine nor may be an id of the hub.
+
+    `also` is what else would be accepted where it is asked for.
+    """
+    if not Path(name).is_dir() and hub_id_of(name) is None:
+        raise InputError("no such folder", where=str(name), fix=f"Give {ACCEPTED}{also}.")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from hba.atlas.chat_encoder import end_token_id
+from hba.batch.encode import end_token_id
 
 BANNED_BIAS = -100.0  # of a media token in a server's sampling, as far down as logit_bias goes
 _MEDIA_ID = re.compile(r"(audio|image|video|vision|boi|eoi|boa|eoa)(_\w+)?_token_(id|index)")

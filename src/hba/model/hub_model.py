@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 )
 
 from hba.errors import InputError
-from hba.remote.addresses import proxies_checked, shown
+from hba.remote.request import proxies_checked, shown
 
 FILES = ("*.json", "*.jinja", "*.safetensors", "*.txt", "*.yaml")
 

@@ -23,12 +23,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hba.atlas.config import EncodeConfig
+from hba.batch.config import EncodeConfig
 from hba.errors import InputError
 from hba.model import chat, checkpoint
 from hba.model.bam import FOLDER, load_bam, save_bam
-from hba.model.released import Release, read_release
-from hba.model.released_bam import released_adapters
+from hba.model.released import Release, read_release, released_adapters
 from hba.model.weights import Fit, Piece, Weights, fit, skeleton, some, tensor_piece, write_weights
 from hba.storage import atomic_folder, write_json
 

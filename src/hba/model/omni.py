@@ -2,8 +2,8 @@
 
 `forward` merges text, audio, image and video into the thinker's embeddings, runs its language model once and returns
 the pooled penultimate hidden state, the heads' logits and the last hidden state; lm_head is applied only where someone
-needs its logits, since over a 152,000-token vocabulary it costs more than a layer. The class owns no training logic and
-no files: see train/ and checkpoint.py.
+needs its logits, since over a 152,000-token vocabulary it costs more than a layer. The class owns no training
+logic: see train/. What lies in a checkpoint's files says checkpoint.py.
 
 Shapes: B samples, T tokens, H hidden size, C global classes, V vocabulary.
 """
@@ -18,12 +18,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hba.atlas.batch import IGNORED, Batch, Window
+from hba.batch.config import EncodeConfig
+from hba.batch.encode import IGNORED, Batch, Window
 from hba.errors import ConfigError, InputError
-from hba.model.bam import Bam
+from hba.model import checkpoint
+from hba.model.bam import Bam, load_bam, save_bam
 from hba.model.config import ModelConfig, Strategy
 from hba.model.generate import Said, generate
 from hba.model.heads import DomainHeads, masked_mean
+from hba.storage import write_json
+from hba.taxonomy import BUILTIN, Taxonomy
 
 # Scoped to the language model: the audio and vision towers have layers of the same names.
 LORA_TARGETS = r"model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
@@ -51,11 +55,73 @@ class OmniSapiens(nn.Module):
         self.speaks = False  # whether training has taught lm_head (or all) to answer free-form rows
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, dtype: str = "auto", attention: str = "sdpa") -> OmniSapiens:
-        """Load a checkpoint, a run folder (its best checkpoint) or a backbone with fresh heads: checkpoint.load."""
-        from hba.model import checkpoint
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: str = "auto",
+        attention: str = "sdpa",
+        taxonomy: Taxonomy = BUILTIN,
+        mapped: bool = False,
+    ) -> OmniSapiens:
+        """An OmniSapiens from a checkpoint folder, a run folder (its best checkpoint), or a backbone with fresh heads.
 
-        return checkpoint.load(path, dtype=dtype, attention=attention)
+        `dtype` is auto (bfloat16 on GPUs that have it, else float32), float32 or bfloat16. With `mapped` the backbone's
+        weights stay in their files, whatever their precision, until `sharding.prepare_model` has dealt them out. Raises
+        InputError when the folder is none of these or of a newer format.
+        """
+        how: dict[str, Any] = {"dtype": dtype, "attention": attention, "mapped": mapped}
+        folder = checkpoint.resolve(path)
+        if folder is None:
+            thinker, processor = checkpoint.load_thinker(str(path), **how), checkpoint.load_processor(path)
+            hidden = int(thinker.config.get_text_config().hidden_size)
+            return cls(thinker, DomainHeads.for_taxonomy(hidden, taxonomy), processor)
+        card, base = checkpoint.read_card(folder), checkpoint.base_of(folder)
+        checkpoint.require_config(folder, base)
+        adapter = folder if card["strategy"] == "lora" else None
+        thinker = checkpoint.load_thinker(base, **how, adapter=adapter)
+        hidden = int(thinker.config.get_text_config().hidden_size)
+        if card["columns"] is None:  # generative training leaves no heads that would fit
+            return cls(thinker, DomainHeads.for_taxonomy(hidden, taxonomy), checkpoint.load_processor(folder))
+        heads = checkpoint.load_heads(folder)
+        if heads.hidden_size != hidden:
+            what = f"the heads read states of {heads.hidden_size} numbers, the backbone {base} gives {hidden}"
+            raise InputError(what, where=str(folder / checkpoint.HEADS), fix=checkpoint.OTHER_BACKBONE)
+        model = cls(thinker, heads, checkpoint.load_processor(folder), load_bam(folder, hidden))
+        model.speaks = bool(card.get("speaks", False))
+        if (folder / checkpoint.LM_HEAD).is_file():
+            model.own_lm_head = True
+            weight_VH = checkpoint.load_lm_head(folder, model.thinker.lm_head.weight.shape)
+            model.untie_lm_head(weight_VH.to(checkpoint.resolve_dtype(dtype)))
+        return model
+
+    def save_pretrained(
+        self,
+        folder: Path,
+        *,
+        backbone: str,
+        strategy: Strategy,
+        encode: EncodeConfig,
+        speaks: bool = False,
+        domains: list[str] | None = None,
+    ) -> None:
+        """Write a checkpoint into `folder` (which the caller makes atomic).
+
+        `speaks` says that training has taught the model to answer free-form rows in words; `domains` are those whose
+        heads have seen rows, None all of them.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        if strategy in ("lora", "full"):
+            self.thinker.save_pretrained(folder)
+        checkpoint.save_heads(self.heads, folder)
+        if self.own_lm_head:
+            checkpoint.save_lm_head(self.thinker.lm_head.weight, folder)
+        if self.bam is not None:
+            save_bam(self.bam, folder)
+        self.processor.save_pretrained(folder)
+        known: dict[str, Any] = {"columns": self.heads.columns, "speaks": speaks, "domains": domains}
+        card = checkpoint.new_card(backbone, strategy, encode, **known)
+        write_json(folder / checkpoint.CARD, card)
 
     @property
     def device(self) -> torch.device:

@@ -16,7 +16,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from hba.atlas import Atlas
-from hba.atlas.answer_format import FORMATS, AnswerFormat
+from hba.batch.prompt import FORMATS, AnswerFormat
 from hba.errors import InputError
 from hba.storage import atomic_folder, file_sha256
 

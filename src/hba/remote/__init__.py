@@ -7,8 +7,7 @@ be answered raises `RequestError`; a service of which nothing can be expected ra
 
 from __future__ import annotations
 
-from hba.remote.client import ClientConfig, RemoteClient
-from hba.remote.concurrency import bounded
+from hba.remote.client import ClientConfig, RemoteClient, bounded
 from hba.remote.request import (
     ChatRequest,
     Reply,

@@ -14,16 +14,19 @@ not followed, so that a key reaches no other host.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import random
 import re
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import httpx
 from pydantic import Field
@@ -31,14 +34,257 @@ from pydantic import Field
 from hba.config import option
 from hba.errors import ConfigError
 from hba.remote import faults
-from hba.remote.addresses import LOOPBACK, check_base_url, check_variable, proxies_checked
-from hba.remote.cache import ResponseCache
-from hba.remote.concurrency import AdaptiveLimit
 from hba.remote.cost import Meter, find_price
 from hba.remote.faults import RESUME, Caller, Response
 from hba.remote.providers import ErrorInReplyError, Provider, is_official, provider, word
-from hba.remote.request import ChatRequest, Reply, RequestError, ServiceError, TransientError, UnansweredError
-from hba.storage import whole
+from hba.remote.request import (
+    LOOPBACK,
+    ChatRequest,
+    Reply,
+    RequestError,
+    ServiceError,
+    TransientError,
+    UnansweredError,
+    check_base_url,
+    check_variable,
+    proxies_checked,
+)
+from hba.storage import AppendLog, named_os_errors, whole
+
+# How many requests are under way: a limit that follows what the server bears, and a stream of bounded work.
+#
+# The limit grows by one for each full round of replies (doubling until the first overload) and shrinks, once a round,
+# by half of the share of overloaded replies in it: L <- L (1 - share / 2) + 1, at least 1. That is the additive
+# increase and multiplicative decrease of DCTCP (Alizadeh et al. 2010); a plain halving at every fault would leave a
+# server that fails one request in ten with a limit of five.
+
+
+T = TypeVar("T")
+R = TypeVar("R")
+START = 4
+PAUSE_SPREAD = 0.1  # requests that waited together start over a tenth more of the pause
+_END = object()
+
+
+class AdaptiveLimit:
+    """Slots for at most `maximum` requests at once, fewer while the server is overloaded. For one event loop."""
+
+    def __init__(self, maximum: int) -> None:
+        self.maximum = maximum
+        self.limit = float(min(START, maximum))
+        self._active = 0
+        self._doubling = True
+        self._replies = self._overloads = 0
+        self._resume_at = 0.0
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    @asynccontextmanager
+    async def slot(self) -> AsyncIterator[None]:
+        """Hold one slot; waits while all are taken or the server has asked for a pause."""
+        await self._acquire()
+        try:
+            yield
+        finally:
+            self._active -= 1
+            self._wake()
+
+    def report(self, *, overloaded: bool) -> None:
+        """Count one reply; `overloaded` says that the server refused or could not keep up."""
+        self._replies += 1
+        self._overloads += overloaded
+        if self._replies >= self.limit:
+            share = self._overloads / self._replies
+            self._doubling = self._doubling and not self._overloads
+            grown = 2 * self.limit if self._doubling else self.limit * (1 - share / 2) + 1
+            self.limit = min(float(self.maximum), max(1.0, grown - (share == 1.0)))
+            self._replies = self._overloads = 0
+            self._wake()
+
+    def pause(self, seconds: float) -> None:
+        """Start nothing for that long: the server's Retry-After is for all requests, not for one."""
+        self._resume_at = max(self._resume_at, asyncio.get_running_loop().time() + seconds)
+
+    async def _acquire(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            pause = self._resume_at - loop.time()
+            if pause > 0:
+                await asyncio.sleep(pause * (1 + random.uniform(0, PAUSE_SPREAD)))
+            elif self._active < int(self.limit):
+                self._active += 1
+                return
+            else:
+                await self._turn(loop.create_future())
+
+    async def _turn(self, waiter: asyncio.Future[None]) -> None:
+        self._waiting.append(waiter)
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            if waiter in self._waiting:
+                self._waiting.remove(waiter)
+            else:
+                self._wake()  # the turn that this one no longer takes
+            raise
+
+    def _wake(self) -> None:
+        free = int(self.limit) - self._active
+        while free > 0 and self._waiting:
+            waiter = self._waiting.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                free -= 1
+
+
+async def bounded(items: Iterable[T], work: Callable[[T], Awaitable[R]], width: int) -> AsyncIterator[R]:
+    """Results of `work` over `items` in the order in which they are ready, at most `width` at once.
+
+    Items of an iterator are drawn one by one in a thread, so that preparing them (decoding media) holds up no request;
+    those of a sequence are there already. Never more than `width` ahead. The first exception of `items` or `work`
+    cancels the rest and is raised.
+    """
+    ready, source = isinstance(items, Sequence), iter(items)
+    draw: asyncio.Task[object] | None = None
+    running: set[asyncio.Task[R]] = set()
+    more = True
+    try:
+        while more or running:
+            while ready and more and len(running) < width:
+                item = next(source, _END)
+                more = item is not _END
+                running |= {asyncio.ensure_future(_run(work, item))} if more else set()
+            if more and draw is None and len(running) < width:
+                draw = asyncio.ensure_future(asyncio.to_thread(next, source, _END))
+            tasks: list[asyncio.Task[Any]] = [*running, *([draw] if draw else [])]
+            if not tasks:
+                break
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            done = [task for task in running if task.done()]
+            for task in sorted(done, key=_failed):  # what came is handed out before an error ends it all
+                running.remove(task)
+                yield task.result()
+            if draw is not None and draw.done():
+                item, draw = draw.result(), None
+                more = item is not _END
+                running |= {asyncio.ensure_future(_run(work, item))} if more else set()
+    finally:
+        left: list[asyncio.Task[Any]] = [*running, *([draw] if draw else [])]
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+
+
+def _failed(task: asyncio.Task[Any]) -> bool:
+    return task.exception() is not None
+
+
+async def _run(work: Callable[[T], Awaitable[R]], item: Any) -> R:
+    return await work(item)
+
+
+# Replies by the content hash of their requests: what was asked and answered once is not asked again.
+#
+# A folder of append-only segments. Each process appends to a segment of its own (the first that no other process has
+# locked) and reads all, so that several commands share a cache. A line that a kill tore is cut off by the next owner of
+# its segment and ignored by everyone else. The key hashes provider, URL, body and draw; keys of services are in
+# neither, nor is any part of a request stored.
+
+
+KEPT = ("text", "finish", "tokens_in", "tokens_out", "model")
+
+
+class _Place(NamedTuple):
+    segment: Path
+    offset: int
+    length: int
+
+
+class ResponseCache:
+    """The cache in `folder`; its memory is an index of keys, replies stay on disk. Used as a context manager."""
+
+    def __init__(self, folder: Path) -> None:
+        with named_os_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._lock, segment = _own_segment(folder)
+        self._log = AppendLog(segment)
+        self._end = segment.stat().st_size
+        self._places: dict[str, _Place] = {}
+        for path in sorted(folder.glob("segment-*.jsonl")):
+            self._places |= _index(path)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def get(self, key: str) -> Reply | None:
+        """The reply to the request of that hash, or None."""
+        place = self._places.get(key)
+        if place is None:
+            return None
+        with place.segment.open("rb") as handle:
+            handle.seek(place.offset)
+            record = _record(handle.read(place.length))
+        if record is None or record["key"] != key:  # the segment was replaced under us
+            return None
+        left_out = tuple(record.get("left_out", ()))
+        return Reply(cached=True, left_out=left_out, **{name: record[name] for name in KEPT})
+
+    def put(self, key: str, reply: Reply) -> None:
+        """Keep a reply. Raises StorageError on a full disk."""
+        kept = asdict(reply)
+        left_out = {"left_out": list(reply.left_out)} if reply.left_out else {}
+        self._log.append({"key": key} | {name: kept[name] for name in KEPT} | left_out)
+        end = self._log.path.stat().st_size
+        self._places[key] = _Place(self._log.path, self._end, end - self._end)
+        self._end = end
+
+    def close(self) -> None:
+        """Flush to the disk and give the segment free."""
+        self._log.close()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def __enter__(self) -> ResponseCache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _own_segment(folder: Path) -> tuple[int, Path]:
+    """The first segment that no process has locked, with the descriptor that holds its lock."""
+    number = 0
+    while True:
+        segment = folder / f"segment-{number}.jsonl"
+        with named_os_errors(segment):
+            descriptor = os.open(segment, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            number += 1
+        else:
+            return descriptor, segment
+
+
+def _record(raw: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(record, dict) and isinstance(record.get("key"), str) and set(KEPT) <= record.keys()
+    return record if whole else None
+
+
+def _index(segment: Path) -> dict[str, _Place]:
+    places, offset = {}, 0
+    with segment.open("rb") as handle:
+        for raw in handle:
+            if (record := _record(raw)) is not None:
+                places[str(record["key"])] = _Place(segment, offset, len(raw))
+            offset += len(raw)
+    return places
+
 
 CONNECT_SECONDS = 10.0
 CHECK_SECONDS = 5.0  # for the connection that is tried before a run

@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from hba import yaml_core
+from hba.config import read_yaml
 from hba.errors import ConfigError
-from hba.remote.addresses import LOOPBACK
 from hba.remote.faults import Refused, same_model
-from hba.remote.request import Reply
+from hba.remote.request import LOOPBACK, Reply
 
 
 class Price(NamedTuple):
@@ -48,7 +47,7 @@ def find_price(provider: str, model: str, base_url: str, file: Path | None = Non
     is no pair of prices.
     """
     if file is not None:
-        entry = ((yaml_core.read(file) or {}).get(provider) or {}).get(model)
+        entry = ((read_yaml(file) or {}).get(provider) or {}).get(model)
         if entry is not None:
             try:
                 return Price(float(entry["input"]), float(entry["output"]), str(file))

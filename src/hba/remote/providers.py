@@ -15,8 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import httpx
 
 from hba.errors import ConfigError, InputError, nearest
-from hba.remote.addresses import AZURE_HOSTS, AZURE_QUERY, is_azure
-from hba.remote.request import ChatRequest, Choice, Message, Part, Reply, TokenReply
+from hba.remote.request import AZURE_HOSTS, AZURE_QUERY, ChatRequest, Choice, Message, Part, Reply, TokenReply, is_azure
 
 MOST_TOKENS = 1 << 53  # what a JSON number holds exactly
 

@@ -18,20 +18,14 @@ from markupsafe import Markup
 from hba.evaluate.leaderboard import not_comparable
 from hba.evaluate.results import Metrics
 from hba.evaluate.runs import PREDICTIONS, Run, open_run
-from hba.published import published_table
 from hba.report import words
-from hba.report.confusion import matrices
-from hba.report.curves import curves
-from hba.report.embed import Budget
+from hba.report.charts import Reference, bar, curves, matrices, reliability
+from hba.report.comparison import read_stages
 from hba.report.html import environment, style
-from hba.report.judged import judged_answers
-from hba.report.plots import Reference, bar
-from hba.report.reliability import reliability
 from hba.report.rl import RlPart, rl_page, rl_part
-from hba.report.samples import choose, gather
-from hba.report.stages import read_stages
+from hba.report.samples import Budget, choose, gather, judged_answers
 from hba.storage import atomic_write
-from hba.taxonomy import BUILTIN, Taxonomy, of_folder
+from hba.taxonomy import BUILTIN, Taxonomy, of_folder, published_table
 
 MAX_QUARANTINE_ROWS = 200
 PUBLISHED_TABLE = "hba_iclr2026"

@@ -16,9 +16,8 @@ import numpy as np
 from rich.table import Table
 
 from hba.evaluate.statistics import mean_interval
-from hba.report.curves import Chart
+from hba.report.charts import Chart, Points, Series, line_chart, nice_axis
 from hba.report.html import environment, style
-from hba.report.plots import Points, Series, line_chart, nice_axis
 from hba.storage import read_jsonl
 
 RESAMPLES = 10_000
@@ -156,10 +155,10 @@ def _change(name: str, before_N: Any, after_N: Any, draws: int) -> Change:
 
 
 def _config(run: Path) -> Mapping[str, Any]:
-    from hba import yaml_core
+    from hba.config import read_yaml
 
     config = run / "config.yaml"
-    return yaml_core.read(config) if config.is_file() else {}
+    return read_yaml(config) if config.is_file() else {}
 
 
 def _evaluation_charts(evaluations: Mapping[int, Mapping[str, float]]) -> list[Chart]:

@@ -4,20 +4,87 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
-from hba.atlas.config import EncodeConfig, LoaderConfig
-from hba.atlas.mixing import MixConfig
+from hba.batch.config import EncodeConfig, LoaderConfig
+from hba.batch.sampler import MixConfig
 from hba.config import option
 from hba.errors import ConfigError
 from hba.model.config import ModelConfig
 from hba.remote import ClientConfig
-from hba.rl.algorithms import ALGORITHMS, Algorithm, AlgorithmName, Average, KlKind
-from hba.rl.scoring import RewardConfig
-from hba.rl.verl.settings import VerlConfig
+from hba.rl.rewards import RewardConfig
 from hba.train.config import Count, TrainConfig
+
+# The algorithms by name: whose advantages, and with which loss their papers go. Formulas and sources: docs/rl.md.
+
+
+Average = Literal["token", "sequence", "group", "constant"]
+Ratio = Literal["token", "sequence"]
+KlKind = Literal["k1", "k2", "k3"]
+AlgorithmName = Literal[
+    "grpo",
+    "harpo",
+    "dr_grpo",
+    "rloo",
+    "reinforce_pp",
+    "reinforce_pp_baseline",
+    "gpg",
+    "ema_grpo",
+    "dapo",
+    "gspo",
+]
+
+
+class Algorithm(NamedTuple):
+    """What an algorithm stands for; a run may change each."""
+
+    advantage: str
+    average: Average = "token"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    ratio: Ratio = "token"
+    dynamic_sampling: bool = False
+
+
+ALGORITHMS: Mapping[AlgorithmName, Algorithm] = {
+    "grpo": Algorithm("grpo", average="sequence"),
+    "harpo": Algorithm("harpo", average="sequence"),  # as GRPO's, so that the two differ in their advantages alone
+    "dr_grpo": Algorithm("dr_grpo", average="constant"),
+    "rloo": Algorithm("rloo", average="sequence"),
+    "reinforce_pp": Algorithm("reinforce_pp"),
+    "reinforce_pp_baseline": Algorithm("reinforce_pp_baseline"),
+    "gpg": Algorithm("gpg"),
+    "ema_grpo": Algorithm("ema_grpo"),
+    "dapo": Algorithm("grpo", clip_high=0.28, dynamic_sampling=True),
+    "gspo": Algorithm("grpo", average="sequence", clip_low=3e-4, clip_high=4e-4, ratio="sequence"),
+}
+
+
+# What only verl needs to know of a run: the cluster, and the engine that samples.
+
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerlConfig:
+    """Read by `--engine verl` alone; nothing of it but `overrides` and `modules` changes what is computed."""
+
+    nodes: Count = option(1, "machines", affects_result=False)
+    gpus_per_node: Count = option(8, "GPUs of each machine", affects_result=False)
+    rollout: str = option("vllm", "engine that samples: vllm, or one that a module of yours registers with verl")
+    tensor_parallel: Count = option(1, "GPUs that share one copy of the sampling engine", affects_result=False)
+    gpu_memory_utilization: Share = option(0.5, "of a GPU's memory for the sampling engine", affects_result=False)
+    agent_workers: Count = option(8, "processes that prepare prompts and await responses", affects_result=False)
+    reward_workers: Count = option(
+        1, "processes that reward, each with its encoder; one shares it among all", affects_result=False
+    )
+    offload: bool = option(False, "keep parameters and optimizer in main memory while sampling", affects_result=False)
+    modules: tuple[str, ...] = option((), "Python modules that every process of verl imports besides hba's plug-in")
+    overrides: tuple[str, ...] = option((), "verl's own keys on top, as hydra takes them: ++trainer.test_freq=5")
+
 
 NotNegative = Annotated[float, Field(ge=0)]
 

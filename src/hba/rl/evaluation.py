@@ -14,20 +14,19 @@ from typing import Any
 import numpy as np
 
 from hba.atlas import Atlas
-from hba.atlas.batch import SampleEncoder
-from hba.atlas.config import LoaderConfig
-from hba.atlas.loader import load_batches
-from hba.atlas.sample import Sample
+from hba.atlas.rows import Sample
+from hba.batch.config import LoaderConfig
+from hba.batch.encode import SampleEncoder
+from hba.batch.loader import load_batches
 from hba.errors import InputError
 from hba.evaluate.answers import read, same_answer, without_latex
-from hba.evaluate.backends.batches import evaluation_plan
+from hba.evaluate.backends.interface import evaluation_plan
 from hba.model.chat import ChatModel
-from hba.quarantine import QuarantineLog
 from hba.rl.config import RolloutConfig
 from hba.rl.evaluation_log import WAYS, mean_parts
-from hba.rl.rewards import well_formed
-from hba.rl.sampler import Draws, Place, Prompts, Sampler, texts_of
-from hba.rl.scoring import Scorer
+from hba.rl.rewards import Scorer, well_formed
+from hba.rl.rollout import Draws, Place, Prompts, Sampler, texts_of
+from hba.run import QuarantineLog
 from hba.taxonomy import Taxonomy
 from hba.train.ranks import Ranks
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hba.errors import InputError
-from hba.rl.algorithms import Average, KlKind, Ratio
+from hba.rl.config import Average, KlKind, Ratio
 
 MAX_LOG_RATIO = 20.0  # exp of more is no ratio of policies that are near each other, and overflows in half precision
 

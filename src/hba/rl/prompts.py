@@ -14,15 +14,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from hba.atlas import Atlas
-from hba.atlas.batch import Batch, SampleEncoder
-from hba.atlas.config import LoaderConfig
-from hba.atlas.loader import load_batches
-from hba.atlas.mixing import MixConfig
-from hba.atlas.sampler import Indices
-from hba.rl.sampler import Place, Prompts
+from hba.atlas import Atlas, open_atlas
+from hba.batch.config import LoaderConfig
+from hba.batch.encode import Batch, SampleEncoder
+from hba.batch.loader import load_batches
+from hba.batch.sampler import Indices, MixConfig, subsample
+from hba.rl.config import RlConfig
+from hba.rl.rollout import Place, Prompts
 from hba.train.config import TrainConfig
-from hba.train.plan import share, training_plan
+from hba.train.loop import share, training_plan
 
 
 class PromptFeed:
@@ -92,3 +92,24 @@ class PromptFeed:
         start = self._pieces[position % len(self)][0].start
         replicated = [np.repeat(rows, self._replicates) for rows in self._rows]
         return load_batches(self._atlas, self._encoder, replicated, self._loader, start=start)
+
+
+# The rows of an RL run, the same for every engine: prompts to train on, and a sample of held-out ones to watch.
+
+
+def training_rows(config: RlConfig) -> Atlas:
+    """The rows whose prompts are trained on."""
+    return _rows(config, config.train_split)
+
+
+def validation_rows(config: RlConfig) -> Atlas:
+    """The rows of the evaluations, a stratified sample where the config limits their number."""
+    atlas = _rows(config, config.validation_split)
+    if config.validation_rows is None or config.validation_rows >= len(atlas):
+        return atlas
+    return atlas.select(subsample(atlas.columns, config.validation_rows, seed=config.train.seed))
+
+
+def _rows(config: RlConfig, split: str) -> Atlas:
+    atlas = open_atlas(config.atlas, split=split)
+    return atlas if config.datasets is None else atlas.filter(datasets=config.datasets)

@@ -1,4 +1,4 @@
-r"""Rewards of the published runs: GRPO's (OmniSapiens-7B RL) and HARPO's (OmniSapiens 2.0).
+"""Rewards of the published runs: GRPO's (OmniSapiens-7B RL) and HARPO's (OmniSapiens 2.0).
 
 Both are pure functions from texts to numbers. The answer is what `hba.evaluate.answers.read` finds, as in the
 evaluation, where the datasets of the responses are known; similarity is the cosine of all-MiniLM-L6-v2 embeddings
@@ -17,17 +17,33 @@ Every text has a score: empty, of 100 kB, in any script. Shapes: N responses.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import math
 import re
-from collections.abc import Sequence
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from hashlib import sha256
+from numbers import Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from hba.errors import InputError
+from pydantic import Field
+
+from hba.atlas.rows import Sample
+from hba.config import option
+from hba.embedding import MINILM, Embedder
+from hba.errors import ConfigError, HbaError, InputError, nearest
 from hba.evaluate.answers import Reading, bare, extract, last_box, named_label, read, same_answer, without_latex
 from hba.taxonomy import BUILTIN, PUBLISHED, Taxonomy
 
-if TYPE_CHECKING:  # torch and transformers are loaded when the first text is embedded
+if TYPE_CHECKING:
     from hba.embedding import Embedder
+
 
 Parts: TypeAlias = dict[str, float]
 Kind = Literal["classification", "free_form"]
@@ -265,3 +281,175 @@ def _same_length(responses: Sequence[str], **others: Sequence[object] | None) ->
         if values is not None and len(values) != len(responses):
             what = f"{len(responses)} responses, but {len(values)} {name}"
             raise InputError(what, fix="Give one of each a response.")
+
+
+# A function of the user's own, named `module:function` or `file.py:function`: a reward, or advantages.
+#
+# Whatever it raises, when it is imported and when it is called, ends the run with the user's own traceback, on every
+# engine: an HbaError whose text ends where the user's code did.
+
+
+def load_function(name: str, *, key: str, known: Iterable[str]) -> Callable[..., Any]:
+    """The function that the config key `key` names, with its errors as HbaErrors that name the line.
+
+    Raises InputError with the `known` names when there is none, and when its module cannot be imported.
+    """
+    module_name, colon, function_name = name.rpartition(":")
+    names = list(known)
+    fix = f"Use {', '.join(names)}, module:function or file.py:function."
+    if not colon:
+        close = get_close_matches(name, names, n=1)
+        raise InputError(f"no function {name!r}", where=key, fix=f"Did you mean {close[0]!r}? {fix}" if close else fix)
+    try:
+        module = _load_file(Path(module_name)) if module_name.endswith(".py") else importlib.import_module(module_name)
+    except (ImportError, OSError) as error:
+        raise InputError(f"cannot import {module_name!r} ({error})", where=key, fix=fix) from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever a module of the user's own does when it is run
+        raise InputError(f"{module_name!r} {raised(error)}", where=key, fix="Mend it.") from error
+    function: Callable[..., Any] | None = getattr(module, function_name, None)
+    if not callable(function):
+        there = [found for found, value in vars(module).items() if callable(value) and not found.startswith("_")]
+        what = f"{module_name!r} has no function {function_name!r}"
+        raise InputError(what, where=key, fix=nearest(function_name, there))
+    return _Guarded(function, f"{key}={name}")
+
+
+class _Guarded:
+    """Calls a function of the user's own. A third boundary beside command and sample: what it raises is its own."""
+
+    def __init__(self, function: Callable[..., Any], where: str) -> None:
+        self._function, self._where = function, where
+
+    def __call__(self, **given: Any) -> Any:
+        try:
+            return self._function(**given)
+        except (HbaError, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # asyncio's CancelledError is no Exception, nor is sys.exit()'s
+            fix = "Mend it; the last checkpoint stands, and the same command goes on from there."
+            raise HbaError(raised(error), where=self._where, fix=fix) from error
+
+
+def raised(error: BaseException) -> str:
+    """The error with the lines of the traceback that are not ours, the last of which is where it was raised."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    frames = [frame for frame in frames if "importlib" not in frame.filename]
+    lines = "".join(traceback.format_list(frames)).rstrip()
+    said = "".join(traceback.format_exception_only(error)).strip()
+    return f"raised {said}\n{lines}\n" if lines else f"raised {said}"
+
+
+def _load_file(path: Path) -> Any:
+    # Dataclasses look their module up by name. A file that is named twice, for reward and advantages, is one module.
+    name = f"hba_own_{path.stem}_{sha256(bytes(path.resolve()) + path.read_bytes()).hexdigest()[:16]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+# Which reward a run uses: a published one, or a function of the user's own.
+#
+# A user's function is named as `module:function` or `file.py:function` and is called with lists of equal length:
+# `function(responses=..., targets=..., tasks=..., datasets=..., lengths=...)`. It gives a number a response, or a dict
+# of named parts with `score` among them. What it gives is checked before it reaches an advantage: a wrong count, a
+# missing score or a number that is not finite is an error that names function and sample, never a silent zero; what it
+# raises ends the run with its own traceback (`own`).
+
+
+PUBLISHED_REWARDS = ("grpo", "harpo")
+Tokens = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """How a response is rewarded."""
+
+    function: str = option("harpo", "grpo, harpo, or your own as module:function or file.py:function")
+    published: bool = option(False, "reproduce the released rewards with their quirks, to compare published runs")
+    synonyms: bool = option(True, "any synonym of a class counts as it, as in the evaluation; else its label alone")
+    max_response_tokens: Tokens = option(MAX_RESPONSE_TOKENS, "harpo: a response of so many tokens is penalised fully")
+    overlong_buffer_tokens: Tokens = option(OVERLONG_BUFFER_TOKENS, "harpo: the penalty rises over so many tokens")
+    overlong_weight: Annotated[float, Field(ge=0)] = option(OVERLONG_WEIGHT, "harpo: weight of the length penalty")
+    embedder: str = option(MINILM, "sentence encoder of the similarity: a hub id or a folder")
+
+    def __post_init__(self) -> None:
+        if self.overlong_buffer_tokens > self.max_response_tokens:
+            what = f"reward.overlong_buffer_tokens is {self.overlong_buffer_tokens}, above reward.max_response_tokens"
+            raise ConfigError(what, fix=f"Use at most {self.max_response_tokens}.")
+
+
+class Scorer:
+    """Rewards responses to samples. Raises InputError when the function or the embedder cannot be had."""
+
+    def __init__(self, config: RewardConfig, taxonomy: Taxonomy = BUILTIN) -> None:
+        self.config, self._taxonomy = config, taxonomy
+        own = config.function not in PUBLISHED_REWARDS
+        self._own = load_function(config.function, key="reward.function", known=PUBLISHED_REWARDS) if own else None
+        self._embedder = None if own else Embedder(config.embedder)
+
+    def __call__(
+        self, responses: Sequence[str], samples: Sequence[Sample], lengths_tokens: Sequence[int]
+    ) -> list[Parts]:
+        """One dict of parts a response, `score` among them, all finite. `samples` repeat, one a response."""
+        targets = [sample.target for sample in samples]
+        tasks, datasets = [sample.task for sample in samples], [sample.dataset for sample in samples]
+        if self._own is not None:
+            given = self._own(
+                responses=list(responses), targets=targets, tasks=tasks, datasets=datasets, lengths=list(lengths_tokens)
+            )
+            return self._checked(given, samples)
+        config = self.config
+        if not config.published:  # the dataset decides, whatever a row's task is called
+            tasks = ["qa" if sample.label is None else "cls" for sample in samples]
+        shared: dict[str, Any] = {
+            "datasets": datasets if config.synonyms else None,
+            "prompts": [sample.problem for sample in samples],
+            "taxonomy": self._taxonomy,
+            "embedder": self._embedder,
+            "published": config.published,
+        }
+        if config.function == "grpo":
+            return grpo_reward(responses, targets, **shared)
+        return harpo_reward(
+            responses,
+            targets,
+            tasks,
+            lengths_tokens,
+            max_response_tokens=config.max_response_tokens,
+            overlong_buffer_tokens=config.overlong_buffer_tokens,
+            overlong_weight=config.overlong_weight,
+            **shared,
+        )
+
+    def _checked(self, given: Any, samples: Sequence[Sample]) -> list[Parts]:
+        name = self.config.function
+        if not isinstance(given, Iterable) or isinstance(given, (str, Mapping)):
+            raise InputError(f"gave {type(given).__name__}, not a list of rewards", where=name, fix="Give one each.")
+        rewards = list(given)
+        if len(rewards) != len(samples):
+            what = f"gave {len(rewards)} rewards for {len(samples)} responses"
+            raise InputError(what, where=name, fix="Give one each.")
+        checked = []
+        for value, sample in zip(rewards, samples, strict=True):
+            where = f"{name}, sample {sample.id}"
+            parts = dict(value) if isinstance(value, Mapping) else {"score": value}
+            if "score" not in parts or not all(isinstance(part, str) for part in parts):
+                raise InputError(f"a reward without 'score': {parts}", where=where, fix="Return a number, or add it.")
+            for part, number in parts.items():
+                if not isinstance(number, Real) or not math.isfinite(number):
+                    fix = "Return finite numbers; a response that cannot be scored may get the lowest one."
+                    raise InputError(f"reward {part!r} is {number!r}", where=where, fix=fix)
+            checked.append({part: float(number) for part, number in parts.items()})
+        return checked

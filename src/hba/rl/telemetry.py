@@ -11,14 +11,13 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from hba.rl.advantages import Advantage, Harpo
+from hba.rl.advantages import Advantage, Harpo, grouped
 from hba.rl.evaluation_log import collapsed
-from hba.rl.groups import grouped
-from hba.rl.sampler import Key, Place
+from hba.rl.rollout import Key, Place
 from hba.run import RunFolder
 from hba.storage import AppendLog
 from hba.train.display import TrainingDisplay
@@ -26,12 +25,18 @@ from hba.train.state import Progress
 
 if TYPE_CHECKING:
     from hba.rl.config import RlConfig
-    from hba.rl.update import Updated
 
 WINDOW_STEPS = 10
 FALL_SHARE = 0.3  # of the best average, and at least:
 FALL_REWARD = 0.15
 FREQUENT = 5  # answers of a step that the watch counts: one that nearly all say is among them
+
+
+class Updated(NamedTuple):
+    """Of a step: its policy loss and the gradient norm before clipping, both means over its updates."""
+
+    loss: float
+    grad_norm: float
 
 
 @dataclass(kw_only=True)

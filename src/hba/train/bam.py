@@ -20,36 +20,37 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hba.atlas import Atlas, data_record, open_atlas
-from hba.atlas.batch import IGNORED, Batch, Encoder
-from hba.atlas.loader import load_batches
-from hba.atlas.sampler import Indices
+from hba.batch.encode import IGNORED, Batch, Encoder
+from hba.batch.loader import load_batches
+from hba.batch.sampler import Indices
 from hba.errors import InputError
-from hba.evaluate.backends.batches import evaluation_plan
+from hba.evaluate.backends.interface import evaluation_plan
 from hba.evaluate.metrics import score
-from hba.model import chat, checkpoint
+from hba.model import checkpoint
 from hba.model.bam import FOLDER, AdapterSpec, Bam, load_bam, save_bam
 from hba.model.generate import media_token_ids
 from hba.model.heads import DomainHeads, token_loss
 from hba.model.omni import OmniSapiens, apply_strategy, config_of
-from hba.process import prepare_process, start_accelerator
+from hba.model.process import prepare_process, start_accelerator
 from hba.run import RunFolder
 from hba.train.config import BamConfig, refuse_windows_of_shards
-from hba.train.described import described_datasets, fitting, read_descriptors, training_matrix
-from hba.train.domains import after_bam
-from hba.train.frozen import (
+from hba.train.features import (
     Descriptors,
     FeatureBatch,
     FrozenBase,
     cached_batches,
+    described_datasets,
     features,
+    fitting,
     is_free_form,
+    read_descriptors,
     streamed_batches,
+    training_matrix,
 )
-from hba.train.loop import Stage, Validation, run_training
-from hba.train.plan import planned_rows, training_plan
+from hba.train.loop import Stage, Validation, planned_rows, run_training, training_plan
 from hba.train.qa import Progressed
 from hba.train.ranks import Ranks
-from hba.train.scores import exact, exact_matches, mean_over_tasks
+from hba.train.scores import after_bam, exact, exact_matches, mean_over_tasks
 from hba.train.state import Progress, latest
 
 
@@ -176,7 +177,7 @@ def build_model(
         # Weights that train keep float32 masters; the configured dtype is for those that do not.
         dtype = "float32" if strategy == "full" else config.dtype
         how: dict[str, Any] = {"attention": config.attention, "mapped": config.train.sharding == "full"}
-        model = checkpoint.load(name, dtype=dtype, taxonomy=base.taxonomy, **how)
+        model = OmniSapiens.from_pretrained(name, dtype=dtype, taxonomy=base.taxonomy, **how)
         model.bam = bam
         return apply_strategy(model, config_of(model, str(name), strategy))
     heads = checkpoint.load_heads(base.folder if resume is None else resume)
@@ -263,8 +264,8 @@ def save_checkpoint(
     """Write a checkpoint that `OmniSapiens.from_pretrained` loads: what was frozen is linked from the base."""
     if isinstance(model, OmniSapiens):
         known = {name: base.card.get(name, False) for name in ("strategy", "speaks")}
-        backbone = chat.backbone_of(str(base.folder))
-        checkpoint.save(model, folder, backbone=backbone, encode=base.encode, domains=domains, **known)
+        backbone = checkpoint.backbone_of(str(base.folder))
+        model.save_pretrained(folder, backbone=backbone, encode=base.encode, domains=domains, **known)
         return
     trained = [FOLDER, *([checkpoint.HEADS] if config.stage == "adapters+heads" else [])]
     checkpoint.link(base.folder, folder, without=trained, domains=domains)

@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from hba.atlas.config import WINDOWS_ARE_FOR_HEADS, EncodeConfig, LoaderConfig
-from hba.atlas.mixing import MixConfig
+from hba.batch.config import WINDOWS_ARE_FOR_HEADS, EncodeConfig, LoaderConfig
+from hba.batch.pool import DescriptorConfig
+from hba.batch.sampler import MixConfig
 from hba.config import option
-from hba.descriptors.pooled import DescriptorConfig
 from hba.errors import ConfigError
 from hba.model.config import Attention, Dtype, ModelConfig
 

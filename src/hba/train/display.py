@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from hba import yaml_core
+from hba.config import read_yaml
 from hba.errors import ConfigError
 from hba.run import RunFolder, wandb_run
 from hba.train.state import Progress
@@ -138,5 +138,5 @@ def _start_wandb(project: str, run: RunFolder) -> Any:
     except ImportError:
         fix = "pip install 'human-behavior-atlas[wandb]', or leave wandb_project unset."
         raise ConfigError("wandb is not installed", where="wandb_project", fix=fix) from None
-    config, folder = yaml_core.read(run.config), str(run.path.resolve())
+    config, folder = read_yaml(run.config), str(run.path.resolve())
     return wandb.init(project=project, resume="allow", config=config, dir=folder, **wandb_run(run.path))

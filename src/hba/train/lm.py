@@ -16,19 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from hba.atlas import Atlas, data_record, open_atlas
-from hba.atlas.answer_format import FormatMix
-from hba.atlas.batch import IGNORED, Batch, SampleEncoder
-from hba.atlas.chat_encoder import encoder_for
-from hba.atlas.loader import load_batches
+from hba.batch.encode import IGNORED, Batch, SampleEncoder, encoder_for
+from hba.batch.loader import load_batches
+from hba.batch.prompt import FormatMix
 from hba.errors import InputError
-from hba.evaluate.backends.batches import evaluation_plan
+from hba.evaluate.backends.interface import evaluation_plan
 from hba.model import chat, checkpoint
 from hba.model.heads import answer_loss
-from hba.process import prepare_process, start_accelerator
+from hba.model.process import prepare_process, start_accelerator
 from hba.run import RunFolder
 from hba.train.config import LmConfig
-from hba.train.loop import Stage, Validation, run_training
-from hba.train.plan import training_plan
+from hba.train.loop import Stage, Validation, run_training, training_plan
 from hba.train.ranks import Ranks
 from hba.train.state import Progress, latest
 
@@ -84,7 +82,7 @@ def build_model(config: LmConfig, resume: Path | None) -> chat.ChatModel:
 
 def save_checkpoint(model: chat.ChatModel, config: LmConfig, folder: Path) -> None:
     """Write the model of a run as a checkpoint that `chat.load` reads."""
-    backbone = chat.backbone_of(config.model.name)
+    backbone = checkpoint.backbone_of(config.model.name)
     strategy, formats = config.model.strategy, config.formats
     chat.save(model, folder, backbone=backbone, strategy=strategy, encode=config.encode, formats=formats)
 

@@ -16,19 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from hba.atlas import Atlas, data_record, open_atlas
-from hba.atlas.batch import Encoder
-from hba.atlas.sampler import Indices
+from hba.batch.encode import Encoder
+from hba.batch.sampler import Indices
 from hba.errors import InputError
-from hba.evaluate.backends.batches import evaluation_plan
+from hba.evaluate.backends.interface import evaluation_plan
 from hba.model import checkpoint
 from hba.model.generate import media_token_ids
 from hba.model.heads import token_loss
-from hba.process import prepare_process, start_accelerator
+from hba.model.process import prepare_process, start_accelerator
 from hba.run import RunFolder
 from hba.train.config import FeatureConfig, QaConfig
-from hba.train.frozen import FeatureBatch, FrozenBase, cached_batches, features, streamed_batches
-from hba.train.loop import Stage, Validation, run_training
-from hba.train.plan import training_plan
+from hba.train.features import FeatureBatch, FrozenBase, cached_batches, features, streamed_batches
+from hba.train.loop import Stage, Validation, run_training, training_plan
 from hba.train.ranks import Ranks
 from hba.train.scores import exact, exact_matches, mean_over_tasks
 from hba.train.state import Progress, latest

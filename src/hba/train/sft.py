@@ -16,26 +16,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hba.atlas import Atlas, data_record, open_atlas
-from hba.atlas.batch import Batch, Encoder
-from hba.atlas.loader import load_batches
-from hba.atlas.sample import Quarantined
+from hba.atlas.rows import Quarantined
+from hba.batch.encode import Batch, Encoder
+from hba.batch.loader import load_batches
 from hba.evaluate.backends.heads import HeadsBackend
 from hba.evaluate.metrics import score
 from hba.evaluate.predict import answerable, predict
 from hba.evaluate.predictions import Prediction
-from hba.model import checkpoint
-from hba.model.chat import backbone_of
+from hba.model.checkpoint import backbone_of
 from hba.model.heads import answer_loss
 from hba.model.omni import OmniOutput, OmniSapiens, apply_strategy
-from hba.process import prepare_process, start_accelerator
+from hba.model.process import prepare_process, start_accelerator
 from hba.run import RunFolder
 from hba.taxonomy import Taxonomy
 from hba.train.config import SftConfig
-from hba.train.domains import after_sft, require_trained
-from hba.train.loop import Stage, Validation, run_training
-from hba.train.plan import planned_rows, training_plan
+from hba.train.loop import Stage, Validation, planned_rows, run_training, training_plan
 from hba.train.ranks import Ranks
-from hba.train.scores import mean_over_tasks
+from hba.train.scores import after_sft, mean_over_tasks, require_trained
 from hba.train.state import Progress, latest
 
 
@@ -100,16 +97,15 @@ def build_model(config: SftConfig, resume: Path | None, taxonomy: Taxonomy) -> O
     torch.manual_seed(config.train.seed)
     name = config.model.name if resume is None else resume
     how: dict[str, Any] = {"attention": config.model.attention, "mapped": config.train.sharding == "full"}
-    model = checkpoint.load(name, dtype=dtype, taxonomy=taxonomy, **how)
+    model = OmniSapiens.from_pretrained(name, dtype=dtype, taxonomy=taxonomy, **how)
     return apply_strategy(model, config.model)
 
 
 def save_checkpoint(model: OmniSapiens, config: SftConfig, domains: list[str] | None, folder: Path) -> None:
     """Write the model of a run as a checkpoint that `OmniSapiens.from_pretrained` loads."""
     backbone, strategy, speaks = backbone_of(config.model.name), config.model.strategy, config.answer_weight > 0
-    checkpoint.save(
-        model, folder, backbone=backbone, strategy=strategy, encode=config.encode, speaks=speaks, domains=domains
-    )
+    known: dict[str, Any] = {"encode": config.encode, "speaks": speaks, "domains": domains}
+    model.save_pretrained(folder, backbone=backbone, strategy=strategy, **known)
 
 
 def validate_heads(backend: HeadsBackend, atlas: Atlas, run: RunFolder, ranks: Ranks) -> Validation:

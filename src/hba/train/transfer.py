@@ -19,17 +19,15 @@ from hba.atlas import Atlas, open_atlas
 from hba.errors import InputError, nearest
 from hba.evaluate.compare import compare_runs
 from hba.evaluate.config import PredictConfig
-from hba.evaluate.predict import predict_run
+from hba.evaluate.predict import Selection, predict_run
+from hba.evaluate.predictions import Tally
 from hba.evaluate.score import score_run
-from hba.evaluate.selection import Selection
-from hba.evaluate.tally import Tally
-from hba.published import published_table
-from hba.quarantine import QuarantineLog
+from hba.run import QuarantineLog
 from hba.storage import write_json
-from hba.taxonomy import PUBLISHED
+from hba.taxonomy import PUBLISHED, published_table
 from hba.train.config import SftConfig
 from hba.train.sft import classification_rows, train_sft
-from hba.train.start import training_run
+from hba.train.state import training_run
 
 ShowProgress: TypeAlias = Callable[[str], AbstractContextManager[Callable[[Tally], None]]]
 """A bar of the given name; what it yields takes the tally of predictions."""

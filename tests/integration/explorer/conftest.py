@@ -15,10 +15,9 @@ import pytest
 import uvicorn
 
 from hba import open_atlas
-from hba.evaluate.judge.items import answer_sha256
-from hba.evaluate.judge.judgements import Judgement
+from hba.evaluate.judge.items import Judgement, answer_sha256
 from hba.evaluate.score import score_run
-from hba.explorer.app import create_app
+from hba.explorer.server import create_app
 
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 

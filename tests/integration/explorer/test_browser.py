@@ -12,8 +12,7 @@ import pytest
 
 from hba import open_atlas
 from hba.evaluate.judge.agreement import read_items, read_labels
-from hba.explorer.app import create_app
-from hba.explorer.server import GO_TO
+from hba.explorer.server import GO_TO, create_app
 
 SHOTS = os.environ.get("HBA_SCREENSHOTS")
 

@@ -21,10 +21,8 @@ from hba import open_atlas
 from hba.atlas.convert import convert_atlas
 from hba.errors import InputError
 from hba.evaluate.score import score_run
-from hba.explorer.app import create_app
-from hba.explorer.decode import Decoder
-from hba.explorer.serve_media import MAX_RANGE_BYTES, parse_range
-from hba.explorer.server import bind
+from hba.explorer.media import MAX_RANGE_BYTES, Decoder, parse_range
+from hba.explorer.server import bind, create_app
 
 
 def sound_row(served):

@@ -19,7 +19,7 @@ import pytest
 import soundfile
 
 from hba.errors import InputError
-from hba.report import write_report
+from hba.report.page import write_report
 from hba.taxonomy import TASKS
 
 VOID = {"meta", "img", "br"}

@@ -10,7 +10,7 @@ from importlib import import_module
 from hba.errors import InputError, nearest
 from hba.evaluate.backends.interface import Backend
 from hba.evaluate.config import Opening
-from hba.model.names import require_place
+from hba.model.config import require_place
 
 MODULES = {
     "heads": "hba.evaluate.backends.heads",

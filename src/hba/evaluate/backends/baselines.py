@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from hba.atlas import Atlas, open_atlas
-from hba.atlas.sampler import Indices
+from hba.batch.sampler import Indices
 from hba.errors import InputError
 from hba.evaluate.answers import plain
 from hba.evaluate.backends.interface import Answered, Output, Result, one_by_one, samples

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 
 from hba.atlas import Atlas
-from hba.atlas.batch import Batch, Encoder
-from hba.atlas.config import LoaderConfig
-from hba.atlas.sampler import Indices
+from hba.batch.config import LoaderConfig
+from hba.batch.encode import Batch, Encoder
+from hba.batch.sampler import Indices
 from hba.errors import InputError
-from hba.evaluate.backends.batches import batched_answers, evaluation_plan
-from hba.evaluate.backends.interface import Output, Result, spoken
+from hba.evaluate.backends.interface import Output, Result, batched_answers, evaluation_plan, spoken
 from hba.evaluate.config import Opening
 from hba.model import checkpoint
 from hba.model.generate import end_token_ids
@@ -100,7 +99,8 @@ def open_backend(_name: str, opening: Opening) -> HeadsBackend:
     if trained is None or checkpoint.read_card(trained)["columns"] is None:
         fix = "Give a checkpoint, or the run folder of `hba train sft`; --backend hf answers in words."
         raise InputError("a backbone without trained heads: its answers would be random", where=model_name, fix=fix)
-    model = checkpoint.load(model_name, dtype=config.dtype, attention=config.attention, taxonomy=taxonomy).eval()
+    how: dict[str, Any] = {"dtype": config.dtype, "attention": config.attention}
+    model = OmniSapiens.from_pretrained(model_name, taxonomy=taxonomy, **how).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     max_tokens = config.generation.max_tokens if model.speaks else 0
     origin: dict[str, Any] = dict(checkpoint.identity(trained, dtype=config.dtype, attention=config.attention))

@@ -14,14 +14,12 @@ from typing import Any
 import torch
 
 from hba.atlas import Atlas
-from hba.atlas.answer_format import FormatMix
-from hba.atlas.batch import Batch, SampleEncoder
-from hba.atlas.chat_encoder import encoder_for
-from hba.atlas.sampler import Indices
+from hba.batch.encode import Batch, SampleEncoder, encoder_for
+from hba.batch.prompt import FormatMix
+from hba.batch.sampler import Indices
 from hba.errors import InputError
 from hba.evaluate.answers import opened_thinking
-from hba.evaluate.backends.batches import batched_answers, evaluation_plan
-from hba.evaluate.backends.interface import Output, Result, choices, likeliest, spoken
+from hba.evaluate.backends.interface import Output, Result, batched_answers, choices, evaluation_plan, likeliest, spoken
 from hba.evaluate.config import GenerationConfig, Opening, PredictConfig
 from hba.model import chat, checkpoint
 from hba.model.generate import end_token_ids

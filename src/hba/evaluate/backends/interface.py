@@ -4,26 +4,31 @@ A backend says which rows it asks together (`batches`), draws the batches that i
 and yields one result a row: what it said (`Answered`, an error included), that the sample's media cannot be read
 (`Quarantined`), or that the service it asks gave nobody an answer (`Unanswered`), which is not kept and is asked again.
 Order, batching and concurrency are its own; resume, files, counts, display and who of several processes asks what are
-the run's. A backend that takes tensor batches builds on `batches.batched_answers`, one that takes samples loops over
+the run's. A backend that takes tensor batches builds on `batched_answers`, one that takes samples loops over
 `samples`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 from hba.atlas import Atlas
-from hba.atlas.answer_format import FormatMix
-from hba.atlas.sample import Quarantined, Sample
-from hba.atlas.sampler import Indices
+from hba.atlas.rows import Quarantined, Sample
+from hba.batch.config import LoaderConfig
+from hba.batch.prompt import FormatMix
+from hba.batch.sampler import Indices, plan_batches
 from hba.evaluate import answers
 from hba.evaluate.results import was_cut
 from hba.remote.cost import Meter
 from hba.taxonomy import Taxonomy
+
+if TYPE_CHECKING:
+    from hba.batch.encode import Batch, SampleEncoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,3 +145,52 @@ def spoken(sample: Sample, text: str, taxonomy: Taxonomy, **known: Any) -> Outpu
         known["error"] = f"the answer cannot be read ({type(error).__name__}: {error})"
         return Output(text=text, answer=None, label=None, **known)
     return Output(text=text, answer=answer, label=label, rule=rule, **known)
+
+
+# The path of backends that take tensor batches: plan them by signature and length, load them, ask the model.
+#
+# The plan depends on the rows alone, never on what is done already nor on how many processes share it: a batch that is
+# done in part is computed whole, so that its padding, and with it the last bits of every number, are those of an
+# uninterrupted run of one process.
+
+
+def batched_answers(
+    atlas: Atlas,
+    batches: Sequence[Indices],
+    done: Set[str],
+    *,
+    encoder: SampleEncoder,
+    answer: Callable[[Batch], Sequence[Output]],
+    loader: LoaderConfig,
+) -> Iterator[Result]:
+    """The results of `batches` of an `evaluation_plan`; `answer` gives one output a sample, in the batch's order.
+
+    Time and input tokens are measured here unless `answer` gives them.
+    """
+    from hba.batch.loader import load_batches  # imports torch, which other backends do without
+
+    if done:
+        batches = [batch for batch in batches if any(atlas.ids[int(row)] not in done for row in batch)]
+    for batch in load_batches(atlas, encoder, batches, loader):
+        yield from batch.quarantined
+        if not len(batch):
+            continue
+        started = time.perf_counter()
+        outputs = answer(batch)
+        seconds = (time.perf_counter() - started) / len(batch)
+        tokens_B = batch.num_tokens.tolist()
+        for sample, output, tokens_in in zip(batch.samples, outputs, tokens_B, strict=True):
+            if sample.id not in done:
+                measured = {"tokens_in": tokens_in, "seconds": seconds}
+                missing = {name: value for name, value in measured.items() if getattr(output, name) is None}
+                yield Answered(sample, replace(output, **missing))
+
+
+def evaluation_plan(atlas: Atlas, rows: Indices, batch_size: int) -> list[Indices]:
+    """Batches of the given rows, grouped by signature and length, in a fixed order."""
+    columns = atlas.columns
+    lengths_N = atlas.estimated_tokens[rows]
+    batches = plan_batches(
+        columns.signature_codes[rows], lengths_N, batch_size=batch_size, seed=0, epoch=0, shuffle=False
+    )
+    return [rows[batch] for batch in batches]

@@ -23,9 +23,9 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from hba.atlas import Atlas
-from hba.atlas.answer_format import FormatMix
-from hba.atlas.sample import Quarantined, Sample
-from hba.atlas.sampler import Indices
+from hba.atlas.rows import Quarantined, Sample
+from hba.batch.prompt import FormatMix
+from hba.batch.sampler import Indices
 from hba.environment import usable_cores
 from hba.errors import InputError, MediaError
 from hba.evaluate.backends.interface import (
@@ -126,7 +126,7 @@ class RemoteBackend:
 
     def request(self, sample: Sample) -> ChatRequest:
         """What is sent for a sample. Raises MediaError for a medium that cannot be read."""
-        from hba.atlas.batch import messages_of  # imports torch, which a run without anything left does not need
+        from hba.batch.encode import messages_of  # imports torch, which a run without anything left does not need
 
         parts = media_parts(sample, self._encode, video=self._opening.config.video)
         settings = self._settings

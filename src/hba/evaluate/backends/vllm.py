@@ -27,14 +27,12 @@ import PIL.Image
 from safetensors.torch import load_file
 
 from hba.atlas import Atlas
-from hba.atlas.answer_format import FormatMix
-from hba.atlas.batch import load_media, messages_of
-from hba.atlas.chat_encoder import end_token_id
-from hba.atlas.config import EncodeConfig
 from hba.atlas.media import SAMPLE_RATE
-from hba.atlas.prompt import PlainText, Wording
-from hba.atlas.sample import Sample
-from hba.atlas.sampler import Indices
+from hba.atlas.rows import Sample
+from hba.batch.config import EncodeConfig
+from hba.batch.encode import end_token_id, load_media, messages_of
+from hba.batch.prompt import FormatMix, PlainText, Wording
+from hba.batch.sampler import Indices
 from hba.environment import usable_cores
 from hba.errors import ConfigError, InputError, MachineError, MediaError
 from hba.evaluate.answers import opened_thinking

@@ -17,16 +17,16 @@ import numpy.typing as npt
 import PIL.Image
 import soundfile
 
-from hba.atlas.config import EncodeConfig
 from hba.atlas.media import SAMPLE_RATE, Image, Video
-from hba.atlas.prompt import Message, Modality
-from hba.atlas.sample import Sample
+from hba.atlas.rows import Sample
+from hba.batch.config import EncodeConfig
+from hba.batch.prompt import Message, Modality
 from hba.errors import MediaError
 from hba.remote.request import Message as RemoteMessage
 from hba.remote.request import Part
 
 if TYPE_CHECKING:
-    from hba.atlas.batch import Media
+    from hba.batch.encode import Media
 
 WIRE_VERSION = 1  # raised when the same sample would be sent in another form
 
@@ -35,7 +35,7 @@ Parts = Mapping[Modality, list[list[Part]]]
 
 def media_parts(sample: Sample, encode: EncodeConfig, *, video: str) -> Parts:
     """The parts of each medium by modality, in the order of the row. Raises MediaError for one that cannot be read."""
-    from hba.atlas.batch import load_media  # imports torch
+    from hba.batch.encode import load_media  # imports torch
 
     decoded = load_media(sample, encode, SAMPLE_RATE)  # also where files are sent: what is broken is found here
     if video == "file" and decoded.videos:

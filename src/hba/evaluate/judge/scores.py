@@ -13,13 +13,51 @@ from pathlib import Path
 from typing import Any
 
 from hba.errors import InputError
-from hba.evaluate.confusion import RIGHT, WRONG, Rows
-from hba.evaluate.judge.accuracy import METRIC, Verdict, by_dataset
-from hba.evaluate.judge.items import answer_sha256, answered
-from hba.evaluate.judge.judgements import FILE, read_judgements
-from hba.evaluate.metrics import mean_of
+from hba.evaluate.judge.items import FILE, answer_sha256, answered, read_judgements
+from hba.evaluate.metrics import RIGHT, WRONG, Rows, mean_of
 from hba.evaluate.predictions import Prediction
 from hba.taxonomy import Taxonomy
+
+# Judge accuracy: the share of a dataset's answers that the judge found correct.
+#
+# Every row counts: an empty or failed answer is wrong without a judge, and a row without a verdict is unknown. One
+# unknown row leaves the dataset without a score; what is known then are bounds, all unknown ones wrong or all right.
+
+
+METRIC = "llm_judge_accuracy"
+Verdict = bool | None
+
+
+def judge_accuracy(verdicts: Sequence[Verdict], *, published: bool = False) -> float | None:
+    """Share of True in [0, 1]; None if a verdict is missing, or if there is none at all.
+
+    `published=True` leaves rows without a verdict out of numerator and denominator, as the released script does.
+    """
+    known = [verdict for verdict in verdicts if verdict is not None]
+    if not known or (len(known) < len(verdicts) and not published):
+        return None
+    return sum(known) / len(known)
+
+
+def bounds(verdicts: Sequence[Verdict]) -> tuple[float, float] | None:
+    """The accuracy if every missing verdict were False, and if every one were True; None without rows."""
+    if not verdicts:
+        return None
+    right, unknown = sum(v is True for v in verdicts), sum(v is None for v in verdicts)
+    return right / len(verdicts), (right + unknown) / len(verdicts)
+
+
+def by_dataset(verdicts: Mapping[str, Sequence[Verdict]], *, published: bool = False) -> dict[str, dict[str, Any]]:
+    """Per dataset: the accuracy, its bounds if verdicts are missing, and the counts n_judged and n_unjudged."""
+    found: dict[str, dict[str, Any]] = {}
+    for key, values in verdicts.items():
+        unknown = sum(value is None for value in values)
+        found[key] = {METRIC: judge_accuracy(values, published=published)}
+        found[key] |= {"n_judged": len(values) - unknown, "n_unjudged": unknown}
+        if unknown:
+            found[key][f"{METRIC}_bounds"] = list(bounds(values) or ())
+    return found
+
 
 Verdicts = Mapping[str, Verdict]
 

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hba.errors import ConfigError
 
 if TYPE_CHECKING:
-    from hba.rl.algorithms import Algorithm
-    from hba.rl.config import RlConfig
+    from hba.rl.config import Algorithm, RlConfig
 
 TRAINER_MODE = ESTIMATOR = "hba"
 AGENT = "hba_omni"

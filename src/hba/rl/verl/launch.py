@@ -22,18 +22,19 @@ from pathlib import Path
 
 import torch
 
-from hba import yaml_core
 from hba.atlas import data_record
+from hba.config import dump_yaml
 from hba.errors import HbaError, InputError
 from hba.model import checkpoint
+from hba.model.merge import Parts, require_free, write_full
 from hba.rl.advantages import build_advantage
 from hba.rl.config import RlConfig
 from hba.rl.evaluation_log import read_evaluations, summary
-from hba.rl.rows import training_rows, validation_rows
-from hba.rl.scoring import Scorer
+from hba.rl.prompts import training_rows, validation_rows
+from hba.rl.rewards import Scorer
 from hba.rl.telemetry import in_words
 from hba.rl.verl.config import Place, modules, nested, translate
-from hba.rl.verl.dataset import step_rows
+from hba.rl.verl.dataset import run_config, step_rows
 from hba.run import RunFolder, wandb_run
 from hba.storage import atomic_folder, atomic_write, read_json, write_json
 
@@ -84,7 +85,7 @@ def train_on_verl(
         keys[at] |= {"WANDB_RUN_ID": wandb_run(run.path)["id"], "WANDB_RESUME": "allow"}
     settings = {"defaults": ["ppo_trainer", "_self_"], **nested(keys)}
     with atomic_write(place.folder / f"{CONFIG}.yaml") as file:
-        file.write(yaml_core.dump(settings))
+        file.write(dump_yaml(settings))
     run.truncate_log(latest_step(place.folder))
     _run(config, place, told, said)
     return latest_step(place.folder)
@@ -207,3 +208,34 @@ class _Lines:
                 elif record["kind"] == "warning":
                     said(f"warning: step {record['step']}: {record['message']}")
         told(self._step, self._total)
+
+
+# `hba merge` of a run on verl: its best checkpoint as one full model, which predict, score and report take.
+#
+# verl writes the weights of a checkpoint in Hugging Face form beside its own shards (`actor/huggingface`); nothing here
+# needs verl, and nothing is unpickled.
+
+
+FOLDER = "verl"
+
+
+def is_verl_run(path: Path) -> bool:
+    """Whether a folder is a run of `hba train rl --engine verl`."""
+    return (path / FOLDER / "hba.yaml").is_file()
+
+
+def merge_verl_run(run: Path, out: Path, *, dtype: torch.dtype) -> int:
+    """Write the model into the new folder `out`; gives the step that it is from.
+
+    Raises InputError when no checkpoint is whole or `out` is taken.
+    """
+    require_free(out)
+    config, step = run_config(str(run)), best_step(run)
+    weights = run / FOLDER / "checkpoints" / f"global_step_{step}" / "actor" / "huggingface"
+    if not step or not list(weights.glob("*.safetensors")):
+        raise InputError("no whole checkpoint", where=str(run / FOLDER), fix="Run the command of the run again.")
+    place = checkpoint.place_of(config.model.name)
+    card = checkpoint.new_card(place, "full", config.encode, formats=(config.format,))
+    with atomic_folder(out) as new:
+        write_full(Parts(base=str(weights), processor=str(weights)), new, dtype=dtype, card=card)
+    return step

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import ray
 from transformers import AutoProcessor
+from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import HFModelConfig
+from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 
-from hba.rl.verl.processor import OmniProcessor
+from hba.rl.verl.thinker import OmniProcessor
 
 
 @dataclass
@@ -27,3 +31,23 @@ class OmniModelConfig(HFModelConfig):  # type: ignore[misc]
             self.hf_config.hba_media_token_ids = self.processor.media_token_ids
             if self.custom_chat_template is not None:
                 self.processor.chat_template = self.custom_chat_template
+
+
+# verl's vLLM replica with our processor: its server builds verl's own model config whatever `_target_` says.
+#
+# Without it the server has no processor for Qwen2.5-Omni, and sends no media.
+
+
+class OmniVllmServer(vLLMHttpServer):  # type: ignore[misc]
+    """verl's server."""
+
+    def _init_model_config(self, model_config: Any) -> Any:
+        return omega_conf_to_dataclass(model_config)
+
+
+class OmniVllmReplica(vLLMReplica):  # type: ignore[misc]
+    """verl's replica, which starts our server."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.server_class = ray.remote(OmniVllmServer)

@@ -5,20 +5,67 @@ verl is not changed: these are its registries. `tests/with_verl/test_contract.py
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from verl.experimental.agent_loop.agent_loop import register
+from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 
-import hba.rl.verl.agent
+import hba.rl.verl.plugin
 import hba.rl.verl.trainer  # noqa: F401  # registers itself, as the agent does
+from hba.evaluate.backends.wire import frame_rate
+from hba.model.generate import BANNED_BIAS
 from hba.rl.verl import thinker
+from hba.rl.verl.config import AGENT
 
 
 def _vllm_replica() -> Any:
-    from hba.rl.verl.vllm import OmniVllmReplica
+    from hba.rl.verl.model import OmniVllmReplica
 
     return OmniVllmReplica
 
 
 thinker.register()
 RolloutReplicaRegistry.register("vllm", _vllm_replica)
+
+
+# verl's agent loop for one answer to a prompt with media: placeholders collapsed, media tokens banned, times kept.
+#
+# A sampling engine expands one placeholder a medium itself. verl collapses those of images and videos before it sends a
+# prompt, and leaves those of sounds expanded: an audio would arrive with more tokens than it has.
+
+
+class OmniClient:
+    """verl's client of the sampling engines, in front of which prompts and sampling parameters are put right."""
+
+    def __init__(self, client: Any, processor: Any) -> None:
+        self._client, self._processor = client, processor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    async def generate(
+        self, request_id: str, *, prompt_ids: Sequence[int], sampling_params: dict[str, Any], **request: Any
+    ) -> Any:
+        """verl's call, for a prompt whose placeholders are expanded."""
+        sampling = {**sampling_params, "logit_bias": dict.fromkeys(self._processor.media_token_ids, BANNED_BIAS)}
+        rates = [float(metadata["fps"]) for _, metadata in request.get("video_data") or ()]
+        request["mm_processor_kwargs"] = {**(request.get("mm_processor_kwargs") or {}), **frame_rate(rates)}
+        prompt = self._processor.collapsed(prompt_ids)
+        return await self._client.generate(request_id, prompt_ids=prompt, sampling_params=sampling, **request)
+
+
+@register(AGENT)
+class OmniAgentLoop(SingleTurnAgentLoop):  # type: ignore[misc]
+    """One answer a rollout."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.server_manager: Any = OmniClient(self.server_manager, self.processor)
+
+    async def run(self, sampling_params: dict[str, Any], priority: int = 0, **columns: Any) -> Any:
+        """verl's call. Evaluations of verl are greedy; the row says whether this response is sampled."""
+        if columns["way"] == "sampled":
+            sampling_params = {**sampling_params, "temperature": self.rollout_config.temperature}
+        return await super().run(sampling_params, priority, **columns)

@@ -14,15 +14,13 @@ from typing import Any, NamedTuple
 
 from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 
-from hba.atlas.sample import Sample
+from hba.atlas.rows import Sample
 from hba.errors import HbaError
-from hba.rl.groups import SIGNAL
-from hba.rl.own import raised
-from hba.rl.scoring import Scorer
+from hba.rl.advantages import SIGNAL
+from hba.rl.rewards import Scorer, raised
 from hba.rl.verl.config import SIGNAL_PART, VALIDATION
-from hba.rl.verl.evaluation import verdict
+from hba.rl.verl.dataset import run_config, run_rows, verdict
 from hba.rl.verl.launch import note_failure
-from hba.rl.verl.rows import run_config, run_rows
 
 GATHER_SECONDS = 0.02
 MOST_AT_ONCE = 256
@@ -36,7 +34,7 @@ class _Asked(NamedTuple):
 
 
 class ScorerRewardManager(RewardManagerBase):  # type: ignore[misc]
-    """`hba.rl.scoring.Scorer` behind verl's interface; every column of a row is at hand."""
+    """`hba.rl.rewards.Scorer` behind verl's interface; every column of a row is at hand."""
 
     def __init__(self, config: Any, tokenizer: Any, compute_score: Any, **_: Any) -> None:
         """verl's constructor. Raises InputError when the reward function or the encoder cannot be had."""

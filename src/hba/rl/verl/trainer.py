@@ -32,10 +32,8 @@ from hba.rl.evaluation import answer_of
 from hba.rl.evaluation_log import FOLDER, collapsed_tasks, summary, write_evaluation
 from hba.rl.telemetry import CollapseWatch, Outcome, board_figures, is_due, step_record, table
 from hba.rl.verl.config import ESTIMATOR, SIGNAL_PART, TRAINER_MODE, prompts_of_step
-from hba.rl.verl.dataset import PlanSampler
-from hba.rl.verl.evaluation import OURS, records
+from hba.rl.verl.dataset import OURS, PlanSampler, records, run_config
 from hba.rl.verl.launch import keep_last_and_best, noted_failure
-from hba.rl.verl.rows import run_config
 from hba.storage import AppendLog, read_json, write_json
 
 STATE = "hba_state.json"

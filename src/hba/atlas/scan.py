@@ -1,0 +1,479 @@
+"""Every row of every split against schema and taxonomy: all that is wrong, where opening an atlas stops at the first.
+
+The checks are those of `rows`, applied one by one to a row that does not pass them together, and a few that opening
+leaves out: tags without media, empty prompts and answers, labels that the taxonomy does not list for a dataset. A
+`Catalogue` remembers of the good rows what the checks across splits need: which media they name, and what they ask.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+
+import msgspec
+
+from hba.atlas.jsonl import MAX_LINE_BYTES
+from hba.atlas.names import SplitFiles, find_files, parse_split, present_splits
+from hba.atlas.rows import (
+    MEDIA_FIELDS,
+    PATH_FIELDS,
+    Columns,
+    Field,
+    Row,
+    RowChecker,
+    check_fields,
+    decode_row,
+    label_of,
+    signature_of,
+)
+from hba.atlas.source import PLACES, Slice, Source, opened
+from hba.errors import InputError, MediaError
+from hba.storage import check_relative, machine_fault
+from hba.taxonomy import PUBLISHED, Taxonomy, of_folder
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from hba.atlas.parquet import ShardMedia
+
+
+# The rows of one file, JSONL or parquet shard, one after the other, the bad ones included.
+#
+# Where opening an atlas stops at the first line that is wrong, this hands on every line as it is stored, or what is
+# wrong with it, so that a check can name them all. A row of a shard comes as the JSON that it would be in JSONL, so
+# that one set of checks serves both; its embedded media come as slices of the shard, as its index part tells.
+
+
+_BOM = b"\xef\xbb\xbf"
+_BATCH_ROWS = 1024
+EMBEDDED = "-"  # stands for the path of an embedded medium
+
+
+class Embedded(NamedTuple):
+    """A medium of a shard without an index part, or in a compressed column: whoever wants its bytes looks for them."""
+
+    shard: Path
+    row: int
+    name: Field
+    entry: int
+
+
+MediumName: TypeAlias = str | Slice | Embedded
+"""a path relative to the folder of the rows, or where a medium lies in a shard"""
+
+
+class RawRow(NamedTuple):
+    """One row as it is stored, or what is wrong with its line; `embedded` holds the media of a row of a shard."""
+
+    line: int
+    text: bytes | InputError
+    embedded: dict[Field, list[MediumName]] | None = None
+
+    def medium(self, name: Field, index: int, path: str) -> MediumName:
+        """Where medium `index` of a field lies, which the row calls `path`."""
+        return path if self.embedded is None else self.embedded[name][index]
+
+
+def read_rows(path: Path, file: str) -> Iterator[RawRow]:
+    """Yield every row of a file, which messages call `file`. Raises InputError when the whole file cannot be read."""
+    try:
+        yield from _lines(path, file) if path.suffix == ".jsonl" else _shard_rows(path)
+    except OSError as error:
+        refused = InputError(f"cannot be read ({error.strerror})", where=file, fix="Restore the file.")
+        raise machine_fault(error, file) or refused from None
+
+
+def _lines(path: Path, file: str) -> Iterator[RawRow]:
+    with opened(path, where=file) as handle:
+        line = 0
+        while raw := handle.readline(MAX_LINE_BYTES):
+            line += 1
+            if len(raw) == MAX_LINE_BYTES and not raw.endswith(b"\n"):
+                while raw and not raw.endswith(b"\n"):
+                    raw = handle.readline(MAX_LINE_BYTES)
+                what = f"is longer than {MAX_LINE_BYTES:,} bytes"
+                fix = "Write one JSON object per line."
+                yield RawRow(line, InputError(what, where=f"{file}:{line}", fix=fix))
+                continue
+            text = raw.removeprefix(_BOM) if line == 1 else raw
+            if text and not text.isspace():
+                yield RawRow(line, text)
+
+
+def _shard_rows(shard: Path) -> Iterator[RawRow]:
+    import pyarrow as pa
+
+    from hba.atlas import parquet
+    from hba.atlas.parquet import check_schema
+
+    table = parquet.read_index(shard)
+    if table is not None:
+        yield from _encoded(table, shard, 0)
+        return
+    with parquet.open_shard(shard) as file:
+        check_schema(file.schema_arrow, shard)
+        names = [name for name in file.schema_arrow.names if name not in MEDIA_FIELDS]
+        first = 0
+        try:
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=names, use_threads=False):
+                yield from _encoded(batch, shard, first)
+                first += batch.num_rows
+        except (pa.ArrowException, OSError) as error:
+            damaged = InputError(f"is damaged ({error})", where=str(shard), fix="Restore the shard.")
+            raise machine_fault(error, str(shard)) or damaged from None
+
+
+def embedded_medium(medium: Embedded) -> Source:
+    """The bytes of a medium of a shard without an index, or in a compressed column. Raises MediaError."""
+    return _media_of(medium.shard).medium(medium.row, medium.name, medium.entry, where="")
+
+
+@lru_cache(maxsize=4)
+def _media_of(shard: Path) -> ShardMedia:
+    """The media of a shard, open while they are read: processes that check them go from row to row."""
+    from hba.atlas.pages import KeptPages
+    from hba.atlas.parquet import ShardMedia
+
+    return ShardMedia(shard, KeptPages())
+
+
+def _encoded(table: pa.Table | pa.RecordBatch, shard: Path, first: int) -> Iterator[RawRow]:
+    for start in range(0, table.num_rows, _BATCH_ROWS):
+        for local, values in enumerate(table.slice(start, _BATCH_ROWS).to_pylist(), first + start):
+            places = {name: _places(values, name, shard, local) for name in MEDIA_FIELDS}
+            said = {name: values[name] for name in Row.__struct_fields__ if values.get(name) is not None}
+            said |= {name: [EMBEDDED] * len(media) for name, media in places.items()}
+            yield RawRow(local + 1, msgspec.json.encode(said, enc_hook=repr), places)
+
+
+def _places(values: dict[str, Any], name: Field, shard: Path, row: int) -> list[MediumName]:
+    offsets, sizes, checksums = (values.get(f"{name}_{what}") for what in PLACES)
+    if offsets is None or sizes is None or checksums is None:
+        try:
+            count = _media_of(shard).count(row, name, where="")
+        except MediaError:  # which is raised again when the medium is looked at
+            count = 1
+        return [Embedded(shard, row, name, index) for index in range(count)]
+    return [
+        Slice(shard, offset, size, crcs) if offset >= 0 else Embedded(shard, row, name, index)
+        for index, (offset, size, crcs) in enumerate(zip(offsets, sizes, checksums, strict=True))
+    ]
+
+
+# What a check of an atlas has to say: findings with a level, a code, a place and a fix.
+#
+# An error makes the atlas unfit (a bad row, a broken file, a leak between splits), a warning asks for a look, a note is
+# for information. Codes are stable names for scripts; `CODES` says in one sentence what each means. Findings have one
+# order, whatever order the work was done in, so that an interrupted check ends with the same list as any other.
+
+
+Level = Literal["error", "warning", "note"]
+LEVELS: tuple[Level, ...] = ("error", "warning", "note")
+MAX_PLACES = 20
+
+CODES = {
+    "split-unreadable": "A split cannot be read at all.",
+    "card-broken": "atlas.json is no card of an atlas.",
+    "row-json": "A line is no JSON object.",
+    "row-schema": "A field is missing or of another type than published.",
+    "row-dataset": "A dataset is not in the taxonomy.",
+    "row-label": "A label is not one of its dataset's domain, or contradicts the answer.",
+    "row-signature": "A modality signature is unknown, or other than the row's media.",
+    "row-path": "A path leads out of the atlas.",
+    "row-id": "An id occurs more than once.",
+    "row-tags": "A prompt has more media tags than the row has media.",
+    "row-empty": "A prompt, or a free-form answer, is empty.",
+    "row-leak": "The same prompt with the same media lies in more than one split.",
+    "media-missing": "A file is not there, is empty, or cannot be opened.",
+    "media-outside": "A file is a link out of the atlas.",
+    "media-broken": "A file is cut off, corrupt, of another kind or shape, or beyond the limits.",
+    "media-crash": "A file crashes or stalls its decoder.",
+    "media-leak": "Files of the same content lie in more than one split.",
+    "media-blank": "A sound is silent, or a picture of one colour, from end to end.",
+    "descriptor-shape": "A descriptor has another shape than most of its dataset's.",
+    "label-unlisted": "A label is in the domain, but not among those that the taxonomy lists for the dataset.",
+    "label-absent": "A label that the taxonomy lists for a dataset never occurs.",
+    "task-suffix": "A task's name says classification for free-form answers, or the other way round.",
+    "release-size": "The number of rows is other than published.",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that is wrong. `where` is 'file:line, field', relative to the atlas; `also` are further places."""
+
+    level: Level
+    code: str
+    where: str
+    message: str
+    fix: str
+    also: tuple[str, ...] = ()
+    num_places: int = 1
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in validate.json."""
+        return asdict(self) | {"also": list(self.also)}
+
+
+def at_places(level: Level, code: str, places: Sequence[str], message: str, fix: str) -> Finding:
+    """A finding that concerns several places, the first of which leads."""
+    also = tuple(places[1 : MAX_PLACES + 1])
+    return Finding(level=level, code=code, where=places[0], message=message, fix=fix, also=also, num_places=len(places))
+
+
+def in_order(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """Errors first, then by code, then by file and line."""
+    return tuple(sorted(findings, key=_order))
+
+
+def _order(finding: Finding) -> tuple[Any, ...]:
+    codes = list(CODES)
+    where = tuple((int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", finding.where))
+    return LEVELS.index(finding.level), codes.index(finding.code), where, finding.message
+
+
+_TAGS = (("<image>", "images"), ("<video>", "videos"), ("<audio>", "audios"))
+_SUFFIXES: dict[str, list[str]] = PUBLISHED["task_suffixes"]
+
+
+class Place(NamedTuple):
+    """A row: numbers of its split and its file in the catalogue, and its line (or row of a shard), from 1."""
+
+    split: int
+    file: int
+    line: int
+
+
+class Asked(NamedTuple):
+    """What makes two rows the same question: the prompt's hash and the numbers of the row's media."""
+
+    place: Place
+    dataset: str
+    problem: bytes
+    media: tuple[int, ...]
+
+
+@dataclass
+class Use:
+    """A medium, the rows that name it, and the dataset of the first."""
+
+    field: Field
+    name: MediumName
+    dataset: str
+    places: list[Place]
+
+
+@dataclass(frozen=True)
+class SplitRows:
+    """What was read of one split; `columns` hold the good rows, one entry a file."""
+
+    name: str
+    num_rows: int
+    num_bad: int
+    columns: tuple[Columns, ...]
+
+
+@dataclass
+class Catalogue:
+    """Everything that the rows of an atlas say, as far as the checks after them need it."""
+
+    root: Path
+    taxonomy: Taxonomy
+    files: list[str] = field(default_factory=list)
+    splits: list[SplitRows] = field(default_factory=list)
+    uses: list[Use] = field(default_factory=list)
+    asked: list[Asked] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    _numbers: dict[tuple[Field, MediumName], int] = field(default_factory=dict)
+    _ids: dict[str, Place] = field(default_factory=dict)
+    _unlisted: dict[tuple[int, str, str], list[Place]] = field(default_factory=dict)
+    _suffixes: dict[tuple[int, str, str], list[Place]] = field(default_factory=dict)
+
+    def where(self, place: Place, name: str | None = None) -> str:
+        """'file:line, field', the file relative to the atlas."""
+        text = f"{self.files[place.file]}:{place.line}"
+        return f"{text}, {name}" if name else text
+
+    def add_split(self, found: SplitFiles) -> None:
+        """Read the rows of one split. What is wrong with them becomes findings; nothing is raised."""
+        number, num_bad, num_rows, columns = len(self.splits), 0, 0, []
+        for path in found.files:
+            file = (path.parent.resolve() / path.name).relative_to(self.root).as_posix()
+            self.files.append(file)
+            checker = RowChecker(self.taxonomy, split=found.name, file=file)
+            try:
+                for raw in read_rows(path, file):
+                    num_rows += 1
+                    num_bad += not self._add(raw, checker, Place(number, len(self.files) - 1, raw.line))
+            except InputError as error:  # of the file as a whole
+                self._report("split-unreadable", error.where or file, error.what, error.fix)
+            columns.append(checker.columns.build())
+        if num_rows == 0:
+            self._report("split-unreadable", self.files[-1], "has no rows", "Write at least one row.")
+        self.splits.append(SplitRows(found.name, num_rows, num_bad, tuple(columns)))
+
+    def _report(self, code: str, where: str, message: str, fix: str) -> None:
+        self.findings.append(Finding(level="error", code=code, where=where, message=message, fix=fix))
+
+    def _add(self, raw: RawRow, checker: RowChecker, place: Place) -> bool:
+        """Check a row and note what it names; whether it is good."""
+        before = len(self.findings)
+        if isinstance(raw.text, InputError):
+            self._report("row-json", raw.text.where, raw.text.what, raw.text.fix)
+            return False
+        try:
+            row = decode_row(raw.text, self.files[place.file], raw.line)
+            check_fields(raw.text, self.where(place))
+        except InputError as error:
+            no_object = error.what.startswith(("not valid JSON", "expected a JSON object"))
+            code = "row-json" if no_object else "row-schema"
+            self._report(code, error.where, error.what, error.fix)
+            return False
+        try:
+            checker.check(row, raw.line)
+        except InputError as error:
+            self.findings.extend(self._faults(row, place, error))
+        self._check_words(row, place)
+        self._check_id(row, place)
+        good = len(self.findings) == before
+        self._note_media(row, raw, place, good=good)
+        return good
+
+    def _faults(self, row: Row, place: Place, first: InputError) -> Iterator[Finding]:
+        """Each thing that is wrong with a row, one finding a field."""
+        where = self.where(place)
+        checks: list[tuple[str, Callable[[], object]]] = [
+            ("row-dataset", partial(self.taxonomy.dataset, row.dataset)),
+            ("row-label", partial(label_of, row, self.taxonomy, where)),
+            ("row-signature", partial(signature_of, row, where)),
+        ]
+        for name in PATH_FIELDS:
+            for path in getattr(row, name):
+                checks.append(("row-path", partial(check_relative, path, where=f"{where}, {name}")))
+        found = 0
+        for code, check in checks:
+            if code == "row-label" and found:
+                continue  # without its dataset a row has no labels
+            try:
+                check()
+            except InputError as error:
+                found += 1
+                what = f"field 'dataset': {error.what}" if code == "row-dataset" else error.what
+                yield Finding(level="error", code=code, where=error.where or where, message=what, fix=error.fix)
+        if not found:  # what is left is the id, or a check that opening has and this list lacks
+            yield Finding(level="error", code="row-id", where=where, message=first.what, fix=first.fix)
+
+    def _check_id(self, row: Row, place: Place) -> None:
+        if row.id is None:
+            return
+        first = self._ids.setdefault(row.id, place)
+        if first != place and (first.split, first.file) != (place.split, place.file):  # those of a file are found above
+            what = f"field 'id': {row.id!r} is also the id of {self.where(first)}"
+            self._report("row-id", self.where(place), what, "Give every row its own id.")
+
+    def _check_words(self, row: Row, place: Place) -> None:
+        if "<" in row.problem:
+            for tag, name in _TAGS:
+                tags, media = row.problem.count(tag), len(getattr(row, name))
+                if tags > media:
+                    what = f"field 'problem': has {tags} {tag} tags for {media} {name}"
+                    self._report("row-tags", self.where(place), what, "Remove the tag or add the medium.")
+        if not row.problem.strip():
+            self._report("row-empty", self.where(place), "field 'problem': is empty", "Write the prompt.")
+        dataset = self.taxonomy.datasets.get(row.dataset)
+        if dataset is None:
+            return
+        if dataset.free_form and not row.answer.strip():
+            self._report("row-empty", self.where(place), "field 'answer': is empty", "Write the answer.")
+        listed = () if dataset.multilabel else dataset.labels
+        self._note_oddities(row, place, free_form=dataset.free_form, listed=listed)
+
+    def _note_oddities(self, row: Row, place: Place, *, free_form: bool, listed: tuple[str, ...]) -> None:
+        """What is counted and reported once a split: labels beyond the listed ones, contradicting task names."""
+        suffix = row.task.lower().replace("-", "_").split("_")[-1]
+        if suffix in _SUFFIXES["classification" if free_form else "free_form"]:
+            self._suffixes.setdefault((place.split, row.dataset, row.task), []).append(place)
+        if not free_form and listed:
+            label = self.taxonomy.canonical_label(row.dataset, row.class_label or row.answer)
+            if label is not None and label not in listed:
+                self._unlisted.setdefault((place.split, row.dataset, label), []).append(place)
+
+    def oddities(self) -> Iterator[Finding]:
+        """One warning a split, dataset and label (or task name) that is not as the taxonomy has it."""
+        for (_, dataset, label), places in self._unlisted.items():
+            what = f"{len(places):,} rows of {dataset} carry {label!r}, which the taxonomy does not list for it"
+            yield at_places(
+                "warning", "label-unlisted", [self.where(p) for p in places], what, "Check the source of the labels."
+            )
+        for (_, dataset, task), places in self._suffixes.items():
+            kind = "free-form answers" if self.taxonomy.dataset(dataset).free_form else "labels"
+            what = f"{len(places):,} rows have the task {task!r}, but {dataset} has {kind}"
+            yield at_places(
+                "warning", "task-suffix", [self.where(p) for p in places], what, "Correct the task or the dataset."
+            )
+
+    def _note_media(self, row: Row, raw: RawRow, place: Place, *, good: bool) -> None:
+        numbers: list[int] = []
+        for name in MEDIA_FIELDS:
+            for index, path in enumerate(getattr(row, name)):
+                if not good and _leaves(path):
+                    continue
+                number = self._number(name, raw.medium(name, index, path), row.dataset)
+                self.uses[number].places.append(place)
+                if not name.startswith("ext_"):
+                    numbers.append(number)
+        if not good:
+            return
+        digest = hashlib.blake2b(row.problem.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        self.asked.append(Asked(place, row.dataset, digest, tuple(numbers)))
+
+    def _number(self, name: Field, medium: MediumName, dataset: str) -> int:
+        number = self._numbers.setdefault((name, medium), len(self.uses))
+        if number == len(self.uses):
+            self.uses.append(Use(name, medium, dataset, []))
+        return number
+
+    def labels(self) -> Counter[tuple[str, str]]:
+        """How often each (dataset, label) occurs among the good rows."""
+        counts: Counter[tuple[str, str]] = Counter()
+        for split in self.splits:
+            for columns in split.columns:
+                for dataset, code in zip(columns.dataset_codes.tolist(), columns.label_codes.tolist(), strict=True):
+                    if code >= 0:
+                        counts[columns.datasets[dataset], self.taxonomy.class_names[code]] += 1
+        return counts
+
+
+def read_catalogue(path: Path, splits: Sequence[str] | None, taxonomy: Taxonomy | None) -> Catalogue:
+    """The rows of whole splits at `path` (a folder, or one file); `splits` None takes all that are there.
+
+    `taxonomy` None is the published one with what `taxonomy.yaml` beside the rows adds. Raises InputError when
+    there is no atlas, a split is not there, or its files lie in several folders.
+    """
+    for spec in splits or ():
+        if parse_split(spec) != (spec, None, None):
+            raise InputError(f"{spec!r} is a part of a split", where=str(path), fix="Name whole splits.")
+    found = [find_files(path, name) for name in dict.fromkeys(splits or present_splits(path))]
+    roots = {file.parent.resolve() for files in found for file in files.files}
+    if len(roots) > 1:
+        listed = ", ".join(sorted(map(str, roots)))
+        raise InputError(f"its splits lie in several folders: {listed}", where=str(path), fix="Name one of them.")
+    root = roots.pop()
+    catalogue = Catalogue(root, taxonomy or of_folder(root))
+    for files in found:
+        catalogue.add_split(files)
+    return catalogue
+
+
+def _leaves(path: str) -> bool:
+    try:
+        check_relative(path, where="")
+    except InputError:
+        return True
+    return False

@@ -1,0 +1,1 @@
+"""From samples to batches: the prompt of a row, its encoding, the order of an epoch, the loader."""

@@ -1,0 +1,81 @@
+"""How rows become batches: what of a sample reaches the model, and where batches are prepared.
+
+Configs lie apart from the code that they configure where that code needs torch: a wrong key is then reported before
+torch is imported, which takes seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal, TypeAlias
+
+from pydantic import Field
+
+from hba.atlas.media import Frames
+from hba.batch.prompt import MODALITIES, Modality
+from hba.config import option
+from hba.environment import usable_cores
+from hba.errors import ConfigError
+from hba.parallel import kernel_ends_children
+
+LongAudio: TypeAlias = Literal["refuse", "head", "windows", "published"]
+PUBLISHED_AUDIO_SECONDS = 10.0
+"""where the released code cuts every sound"""
+WINDOWS_ARE_FOR_HEADS = "Use encode.long_audio=refuse or head: words are said of one sound, which windows would divide."
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeConfig:
+    """How a sample becomes tokens, mel frames and patches."""
+
+    num_frames: Annotated[int, Field(ge=2, multiple_of=2)] = option(8, "frames taken from each video, an even number")
+    frames: Frames = option("exact", "exact frames, or nearest_keyframe: inexact, faster where keyframes are close")
+    min_pixels: Annotated[int, Field(ge=784)] = option(3136, "smallest area of a frame or image after resizing")
+    max_pixels: Annotated[int, Field(ge=784)] = option(50176, "largest area of a frame or image after resizing")
+    max_audio_seconds: Annotated[float, Field(gt=0)] = option(300.0, "longest audio; what becomes of a longer one:")
+    long_audio: LongAudio = option(
+        "refuse",
+        "refuse: its sample is quarantined; head: its beginning is heard; windows: all of it, in equal parts whose "
+        "logits heads average; published: the first 10 s of every audio",
+    )
+    max_tokens: Annotated[int, Field(ge=1)] = option(32768, "a longer prompt quarantines its sample; nothing is cut")
+    modalities: tuple[Modality, ...] = option(MODALITIES, "media that reach the model; the others are left out")
+    system_prompt: str | None = option(None, "system message put in front of every prompt")
+
+    @property
+    def heard_seconds(self) -> float:
+        """How much of an audio is heard at once."""
+        return PUBLISHED_AUDIO_SECONDS if self.long_audio == "published" else self.max_audio_seconds
+
+    def __post_init__(self) -> None:
+        if self.max_pixels < self.min_pixels:
+            what = f"encode.max_pixels is {self.max_pixels}, below encode.min_pixels of {self.min_pixels}"
+            raise ConfigError(what, fix="Raise max_pixels or lower min_pixels.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """Where batches are prepared."""
+
+    RETIRED: ClassVar[tuple[str, ...]] = ("prefetch",)
+
+    workers: Annotated[int, Field(ge=-1)] = option(
+        -1, "worker processes; 0 prepares in the main process, -1 is one a spare core, at most 8", affects_result=False
+    )
+    prefetch_megabytes: Annotated[int, Field(ge=0)] = option(
+        512, "encoded samples that workers prepare ahead, in all", affects_result=False
+    )
+    cache_megabytes: Annotated[int, Field(ge=0)] = option(
+        256, "encoded samples that are kept for the next epoch, 0 for none", affects_result=False
+    )
+    decode_timeout_seconds: Annotated[float, Field(gt=0)] = option(
+        60.0, "a sample that twice takes longer to read and decode is quarantined; needs workers", affects_result=False
+    )
+
+    def resolved_workers(self) -> int:
+        """Number of worker processes on this machine. Raises ConfigError for workers elsewhere than on Linux."""
+        if not kernel_ends_children():
+            if self.workers > 0:
+                raise ConfigError("worker processes need Linux", where="loader.workers", fix="Use loader.workers=0.")
+            return 0
+        return min(8, max(0, usable_cores() - 1)) if self.workers < 0 else self.workers

@@ -1,0 +1,753 @@
+"""From samples to model inputs: the real processor once a sample, then padding to the longest of the batch.
+
+A `SampleEncoder` turns one `Sample` into unpadded features (`Encoded`); `collate` pads a list of them into a `Batch`.
+Encoding a sample alone and padding afterwards is what makes batches tight, cacheable and independent of their
+neighbours. `Encoder` is that of Qwen2.5-Omni, which OmniSapiens stands on: audio is never cut and never padded to the
+processor's window. `chat_encoder.ChatEncoder` is that of every other chat model. A sample whose medium cannot be read
+is not replaced, it travels in `Batch.quarantined`.
+
+Shapes: B samples, T tokens, A audios, M mel frames, F mel bins, P vision patches, D patch values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hba.atlas.media import Image, Video
+from hba.atlas.rows import MEDIA_FIELDS, Field, Quarantined, Sample
+from hba.atlas.source import require_audible
+from hba.batch.config import WINDOWS_ARE_FOR_HEADS, EncodeConfig
+from hba.batch.pool import DescriptorConfig, pooled_descriptors
+from hba.batch.prompt import AS_WRITTEN, MODALITIES, Message, Modality, PlainText, Wording, build_messages, taught
+from hba.errors import ConfigError, InputError, MediaError
+from hba.taxonomy import BUILTIN, Taxonomy
+
+# The one place that calls a Qwen2.5-Omni processor: exact sizes, exact times, no sound cut or padded to a window.
+#
+# Shapes: T tokens, A audios, M mel bins, F mel frames, V videos, N frames of a video.
+
+
+MEDIA_FEATURES = ("pixel_values", "image_grid", "video_grid", "video_second_per_grid")
+
+
+def omni_features(
+    processor: Any,
+    text: str,
+    audios: Sequence[np.ndarray[Any, Any]],
+    images: Sequence[Any],
+    clips: Sequence[Tensor],
+    spans_seconds: Sequence[float],
+    *,
+    pixels: Mapping[str, int],
+) -> dict[str, Tensor]:
+    """What the model takes of one prompt: input_ids [1, T], input_features [A, M, F], patches and grids.
+
+    `clips` are frames [N, 3, H, W], each evenly spaced over its span; `pixels` are min_pixels and max_pixels, which the
+    processor otherwise replaces by its defaults.
+    """
+    call: dict[str, Any] = {"text": [text], "return_tensors": "pt"}
+    if audios:
+        call |= {"audio": list(audios), "audio_kwargs": {"max_length": _window(processor.feature_extractor, audios)}}
+    if images:
+        # Without its name, a picture of one or three lines is taken for one of one or three channels.
+        call |= {"images": list(images), "images_kwargs": dict(pixels) | {"input_data_format": "channels_last"}}
+    if clips:
+        call |= {"videos": list(clips), "videos_kwargs": dict(pixels) | {"do_sample_frames": False}}
+    features: dict[str, Tensor] = dict(processor(**call))
+    if clips:
+        patch = processor.video_processor.temporal_patch_size
+        steps = [patch / len(clip) * span for clip, span in zip(clips, spans_seconds, strict=True)]
+        features["video_second_per_grid"] = torch.tensor(steps, dtype=torch.float32)
+    return features
+
+
+def _window(extractor: Any, audios: Sequence[np.ndarray[Any, Any]]) -> int:
+    # The extractor's own window (30 or 300 s) pads short clips and silently cuts long ones. One FFT window of
+    # zeros behind the longest clip gives the same valid frames as any longer padding does.
+    hop = int(extractor.hop_length)
+    longest: int = max(map(len, audios)) + int(extractor.n_fft)
+    return math.ceil(longest / hop) * hop
+
+
+# Padding of unpadded samples to the longest of a batch: text on the left, so that every answer ends at the last token;
+# sound on the right.
+#
+# Shapes: B samples, T tokens, A audios, M mel frames, F mel bins.
+
+
+IGNORED = -100
+
+
+def token_ids(ids: Sequence[Tensor], pad_token_id: int) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` [B, T]."""
+    longest = max(map(len, ids))
+    input_ids_BT = torch.full((len(ids), longest), pad_token_id, dtype=torch.long)
+    attention_mask_BT = torch.zeros((len(ids), longest), dtype=torch.long)
+    for i, row_T in enumerate(ids):
+        input_ids_BT[i, longest - len(row_T) :] = row_T
+        attention_mask_BT[i, longest - len(row_T) :] = 1
+    return {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT}
+
+
+def per_token(values: Sequence[Tensor], answers: Sequence[Tensor | None], input_ids_BT: Tensor) -> Tensor:
+    """Values of the prompts' tokens [B, T]; 0, which stands for text, at padding and answers."""
+    padded_BT = torch.zeros_like(input_ids_BT)
+    for row_T, value_T, answer_T in zip(padded_BT, values, answers, strict=True):
+        end = len(row_T) - (0 if answer_T is None else len(answer_T))
+        row_T[end - len(value_T) : end] = value_T
+    return padded_BT
+
+
+def labels(answers: Sequence[Tensor | None], input_ids_BT: Tensor) -> Tensor:
+    """The answers' tokens at their own positions [B, T] (no shift), IGNORED everywhere else."""
+    labels_BT = torch.full_like(input_ids_BT, IGNORED)
+    for row_T, answer_T in zip(labels_BT, answers, strict=True):
+        if answer_T is not None:
+            row_T[-len(answer_T) :] = answer_T
+    return labels_BT
+
+
+def mel_frames(mels: Sequence[Tensor]) -> dict[str, Tensor]:
+    """`input_features` [A, F, M] and `feature_attention_mask` [A, M] of audios [F, M]."""
+    longest = max(mel.shape[1] for mel in mels)
+    features_AFM = torch.zeros(len(mels), mels[0].shape[0], longest)
+    mask_AM = torch.zeros(len(mels), longest, dtype=torch.long)
+    for i, mel_FM in enumerate(mels):
+        features_AFM[i, :, : mel_FM.shape[1]] = mel_FM
+        mask_AM[i, : mel_FM.shape[1]] = 1
+    return {"input_features": features_AFM, "feature_attention_mask": mask_AM}
+
+
+def concatenated(parts: Sequence[Tensor]) -> Tensor:
+    """Parts one behind the other; what differs in its other dimensions (frames of sound) is padded with zeros."""
+    if len({part.shape[1:] for part in parts}) == 1:
+        return torch.cat(list(parts))
+    largest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+    whole = parts[0].new_zeros(sum(map(len, parts)), *largest)
+    start = 0
+    for part in parts:
+        whole[(slice(start, start + len(part)), *map(slice, part.shape[1:]))] = part
+        start += len(part)
+    return whole
+
+
+_ODD_RATIO = 100  # processors refuse pictures that are 200 times as long as wide
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """One sample after the processor, unpadded."""
+
+    sample: Sample
+    input_ids_T: Tensor
+    mels: tuple[Tensor, ...] = ()  # each [F, M]
+    media: dict[str, Tensor] = field(default_factory=dict)  # patches [P, D], grids [n, 3], named as the model does
+    per_token: dict[str, Tensor] = field(default_factory=dict)  # [T] each, such as the kinds of tokens
+    answer_ids_T: Tensor | None = None  # the target and the end token, where the answer is trained as text
+    descriptors: Mapping[str, Tensor] = field(default_factory=dict)  # pooled, [F] by modality, where adapters read them
+
+    windows: tuple[Encoded, ...] = ()  # the same prompt with each further part of a long sound
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held by the tensors."""
+        named = (self.media, self.per_token, self.descriptors)
+        tensors = (self.input_ids_T, *self.mels, self.answer_ids_T, *(t for group in named for t in group.values()))
+        own = sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        return own + sum(window.num_bytes for window in self.windows)
+
+
+class Window(NamedTuple):
+    """A further part of the sounds of some samples, the `rows_R` of the batch, as inputs of the model."""
+
+    rows_R: Tensor
+    inputs: dict[str, Tensor]
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Window:
+        """The same window with changed tensors."""
+        return Window(change(self.rows_R), {name: change(tensor) for name, tensor in self.inputs.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Samples ready for the model. `inputs` are its keyword arguments, left-padded, attention_mask [B, T] included.
+
+    With answers, each row is its prompt and then its answer; `labels_BT` holds the answer's tokens at their own
+    positions (no shift) and IGNORED everywhere else.
+    """
+
+    samples: tuple[Sample, ...]
+    inputs: dict[str, Tensor]
+    class_index_B: Tensor  # global class index of the label, IGNORED for free-form rows
+    domain_names: tuple[str | None, ...]
+    labels_BT: Tensor | None = None
+    descriptors: tuple[Mapping[str, Tensor], ...] = ()  # of each sample, pooled, [F] by modality
+    quarantined: tuple[Quarantined, ...] = ()
+    windows: tuple[Window, ...] = ()  # parts of long sounds behind the first, which is in `inputs`
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def num_tokens(self) -> Tensor:
+        """Tokens of each sample [B], those of all its windows."""
+        tokens_B = self.inputs["attention_mask"].sum(1)
+        for window in self.windows:
+            tokens_B = tokens_B.index_add(0, window.rows_R, window.inputs["attention_mask"].sum(1))
+        return tokens_B
+
+    @property
+    def prompt_mask(self) -> Tensor:
+        """1 at the prompt's tokens, 0 at padding and answers, [B, T]."""
+        mask_BT = self.inputs["attention_mask"]
+        return mask_BT if self.labels_BT is None else mask_BT * (self.labels_BT == IGNORED)
+
+    def pinned(self) -> Batch:
+        """The same batch in page-locked memory, from which a GPU takes it while it computes."""
+        return replace(
+            self,
+            windows=tuple(window.each(Tensor.pin_memory) for window in self.windows),
+            inputs={name: tensor.pin_memory() for name, tensor in self.inputs.items()},
+            class_index_B=self.class_index_B.pin_memory(),
+            labels_BT=None if self.labels_BT is None else self.labels_BT.pin_memory(),
+            descriptors=tuple({name: t.pin_memory() for name, t in each.items()} for each in self.descriptors),
+        )
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on `device`."""
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
+        return replace(
+            self,
+            inputs=moved,
+            windows=tuple(window.each(lambda tensor: tensor.to(device, non_blocking=True)) for window in self.windows),
+            class_index_B=self.class_index_B.to(device, non_blocking=True),
+            labels_BT=None if self.labels_BT is None else self.labels_BT.to(device, non_blocking=True),
+        )
+
+
+class SampleEncoder(Protocol):
+    """What makes model inputs of samples. Picklable, so that worker processes can hold it."""
+
+    processor: Any
+    config: EncodeConfig
+    taxonomy: Taxonomy
+    wording: Wording
+
+    @property
+    def pad_token_id(self) -> int:
+        """Id that `collate` pads with."""
+        ...
+
+    def messages(self, sample: Sample) -> list[Message]:
+        """The chat messages of a sample."""
+        ...
+
+    def encode(self, sample: Sample) -> Encoded:
+        """Decode the media of a sample and run the processor. Raises MediaError naming what cannot be encoded."""
+        ...
+
+
+class Encoder:
+    """Applies a Qwen2.5-Omni processor to one sample at a time."""
+
+    def __init__(
+        self,
+        processor: Any,
+        config: EncodeConfig,
+        taxonomy: Taxonomy = BUILTIN,
+        *,
+        answers: bool = False,
+        wording: Wording = AS_WRITTEN,
+        descriptors: Mapping[str, DescriptorConfig] | None = None,
+        dims: Mapping[str, Mapping[str, int]] | None = None,
+    ) -> None:
+        """With `answers`, every sample carries its answer as text behind the prompt, to be trained on.
+
+        Samples of the datasets in `descriptors` also carry their pooled descriptors, for adapters, which read vectors
+        of the sizes `dims`.
+        """
+        self.processor, self.config, self.taxonomy = processor, config, taxonomy
+        self.answers, self.wording, self.descriptors, self.dims = answers, wording, descriptors or {}, dims or {}
+
+    @property
+    def pad_token_id(self) -> int:
+        """Id that `collate` pads with."""
+        return int(self.processor.tokenizer.pad_token_id)
+
+    @cached_property
+    def _plain(self) -> PlainText:
+        return PlainText(self.processor)
+
+    def messages(self, sample: Sample) -> list[Message]:
+        """The chat messages of a sample, whose text is text."""
+        return messages_of(sample, self.config, self.wording, self._plain)
+
+    def text(self, sample: Sample) -> str:
+        """The prompt as the chat template renders it, media still as single placeholders."""
+        rendered: str = self.processor.apply_chat_template(
+            self.messages(sample), add_generation_prompt=True, tokenize=False
+        )
+        return rendered
+
+    def encode(self, sample: Sample) -> Encoded:
+        """Decode the media of a sample and run the processor, once for each window of a long sound.
+
+        Raises MediaError naming the place when a medium cannot be read or encoded, is longer than `max_audio_seconds`,
+        or the prompt has more than `max_tokens` tokens.
+        """
+        rate = self.processor.feature_extractor.sampling_rate
+        labelled = self.taxonomy.dataset(sample.dataset).domain is not None
+        media = load_media(sample, self.config, rate, windows=labelled)
+        first, *later = (
+            self._heard(sample, window) for window in windows_of(media, sample, int(self.config.heard_seconds * rate))
+        )
+        answer = None
+        if self.answers:
+            with sample.blamed():
+                said = self.wording.answer(sample, taught(sample, self.taxonomy))
+                answer = answer_ids(self.processor.tokenizer, said, self.processor.tokenizer.eos_token_id)
+        wanted = self.descriptors.get(sample.dataset)
+        return replace(
+            first,
+            windows=tuple(later),
+            answer_ids_T=answer,
+            descriptors={} if wanted is None else pooled_descriptors(sample, wanted, self.dims.get(sample.dataset)),
+        )
+
+    def _heard(self, sample: Sample, media: Media) -> Encoded:
+        """The prompt with these media."""
+        with sample.blamed(suspect(media)):
+            features = omni_features(
+                self.processor,
+                self.text(sample),
+                media.audios,
+                media.images,
+                [torch.from_numpy(v.frames).permute(0, 3, 1, 2) for v in media.videos],
+                [v.duration_seconds for v in media.videos],
+                pixels={"min_pixels": self.config.min_pixels, "max_pixels": self.config.max_pixels},
+            )
+            require_finite(features, sample)
+            mels = _valid_mels(features)
+        input_ids_T = features["input_ids"][0]
+        require_short(input_ids_T, sample, self.config)
+        named = {k: v for k, v in features.items() if k.startswith(MEDIA_FEATURES)}
+        return Encoded(sample=sample, input_ids_T=input_ids_T, mels=mels, media=named)
+
+
+def messages_of(
+    sample: Sample, config: EncodeConfig, wording: Wording, plain: Callable[[str], str] = str
+) -> list[Message]:
+    """The chat messages of a sample, media in the order of their tags. Raises MediaError for a tag without a medium."""
+    counts: dict[Modality, int] = {"image": sample.images, "video": sample.videos, "audio": sample.audios}
+    return build_messages(
+        wording.question(sample),
+        counts,
+        where=sample.where,
+        modalities=config.modalities,
+        system_prompt=config.system_prompt,
+        plain=plain,
+    )
+
+
+class Media(NamedTuple):
+    """The decoded media of a sample, of the modalities that the config lets through."""
+
+    audios: list[np.ndarray[Any, Any]]
+    images: list[Image]
+    videos: list[Video]
+
+
+def load_media(sample: Sample, config: EncodeConfig, sampling_rate: int, *, windows: bool = False) -> Media:
+    """Decode the media of a sample, long audios as `config.long_audio` says; with `windows`, those stay whole.
+
+    Raises MediaError for one that cannot be read, is too long or too short.
+    """
+    wanted = config.modalities
+    audios = [a.samples for a in sample.load_audios()] if "audio" in wanted else []
+    longest = int(config.heard_seconds * sampling_rate)
+    for number, audio in enumerate(audios):
+        require_audible(len(audio) / sampling_rate, sample.place("audios"))
+        if len(audio) <= longest or (config.long_audio == "windows" and windows):
+            continue
+        if config.long_audio in ("refuse", "windows"):
+            limit = config.max_audio_seconds
+            found = f"audio of {len(audio) / sampling_rate:.1f} s, more than max_audio_seconds={limit}"
+            fix = "Raise max_audio_seconds, split the clip, or choose encode.long_audio (docs/data.md)."
+            raise MediaError(found, where=sample.place("audios"), fix=fix)
+        audios[number] = audio[:longest].copy()  # not a view, which would keep the whole
+    images = list(sample.load_images()) if "image" in wanted else []
+    videos = sample.load_videos(config.num_frames, frames=config.frames) if "video" in wanted else []
+    return Media(audios, images, videos)
+
+
+def windows_of(media: Media, sample: Sample, longest: int) -> list[Media]:
+    """The media once for each window of a long sound: as few equal parts as are no longer than `longest` samples.
+
+    Raises MediaError for a row of several sounds, one of which is long.
+    """
+    if all(len(audio) <= longest for audio in media.audios):
+        return [media]
+    if len(media.audios) > 1:
+        found = f"holds {len(media.audios)} sounds, one of them long, which cannot be heard in windows"
+        raise MediaError(found, where=sample.place("audios"), fix="Join the sounds, or use encode.long_audio=head.")
+    (audio,) = media.audios
+    count = -(-len(audio) // longest)
+    bounds = [len(audio) * number // count for number in range(count + 1)]
+    return [media._replace(audios=[audio[start:end]]) for start, end in pairwise(bounds)]
+
+
+def require_short(input_ids_T: Tensor, sample: Sample, config: EncodeConfig) -> None:
+    """Raises MediaError for a prompt of more than `max_tokens` tokens."""
+    if len(input_ids_T) > config.max_tokens:
+        found = f"the prompt has {len(input_ids_T)} tokens, more than max_tokens={config.max_tokens}"
+        raise MediaError(found, where=f"{sample.where}, problem", fix="Raise max_tokens or lower max_pixels.")
+
+
+def suspect(media: Media) -> Field | None:
+    """The field whose medium a processor refuses, as far as it is known: the only one, or the one of odd shape."""
+    shapes = [("images", image.shape[:2]) for image in media.images]
+    shapes += [("videos", video.frames.shape[1:3]) for video in media.videos]
+    odd = [name for name, sides in shapes if max(sides) > _ODD_RATIO * min(sides)]
+    present = [name for name, each in zip(("audios", "images", "videos"), media, strict=True) if each]
+    named: list[Field] = [name for name in MEDIA_FIELDS if name in (odd or present)]
+    return named[0] if len(named) == 1 else None
+
+
+def require_finite(features: Mapping[str, Tensor], sample: Sample) -> None:
+    """Raises MediaError for a medium whose features are no numbers, such as sound of absurd loudness."""
+    for name, values in features.items():
+        if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+            medium: Field = "audios" if "feature" in name else "images" if sample.images else "videos"
+            raise MediaError(f"gives {name} of NaN or infinity", where=sample.place(medium), fix="Restore the medium.")
+
+
+def answer_ids(tokenizer: Any, text: str, end_token_id: int) -> Tensor:
+    """An answer and the end token, as they stand behind a prompt; names of special tokens in the answer are text."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return torch.tensor([*ids, end_token_id], dtype=torch.long)
+
+
+def _valid_mels(features: Any) -> tuple[Tensor, ...]:
+    if "input_features" not in features:
+        return ()
+    frames = features["feature_attention_mask"].sum(-1).tolist()
+    return tuple(mel[:, :n].contiguous() for mel, n in zip(features["input_features"], frames, strict=True))
+
+
+def collate(
+    encoded: Sequence[Encoded],
+    *,
+    pad_token_id: int,
+    taxonomy: Taxonomy = BUILTIN,
+    quarantined: Sequence[Quarantined] = (),
+) -> Batch:
+    """Pad encoded samples on the left to the longest. An empty list gives an empty batch that carries `quarantined`."""
+    samples = tuple(e.sample for e in encoded)
+    answers = [e.answer_ids_T for e in encoded]
+    inputs = _inputs(encoded, pad_token_id)
+    windows = []
+    for number in range(max((len(e.windows) for e in encoded), default=0)):
+        rows = [row for row, e in enumerate(encoded) if len(e.windows) > number]
+        parts = [encoded[row].windows[number] for row in rows]
+        windows.append(Window(torch.tensor(rows), _inputs(parts, pad_token_id)))
+    labelled = encoded and answers[0] is not None
+    indices = [taxonomy.global_index(s.dataset, s.label) if s.label is not None else IGNORED for s in samples]
+    return Batch(
+        samples=samples,
+        inputs=inputs,
+        class_index_B=torch.tensor(indices, dtype=torch.long),
+        domain_names=tuple(taxonomy.dataset(s.dataset).domain for s in samples),
+        labels_BT=labels(answers, inputs["input_ids"]) if labelled else None,
+        descriptors=tuple(e.descriptors for e in encoded),
+        quarantined=tuple(quarantined),
+        windows=tuple(windows),
+    )
+
+
+def _inputs(encoded: Sequence[Encoded], pad_token_id: int) -> dict[str, Tensor]:
+    """The model's keyword arguments for these samples, padded."""
+    answers = [e.answer_ids_T for e in encoded]
+    rows = [e.input_ids_T if e.answer_ids_T is None else torch.cat([e.input_ids_T, e.answer_ids_T]) for e in encoded]
+    inputs = token_ids(rows, pad_token_id) if rows else {}
+    mels = [mel for e in encoded for mel in e.mels]
+    if mels:
+        inputs |= mel_frames(mels)
+    for name in sorted({name for e in encoded for name in e.media}):
+        inputs[name] = concatenated([e.media[name] for e in encoded if name in e.media])
+    for name in encoded[0].per_token if encoded else ():
+        inputs[name] = per_token([e.per_token[name] for e in encoded], answers, inputs["input_ids"])
+    return inputs
+
+
+# From samples to the inputs of any transformers chat model, through its own processor and chat template.
+#
+# Nothing here knows a model by name: what a processor takes (images, videos, sound), which tokens stand for media and
+# which token ends an answer are asked of the processor. A video goes to a model without a video processor as its
+# frames, each an image. A medium that the model cannot take is an error that names the modality filter; nothing is left
+# out silently, and no sound is cut.
+#
+# Every feature that a processor gives is either one value a token (kept beside the tokens) or a row a medium (put
+# behind those of the other samples). Encoding alone and padding afterwards gives what a processor makes of a batch.
+
+
+SAMPLING_RATE = 16000  # of the atlas' decoded sound
+_MARK = "ANSWER"
+
+
+def encoder_for(
+    processor: Any,
+    config: EncodeConfig,
+    taxonomy: Taxonomy = BUILTIN,
+    *,
+    answers: bool = False,
+    wording: Wording = AS_WRITTEN,
+) -> SampleEncoder:
+    """The encoder of a processor: OmniSapiens' own for Qwen2.5-Omni, `ChatEncoder` for all others."""
+    from transformers import Qwen2_5OmniProcessor
+
+    kind = Encoder if isinstance(processor, Qwen2_5OmniProcessor) else ChatEncoder
+    return kind(processor, config, taxonomy, answers=answers, wording=wording)
+
+
+class TextProcessor:
+    """The processor of a chat model of text alone: its tokenizer, behind what processors have. It takes no media."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    @property
+    def chat_template(self) -> Any:
+        """That of the tokenizer."""
+        return self.tokenizer.chat_template
+
+    def apply_chat_template(self, messages: Sequence[Message], **options: Any) -> Any:
+        """The tokenizer's, whose templates take a turn's content as one text."""
+        texts = [{**turn, "content": "".join(part["text"] for part in turn["content"])} for turn in messages]
+        return self.tokenizer.apply_chat_template(texts, **options)
+
+    def __call__(self, text: Sequence[str], *, text_kwargs: Mapping[str, Any] | None = None, **options: Any) -> Any:
+        """The tokens of texts."""
+        return self.tokenizer(list(text), **options, **(text_kwargs or {}))
+
+    def save_pretrained(self, folder: Any) -> None:
+        """Write the tokenizer."""
+        self.tokenizer.save_pretrained(folder)
+
+
+class ChatEncoder:
+    """Applies a chat model's processor to one sample at a time."""
+
+    def __init__(
+        self,
+        processor: Any,
+        config: EncodeConfig,
+        taxonomy: Taxonomy = BUILTIN,
+        *,
+        answers: bool = False,
+        wording: Wording = AS_WRITTEN,
+    ) -> None:
+        """With `answers`, every sample carries its answer as text behind the prompt, to be trained on.
+
+        Raises ConfigError for sounds in windows, which are for heads.
+        """
+        if config.long_audio == "windows":
+            found = "windows of a sound are averaged by heads, and this model answers in words"
+            raise ConfigError(found, where="encode.long_audio", fix=WINDOWS_ARE_FOR_HEADS)
+        self.processor, self.config, self.taxonomy = processor, config, taxonomy
+        self.answers, self.wording = answers, wording
+        self.end_token_id = end_token_id(processor)
+
+    @property
+    def pad_token_id(self) -> int:
+        """Id that `collate` pads with."""
+        tokenizer = self.processor.tokenizer
+        return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+    def encode(self, sample: Sample) -> Encoded:
+        """Decode the media of a sample and run the processor.
+
+        Raises MediaError naming the place when a medium cannot be read or is longer than the model takes, InputError
+        when the model does not take this kind of medium at all.
+        """
+        media = load_media(sample, self._hearing(sample), SAMPLING_RATE)
+        self._require_taken(media, sample)
+        with sample.blamed(suspect(media)):
+            features = self._call(self.messages(sample), media)
+            require_finite(features, sample)
+        input_ids_T = features.pop("input_ids")[0]
+        features.pop("attention_mask", None)
+        require_short(input_ids_T, sample, self.config)
+        self._require_placed(input_ids_T, media, sample)
+        per_token = {k: v[0] for k, v in features.items() if k.endswith("token_type_ids")}
+        answer = None
+        if self.answers:
+            with sample.blamed():
+                said = self.wording.answer(sample, taught(sample, self.taxonomy))
+                answer = answer_ids(self.processor.tokenizer, said, self.end_token_id)
+        return Encoded(
+            sample=sample,
+            input_ids_T=input_ids_T,
+            media={k: v for k, v in features.items() if k not in per_token},
+            per_token=per_token,
+            answer_ids_T=answer,
+        )
+
+    @cached_property
+    def _plain(self) -> PlainText:
+        return PlainText(self.processor)
+
+    def messages(self, sample: Sample) -> list[Message]:
+        """The chat messages of a sample, whose text is text."""
+        return messages_of(sample, self.config, self.wording, self._plain)
+
+    def _call(self, messages: list[Message], media: Media) -> dict[str, Tensor]:
+        """The processor's features of one prompt and its media."""
+        messages, media = self._shown(messages, media)
+        text = self._rendered(messages)
+        bos = self.processor.tokenizer.bos_token
+        call: dict[str, Any] = {"text": [text], "return_tensors": "pt"}
+        if bos is not None and text.startswith(bos):
+            call["text_kwargs"] = {"add_special_tokens": False}
+        if media.audios:
+            call |= {"audio": media.audios, "audio_kwargs": {"sampling_rate": SAMPLING_RATE, "truncation": False}}
+        if media.images:
+            pixels = self._pixels(self.processor.image_processor)
+            call |= {"images": [media.images], "images_kwargs": pixels | {"input_data_format": "channels_last"}}
+        if media.videos:
+            call |= self._videos(media.videos)
+        return {k: torch.as_tensor(v) for k, v in self.processor(**call).items()}
+
+    def _hearing(self, sample: Sample) -> EncodeConfig:
+        """The config with the model's own limit of a sound, where that is shorter and sounds may be cut."""
+        limit = self._audio_window_seconds if sample.audios and self._takes("audio") else None
+        if limit is None or self.config.long_audio == "refuse" or limit >= self.config.heard_seconds:
+            return self.config
+        return replace(self.config, long_audio="head", max_audio_seconds=limit)
+
+    def _shown(self, messages: list[Message], media: Media) -> tuple[list[Message], Media]:
+        return _as_frames(messages, media) if media.videos and not self._takes("video") else (messages, media)
+
+    def _rendered(self, messages: list[Message]) -> str:
+        text: str = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return text
+
+    def _videos(self, videos: Sequence[Video]) -> dict[str, Any]:
+        # The frames are evenly spread over the clip; processors that tell the model of time ask for their rate.
+        rates = [video.rate_hz for video in videos]
+        metadata = [
+            {"total_num_frames": len(v.frames), "fps": rate, "frames_indices": list(range(len(v.frames)))}
+            for v, rate in zip(videos, rates, strict=True)
+        ]
+        frames = [torch.from_numpy(video.frames).permute(0, 3, 1, 2) for video in videos]
+        options = {"do_sample_frames": False, "video_metadata": metadata}
+        return {"videos": frames, "videos_kwargs": options | self._pixels(self.processor.video_processor)}
+
+    def _pixels(self, processor: Any) -> dict[str, int]:
+        """The area of an image, for processors that resize by area; others have a size that their model needs."""
+        if "min_pixels" not in getattr(processor.valid_kwargs, "__annotations__", {}):
+            return {}
+        return {"min_pixels": self.config.min_pixels, "max_pixels": self.config.max_pixels}
+
+    @property
+    def _name(self) -> str:
+        return type(self.processor).__name__
+
+    def _takes(self, modality: Modality) -> bool:
+        parts = {"image": "image_processor", "video": "video_processor", "audio": "feature_extractor"}
+        return getattr(self.processor, parts[modality], None) is not None
+
+    def _require_taken(self, media: Media, sample: Sample) -> None:
+        if media.audios and not self._takes("audio"):
+            raise InputError(f"{self._name} takes no audio", where=sample.place("audios"), fix=_FILTER)
+        seen: Field = "images" if media.images else "videos"
+        if (media.images or media.videos) and not (self._takes("image") or self._takes("video")):
+            raise InputError(f"{self._name} takes no {seen}", where=sample.place(seen), fix=_FILTER)
+        limit = self._audio_window_seconds if media.audios else None
+        for audio in media.audios:
+            if limit is not None and len(audio) > limit * SAMPLING_RATE:
+                seconds = len(audio) / SAMPLING_RATE
+                found = f"audio of {seconds:.1f} s, more than the {limit:g} s that {self._name} takes"
+                raise MediaError(found, where=sample.place("audios"), fix="Split the clip, or use another model.")
+
+    def _require_placed(self, input_ids_T: Tensor, media: Media, sample: Sample) -> None:
+        """A chat template that does not know a kind of medium leaves it out; the model would never see it."""
+        fields: dict[Modality, Field] = {"image": "images", "video": "videos", "audio": "audios"}
+        counts = {"image": len(media.images), "video": len(media.videos), "audio": len(media.audios)}
+        for modality in MODALITIES:
+            kind: Modality = "image" if modality == "video" and not self._takes("video") else modality
+            ids = media_placeholders(self.processor, kind)
+            if not counts[modality] or not ids or any(int((input_ids_T == i).sum()) for i in ids):
+                continue
+            rendered = self._rendered(self._shown(self.messages(sample), media)[0])
+            if any(self.processor.tokenizer.convert_ids_to_tokens(i) in rendered for i in ids):
+                found = f"is too small or too short for {self._name}, which makes no token of it"
+                raise MediaError(found, where=sample.place(fields[modality]), fix="Remove the row.")
+            found = f"the chat template of {self._name} has no place for a medium of type {modality}"
+            raise InputError(found, where=sample.where, fix=_FILTER)
+
+    @cached_property
+    def _audio_window_seconds(self) -> float | None:
+        """The length to which the processor pads every sound, which its model then insists on; None without one."""
+        samples = getattr(self.processor.feature_extractor, "n_samples", None)
+        if samples is None:
+            return None
+        message: Message = {"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": "."}]}
+        lengths = (SAMPLING_RATE // 10, SAMPLING_RATE // 2)
+        short, long = (self._call([message], Media([np.zeros(n, np.float32)], [], [])) for n in lengths)
+        same = all(short[k].shape == long[k].shape for k in short if "feature" in k)
+        return samples / SAMPLING_RATE if same else None
+
+
+_FILTER = "Leave the modality out: encode.modalities=[image, video] or the like (hba predict: --modalities video)."
+
+
+def _as_frames(messages: list[Message], media: Media) -> tuple[list[Message], Media]:
+    """Every video as its frames, which are images, in the place of the video."""
+    images, videos = iter(media.images), iter(media.videos)
+    ordered: list[Any] = []
+    changed = []
+    for message in messages:
+        content: list[dict[str, str]] = []
+        for item in message["content"]:
+            if item["type"] == "video":
+                frames = list(next(videos).frames)
+                ordered += frames
+                content += [{"type": "image"}] * len(frames)
+                continue
+            if item["type"] == "image":
+                ordered.append(next(images))
+            content.append(item)
+        changed.append({**message, "content": content})
+    return changed, Media(media.audios, ordered, [])
+
+
+def media_placeholders(processor: Any, modality: Modality) -> list[int]:
+    """Ids of the tokens that stand for a medium in the prompt; empty where the processor does not tell."""
+    ids = [i for i in getattr(processor, f"{modality}_token_ids", None) or [] if i is not None]
+    if not ids:
+        token = getattr(processor, f"{modality}_token", None)
+        ids = [processor.tokenizer.convert_tokens_to_ids(token)] if isinstance(token, str) else []
+    return [int(i) for i in ids]
+
+
+def end_token_id(processor: Any) -> int:
+    """The token that ends an answer: the first special one that the chat template writes behind the assistant's text.
+
+    It need not be the tokenizer's own end of a text (Gemma ends a turn with another token).
+    """
+    tokenizer = processor.tokenizer
+    turns = [("user", "."), ("assistant", _MARK)]
+    messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+    _, found, behind = processor.apply_chat_template(messages, tokenize=False).rpartition(_MARK)
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    ids = tokenizer(behind, add_special_tokens=False)["input_ids"] if found else []
+    return next((int(i) for i in ids if i in special), int(tokenizer.eos_token_id))

@@ -1,0 +1,239 @@
+"""Media straight from the store to the browser, by ranges: a clip starts to play before it has been read, also when it
+lies inside a shard.
+
+A medium is named by its sample's split and row, its field and its place in the field, never by a path, so that no
+request can name a file. Content decides the type that is declared, of a short list; anything else is bytes to save.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, TimeoutError
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from starlette.responses import Response, StreamingResponse
+
+from hba.atlas.rows import MEDIA_FIELDS, Field, Sample
+from hba.atlas.source import DEFAULT_LIMITS, RESTORE, Source, check_source, head, opened
+from hba.errors import InputError, MediaError
+
+BLOCK = 1 << 18
+MAX_RANGE_BYTES = 8 << 20  # of one answer: players ask for the rest
+_RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
+_PLAIN = "application/octet-stream"
+
+
+class Span(NamedTuple):
+    """Bytes `start` to `stop` (exclusive) of a medium."""
+
+    start: int
+    stop: int
+
+
+def source_of(sample: Sample, field: str, index: int) -> Source:
+    """Medium `index` of a sample's field. Raises InputError for one that is not there, MediaError for a broken path."""
+    if field not in MEDIA_FIELDS or not 0 <= index < getattr(sample, field):
+        raise InputError(f"no medium {index} in {field!r}", where=sample.where, fix="See the sample's own page.")
+    name: Field = field  # type: ignore[assignment]
+    return sample.source.medium(sample.number, name, index, where=sample.place(name))
+
+
+def media_type(start: bytes) -> str:
+    """The declared type of content that begins with `start`."""
+    if start[:4] == b"RIFF":
+        return {b"WAVE": "audio/wav", b"AVI ": "video/x-msvideo", b"WEBP": "image/webp"}.get(start[8:12], _PLAIN)
+    if start[4:8] == b"ftyp":
+        return "audio/mp4" if start[8:12] == b"M4A " else "video/mp4"
+    known = {
+        b"fLaC": "audio/flac", b"OggS": "audio/ogg", b"ID3": "audio/mpeg", b"\xff\xfb": "audio/mpeg",
+        b"\x1a\x45\xdf\xa3": "video/webm", b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": "image/gif",
+    }  # fmt: skip
+    return next((kind for magic, kind in known.items() if start.startswith(magic)), _PLAIN)
+
+
+def media_response(source: Source, asked: str | None, *, where: str) -> Response:
+    """The medium, or the part of it that the Range header `asked` names; 416 for a range that it does not have."""
+    size = check_source(source, where=where, limits=DEFAULT_LIMITS)
+    headers = {"accept-ranges": "bytes", "content-security-policy": "sandbox; default-src 'none'"}
+    span = Span(0, size)
+    if asked is not None:
+        found = parse_range(asked, size)
+        if found is None:
+            return Response(status_code=416, headers=headers | {"content-range": f"bytes */{size}"})
+        span = found
+        headers["content-range"] = f"bytes {span.start}-{span.stop - 1}/{size}"
+    headers["content-length"] = str(span.stop - span.start)
+    kind = media_type(head(source, 16, where=where))
+    if kind == _PLAIN:
+        headers["content-disposition"] = "attachment"
+    return StreamingResponse(_blocks(source, span, where), 200 if asked is None else 206, headers, kind)
+
+
+def parse_range(asked: str, size: int) -> Span | None:
+    """The bytes that 'bytes=a-b', 'bytes=a-' or 'bytes=-n' means of `size`, at most 8 MB of them; None for no bytes."""
+    match = _RANGE.fullmatch(asked.strip())
+    if match is None or match.group(0) == "bytes=-":
+        return None
+    first, last = match.groups()
+    start = int(first) if first else max(size - int(last), 0)
+    stop = min(int(last) + 1, size) if first and last else size
+    return Span(start, min(stop, start + MAX_RANGE_BYTES)) if start < stop else None
+
+
+def _blocks(source: Source, span: Span, where: str) -> Iterator[bytes]:
+    """The bytes of a span. A medium that ends early, or differs from its checksum, breaks the answer off."""
+    with opened(source, where=where) as file:
+        file.seek(span.start)
+        left = span.stop - span.start
+        while left:
+            block = file.read(min(BLOCK, left))
+            if not block:
+                raise MediaError("became shorter while it was read", where=where)
+            yield block
+            left -= len(block)
+
+
+# What is computed of a medium to be looked at: the waveform, the spectrogram, landmarks over time, descriptor curves.
+#
+# All decoding happens in one process beside the server, which may crash, hang or be killed: the picture that was asked
+# for fails with a sentence, the next one gets a new process. So the server itself never loads torch or a codec.
+
+
+PATIENCE_SECONDS = 60.0
+WAVE_POINTS = 800
+SPECTROGRAM_PIXELS = (800, 128)  # columns, rows
+MAX_POSE_FRAMES = 1500
+MAX_CURVES = 48
+FLOOR_DECIBELS = -80.0
+Floats = npt.NDArray[np.float32]
+T = TypeVar("T")
+
+
+class Decoder:
+    """The process that decodes; made when it is first needed, and again after it has died."""
+
+    def __init__(self) -> None:
+        self._pool: ProcessPoolExecutor | None = None
+        self._lock = threading.Lock()
+
+    def call(self, function: Callable[..., T], source: Source, where: str) -> T:
+        """`function(source, where)` in the other process. Raises MediaError, also when that process dies or hangs."""
+        with self._lock:
+            pool = self._pool = self._pool or ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        try:
+            return pool.submit(function, source, where).result(PATIENCE_SECONDS)
+        except BrokenProcessPool:
+            self._drop(pool)
+            raise MediaError("crashes its decoder", where=where, fix=RESTORE) from None
+        except TimeoutError:
+            self._drop(pool)
+            what = f"takes its decoder more than {PATIENCE_SECONDS:.0f} seconds"
+            raise MediaError(what, where=where, fix=RESTORE) from None
+
+    def _drop(self, pool: ProcessPoolExecutor) -> None:
+        with self._lock:
+            if self._pool is pool:
+                self._pool = None
+        for process in list((pool._processes or {}).values()):
+            process.kill()
+        pool.shutdown(wait=False, cancel_futures=True)
+
+    def close(self) -> None:
+        """End the process."""
+        if self._pool is not None:
+            self._drop(self._pool)
+
+
+def playable(source: Source, where: str) -> tuple[str, bytes]:
+    """Type and bytes of a clip, sound or image as browsers show it; a long one is cut, as in a report.
+
+    Raises MediaError."""
+    from hba.atlas.media import load_audio, load_image
+    from hba.atlas.source import head
+    from hba.report.samples import MAX_MEDIUM_BYTES, encode_audio, encode_image, encode_video
+
+    kind = media_type(head(source, 16, where=where))
+    if kind.startswith("audio/"):
+        encoded = encode_audio(load_audio(source, where=where))
+    elif kind.startswith("image/"):
+        encoded = encode_image(load_image(source, where=where))
+    else:
+        encoded = encode_video(source, where=where, max_bytes=MAX_MEDIUM_BYTES)
+    return encoded.mime, encoded.data
+
+
+def sound_pictures(source: Source, where: str) -> dict[str, Any]:
+    """`seconds`, `peaks` (least and greatest of each of 800 parts, in -1..1) and `spectrogram` (PNG) of a sound or of
+    a clip's sound track. Raises MediaError."""
+    from hba.atlas.media import SAMPLE_RATE, load_audio
+
+    samples = load_audio(source, where=where).samples
+    edges = np.linspace(0, len(samples), min(WAVE_POINTS, len(samples)) + 1).astype(int)
+    peaks = [(float(part.min()), float(part.max())) for part in np.split(samples, edges[1:-1])]
+    return {"seconds": len(samples) / SAMPLE_RATE, "peaks": peaks, "spectrogram": _spectrogram(samples)}
+
+
+def _spectrogram(samples: Floats) -> bytes:
+    """Mel-spaced power in decibels of 25 ms windows, as a greyscale PNG: dark is loud, high frequencies on top."""
+    from PIL import Image
+
+    window, columns, rows = 400, *SPECTROGRAM_PIXELS
+    padded = np.pad(samples, (0, max(0, window - len(samples))))
+    starts = np.unique(np.linspace(0, len(padded) - window, columns).astype(int))
+    frames = padded[starts[:, None] + np.arange(window)] * np.hanning(window).astype(np.float32)
+    power = np.abs(np.fft.rfft(frames, 1024)) ** 2
+    mel = np.linspace(0, 2595 * np.log10(1 + 8000 / 700), rows)
+    bins = np.minimum((700 * (10 ** (mel / 2595) - 1) / 8000 * 512).round().astype(int), 512)
+    decibels = 10 * np.log10(power[:, bins].T[::-1] + 1e-10)
+    level = np.clip((decibels - decibels.max()) / -FLOOR_DECIBELS + 1, 0, 1)
+    picture = Image.fromarray((255 * (1 - level)).astype(np.uint8)).resize(SPECTROGRAM_PIXELS)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def landmarks(source: Source, where: str) -> dict[str, Any]:
+    """`frames`: for each part of the body, [frames][points][x, y] with three decimals, None where it was not seen.
+
+    Raises MediaError for a descriptor that holds no landmarks."""
+    from hba.atlas.media import load_descriptor
+
+    loaded = load_descriptor(source, where=where)
+    parts = loaded if isinstance(loaded, dict) else {}
+    shown = {name: parts[name] for name in ("pose", "face", "left_hand", "right_hand") if name in parts}
+    if not shown:
+        raise MediaError("holds no landmarks", where=where, fix="Extract them with `hba atlas describe`.")
+    made: dict[str, Any] = {}
+    for name, points in shown.items():
+        taken = points[:MAX_POSE_FRAMES].numpy()
+        made[name] = [_points(frame) if frame[:, 2].any() else None for frame in taken]
+    return {"frames": made}
+
+
+def _points(frame: npt.NDArray[np.floating[Any]]) -> list[list[float]]:
+    return [[round(float(x), 3), round(float(y), 3)] for x, y in frame[:, :2]]
+
+
+def curves(source: Source, where: str) -> dict[str, Any]:
+    """Descriptors to draw: `parts`, each with `name`, `shape` and `values` [curves][time]: the 48 channels that vary
+    most, or, without a time axis, the values themselves. Raises MediaError."""
+    from hba.atlas.media import load_descriptor
+
+    loaded = load_descriptor(source, where=where)
+    tensors = loaded if isinstance(loaded, dict) else {"features": loaded}
+    parts = []
+    for name, tensor in tensors.items():
+        values = tensor.float().numpy()
+        flat = values.reshape(1, -1) if values.ndim < 2 else values.reshape(len(values), -1).T
+        order = np.argsort(-flat.std(axis=1), kind="stable")[:MAX_CURVES]
+        thin = max(1, flat.shape[1] // WAVE_POINTS)
+        drawn = flat[np.sort(order), ::thin].astype(float)
+        parts.append({"name": name, "shape": list(values.shape), "values": drawn.tolist()})
+    return {"parts": parts}
