@@ -12,11 +12,11 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from hba.batch.sampler import Indices, subsample
 from hba.errors import ConfigError, InputError, nearest
 from hba.evaluate.answers import READING_VERSION, read
 from hba.evaluate.backends import LOCAL, WORDLESS, detect, known, open_backend
-from hba.evaluate.backends.interface import Answered, Backend, Unanswered
+from hba.evaluate.backends.interface import Backend, Unanswered, answerable, predict
 from hba.evaluate.config import DEFAULT_FORMAT, Opening, PredictConfig
 from hba.evaluate.predictions import (
     Prediction,
@@ -177,55 +177,7 @@ def _told_by_name(pattern: str | None, path: str) -> str | None:
 SINCE = ("settings", "dtype", "attention", "backbone")
 """what the identity of a backend has not always said; runs that do not say it go on"""
 
-Predicted: TypeAlias = Prediction | Quarantined | Unanswered
 _DEFAULT_ENCODE: dict[str, Any] = json.loads(json.dumps(asdict(EncodeConfig())))
-
-
-def answerable(atlas: Atlas, backend: Backend) -> Indices:
-    """Row numbers that `backend` can answer."""
-    columns, taxonomy = atlas.columns, atlas.taxonomy
-    labelled_N = columns.label_codes >= 0
-    if backend.domains is None:
-        return np.flatnonzero(labelled_N | backend.free_form)
-    known = np.array([taxonomy.dataset(key).domain in backend.domains for key in columns.datasets], dtype=bool)
-    return np.flatnonzero(np.where(labelled_N, known[columns.dataset_codes], backend.free_form))
-
-
-def predict(atlas: Atlas, rows: Indices, backend: Backend) -> Iterator[Predicted]:
-    """Yield the prediction of each of `rows`, in the backend's order.
-
-    A sample whose media cannot be read comes as its quarantine record, one that a service did not answer as it is.
-    """
-    return _predictions(atlas, backend.batches(atlas, rows), backend, frozenset())
-
-
-def _predictions(atlas: Atlas, batches: Sequence[Indices], backend: Backend, done: Set[str]) -> Iterator[Predicted]:
-    for result in backend.answers(atlas, batches, done):
-        yield _prediction(result) if isinstance(result, Answered) else result
-
-
-def _prediction(answered: Answered) -> Prediction:
-    sample, output = answered
-    return Prediction(
-        id=sample.id,
-        dataset=sample.dataset,
-        task=sample.task,
-        split=sample.split,
-        target=sample.target,
-        output=output.text,
-        answer=output.answer,
-        label=output.label,
-        latency_s=None if output.seconds is None else round(output.seconds, 4),
-        tokens_in=output.tokens_in,
-        tokens_out=output.tokens_out,
-        error=output.error,
-        probs=output.probs,
-        modality=sample.modality_signature,
-        rule=output.rule,
-        finish=output.finish,
-        model=output.model,
-        left_out=output.left_out,
-    )
 
 
 class PredictSummary(NamedTuple):
@@ -409,7 +361,7 @@ def _append_predictions(
         groups = sample_groups(atlas) if left else {}
         progress(tally)
         try:
-            for step in _predictions(atlas, batches, backend, done) if left else ():
+            for step in predict(atlas, batches, backend, done) if left else ():
                 if isinstance(step, Quarantined):
                     quarantine.add(step)
                     tally.quarantine()

@@ -16,15 +16,17 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
 from hba.errors import InputError, TaxonomyError
 from hba.evaluate.results import Counts
-from hba.remote.cost import Meter
 from hba.storage import AppendLog, atomic_write, json_line, json_sha256
 from hba.taxonomy import BUILTIN, Taxonomy
+
+if TYPE_CHECKING:
+    from hba.remote.cost import Meter
 
 _OPTIONAL = ("probs", "group", "modality", "rule", "finish", "model", "left_out")
 

@@ -20,8 +20,8 @@ from hba.atlas.rows import Quarantined
 from hba.batch.encode import Batch, Encoder
 from hba.batch.loader import load_batches
 from hba.evaluate.backends.heads import HeadsBackend
+from hba.evaluate.backends.interface import answerable, predict
 from hba.evaluate.metrics import score
-from hba.evaluate.predict import answerable, predict
 from hba.evaluate.predictions import Prediction
 from hba.model.checkpoint import backbone_of
 from hba.model.heads import answer_loss
@@ -116,7 +116,7 @@ def validate_heads(backend: HeadsBackend, atlas: Atlas, run: RunFolder, ranks: R
     """
     own = answerable(atlas, backend)[ranks.rank :: ranks.world]
     said: list[tuple[str | None, str, str]] = []
-    for step in predict(atlas, own, backend):
+    for step in predict(atlas, backend.batches(atlas, own), backend):
         if isinstance(step, Prediction):
             said.append((step.label, step.target, step.dataset))
         elif isinstance(step, Quarantined):

@@ -6,11 +6,14 @@ To add one, write the module after `interface.Backend` and name it in `MODULES`.
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from hba.errors import InputError, nearest
-from hba.evaluate.backends.interface import Backend
-from hba.evaluate.config import Opening
 from hba.model.config import require_place
+
+if TYPE_CHECKING:
+    from hba.evaluate.backends.interface import Backend
+    from hba.evaluate.config import Opening
 
 MODULES = {
     "heads": "hba.evaluate.backends.heads",

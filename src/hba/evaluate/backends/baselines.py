@@ -13,16 +13,18 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hba.atlas import Atlas, open_atlas
 from hba.batch.sampler import Indices
 from hba.errors import InputError
 from hba.evaluate.answers import plain
 from hba.evaluate.backends.interface import Answered, Output, Result, one_by_one, samples
-from hba.evaluate.config import Opening
-from hba.remote.cost import Meter
 from hba.storage import json_sha256
+
+if TYPE_CHECKING:
+    from hba.evaluate.config import Opening
+    from hba.remote.cost import Meter
 
 
 class Baseline:

@@ -7,7 +7,7 @@ the checkpoint holds any, take part in both.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,12 +17,14 @@ from hba.batch.encode import Batch, Encoder
 from hba.batch.sampler import Indices
 from hba.errors import InputError
 from hba.evaluate.backends.interface import Output, Result, batched_answers, evaluation_plan, spoken
-from hba.evaluate.config import Opening
 from hba.model import checkpoint
 from hba.model.generate import end_token_ids
 from hba.model.omni import OmniSapiens
-from hba.remote.cost import Meter
 from hba.taxonomy import Taxonomy
+
+if TYPE_CHECKING:
+    from hba.evaluate.config import Opening
+    from hba.remote.cost import Meter
 
 
 class HeadsBackend:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence, Set
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,10 +20,12 @@ from hba.batch.sampler import Indices
 from hba.errors import InputError
 from hba.evaluate.answers import opened_thinking
 from hba.evaluate.backends.interface import Output, Result, batched_answers, choices, evaluation_plan, likeliest, spoken
-from hba.evaluate.config import GenerationConfig, Opening, PredictConfig
 from hba.model import chat, checkpoint
 from hba.model.generate import end_token_ids
-from hba.remote.cost import Meter
+
+if TYPE_CHECKING:
+    from hba.evaluate.config import GenerationConfig, Opening, PredictConfig
+    from hba.remote.cost import Meter
 
 TAG_TOKENS = 16  # at the end of a prompt, in which a tag of thinking would stand
 

@@ -17,18 +17,21 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
+import numpy as np
+
 from hba.atlas import Atlas
 from hba.atlas.rows import Quarantined, Sample
 from hba.batch.config import LoaderConfig
 from hba.batch.prompt import FormatMix
 from hba.batch.sampler import Indices, plan_batches
 from hba.evaluate import answers
+from hba.evaluate.predictions import Prediction
 from hba.evaluate.results import was_cut
-from hba.remote.cost import Meter
 from hba.taxonomy import Taxonomy
 
 if TYPE_CHECKING:
     from hba.batch.encode import Batch, SampleEncoder
+    from hba.remote.cost import Meter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +72,7 @@ class Unanswered(NamedTuple):
 
 
 Result: TypeAlias = Answered | Quarantined | Unanswered
+Predicted: TypeAlias = Prediction | Quarantined | Unanswered
 
 
 class Backend(Protocol):
@@ -100,6 +104,51 @@ class Backend(Protocol):
     def answers(self, atlas: Atlas, batches: Sequence[Indices], done: Set[str]) -> Iterator[Result]:
         """One result for each row of `batches`, which are some of its own, whose sample's id is not in `done`."""
         ...
+
+
+def answerable(atlas: Atlas, backend: Backend) -> Indices:
+    """Row numbers that `backend` can answer."""
+    columns, taxonomy = atlas.columns, atlas.taxonomy
+    labelled_N = columns.label_codes >= 0
+    if backend.domains is None:
+        return np.flatnonzero(labelled_N | backend.free_form)
+    known = np.array([taxonomy.dataset(key).domain in backend.domains for key in columns.datasets], dtype=bool)
+    return np.flatnonzero(np.where(labelled_N, known[columns.dataset_codes], backend.free_form))
+
+
+def predict(
+    atlas: Atlas, batches: Sequence[Indices], backend: Backend, done: Set[str] = frozenset()
+) -> Iterator[Predicted]:
+    """Yield the prediction of each row of `batches` but for the samples whose ids are `done`, in the backend's order.
+
+    A sample whose media cannot be read comes as its quarantine record, one that a service did not answer as it is.
+    """
+    for result in backend.answers(atlas, batches, done):
+        yield _prediction(result) if isinstance(result, Answered) else result
+
+
+def _prediction(answered: Answered) -> Prediction:
+    sample, output = answered
+    return Prediction(
+        id=sample.id,
+        dataset=sample.dataset,
+        task=sample.task,
+        split=sample.split,
+        target=sample.target,
+        output=output.text,
+        answer=output.answer,
+        label=output.label,
+        latency_s=None if output.seconds is None else round(output.seconds, 4),
+        tokens_in=output.tokens_in,
+        tokens_out=output.tokens_out,
+        error=output.error,
+        probs=output.probs,
+        modality=sample.modality_signature,
+        rule=output.rule,
+        finish=output.finish,
+        model=output.model,
+        left_out=output.left_out,
+    )
 
 
 def one_by_one(rows: Indices) -> Sequence[Indices]:

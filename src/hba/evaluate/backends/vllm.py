@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import PIL.Image
 from safetensors.torch import load_file
@@ -38,14 +38,16 @@ from hba.errors import ConfigError, InputError, MachineError, MediaError
 from hba.evaluate.answers import opened_thinking
 from hba.evaluate.backends.interface import Answered, Output, Result, choices, one_by_one, samples, spoken
 from hba.evaluate.backends.wire import frame_rate
-from hba.evaluate.config import Opening
 from hba.model import checkpoint
 from hba.model.bam import FOLDER
 from hba.model.generate import BANNED_BIAS, media_token_ids
 from hba.model.merge import name_as_released
-from hba.remote.cost import Meter
 from hba.storage import machine_fault, read_json
 from hba.taxonomy import Taxonomy
+
+if TYPE_CHECKING:
+    from hba.evaluate.config import Opening
+    from hba.remote.cost import Meter
 
 DECODERS = 8
 MOST_BYTES = 4 << 30  # of the media of requests that are under way
