@@ -21,7 +21,7 @@ from typing import Any
 DISTRIBUTION = "human-behavior-atlas"
 PACKAGES = (
     *("torch", "torchvision", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "huggingface_hub"),
-    *("numpy", "scipy", "scikit-learn", "pyarrow", "msgspec", "av", "soundfile", "soxr", "pillow", "pydantic"),
+    *("numpy", "scipy", "pyarrow", "msgspec", "av", "soundfile", "soxr", "pillow", "pydantic"),
     *("tensorboard", "wandb", "vllm", "verl", "ray", "opensmile", "mediapipe"),
 )
 COMMAND_SECONDS = 10.0
