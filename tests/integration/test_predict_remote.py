@@ -380,6 +380,7 @@ def test_while_a_server_is_away_the_display_says_so_and_ctrl_c_ends_it(text_atla
     process = subprocess.Popen(
         [sys.executable, "-m", "hba", *map(str, command(server, text_atlas, tmp_path / "run", *patient))],
         stdout=subprocess.DEVNULL, stderr=theirs, env=os.environ | {"COLUMNS": "200", "TERM": "xterm"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
     )  # fmt: skip
     os.close(theirs)
     shown, interrupted = b"", False
