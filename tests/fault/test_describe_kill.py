@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,11 @@ def num_done(root: Path) -> int:
 
 def digests(root: Path) -> dict[str, str]:
     files = [p for p in sorted((root / "opensmile_egemaps").rglob("*")) if p.is_file()]
-    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    found = {}
+    for path in files:
+        with suppress(FileNotFoundError):  # what a process that was killed had begun may go while this looks
+            found[str(path.relative_to(root))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
 
 
 def kill_after(root: Path, new_items: int, moment: float, *, everyone: bool) -> bool:

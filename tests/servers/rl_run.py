@@ -1,7 +1,13 @@
 """RL runs on the tiny model, and their death in a chosen phase, for tests of the loop and of who samples for it."""
 
+import importlib
 import os
+import pickle
 import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
 
 import torch
 from safetensors.torch import load_file
@@ -94,19 +100,34 @@ PHASES = [
 
 
 def die_in(owner, name, when, path, config):
-    """Run in a forked process that kills itself in the named phase of the first step that it makes."""
-    child = os.fork()
-    if child == 0:
-        whole = getattr(owner, name)
+    """Run in a process that kills itself in the named phase of the first step that it makes.
 
-        def fatal(*args, **options):
-            if when == "after":
-                whole(*args, **options)
-            os.kill(os.getpid(), signal.SIGKILL)
+    A process of its own, not a fork: torch refuses backward passes in a child of whoever has made some on threads.
+    """
+    place = (owner.__name__, None) if isinstance(owner, ModuleType) else (owner.__module__, owner.__qualname__)
+    told = pickle.dumps((*place, name, when, path, config))
+    env = os.environ | {"PYTHONPATH": PATHS}
+    ended = subprocess.run([sys.executable, __file__], input=told, env=env, check=False)
+    assert ended.returncode == -signal.SIGKILL, (name, ended.returncode)
 
-        setattr(owner, name, fatal)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        train(path, config)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (name, status)
+
+PATHS = os.pathsep.join(map(str, (Path(local.__file__).parents[2], Path(__file__).parent)))
+
+
+def _die(module, owner, name, when, path, config):
+    holder = importlib.import_module(module)
+    holder = holder if owner is None else getattr(holder, owner)
+    whole = getattr(holder, name)
+
+    def fatal(*args, **options):
+        if when == "after":
+            whole(*args, **options)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(holder, name, fatal)
+    train(path, config)
+
+
+
+if __name__ == "__main__":
+    _die(*pickle.load(sys.stdin.buffer))
