@@ -146,6 +146,9 @@ def inline_yaml(value: Any) -> str:
     return text.removesuffix("\n").removesuffix("\n...")
 
 
+# --- configurations ---------------------------------------------------------------------------------------------------
+
+
 T = TypeVar("T")
 COMMAND_LINE = "command line"
 

@@ -1,4 +1,4 @@
-"""The run folder: where a command leaves its config, its logs and its results, and finds them again to go on.
+"""The run folder: where a command leaves config, logs, results and what it left out, and finds them again to go on.
 
 `RunFolder.open` makes the folder or resumes it. It refuses a folder that another process uses, and one that holds a
 run with another config, seed, command or data: going on there would mix two experiments. A key that the version of hba
@@ -100,6 +100,9 @@ class QuarantineLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+# --- the run folder ---------------------------------------------------------------------------------------------------
 
 
 MACHINE_FACTS = ("hba_version", "git_commit", "python", "platform", "cpu", "cpu_cores", "gpus", "packages")

@@ -222,7 +222,11 @@ def is_abandoned(path: Path) -> bool:
         return False
     if match[2] != _boot():
         return time.time() - path.lstat().st_mtime > _OLD_SECONDS
-    return not (_lives(int(match[3])) and _started(int(match[3])) == int(match[4]))
+    process_id, began = int(match[3]), int(match[4])
+    if not _lives(process_id):
+        return True
+    now = _started(process_id)
+    return 0 not in (began, now) and began != now  # where nothing is told, it may be the same
 
 
 def remove_abandoned(folder: Path) -> None:
@@ -236,7 +240,7 @@ def _started(process_id: int) -> int:
     """When a process began, in ticks since the system did; 0 where that is not told. Ids are given out again."""
     try:
         told = Path(f"/proc/{process_id}/stat").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
+    except (FileNotFoundError, ProcessLookupError, PermissionError):  # of another user, on some machines
         return 0
     return int(told.rpartition(b")")[2].split()[19])  # the name in brackets may hold anything
 

@@ -1,4 +1,4 @@
-"""Tasks, domains, datasets and labels of the atlas: a typed view of `taxonomy.yaml`.
+"""Tasks, domains, datasets, labels and published figures of the atlas: a typed view of `taxonomy.yaml`.
 
 The one place that turns a raw answer into a canonical label and a label into its global index. Global indices are
 part of the released checkpoints and never change. A `Taxonomy` is immutable; `BUILTIN` is the published one, and
@@ -109,6 +109,9 @@ def require_fit(task: str, metric: str, dataset: Dataset) -> None:
         kind = "multilabel" if dataset.multilabel else "free-form" if dataset.free_form else f"{dataset.domain}"
         what = f"metric {metric} does not suit the {kind} dataset {dataset.key!r}"
         raise TaxonomyError(what, where=f"task {task!r}", fix=f"Use {' or '.join(fitting)}, or another task.")
+
+
+# --- the taxonomy -----------------------------------------------------------------------------------------------------
 
 
 _DENIAL = re.compile(r"^(?:(?:no|not|non|without|sin)[\s-]+|无|没有|不|非)")

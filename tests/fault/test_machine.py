@@ -337,16 +337,17 @@ def test_only_what_a_dead_process_of_this_machine_had_begun_is_removed(tmp_path)
     dead = tmp_path / living.name.replace(f"-{os.getpid()}-", "-4194304-")
     machine, boot, _, start = living.name.split(".")[-2].split("-")
     of_a_dead_one_with_our_id = tmp_path / living.name.replace(f"-{start}.", "-1.")
+    untold = tmp_path / living.name.replace(f"-{start}.", "-0.")  # where the system does not say when it began
     elsewhere = tmp_path / dead.name.replace(machine, "0" * 8)
     restarted = tmp_path / dead.name.replace(boot, "1" * 8)
     older = tmp_path / f"{restarted.name.replace('a.bin', 'b.bin')}"
     named_by_id_alone = tmp_path / ".a.bin.4194304.tmp"
-    for path in (living, dead, elsewhere, restarted, older, named_by_id_alone, of_a_dead_one_with_our_id):
+    for path in (living, dead, elsewhere, restarted, older, named_by_id_alone, of_a_dead_one_with_our_id, untold):
         path.write_bytes(b"half")
     os.utime(older, (1, 1)), os.utime(elsewhere, (1, 1))
     assert is_abandoned(dead) and not is_abandoned(living)
     remove_abandoned(tmp_path)
-    assert set(tmp_path.iterdir()) == {living, elsewhere, restarted, named_by_id_alone}
+    assert set(tmp_path.iterdir()) == {living, elsewhere, restarted, named_by_id_alone, untold}
 
 
 # --- machines other than Linux ---------------------------------------------------------------------------------------

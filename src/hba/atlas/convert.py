@@ -358,7 +358,7 @@ def _check(shard: Path, tally: _Tally) -> None:
         raise HbaError("reads back differently", where=str(shard), fix="Check the disk and convert again.")
 
 
-# Writes a part of an atlas as JSONL lines and media files, the inverse of `shards`.
+# Writes a part of an atlas as JSONL lines and media files, the inverse of the part above.
 #
 # A medium gets the path that it had before it was embedded, or one made of its field, split and row. A path is used
 # once for one content: rows that share a file share it again, and two contents under one name are an error, never a
@@ -501,6 +501,9 @@ def _move(temporary: Path, path: Path) -> None:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):  # a file system without links
             raise
         temporary.replace(path)
+
+
+# --- the conversion ---------------------------------------------------------------------------------------------------
 
 
 Form = Literal["parquet", "jsonl"]

@@ -1,4 +1,4 @@
-"""An atlas on the Hugging Face hub, as one store: which of its files a split needs, and reading them.
+"""An atlas on the Hugging Face hub: opened as one store, of which only what is needed is fetched, or downloaded.
 
 Three forms of a release are known: parquet shards, JSONL with media folders, JSONL with tars of the media. The files of
 other splits are never asked for. Media in folders and in shards are fetched when a sample is read, one by one; tars

@@ -1,4 +1,4 @@
-"""A dataset on the Hugging Face hub at one commit: what files it has, and getting them.
+"""A dataset on the Hugging Face hub at one commit: what files it has, and getting them, shards in parts.
 
 The revision is resolved to a commit once; everything after is asked for at that commit, so that files of two revisions
 never mix. What may pass by itself (a dropped connection, an overloaded server) is tried again: briefly when a dataset

@@ -70,6 +70,9 @@ def _equal(low: float, high: float) -> list[float]:
     return [round(i * step, 6) for i in range(first, max(last, first + 1) + 1)]
 
 
+# --- what an atlas holds ----------------------------------------------------------------------------------------------
+
+
 Counts = dict[str, int]
 
 NO_TASK = "no task"

@@ -1,4 +1,4 @@
-"""Which rows of an atlas a split name means, and which files hold them.
+"""What names mean: which rows and files a split is, and which dataset of the hub an atlas is.
 
 `train`, `train[:1000]` (rows), `train[:10%]` (per cent), `test[-50:]`: as in Hugging Face datasets, with bounds beyond
 the split clipped and per cent rounded to the nearest row. A split that is not there is an error that lists those that

@@ -444,6 +444,9 @@ def _damage_named(where: str) -> Iterator[None]:
         raise machine_fault(error, where) or MediaError(what, where=where, fix="Restore the shard.") from None
 
 
+# --- the store --------------------------------------------------------------------------------------------------------
+
+
 EXTRA = "extra_json"
 UNNAMED = "-"
 """stands for the path of a medium whose shard does not tell it"""

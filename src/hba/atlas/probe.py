@@ -1,4 +1,4 @@
-"""What is true of one medium: its length, rate, size, shape, and whether all of it decodes.
+"""What is true of one medium (length, rate, size, shape, whether all of it decodes), and of all media of an atlas.
 
 `probe` reads a medium in one pass and returns `Facts`, or raises the MediaError with which training would refuse it. By
 default every frame and sample is decoded, so that a file that is cut off or corrupt anywhere is found; `quick` reads

@@ -1,4 +1,4 @@
-"""The checks that every row passes when an atlas is opened, whatever store it comes from.
+"""Rows and samples, their columns, and the checks that every row passes when an atlas is opened, whatever its store.
 
 A row is decoded with strict types (`Row`), its dataset and label are in the taxonomy, its modality signature is known
 and agrees with its media, its paths stay below the atlas folder, and its id occurs once. Each failure is an InputError
@@ -296,6 +296,9 @@ def make_columns(
         num_videos=values_KN[6],
         num_audios=values_KN[7],
     )
+
+
+# --- the checks of a row ----------------------------------------------------------------------------------------------
 
 
 _FIX_JSON = "Repair the line; if it is the last one, the file was cut off."

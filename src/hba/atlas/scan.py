@@ -238,6 +238,9 @@ def _order(finding: Finding) -> tuple[Any, ...]:
     return LEVELS.index(finding.level), codes.index(finding.code), where, finding.message
 
 
+# --- every row of every split -----------------------------------------------------------------------------------------
+
+
 _TAGS = (("<image>", "images"), ("<video>", "videos"), ("<audio>", "audios"))
 _SUFFIXES: dict[str, list[str]] = PUBLISHED["task_suffixes"]
 

@@ -1,4 +1,4 @@
-"""Where a medium comes from, how large it may be, whether it is whole, and the one way to open its container.
+"""The bytes of a medium: where they come from, how large they may be, whether they are whole; opening a container.
 
 A source is a file or the bytes of one. Everything that a decoder trusts is checked here first: a source is a regular,
 non-empty file within `Limits`; no part of it that its header promises lies beyond its end; and its container and codecs
@@ -186,6 +186,9 @@ def read_bytes(source: Source, *, where: str = "") -> bytes:
         bad = next(at for at, block, number in blocks if not _is_sound(block, number, source.checksums))
         raise _flipped(bad, where)
     return data
+
+
+# --- sources and their limits -----------------------------------------------------------------------------------------
 
 
 _Track = TypeVar("_Track", "AudioStream", "VideoStream")

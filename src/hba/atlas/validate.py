@@ -214,6 +214,11 @@ def _same(names: Sequence[MediumName]) -> str:
 
 
 LOG, RESULT = "media.jsonl", "validate.json"
+
+
+# --- the validation ---------------------------------------------------------------------------------------------------
+
+
 OnProgress = Callable[[int, int], None]
 
 

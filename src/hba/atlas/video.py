@@ -680,6 +680,9 @@ def _until(
     return segment, packet
 
 
+# --- the frames that are asked for ------------------------------------------------------------------------------------
+
+
 Frames: TypeAlias = Literal["exact", "nearest_keyframe"]
 """which frame stands for a time: the one on screen, or the keyframe nearest to it, which is faster"""
 

@@ -84,6 +84,9 @@ def _window(extractor: Any, audios: Sequence[np.ndarray[Any, Any]]) -> int:
 # Shapes: B samples, T tokens, A audios, M mel frames, F mel bins.
 
 
+# --- a batch, and the encoder of Qwen2.5-Omni -------------------------------------------------------------------------
+
+
 IGNORED = -100
 
 

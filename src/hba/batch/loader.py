@@ -511,6 +511,8 @@ def _portable(error: Exception) -> Exception:
     return error
 
 
+# --- the loader -------------------------------------------------------------------------------------------------------
+
 
 Outcomes: TypeAlias = Generator[Outcome, None, None]
 

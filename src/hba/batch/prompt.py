@@ -1,4 +1,4 @@
-"""From a row's `problem` with its <image>, <video>, <audio> tags to the chat messages of a processor.
+"""The prompt of a row: from its `problem` and its media tags to a processor's chat messages, and the answer format.
 
 A medium whose tag is missing gets one in front: images first, then videos, then audios, each in front of what stands
 there, so that audio comes first (as the release does). By default a tag without a medium is an error and tags of

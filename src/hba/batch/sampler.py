@@ -1,4 +1,4 @@
-"""Which samples meet in which batch: a pure function of (seed, epoch).
+"""Which rows an epoch trains on, and which of them meet in a batch: pure functions of (seed, epoch).
 
 Every batch holds samples of one modality signature and of similar length, so that little of it is padding and every
 rank runs the same towers. Nothing is decoded to plan: lengths are estimated from the rows. Every sample occurs exactly

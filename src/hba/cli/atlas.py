@@ -1,4 +1,4 @@
-"""`hba atlas`: make and look at atlases."""
+"""`hba atlas`: make, convert, download, describe, check and look at atlases."""
 
 from __future__ import annotations
 
@@ -175,6 +175,9 @@ def download_command(
         say(f"Commit {done.revision}. Next: hba atlas validate {bold(out)}")
 
     answer(values, as_json=json, show=show)
+
+
+# --- the other commands -----------------------------------------------------------------------------------------------
 
 
 atlas_app = typer.Typer(no_args_is_help=True, help="Make, open and check atlases.")

@@ -72,6 +72,9 @@ def run_rl(
     return {name: changes(folder / f"rl-{name}") for name in ALGORITHMS}
 
 
+# --- the demo ---------------------------------------------------------------------------------------------------------
+
+
 T = TypeVar("T")
 
 

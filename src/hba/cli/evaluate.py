@@ -1,4 +1,4 @@
-"""`hba score`, `hba report`: from predictions to numbers to a page."""
+"""`hba score`, `hba report`, `hba compare`, `hba leaderboard`: from predictions to numbers, pages and comparisons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options that commands share, and the two ways in which every command answers: for people and with --json."""
+"""Options and progress that commands share, and the two ways in which each answers: for people and with --json."""
 
 from __future__ import annotations
 

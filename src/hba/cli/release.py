@@ -1,4 +1,4 @@
-"""`hba merge`, `hba push`: a trained model for others to use."""
+"""`hba merge`, `hba push`, `hba export`: a trained model, the benchmark and results for others to use."""
 
 from __future__ import annotations
 

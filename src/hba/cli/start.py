@@ -1,4 +1,4 @@
-"""`hba demo`, `hba tiny`, `hba doctor`: what a newcomer types first."""
+"""`hba demo`, `hba tiny`, `hba doctor`, `hba explore`: what a newcomer types first."""
 
 from __future__ import annotations
 

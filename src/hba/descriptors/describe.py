@@ -303,6 +303,9 @@ def _packed(tensors: Mapping[str, Tensor], out_format: str) -> bytes:
 _PATIENCE_SECONDS, _PATIENCE_SECONDS_PER_MB = 900.0, 300.0
 
 
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, kw_only=True)
 class Summary:
     """What a run did. Counts are by kind (audio, video, transcript); seconds are of media and of workers' time."""

@@ -1,4 +1,4 @@
-"""Which descriptors an atlas lacks: one item for each medium, and the rows that wait for it.
+"""Which descriptors an atlas lacks, an item for each medium, and the ledger of what has been extracted.
 
 A row wants a descriptor of its sounds (or, without sounds, of the sound tracks of its clips), landmarks of its clips,
 and a transcript when it has no `texts`. A medium that many rows and splits share is one item. A row that names

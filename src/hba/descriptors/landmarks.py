@@ -113,6 +113,9 @@ def check_landmarks() -> Check:
     return Check(name=name, status="ok", detail=f"mediapipe {version} in {folder}", required=False)
 
 
+# --- landmarks of a clip ----------------------------------------------------------------------------------------------
+
+
 POINTS = {"pose": 33, "face": 468, "left_hand": 21, "right_hand": 21}
 _NUM_POINTS = sum(POINTS.values())
 _FRAME_BYTES = _NUM_POINTS * 3 * 4

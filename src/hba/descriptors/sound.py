@@ -1,4 +1,4 @@
-"""openSMILE on one sound: ComParE 2016 functionals or low-level descriptors, or eGeMAPSv02 functionals.
+"""What is taken from one sound: openSMILE's ComParE 2016 or eGeMAPSv02 descriptors, and a transcript.
 
 The sound is what every other part of hba hears, 16 kHz mono, from an audio file or the sound track of a clip. A sound
 that openSMILE cannot measure (25 ms give nothing but NaN and a warning) is a MediaError, never a file of NaN or zeros.

@@ -381,6 +381,9 @@ def check_lengths(**sequences: Sequence[Any]) -> None:
         raise InputError(f"lengths differ: {found}", fix="Give one item per row.")
 
 
+# --- the published metrics --------------------------------------------------------------------------------------------
+
+
 EMOTION = "emotion"
 WEIGHTED_ACCURACY = "mean_weighted_accuracy"
 # Group of each of the seven points, highly negative to highly positive; None: left out of the ground truth.

@@ -174,6 +174,9 @@ def _told_by_name(pattern: str | None, path: str) -> str | None:
     return f"file name: {found[1]}" if found else None
 
 
+# --- the run of predictions -------------------------------------------------------------------------------------------
+
+
 SINCE = ("settings", "dtype", "attention", "backbone")
 """what the identity of a backend has not always said; runs that do not say it go on"""
 

@@ -1,4 +1,4 @@
-"""predictions.jsonl: one line a sample, append-only, the contract between whoever predicts and whoever scores.
+"""predictions.jsonl: one line a sample, append-only, the contract of whoever predicts with whoever scores; its counts.
 
 Reading checks every line against the schema and the taxonomy and refuses the first that is wrong with file,
 line and field: malformed or truncated JSON, a missing field, a wrong type, an id that occurs twice, an

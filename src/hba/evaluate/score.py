@@ -325,6 +325,9 @@ def _bins(rows: _Rows) -> list[dict[str, Any]]:
     return found
 
 
+# --- the score of a run -----------------------------------------------------------------------------------------------
+
+
 JUDGED_NOTE = "not scored (needs a judge)"
 SKIPPED_NOTE = "not scored ({n_skipped} rows that the model is not trained to answer)"
 EMPTY_NOTE = "not scored: no row with a defined score"

@@ -303,6 +303,9 @@ def _add_choice(where: Where, form: Form, name: str, choices: Mapping[str, str])
     where.add(choices[value])
 
 
+# --- the index of an atlas --------------------------------------------------------------------------------------------
+
+
 CHUNK = 5000
 NO_TASK = "no task"
 

@@ -1,4 +1,4 @@
-"""Media straight from the store to the browser, by ranges: a clip starts to play before it has been read, also when it
+"""Media to the browser, as they are or drawn. By ranges: a clip starts to play before it has been read, also when it
 lies inside a shard.
 
 A medium is named by its sample's split and row, its field and its place in the field, never by a path, so that no

@@ -1,4 +1,4 @@
-"""The atlas page, a sample's own page with everything that can be seen and heard of it, and the quarantine."""
+"""The pages: atlas, samples and quarantine, then judge review, predictions, RL, runs, scores, and a page as a file."""
 
 from __future__ import annotations
 

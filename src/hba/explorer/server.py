@@ -139,6 +139,8 @@ def _foreign(headers: Headers) -> bool:
     return headers.get("sec-fetch-site") in ("cross-site", "same-site") and not followed
 
 
+# --- the server -------------------------------------------------------------------------------------------------------
+
 
 TOKEN_BYTES = 24
 BACKLOG = 128

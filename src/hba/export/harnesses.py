@@ -1,4 +1,4 @@
-"""`hba export inspect`: the atlas as Inspect tasks, one a behavioural task of the taxonomy.
+"""`hba export inspect` and `lmms-eval`: the atlas as tasks of other harnesses, one a behavioural task of the taxonomy.
 
 The file that is written calls `build_task` of this module, which imports Inspect when it is called, in Inspect's own
 environment. Prompts, answers and metrics are those of hba. A task that needs a judge is scored by exact match there.

@@ -112,6 +112,9 @@ def public_name(path: str) -> str:
     return Path(path).name if Path(path).is_absolute() or Path(path).exists() else path
 
 
+# --- the push ---------------------------------------------------------------------------------------------------------
+
+
 LOCAL = ("/", "./", "../", "file://")
 # What a run's checkpoint holds beside its model.
 _TRAINING_STATE = ("optimizer*", "trainer_state.json")

@@ -1,4 +1,4 @@
-"""What every harness needs of the atlas: its rows as documents, one JSONL file a task, media by their paths.
+"""What every harness needs of the atlas: its rows as documents, one JSONL file a task, and how these are scored.
 
 A document holds the parts of its prompt in order (text, image, video, audio), so that no harness has a prompt of its
 own. Refused: an atlas whose media are no files, and one that is on the hub; such an atlas is converted first.

@@ -166,6 +166,9 @@ def _rhythm(log_energy: Array) -> Array:
     return np.array([modulation[(hertz >= low) & (hertz < high)].sum() / total for low, high in bands])
 
 
+# --- the atlas --------------------------------------------------------------------------------------------------------
+
+
 VERSION = 3  # of the content: raise it whenever the same seed gives other bytes
 NOTE = "Synthetic: generated voices, stick figures and sentences. Scores on it say nothing about human behaviour."
 Arrays = dict[str, NDArray[Any]]

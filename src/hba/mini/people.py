@@ -1,4 +1,4 @@
-"""A small human figure: how a state or an action moves body and face.
+"""The people of the mini-atlas: how a state or an action moves body and face, what a camera sees of it, and a voice.
 
 `animate` turns the name of a motion into points over time; `render` makes pixels and landmarks of them. Place, size,
 colours, speed and phase are drawn independently of the motion, and the number of frames is the caller's. It knows no

@@ -290,6 +290,9 @@ def _counts(size: dict[str, tuple[int, int, int]], split: int) -> Iterator[tuple
         yield source, size[source][split]
 
 
+# --- the scenes of each dataset ---------------------------------------------------------------------------------------
+
+
 Rows = Iterator[dict[str, Any]]
 
 # Clips in train, validation and test.

@@ -1,4 +1,4 @@
-"""Which model is trained, and what of it."""
+"""Which model is meant by its name, and what of it is trained."""
 
 from __future__ import annotations
 

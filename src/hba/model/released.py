@@ -103,6 +103,9 @@ def _spec(state: Mapping[str, Tensor], dataset: str, pooling: Mode, path: Path) 
     )
 
 
+# --- released checkpoints ---------------------------------------------------------------------------------------------
+
+
 # What Accelerate calls the model in a saved state, in the order of preference.
 FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model_fsdp.bin")
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")

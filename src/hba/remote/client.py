@@ -286,6 +286,9 @@ def _index(segment: Path) -> dict[str, _Place]:
     return places
 
 
+# --- the client -------------------------------------------------------------------------------------------------------
+
+
 CONNECT_SECONDS = 10.0
 CHECK_SECONDS = 5.0  # for the connection that is tried before a run
 MAX_REPLY_BYTES = 32 << 20

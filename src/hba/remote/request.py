@@ -1,4 +1,4 @@
-"""A chat request, its reply and what can go wrong between them, in a form that belongs to no provider.
+"""A chat request, its address, its reply and what can go wrong, in a form that belongs to no provider.
 
 Message content is a text or a list of parts, in the form of OpenAI's chat API, from which the providers translate:
 `{"type": "text", "text"}`, `{"type": "image_url", "image_url": {"url"}}` (a data URL for local images),

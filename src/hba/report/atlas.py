@@ -1,4 +1,4 @@
-"""The pages of `hba atlas validate` and `hba atlas info`: one self-contained HTML file each, in the report's style.
+"""What `hba atlas validate` and `hba atlas info` show: one self-contained HTML file each, and tables for the terminal.
 
 Like a report they load nothing, run no script and escape every text of the atlas. The same result gives the same
 bytes: no time and no machine stands on them.

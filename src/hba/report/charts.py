@@ -1,4 +1,4 @@
-"""Charts as inline SVG, drawn here: score bars with intervals, and line charts.
+"""Charts as inline SVG, drawn here: score bars, line charts, training curves, counts, reliability, confusion matrices.
 
 Horizontal positions are percentages and vertical ones pixels, so that a chart fills any width while its text keeps
 its size; colours come from the classes of style.css, so that light, dark and print share one drawing. Every text goes

@@ -1,4 +1,4 @@
-"""Comparisons of runs in words: one line a task, the mean last; for the terminal, LaTeX and Markdown alike.
+"""Runs side by side, as tables in any form: comparisons, training stages, transfer, the leaderboard.
 
 Bold is a difference that is significant at 5 %, after Holm's correction where it is a task's.
 """

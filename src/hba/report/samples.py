@@ -1,4 +1,4 @@
-"""The best and the worst samples of a run, with their prompts and media.
+"""The best and the worst samples of a run, and judged answers, with their prompts and media inside the page.
 
 Worst is what was answered wrongly with the least probability on the true label, best what was answered rightly with
 the most; no dataset takes a second place before every dataset has had one. Free-form answers, which need a judge, are
@@ -227,6 +227,9 @@ def _encode_h264(frames: Sequence[VideoFrame]) -> bytes:
             out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
     return buffer.getvalue()
+
+
+# --- the best and the worst samples -----------------------------------------------------------------------------------
 
 
 NUM_EACH = 6

@@ -1,4 +1,4 @@
-"""A table in words, as LaTeX (booktabs) or Markdown, or for the terminal: what a file is written in goes by its suffix.
+"""Tables as LaTeX (booktabs), Markdown or for the terminal, by a file's suffix, and the table of `hba score`.
 
 Every text comes from data (names of runs, tasks, models) and is escaped here and nowhere else. A cell may be bold; the
 last row may be a summary, which stands below a rule. Notes stay with the table, so that a figure that is quoted or

@@ -205,6 +205,9 @@ def _scaled(rewards: npt.ArrayLike, eps: float) -> Floats:
     return (rewards_N - low) / (high - low) if high - low > eps else np.zeros_like(rewards_N)
 
 
+# --- estimators -------------------------------------------------------------------------------------------------------
+
+
 __all__ = [
     "Advantage",
     "EmaGrpo",

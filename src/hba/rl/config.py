@@ -86,6 +86,9 @@ class VerlConfig:
     overrides: tuple[str, ...] = option((), "verl's own keys on top, as hydra takes them: ++trainer.test_freq=5")
 
 
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
 NotNegative = Annotated[float, Field(ge=0)]
 
 

@@ -347,6 +347,9 @@ def _looked_at(model: ChatModel, batch: Batch, temperature: float, accelerator: 
         return probabilities(model, model, batch, temperature).logps_BL
 
 
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
 STATE = "rl_state.json"
 
 

@@ -1,4 +1,4 @@
-"""The prompts of a run, batch after batch in the order of the training plan, each replicated once a rollout.
+"""The rows of an RL run, and its prompts: batch after batch in the order of the plan, each replicated once a rollout.
 
 The place in the plan is all the state there is. Past its end the plan begins anew: dynamic sampling may take more
 batches than its steps were planned for. A batch is shared out over the ranks as in training, in as many micro-batches

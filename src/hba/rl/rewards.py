@@ -1,4 +1,4 @@
-"""Rewards of the published runs: GRPO's (OmniSapiens-7B RL) and HARPO's (OmniSapiens 2.0).
+"""Rewards: those of the published runs, GRPO's (OmniSapiens-7B RL) and HARPO's (OmniSapiens 2.0), and a user's own.
 
 Both are pure functions from texts to numbers. The answer is what `hba.evaluate.answers.read` finds, as in the
 evaluation, where the datasets of the responses are known; similarity is the cosine of all-MiniLM-L6-v2 embeddings

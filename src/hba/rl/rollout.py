@@ -1,4 +1,4 @@
-"""Rollouts: several sampled responses to each prompt, and the batch on which their probabilities are computed again.
+"""Rollouts: who draws several responses to each prompt, and the batch on which their probabilities are computed again.
 
 The loader replicates a sample before it is collated, one row a rollout, since transformers' `num_return_sequences`
 mixes up the patches of videos. Prompts are padded on the left, so that responses begin at one position; a response is
@@ -159,6 +159,8 @@ def padded(rows: Sequence[Tensor], value: float) -> Tensor:
     """Rows of different lengths as one tensor [B, L], padded on the right."""
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
 
+
+# --- rollouts ---------------------------------------------------------------------------------------------------------
 
 
 CHUNK_VALUES = 1 << 25  # 128 MiB of float32; some five of these are alive at once

@@ -172,6 +172,9 @@ def _refused(error: HbaError, start: str) -> HbaError:
     return HbaError(f"the server did not take the weights: {error.what}", where=error.where, fix=fix)
 
 
+# --- the server as a sampler ------------------------------------------------------------------------------------------
+
+
 T = TypeVar("T")
 # What a server would otherwise take from the model's generation config.
 PLAIN = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}

@@ -218,6 +218,9 @@ class Claims:
         os.close(self._descriptor)
 
 
+# --- batches of features ----------------------------------------------------------------------------------------------
+
+
 SHARD_BATCHES = 16  # most batches in a shard
 FEWEST_SHARDS = 64  # of a dataset that has so many batches
 POLL_SECONDS = 0.5  # between looks at the shards that other processes compute

@@ -112,6 +112,9 @@ def share(batch: Indices, limit: int | None, place: int, world: int) -> list[Ind
     return [batch[start : start + size + (piece < longer)] for start, piece in zip(starts, pieces, strict=True)]
 
 
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
 _log = logging.getLogger(__name__)
 
 

@@ -1,4 +1,4 @@
-"""The processes of a run, its ranks, and how they share a step whatever each of them has of it.
+"""The processes of a run, its ranks: how they share a model, and a step whatever each of them has of it.
 
 A rank may have no sample where others have some: a batch can be smaller than the number of ranks, and a sample may turn
 out to be unreadable. Nobody waits for it, and the gradient stays the sum over the samples of all ranks:
@@ -152,6 +152,8 @@ def _written(model: nn.Module) -> set[int]:
         frozen.discard(id(model.thinker.lm_head.weight))  # type: ignore[union-attr]
     return {id(parameter) for parameter in model.parameters()} - frozen
 
+
+# --- ranks ------------------------------------------------------------------------------------------------------------
 
 
 PATIENCE = timedelta(days=7)

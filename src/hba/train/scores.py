@@ -1,4 +1,4 @@
-"""Scores of a validation that come from logits alone: exact match of answers, the mean over tasks.
+"""Scores of a validation (exact match from logits alone, the mean over tasks), and whose heads were trained at all.
 
 An answer whose every token is the most probable one behind those before it is what greedy decoding gives: no decoding
 is needed to know whether it would be right.

@@ -249,6 +249,8 @@ def _stoppable() -> Iterator[None]:
             signal.signal(each, handler)
 
 
+# --- training checkpoints ---------------------------------------------------------------------------------------------
+
 
 STEP_FOLDER = re.compile(r"step_(\d+)")
 NOTHING, SAVE, STOP = range(3)  # what a rank may wish between two steps, the strongest last

@@ -1,4 +1,4 @@
-"""What a backend is: a way to answer rows of an atlas. The run that uses it is `hba.evaluate.predict`.
+"""What a backend is: a way to answer rows of an atlas; and predictions of its answers. Runs: `hba.evaluate.predict`.
 
 A backend says which rows it asks together (`batches`), draws the batches that it is given in an order of its own choice
 and yields one result a row: what it said (`Answered`, an error included), that the sample's media cannot be read

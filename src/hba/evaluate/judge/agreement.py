@@ -1,4 +1,4 @@
-"""How far a judge agrees with people, or with another judge: accuracy, Cohen's kappa, and what they disagree on.
+"""How far a judge agrees with people or with another judge (accuracy, Cohen's kappa), and what is had without one.
 
 kappa = (p_o - p_e) / (1 - p_e), with p_o the share of equal verdicts and p_e the share expected if both gave theirs
 independently at their own rates (Cohen 1960). Intervals are 95 % percentiles of a bootstrap over the items; a resample

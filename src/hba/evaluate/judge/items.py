@@ -1,4 +1,4 @@
-"""What is judged: the free-form answers of a run, each with the question of its own sample.
+"""What is judged, the free-form answers of a run with their questions, and judgements.jsonl, where verdicts go.
 
 The question comes from the atlas row with the prediction's id, never from a row with the same answer: answers repeat,
 and a question found by its answer is that of another sample. A prediction whose row is not there, or says something

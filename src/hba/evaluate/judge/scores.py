@@ -59,6 +59,9 @@ def by_dataset(verdicts: Mapping[str, Sequence[Verdict]], *, published: bool = F
     return found
 
 
+# --- verdicts in metrics.json -----------------------------------------------------------------------------------------
+
+
 Verdicts = Mapping[str, Verdict]
 
 

@@ -174,6 +174,9 @@ def records(atlas: Atlas, parts: Mapping[str, Sequence[Any]], draws: int) -> lis
     return sorted(found, key=lambda record: int(record["number"]))
 
 
+# --- the dataset of verl ----------------------------------------------------------------------------------------------
+
+
 class AtlasDataset(Dataset[dict[str, Any]]):
     """Rows of any atlas store. `data_files` is the role: training, or validation, where each stands once a response."""
 

@@ -1,4 +1,4 @@
-"""What every process of verl imports first (VERL_USE_EXTERNAL_MODULES): all that verl knows by name.
+"""What every process of verl imports first (VERL_USE_EXTERNAL_MODULES): all that verl knows by name, its agent too.
 
 verl is not changed: these are its registries. `tests/with_verl/test_contract.py` pins each of them.
 """

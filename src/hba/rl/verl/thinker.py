@@ -1,4 +1,4 @@
-"""The policy as verl's FSDP actor trains it: the thinker inside a model whose weights are named as in the release.
+"""Policy and processor as verl calls them: the thinker inside a model whose weights are named as in the release.
 
 vLLM's loader expects the prefix `thinker.`, which a bare thinker has not. Both towers run in every pass, on a stand-in
 where a medium is absent: ranks whose micro-batches differ in their media would wait for each other's layers forever.
