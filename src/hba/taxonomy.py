@@ -264,7 +264,7 @@ class Taxonomy:
         """The canonical label that `raw` means in `dataset`, or None if it means none of its domain's.
 
         Case, runs of white space, full-width forms and signs that nobody sees do not count; synonyms are those of the
-        taxonomy. Of a multilabel dataset it is the canonical list of labels (see `labelsets`). Free-form datasets have
+        taxonomy. Of a multilabel dataset it is the canonical list of labels (`read_labels`). Free-form datasets have
         no labels: None. Raises TaxonomyError for an unknown dataset.
         """
         about = self.dataset(dataset)

@@ -123,7 +123,7 @@ class Atlas:
         return self._store.row(int(self._rows[index]))
 
     def select(self, rows: Rows) -> Atlas:
-        """A view of the given row numbers of this atlas, in their order, such as `mixing.subsample` gives."""
+        """A view of the given row numbers of this atlas, in their order, such as `sampler.subsample` gives."""
         return self._view(self._rows[rows])
 
     def __repr__(self) -> str:

@@ -123,7 +123,7 @@ def _null(kind: pa.DataType) -> bool:
 
 
 def uniform(table: pa.Table) -> pa.Table:
-    """The table with plain string columns, names as a reader sees them (see `labelsets.visible`), and nulls where
+    """The table with plain string columns, names as a reader sees them (`taxonomy.visible`), and nulls where
     optional columns and sizes are absent."""
     for name in (*TEXT, *OPTIONAL):
         position = table.schema.get_field_index(name)

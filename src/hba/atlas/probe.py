@@ -251,7 +251,7 @@ UNKNOWN, LARGE_BYTES = -1, 256 << 20
 
 
 class Refused(msgspec.Struct, frozen=True, gc=False):
-    """Why a medium has no facts; `code` is one of `findings.CODES`."""
+    """Why a medium has no facts; `code` is one of `scan.CODES`."""
 
     code: str
     what: str

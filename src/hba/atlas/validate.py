@@ -1,6 +1,6 @@
 """`hba atlas validate`: is everything in this atlas as it must be, and may its splits be trusted?
 
-Three passes: every row against schema and taxonomy (`rowscan`), every medium decoded (`survey`), then what only shows
+Three passes: every row against schema and taxonomy (`scan`), every medium decoded (`survey`), then what only shows
 across rows and splits: leaks, descriptors of odd shapes, counts against the published ones. Nothing is repaired and
 nothing in the atlas is written. Equal data give an equal result, with any number of workers, killed in between or not.
 """

@@ -3,7 +3,7 @@
 A `SampleEncoder` turns one `Sample` into unpadded features (`Encoded`); `collate` pads a list of them into a `Batch`.
 Encoding a sample alone and padding afterwards is what makes batches tight, cacheable and independent of their
 neighbours. `Encoder` is that of Qwen2.5-Omni, which OmniSapiens stands on: audio is never cut and never padded to the
-processor's window. `chat_encoder.ChatEncoder` is that of every other chat model. A sample whose medium cannot be read
+processor's window. `ChatEncoder` is that of every other chat model. A sample whose medium cannot be read
 is not replaced, it travels in `Batch.quarantined`.
 
 Shapes: B samples, T tokens, A audios, M mel frames, F mel bins, P vision patches, D patch values.

@@ -2,7 +2,7 @@
 
 The loader is a function of (atlas, plan, start): the same plan gives the same batches with any number of workers;
 `start` continues in mid-epoch without decoding what came before. A sample whose medium cannot be read, or whose
-decoding ends or hangs its worker (see `workers`), is left out of its batch and named in `Batch.quarantined`; any other
+decoding ends or hangs its worker (see below), is left out of its batch and named in `Batch.quarantined`; any other
 error is raised when the turn of its batch comes. Workers are as far ahead as the memory for it allows, whatever the
 size of a batch; encoded samples are kept for the next epoch as far as memory allows. Where there is a GPU, batches lie
 in pinned memory, from which they are copied while it computes.

@@ -1,6 +1,6 @@
 """MediaPipe's holistic landmarks of a clip: pose, face and hands of one person, frame by frame.
 
-MediaPipe runs in an environment of its own (`landmark_env`), as a child process that lives as long as its owner and is
+MediaPipe runs in an environment of its own, as a child process that lives as long as its owner and is
 told where a clip begins, so that no clip's result depends on the one before. Saved as published: {pose, face,
 left_hand, right_hand}, each [T, P, (x, y, confidence)]. In a frame where a part is not seen its points are (0, 0) with
 confidence 0, which says so; a clip in which nobody is seen at all is a MediaError and gets no file.

@@ -10,7 +10,7 @@ Default and `published=True` differ in two places. Micro averages: each wrong an
 so that they equal the accuracy; released, a class absent from the ground truth and an invalid answer cost
 none, which inflates precision and F1. Weighted accuracy of a dataset with one class only: N is 0 and TN/N
 says nothing, so it is TP/P alone; released, it is capped at 0.5. A score that is not defined is None, never 0
-(released: 0). Shape suffixes as in `confusion`: D datasets, C classes, P = C + 1 predictions, K classes of
+(released: 0). Shape suffixes as below: D datasets, C classes, P = C + 1 predictions, K classes of
 one domain.
 """
 

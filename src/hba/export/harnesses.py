@@ -235,7 +235,7 @@ def process_results(document: Mapping[str, Any], results: Sequence[str]) -> dict
 
 
 def aggregate_score(rows: Sequence[Mapping[str, Any]]) -> float:
-    """The task's score; see `documents.task_score`."""
+    """The task's score; see `rows.task_score`."""
     return task_score(rows)
 
 

@@ -389,7 +389,7 @@ VOICES: dict[str, Voice] = {
 
 
 def speak(voice: Voice, num_samples: int, rng: np.random.Generator) -> Samples:
-    """Speech-like samples [num_samples] at 8 kHz in about -1..1, in the manner of `voice`."""
+    """Speech-like samples [num_samples] at 8 kHz in about -1..1, in the manner of a voice."""
     voice = _jittered(voice, rng)
     seconds = num_samples / SAMPLE_RATE
     t = np.linspace(0, 1, num_samples, endpoint=False)

@@ -67,7 +67,7 @@ class OmniSapiens(nn.Module):
         """An OmniSapiens from a checkpoint folder, a run folder (its best checkpoint), or a backbone with fresh heads.
 
         `dtype` is auto (bfloat16 on GPUs that have it, else float32), float32 or bfloat16. With `mapped` the backbone's
-        weights stay in their files, whatever their precision, until `sharding.prepare_model` has dealt them out. Raises
+        weights stay in their files, whatever their precision, until `ranks.prepare_model` has dealt them out. Raises
         InputError when the folder is none of these or of a newer format.
         """
         how: dict[str, Any] = {"dtype": dtype, "attention": attention, "mapped": mapped}

@@ -365,7 +365,7 @@ def _load_file(path: Path) -> Any:
 # `function(responses=..., targets=..., tasks=..., datasets=..., lengths=...)`. It gives a number a response, or a dict
 # of named parts with `score` among them. What it gives is checked before it reaches an advantage: a wrong count, a
 # missing score or a number that is not finite is an error that names function and sample, never a silent zero; what it
-# raises ends the run with its own traceback (`own`).
+# raises ends the run with its own traceback.
 
 
 PUBLISHED_REWARDS = ("grpo", "harpo")
