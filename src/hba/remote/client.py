@@ -498,7 +498,7 @@ class RemoteClient:
         self._silent = 0 if self.meter.replies or fault.kind != "timeout" else self._silent + 1
         if self._silent >= SILENT_AFTER:
             seconds = f"{self.config.timeout_seconds:g} s"
-            what = f"none of {self._silent} requests was answered within {seconds}"
+            what = f"none of {SILENT_AFTER} requests was answered within {seconds}"
             fix = f"See to the server, or give it longer with remote.timeout_seconds, {RESUME}"
             raise ServiceError(what, where=self._url, fix=fix)
 
@@ -507,7 +507,7 @@ class RemoteClient:
         self.failed_in_a_row += 1
         if self.failed_in_a_row < self.config.stop_after:
             return
-        many = self.failed_in_a_row
+        many = self.config.stop_after  # others that were under way may have failed since: not in order to be counted
         if what.startswith("no reply"):
             said = f"{many} requests in a row had {what}"
         elif self.meter.replies:
