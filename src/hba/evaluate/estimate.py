@@ -21,7 +21,7 @@ from hba.evaluate.backends.remote import check_media
 from hba.evaluate.config import Opening
 from hba.evaluate.predictions import read_predictions
 from hba.evaluate.shards import done_elsewhere
-from hba.remote.client import ClientConfig
+from hba.remote import ClientConfig
 from hba.remote.cost import find_price
 from hba.remote.providers import PROVIDERS
 from hba.storage import read_json

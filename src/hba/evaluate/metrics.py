@@ -645,8 +645,6 @@ def score_indices(
 # rate is a share of all rows, whatever could be read of them.
 
 
-
-
 def generation_metrics(
     answers: Sequence[str | None], targets: Sequence[str], datasets: Sequence[str], tasks: Sequence[str]
 ) -> dict[str, float]:

@@ -2,14 +2,17 @@
 
 `RemoteClient` sends a `ChatRequest` and gives its `Reply`, through faults: it retries, waits when it is told to, finds
 out how many requests the server takes at once, and never asks twice for what its cache holds. A request that cannot
-be answered raises `RequestError`; a service of which nothing can be expected raises `ServiceError`.
+be answered raises `RequestError`; a service of which nothing can be expected raises `ServiceError`. What asks nobody
+imports no client.
 """
 
 from __future__ import annotations
 
-from hba.remote.client import ClientConfig, RemoteClient, bounded
+from typing import TYPE_CHECKING, Any
+
 from hba.remote.request import (
     ChatRequest,
+    ClientConfig,
     Reply,
     RequestError,
     Schema,
@@ -17,6 +20,9 @@ from hba.remote.request import (
     UnansweredError,
     UnusableReplyError,
 )
+
+if TYPE_CHECKING:
+    from hba.remote.client import RemoteClient, bounded
 
 __all__ = [
     "ChatRequest",
@@ -30,3 +36,11 @@ __all__ = [
     "UnusableReplyError",
     "bounded",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("RemoteClient", "bounded"):
+        from hba.remote import client
+
+        return getattr(client, name)
+    raise AttributeError(f"module 'hba.remote' has no attribute {name!r}")

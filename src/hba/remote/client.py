@@ -20,33 +20,31 @@ import os
 import random
 import re
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from hashlib import sha256
+from itertools import count, islice
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import httpx
-from pydantic import Field
+from anyio import CapacityLimiter
 
-from hba.config import option
 from hba.errors import ConfigError
 from hba.remote import faults
 from hba.remote.cost import Meter, find_price
 from hba.remote.faults import RESUME, Caller, Response
-from hba.remote.providers import ErrorInReplyError, Provider, is_official, provider, word
+from hba.remote.providers import ErrorInReplyError, Provider, provider, word
 from hba.remote.request import (
     LOOPBACK,
     ChatRequest,
+    ClientConfig,
     Reply,
     RequestError,
     ServiceError,
     TransientError,
     UnansweredError,
-    check_base_url,
-    check_variable,
     proxies_checked,
 )
 from hba.storage import AppendLog, named_os_errors, whole
@@ -72,21 +70,22 @@ class AdaptiveLimit:
     def __init__(self, maximum: int) -> None:
         self.maximum = maximum
         self.limit = float(min(START, maximum))
-        self._active = 0
+        self._slots = CapacityLimiter(int(self.limit))
         self._doubling = True
         self._replies = self._overloads = 0
         self._resume_at = 0.0
-        self._waiting: deque[asyncio.Future[None]] = deque()
 
     @asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
         """Hold one slot; waits while all are taken or the server has asked for a pause."""
-        await self._acquire()
-        try:
-            yield
-        finally:
-            self._active -= 1
-            self._wake()
+        now = asyncio.get_running_loop().time
+        while True:
+            while (pause := self._resume_at - now()) > 0:
+                await asyncio.sleep(pause * (1 + random.uniform(0, PAUSE_SPREAD)))
+            async with self._slots:
+                if self._resume_at <= now():  # a pause may have begun while this one waited for its turn
+                    yield
+                    return
 
     def report(self, *, overloaded: bool) -> None:
         """Count one reply; `overloaded` says that the server refused or could not keep up."""
@@ -97,43 +96,12 @@ class AdaptiveLimit:
             self._doubling = self._doubling and not self._overloads
             grown = 2 * self.limit if self._doubling else self.limit * (1 - share / 2) + 1
             self.limit = min(float(self.maximum), max(1.0, grown - (share == 1.0)))
+            self._slots.total_tokens = int(self.limit)
             self._replies = self._overloads = 0
-            self._wake()
 
     def pause(self, seconds: float) -> None:
         """Start nothing for that long: the server's Retry-After is for all requests, not for one."""
         self._resume_at = max(self._resume_at, asyncio.get_running_loop().time() + seconds)
-
-    async def _acquire(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            pause = self._resume_at - loop.time()
-            if pause > 0:
-                await asyncio.sleep(pause * (1 + random.uniform(0, PAUSE_SPREAD)))
-            elif self._active < int(self.limit):
-                self._active += 1
-                return
-            else:
-                await self._turn(loop.create_future())
-
-    async def _turn(self, waiter: asyncio.Future[None]) -> None:
-        self._waiting.append(waiter)
-        try:
-            await waiter
-        except asyncio.CancelledError:
-            if waiter in self._waiting:
-                self._waiting.remove(waiter)
-            else:
-                self._wake()  # the turn that this one no longer takes
-            raise
-
-    def _wake(self) -> None:
-        free = int(self.limit) - self._active
-        while free > 0 and self._waiting:
-            waiter = self._waiting.popleft()
-            if not waiter.done():
-                waiter.set_result(None)
-                free -= 1
 
 
 async def bounded(items: Iterable[T], work: Callable[[T], Awaitable[R]], width: int) -> AsyncIterator[R]:
@@ -144,42 +112,32 @@ async def bounded(items: Iterable[T], work: Callable[[T], Awaitable[R]], width: 
     cancels the rest and is raised.
     """
     ready, source = isinstance(items, Sequence), iter(items)
-    draw: asyncio.Task[object] | None = None
+    draw: asyncio.Task[Any] | None = None
     running: set[asyncio.Task[R]] = set()
-    more = True
+    more = not ready
     try:
-        while more or running:
-            while ready and more and len(running) < width:
-                item = next(source, _END)
-                more = item is not _END
-                running |= {asyncio.ensure_future(_run(work, item))} if more else set()
-            if more and draw is None and len(running) < width:
+        while True:
+            free = width - len(running)
+            if ready:
+                running |= {asyncio.ensure_future(work(item)) for item in islice(source, free)}
+            elif more and draw is None and free > 0:
                 draw = asyncio.ensure_future(asyncio.to_thread(next, source, _END))
-            tasks: list[asyncio.Task[Any]] = [*running, *([draw] if draw else [])]
-            if not tasks:
-                break
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if not running and draw is None:
+                return
+            await asyncio.wait([*running, *([draw] if draw else [])], return_when=asyncio.FIRST_COMPLETED)
             done = [task for task in running if task.done()]
-            for task in sorted(done, key=_failed):  # what came is handed out before an error ends it all
+            for task in sorted(done, key=lambda task: task.exception() is not None):  # what came, before an error
                 running.remove(task)
                 yield task.result()
             if draw is not None and draw.done():
                 item, draw = draw.result(), None
                 more = item is not _END
-                running |= {asyncio.ensure_future(_run(work, item))} if more else set()
+                running |= {asyncio.ensure_future(work(item))} if more else set()
     finally:
         left: list[asyncio.Task[Any]] = [*running, *([draw] if draw else [])]
         for task in left:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)
-
-
-def _failed(task: asyncio.Task[Any]) -> bool:
-    return task.exception() is not None
-
-
-async def _run(work: Callable[[T], Awaitable[R]], item: Any) -> R:
-    return await work(item)
 
 
 # Replies by the content hash of their requests: what was asked and answered once is not asked again.
@@ -240,9 +198,7 @@ class ResponseCache:
     def close(self) -> None:
         """Flush to the disk and give the segment free."""
         self._log.close()
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        os.close(self._lock)
 
     def __enter__(self) -> ResponseCache:
         return self
@@ -253,18 +209,16 @@ class ResponseCache:
 
 def _own_segment(folder: Path) -> tuple[int, Path]:
     """The first segment that no process has locked, with the descriptor that holds its lock."""
-    number = 0
-    while True:
+    for number in count():
         segment = folder / f"segment-{number}.jsonl"
         with named_os_errors(segment):
             descriptor = os.open(segment, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor, segment
         except BlockingIOError:
             os.close(descriptor)
-            number += 1
-        else:
-            return descriptor, segment
+    raise AssertionError("there is always another number")
 
 
 def _record(raw: bytes) -> dict[str, Any] | None:
@@ -297,39 +251,6 @@ WITNESSES = 3  # attempts during which others were answered, after which a failu
 Accept = Callable[[Reply], object]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClientConfig:
-    """Where requests go, and how patiently."""
-
-    provider: Literal["openai", "anthropic", "google"] = option("openai", "API that the server speaks")
-    base_url: str | None = option(
-        None, "of the server, such as http://localhost:8000/v1; null: the official one", affects_result=False
-    )
-    api_key_env: str | None = option(
-        None, "environment variable with the key; null: the usual one officially, none elsewhere", affects_result=False
-    )
-    max_concurrency: Annotated[int, Field(ge=1)] = option(32, "most requests at once", affects_result=False)
-    timeout_seconds: Annotated[float, Field(gt=0)] = option(120.0, "for one attempt", affects_result=False)
-    max_attempts: Annotated[int, Field(ge=1)] = option(8, "attempts before a request has failed", affects_result=False)
-    first_backoff_seconds: Annotated[float, Field(gt=0)] = option(
-        1.0, "longest pause before the second attempt; doubles from there", affects_result=False
-    )
-    longest_backoff_seconds: Annotated[float, Field(gt=0)] = option(60.0, "where doubling ends", affects_result=False)
-    longest_wait_seconds: Annotated[float, Field(gt=0)] = option(
-        900.0, "a Retry-After beyond it stops the command", affects_result=False
-    )
-    stop_after: Annotated[int, Field(ge=1)] = option(
-        20, "requests in a row that are refused or fail at every attempt stop the command", affects_result=False
-    )
-    cache: Path | None = option(None, "folder of the response cache; null: none", affects_result=False)
-    prices: Path | None = option(None, "YAML file with prices of your own", affects_result=False)
-
-    def __post_init__(self) -> None:
-        """Raises ConfigError for a base URL that is none, and for a secret where its place is not."""
-        check_variable(self.api_key_env)
-        check_base_url(self.base_url)
-
-
 class _Prepared(NamedTuple):
     method: str
     url: str
@@ -338,12 +259,6 @@ class _Prepared(NamedTuple):
     encoded: bytes = b""
     key: str = ""
     needed: tuple[str, ...] = ()  # what must not be left out of the body
-
-
-class _Answer(NamedTuple):
-    response: Response
-    sent: Mapping[str, Any]
-    gone: tuple[str, ...]  # what of the request was not sent
 
 
 class RemoteClient:
@@ -357,7 +272,6 @@ class RemoteClient:
         self.model, self.config = model, config
         self._provider = api or provider(config.provider)
         self._base = (config.base_url or self._provider.base_url).rstrip("/")
-        self.official = is_official(config.provider, config.base_url)
         self._url, self._listing = self._provider.urls(self._base, model)
         self._key_variable = config.api_key_env or self._provider.key_env(self._base)
         self._secret = _key(self._key_variable)
@@ -421,7 +335,8 @@ class RemoteClient:
         return await self._until_answered(_Prepared(method, url, body, None, b"" if body is None else _encoded(body)))
 
     def _prepare(self, request: ChatRequest) -> _Prepared:
-        body = self._provider.body(self.model, request, official=self.official)
+        official = self._base == self._provider.base_url
+        body = self._provider.body(self.model, request, official=official)
         encoded = _encoded(body)
         identity = f"{self.config.provider}\n{self._url}\n{request.draw}\n".encode()
         key = sha256(identity + encoded).hexdigest()
@@ -536,8 +451,9 @@ class RemoteClient:
                 raise faults.of_response(response, self._caller(prepared.url))
             self.meter.refused.setdefault(parameter.name, parameter)
 
-    async def _answer(self, prepared: _Prepared) -> _Answer:
-        """One exchange in a slot of the limit, without what the service refuses by then. Raises TransientError."""
+    async def _answer(self, prepared: _Prepared) -> tuple[Response, Mapping[str, Any], tuple[str, ...]]:
+        """One exchange in a slot of the limit: the response, the body as it was sent, and what of it was not, since the
+        service refuses that by then. Raises TransientError."""
         async with self.limit.slot():
             sent, encoded = prepared.body or {}, prepared.encoded
             gone: tuple[str, ...] = ()
@@ -561,7 +477,7 @@ class RemoteClient:
                 raise TransientError("body", type(error).__name__) from None
             finally:
                 self.limit.report(overloaded=overloaded)
-            return _Answer(response, sent, gone)
+            return response, sent, gone
 
     async def _exchange(self, method: str, url: str, content: bytes, seconds: float | None = None) -> Response:
         if self._http is None:
@@ -644,8 +560,3 @@ def _key(variable: str | None) -> str | None:
     if not value.isascii() or not value.isprintable():
         raise ConfigError("the API key has characters that no header can carry", where=variable, fix="Set it again.")
     return value
-
-
-def describe(config: ClientConfig, model: str) -> dict[str, Any]:
-    """What a run folder records of a remote model: nothing secret, nothing that changes no reply."""
-    return {"model": model, "provider": config.provider, "base_url": config.base_url}

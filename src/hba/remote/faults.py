@@ -125,7 +125,8 @@ def of_error(status: int, error: Mapping[str, Any], caller: Caller, headers: Map
         wait = retry_after_seconds(headers)
         return TransientError(f"HTTP {status}", said, _delay_in(error) if wait is None else wait)
     if status == 401 or (status in (403, 404) and not caller.answered):
-        return ServiceError(f"{what}{_no_key(status, caller)}", where=caller.url, fix=_fix(status, caller))
+        no_key = " (no key was sent)" if status in (401, 403) and caller.key_variable is None else ""
+        return ServiceError(f"{what}{no_key}", where=caller.url, fix=_fix(status, caller))
     if 300 <= status < 400:
         what = f"{what} (redirects are not followed)"
         return ServiceError(what, where=caller.url, fix="Give the final address with remote.base_url.")
@@ -135,10 +136,6 @@ def of_error(status: int, error: Mapping[str, Any], caller: Caller, headers: Map
 def _is_empty(status: int, error: Mapping[str, Any], said: str) -> bool:
     codes = {str(error.get(name)).lower() for name in ("code", "type")}
     return status == 402 or bool(codes & _EMPTY_CODES) or (status in (400, 403) and bool(_EMPTY_WORDS.search(said)))
-
-
-def _no_key(status: int, caller: Caller) -> str:
-    return " (no key was sent)" if status in (401, 403) and caller.key_variable is None else ""
 
 
 def _fix(status: int, caller: Caller) -> str:

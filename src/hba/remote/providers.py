@@ -46,7 +46,7 @@ class Provider(Protocol):
         ...
 
     def urls(self, base: str, model: str) -> Urls:
-        """Where requests go."""
+        """Where requests go, below the base URL."""
         ...
 
     def headers(self, key: str, base: str) -> dict[str, str]:
@@ -54,18 +54,12 @@ class Provider(Protocol):
         ...
 
     def body(self, model: str, request: ChatRequest, *, official: bool) -> dict[str, Any]:
-        """The JSON body of a request."""
+        """The JSON body of a request. Raises InputError for a part that the API does not take."""
         ...
 
     def read(self, data: Any) -> Reply:
         """The reply in a decoded body."""
         ...
-
-
-def is_official(name: str, base_url: str | None) -> bool:
-    """Whether requests go to the provider's own service."""
-    own = provider(name).base_url
-    return base_url is None or base_url.rstrip("/") == own
 
 
 def count(value: Any) -> int | None:
@@ -77,6 +71,23 @@ def count(value: Any) -> int | None:
 def word(value: Any) -> str | None:
     """A name or reason as servers give it, or None for anything else."""
     return value if isinstance(value, str) and value else None
+
+
+def _sampling(request: ChatRequest, top_p: str = "top_p") -> dict[str, Any]:
+    """What of a request's sampling is not left to the server, where `top_p` is called so."""
+    found = {"temperature": request.temperature, top_p: request.top_p}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _turns(request: ChatRequest, *, system: bool) -> list[Message]:
+    """The messages that are the system's, or those that are not."""
+    return [message for message in request.messages if (message["role"] == "system") == system]
+
+
+def _inline(url: str) -> tuple[str, str] | None:
+    """Type and base64 data of a data URL; None for another address."""
+    kind, _, data = url.removeprefix("data:").partition(";base64,")
+    return (kind, data) if url.startswith("data:") else None
 
 
 # --- OpenAI, Azure, and every server that speaks their API ---
@@ -111,23 +122,19 @@ class OpenAI:
         return Urls(*(str(url.copy_with(path=path)) for path in targets))
 
     def headers(self, key: str, base: str) -> dict[str, str]:
-        """What carries the key."""
         token = key.startswith("eyJ") and key.count(".") == 2
         return {"api-key": key} if is_azure(httpx.URL(base)) and not token else {"authorization": f"Bearer {key}"}
 
     def body(self, model: str, request: ChatRequest, *, official: bool) -> dict[str, Any]:
-        """The JSON body."""
         limit = "max_completion_tokens" if official else "max_tokens"  # other servers know the older name
         body: dict[str, Any] = {"model": model, "messages": list(request.messages), limit: request.max_tokens}
-        sampling = {"temperature": request.temperature, "top_p": request.top_p}
-        body |= {name: value for name, value in sampling.items() if value is not None}
+        body |= _sampling(request)
         if request.schema is not None:
             named = {"name": request.schema.name, "schema": dict(request.schema.schema), "strict": True}
             body["response_format"] = {"type": "json_schema", "json_schema": named}
         return body | dict(request.extra)
 
     def read(self, data: Any) -> Reply:
-        """The reply in a decoded body."""
         choice = data["choices"][0]
         finish = word(choice.get("finish_reason"))
         if finish == "error" or isinstance(choice.get("error"), dict):
@@ -160,11 +167,10 @@ class TokenChat(OpenAI):
     """
 
     def read(self, data: Any) -> TokenReply:
-        """The reply in a decoded body."""
         prompt = data.get("prompt_token_ids")
         return TokenReply(
             **asdict(super().read(data)),
-            prompt_token_ids=None if prompt is None else _ids(prompt),
+            prompt_token_ids=None if prompt is None else tuple(map(int, prompt)),
             prompt_logps=_prompt_logps(data.get("prompt_logprobs"), prompt),
             choices=tuple(_choice(each) for each in sorted(data["choices"], key=lambda choice: choice["index"])),
         )
@@ -173,7 +179,7 @@ class TokenChat(OpenAI):
 def _choice(choice: Any) -> Choice:
     ids, content = choice.get("token_ids"), (choice.get("logprobs") or {}).get("content")
     return Choice(
-        token_ids=None if ids is None else _ids(ids),
+        token_ids=None if ids is None else tuple(map(int, ids)),
         logps=None if content is None else tuple(float(token["logprob"]) for token in content),
         finish=choice.get("finish_reason"),
     )
@@ -187,10 +193,6 @@ def _prompt_logps(told: Any, ids: Sequence[Any] | None) -> tuple[float | None, .
     return tuple(None if each is None else float(each[str(token)]["logprob"]) for each, token in pairs)
 
 
-def _ids(values: Sequence[Any]) -> tuple[int, ...]:
-    return tuple(int(value) for value in values)
-
-
 # --- Anthropic ---
 
 
@@ -202,29 +204,23 @@ class Anthropic:
     version = "2023-06-01"
 
     def key_env(self, base: str) -> str | None:
-        """Anthropic's own."""
         return "ANTHROPIC_API_KEY" if base == self.base_url else None
 
     def urls(self, base: str, model: str) -> Urls:
-        """Below the base URL."""
         base = base.rstrip("/").removesuffix("/messages")
         return Urls(f"{base}/messages", f"{base}/models")
 
     def headers(self, key: str, base: str) -> dict[str, str]:
-        """What carries the key."""
         return {"x-api-key": key, "anthropic-version": self.version}
 
     def body(self, model: str, request: ChatRequest, *, official: bool) -> dict[str, Any]:
-        """The JSON body. Raises InputError for a part that the API does not take (audio, video)."""
-        system = [_anthropic_text(message) for message in request.messages if message["role"] == "system"]
+        system = [_anthropic_text(message) for message in _turns(request, system=True)]
         turns = [
             {"role": message["role"], "content": _anthropic_content(message["content"])}
-            for message in request.messages
-            if message["role"] != "system"
+            for message in _turns(request, system=False)
         ]
         body: dict[str, Any] = {"model": model, "messages": turns, "max_tokens": request.max_tokens}
-        sampling = {"temperature": request.temperature, "top_p": request.top_p}
-        body |= {name: value for name, value in sampling.items() if value is not None}
+        body |= _sampling(request)
         if system:
             body["system"] = "\n\n".join(system)
         if request.schema is not None:
@@ -277,10 +273,9 @@ def _anthropic_part(part: Part) -> Part:
         fix = "Give frames as images, or choose another provider."
         raise InputError(f"the anthropic API takes no {part['type']}", fix=fix)
     url = part["image_url"]["url"]
-    if not url.startswith("data:"):
+    if (inline := _inline(url)) is None:
         return {"type": "image", "source": {"type": "url", "url": url}}
-    kind, _, data = url.removeprefix("data:").partition(";base64,")
-    return {"type": "image", "source": {"type": "base64", "media_type": kind, "data": data}}
+    return {"type": "image", "source": {"type": "base64", "media_type": inline[0], "data": inline[1]}}
 
 
 # --- Google ---
@@ -294,29 +289,22 @@ class Google:
     roles = {"user": "user", "assistant": "model"}  # noqa: RUF012 - read only
 
     def key_env(self, base: str) -> str | None:
-        """Google's own."""
         return "GEMINI_API_KEY" if base == self.base_url else None
 
     def urls(self, base: str, model: str) -> Urls:
-        """Below the base URL."""
         base, name = base.rstrip("/"), model.removeprefix("models/")
         return Urls(f"{base}/models/{name}:generateContent", f"{base}/models")
 
     def headers(self, key: str, base: str) -> dict[str, str]:
-        """What carries the key."""
         return {"x-goog-api-key": key}
 
     def body(self, model: str, request: ChatRequest, *, official: bool) -> dict[str, Any]:
-        """The JSON body. Raises InputError for a medium that is not inline."""
-        system = [message for message in request.messages if message["role"] == "system"]
+        system = _turns(request, system=True)
         turns = [
             {"role": self.roles[message["role"]], "parts": _google_parts(message)}
-            for message in request.messages
-            if message["role"] != "system"
+            for message in _turns(request, system=False)
         ]
-        settings: dict[str, Any] = {"maxOutputTokens": request.max_tokens}
-        sampling = {"temperature": request.temperature, "topP": request.top_p}
-        settings |= {name: value for name, value in sampling.items() if value is not None}
+        settings: dict[str, Any] = {"maxOutputTokens": request.max_tokens} | _sampling(request, "topP")
         if request.schema is not None:
             settings |= {"responseMimeType": "application/json", "responseJsonSchema": dict(request.schema.schema)}
         body: dict[str, Any] = {"contents": turns, "generationConfig": settings}
@@ -356,11 +344,9 @@ def _google_part(part: Part) -> Part:
     if kind == "input_audio":
         sound = part["input_audio"]
         return {"inlineData": {"mimeType": f"audio/{sound['format']}", "data": sound["data"]}}
-    url = part[kind]["url"]
-    if not url.startswith("data:"):
+    if (inline := _inline(part[kind]["url"])) is None:
         raise InputError("the google API takes media inline", fix="Give a data URL.")
-    mime, _, data = url.removeprefix("data:").partition(";base64,")
-    return {"inlineData": {"mimeType": mime, "data": data}}
+    return {"inlineData": {"mimeType": inline[0], "data": inline[1]}}
 
 
 PROVIDERS: dict[str, Provider] = {"openai": OpenAI(), "anthropic": Anthropic(), "google": Google()}

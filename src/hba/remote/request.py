@@ -1,4 +1,4 @@
-"""A chat request, its address, its reply and what can go wrong, in a form that belongs to no provider.
+"""A chat request, where it goes, its reply and what can go wrong, in a form that belongs to no provider.
 
 Message content is a text or a list of parts, in the form of OpenAI's chat API, from which the providers translate:
 `{"type": "text", "text"}`, `{"type": "image_url", "image_url": {"url"}}` (a data URL for local images),
@@ -11,11 +11,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypedDict
 
 import httpx
+from pydantic import Field
 
-from hba.config import flat
+from hba.config import flat, option
 from hba.errors import ConfigError, HbaError, InputError
 
 Part = dict[str, Any]
@@ -136,6 +138,39 @@ AZURE_HOSTS = tuple(
     for end in ("com", "us", "cn")
 )
 AZURE_QUERY = "api-version"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientConfig:
+    """Where requests go, and how patiently."""
+
+    provider: Literal["openai", "anthropic", "google"] = option("openai", "API that the server speaks")
+    base_url: str | None = option(
+        None, "of the server, such as http://localhost:8000/v1; null: the official one", affects_result=False
+    )
+    api_key_env: str | None = option(
+        None, "environment variable with the key; null: the usual one officially, none elsewhere", affects_result=False
+    )
+    max_concurrency: Annotated[int, Field(ge=1)] = option(32, "most requests at once", affects_result=False)
+    timeout_seconds: Annotated[float, Field(gt=0)] = option(120.0, "for one attempt", affects_result=False)
+    max_attempts: Annotated[int, Field(ge=1)] = option(8, "attempts before a request has failed", affects_result=False)
+    first_backoff_seconds: Annotated[float, Field(gt=0)] = option(
+        1.0, "longest pause before the second attempt; doubles from there", affects_result=False
+    )
+    longest_backoff_seconds: Annotated[float, Field(gt=0)] = option(60.0, "where doubling ends", affects_result=False)
+    longest_wait_seconds: Annotated[float, Field(gt=0)] = option(
+        900.0, "a Retry-After beyond it stops the command", affects_result=False
+    )
+    stop_after: Annotated[int, Field(ge=1)] = option(
+        20, "requests in a row that are refused or fail at every attempt stop the command", affects_result=False
+    )
+    cache: Path | None = option(None, "folder of the response cache; null: none", affects_result=False)
+    prices: Path | None = option(None, "YAML file with prices of your own", affects_result=False)
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a base URL that is none, and for a secret where its place is not."""
+        check_variable(self.api_key_env)
+        check_base_url(self.base_url)
 
 
 def check_variable(name: str | None) -> None:

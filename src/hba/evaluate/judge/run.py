@@ -34,7 +34,6 @@ from hba.remote import (
     UnusableReplyError,
     bounded,
 )
-from hba.remote.client import describe
 from hba.remote.request import check_extra
 from hba.run import locked_folder
 
@@ -133,8 +132,11 @@ def _all_equal(judgements: Sequence[Judgement]) -> list[str]:
 
 
 def settings_of(model: str, config: JudgeConfig) -> dict[str, Any]:
-    """What decides the verdicts, for judge.json."""
-    return describe(config.remote, model) | {
+    """What decides the verdicts, and where the judge ran, for judge.json. Nothing secret."""
+    return {
+        "model": model,
+        "provider": config.remote.provider,
+        "base_url": config.remote.base_url,
         "temperature": config.temperature,
         "max_tokens": config.max_tokens,
         "attempts": config.attempts,
@@ -291,8 +293,6 @@ def _total(counts: Sequence[int | None]) -> int | None:
 # Every answer without a verdict is one request; a reply that is no verdict is asked for again, so that the bound is
 # `attempts` requests an answer, each as long as a reply may be. Judgements that the folder has, of a command that was
 # stopped, give the mean tokens of an answer, all its attempts included, in the place of the rough ones.
-
-
 
 
 def estimate_judging(
