@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import IO, Any, NamedTuple, TypeVar
 
-from hba.errors import InputError, MachineError, MediaError
+from hba.errors import HbaError, InputError, MachineError, MediaError
 
 T = TypeVar("T")
 
@@ -283,17 +283,21 @@ def named_os_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def alone(lock: Path) -> Iterator[None]:
+def alone(lock: Path, *, busy: HbaError | None = None) -> Iterator[None]:
     """Wait until no other process or thread holds `lock`, and hold it; the kernel frees it when a process ends.
 
-    Raises StorageError when it cannot be made. Nothing that the file holds is changed.
+    With `busy`, that is raised instead of waiting. Raises StorageError when the file cannot be made. Nothing that it
+    holds is changed.
     """
     with named_os_errors(lock):
         lock.parent.mkdir(parents=True, exist_ok=True)
         handle = lock.open("a")
     with handle:
-        with named_os_errors(lock):
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            with named_os_errors(lock):
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if busy is None else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise busy or AssertionError from None
         yield
 
 

@@ -9,6 +9,7 @@ when the atlas is opened. Samples, ids and order are those of the same files in 
 from __future__ import annotations
 
 import gzip
+import posixpath
 import re
 import shutil
 import tarfile
@@ -107,7 +108,6 @@ def open_hub(name: HubId, wanted: Split | None, taxonomy: Taxonomy | None) -> Hu
     listing = list_repo(name)
     layout = layout_of(listing, wanted.name if wanted else None)
     if layout.form == "tar":
-
         path = unpacked_split(listing, layout, wanted, taxonomy)
         return JsonlStore(path, split=layout.split, taxonomy=taxonomy or of_folder(path.parent))
     if layout.form == "parquet":
@@ -321,14 +321,9 @@ def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path, target: 
 
 def _linked(member: tarfile.TarInfo, folder: Path, where: str) -> Path:
     """The file, unpacked before, that a link means: relative to its own folder, or to the root for a hard link."""
-    parts: list[str] = [] if member.islnk() else list(PurePosixPath(member.name).parent.parts)
-    link = PurePosixPath(member.linkname)
-    for part in link.parts:
-        if part == ".." and parts:
-            parts.pop()
-        else:
-            parts.append(part)  # '..' above the root stays, and is refused
-    target = None if link.is_absolute() else _target(folder, "/".join(parts), where)
+    beside = "" if member.islnk() else posixpath.dirname(member.name)
+    name = posixpath.normpath(posixpath.join(beside, member.linkname))  # '..' above the root stays, and is refused
+    target = None if member.linkname.startswith("/") else _target(folder, name, where)
     if target is None or not target.is_file() or target.is_symlink():
         what = f"link {member.name!r} leads to {member.linkname!r}, which is no file of the archive before it"
         raise InputError(what, where=where, fix=_FIX_REFUSED)
@@ -391,8 +386,9 @@ def download_atlas(
     with _locked(out):
         write_json(out / _OWN / "state.json", {"repo": wanted.repo, "commit": commit})
         for layout in layouts:
-            paths = _fetch_all(listing.repo, (*layout.beside, *layout.rows), out, workers, progress)
-            files = tuple(paths[len(layout.beside) :])
+            names = (*layout.beside, *layout.rows)
+            fetch = partial(listing.repo.fetch, folder=out)
+            files = tuple(_in_threads(fetch, names, workers, progress))[len(layout.beside) :]
             taxonomy = of_folder(files[0].parent)
             if layout.form == "parquet":
                 rows += len(ParquetStore(files, split=layout.split, taxonomy=taxonomy))
@@ -461,13 +457,6 @@ def _locked(folder: Path) -> Iterator[None]:
             for torn in (place / ".cache" / "huggingface").rglob("*.incomplete"):
                 torn.unlink()
         yield
-
-
-def _fetch_all(repo: Repo, names: Sequence[str], folder: Path, workers: int, progress: OnProgress | None) -> list[Path]:
-    def fetch(name: str) -> Path:
-        return repo.fetch(name, folder)
-
-    return list(_in_threads(fetch, names, workers, progress))
 
 
 def _fetch_media(

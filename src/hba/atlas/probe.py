@@ -36,7 +36,7 @@ from hba.atlas.source import (
     require_audible,
     sound_track,
 )
-from hba.atlas.video import Clip, Timeline, TimesError, every_frame, open_clip, timeline_of
+from hba.atlas.video import Clip, Timeline, every_frame, open_clip, read_clip, timeline_of
 from hba.errors import InputError, MachineError, MediaError
 from hba.parallel import Died, each
 from hba.storage import AppendLog, confined_path, patiently
@@ -158,14 +158,8 @@ def _video(source: Source, where: str, quick: bool, limits: Limits) -> Facts:
                 raise MediaError(what, where=where, fix="Cut it into parts, or raise Limits.max_video_seconds.")
             return header
         timeline = timeline_of(clip, whole=True)
-    facts: Facts | None = None
-    while facts is None:
-        with open_clip(source, where=where, limits=limits) as clip:
-            try:
-                facts = _decoded(clip, timeline, header)
-            except TimesError:
-                timeline = timeline.shown_at()
-    return facts
+    decoded = partial(_decoded, header=header)
+    return read_clip(source, decoded, where=where, limits=limits, timeline=timeline)[0]
 
 
 def _video_header(container: InputContainer, stream: VideoStream) -> Facts:

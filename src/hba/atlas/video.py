@@ -12,13 +12,14 @@ held at once (a minute of full HD takes 10 GB).
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from itertools import chain, dropwhile, pairwise
 from statistics import median
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import av
 import av.error
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
+
+T = TypeVar("T")
 
 # A clip's timeline, and the frames on screen at given times, decoded from the nearest keyframes.
 #
@@ -721,19 +724,40 @@ def load_video(
             # Some containers mark keyframes that are none (intra refresh): a decode from the start tells.
             with suppress(DamagedError, TimesError):
                 shown = decode(clip, timeline, timeline.centres(num_frames))
-    if shown is None and not timeline.times:
+    if shown is None:
+        through = partial(decode_through, count=num_frames)
+        known = timeline if timeline.times else None
+        served, timeline = read_clip(source, through, where=where, limits=limits, timeline=known)
+    else:
+        served = shown
+    if len({frame.pixels.shape for frame in served}) > 1:
+        raise MediaError("changes its resolution", where=where, fix="Re-encode the clip at one resolution.")
+    times_N = np.array([float(frame.pts * timeline.base) for frame in served])
+    return Video(np.stack([frame.pixels for frame in served]), times_N, timeline.seconds)
+
+
+def read_clip(
+    source: Source,
+    read: Callable[[Clip, Timeline], T],
+    *,
+    where: str,
+    limits: Limits,
+    timeline: Timeline | None = None,
+) -> tuple[T, Timeline]:
+    """What `read` makes of a clip from its start on, and the timeline by which it did.
+
+    That is `timeline`, or one by all packets; where frames turn out to be shown at other times, `read` begins again
+    with those. Raises MediaError when the clip is cut off or beyond `limits`, and what `read` raises.
+    """
+    if timeline is None:
         with open_clip(source, where=where, limits=limits) as clip:
             timeline = timeline_of(clip, whole=True)
-    while shown is None:
+    while True:
         with open_clip(source, where=where, limits=limits) as clip:
             try:
-                shown = decode_through(clip, timeline, num_frames)
+                return read(clip, timeline), timeline
             except TimesError as error:
                 timeline = timeline.shown_at(error.times)
-    if len({frame.pixels.shape for frame in shown}) > 1:
-        raise MediaError("changes its resolution", where=where, fix="Re-encode the clip at one resolution.")
-    times_N = np.array([float(frame.pts * timeline.base) for frame in shown])
-    return Video(np.stack([frame.pixels for frame in shown]), times_N, timeline.seconds)
 
 
 class TimedFrame(NamedTuple):

@@ -8,11 +8,9 @@ that a changed medium or a newer extractor is noticed.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from glob import escape
 from pathlib import Path
@@ -24,7 +22,7 @@ from hba.atlas.rows import Row
 from hba.descriptors import landmarks, sound
 from hba.environment import now
 from hba.errors import HbaError, InputError, nearest
-from hba.storage import AppendLog, StorageError, atomic_write, check_relative, file_sha256, is_abandoned, read_jsonl
+from hba.storage import AppendLog, alone, atomic_write, check_relative, file_sha256, is_abandoned, read_jsonl
 
 Kind = Literal["audio", "video", "transcript"]
 RowField = Literal["ext_audio_feats", "ext_video_feats", "texts"]
@@ -286,27 +284,7 @@ class Ledger:
 @contextmanager
 def open_ledger(root: Path) -> Iterator[Ledger]:
     """The ledger of an atlas, locked against other processes. Raises HbaError when another one works on it."""
-    with _locked(root / FOLDER / "lock"):
-        ledger = Ledger(root)
-        try:
-            yield ledger
-        finally:
-            ledger.close()
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        fix = "Choose an atlas in a writable folder."
-        raise StorageError(f"cannot write ({error.strerror})", where=str(path.parent), fix=fix) from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        what, fix = "another process extracts descriptors here", "Wait for it to end, or end it."
-        raise HbaError(what, where=str(path.parent), fix=fix) from None
-    finally:
-        os.close(descriptor)  # which drops the lock; the system does it when the process is killed
+    fix = "Wait for it to end, or end it."
+    busy = HbaError("another process extracts descriptors here", where=str(root / FOLDER), fix=fix)
+    with alone(root / FOLDER / "lock", busy=busy), closing(Ledger(root)) as ledger:
+        yield ledger
