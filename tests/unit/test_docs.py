@@ -14,6 +14,7 @@ import pytest
 import typer
 
 import hba
+from hba.batch.config import PrepareConfig
 from hba.cli import app
 from hba.config import describe
 from hba.evaluate.config import PredictConfig
@@ -26,7 +27,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 HBA = typer.main.get_command(app)
 CONFIGS = {
     "train sft": SftConfig, "train qa": QaConfig, "train bam": BamConfig, "train lm": LmConfig, "train rl": RlConfig,
-    "transfer": SftConfig, "predict": PredictConfig, "judge": JudgeConfig,
+    "transfer": SftConfig, "predict": PredictConfig, "judge": JudgeConfig, "atlas prepare": PrepareConfig,
 }  # fmt: skip
 KEYS = {name: {key.key for key in describe(config)} for name, config in CONFIGS.items()}
 SECTIONS = {key.partition(".")[0] for names in KEYS.values() for key in names if "." in key}

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -27,6 +27,9 @@ from hba.atlas import media
 from hba.errors import HbaError, InputError, MachineError, MediaError, TaxonomyError, nearest
 from hba.storage import check_relative, machine_fault
 from hba.taxonomy import Taxonomy, visible
+
+if TYPE_CHECKING:
+    from hba.atlas.decoded import DecodedCache
 
 # Rows and samples: what one line of the atlas says, before and after it is checked against the taxonomy.
 #
@@ -167,18 +170,28 @@ class Sample:
             what = f"cannot be encoded ({': '.join(said)[:240]}; {Path(at.filename).name}:{at.lineno})"
             raise MediaError(what, where=where, fix="Look at the row; mend it, or remove it.") from error
 
-    def load_audios(self, limits: media.Limits = media.DEFAULT_LIMITS) -> list[media.Audio]:
-        """Decode every audio to 16 kHz mono. Raises MediaError naming file, line and field."""
+    def load_audios(
+        self, limits: media.Limits = media.DEFAULT_LIMITS, *, decoded: DecodedCache | None = None
+    ) -> list[media.Audio]:
+        """Decode every audio to 16 kHz mono, or take it from `decoded`. Raises MediaError naming file, line, field."""
+        load = media.load_audio if decoded is None else decoded.audio
         with self._recorded():
-            return [media.load_audio(s, where=self.place("audios"), limits=limits) for s in self._sources("audios")]
+            return [load(s, where=self.place("audios"), limits=limits) for s in self._sources("audios")]
 
     def load_videos(
-        self, num_frames: int, limits: media.Limits = media.DEFAULT_LIMITS, frames: media.Frames = "exact"
+        self,
+        num_frames: int,
+        limits: media.Limits = media.DEFAULT_LIMITS,
+        frames: media.Frames = "exact",
+        *,
+        decoded: DecodedCache | None = None,
     ) -> list[media.Video]:
-        """Decode `num_frames` evenly spaced frames of every video. Raises MediaError naming the place."""
+        """Decode `num_frames` evenly spaced frames of every video, or take them from `decoded`, at the size in which
+        it keeps them. Raises MediaError naming the place."""
+        load = media.load_video if decoded is None else decoded.video
         with self._recorded():
             where, sources = self.place("videos"), self._sources("videos")
-            return [media.load_video(s, num_frames, where=where, limits=limits, frames=frames) for s in sources]
+            return [load(s, num_frames, where=where, limits=limits, frames=frames) for s in sources]
 
     def read_videos(self, limits: media.Limits = media.DEFAULT_LIMITS) -> list[bytes]:
         """The bytes of every video as it is stored, not decoded. Raises MediaError naming the place."""

@@ -6,7 +6,7 @@ torch is imported, which takes seconds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import Field
@@ -68,6 +68,15 @@ class LoaderConfig:
     cache_megabytes: Annotated[int, Field(ge=0)] = option(
         256, "encoded samples that are kept for the next epoch, 0 for none", affects_result=False
     )
+    decode_once: bool = option(
+        False, "keep decoded clips and sounds on the disk for later epochs and other runs", affects_result=False
+    )
+    decoded_folder: str | None = option(
+        None, "where; `decoded` in $HBA_CACHE or ~/.cache/hba by default", affects_result=False
+    )
+    decoded_gigabytes: Annotated[float, Field(gt=0)] = option(
+        100.0, "bound of that folder, over all that use it; about 1.1 MB a clip", affects_result=False
+    )
     decode_timeout_seconds: Annotated[float, Field(gt=0)] = option(
         60.0, "a sample that twice takes longer to read and decode is quarantined; needs workers", affects_result=False
     )
@@ -79,3 +88,12 @@ class LoaderConfig:
                 raise ConfigError("worker processes need Linux", where="loader.workers", fix="Use loader.workers=0.")
             return 0
         return min(8, max(0, usable_cores() - 1)) if self.workers < 0 else self.workers
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """What `hba atlas prepare` decodes, and for which model."""
+
+    model: str = option(doc="model, checkpoint or run whose processor sets the size of frames: a folder or a hub id")
+    encode: EncodeConfig = field(default_factory=EncodeConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)

@@ -22,12 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hba.atlas.decoded import DecodedCache
 from hba.atlas.media import Image, Video
 from hba.atlas.rows import MEDIA_FIELDS, Field, Quarantined, Sample
 from hba.atlas.source import require_audible
 from hba.batch.config import WINDOWS_ARE_FOR_HEADS, EncodeConfig
 from hba.batch.pool import DescriptorConfig, pooled_descriptors
 from hba.batch.prompt import AS_WRITTEN, MODALITIES, Message, Modality, PlainText, Wording, build_messages, taught
+from hba.environment import installed_version
 from hba.errors import ConfigError, InputError, MediaError
 from hba.taxonomy import BUILTIN, Taxonomy
 
@@ -244,6 +246,7 @@ class SampleEncoder(Protocol):
     config: EncodeConfig
     taxonomy: Taxonomy
     wording: Wording
+    decoded: DecodedCache | None
 
     @property
     def pad_token_id(self) -> int:
@@ -261,6 +264,9 @@ class SampleEncoder(Protocol):
 
 class Encoder:
     """Applies a Qwen2.5-Omni processor to one sample at a time."""
+
+    decoded: DecodedCache | None = None
+    """where media are kept that were decoded once; set by the loader"""
 
     def __init__(
         self,
@@ -309,7 +315,7 @@ class Encoder:
         """
         rate = self.processor.feature_extractor.sampling_rate
         labelled = self.taxonomy.dataset(sample.dataset).domain is not None
-        media = load_media(sample, self.config, rate, windows=labelled)
+        media = load_media(sample, self.config, rate, windows=labelled, decoded=self.decoded)
         first, *later = (
             self._heard(sample, window) for window in windows_of(media, sample, int(self.config.heard_seconds * rate))
         )
@@ -369,13 +375,21 @@ class Media(NamedTuple):
     videos: list[Video]
 
 
-def load_media(sample: Sample, config: EncodeConfig, sampling_rate: int, *, windows: bool = False) -> Media:
+def load_media(
+    sample: Sample,
+    config: EncodeConfig,
+    sampling_rate: int,
+    *,
+    windows: bool = False,
+    decoded: DecodedCache | None = None,
+) -> Media:
     """Decode the media of a sample, long audios as `config.long_audio` says; with `windows`, those stay whole.
 
-    Raises MediaError for one that cannot be read, is too long or too short.
+    Sounds and clips that `decoded` keeps are taken from there. Raises MediaError for a medium that cannot be read, is
+    too long or too short.
     """
     wanted = config.modalities
-    audios = [a.samples for a in sample.load_audios()] if "audio" in wanted else []
+    audios = [a.samples for a in sample.load_audios(decoded=decoded)] if "audio" in wanted else []
     longest = int(config.heard_seconds * sampling_rate)
     for number, audio in enumerate(audios):
         require_audible(len(audio) / sampling_rate, sample.place("audios"))
@@ -388,8 +402,57 @@ def load_media(sample: Sample, config: EncodeConfig, sampling_rate: int, *, wind
             raise MediaError(found, where=sample.place("audios"), fix=fix)
         audios[number] = audio[:longest].copy()  # not a view, which would keep the whole
     images = list(sample.load_images()) if "image" in wanted else []
-    videos = sample.load_videos(config.num_frames, frames=config.frames) if "video" in wanted else []
+    videos: list[Video] = []
+    if "video" in wanted:
+        videos = sample.load_videos(config.num_frames, frames=config.frames, decoded=decoded)
     return Media(audios, images, videos)
+
+
+class ResizeAsProcessor:
+    """Frames at the size that the processor gives them, by the processor's own code: what it makes of them is the same.
+
+    For processors that cut frames as Qwen2-VL does; `of` is None for others, whose frames are kept as they are.
+    """
+
+    def __init__(self, video_processor: Any, config: EncodeConfig) -> None:
+        self._processor, self._pixels = video_processor, (config.min_pixels, config.max_pixels)
+        self._factor = video_processor.patch_size * video_processor.merge_size
+        versions = {name: installed_version(name) for name in ("torch", "torchvision", "transformers")}
+        about = {"factor": self._factor, "pixels": self._pixels, "resample": int(video_processor.resample)}
+        self.key: dict[str, Any] = about | versions
+
+    @classmethod
+    def of(cls, processor: Any, config: EncodeConfig) -> ResizeAsProcessor | None:
+        """That of a processor, None where it is not known to be one of these."""
+        from transformers import Qwen2VLVideoProcessor
+
+        part: Any = getattr(processor, "video_processor", None)
+        known = getattr(type(part), "_preprocess", None) is Qwen2VLVideoProcessor._preprocess
+        return cls(part, config) if known and part.do_resize else None
+
+    def __call__(self, frames: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Frames [N, H, W, 3], uint8; as they are where they would not get smaller, or be resized once more."""
+        from transformers.image_utils import SizeDict
+
+        height, width = frames.shape[1:3]
+        if max(height, width) > _ODD_RATIO * min(height, width):
+            return frames  # the processor refuses it
+        size = self._size(height, width)
+        if size[0] * size[1] >= height * width or self._size(*size) != size:
+            return frames
+        stacked = torch.stack([torch.from_numpy(frames).permute(0, 3, 1, 2)])
+        height, width = size
+        smaller = self._processor.resize(
+            image=stacked, size=SizeDict(height=height, width=width), resample=self._processor.resample
+        )
+        return np.ascontiguousarray(smaller[0].permute(0, 2, 3, 1).numpy())
+
+    def _size(self, height: int, width: int) -> tuple[int, int]:
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+        least, most = self._pixels
+        size: tuple[int, int] = smart_resize(height, width, factor=self._factor, min_pixels=least, max_pixels=most)
+        return size
 
 
 def windows_of(media: Media, sample: Sample, longest: int) -> list[Media]:
@@ -549,6 +612,9 @@ class TextProcessor:
 class ChatEncoder:
     """Applies a chat model's processor to one sample at a time."""
 
+    decoded: DecodedCache | None = None
+    """where media are kept that were decoded once; set by the loader"""
+
     def __init__(
         self,
         processor: Any,
@@ -581,7 +647,7 @@ class ChatEncoder:
         Raises MediaError naming the place when a medium cannot be read or is longer than the model takes, InputError
         when the model does not take this kind of medium at all.
         """
-        media = load_media(sample, self._hearing(sample), SAMPLING_RATE)
+        media = load_media(sample, self._hearing(sample), SAMPLING_RATE, decoded=self.decoded)
         self._require_taken(media, sample)
         with sample.blamed(suspect(media)):
             features = self._call(self.messages(sample), media)

@@ -28,9 +28,11 @@ import warnings
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
 
@@ -40,13 +42,22 @@ import torch
 from torch import Tensor
 
 from hba.atlas import Atlas
+from hba.atlas.decoded import DecodedCache
 from hba.atlas.rows import MEDIA_FIELDS, Quarantined, Sample, out_of_memory
-from hba.batch.config import LoaderConfig
-from hba.batch.encode import Batch, Encoded, SampleEncoder, collate
+from hba.batch.config import EncodeConfig, LoaderConfig
+from hba.batch.encode import (
+    SAMPLING_RATE,
+    Batch,
+    Encoded,
+    ResizeAsProcessor,
+    SampleEncoder,
+    collate,
+    load_media,
+)
 from hba.batch.sampler import Indices
 from hba.errors import HbaError, MachineError, MediaError
 from hba.parallel import die_with_parent
-from hba.storage import CLOCK, SILENT_SECONDS, Clock, machine_fault
+from hba.storage import CLOCK, SILENT_SECONDS, Clock, cache_folder, machine_fault
 
 # Objects with large tensors from a worker process to the main process, as bytes over a socket.
 #
@@ -550,20 +561,12 @@ def load_batches(
     Raises ConfigError for workers elsewhere than on Linux, HbaError when workers die whatever they decode, and any
     error other than MediaError that encoding raises.
     """
+    if config.decode_once:
+        encoder = copy(encoder)
+        encoder.decoded = open_decoded(encoder.processor, encoder.config, config)
     rows = map(int, chain.from_iterable(islice(plan, start, None)))
-    workers = min(config.resolved_workers(), sum(map(len, islice(plan, start, None))))
-    cache = _Cache(config.cache_megabytes)
-    if workers:
-        pool = WorkerPool(
-            atlas,
-            encoder,
-            workers=workers,
-            timeout_seconds=config.decode_timeout_seconds,
-            ahead_bytes=config.prefetch_megabytes << 20,
-        )
-        outcomes = _prefetched(rows, pool, cache, MAX_ROWS_AHEAD if config.prefetch_megabytes else 2 * workers)
-    else:
-        outcomes = _in_turn(rows, atlas, encoder, cache)
+    count = sum(map(len, islice(plan, start, None)))
+    outcomes = _outcomes(rows, count, atlas, encoder, config)
     pinned = torch.cuda.is_available()
     with closing(outcomes):
         for batch in islice(plan, start, None):
@@ -571,6 +574,64 @@ def load_batches(
             for sample in made.quarantined:
                 atlas.refuse(sample)
             yield made.pinned() if pinned else made
+
+
+def open_decoded(
+    processor: Any, encode: EncodeConfig, loader: LoaderConfig, *, strict: bool = False
+) -> DecodedCache:
+    """Where media are kept that were decoded once. Raises StorageError when the folder cannot be made or read."""
+    folder = Path(loader.decoded_folder).expanduser() if loader.decoded_folder else cache_folder() / "decoded"
+    resize = ResizeAsProcessor.of(processor, encode)
+    return DecodedCache(folder, int(loader.decoded_gigabytes * 1e9), resize=resize, strict=strict)
+
+
+class _Decoder:
+    """In the place of an encoder: decodes, so that the media are kept, and hands over nothing."""
+
+    def __init__(self, config: EncodeConfig, decoded: DecodedCache) -> None:
+        self.config, self.decoded = config, decoded
+
+    def encode(self, sample: Sample) -> Encoded:
+        load_media(sample, self.config, SAMPLING_RATE, windows=True, decoded=self.decoded)
+        return Encoded(sample=sample, input_ids_T=torch.zeros(1, dtype=torch.long))
+
+
+def prepare(
+    atlas: Atlas, processor: Any, encode: EncodeConfig, loader: LoaderConfig, progress: Callable[[int, int], None]
+) -> DecodedCache:
+    """Decode the sounds and clips of all rows that are not kept yet; the cache that then keeps them.
+
+    A row whose medium cannot be read is in `atlas.quarantine`. Killed, it goes on where it was. Raises StorageError
+    when the disk or the cache is full, and what `load_batches` raises.
+    """
+    decoded = open_decoded(processor, encode, loader, strict=True)
+    kinds = tuple(kind for kind in encode.modalities if kind != "image")
+    decoder: Any = _Decoder(replace(encode, modalities=kinds), decoded)
+    rows, loader = iter(range(len(atlas))), replace(loader, cache_megabytes=0)
+    with closing(_outcomes(rows, len(atlas), atlas, decoder, loader)) as outcomes:
+        for done, outcome in enumerate(outcomes, 1):
+            if isinstance(outcome, Failure):
+                raise_failure(outcome)
+            if isinstance(outcome, Quarantined):
+                atlas.refuse(outcome)
+            progress(done, len(atlas))
+    return decoded
+
+
+def _outcomes(rows: Iterator[int], count: int, atlas: Atlas, encoder: SampleEncoder, config: LoaderConfig) -> Outcomes:
+    """The outcomes of `count` rows in their order, prepared by the worker processes of `config`."""
+    workers = min(config.resolved_workers(), count)
+    cache = _Cache(config.cache_megabytes)
+    if not workers:
+        return _in_turn(rows, atlas, encoder, cache)
+    pool = WorkerPool(
+        atlas,
+        encoder,
+        workers=workers,
+        timeout_seconds=config.decode_timeout_seconds,
+        ahead_bytes=config.prefetch_megabytes << 20,
+    )
+    return _prefetched(rows, pool, cache, MAX_ROWS_AHEAD if config.prefetch_megabytes else 2 * workers)
 
 
 def _in_turn(rows: Iterator[int], atlas: Atlas, encoder: SampleEncoder, cache: _Cache) -> Outcomes:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hba.cli.options import AllowQuarantined, JsonFlag, answer, bold, finish, say
+from hba.cli.options import AllowQuarantined, ConfigOption, JsonFlag, Overrides, answer, bold, finish, say
 from hba.environment import usable_cores
 from hba.storage import cache_folder
 
@@ -142,6 +142,47 @@ def _finish(done: Summary, allowed: int) -> None:
         raise typer.Exit(2)
 
 
+# `hba atlas prepare`: decode once what training and prediction read in every epoch.
+
+
+PREPARE_EXAMPLE = "Example: hba atlas prepare data/hba model=Qwen/Qwen2.5-Omni-7B encode.num_frames=8"
+
+
+def prepare_command(
+    atlas: Annotated[str, typer.Argument(help="Atlas folder, or hub id of a release.")],
+    overrides: Overrides = None,
+    split: Annotated[
+        list[str] | None, typer.Option("--split", help="A split; repeat the option for more. All by default.")
+    ] = None,
+    config: ConfigOption = None,
+    allow_quarantined: AllowQuarantined = 0,
+    json: JsonFlag = False,
+) -> None:
+    """Decode all clips and sounds once and keep them, for runs with loader.decode_once=true. Resumes when killed."""
+    from hba.batch.config import PrepareConfig
+    from hba.cli.options import counted, recipe_path
+    from hba.config import load_config
+
+    settings = load_config(PrepareConfig, recipe_path(config), overrides or [])
+    from hba.atlas import open_atlas
+    from hba.atlas.info import splits_at
+    from hba.batch.loader import prepare
+    from hba.model import checkpoint
+    from hba.model.chat import load_processor
+
+    processor = load_processor(str(checkpoint.resolve(settings.model) or settings.model))
+    opened = [open_atlas(atlas, split=name) for name in split or splits_at(atlas)]
+    for rows in opened:
+        with counted(f"prepare {rows.split}") as progress:
+            decoded = prepare(rows, processor, settings.encode, settings.loader, progress)
+    left_out = [record._asdict() for rows in opened for record in rows.quarantine]
+    counts = {rows.split: len(rows) for rows in opened}
+    values = {"folder": str(decoded.folder), "rows": counts, "media": len(decoded), "bytes": decoded.num_bytes}
+    text = f"{len(decoded):,} decoded media ({decoded.num_bytes / 1e9:.2f} GB) are in {bold(decoded.folder)}."
+    answer(values | {"quarantined": len(left_out)}, as_json=json, show=lambda: say(text))
+    finish(left_out, allow_quarantined)
+
+
 # `hba atlas download`: an atlas from the Hugging Face hub into a folder.
 
 
@@ -184,6 +225,7 @@ atlas_app = typer.Typer(no_args_is_help=True, help="Make, open and check atlases
 atlas_app.command("convert", epilog=CONVERT_EXAMPLE)(convert_command)
 atlas_app.command("describe", epilog=DESCRIBE_EXAMPLE)(describe_command)
 atlas_app.command("download", epilog=DOWNLOAD_EXAMPLE)(download_command)
+atlas_app.command("prepare", epilog=PREPARE_EXAMPLE)(prepare_command)
 
 
 @atlas_app.command("mini", epilog="Example: hba atlas mini runs/mini --size small --seed 0")
