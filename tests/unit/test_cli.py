@@ -21,6 +21,7 @@ COMMANDS = {
     "atlas info": "atlas! --split --durations --out --cache --workers --json",
     "atlas download": "repo! out! --split --revision --workers --json",
     "atlas convert": "source! out! --to! --split --shard-megabytes --workers --allow-quarantined --json",
+    "atlas prepare": "atlas! overrides --split --allow-quarantined --json",
     "atlas describe": "root --split --audio --video --transcripts --frames-per-second --workers --executor --out-format"
     " --replace --allow-failed --setup --json",
     "train sft": "overrides --config --run --allow-quarantined --json",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hba.cli.options import AllowQuarantined, ConfigOption, JsonFlag, Overrides, answer, bold, finish, say
+from hba.cli.options import AllowQuarantined, JsonFlag, Overrides, answer, bold, finish, say
 from hba.environment import usable_cores
 from hba.storage import cache_folder
 
@@ -154,16 +154,15 @@ def prepare_command(
     split: Annotated[
         list[str] | None, typer.Option("--split", help="A split; repeat the option for more. All by default.")
     ] = None,
-    config: ConfigOption = None,
     allow_quarantined: AllowQuarantined = 0,
     json: JsonFlag = False,
 ) -> None:
     """Decode all clips and sounds once and keep them, for runs with loader.decode_once=true. Resumes when killed."""
     from hba.batch.config import PrepareConfig
-    from hba.cli.options import counted, recipe_path
+    from hba.cli.options import counted
     from hba.config import load_config
 
-    settings = load_config(PrepareConfig, recipe_path(config), overrides or [])
+    settings = load_config(PrepareConfig, None, overrides or [])
     from hba.atlas import open_atlas
     from hba.atlas.info import splits_at
     from hba.batch.loader import prepare
