@@ -18,10 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hba.atlas.jsonl import JsonlStore
-from hba.atlas.names import Split, find_files, hub_id_of, parse_split
+from hba.atlas.names import Split, find_files, hub_id_of, parse_split, read_card
 from hba.atlas.rows import SIGNATURES, Columns, MediaSource, Quarantined, Row, Said, Sample
 from hba.errors import InputError, nearest
-from hba.storage import read_json
 from hba.taxonomy import Taxonomy, of_folder, visible
 
 __all__ = ["Atlas", "Columns", "Quarantined", "Row", "Sample", "data_record", "open_atlas"]
@@ -178,12 +177,8 @@ class Atlas:
 
     @cached_property
     def card(self) -> dict[str, Any]:
-        """What `atlas.json` beside the rows says; empty where there is none."""
-        path = self.root / "atlas.json"
-        card = read_json(path) if path.is_file() else {}
-        if not isinstance(card, dict) or not isinstance(card.get("synthetic", False), bool):
-            raise InputError("synthetic: expected true or false", where=str(path), fix="Repair the file.")
-        return card
+        """What `atlas.json` beside the rows says; empty where there is none. Raises InputError when it is no card."""
+        return read_card(self.root)
 
     @property
     def synthetic(self) -> bool:

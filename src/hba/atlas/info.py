@@ -11,17 +11,18 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from hba.atlas import Atlas, Columns, open_atlas
+from hba.atlas import Atlas, open_atlas
 from hba.atlas.names import HubId, hub_id_of, parse_split, present_splits
-from hba.atlas.probe import Facts, Outcome, locate, survey
-from hba.atlas.scan import Catalogue, Use, read_catalogue
+from hba.atlas.probe import Facts, locate, survey
+from hba.atlas.rows import count_codes
+from hba.atlas.scan import Catalogue, read_catalogue
 from hba.environment import hba_version
 from hba.errors import InputError
 from hba.taxonomy import Taxonomy
@@ -140,16 +141,9 @@ class AtlasInfo:
 
     def to_json(self) -> dict[str, Any]:
         """As --json prints it."""
-        splits = {
-            split.name: {
-                "rows": split.rows,
-                "datasets": split.datasets,
-                "tasks": split.tasks,
-                "signatures": split.signatures,
-                "labels": dict(split.labels),
-            }
-            for split in self.splits
-        }
+        splits = {split.name: asdict(split) for split in self.splits}
+        for split in splits.values():
+            del split["name"]
         made: dict[str, Any] = {
             "hba_version": hba_version(),
             "root": str(self.root),
@@ -196,7 +190,14 @@ def atlas_info(
     path, lasting = Path(path), None
     if durations:
         catalogue = read_catalogue(path, specs, taxonomy)
-        lasting = _durations(catalogue, cache=cache, workers=workers, progress=progress)
+        lengths: dict[str, list[float]] = {}
+        unknown = 0
+        for dataset, seconds in _timed(catalogue, cache=cache, workers=workers, progress=progress):
+            if seconds is None:
+                unknown += 1
+            elif seconds > 0:
+                lengths.setdefault(dataset, []).append(seconds)
+        lasting = Durations(datasets={name: np.sort(values) for name, values in lengths.items()}, unknown=unknown)
     return AtlasInfo(
         root=path,
         synthetic=any(atlas.synthetic for atlas in opened),
@@ -233,39 +234,11 @@ def _count(atlas: Atlas, name: str) -> SplitCounts:
     return SplitCounts(
         name=name,
         rows=len(atlas),
-        datasets=_named(columns.dataset_codes, columns.datasets),
-        tasks=_named(columns.task_codes, tuple(task or NO_TASK for task in columns.tasks)),
-        signatures=_named(columns.signature_codes, columns.signatures),
-        labels=_labels(columns, atlas.taxonomy),
+        datasets=count_codes(columns.dataset_codes, columns.datasets),
+        tasks=count_codes(columns.task_codes, [task or NO_TASK for task in columns.tasks]),
+        signatures=count_codes(columns.signature_codes, columns.signatures),
+        labels=columns.labels(atlas.taxonomy.class_names),
     )
-
-
-def _named(codes: npt.NDArray[np.integer], names: Sequence[str]) -> Counts:
-    found, numbers = np.unique(codes, return_counts=True)
-    return {names[code]: number for code, number in zip(found.tolist(), numbers.tolist(), strict=True)}
-
-
-def _labels(columns: Columns, taxonomy: Taxonomy) -> dict[str, Counts]:
-    labels: dict[str, Counts] = {}
-    for code, dataset in enumerate(columns.datasets):
-        chosen = columns.label_codes[columns.dataset_codes == code]
-        counts = _named(chosen[chosen >= 0], taxonomy.class_names)
-        if counts:
-            labels[dataset] = counts
-    return labels
-
-
-def _durations(
-    catalogue: Catalogue, *, cache: Path | None, workers: int, progress: Callable[[int, int], None] | None
-) -> Durations:
-    lengths: dict[str, list[float]] = {}
-    unknown = 0
-    for dataset, seconds in _timed(catalogue, cache=cache, workers=workers, progress=progress):
-        if seconds is None:
-            unknown += 1
-        elif seconds > 0:
-            lengths.setdefault(dataset, []).append(seconds)
-    return Durations(datasets={name: np.sort(values) for name, values in lengths.items()}, unknown=unknown)
 
 
 def row_seconds(
@@ -292,19 +265,14 @@ def _timed(
     log = None if cache is None else cache / f"headers-{name}.jsonl"
     outcomes = survey(timed, log=log, quick=True, workers=workers, progress=progress)
     for asked in catalogue.asked:
-        yield asked.dataset, _seconds(asked.media, catalogue.uses, outcomes)
-
-
-def _seconds(media: Sequence[int], uses: Sequence[Use], outcomes: Mapping[int, Outcome]) -> float | None:
-    """How long a row lasts, 0 without sounds and clips, None when one of them has no known length."""
-    total = {"audios": 0.0, "videos": 0.0}
-    for number in media:
-        if uses[number].field in total:
-            found = outcomes.get(number)
-            if not isinstance(found, Facts) or found.seconds is None:
-                return None
-            total[uses[number].field] += found.seconds
-    return max(total.values())
+        total = {"audios": 0.0, "videos": 0.0}
+        for number in asked.media:
+            field = catalogue.uses[number].field
+            if field in total:
+                found = outcomes.get(number)
+                seconds = found.seconds if isinstance(found, Facts) else None
+                total[field] += math.nan if seconds is None else seconds
+        yield asked.dataset, None if any(map(math.isnan, total.values())) else max(total.values())
 
 
 def summary(values: Seconds) -> dict[str, float]:

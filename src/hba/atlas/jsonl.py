@@ -21,6 +21,7 @@ import numpy.typing as npt
 from hba.atlas import media
 from hba.atlas.rows import (
     KNOWN_FIELDS,
+    MEDIA_FIELDS,
     Columns,
     Field,
     Row,
@@ -30,8 +31,6 @@ from hba.atlas.rows import (
     canonical,
     decode_fields,
     decode_row,
-    label_of,
-    signature_of,
 )
 from hba.atlas.source import opened
 from hba.errors import InputError
@@ -41,6 +40,28 @@ from hba.taxonomy import Taxonomy
 MAX_LINE_BYTES = 64 << 20
 _BLOCK_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
+
+
+def read_lines(path: Path, file: str) -> Iterator[tuple[int, int, bytes | InputError]]:
+    """The lines of a file, which messages call `file`, that hold something: number (from 1), the byte at which the line
+    begins (behind a byte order mark), and its text, or why it has none."""
+    number = at = 0
+    with opened(path, where=file) as handle:
+        while raw := handle.readline(MAX_LINE_BYTES):
+            number += 1
+            start, at = at, at + len(raw)
+            if number == 1 and raw.startswith(_BOM):
+                raw, start = raw.removeprefix(_BOM), len(_BOM)
+            if len(raw) < MAX_LINE_BYTES or raw.endswith(b"\n"):
+                if raw and not raw.isspace():
+                    yield number, start, raw
+                continue
+            while raw and not raw.endswith(b"\n"):
+                raw = handle.readline(MAX_LINE_BYTES)
+                at += len(raw)
+            fix = "Write one JSON object per line."
+            what = f"is longer than {MAX_LINE_BYTES:,} bytes"
+            yield number, start, InputError(what, where=f"{file}:{number}", fix=fix)
 
 
 class JsonlStore:
@@ -65,26 +86,21 @@ class JsonlStore:
 
     def _index(self) -> Columns:
         name = str(self.path)
-        checker = RowChecker(self.taxonomy, split=self.split, file=name)
-        starts, lines, at = array("q"), array("q"), 0
+        checker = RowChecker(self.taxonomy, split=self.split, place=lambda line: f"{name}:{line}")
+        starts, lines = array("q"), array("q")
         status = patiently(self.path.stat, name)
-        with opened(self.path, where=name) as file:
-            for line, raw in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1):
-                if len(raw) == MAX_LINE_BYTES:
-                    what = f"is longer than {MAX_LINE_BYTES:,} bytes"
-                    raise InputError(what, where=f"{name}:{line}", fix="Write one JSON object per line.")
-                text = raw.removeprefix(_BOM) if line == 1 else raw
-                if not text.isspace() and text:
-                    checker.check(decode_row(text, name, line), line)
-                    starts.append(at + len(raw) - len(text))
-                    lines.append(line)
-                at += len(raw)
+        for line, start, text in read_lines(self.path, name):
+            if isinstance(text, InputError):
+                raise text
+            checker.check(decode_row(text, name, line), line)
+            starts.append(start)
+            lines.append(line)
         self._stamp = (status.st_size, status.st_mtime_ns)
         if not lines:
             raise InputError(f"split {self.split!r} has no rows", where=name, fix="Write at least one row.")
-        starts.append(at)
+        starts.append(status.st_size)
         self._starts, self._lines = np.frombuffer(starts, np.int64), np.frombuffer(lines, np.int64)
-        return checker.columns.build()
+        return checker.columns()
 
     def raw(self, number: int) -> bytes:
         """The JSON of row `number`, without the line end. Raises InputError when the file has changed."""
@@ -139,38 +155,18 @@ class JsonlStore:
 
     def said(self, numbers: npt.NDArray[np.integer]) -> Iterator[Said]:
         """What each of the given rows says."""
-        for number, raw in zip(map(int, numbers), self._raws(numbers), strict=True):
-            row = decode_row(raw, str(self.path), int(self._lines[number]))
-            fields = decode_fields(raw, self.place(number))
-            extra = {name: value for name, value in fields.items() if name not in KNOWN_FIELDS}
-            yield Said(self._id(number, row.id), row, extra)
+        return map(self._said, map(int, numbers), self._raws(numbers))
+
+    def _said(self, number: int, raw: bytes) -> Said:
+        row = decode_row(raw, str(self.path), int(self._lines[number]))
+        return Said(self._id(number, row.id), row, _extra(decode_fields(raw, self.place(number))))
 
     def sample(self, number: int) -> Sample:
         """Row `number` with its label, place and extra fields; opens no medium."""
-        where = self.place(number)
-        raw = self.raw(number)
-        row = decode_row(raw, str(self.path), int(self._lines[number]))
-        fields = decode_fields(raw, where)
-        return Sample(
-            id=self._id(number, row.id),
-            split=self.split,
-            where=where,
-            number=number,
-            problem=row.problem,
-            answer=row.answer,
-            dataset=row.dataset,
-            task=row.task,
-            modality_signature=signature_of(row, where),
-            label=label_of(row, self.taxonomy, where).name,
-            images=len(row.images),
-            videos=len(row.videos),
-            audios=len(row.audios),
-            texts=row.texts,
-            ext_video_feats=len(row.ext_video_feats),
-            ext_audio_feats=len(row.ext_audio_feats),
-            extra={name: value for name, value in fields.items() if name not in KNOWN_FIELDS},
-            source=self,
-        )
+        said = self._said(number, self.raw(number))
+        counts: dict[str, int] = {name: len(getattr(said.row, name)) for name in MEDIA_FIELDS}
+        about = {"split": self.split, "number": number, "source": self, **counts}
+        return Sample.of(said, self.taxonomy, self.place(number), **about)
 
     def medium(self, number: int, name: Field, index: int, *, where: str) -> media.Source:
         """The file of a medium. Raises MediaError when it does not exist or is a link out of the atlas folder."""
@@ -192,8 +188,7 @@ class JsonlStore:
         """What the fingerprint of the given rows is made of."""
         for number, raw in zip(map(int, numbers), self._raws(numbers), strict=True):
             fields = decode_fields(raw, self.place(number))
-            extra = {name: value for name, value in fields.items() if name not in KNOWN_FIELDS}
-            yield canonical(self._id(number, fields.get("id")), fields, extra)
+            yield canonical(self._id(number, fields.get("id")), fields, _extra(fields))
 
 
 class _Sounds(msgspec.Struct):
@@ -202,6 +197,10 @@ class _Sounds(msgspec.Struct):
 
 class _Named(msgspec.Struct):
     id: str | None = None
+
+
+def _extra(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in KNOWN_FIELDS}
 
 
 _sounds, _named = msgspec.json.Decoder(_Sounds), msgspec.json.Decoder(_Named)

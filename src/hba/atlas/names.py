@@ -11,12 +11,14 @@ import os
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hba.errors import InputError, nearest
+from hba.storage import read_json
 from hba.taxonomy import PUBLISHED, visible
 
 _SPEC = re.compile(r"(?P<name>\w[\w.-]*)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?", re.ASCII)
+CARD = "atlas.json"
 NO_ROWS = (
     "Write one JSON object a line into test.jsonl (train.jsonl, validation.jsonl) of that folder, with the paths of "
     "its media: docs/data.md says the fields, docs/extend.md shows a script."
@@ -122,6 +124,15 @@ def present_splits(path: Path) -> tuple[str, ...]:
         raise InputError("holds no split", where=str(path), fix=NO_ROWS)
     published = list(PUBLISHED["splits_jsonl"])
     return tuple(sorted(names, key=lambda name: (published.index(name) if name in published else len(published), name)))
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """What `atlas.json` beside the rows says; empty where there is none. Raises InputError when it is no card."""
+    path = folder / CARD
+    card = read_json(path) if path.is_file() else {}
+    if not isinstance(card, dict) or not isinstance(card.get("synthetic", False), bool):
+        raise InputError("'synthetic': expected true or false", where=str(path), fix="Repair the file.")
+    return card
 
 
 def split_of(file: Path) -> str | None:

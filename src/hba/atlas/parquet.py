@@ -14,12 +14,12 @@ import json
 import os
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import msgspec
 import numpy as np
@@ -36,28 +36,26 @@ from hba.atlas.rows import (
     Columns,
     Field,
     Row,
+    RowChecker,
     Said,
     Sample,
     canonical,
     check_paths,
-    label_of,
     make_columns,
     signature_kinds,
-    signature_of,
 )
 from hba.atlas.source import PLACES, Slice, Source, checksums_of, read_bytes
-from hba.errors import InputError, MediaError
+from hba.errors import HbaError, InputError, MediaError
 from hba.storage import atomic_write, machine_fault, patiently
 from hba.taxonomy import Taxonomy
 
 # The checks of rows that lie in Arrow tables, column by column.
 #
-# They are those of `rows`: strict types, known dataset, label and signature, ids that occur once, paths that stay in
-# the atlas. Almost every row says what another said before, so that only one example of each combination is looked at;
-# the row that an error names is the first of its kind. A null in `{field}_sizes` says that the media of a row are not
-# known before they are read; its signature is then trusted for their number, and checked when they are. Arrays leave
-# pyarrow by DLPack, and no value of Python enters it: `to_numpy`, `pa.array` and scalar arguments import pandas where
-# it is installed, which takes longer than all the checks.
+# They are those of `rows.RowChecker`. Almost every row says what another said before, so that it looks at one example
+# of each combination; the row that an error names is the first of its kind. A null in `{field}_sizes` says that the
+# media of a row are not known before they are read; its signature is then trusted for their number, and checked when
+# they are. Arrays leave pyarrow by DLPack, and no value of Python enters it: `to_numpy`, `pa.array` and scalar
+# arguments import pandas where it is installed, which takes longer than all the checks.
 
 
 TEXT = ("problem", "answer", "dataset", "task", "modality_signature")
@@ -70,16 +68,6 @@ FIX_SCHEMA = "Write the published schema; see the schema of a row in docs."
 
 _STRINGS = (pa.string(), pa.large_string(), pa.string_view(), pa.null())
 _BINARIES = (pa.binary(), pa.large_binary(), pa.binary_view(), pa.null())
-
-Integers = npt.NDArray[np.integer[Any]]
-
-
-class Places(NamedTuple):
-    """How the checks name a row and look at it, by its number."""
-
-    place: Callable[[int], str]
-    row: Callable[[int], Row]
-    identity: Callable[[int, str | None], str]
 
 
 def check_schema(schema: pa.Schema, shard: Path) -> None:
@@ -118,10 +106,6 @@ def _holds_bytes(kind: pa.DataType) -> bool:
     return kind in _BINARIES
 
 
-def _null(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_null(kind))
-
-
 def uniform(table: pa.Table) -> pa.Table:
     """The table with plain string columns, names as a reader sees them (`taxonomy.visible`), and nulls where
     optional columns and sizes are absent."""
@@ -144,27 +128,66 @@ def uniform(table: pa.Table) -> pa.Table:
     return table
 
 
-def check_tables(tables: list[pa.Table], places: Places, taxonomy: Taxonomy) -> Columns:
-    """Check the rows of tables made by `uniform`, in order. Raises InputError naming the row and the field."""
-    names = [*TEXT, *OPTIONAL, *(f"{name}_sizes" for name in _KINDS)]
-    table = pa.concat_tables([each.select(names) for each in tables])
+def check_tables(tables: list[pa.Table], store: ParquetStore) -> Columns:
+    """Check the rows of the tables of a store, in order. Raises InputError naming the row and the field."""
+    place = lambda line: store.place(line - 1)  # noqa: E731 -- one word of its own
+    checker = RowChecker(store.taxonomy, split=store.split, place=place)
+    table = pa.concat_tables(
+        [each.select([*TEXT, *OPTIONAL, *(f"{name}_sizes" for name in _KINDS)]) for each in tables]
+    )
     for name in TEXT:
         if table[name].null_count:
-            where = places.place(pc.index(pc.is_null(table[name]), True).as_py())
+            where = store.place(pc.index(pc.is_null(table[name]), True).as_py())
             raise InputError(f"field {name!r}: is missing", where=where, fix=FIX_SCHEMA)
-    label_codes_N = _labels(table, places, taxonomy)
-    counts_KN = [_counts(table, name) for name in _KINDS]
-    signatures, signature_codes_N = _signatures(table, counts_KN, places)
+    counts_KN = [numbers_of(pc.list_value_length(table[f"{name}_sizes"]), null=-1) for name in _KINDS]
+    datasets, dataset_codes_N = _encoded(table["dataset"])
+    known = [store.taxonomy.datasets.get(name) for name in datasets]
+    free_N = np.array([dataset is not None and dataset.free_form for dataset in known])[dataset_codes_N]
+    key_N = dataset_codes_N
+    for name in ("class_label", "answer", "modality_signature"):
+        values, codes_N = _encoded(table[name])
+        # Free-form answers hardly ever repeat, and name no label.
+        key_N = key_N * len(values) + (np.where(free_N, 0, codes_N) if name == "answer" else codes_N)
+    for counts_N in counts_KN:
+        key_N = key_N * 3 + np.sign(counts_N) + 1
+    _, examples, codes_N = np.unique(key_N, return_index=True, return_inverse=True)
+    found = {}
+    for number in sorted(examples.tolist()):
+        media_known = all(counts_N[number] >= 0 for counts_N in counts_KN)
+        found[number] = checker.meaning(store.row(number), number + 1, media_known=media_known)
+    signatures = tuple(dict.fromkeys(signature for signature, _ in found.values()))
+    said = [found[number] for number in examples.tolist()]
+    signature_codes_N = np.array([signatures.index(signature) for signature, _ in said])[codes_N]
+    label_codes_N = np.array([label for _, label in said])[codes_N]
     for kind, counts_N in zip(_KINDS.values(), counts_KN, strict=True):
         there = np.array([kind in signature_kinds(signature) for signature in signatures], np.int64)
         np.copyto(counts_N, there[signature_codes_N], where=counts_N < 0)
-    _check_ids(table["id"], places)
-    _check_texts(tables, places)
-    datasets, dataset_codes_N = _encoded(table["dataset"])
+    _check_ids(table["id"], checker)
+    _check_texts(tables, store)
     chars_KN = [numbers_of(pc.utf8_length(table[name])) for name in ("problem", "answer")]
-    codes_KN = [dataset_codes_N, signature_codes_N, label_codes_N]
-    values_KN = np.stack([np.asarray(each, np.int32) for each in (*codes_KN, *chars_KN, *counts_KN)])
-    return make_columns(taxonomy, tuple(datasets), tuple(signatures), values_KN)
+    values_KN = (dataset_codes_N, signature_codes_N, label_codes_N, *chars_KN, *counts_KN)
+    return make_columns(store.taxonomy, tuple(datasets), signatures, np.stack(values_KN).astype(np.int32))
+
+
+def _check_ids(ids: pa.ChunkedArray, checker: RowChecker) -> None:
+    if ids.null_count == len(ids):
+        return
+    lengths_N = numbers_of(pc.utf8_length(pc.utf8_trim_whitespace(ids)), null=1)
+    if lengths_N.min() == 0 or ids.null_count or pc.count_distinct(ids).as_py() < len(ids):
+        for line, given in enumerate(ids.to_pylist(), 1):
+            checker.check_id(given, line)
+
+
+def _check_texts(tables: list[pa.Table], store: ParquetStore) -> None:
+    first = 0
+    for table in tables:
+        position = table.schema.get_field_index("texts")
+        texts = table.column(position).combine_chunks() if position >= 0 else None
+        if texts is not None and not pa.types.is_null(texts.type) and len(texts.flatten()):
+            suspect = pc.match_substring_regex(pc.list_flatten(texts), _SUSPECT)
+            for local in pc.filter(pc.list_parent_indices(texts), pc.fill_null(suspect, True)).to_pylist():
+                check_paths(store.row(first + local), store.place(first + local))
+        first += table.num_rows
 
 
 def numbers_of(column: pa.ChunkedArray | pa.Array, null: int = 0) -> npt.NDArray[np.int64]:
@@ -181,82 +204,6 @@ def _encoded(column: pa.ChunkedArray) -> tuple[list[Any], npt.NDArray[np.int64]]
     """Distinct values, null among them, in the order of first sight, and the code of each row."""
     codes = column.combine_chunks().dictionary_encode(null_encoding="encode")
     return codes.dictionary.to_pylist(), numbers_of(codes.indices)
-
-
-def _examples(codes_N: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The first row of each distinct code, ascending, and for each row the number of its example."""
-    _, first, inverse_N = np.unique(codes_N, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    return first[order], rank[inverse_N]
-
-
-def _counts(table: pa.Table, name: str) -> npt.NDArray[np.int64]:
-    """Media of a field in each row, -1 where that is not known."""
-    return numbers_of(pc.list_value_length(table[f"{name}_sizes"]), null=-1)
-
-
-def _labels(table: pa.Table, places: Places, taxonomy: Taxonomy) -> Integers:
-    datasets, dataset_codes_N = _encoded(table["dataset"])
-    known = [taxonomy.datasets.get(name) for name in datasets]
-    free = np.array([dataset is not None and dataset.free_form for dataset in known])
-    key_N = dataset_codes_N
-    for name in ("class_label", "answer"):
-        values, codes_N = _encoded(table[name])
-        # Free-form answers hardly ever repeat, and name no label.
-        said_N = np.where(free[dataset_codes_N], 0, codes_N) if name == "answer" else codes_N
-        key_N = key_N * len(values) + said_N
-    examples, codes_N = _examples(key_N)
-    labels = [label_of(places.row(int(i)), taxonomy, places.place(int(i))).code for i in examples]
-    class_codes_N: Integers = np.array(labels, np.int16)[codes_N]
-    return class_codes_N
-
-
-def _signatures(table: pa.Table, counts_KN: list[npt.NDArray[np.int64]], places: Places) -> tuple[list[str], Integers]:
-    """The distinct signatures in the order of first sight, and the code of each row."""
-    _, said_N = _encoded(table["modality_signature"])
-    key_N = said_N
-    for counts_N in counts_KN:
-        key_N = key_N * 3 + np.sign(counts_N) + 1
-    examples, codes_N = _examples(key_N)
-    names = []
-    for i in map(int, examples):
-        known = all(counts_N[i] >= 0 for counts_N in counts_KN)
-        names.append(signature_of(places.row(i), places.place(i), check_media=known))
-    signatures = list(dict.fromkeys(names))
-    return signatures, np.array([signatures.index(name) for name in names], np.int16)[codes_N]
-
-
-def _check_ids(ids: pa.ChunkedArray, places: Places) -> None:
-    if ids.null_count == len(ids):
-        return
-    blank = np.flatnonzero(numbers_of(pc.utf8_length(pc.utf8_trim_whitespace(ids)), null=-1) == 0)
-    if len(blank):
-        where = places.place(int(blank[0]))
-        raise InputError("field 'id': is empty", where=where, fix="Remove it, or give every row its own.")
-    if ids.null_count == 0 and pc.count_distinct(ids).as_py() == len(ids):
-        return
-    seen: dict[str, int] = {}
-    for number, given in enumerate(ids.to_pylist()):
-        identity = places.identity(number, given)
-        first = seen.setdefault(identity, number)
-        if first != number:
-            what = f"field 'id': {identity!r} is also the id of {places.place(first)}"
-            raise InputError(what, where=places.place(number), fix="Give every row its own id.")
-
-
-def _check_texts(tables: list[pa.Table], places: Places) -> None:
-    first = 0
-    for table in tables:
-        if "texts" in table.schema.names and not _null(table.schema.field("texts").type):
-            texts = table["texts"].combine_chunks()
-            if len(texts.flatten()) == 0:
-                continue
-            suspect = pc.match_substring_regex(pc.list_flatten(texts), _SUSPECT)
-            for local in pc.filter(pc.list_parent_indices(texts), pc.fill_null(suspect, True)).to_pylist():
-                check_paths(places.row(first + local), places.place(first + local))
-        first += table.num_rows
 
 
 # Where the media embedded in a parquet shard lie, so that one row costs the bytes of one row.
@@ -308,6 +255,28 @@ def open_shard(shard: Path, remote: Remote | None = None, *, buffer_bytes: int =
         raise InputError(what, where=str(shard), fix="Download or convert the shard again.") from None
 
 
+def read_light(file: pq.ParquetFile, shard: Path) -> pa.Table:
+    """The columns of an opened shard without its media. Raises InputError when it is damaged or of another schema."""
+    check_schema(file.schema_arrow, shard)
+    names = [name for name in file.schema_arrow.names if name not in MEDIA_FIELDS]
+    try:
+        table = file.read(columns=names, use_threads=False)
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(error, shard) from None
+    for name in names:
+        try:
+            table[name].validate(full=True)  # text that is not UTF-8, which Arrow reads as it is
+        except pa.ArrowInvalid as error:
+            what = f"column {name!r}: is damaged ({error})"
+            raise InputError(what, where=str(shard), fix="Restore the shard.") from None
+    return table
+
+
+def _damaged(error: Exception, shard: Path) -> HbaError:
+    damaged = InputError(f"is damaged ({error})", where=str(shard), fix="Restore the shard.")
+    return machine_fault(error, str(shard)) or damaged
+
+
 def stamp(shard: Path) -> str:
     """What tells a shard from another: its size and a hash of its end, which holds the places of everything in it."""
     size = patiently(shard.stat, str(shard)).st_size
@@ -327,8 +296,7 @@ def write_index(shard: Path) -> Path:
                 tables.append(_group_index(file, group, first, pages, read))
                 first += tables[-1].num_rows
         except (DamagedPageError, pa.ArrowException, OSError) as error:
-            damaged = InputError(f"is damaged ({error})", where=str(shard), fix="Restore the shard.")
-            raise machine_fault(error, str(shard)) or damaged from None
+            raise _damaged(error, shard) from None
         schema = file.schema_arrow
     if not tables:
         tables = [pa.schema([field for field in schema if field.name not in MEDIA_FIELDS]).empty_table()]
@@ -483,7 +451,7 @@ class ParquetStore:
         self._first = np.cumsum([0, *(table.num_rows for table in tables)])
         if len(self) == 0:
             raise InputError(f"split {split!r} has no rows", where=str(shards[0]), fix="Write at least one row.")
-        self.columns = check_tables(tables, Places(self.place, self.row, self._id), taxonomy)
+        self.columns = check_tables(tables, self)
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -510,14 +478,7 @@ class ParquetStore:
         table = read_index(shard, known)
         if table is None:
             with self.open_shard(shard) as file:
-                check_schema(file.schema_arrow, shard)
-                names = [name for name in file.schema_arrow.names if name not in MEDIA_FIELDS]
-                try:
-                    table = file.read(columns=names, use_threads=False)
-                except (pa.ArrowException, OSError) as error:
-                    damaged = InputError(f"is damaged ({error})", where=str(shard), fix="Restore the shard.")
-                    raise machine_fault(error, str(shard)) or damaged from None
-                _check_values(table, shard)
+                table = read_light(file, shard)
                 for name in set(MEDIA_FIELDS) - set(file.schema_arrow.names):
                     table = table.append_column(f"{name}_sizes", _empty_lists(table.num_rows))
             if stamp(shard) != known:
@@ -580,27 +541,15 @@ class ParquetStore:
             where = f"{self.place(number)}, {EXTRA}"
             raise InputError(f"cannot be read ({error})", where=where, fix="Convert the shard again.") from None
 
+    def _said(self, number: int, values: dict[str, Any]) -> Said:
+        return Said(self._id(number, values["id"]), self._row(number, values), self._extra(number, values))
+
     def sample(self, number: int) -> Sample:
         """Row `number` with its label, place and extra fields. Reads media only from a shard without an index."""
-        where, values = self.place(number), self._values(number, paths=False)
-        row = self._row(number, values)
-        counts: dict[str, Any] = {name: self._count(number, name, values) for name in MEDIA_FIELDS}
-        return Sample(
-            id=self._id(number, row.id),
-            split=self.split,
-            where=where,
-            number=number,
-            problem=row.problem,
-            answer=row.answer,
-            dataset=row.dataset,
-            task=row.task,
-            modality_signature=signature_of(row, where, check_media=False),
-            label=label_of(row, self.taxonomy, where).name,
-            texts=row.texts,
-            extra=self._extra(number, values),
-            source=self,
-            **counts,
-        )
+        values = self._values(number, paths=False)
+        counts: dict[str, int] = {name: self._count(number, name, values) for name in MEDIA_FIELDS}
+        about = {"split": self.split, "number": number, "source": self, **counts}
+        return Sample.of(self._said(number, values), self.taxonomy, self.place(number), **about)
 
     def _count(self, number: int, name: Field, values: dict[str, Any]) -> int:
         sizes = values[f"{name}_sizes"]
@@ -670,8 +619,7 @@ class ParquetStore:
 
     def said(self, numbers: npt.NDArray[np.integer]) -> Iterator[Said]:
         """What each of the given rows says; media whose paths are not told have the placeholder of `row`."""
-        for number, values in self._blocks(numbers):
-            yield Said(self._id(number, values["id"]), self._row(number, values), self._extra(number, values))
+        return (self._said(number, values) for number, values in self._blocks(numbers))
 
     def contents(self, numbers: npt.NDArray[np.integer]) -> Iterator[bytes]:
         """What the fingerprint of the given rows is made of; media whose paths are not told are left out."""
@@ -690,16 +638,6 @@ class ParquetStore:
                     left_out = [name for name in self._tables[shard].schema.names if name in _NOT_SIZES]
                     table = self._tables[shard].drop_columns(left_out).take(chosen - self._first[shard])
                     yield from zip(map(int, chosen), table.to_pylist(), strict=True)
-
-
-def _check_values(table: pa.Table, shard: Path) -> None:
-    """Raise InputError for text that is not UTF-8, which Arrow reads as it is."""
-    for name in table.schema.names:
-        try:
-            table[name].validate(full=True)
-        except pa.ArrowInvalid as error:
-            what = f"column {name!r}: is damaged ({error})"
-            raise InputError(what, where=str(shard), fix="Restore the shard.") from None
 
 
 def _whole(column: pa.ChunkedArray) -> pa.Array:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 import av
 import msgspec
@@ -33,6 +33,7 @@ from hba.atlas.source import (
     check_source,
     open_container,
     opened,
+    readable,
     require_audible,
     sound_track,
 )
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
 
 
 VISUAL_PARTS = ("pose", "face", "left_hand", "right_hand")
-_BLOCK_BYTES = 1 << 20
 _GUESSED = ("MP3", "MPEG", "FLAC")  # libsndfile's names of formats whose length it takes from a header as it stands
 _BARE = ("mp3", "aac", "ac3", "eac3", "amr", "loas")
 _RESHAPE = "Extract the descriptor again."
@@ -93,22 +93,8 @@ def probe(
 
 def content_sha256(source: Source, *, where: str) -> str:
     """Hex SHA-256 of the bytes of a source. Raises MediaError when they cannot be read."""
-    digest = hashlib.sha256()
-    if isinstance(source, bytes):
-        digest.update(source)
-    else:
-        try:
-            for block in _blocks(source, where):
-                digest.update(block)
-        except OSError as error:
-            raise MediaError(f"cannot be read ({error.strerror})", where=where, fix=RESTORE) from None
-    return digest.hexdigest()
-
-
-def _blocks(source: Any, where: str) -> Iterator[bytes]:
-    with opened(source, where=where) as file:
-        while block := file.read(_BLOCK_BYTES):
-            yield block
+    with readable(source, where=where) as file:
+        return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
 
 
 def _audio(source: Source, where: str, quick: bool, limits: Limits) -> Facts:
@@ -231,7 +217,7 @@ def _check_seen(shapes: dict[str, list[int]], where: str) -> None:
         raise MediaError(f"parts differ in their number of frames: {found}", where=where, fix=_RESHAPE)
 
 
-# Probe many media in parallel, each once, and remember what was found: a survey that is killed goes on where it was.
+# Many media in parallel, each once, remembered: a survey that is killed goes on where it was.
 #
 # What is found of a good file is one line of an append-only log, keyed by path, size and modification time; a file that
 # has changed since is probed again, and so is one that was refused, since it may have been restored. A file that
@@ -265,18 +251,6 @@ class Medium(NamedTuple):
     num_bytes: int  # UNKNOWN for embedded media without a known place
     mtime_ns: int
     hashed: bool = False
-
-
-class _Record(msgspec.Struct, kw_only=True, gc=False, omit_defaults=True):
-    """One line of the log."""
-
-    key: str
-    field: Field
-    num_bytes: int
-    mtime_ns: int
-    version: int
-    quick: bool = False
-    facts: Facts
 
 
 class Locator:
@@ -350,6 +324,23 @@ def locate(catalogue: Catalogue) -> tuple[list[Medium], dict[int, Outcome]]:
     return media, refused
 
 
+class _Record(msgspec.Struct, kw_only=True, gc=False, omit_defaults=True):
+    """One line of the log."""
+
+    key: str
+    field: Field
+    num_bytes: int
+    mtime_ns: int
+    version: int
+    quick: bool = False
+    facts: Facts
+
+    def tells(self, medium: Medium, quick: bool) -> bool:
+        """Whether it says of the medium as it is now what is asked for."""
+        same = (self.num_bytes, self.mtime_ns, self.version) == (medium.num_bytes, medium.mtime_ns, VERSION)
+        return same and self.quick <= quick and (self.facts.sha256 is not None or not medium.hashed)
+
+
 def survey(
     media: Sequence[Medium],
     *,
@@ -367,19 +358,35 @@ def survey(
         appended = stack.enter_context(AppendLog(log)) if log is not None else None  # first: it cuts a torn line
         known = _read(log) if log is not None else {}
         for medium in media:
-            recalled = _recall(known, medium, quick)
-            if recalled is not None:
-                found[medium.number] = recalled
+            record = known.get((medium.key, medium.field))
+            if record is not None and record.tells(medium, quick):
+                found[medium.number] = record.facts
         todo = [medium for medium in media if medium.number not in found]
         if progress is not None:
             progress(len(found), len(media))
         for medium, result in _probed(todo, quick=quick, workers=workers):
             found[medium.number] = result
             if appended is not None and isinstance(result, Facts):
-                appended.append(msgspec.to_builtins(_record(medium, result, quick)))
+                about = {name: getattr(medium, name) for name in ("key", "field", "num_bytes", "mtime_ns")}
+                record = _Record(**about, version=VERSION, quick=quick, facts=result)
+                appended.append(msgspec.to_builtins(record))
             if progress is not None:
                 progress(len(found), len(media))
     return found
+
+
+def _read(log: Path) -> dict[tuple[str, Field], _Record]:
+    decoder = msgspec.json.Decoder(_Record)
+    known: dict[tuple[str, Field], _Record] = {}
+    with log.open("rb") as handle:
+        for line, raw in enumerate(handle, 1):
+            try:
+                record = decoder.decode(raw)
+            except msgspec.DecodeError as error:
+                fix = "Name another folder, or delete the file."
+                raise InputError(f"is no log of surveyed media ({error})", where=f"{log}:{line}", fix=fix) from None
+            known[record.key, record.field] = record
+    return known
 
 
 def _probed(
@@ -423,38 +430,3 @@ def _probe(medium: Medium, *, quick: bool) -> Outcome:
 def _patience(medium: Medium) -> float:
     num_bytes = LARGE_BYTES if medium.num_bytes == UNKNOWN else medium.num_bytes
     return LEAST_SECONDS + num_bytes / BYTES_PER_SECOND
-
-
-def _record(medium: Medium, facts: Facts, quick: bool) -> _Record:
-    return _Record(
-        key=medium.key,
-        field=medium.field,
-        num_bytes=medium.num_bytes,
-        mtime_ns=medium.mtime_ns,
-        version=VERSION,
-        quick=quick,
-        facts=facts,
-    )
-
-
-def _read(log: Path) -> dict[tuple[str, Field], _Record]:
-    decoder = msgspec.json.Decoder(_Record)
-    known: dict[tuple[str, Field], _Record] = {}
-    with log.open("rb") as handle:
-        for line, raw in enumerate(handle, 1):
-            try:
-                record = decoder.decode(raw)
-            except msgspec.DecodeError as error:
-                fix = "Name another folder, or delete the file."
-                raise InputError(f"is no log of surveyed media ({error})", where=f"{log}:{line}", fix=fix) from None
-            known[record.key, record.field] = record
-    return known
-
-
-def _recall(known: dict[tuple[str, Field], _Record], medium: Medium, quick: bool) -> Facts | None:
-    record = known.get((medium.key, medium.field))
-    if record is None or record.version != VERSION or (record.quick and not quick):
-        return None
-    if (record.num_bytes, record.mtime_ns) != (medium.num_bytes, medium.mtime_ns):
-        return None
-    return None if medium.hashed and record.facts.sha256 is None else record.facts

@@ -11,7 +11,7 @@ import json
 import re
 import traceback
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -118,6 +118,13 @@ class Sample:
     source: MediaSource
     refused: dict[str, Quarantined] = field(default_factory=dict, repr=False, compare=False)
     """where a medium that cannot be read is recorded: the quarantine of the atlas that gave the sample"""
+
+    @classmethod
+    def of(cls, said: Said, taxonomy: Taxonomy, where: str, **about: Any) -> Sample:
+        """The sample that a checked row makes; `about`: split, number, source and the number of media by field."""
+        about |= {name: getattr(said.row, name) for name in ("problem", "answer", "dataset", "task", "texts")}
+        signature, label = signature_of(said.row, where, check_media=False), label_of(said.row, taxonomy, where).name
+        return cls(id=said.id, where=where, modality_signature=signature, label=label, extra=said.extra, **about)
 
     @property
     def target(self) -> str:
@@ -256,35 +263,21 @@ class Columns:
             taken[each.name] = value[rows] if isinstance(value, np.ndarray) else value
         return Columns(**taken)
 
+    def labels(self, class_names: Sequence[str]) -> dict[str, dict[str, int]]:
+        """How often each label occurs, by dataset; free-form datasets have none."""
+        labels: dict[str, dict[str, int]] = {}
+        for code, dataset in enumerate(self.datasets):
+            chosen = self.label_codes[self.dataset_codes == code]
+            counts = count_codes(chosen[chosen >= 0], class_names)
+            if counts:
+                labels[dataset] = counts
+        return labels
 
-class ColumnsBuilder:
-    """Collects one row after the other; codes are given in the order of first sight."""
 
-    def __init__(self, taxonomy: Taxonomy) -> None:
-        self._taxonomy = taxonomy
-        self._datasets: dict[str, int] = {}
-        self._signatures: dict[str, int] = {}
-        self._flat = array("i")
-
-    def add(
-        self, dataset: str, signature: str, label: int, problem: str, answer: str, media: tuple[int, int, int]
-    ) -> None:
-        """Add a row; `media` counts images, videos, audios; `label` is a global class index or -1."""
-        self._flat.extend(
-            (
-                self._datasets.setdefault(dataset, len(self._datasets)),
-                self._signatures.setdefault(signature, len(self._signatures)),
-                label,
-                len(problem),
-                len(answer),
-                *media,
-            )
-        )
-
-    def build(self) -> Columns:
-        """The finished columns."""
-        values_KN = np.ascontiguousarray(np.frombuffer(self._flat, np.int32).reshape(-1, 8).T)
-        return make_columns(self._taxonomy, tuple(self._datasets), tuple(self._signatures), values_KN)
+def count_codes(codes: npt.NDArray[np.integer], names: Sequence[str]) -> dict[str, int]:
+    """How often each name occurs, in the order of the codes; one that does not occur is left out."""
+    found, numbers = np.unique(codes, return_counts=True)
+    return {names[code]: number for code, number in zip(found.tolist(), numbers.tolist(), strict=True)}
 
 
 def make_columns(
@@ -409,48 +402,90 @@ def _schema_error(message: str, where: str) -> InputError:
 
 
 class RowChecker:
-    """Checks the rows of one split in turn and remembers what it has seen.
+    """Checks the rows of one split, in whatever form they lie, and remembers what it has seen.
 
-    Almost every row is right and says what another said before, so places are put into words on failure alone.
+    `place` names the row of a line ('file:line', lines from 1). Almost every row is right and says what another said
+    before, so it is asked on failure alone.
     """
 
-    def __init__(self, taxonomy: Taxonomy, *, split: str, file: str) -> None:
-        self._taxonomy, self._split, self._file = taxonomy, split, file
+    def __init__(self, taxonomy: Taxonomy, *, split: str, place: Callable[[int], str]) -> None:
+        self._taxonomy, self._split, self._place = taxonomy, split, place
         self._labels: dict[tuple[str, str | None, str], Label] = {}
-        self._signatures: dict[tuple[str, bool, bool, bool], str] = {}
+        self._signatures: dict[tuple[str, bool, bool, bool, bool], str] = {}
         self._ids: dict[str, int] = {}
-        self.columns = ColumnsBuilder(taxonomy)
+        self._codes: tuple[dict[str, int], dict[str, int]] = ({}, {})
+        self._flat = array("i")
 
     def check(self, row: Row, line: int) -> None:
         """Check the row of a line and add it to the columns. Raises InputError naming file, line and field."""
-        images, videos, audios = len(row.images), len(row.videos), len(row.audios)
-        media = (row.modality_signature, images > 0, videos > 0, audios > 0)
+        said, label = self.meaning(row, line)
+        if _is_suspect(row):
+            check_paths(row, self._place(line))
+        self.check_id(row.id, line)
+        datasets, signatures = self._codes
+        dataset = datasets.setdefault(row.dataset, len(datasets))
+        signature = signatures.setdefault(said, len(signatures))
+        counts = (len(row.images), len(row.videos), len(row.audios))
+        self._flat.extend((dataset, signature, label, len(row.problem), len(row.answer), *counts))
+
+    def meaning(self, row: Row, line: int, *, media_known: bool = True) -> tuple[str, int]:
+        """Signature and label code of a row. Raises InputError for what is unknown or contradicts another field; the
+        media of the row count only where they are known here."""
+        media = (row.modality_signature, bool(row.images), bool(row.videos), bool(row.audios), media_known)
         signature = self._signatures.get(media)
         if signature is None:
-            signature = self._signatures[media] = signature_of(row, self._where(line))
+            signature = signature_of(row, self._place(line), check_media=media_known)
+            self._signatures[media] = signature
         said = (row.dataset, row.class_label or None, row.answer)
         label = self._labels.get(said)
         if label is None:
-            label = label_of(row, self._taxonomy, self._where(line))
+            label = label_of(row, self._taxonomy, self._place(line))
             if label.name is not None:  # free-form answers hardly ever repeat
                 self._labels[said] = label
-        if _is_suspect(row):
-            check_paths(row, self._where(line))
-        self._check_id(row, line)
-        self.columns.add(row.dataset, signature, label.code, row.problem, row.answer, (images, videos, audios))
+        return signature, label.code
 
-    def _where(self, line: int) -> str:
-        return f"{self._file}:{line}"
-
-    def _check_id(self, row: Row, line: int) -> None:
-        identity = row.id if row.id is not None else f"{self._split}/{line}"
+    def check_id(self, given: str | None, line: int) -> None:
+        """Raise InputError for an id that is empty or is that of another row, too."""
+        identity = given if given is not None else f"{self._split}/{line}"
         if not identity.strip():
             fix = "Remove it, or give every row its own."
-            raise InputError("field 'id': is empty", where=self._where(line), fix=fix)
+            raise InputError("field 'id': is empty", where=self._place(line), fix=fix)
         first = self._ids.setdefault(identity, line)
         if first != line:
-            what = f"field 'id': {identity!r} is also the id of line {first}"
-            raise InputError(what, where=self._where(line), fix="Give every row its own id.")
+            (file, _, number), where = self._place(first).rpartition(":"), self._place(line)
+            other = f"line {number}" if where.rpartition(":")[0] == file else f"{file}:{number}"
+            what = f"field 'id': {identity!r} is also the id of {other}"
+            raise InputError(what, where=where, fix="Give every row its own id.")
+
+    def faults(self, row: Row, line: int) -> Iterator[tuple[str, InputError]]:
+        """All that is wrong with a row that `check` refuses, each with its code in `scan.CODES`."""
+        where = self._place(line)
+        label = "row-label" if row.dataset in self._taxonomy.datasets else "row-dataset"
+        checks: list[tuple[str, Callable[[], object]]] = [
+            (label, partial(label_of, row, self._taxonomy, where)),
+            ("row-signature", partial(signature_of, row, where)),
+        ]
+        for name in PATH_FIELDS:
+            for path in getattr(row, name):
+                checks.append(("row-path", partial(check_relative, path, where=f"{where}, {name}")))
+        found = False
+        for code, check in checks:
+            try:
+                check()
+            except InputError as error:
+                found = True
+                yield code, error
+        if not found:
+            try:
+                self.check_id(row.id, line)
+            except InputError as error:
+                yield "row-id", error
+
+    def columns(self) -> Columns:
+        """Those of the rows that passed."""
+        values_KN = np.ascontiguousarray(np.frombuffer(self._flat, np.int32).reshape(-1, 8).T)
+        datasets, signatures = map(tuple, self._codes)
+        return make_columns(self._taxonomy, datasets, signatures, values_KN)
 
 
 def label_of(row: Row, taxonomy: Taxonomy, where: str) -> Label:

@@ -1,56 +1,35 @@
 """Every row of every split against schema and taxonomy: all that is wrong, where opening an atlas stops at the first.
 
-The checks are those of `rows`, applied one by one to a row that does not pass them together, and a few that opening
-leaves out: tags without media, empty prompts and answers, labels that the taxonomy does not list for a dataset. A
-`Catalogue` remembers of the good rows what the checks across splits need: which media they name, and what they ask.
+The checks are those of `rows.RowChecker`, and a few that opening leaves out: tags without media, empty prompts and
+answers, labels that the taxonomy does not list for a dataset. A `Catalogue` remembers of the good rows what the checks
+across splits need: which media they name, and what they ask. A row of a shard comes as the JSON that it would be in
+JSONL, so that one set of checks serves both; its embedded media come as slices of the shard, as its index part tells.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
 
-from hba.atlas.jsonl import MAX_LINE_BYTES
+from hba.atlas.jsonl import read_lines
 from hba.atlas.names import SplitFiles, find_files, parse_split, present_splits
-from hba.atlas.rows import (
-    MEDIA_FIELDS,
-    PATH_FIELDS,
-    Columns,
-    Field,
-    Row,
-    RowChecker,
-    check_fields,
-    decode_row,
-    label_of,
-    signature_of,
-)
-from hba.atlas.source import PLACES, Slice, Source, opened
+from hba.atlas.rows import MEDIA_FIELDS, Columns, Field, Row, RowChecker, check_fields, decode_row
+from hba.atlas.source import PLACES, Slice, Source
 from hba.errors import InputError, MediaError
 from hba.storage import check_relative, machine_fault
 from hba.taxonomy import PUBLISHED, Taxonomy, of_folder
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from hba.atlas.parquet import ShardMedia
 
-
-# The rows of one file, JSONL or parquet shard, one after the other, the bad ones included.
-#
-# Where opening an atlas stops at the first line that is wrong, this hands on every line as it is stored, or what is
-# wrong with it, so that a check can name them all. A row of a shard comes as the JSON that it would be in JSONL, so
-# that one set of checks serves both; its embedded media come as slices of the shard, as its index part tells.
-
-
-_BOM = b"\xef\xbb\xbf"
 _BATCH_ROWS = 1024
 EMBEDDED = "-"  # stands for the path of an embedded medium
 
@@ -75,58 +54,32 @@ class RawRow(NamedTuple):
     text: bytes | InputError
     embedded: dict[Field, list[MediumName]] | None = None
 
-    def medium(self, name: Field, index: int, path: str) -> MediumName:
-        """Where medium `index` of a field lies, which the row calls `path`."""
-        return path if self.embedded is None else self.embedded[name][index]
-
 
 def read_rows(path: Path, file: str) -> Iterator[RawRow]:
     """Yield every row of a file, which messages call `file`. Raises InputError when the whole file cannot be read."""
     try:
-        yield from _lines(path, file) if path.suffix == ".jsonl" else _shard_rows(path)
+        if path.suffix == ".jsonl":
+            yield from (RawRow(line, text) for line, _, text in read_lines(path, file))
+        else:
+            yield from _shard_rows(path)
     except OSError as error:
         refused = InputError(f"cannot be read ({error.strerror})", where=file, fix="Restore the file.")
         raise machine_fault(error, file) or refused from None
 
 
-def _lines(path: Path, file: str) -> Iterator[RawRow]:
-    with opened(path, where=file) as handle:
-        line = 0
-        while raw := handle.readline(MAX_LINE_BYTES):
-            line += 1
-            if len(raw) == MAX_LINE_BYTES and not raw.endswith(b"\n"):
-                while raw and not raw.endswith(b"\n"):
-                    raw = handle.readline(MAX_LINE_BYTES)
-                what = f"is longer than {MAX_LINE_BYTES:,} bytes"
-                fix = "Write one JSON object per line."
-                yield RawRow(line, InputError(what, where=f"{file}:{line}", fix=fix))
-                continue
-            text = raw.removeprefix(_BOM) if line == 1 else raw
-            if text and not text.isspace():
-                yield RawRow(line, text)
-
-
 def _shard_rows(shard: Path) -> Iterator[RawRow]:
-    import pyarrow as pa
-
-    from hba.atlas import parquet
-    from hba.atlas.parquet import check_schema
+    from hba.atlas import parquet  # pyarrow takes as long to load as a small atlas to open
 
     table = parquet.read_index(shard)
-    if table is not None:
-        yield from _encoded(table, shard, 0)
-        return
-    with parquet.open_shard(shard) as file:
-        check_schema(file.schema_arrow, shard)
-        names = [name for name in file.schema_arrow.names if name not in MEDIA_FIELDS]
-        first = 0
-        try:
-            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=names, use_threads=False):
-                yield from _encoded(batch, shard, first)
-                first += batch.num_rows
-        except (pa.ArrowException, OSError) as error:
-            damaged = InputError(f"is damaged ({error})", where=str(shard), fix="Restore the shard.")
-            raise machine_fault(error, str(shard)) or damaged from None
+    if table is None:
+        with parquet.open_shard(shard) as file:
+            table = parquet.read_light(file, shard)
+    for start in range(0, table.num_rows, _BATCH_ROWS):
+        for row, values in enumerate(table.slice(start, _BATCH_ROWS).to_pylist(), start):
+            places = {name: _places(values, name, shard, row) for name in MEDIA_FIELDS}
+            said = {name: values[name] for name in Row.__struct_fields__ if values.get(name) is not None}
+            said |= {name: [EMBEDDED] * len(media) for name, media in places.items()}
+            yield RawRow(row + 1, msgspec.json.encode(said, enc_hook=repr), places)
 
 
 def embedded_medium(medium: Embedded) -> Source:
@@ -141,15 +94,6 @@ def _media_of(shard: Path) -> ShardMedia:
     from hba.atlas.parquet import ShardMedia
 
     return ShardMedia(shard, KeptPages())
-
-
-def _encoded(table: pa.Table | pa.RecordBatch, shard: Path, first: int) -> Iterator[RawRow]:
-    for start in range(0, table.num_rows, _BATCH_ROWS):
-        for local, values in enumerate(table.slice(start, _BATCH_ROWS).to_pylist(), first + start):
-            places = {name: _places(values, name, shard, local) for name in MEDIA_FIELDS}
-            said = {name: values[name] for name in Row.__struct_fields__ if values.get(name) is not None}
-            said |= {name: [EMBEDDED] * len(media) for name, media in places.items()}
-            yield RawRow(local + 1, msgspec.json.encode(said, enc_hook=repr), places)
 
 
 def _places(values: dict[str, Any], name: Field, shard: Path, row: int) -> list[MediumName]:
@@ -229,13 +173,13 @@ def at_places(level: Level, code: str, places: Sequence[str], message: str, fix:
 
 def in_order(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     """Errors first, then by code, then by file and line."""
-    return tuple(sorted(findings, key=_order))
-
-
-def _order(finding: Finding) -> tuple[Any, ...]:
     codes = list(CODES)
-    where = tuple((int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", finding.where))
-    return LEVELS.index(finding.level), codes.index(finding.code), where, finding.message
+
+    def order(finding: Finding) -> tuple[Any, ...]:
+        where = tuple((int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", finding.where))
+        return LEVELS.index(finding.level), codes.index(finding.code), where, finding.message
+
+    return tuple(sorted(findings, key=order))
 
 
 # --- every row of every split -----------------------------------------------------------------------------------------
@@ -295,13 +239,18 @@ class Catalogue:
     findings: list[Finding] = field(default_factory=list)
     _numbers: dict[tuple[Field, MediumName], int] = field(default_factory=dict)
     _ids: dict[str, Place] = field(default_factory=dict)
-    _unlisted: dict[tuple[int, str, str], list[Place]] = field(default_factory=dict)
-    _suffixes: dict[tuple[int, str, str], list[Place]] = field(default_factory=dict)
+    _odd: dict[tuple[str, int, str, str], list[Place]] = field(default_factory=dict)
+    """rows by code, split, dataset and its label or task: what is counted and reported once"""
 
     def where(self, place: Place, name: str | None = None) -> str:
         """'file:line, field', the file relative to the atlas."""
         text = f"{self.files[place.file]}:{place.line}"
         return f"{text}, {name}" if name else text
+
+    @property
+    def columns(self) -> Iterator[Columns]:
+        """Of the good rows, one for each file."""
+        return chain.from_iterable(split.columns for split in self.splits)
 
     def add_split(self, found: SplitFiles) -> None:
         """Read the rows of one split. What is wrong with them becomes findings; nothing is raised."""
@@ -309,14 +258,14 @@ class Catalogue:
         for path in found.files:
             file = (path.parent.resolve() / path.name).relative_to(self.root).as_posix()
             self.files.append(file)
-            checker = RowChecker(self.taxonomy, split=found.name, file=file)
+            checker = RowChecker(self.taxonomy, split=found.name, place=partial("{}:{}".format, file))
             try:
                 for raw in read_rows(path, file):
                     num_rows += 1
                     num_bad += not self._add(raw, checker, Place(number, len(self.files) - 1, raw.line))
             except InputError as error:  # of the file as a whole
                 self._report("split-unreadable", error.where or file, error.what, error.fix)
-            columns.append(checker.columns.build())
+            columns.append(checker.columns())
         if num_rows == 0:
             self._report("split-unreadable", self.files[-1], "has no rows", "Write at least one row.")
         self.splits.append(SplitRows(found.name, num_rows, num_bad, tuple(columns)))
@@ -326,100 +275,62 @@ class Catalogue:
 
     def _add(self, raw: RawRow, checker: RowChecker, place: Place) -> bool:
         """Check a row and note what it names; whether it is good."""
-        before = len(self.findings)
-        if isinstance(raw.text, InputError):
-            self._report("row-json", raw.text.where, raw.text.what, raw.text.fix)
-            return False
+        before, where = len(self.findings), self.where(place)
         try:
+            if isinstance(raw.text, InputError):
+                raise raw.text
             row = decode_row(raw.text, self.files[place.file], raw.line)
-            check_fields(raw.text, self.where(place))
+            check_fields(raw.text, where)
         except InputError as error:
-            no_object = error.what.startswith(("not valid JSON", "expected a JSON object"))
-            code = "row-json" if no_object else "row-schema"
-            self._report(code, error.where, error.what, error.fix)
+            no_object = error is raw.text or error.what.startswith(("not valid JSON", "expected a JSON object"))
+            self._report("row-json" if no_object else "row-schema", error.where, error.what, error.fix)
             return False
         try:
             checker.check(row, raw.line)
-        except InputError as error:
-            self.findings.extend(self._faults(row, place, error))
-        self._check_words(row, place)
-        self._check_id(row, place)
+        except InputError:
+            for code, fault in checker.faults(row, raw.line):
+                self._report(code, fault.where, fault.what, fault.fix)
+        first = place if row.id is None else self._ids.setdefault(row.id, place)
+        if (first.split, first.file) != (place.split, place.file):  # those of one file are found above
+            what = f"field 'id': {row.id!r} is also the id of {self.where(first)}"
+            self._report("row-id", where, what, "Give every row its own id.")
+        self._check_words(row, place, where)
         good = len(self.findings) == before
         self._note_media(row, raw, place, good=good)
         return good
 
-    def _faults(self, row: Row, place: Place, first: InputError) -> Iterator[Finding]:
-        """Each thing that is wrong with a row, one finding a field."""
-        where = self.where(place)
-        checks: list[tuple[str, Callable[[], object]]] = [
-            ("row-dataset", partial(self.taxonomy.dataset, row.dataset)),
-            ("row-label", partial(label_of, row, self.taxonomy, where)),
-            ("row-signature", partial(signature_of, row, where)),
-        ]
-        for name in PATH_FIELDS:
-            for path in getattr(row, name):
-                checks.append(("row-path", partial(check_relative, path, where=f"{where}, {name}")))
-        found = 0
-        for code, check in checks:
-            if code == "row-label" and found:
-                continue  # without its dataset a row has no labels
-            try:
-                check()
-            except InputError as error:
-                found += 1
-                what = f"field 'dataset': {error.what}" if code == "row-dataset" else error.what
-                yield Finding(level="error", code=code, where=error.where or where, message=what, fix=error.fix)
-        if not found:  # what is left is the id, or a check that opening has and this list lacks
-            yield Finding(level="error", code="row-id", where=where, message=first.what, fix=first.fix)
-
-    def _check_id(self, row: Row, place: Place) -> None:
-        if row.id is None:
-            return
-        first = self._ids.setdefault(row.id, place)
-        if first != place and (first.split, first.file) != (place.split, place.file):  # those of a file are found above
-            what = f"field 'id': {row.id!r} is also the id of {self.where(first)}"
-            self._report("row-id", self.where(place), what, "Give every row its own id.")
-
-    def _check_words(self, row: Row, place: Place) -> None:
-        if "<" in row.problem:
-            for tag, name in _TAGS:
-                tags, media = row.problem.count(tag), len(getattr(row, name))
-                if tags > media:
-                    what = f"field 'problem': has {tags} {tag} tags for {media} {name}"
-                    self._report("row-tags", self.where(place), what, "Remove the tag or add the medium.")
+    def _check_words(self, row: Row, place: Place, where: str) -> None:
+        """What opening does not look at: tags, empty texts, and labels and tasks that are at odds with the dataset."""
+        for tag, name in _TAGS if "<" in row.problem else ():
+            tags, media = row.problem.count(tag), len(getattr(row, name))
+            if tags > media:
+                what = f"field 'problem': has {tags} {tag} tags for {media} {name}"
+                self._report("row-tags", where, what, "Remove the tag or add the medium.")
         if not row.problem.strip():
-            self._report("row-empty", self.where(place), "field 'problem': is empty", "Write the prompt.")
+            self._report("row-empty", where, "field 'problem': is empty", "Write the prompt.")
         dataset = self.taxonomy.datasets.get(row.dataset)
         if dataset is None:
             return
         if dataset.free_form and not row.answer.strip():
-            self._report("row-empty", self.where(place), "field 'answer': is empty", "Write the answer.")
-        listed = () if dataset.multilabel else dataset.labels
-        self._note_oddities(row, place, free_form=dataset.free_form, listed=listed)
-
-    def _note_oddities(self, row: Row, place: Place, *, free_form: bool, listed: tuple[str, ...]) -> None:
-        """What is counted and reported once a split: labels beyond the listed ones, contradicting task names."""
+            self._report("row-empty", where, "field 'answer': is empty", "Write the answer.")
         suffix = row.task.lower().replace("-", "_").split("_")[-1]
-        if suffix in _SUFFIXES["classification" if free_form else "free_form"]:
-            self._suffixes.setdefault((place.split, row.dataset, row.task), []).append(place)
-        if not free_form and listed:
+        if suffix in _SUFFIXES["classification" if dataset.free_form else "free_form"]:
+            self._odd.setdefault(("task-suffix", place.split, row.dataset, row.task), []).append(place)
+        if dataset.domain is not None and dataset.labels:
             label = self.taxonomy.canonical_label(row.dataset, row.class_label or row.answer)
-            if label is not None and label not in listed:
-                self._unlisted.setdefault((place.split, row.dataset, label), []).append(place)
+            if label is not None and label not in dataset.labels:
+                self._odd.setdefault(("label-unlisted", place.split, row.dataset, label), []).append(place)
 
     def oddities(self) -> Iterator[Finding]:
         """One warning a split, dataset and label (or task name) that is not as the taxonomy has it."""
-        for (_, dataset, label), places in self._unlisted.items():
-            what = f"{len(places):,} rows of {dataset} carry {label!r}, which the taxonomy does not list for it"
-            yield at_places(
-                "warning", "label-unlisted", [self.where(p) for p in places], what, "Check the source of the labels."
-            )
-        for (_, dataset, task), places in self._suffixes.items():
-            kind = "free-form answers" if self.taxonomy.dataset(dataset).free_form else "labels"
-            what = f"{len(places):,} rows have the task {task!r}, but {dataset} has {kind}"
-            yield at_places(
-                "warning", "task-suffix", [self.where(p) for p in places], what, "Correct the task or the dataset."
-            )
+        for (code, _, dataset, word), places in self._odd.items():
+            if code == "label-unlisted":
+                what = f"of {dataset} carry {word!r}, which the taxonomy does not list for it"
+                fix = "Check the source of the labels."
+            else:
+                kind = "free-form answers" if self.taxonomy.dataset(dataset).free_form else "labels"
+                what, fix = f"have the task {word!r}, but {dataset} has {kind}", "Correct the task or the dataset."
+            yield at_places("warning", code, [self.where(p) for p in places], f"{len(places):,} rows {what}", fix)
 
     def _note_media(self, row: Row, raw: RawRow, place: Place, *, good: bool) -> None:
         numbers: list[int] = []
@@ -427,30 +338,24 @@ class Catalogue:
             for index, path in enumerate(getattr(row, name)):
                 if not good and _leaves(path):
                     continue
-                number = self._number(name, raw.medium(name, index, path), row.dataset)
+                medium = path if raw.embedded is None else raw.embedded[name][index]
+                number = self._numbers.setdefault((name, medium), len(self.uses))
+                if number == len(self.uses):
+                    self.uses.append(Use(name, medium, row.dataset, []))
                 self.uses[number].places.append(place)
                 if not name.startswith("ext_"):
                     numbers.append(number)
-        if not good:
-            return
-        digest = hashlib.blake2b(row.problem.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        self.asked.append(Asked(place, row.dataset, digest, tuple(numbers)))
+        if good:
+            digest = hashlib.blake2b(row.problem.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+            self.asked.append(Asked(place, row.dataset, digest, tuple(numbers)))
 
-    def _number(self, name: Field, medium: MediumName, dataset: str) -> int:
-        number = self._numbers.setdefault((name, medium), len(self.uses))
-        if number == len(self.uses):
-            self.uses.append(Use(name, medium, dataset, []))
-        return number
 
-    def labels(self) -> Counter[tuple[str, str]]:
-        """How often each (dataset, label) occurs among the good rows."""
-        counts: Counter[tuple[str, str]] = Counter()
-        for split in self.splits:
-            for columns in split.columns:
-                for dataset, code in zip(columns.dataset_codes.tolist(), columns.label_codes.tolist(), strict=True):
-                    if code >= 0:
-                        counts[columns.datasets[dataset], self.taxonomy.class_names[code]] += 1
-        return counts
+def _leaves(path: str) -> bool:
+    try:
+        check_relative(path, where="")
+    except InputError:
+        return True
+    return False
 
 
 def read_catalogue(path: Path, splits: Sequence[str] | None, taxonomy: Taxonomy | None) -> Catalogue:
@@ -472,11 +377,3 @@ def read_catalogue(path: Path, splits: Sequence[str] | None, taxonomy: Taxonomy 
     for files in found:
         catalogue.add_split(files)
     return catalogue
-
-
-def _leaves(path: str) -> bool:
-    try:
-        check_relative(path, where="")
-    except InputError:
-        return True
-    return False

@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
-import numpy as np
 
-from hba.atlas.names import hub_id_of
+from hba.atlas.names import CARD, hub_id_of, read_card
 from hba.atlas.probe import UNKNOWN, Facts, Medium, Outcome, Refused, locate, survey
-from hba.atlas.rows import MEDIA_FIELDS
+from hba.atlas.rows import MEDIA_FIELDS, count_codes
 from hba.atlas.scan import (
     LEVELS,
     Asked,
@@ -34,34 +34,37 @@ from hba.atlas.scan import (
 )
 from hba.environment import hba_version
 from hba.errors import InputError
-from hba.storage import read_json, write_json
+from hba.storage import write_json
 from hba.taxonomy import BUILTIN, PUBLISHED, Taxonomy
 
-# What only shows once all rows are read and all media probed: findings that need more than one row to see.
-#
-# Media that could not be read or hold nothing, with every row that names them; descriptors whose shape is not that of
-# the others of their dataset; row and label counts against the published ones. Everything here is a function of a
-# `Catalogue` and of what a survey found; nothing is opened.
+LOG, RESULT = "media.jsonl", "validate.json"
+OnProgress = Callable[[int, int], None]
+
+# What only shows once all rows are read and all media probed. Everything here is a function of a `Catalogue` and of
+# what a survey found; nothing is opened.
 
 
-def media_findings(catalogue: Catalogue, outcomes: Mapping[int, Outcome]) -> Iterator[Finding]:
+def _media_findings(catalogue: Catalogue, outcomes: Mapping[int, Outcome]) -> Iterator[Finding]:
     """One finding for each medium that was refused or holds nothing, with the rows that name it."""
     for number, outcome in outcomes.items():
         use = catalogue.uses[number]
-        places = [catalogue.where(place, use.field) for place in use.places]
         if isinstance(outcome, Refused):
-            yield at_places("error", outcome.code, places, _named(use.name, outcome.what), outcome.fix)
+            yield at_places("error", outcome.code, _places(catalogue, use), _named(use.name, outcome.what), outcome.fix)
         elif outcome.blank:
             what = "is silent from end to end" if use.field == "audios" else "is of one colour throughout"
             fix = "Look at its source: undecodable media are sometimes stored so."
-            yield at_places("warning", "media-blank", places, _named(use.name, what), fix)
+            yield at_places("warning", "media-blank", _places(catalogue, use), _named(use.name, what), fix)
+
+
+def _places(catalogue: Catalogue, use: Use) -> list[str]:
+    return [catalogue.where(place, use.field) for place in use.places]
 
 
 def _named(name: MediumName, what: str) -> str:
     return what if not isinstance(name, str) or name in what else f"{name} {what}"
 
 
-def shape_findings(catalogue: Catalogue, outcomes: Mapping[int, Outcome]) -> Iterator[Finding]:
+def _shape_findings(catalogue: Catalogue, outcomes: Mapping[int, Outcome]) -> Iterator[Finding]:
     """Descriptors whose shape, but for the number of frames, is not that of most others of their dataset."""
     groups: dict[tuple[str, str], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for number, outcome in outcomes.items():
@@ -73,10 +76,9 @@ def shape_findings(catalogue: Catalogue, outcomes: Mapping[int, Outcome]) -> Ite
         for shape, numbers in shapes.items():
             for number in numbers if shape != usual else ():
                 use = catalogue.uses[number]
-                places = [catalogue.where(place, use.field) for place in use.places]
                 what = _named(use.name, f"has the shape {shape}, where {len(shapes[usual]):,} others have {usual}")
                 fix = "Extract all descriptors of a kind with the same settings."
-                yield at_places("error", "descriptor-shape", places, what, fix)
+                yield at_places("error", "descriptor-shape", _places(catalogue, use), what, fix)
 
 
 def shape_text(shapes: Mapping[str, Sequence[int]]) -> str:
@@ -90,16 +92,13 @@ def shape_text(shapes: Mapping[str, Sequence[int]]) -> str:
 
 def count_signatures(catalogue: Catalogue) -> Counter[str]:
     """Good rows by modality signature."""
-    counts: Counter[str] = Counter()
-    for split in catalogue.splits:
-        for columns in split.columns:
-            codes, numbers = np.unique(columns.signature_codes, return_counts=True)
-            for code, number in zip(codes.tolist(), numbers.tolist(), strict=True):
-                counts[columns.signatures[code]] += number
+    counts = Counter[str]()
+    for columns in catalogue.columns:
+        counts.update(count_codes(columns.signature_codes, columns.signatures))
     return counts
 
 
-def count_findings(catalogue: Catalogue, *, complete: bool, release: bool) -> Iterator[Finding]:
+def _count_findings(catalogue: Catalogue, *, complete: bool, release: bool) -> Iterator[Finding]:
     """Where the counts are other than published: errors for the release, else one note in all."""
     size: dict[str, Any] = PUBLISHED["size"]
     rows = {split.name: split.num_rows for split in catalogue.splits}
@@ -109,28 +108,24 @@ def count_findings(catalogue: Catalogue, *, complete: bool, release: bool) -> It
         have |= {name: 0 for name in ("text", "text_audio", "text_video_audio") if name not in have}
         have |= {"total": sum(rows.values())}
     wrong = [f"{name} {number:,} for {size[name]:,}" for name, number in have.items() if number != size[name]]
-    where = catalogue.files[0]
+    finding = partial(Finding, where=catalogue.files[0])
     if wrong and not release:
         message = f"is not the published release, nor all of it: {', '.join(wrong)} rows"
-        yield Finding(level="note", code="release-size", where=where, message=message, fix="None is needed.")
+        yield finding(level="note", code="release-size", message=message, fix="None is needed.")
+    if not release:
         return
-    for text in wrong if release else ():
+    again = "Download it again."
+    for text in wrong:
         message = f"rows of the published release: found {text}"
-        yield Finding(level="error", code="release-size", where=where, message=message, fix="Download it again.")
-    if release:
-        yield from _absent_labels(catalogue, where)
-
-
-def _absent_labels(catalogue: Catalogue, where: str) -> Iterator[Finding]:
-    counts = catalogue.labels()
-    present = {key for split in catalogue.splits for columns in split.columns for key in columns.datasets}
+        yield finding(level="error", code="release-size", message=message, fix=again)
+    present: dict[str, set[str]] = {key: set() for columns in catalogue.columns for key in columns.datasets}
+    for columns in catalogue.columns:
+        for key, labels in columns.labels(catalogue.taxonomy.class_names).items():
+            present[key] |= labels.keys()
     for key in sorted(present):
         for label in catalogue.taxonomy.dataset(key).labels:
-            if (key, label) not in counts:
-                message = f"{label!r} never occurs in {key}"
-                yield Finding(
-                    level="error", code="label-absent", where=where, message=message, fix="Download it again."
-                )
+            if label not in present[key]:
+                yield finding(level="error", code="label-absent", message=f"{label!r} never occurs in {key}", fix=again)
 
 
 # What lies in more than one split: media of the same content, and rows that ask the same about the same media.
@@ -157,16 +152,14 @@ def to_hash(media: Iterable[Medium], uses: Sequence[Use]) -> list[Medium]:
     return [m._replace(hashed=(unknown or m.num_bytes in several) and not m.field.startswith("ext_")) for m in media]
 
 
-def find_leaks(catalogue: Catalogue, outcomes: Mapping[int, Outcome]) -> Iterator[Finding]:
+def _leaks(catalogue: Catalogue, outcomes: Mapping[int, Outcome]) -> Iterator[Finding]:
     """A finding for each content and each question that lies in more than one split."""
-    contents = {number: _content(number, outcomes.get(number)) for number in range(len(catalogue.uses))}
+    contents: dict[int, Hashable] = {}
+    for number in range(len(catalogue.uses)):
+        outcome = outcomes.get(number)
+        contents[number] = (outcome.sha256 if isinstance(outcome, Facts) else None) or number
     yield from _media_leaks(catalogue, contents)
     yield from _row_leaks(catalogue, contents)
-
-
-def _content(number: int, outcome: Outcome | None) -> Hashable:
-    hashed = outcome.sha256 if isinstance(outcome, Facts) else None
-    return hashed if hashed is not None else number
 
 
 def _media_leaks(catalogue: Catalogue, contents: Mapping[int, Hashable]) -> Iterator[Finding]:
@@ -213,13 +206,7 @@ def _same(names: Sequence[MediumName]) -> str:
     return f"{' and '.join(files[:3])} are the same and lie" if files else "these media are the same and lie"
 
 
-LOG, RESULT = "media.jsonl", "validate.json"
-
-
 # --- the validation ---------------------------------------------------------------------------------------------------
-
-
-OnProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,7 +256,7 @@ class Validation:
 
     def to_json(self) -> dict[str, Any]:
         """The content of validate.json."""
-        media = {name: {**msgspec.to_builtins(entry)} for name, entry in self.media.items()}
+        media = {name: msgspec.to_builtins(entry) for name, entry in self.media.items()}
         for entry in media.values():
             del entry["lengths"]
         return {
@@ -325,64 +312,38 @@ def validate_atlas(
         log.unlink(missing_ok=True)
     media = to_hash(media, catalogue.uses)
     outcomes |= survey(media, log=log, quick=quick, workers=workers, progress=progress)
-    card = _read_card(catalogue.root)
-    compared = release or (not card.synthetic and _has_published(catalogue))
-    counts = count_findings(catalogue, complete=splits is None, release=release) if compared else ()
+    synthetic, findings = False, [*catalogue.findings, *catalogue.oddities()]
+    try:
+        synthetic = read_card(catalogue.root).get("synthetic", False)
+    except InputError as error:
+        fix = "Repair the file; commands that need to know refuse the atlas."
+        findings.append(Finding(level="error", code="card-broken", where=CARD, message=error.what, fix=fix))
+    # A user's own datasets are not compared with the release.
+    published = any(key in BUILTIN.datasets for columns in catalogue.columns for key in columns.datasets)
+    if release or (published and not synthetic):
+        findings += _count_findings(catalogue, complete=splits is None, release=release)
+    for find in (_media_findings, _shape_findings, _leaks):
+        findings += find(catalogue, outcomes)
     result = Validation(
         root=path,
         quick=quick,
         release=release,
-        synthetic=card.synthetic,
+        synthetic=synthetic,
         rows={split.name: split.num_rows for split in catalogue.splits},
         bad_rows={split.name: split.num_bad for split in catalogue.splits},
         signatures=dict(sorted(count_signatures(catalogue).items())),
         media=_summaries(media, outcomes, catalogue.uses),
-        findings=in_order([*card.findings, *counts, *_findings(catalogue, outcomes)]),
+        findings=in_order(findings),
     )
     if out is not None:
         write_json(out / RESULT, result.to_json())
     return result
 
 
-def _findings(catalogue: Catalogue, outcomes: Mapping[int, Outcome]) -> Iterator[Finding]:
-    yield from catalogue.findings
-    yield from catalogue.oddities()
-    yield from media_findings(catalogue, outcomes)
-    yield from shape_findings(catalogue, outcomes)
-    yield from find_leaks(catalogue, outcomes)
-
-
-def _has_published(catalogue: Catalogue) -> bool:
-    """Whether any dataset is a published one; a user's own are not compared with the release."""
-    return any(key in BUILTIN.datasets for split in catalogue.splits for c in split.columns for key in c.datasets)
-
-
-class _Card(NamedTuple):
-    """What atlas.json says of the data, and what is wrong with it."""
-
-    synthetic: bool
-    findings: tuple[Finding, ...] = ()
-
-
-def _read_card(root: Path) -> _Card:
-    path = root / "atlas.json"
-    if not path.is_file():
-        return _Card(synthetic=False)
-    what = "'synthetic': expected true or false"
-    try:
-        card = read_json(path)
-        if isinstance(card, dict) and isinstance(card.get("synthetic", False), bool):
-            return _Card(synthetic=card.get("synthetic", False))
-    except InputError as error:
-        what = error.what
-    fix = "Repair the file; commands that need to know refuse the atlas."
-    return _Card(False, (Finding(level="error", code="card-broken", where=path.name, message=what, fix=fix),))
-
-
 def _summaries(
     media: Sequence[Medium], outcomes: Mapping[int, Outcome], uses: Sequence[Use]
 ) -> dict[str, MediaSummary]:
-    there = {medium.number: medium for medium in media}
+    num_bytes = {medium.number: max(medium.num_bytes, 0) for medium in media}
     made: dict[str, MediaSummary] = {}
     for field in MEDIA_FIELDS:
         numbers = [number for number, use in enumerate(uses) if use.field == field]
@@ -394,7 +355,7 @@ def _summaries(
             made[field] = MediaSummary(
                 num_files=len(numbers),
                 num_refused=len(numbers) - len(facts),
-                num_bytes=sum(max(there[number].num_bytes, 0) for number in numbers if number in there),
+                num_bytes=sum(num_bytes.get(number, 0) for number in numbers),
                 seconds=round(sum(lengths), 1),
                 lengths=tuple(lengths),
                 sample_rates=dict(sorted(Counter(f"{f.sample_rate} Hz" for f in facts if f.sample_rate).items())),
