@@ -11,14 +11,11 @@ what an uninterrupted run had logged by that step; a sample stands in quarantine
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import time
 import uuid
-import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,7 +24,7 @@ from hba.atlas.rows import Quarantined
 from hba.config import defaults, flat, inline_yaml, keys_without_effect, read_yaml, renamed, to_dict, to_yaml
 from hba.environment import environment, now
 from hba.errors import ConfigError, HbaError, InputError
-from hba.storage import AppendLog, StorageError, alone, atomic_write, read_json, read_jsonl, write_json
+from hba.storage import AppendLog, Lock, StorageError, alone, atomic_write, read_json, read_jsonl, write_json
 
 # quarantine.jsonl: the samples that a run left out, each once, with the place and the reason.
 #
@@ -118,7 +115,7 @@ class FolderInUseError(HbaError):
 class RunFolder:
     """A run folder that is open in this process: made by `open`, used as a context manager."""
 
-    def __init__(self, path: Path, lock: _Lock | None) -> None:
+    def __init__(self, path: Path, lock: Lock | None) -> None:
         self.path = path
         self.config = path / "config.yaml"
         self.environment = path / "environment.json"
@@ -145,7 +142,7 @@ class RunFolder:
         path = Path(path)
         if int(os.environ.get("RANK", "0")) != 0:
             return cls(path, None)
-        run = cls(path, _Lock(_made(path) / ".lock"))
+        run = cls(path, _lock(path))
         try:
             run._start_or_resume(config, command, seed)
             if data is not None:
@@ -201,7 +198,7 @@ class RunFolder:
         self._close_log()
         self.quarantine.close()
         if self._lock is not None:
-            self._lock.release()
+            self._lock.close()
             self._lock = None
 
     def __enter__(self) -> RunFolder:
@@ -267,84 +264,37 @@ def wandb_run(path: Path) -> dict[str, str]:
     return {"name": f"{place.parent.name}/{place.name}", "id": str(read_json(known)["id"])}
 
 
+def _lock(path: Path, patience_seconds: float = LOCK_GRACE_SECONDS) -> Lock:
+    """The lock of a run folder, which is made if need be."""
+    if path.exists() and not path.is_dir():
+        raise ConfigError("the run folder is a file", where=str(path), fix="Name a folder.")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        what, fix = f"cannot make the run folder ({error.strerror})", "Choose a writable place."
+        raise StorageError(what, where=str(path), fix=fix) from None
+
+    file, fix = path / ".lock", "Wait for it to end, end it, or use another run folder."
+    busy = FolderInUseError("another process uses this run folder", where=str(path), fix=fix)
+    try:
+        lock = Lock(file, busy=busy, patience_seconds=patience_seconds)
+    except FolderInUseError:
+        holder = file.read_text(encoding="utf-8", errors="replace").strip() or "unknown"
+        what = f"another process (id {holder}) uses this run folder"
+        raise FolderInUseError(what, where=str(path), fix=fix) from None
+    file.write_text(f"{os.getpid()}\n", encoding="utf-8")
+    return lock
+
+
 @contextmanager
 def locked_folder(path: Path, patience_seconds: float = LOCK_GRACE_SECONDS) -> Iterator[None]:
     """Make the folder if need be and keep other commands out of it.
 
     Raises FolderInUseError when one is in it and stays for longer than `patience_seconds`.
     """
-    lock = _Lock(_made(path) / ".lock", patience_seconds)
-    try:
+    with closing(_lock(path, patience_seconds)):
         yield
-    finally:
-        lock.release()
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:
     return inline_yaml(values[key]) if key in values else "not there"
-
-
-def _made(path: Path) -> Path:
-    if path.exists() and not path.is_dir():
-        raise ConfigError("the run folder is a file", where=str(path), fix="Name a folder.")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(
-            f"cannot make the run folder ({error.strerror})", where=str(path), fix="Choose a writable place."
-        ) from None
-    return path
-
-
-class _Lock:
-    """An flock on a file: the system releases it when its process ends, kill -9 included."""
-
-    def __init__(self, path: Path, patience_seconds: float = LOCK_GRACE_SECONDS) -> None:
-        self._descriptor: int | None = None
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise StorageError(
-                f"cannot write ({error.strerror})", where=str(path.parent), fix="Choose a writable folder."
-            ) from None
-        try:
-            _acquire(descriptor, path, patience_seconds)
-        except HbaError:
-            os.close(descriptor)
-            raise
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        self._descriptor = descriptor
-        # A forked worker shares the lock and may outlive a killed parent: it must not keep the folder.
-        own = weakref.ref(self)
-        os.register_at_fork(after_in_child=lambda: _drop(own()))
-
-    def release(self) -> None:
-        if self._descriptor is not None:
-            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
-            _drop(self)
-
-
-def _acquire(descriptor: int, path: Path, patience_seconds: float) -> None:
-    deadline = time.monotonic() + patience_seconds
-    while True:
-        try:
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() < deadline:
-                time.sleep(0.02)
-                continue
-            holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
-            what = f"another process (id {holder}) uses this run folder"
-            fix = "Wait for it to end, end it, or use another run folder."
-            raise FolderInUseError(what, where=str(path.parent), fix=fix) from None
-        except OSError as error:
-            fix = "Choose a folder on a file system with locks."
-            raise StorageError(f"cannot lock ({error.strerror})", where=str(path), fix=fix) from None
-
-
-def _drop(lock: _Lock | None) -> None:
-    """Close this process's copy of the lock; in a forked child the parent keeps holding it."""
-    if lock is not None and lock._descriptor is not None:
-        os.close(lock._descriptor)
-        lock._descriptor = None

@@ -18,8 +18,9 @@ import re
 import shutil
 import socket
 import time
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import cache, partial
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -282,22 +283,73 @@ def named_os_errors(path: Path) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def alone(lock: Path, *, busy: HbaError | None = None) -> Iterator[None]:
-    """Wait until no other process or thread holds `lock`, and hold it; the kernel frees it when a process ends.
+class Lock:
+    """Held by one process and thread at a time; the kernel frees it when the process ends, kill -9 included.
 
-    With `busy`, that is raised instead of waiting. Raises StorageError when the file cannot be made. Nothing that it
-    holds is changed.
+    A forked child lets go of its copy: it may outlive its parent, and must not keep others out.
     """
-    with named_os_errors(lock):
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        handle = lock.open("a")
-    with handle:
+
+    def __init__(self, path: Path, *, busy: HbaError | None = None, patience_seconds: float = 0.0) -> None:
+        """Take the lock `path`, a folder, or a file that is made if need be; nothing that it holds is changed.
+
+        Without `busy` it waits for as long as another holds it; else for `patience_seconds`, and then raises `busy`.
+        Raises StorageError when it cannot be made or locked.
+        """
+        self._descriptor: int | None = None
+        end = time.monotonic() + patience_seconds
+        with named_os_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            with named_os_errors(lock):
-                fcntl.flock(handle, fcntl.LOCK_EX | (0 if busy is None else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise busy or AssertionError from None
+            while not _locked(descriptor, path, wait=busy is None):
+                if busy is not None and time.monotonic() >= end:
+                    raise busy
+                time.sleep(0.02)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._descriptor = descriptor
+        _LOCKS.add(self)
+
+    def close(self) -> None:
+        """Let others have it."""
+        if self._descriptor is not None:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            self.forget()
+
+    def forget(self) -> None:
+        """Close this process's copy; another that shares it goes on holding it."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+_LOCKS: weakref.WeakSet[Lock] = weakref.WeakSet()
+
+
+def _forget_locks() -> None:
+    for lock in _LOCKS:
+        lock.forget()
+
+
+os.register_at_fork(after_in_child=_forget_locks)
+
+
+def _locked(descriptor: int, path: Path, *, wait: bool) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        fix = "Choose a folder on a file system with locks."
+        raise StorageError(f"cannot lock ({error.strerror})", where=str(path), fix=fix) from None
+    return True
+
+
+@contextmanager
+def alone(path: Path, *, busy: HbaError | None = None) -> Iterator[None]:
+    """Hold the `Lock` of `path`."""
+    with closing(Lock(path, busy=busy)):
         yield
 
 
@@ -562,14 +614,7 @@ def check_relative(relative: str, *, where: str) -> None:
 def file_sha256(path: str | Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with Path(path).open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(handle)
-
-
-def _digest(handle: IO[bytes]) -> str:
-    digest = hashlib.sha256()
-    while block := handle.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def json_sha256(value: Any) -> str:
@@ -581,4 +626,3 @@ def cache_folder() -> Path:
     """Where hba keeps what can be made again: $HBA_CACHE, else hba below $XDG_CACHE_HOME, else ~/.cache/hba."""
     own, shared = os.environ.get("HBA_CACHE"), os.environ.get("XDG_CACHE_HOME")
     return Path(own) if own else (Path(shared) if shared else Path.home() / ".cache") / "hba"
-
