@@ -2,16 +2,21 @@
 
 Refuses to record secrets: no environment variable, user or host name is read into it. Imports nothing heavy: package
 versions come from their metadata, GPUs from the driver's own tool, so that opening a run folder costs milliseconds.
+At the end stands how child processes end with their parent, which the system decides, too.
 
 Invariant: everything here can be written as JSON; what cannot be found out is None or left out, never guessed.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import shutil
+import signal
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib import metadata
@@ -150,3 +155,35 @@ def _output(name: str, *arguments: str) -> list[str]:
     except (OSError, subprocess.TimeoutExpired):
         return []
     return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
+
+
+# Child processes that end with their parent, however it ends.
+#
+# A worker that is waiting for work sees that its parent is gone; one that is busy, or hangs in a decoder, does not. On
+# Linux the kernel can be asked to kill it. It takes the end of the thread that started the child for the parent's end.
+# Elsewhere a thread of the child looks whether the parent is there.
+
+
+_PR_SET_PDEATHSIG = 1
+_LOOK_SECONDS = 0.5
+
+
+def kernel_ends_children() -> bool:
+    """Whether the kernel can be asked to: Linux."""
+    return hasattr(ctypes.CDLL(None), "prctl")
+
+
+def die_with_parent(parent: int) -> None:
+    """Have this process killed when its parent, of id `parent`, ends."""
+    if kernel_ends_children():
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    else:
+        threading.Thread(target=_watch, args=(parent,), name="hba-lifeline", daemon=True).start()
+    if os.getppid() != parent:
+        os._exit(1)  # it ended before the line above
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_LOOK_SECONDS)
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -274,13 +274,13 @@ def _lock(path: Path, patience_seconds: float = LOCK_GRACE_SECONDS) -> Lock:
         what, fix = f"cannot make the run folder ({error.strerror})", "Choose a writable place."
         raise StorageError(what, where=str(path), fix=fix) from None
 
-    file, fix = path / ".lock", "Wait for it to end, end it, or use another run folder."
-    busy = FolderInUseError("another process uses this run folder", where=str(path), fix=fix)
+    file = path / ".lock"
     try:
-        lock = Lock(file, busy=busy, patience_seconds=patience_seconds)
-    except FolderInUseError:
+        lock = Lock(file, patience_seconds=patience_seconds)
+    except BlockingIOError:
         holder = file.read_text(encoding="utf-8", errors="replace").strip() or "unknown"
         what = f"another process (id {holder}) uses this run folder"
+        fix = "Wait for it to end, end it, or use another run folder."
         raise FolderInUseError(what, where=str(path), fix=fix) from None
     file.write_text(f"{os.getpid()}\n", encoding="utf-8")
     return lock

@@ -289,22 +289,18 @@ class Lock:
     A forked child lets go of its copy: it may outlive its parent, and must not keep others out.
     """
 
-    def __init__(self, path: Path, *, busy: HbaError | None = None, patience_seconds: float = 0.0) -> None:
+    def __init__(self, path: Path, *, patience_seconds: float | None = None) -> None:
         """Take the lock `path`, a folder, or a file that is made if need be; nothing that it holds is changed.
 
-        Without `busy` it waits for as long as another holds it; else for `patience_seconds`, and then raises `busy`.
+        Waits while another holds it, for as long as that takes or for `patience_seconds`; then raises BlockingIOError.
         Raises StorageError when it cannot be made or locked.
         """
         self._descriptor: int | None = None
-        end = time.monotonic() + patience_seconds
         with named_os_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            while not _locked(descriptor, path, wait=busy is None):
-                if busy is not None and time.monotonic() >= end:
-                    raise busy
-                time.sleep(0.02)
+            _lock(descriptor, path, patience_seconds)
         except BaseException:
             os.close(descriptor)
             raise
@@ -335,21 +331,28 @@ def _forget_locks() -> None:
 os.register_at_fork(after_in_child=_forget_locks)
 
 
-def _locked(descriptor: int, path: Path, *, wait: bool) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        fix = "Choose a folder on a file system with locks."
-        raise StorageError(f"cannot lock ({error.strerror})", where=str(path), fix=fix) from None
-    return True
+def _lock(descriptor: int, path: Path, patience_seconds: float | None) -> None:
+    end = time.monotonic() + (patience_seconds or 0.0)
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if patience_seconds is None else fcntl.LOCK_NB))
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(0.02)
+        except OSError as error:
+            fix = "Choose a folder on a file system with locks."
+            raise StorageError(f"cannot lock ({error.strerror})", where=str(path), fix=fix) from None
 
 
 @contextmanager
 def alone(path: Path, *, busy: HbaError | None = None) -> Iterator[None]:
-    """Hold the `Lock` of `path`."""
-    with closing(Lock(path, busy=busy)):
+    """Hold the `Lock` of `path`; where another holds it, wait for that to end, or raise `busy`."""
+    try:
+        lock = Lock(path, patience_seconds=None if busy is None else 0.0)
+    except BlockingIOError:
+        raise busy or AssertionError from None
+    with closing(lock):
         yield
 
 

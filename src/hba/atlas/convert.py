@@ -35,9 +35,9 @@ from hba.atlas.names import CARD, present_splits
 from hba.atlas.parquet import EXTRA, IS_NULL, MEDIA_PATHS, UNNAMED, ParquetStore, index_path, read_index, write_index
 from hba.atlas.rows import MEDIA_FIELDS, Columns, Field, Quarantined
 from hba.atlas.source import DEFAULT_LIMITS, PLACES, RESTORE, Slice, Source, check_source, read_bytes
-from hba.environment import now
+from hba.environment import die_with_parent, now
 from hba.errors import HbaError, InputError, MediaError
-from hba.parallel import Died, die_with_parent, each
+from hba.parallel import Died, each
 from hba.storage import (
     alone,
     atomic_write,

@@ -18,7 +18,6 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from hba.atlas import media
 from hba.atlas.rows import (
     KNOWN_FIELDS,
     MEDIA_FIELDS,
@@ -32,7 +31,7 @@ from hba.atlas.rows import (
     decode_fields,
     decode_row,
 )
-from hba.atlas.source import opened
+from hba.atlas.source import Source, opened
 from hba.errors import InputError
 from hba.storage import confined_path, patiently
 from hba.taxonomy import Taxonomy
@@ -168,7 +167,7 @@ class JsonlStore:
         about = {"split": self.split, "number": number, "source": self, **counts}
         return Sample.of(said, self.taxonomy, self.place(number), **about)
 
-    def medium(self, number: int, name: Field, index: int, *, where: str) -> media.Source:
+    def medium(self, number: int, name: Field, index: int, *, where: str) -> Source:
         """The file of a medium. Raises MediaError when it does not exist or is a link out of the atlas folder."""
         paths: tuple[str, ...] = getattr(self.row(number), name)
         return confined_path(self.root, paths[index], where=where)

@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hba.atlas.audio import SAMPLE_RATE, Audio, load_audio
-from hba.atlas.source import DEFAULT_LIMITS, RESTORE, Limits, Source, check_source, head, opened, read_bytes
-from hba.atlas.video import Frames, Video, load_video
+from hba.atlas.source import DEFAULT_LIMITS, RESTORE, Frames, Limits, Source, check_source, head, opened, read_bytes
+from hba.atlas.video import Video, load_video
 from hba.errors import MediaError
 from hba.storage import machine_fault
 

@@ -28,7 +28,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from hba.atlas import media
 from hba.atlas.pages import DamagedPageError, KeptPages, Read, ShardPages, Value, is_list
 from hba.atlas.rows import (
     MEDIA_FIELDS,
@@ -572,7 +571,7 @@ class ParquetStore:
         except MediaError:  # which is raised again when the medium is asked for
             return 1
 
-    def medium(self, number: int, name: Field, index: int, *, where: str) -> media.Source:
+    def medium(self, number: int, name: Field, index: int, *, where: str) -> Source:
         """A medium as a slice of its shard, or as bytes. Raises MediaError when it is null."""
         shard, local = self._at(number)
         columns = self._columns[shard]

@@ -17,19 +17,22 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from hba.atlas import media
+from hba.atlas.source import DEFAULT_LIMITS, Limits, Source
 from hba.errors import HbaError, InputError, MachineError, MediaError, TaxonomyError, nearest
 from hba.storage import check_relative, machine_fault
 from hba.taxonomy import Taxonomy, visible
 
 if TYPE_CHECKING:
     from hba.atlas.decoded import DecodedCache
+    from hba.atlas.media import Audio, Descriptor, Frames, Image, Video
+
+T = TypeVar("T")
 
 # Rows and samples: what one line of the atlas says, before and after it is checked against the taxonomy.
 #
@@ -89,7 +92,7 @@ def out_of_memory(error: MemoryError, where: str) -> MachineError | MediaError:
 class MediaSource(Protocol):
     """What a store gives a sample to open its media with."""
 
-    def medium(self, number: int, name: Field, index: int, *, where: str) -> media.Source:
+    def medium(self, number: int, name: Field, index: int, *, where: str) -> Source:
         """The file or bytes of medium `index` of field `name` of row `number`. Raises MediaError."""
         ...
 
@@ -135,7 +138,7 @@ class Sample:
         """'file:line, field' for messages about a medium of this sample."""
         return f"{self.where}, {name}"
 
-    def _sources(self, name: Field) -> list[media.Source]:
+    def _sources(self, name: Field) -> list[Source]:
         count: int = getattr(self, name)
         kind = _KIND_OF.get(name)
         if kind is not None and (kind in self.modality_signature.split("_")) != (count > 0):
@@ -143,16 +146,6 @@ class Sample:
             what = f"the row has {count} of them, but its modality_signature is {self.modality_signature!r}"
             raise MediaError(what, where=self.place(name), fix="Restore the media, or correct the signature.")
         return [self.source.medium(self.number, name, i, where=self.place(name)) for i in range(count)]
-
-    @contextmanager
-    def _recorded(self) -> Iterator[None]:
-        try:
-            yield
-        except MediaError as error:
-            self.refused[self.id] = self.quarantined(error)
-            raise
-        except MemoryError as error:
-            raise out_of_memory(error, self.where) from None
 
     @contextmanager
     def blamed(self, name: Field | Literal["problem"] | None = None) -> Iterator[None]:
@@ -177,44 +170,55 @@ class Sample:
             what = f"cannot be encoded ({': '.join(said)[:240]}; {Path(at.filename).name}:{at.lineno})"
             raise MediaError(what, where=where, fix="Look at the row; mend it, or remove it.") from error
 
-    def load_audios(
-        self, limits: media.Limits = media.DEFAULT_LIMITS, *, decoded: DecodedCache | None = None
-    ) -> list[media.Audio]:
+    def _loaded(self, name: Field, load: Callable[..., T]) -> list[T]:
+        """`load` of every medium of a field. Decoders are imported by who wants one: rows are opened without them."""
+        try:
+            return [load(source, where=self.place(name)) for source in self._sources(name)]
+        except MediaError as error:
+            self.refused[self.id] = self.quarantined(error)
+            raise
+        except MemoryError as error:
+            raise out_of_memory(error, self.where) from None
+
+    def load_audios(self, limits: Limits = DEFAULT_LIMITS, *, decoded: DecodedCache | None = None) -> list[Audio]:
         """Decode every audio to 16 kHz mono, or take it from `decoded`. Raises MediaError naming file, line, field."""
-        load = media.load_audio if decoded is None else decoded.audio
-        with self._recorded():
-            return [load(s, where=self.place("audios"), limits=limits) for s in self._sources("audios")]
+        from hba.atlas.media import load_audio
+
+        return self._loaded("audios", partial(load_audio if decoded is None else decoded.audio, limits=limits))
 
     def load_videos(
         self,
         num_frames: int,
-        limits: media.Limits = media.DEFAULT_LIMITS,
-        frames: media.Frames = "exact",
+        limits: Limits = DEFAULT_LIMITS,
+        frames: Frames = "exact",
         *,
         decoded: DecodedCache | None = None,
-    ) -> list[media.Video]:
+    ) -> list[Video]:
         """Decode `num_frames` evenly spaced frames of every video, or take them from `decoded`, at the size in which
         it keeps them. Raises MediaError naming the place."""
-        load = media.load_video if decoded is None else decoded.video
-        with self._recorded():
-            where, sources = self.place("videos"), self._sources("videos")
-            return [load(s, num_frames, where=where, limits=limits, frames=frames) for s in sources]
+        from hba.atlas.media import load_video
 
-    def read_videos(self, limits: media.Limits = media.DEFAULT_LIMITS) -> list[bytes]:
+        load = load_video if decoded is None else decoded.video
+
+        return self._loaded("videos", partial(load, num_frames=num_frames, limits=limits, frames=frames))
+
+    def read_videos(self, limits: Limits = DEFAULT_LIMITS) -> list[bytes]:
         """The bytes of every video as it is stored, not decoded. Raises MediaError naming the place."""
-        with self._recorded():
-            where = self.place("videos")
-            return [media.load_bytes(s, where=where, limits=limits) for s in self._sources("videos")]
+        from hba.atlas.media import load_bytes
 
-    def load_images(self, limits: media.Limits = media.DEFAULT_LIMITS) -> list[media.Image]:
+        return self._loaded("videos", partial(load_bytes, limits=limits))
+
+    def load_images(self, limits: Limits = DEFAULT_LIMITS) -> list[Image]:
         """Decode every image. Raises MediaError naming the place."""
-        with self._recorded():
-            return [media.load_image(s, where=self.place("images"), limits=limits) for s in self._sources("images")]
+        from hba.atlas.media import load_image
 
-    def load_descriptors(self, name: Literal["ext_video_feats", "ext_audio_feats"]) -> list[media.Descriptor]:
+        return self._loaded("images", partial(load_image, limits=limits))
+
+    def load_descriptors(self, name: Literal["ext_video_feats", "ext_audio_feats"]) -> list[Descriptor]:
         """Load every `.pt` descriptor of a field without unpickling code. Raises MediaError naming the place."""
-        with self._recorded():
-            return [media.load_descriptor(s, where=self.place(name)) for s in self._sources(name)]
+        from hba.atlas.media import load_descriptor
+
+        return self._loaded(name, load_descriptor)
 
     def quarantined(self, error: MediaError) -> Quarantined:
         """The quarantine record of this sample for an error raised while its media were read."""

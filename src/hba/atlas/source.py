@@ -21,10 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeAlias, TypeVar, cast
-
-import av
-import av.error
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
 from hba.errors import MachineError, MediaError
 from hba.storage import machine_fault, patiently
@@ -64,6 +61,8 @@ PLACES = ("offsets", "sizes", "checksums")
 """what the index part of a shard tells of the media of a field, as columns of lists: `{field}_offsets`, ..."""
 
 Source: TypeAlias = Path | bytes | Slice
+Frames: TypeAlias = Literal["exact", "nearest_keyframe"]
+"""which frame stands for a time: the one on screen, or the keyframe nearest to it, which is faster"""
 
 
 class _SliceFile(io.RawIOBase):
@@ -725,6 +724,9 @@ def open_container(
     Any decoder error inside becomes a MediaError, a want of memory a MachineError. `form`: its format, where the
     content has told already.
     """
+    import av
+    import av.error
+
     size = check_source(source, where=where, limits=limits)
     options = {"format_whitelist": ",".join(DEMUXERS), "protocol_whitelist": "file", "codec_whitelist": _WHITELIST}
     opening = True
@@ -747,11 +749,6 @@ def open_container(
 
 
 _WHITELIST = ",".join(sorted(CODECS))
-_NO_CLIP = (
-    av.stream.Disposition.attached_pic,
-    av.stream.Disposition.timed_thumbnails,
-    av.stream.Disposition.still_image,
-)
 
 
 def video_track(container: InputContainer, where: str) -> VideoStream:
@@ -759,17 +756,14 @@ def video_track(container: InputContainer, where: str) -> VideoStream:
 
     Raises MediaError when there is no such track, or when it cannot be decoded.
     """
-    tracks = container.streams.video
-    clips = [track for track in tracks if not any(each in track.disposition for each in _NO_CLIP)]
+    from av.stream import Disposition
+
+    none = (Disposition.attached_pic, Disposition.timed_thumbnails, Disposition.still_image)
+    clips = [track for track in container.streams.video if not any(each in track.disposition for each in none)]
     if not clips:
-        what = "has no video track but a cover picture" if tracks else "has no video track"
+        what = "has no video track but a cover picture" if container.streams.video else "has no video track"
         raise MediaError(what, where=where, fix="Remove the entry, or restore the file.")
-
-    def preference(track: VideoStream) -> tuple[bool, int]:
-        codec = track.codec_context
-        return av.stream.Disposition.default in track.disposition, 0 if codec is None else codec.width * codec.height
-
-    return _decodable(max(clips, key=preference), where)
+    return _best(clips, lambda codec: codec.width * codec.height, where)
 
 
 def sound_track(container: InputContainer, where: str) -> AudioStream:
@@ -779,15 +773,17 @@ def sound_track(container: InputContainer, where: str) -> AudioStream:
     """
     if not container.streams.audio:
         raise MediaError("has no sound track", where=where, fix="Remove the entry, or restore the file.")
+    return _best(container.streams.audio, lambda codec: codec.channels, where)
 
-    def preference(track: AudioStream) -> tuple[bool, int]:
+
+def _best(tracks: Sequence[_Track], size: Callable[[Any], int], where: str) -> _Track:
+    from av.stream import Disposition
+
+    def preference(track: _Track) -> tuple[bool, int]:
         codec = track.codec_context
-        return av.stream.Disposition.default in track.disposition, 0 if codec is None else codec.channels
+        return Disposition.default in track.disposition, 0 if codec is None else size(codec)
 
-    return _decodable(max(container.streams.audio, key=preference), where)
-
-
-def _decodable(stream: _Track, where: str) -> _Track:
+    stream = max(tracks, key=preference)
     kind = "video" if stream.type == "video" else "sound"
     if stream.codec_context is None:
         raise MediaError(f"has a {kind} track of an unknown codec", where=where, fix=RESTORE)
@@ -823,6 +819,8 @@ def check_reaches_end(container: InputContainer, end_seconds: float, where: str)
 
     The second counts only where nothing but the header tells that something is missing (see `check_whole`).
     """
+    import av
+
     if container.duration is None:
         return
     declared = max(container.start_time or 0, 0) / av.time_base + container.duration / av.time_base

@@ -19,7 +19,7 @@ from fractions import Fraction
 from functools import partial
 from itertools import chain, dropwhile, pairwise
 from statistics import median
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import av
 import av.error
@@ -31,6 +31,7 @@ from hba.atlas.source import (
     CONVERT,
     DEFAULT_LIMITS,
     RESTORE,
+    Frames,
     Limits,
     Source,
     check_index,
@@ -685,9 +686,6 @@ def _until(
 
 # --- the frames that are asked for ------------------------------------------------------------------------------------
 
-
-Frames: TypeAlias = Literal["exact", "nearest_keyframe"]
-"""which frame stands for a time: the one on screen, or the keyframe nearest to it, which is faster"""
 
 _HALF_A_TICK = 1e-4  # seconds; times of frames are rounded to ticks of the container
 

@@ -11,12 +11,11 @@ from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 
-from hba.atlas.media import Frames
+from hba.atlas.source import Frames
 from hba.batch.prompt import MODALITIES, Modality
 from hba.config import option
-from hba.environment import usable_cores
+from hba.environment import kernel_ends_children, usable_cores
 from hba.errors import ConfigError
-from hba.parallel import kernel_ends_children
 
 LongAudio: TypeAlias = Literal["refuse", "head", "windows", "published"]
 PUBLISHED_AUDIO_SECONDS = 10.0

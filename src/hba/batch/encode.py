@@ -16,14 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hba.atlas.decoded import DecodedCache
-from hba.atlas.media import Image, Video
 from hba.atlas.rows import MEDIA_FIELDS, Field, Quarantined, Sample
 from hba.atlas.source import require_audible
 from hba.batch.config import WINDOWS_ARE_FOR_HEADS, EncodeConfig
@@ -32,6 +30,10 @@ from hba.batch.prompt import AS_WRITTEN, MODALITIES, Message, Modality, PlainTex
 from hba.environment import installed_version
 from hba.errors import ConfigError, InputError, MediaError
 from hba.taxonomy import BUILTIN, Taxonomy
+
+if TYPE_CHECKING:
+    from hba.atlas.decoded import DecodedCache
+    from hba.atlas.media import Image, Video
 
 # The one place that calls a Qwen2.5-Omni processor: exact sizes, exact times, no sound cut or padded to a window.
 #

@@ -34,7 +34,7 @@ from itertools import chain, islice
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +42,6 @@ import torch
 from torch import Tensor
 
 from hba.atlas import Atlas
-from hba.atlas.decoded import DecodedCache
 from hba.atlas.rows import MEDIA_FIELDS, Quarantined, Sample, out_of_memory
 from hba.batch.config import EncodeConfig, LoaderConfig
 from hba.batch.encode import (
@@ -55,9 +54,12 @@ from hba.batch.encode import (
     load_media,
 )
 from hba.batch.sampler import Indices
+from hba.environment import die_with_parent
 from hba.errors import HbaError, MachineError, MediaError
-from hba.parallel import die_with_parent
 from hba.storage import CLOCK, SILENT_SECONDS, Clock, cache_folder, machine_fault
+
+if TYPE_CHECKING:
+    from hba.atlas.decoded import DecodedCache
 
 # Objects with large tensors from a worker process to the main process, as bytes over a socket.
 #
@@ -580,6 +582,8 @@ def open_decoded(
     processor: Any, encode: EncodeConfig, loader: LoaderConfig, *, strict: bool = False
 ) -> DecodedCache:
     """Where media are kept that were decoded once. Raises StorageError when the folder cannot be made or read."""
+    from hba.atlas.decoded import DecodedCache  # which loads the decoders
+
     folder = Path(loader.decoded_folder).expanduser() if loader.decoded_folder else cache_folder() / "decoded"
     resize = ResizeAsProcessor.of(processor, encode)
     return DecodedCache(folder, int(loader.decoded_gigabytes * 1e9), resize=resize, strict=strict)

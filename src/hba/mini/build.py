@@ -27,11 +27,11 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
+from hba.environment import die_with_parent
 from hba.errors import HbaError, InputError, nearest
 from hba.mini import people
 from hba.mini.people import FRAMES_PER_SECOND, SAMPLE_RATE
 from hba.mini.scenes import CARRIED_BY, LENGTHS, SIZES, SPLITS, Clip, Plan, make_plan
-from hba.parallel import die_with_parent
 from hba.storage import StorageError, begun, read_json, write_json
 
 # Arrays to the bytes of real .wav, .mp4 and .pt files whose size says nothing about their content.
