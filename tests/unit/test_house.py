@@ -27,7 +27,7 @@ FLOORS = (
     ("evaluate",),
     ("train",),
     ("rl",),
-    ("report",),
+    ("report", "fit"),
     ("export", "explorer"),
     ("cli",),
     ("__main__",),

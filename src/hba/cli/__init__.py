@@ -22,11 +22,13 @@ from hba.cli.release import LMMS_EXAMPLE, MERGE_EXAMPLE, PUSH_EXAMPLE, export_ap
 from hba.cli.start import demo_command, doctor_command, explore_command, tiny_command
 from hba.cli.train import (
     BAM_EXAMPLE,
+    FIT_EXAMPLE,
     QA_EXAMPLE,
     RL_EXAMPLE,
     SFT_EXAMPLE,
     TRANSFER_EXAMPLE,
     bam_command,
+    fit_command,
     qa_command,
     rl_command,
     train_app,
@@ -70,6 +72,7 @@ train_app.command("rl", epilog=RL_EXAMPLE)(rl_command)
 train_app.command("qa", epilog=QA_EXAMPLE)(qa_command)
 train_app.command("bam", epilog=BAM_EXAMPLE)(bam_command)
 app.add_typer(train_app, name="train", epilog=SFT_EXAMPLE)
+app.command("fit", epilog=FIT_EXAMPLE)(fit_command)
 app.command("transfer", epilog=TRANSFER_EXAMPLE)(transfer_command)
 app.command("merge", epilog=MERGE_EXAMPLE)(merge_command)
 app.command("push", epilog=PUSH_EXAMPLE)(push_command)

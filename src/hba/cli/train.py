@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,7 @@ from hba.cli.options import (
     JsonFlag,
     Overrides,
     answer,
+    bold,
     finish,
     recipe_path,
     say,
@@ -26,6 +27,7 @@ from hba.cli.options import (
 from hba.errors import InputError
 
 if TYPE_CHECKING:
+    from hba.fit import Fit
     from hba.rl.config import RlConfig
 
 
@@ -269,3 +271,98 @@ def transfer_command(
 
     answer(result.record(), as_json=json, show=show)
     finish(result.quarantined, allow_quarantined)
+
+
+# `hba fit`: before anything is trained, whether it has room.
+
+
+FIT_EXAMPLE = "Example: hba fit Qwen/Qwen2.5-Omni-7B --gpu 24 --config sft"
+
+
+class FitStage(StrEnum):
+    """What is to run: the stages of training, or `hba predict`."""
+
+    sft = "sft"
+    lm = "lm"
+    qa = "qa"
+    bam = "bam"
+    rl = "rl"
+    predict = "predict"
+
+
+def fit_command(
+    model: Annotated[str, typer.Argument(help="Backbone: a hub id or a folder. Its config is read, no weights.")],
+    overrides: Overrides = None,
+    gpu: Annotated[str, typer.Option(help="A GPU such as h100 or rtx4090, or its memory in GB: 24.")] = ...,  # type: ignore[assignment]
+    gpus: Annotated[int, typer.Option(min=1, help="How many of them.")] = 1,
+    config: ConfigOption = None,
+    stage: Annotated[
+        FitStage | None, typer.Option(help="What is to run; by default what the name of --config begins with, or sft.")
+    ] = None,
+    atlas: Annotated[str | None, typer.Option(help="Atlas whose rows give lengths and the time of an epoch.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Without --atlas: tokens of a prompt, media included.")] = 1024,
+    json: JsonFlag = False,
+) -> None:
+    """Tell whether a run fits on a GPU, what takes the memory, and how long an epoch is. Exit code 1: it does not."""
+    from hba.config import load_config
+
+    known = [each.value for each in FitStage]
+    named = Path(config).stem.partition("_")[0] if config is not None else "sft"
+    chosen = stage.value if stage is not None else named
+    if chosen not in known:
+        what = f"the name of {config} does not say which stage it is for"
+        raise InputError(what, where="--stage", fix=f"Give one of {', '.join(known)}.")
+    place = [f"{'base' if chosen in ('qa', 'bam') else 'model.name'}={model}", f"atlas={atlas or 'none'}"]
+    place = [] if chosen == "predict" else place
+    settings = load_config(_stage_config(chosen), recipe_path(config), [*place, *(overrides or [])])
+    from hba.fit import find_gpu, fit_run
+
+    card = find_gpu(gpu)
+    lengths, rows = [tokens], None
+    if atlas is not None:
+        from hba.atlas import open_atlas
+
+        opened = open_atlas(atlas, split=getattr(settings, "train_split", "test"))
+        lengths, rows = opened.estimated_tokens.tolist(), len(opened)
+    found = fit_run(model, chosen, settings, card, gpus=gpus, tokens=lengths, rows=rows)
+    answer(found.record(), as_json=json, show=lambda: _show_fit(found))
+    if not found.fits:
+        raise typer.Exit(1)
+
+
+def _stage_config(stage: str) -> type[Any]:
+    from hba.evaluate.config import PredictConfig
+    from hba.rl.config import RlConfig
+    from hba.train.config import BamConfig, LmConfig, QaConfig, SftConfig
+
+    kinds: dict[str, type[Any]] = {"sft": SftConfig, "lm": LmConfig, "qa": QaConfig, "bam": BamConfig}
+    return (kinds | {"rl": RlConfig, "predict": PredictConfig})[stage]
+
+
+def _show_fit(found: Fit) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    key = {"predict": "batch_size", "qa": "features.batch_size", "bam": "features.batch_size"}
+    batch = key.get(found.stage, "train.device_batch_size")
+    many = f"{found.gpus} GPUs" if found.gpus > 1 else "one GPU"
+    table = Table(title=f"{found.stage} of {found.model} on {many} of {found.gpu.gigabytes:g} GB", title_justify="left")
+    table.add_column(f"{found.samples} x {found.tokens:,} tokens at once on a GPU")
+    table.add_column("GB", justify="right")
+    for part, size in found.parts.items():
+        table.add_row(part, f"{size:,.1f}")
+    table.add_section()
+    table.add_row("together", f"{found.total:,.1f}")
+    table.add_row("there is room for", f"{found.usable:,.1f}")
+    Console().print(table)
+    if found.fits:
+        say(f"It fits. The most at once: {bold(f'{batch}={found.largest}')}.")
+    else:
+        say("It does not fit.")
+        for change in found.changes:
+            say(f"  Try {bold(change)}")
+        if not found.changes:
+            say("  No setting known here makes it fit: take a smaller model or a larger GPU.")
+    epoch = "" if found.epoch_hours is None else f", {found.epoch_hours:,.1f} hours an epoch"
+    assumed = f"{found.gpu.name}: {found.gpu.tflops:g} TFLOP/s as stated, of which 35 % are assumed"
+    say(f"About {found.samples_per_second:,.1f} samples a second{epoch} ({assumed}).")

@@ -90,7 +90,6 @@ def rows_of(tasks: Names, count: int) -> dict[str, Ints]:
 # and a run that is killed and resumed goes on with the same factors. Shapes: N rollouts, K groups.
 
 
-
 Clamp = tuple[float, float]
 
 

@@ -271,9 +271,7 @@ def _probabilities(setup: Setup, part: _Part) -> Probabilities:
 Reference = Callable[[Batch, float], Tensor]  # (batch, temperature) -> log-probabilities [B, L]
 
 
-def build_policy(
-    config: ModelConfig, resume: Path | None, *, freeze_towers: bool, mapped: bool = False
-) -> ChatModel:
+def build_policy(config: ModelConfig, resume: Path | None, *, freeze_towers: bool, mapped: bool = False) -> ChatModel:
     """The model to train, from the config's name or the checkpoint that a run resumes at.
 
     With strategy full and `freeze_towers`, the layers of the language model train and nothing else does; `mapped` as in

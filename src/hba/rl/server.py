@@ -197,9 +197,7 @@ class ServerSampler:
     Raises ConfigError for a bad URL, or a key that is not in the environment.
     """
 
-    def __init__(
-        self, config: RlConfig, policy: ChatModel, encoder: SampleEncoder, ranks: Ranks, run: Path
-    ) -> None:
+    def __init__(self, config: RlConfig, policy: ChatModel, encoder: SampleEncoder, ranks: Ranks, run: Path) -> None:
         self._config, self._policy = config.remote, policy
         self._encoder, self._ranks = encoder, ranks
         self._client = RemoteClient("", config.remote, TokenChat())
@@ -350,9 +348,7 @@ class _UnfitError(Exception):
         self.fix = fix
 
 
-def build_sampler(
-    config: RlConfig, policy: ChatModel, encoder: SampleEncoder, ranks: Ranks, run: Path
-) -> Sampler:
+def build_sampler(config: RlConfig, policy: ChatModel, encoder: SampleEncoder, ranks: Ranks, run: Path) -> Sampler:
     """The sampler of `rollout.sampler`."""
     if config.rollout.sampler == "generate":
         return PolicySampler(policy, ranks.accelerator.autocast)

@@ -554,7 +554,6 @@ def streamed_batches(
 # allowed. A descriptor that cannot be read quarantines its sample, as a medium would.
 
 
-
 NAMED = 10  # samples in a message
 
 

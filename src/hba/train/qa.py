@@ -46,9 +46,7 @@ def train_qa(config: QaConfig, run: RunFolder, progress: Progressed = lambda don
     run.record_data(data_record(config.atlas, train))
     base = FrozenBase(config.base, dtype=config.dtype, attention=config.attention, taxonomy=train.taxonomy)
     lm_head = build_lm_head(base, ranks.told(latest(run.checkpoints)))
-    give, give_validation = (
-        batch_source(base, rows, config.features, progress, ranks) for rows in (train, validation)
-    )
+    give, give_validation = (batch_source(base, rows, config.features, progress, ranks) for rows in (train, validation))
     if config.features.cache:
         base.release()
     how = (train.columns, train.estimated_tokens, config.mix, config.train)

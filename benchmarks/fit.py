@@ -1,0 +1,136 @@
+"""`hba fit` against what training takes on a CPU: the peak of `hba train lm` and `hba train sft` at two sizes.
+
+    python benchmarks/fit.py
+
+Prints a line of JSON a case: megabytes that `hba fit` reckons, megabytes that were taken, and their ratio; the limits
+are 0.85 and 1.15. Taken is the peak of the resident set of a run of two steps, less that of the same run of the tiny
+model, and the same difference is reckoned. The models are Qwen2.5-Omni thinkers of random weights, whose prompts are
+text with a long system message. glibc gives memory back at once (MALLOC_MMAP_THRESHOLD_), as a GPU's allocator lends it
+out again. Linux only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hba import open_atlas
+from hba.config import load_config
+from hba.fit import find_gpu, fit_run
+from hba.mini import build_mini_atlas
+from hba.model import checkpoint
+from hba.model.tiny import atlas_texts, build_tiny
+from hba.train.config import LmConfig, SftConfig
+
+SIZES = {
+    "wide": {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8, "num_key_value_heads": 2},
+    "deep": {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 2},
+}
+LAYERS = {"wide": 6, "deep": 14}
+VOCABULARY = 16_384
+WORDS = "She looks at him and then away from him, and nobody in the room says a word about it. " * 14
+SAMPLES = 4
+
+
+def build(folder: Path) -> None:
+    """The mini-atlas, the tiny model, and the larger ones with its processor."""
+    build_mini_atlas(folder / "atlas", size="tiny", seed=0, workers=1)
+    build_tiny(folder / "tiny", atlas_texts(open_atlas(folder / "atlas", split="train")), seed=0)
+    for size, widths in SIZES.items():
+        thinker = checkpoint.thinker_class()
+        config = thinker.config_class.from_pretrained(folder / "tiny")
+        text = config.text_config
+        for name, value in widths.items():
+            setattr(text, name, value)
+        width = text.hidden_size // text.num_attention_heads
+        text.head_dim = width
+        text.rope_parameters = {**text.rope_parameters, "mrope_section": [width // 8, width * 3 // 16, width * 3 // 16]}
+        text.num_hidden_layers, text.layer_types = LAYERS[size], ["full_attention"] * LAYERS[size]
+        text.vocab_size = VOCABULARY
+        config.tie_word_embeddings = text.tie_word_embeddings = False
+        config.audio_config.output_dim = config.vision_config.out_hidden_size = text.hidden_size
+        torch.manual_seed(0)
+        thinker._from_config(config, dtype=torch.float32).save_pretrained(folder / size)
+        checkpoint.load_processor(folder / "tiny").save_pretrained(folder / size)
+
+
+def settings(folder: Path, size: str, more: list[str]) -> list[str]:
+    """Overrides of a run."""
+    same = [f"atlas={folder / 'atlas'}", f"model.name={folder / size}", "encode.modalities=[]", "loader.workers=0"]
+    same += [f"encode.system_prompt={json.dumps(WORDS)}", f"train.batch_size={SAMPLES}", "train.max_steps=2"]
+    same += ["train.validate_every=2", "datasets=[meld_senti]", "train.epochs=1", "validation_batch_size=1"]
+    return same + more
+
+
+def taken(folder: Path, stage: str, overrides: list[str]) -> float:
+    """Peak of the resident set of `hba train`, in megabytes."""
+    code = (
+        "import re\nfrom hba.cli import app\ntry:\n    app()\nexcept SystemExit as end:\n    assert not end.code, end\n"
+    )
+    code += "print('PEAK', re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read()).group(1))"
+    with tempfile.TemporaryDirectory(dir=folder) as run:
+        command = [sys.executable, "-c", code, "train", stage, "--run", f"{run}/r", *overrides]
+        env = os.environ | {
+            "MALLOC_MMAP_THRESHOLD_": "65536",
+            "MALLOC_TRIM_THRESHOLD_": "65536",
+            "OMP_NUM_THREADS": "1",
+        }
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr[-2000:])
+    out = done.stdout
+    return int(out.rsplit("PEAK", 1)[1]) / 1024
+
+
+def reckoned(folder: Path, size: str, stage: str, overrides: list[str], tokens: int) -> float:
+    """Megabytes by `hba fit`."""
+    config = load_config(SftConfig if stage == "sft" else LmConfig, None, overrides)
+    return fit_run(str(folder / size), stage, config, find_gpu("24"), tokens=[tokens]).total * 1024
+
+
+def tokens_of(folder: Path) -> int:
+    """Length of the longest prompt that the run sees."""
+    from hba.batch.config import EncodeConfig
+    from hba.batch.encode import encoder_for
+
+    processor = checkpoint.load_processor(folder / "tiny")
+    encoder = encoder_for(processor, EncodeConfig(modalities=(), system_prompt=WORDS))
+    return max(
+        len(encoder.encode(sample).input_ids_T)
+        for sample in open_atlas(folder / "atlas", split="train").filter(datasets=["meld_senti"])
+    )
+
+
+def main() -> None:
+    """Each case in turn."""
+    cases: list[tuple[str, list[str]]] = [
+        ("sft", ["model.strategy=lora", "model.dtype=float32"]),
+        ("sft", ["model.strategy=lora", "model.dtype=float32", "train.activation_checkpointing=true"]),
+        ("lm", ["model.strategy=full", "model.dtype=float32"]),
+        ("lm", ["model.strategy=lora", "model.dtype=bfloat16"]),
+    ]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        build(folder)
+        tokens = tokens_of(folder)
+        for stage, more in cases:
+            nothing = taken(folder, stage, settings(folder, "tiny", more))
+            for size in SIZES:
+                overrides = settings(folder, size, more)
+                estimate = reckoned(folder, size, stage, overrides, tokens)
+                estimate -= reckoned(folder, "tiny", stage, settings(folder, "tiny", more), tokens)
+                found: dict[str, Any] = {"stage": stage, "size": size, "settings": more, "tokens": tokens}
+                real = taken(folder, stage, overrides) - nothing
+                found |= {"reckoned": round(estimate), "taken": round(real), "ratio": round(estimate / real, 3)}
+                print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,561 @@
+"""`hba fit`: whether a run fits on a GPU, what takes the memory, and how long an epoch is. No weight is loaded.
+
+One micro-batch is computed as training computes it, by the classes and the autocast of the run, on tensors without
+numbers (PyTorch's FakeTensorMode). Counted are the bytes that live at once and the operations of its matrix products;
+so a family of models needs no formula of its own. Only the language model is computed, with two numbers of layers and
+of samples; what a layer and a sample cost is the difference. Three parts are reckoned and not computed: media towers
+(their shapes depend on the values of their input), the cache of keys and values, and what a driver keeps for itself.
+
+What it cannot know is how fast a GPU is: it assumes `UTILISATION` of the figure that its maker states.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
+
+from hba.errors import InputError, nearest
+from hba.evaluate.config import PredictConfig
+from hba.model import chat
+from hba.model.checkpoint import read_config, resolve_dtype
+from hba.model.config import ModelConfig
+from hba.model.weights import skeleton
+from hba.rl.config import RlConfig
+from hba.rl.rollout import CHUNK_VALUES
+from hba.train.config import BamConfig, LmConfig, QaConfig, SftConfig, TrainConfig
+
+Settings: TypeAlias = SftConfig | LmConfig | QaConfig | BamConfig | RlConfig | PredictConfig
+GIB = 2**30
+UTILISATION = 0.35
+"""share of a GPU's stated bfloat16 operations a second that training of this kind reaches"""
+USABLE = 0.94
+"""share of a GPU's memory that tensors can have: allocators leave holes"""
+DRIVER_GIB = 0.6
+"""what CUDA and its libraries keep for themselves"""
+ANSWER_TOKENS = 64  # of a supervised answer in words; most labels have two
+TOWER_POSITIONS = 3  # of a media tower for a token of the prompt: 4 patches or 2 frames of sound make one
+
+
+class Gpu(NamedTuple):
+    """A GPU: its memory in GiB, and its bfloat16 operations a second as its maker states them (10^12, dense)."""
+
+    name: str
+    gigabytes: float
+    tflops: float
+
+
+GPUS = {
+    "t4": Gpu("T4", 16, 65),
+    "rtx4080": Gpu("RTX 4080", 16, 97),
+    "l4": Gpu("L4", 24, 121),
+    "a10": Gpu("A10", 24, 125),
+    "rtx3090": Gpu("RTX 3090", 24, 71),
+    "rtx4090": Gpu("RTX 4090", 24, 165),
+    "rtx5090": Gpu("RTX 5090", 32, 210),
+    "a100-40": Gpu("A100", 40, 312),
+    "a6000": Gpu("RTX A6000", 48, 155),
+    "l40s": Gpu("L40S", 48, 362),
+    "a100-80": Gpu("A100", 80, 312),
+    "h100": Gpu("H100", 80, 989),
+    "h200": Gpu("H200", 141, 989),
+    "b200": Gpu("B200", 180, 2250),
+}
+TYPICAL = {16: "rtx4080", 24: "rtx4090", 32: "rtx5090", 40: "a100-40", 48: "l40s", 80: "a100-80", 141: "h200"}
+
+
+def find_gpu(name: str) -> Gpu:
+    """A GPU by its name (h100, rtx4090), or by its memory in GiB (24), for which a usual one of that size stands.
+
+    Raises InputError for a name that is not known and for a size that is none.
+    """
+    key = re.sub(r"[\s_]", "", name.lower()).removesuffix("gb").removeprefix("nvidia")
+    if key in GPUS:
+        return GPUS[key]
+    if re.fullmatch(r"\d+(\.\d+)?", key) and float(key) > 0:
+        size = float(key)
+        like = GPUS[TYPICAL[min(TYPICAL, key=lambda known: abs(known - size))]]
+        return like._replace(gigabytes=size)
+    fix = f"{nearest(name, list(GPUS))} Or give its memory in GB, such as --gpu 24."
+    raise InputError(f"no GPU {name!r} is known", where="--gpu", fix=fix)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """What a run takes of each GPU, in GiB. `parts` add up to `total`; `seconds` is for a sample, on all GPUs."""
+
+    model: str
+    stage: str
+    gpu: Gpu
+    gpus: int
+    samples: int
+    tokens: int
+    parts: dict[str, float]
+    usable: float
+    largest: int
+    samples_per_second: float
+    epoch_hours: float | None
+    changes: list[str]
+
+    @property
+    def total(self) -> float:
+        """All parts, in GiB."""
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the micro-batch that was asked for has room."""
+        return self.total <= self.usable
+
+    def record(self) -> dict[str, Any]:
+        """For --json."""
+        return asdict(self) | {"gpu": self.gpu._asdict(), "total": self.total, "fits": self.fits}
+
+
+class Work(NamedTuple):
+    """What a stage computes at once of `tokens` a sample, the longest: the micro-batch of training, or a batch."""
+
+    model: ModelConfig
+    train: TrainConfig | None  # None: nothing is trained, and nothing kept for a backward pass
+    samples: int
+    tokens: int
+    answers: int = 0  # tokens of a sample that have logits in training
+    pieces: bool = False  # logits are made of some tokens at a time
+    cached: int = 0  # tokens of keys and values that a sample has when its answer is complete
+    frozen_towers: bool = True
+
+
+class Counted(NamedTuple):
+    """Bytes alive at the peak beyond the weights, and operations."""
+
+    bytes: float
+    flops: float
+
+
+def work_of(config: Settings, tokens: int, model: str) -> list[Work]:
+    """What `config` makes a GPU do; of RL the sampling and the update. `tokens` are those of the longest prompt."""
+    if isinstance(config, PredictConfig):
+        plain = ModelConfig(name=model, strategy="heads", dtype=config.dtype, attention=config.attention)
+        return [Work(plain, None, config.batch_size, tokens, cached=tokens + config.generation.max_tokens)]
+    if isinstance(config, QaConfig | BamConfig):
+        plain = ModelConfig(name=model, strategy="heads", dtype=config.dtype, attention=config.attention)
+        return [Work(plain, None, config.features.batch_size, tokens)]
+    samples = config.train.device_batch_size or config.train.batch_size
+    if isinstance(config, SftConfig):
+        answers = ANSWER_TOKENS if config.answer_weight > 0 else 0
+        return [Work(config.model, config.train, samples, tokens + answers, answers, frozen_towers=False)]
+    if isinstance(config, LmConfig):
+        return [Work(config.model, config.train, samples, tokens + ANSWER_TOKENS, ANSWER_TOKENS, frozen_towers=False)]
+    new = config.rollout.max_new_tokens
+    update = Work(config.model, config.train, samples, tokens + new, new, True, frozen_towers=config.freeze_towers)
+    sampling = update._replace(train=None, samples=samples * config.rollout.per_prompt, cached=tokens + new)
+    return [update, sampling._replace(tokens=tokens)] if config.rollout.sampler == "generate" else [update]
+
+
+def fit_run(
+    model: str, stage: str, config: Settings, gpu: Gpu, *, gpus: int = 1, tokens: Sequence[int], rows: int | None = None
+) -> Fit:
+    """Whether and how `config` fits on `gpus` GPUs, each of which is `gpu`.
+
+    `tokens` are lengths of prompts: the longest must fit, speed is that of their mean. `rows` are those of an epoch.
+    Raises InputError for a model that is not found or unknown, ConfigError for what cannot be trained.
+    """
+    bare = _Bare(model)
+    longest, mean = max(tokens), max(1, round(sum(tokens) / len(tokens)))
+    works = work_of(config, longest, model)
+    needs = [_Need(bare, work, gpus) for work in works]
+    usable = gpu.gigabytes * USABLE - DRIVER_GIB
+    tightest = max(needs, key=lambda need: need.total(need.work.samples))
+    learned = needs[0]
+    per_sample = _Need(bare, learned.work._replace(tokens=max(1, learned.work.tokens - longest + mean)), gpus).flops(1)
+    rate = gpus * gpu.tflops * 1e12 * UTILISATION / per_sample
+    largest = tightest.largest(usable * GIB) * learned.work.samples // tightest.work.samples
+    parts = {name: size / GIB for name, size in tightest.parts(tightest.work.samples).items() if size}
+    fits = sum(parts.values()) <= usable
+    epochs = config.rollout.per_prompt if isinstance(config, RlConfig) else 1
+    return Fit(
+        model=model,
+        stage=stage,
+        gpu=gpu,
+        gpus=gpus,
+        samples=learned.work.samples,
+        tokens=longest,
+        parts=parts,
+        usable=usable,
+        largest=largest,
+        samples_per_second=rate,
+        epoch_hours=None if rows is None else rows * epochs / rate / 3600,
+        changes=[] if fits else _changes(bare, config, model, usable, gpus, longest),
+    )
+
+
+def _changes(bare: _Bare, config: Settings, model: str, usable: float, gpus: int, tokens: int) -> list[str]:
+    """Settings with which it would fit, the mildest first; at most three."""
+    found: list[str] = []
+
+    def room(changed: Settings, count: int) -> int:
+        needs = [_Need(bare, work, count) for work in work_of(changed, tokens, model)]
+        first = needs[0].work.samples
+        return min(need.largest(usable * GIB) * first // need.work.samples for need in needs)
+
+    def offer(words: str, key: str, changed: Settings, count: int = gpus) -> None:
+        samples = room(changed, count)
+        if samples and len(found) < 3:
+            found.append(f"{words}{key}={samples}" if samples < _asked(changed) else words.removesuffix(" "))
+
+    if isinstance(config, PredictConfig):
+        offer("", "batch_size", config)
+        return found
+    if isinstance(config, QaConfig | BamConfig):
+        offer("", "features.batch_size", config)
+        return found
+    key = "train.device_batch_size"
+    offer("", key, config)
+    saving = replace(config, train=replace(config.train, activation_checkpointing=True))
+    if not config.train.activation_checkpointing:
+        offer("train.activation_checkpointing=true ", key, saving)
+    if config.model.strategy == "full":
+        light = replace(saving, model=replace(config.model, strategy="lora"))
+        offer("model.strategy=lora train.activation_checkpointing=true ", key, light)
+    shared = replace(saving, train=replace(saving.train, sharding="full"))
+    for count in (2, 4, 8, 16, 32, 64):
+        if count >= gpus and len(found) < 3 and room(shared, count):
+            offer(f"{count} GPUs with train.sharding=full train.activation_checkpointing=true ", key, shared, count)
+            break
+    return found
+
+
+def _asked(config: Settings) -> int:
+    return work_of(config, 1, "")[0].samples
+
+
+class _Need:
+    """The memory of one `Work` on each of `gpus` GPUs, by part, for any number of samples."""
+
+    def __init__(self, bare: _Bare, work: Work, gpus: int) -> None:
+        self.bare, self.work = bare, work
+        train = work.train
+        self.dtype = resolve_dtype("bfloat16" if work.model.dtype == "auto" else work.model.dtype)
+        sizes = bare.sizes(work)
+        shared = gpus if train is not None and train.sharding == "full" else 1
+        kept = torch.float32 if work.model.strategy == "full" else self.dtype  # as where all of it trains
+        self.fixed = {
+            "weights": (sizes.frozen * kept.itemsize + sizes.trained * 4) / shared,
+            "gradients": sizes.trained * 4 / shared,
+            "optimizer": sizes.trained * 8 / shared if train is not None else 0,
+            "layers gathered from other GPUs": 0 if shared == 1 else (sizes.outside + 2 * sizes.layer) * kept.itemsize,
+        }
+        if train is None:
+            self.fixed["gradients"] = 0
+        self.of_one, self.of_two = (self.bare.count(work, self.dtype, samples) for samples in (1, 2))
+
+    def flops(self, samples: int) -> float:
+        """Operations of a micro-batch, towers included."""
+        towers: float = 2 * self.bare.tower_parameters * TOWER_POSITIONS * self.work.tokens * samples
+        passes = 3 if self.work.train is not None and self._trains_towers else 1
+        language = _line(self.of_one.flops, self.of_two.flops, samples)
+        return language + passes * towers
+
+    @property
+    def _trains_towers(self) -> bool:
+        return self.work.model.strategy == "full" and not self.work.frozen_towers
+
+    def parts(self, samples: int) -> dict[str, float]:
+        """Bytes by part. What lives one after the other counts once: the towers' own peak, the language model's."""
+        activations = _line(self.of_one.bytes, self.of_two.bytes, samples)
+        towers = self.bare.tower_bytes(self.work, self.dtype, self._trains_towers) * samples
+        train = self.work.train
+        if train is not None and self._trains_towers:
+            moving = {"activations": activations, "activations of media towers": towers}
+        else:
+            moving = {"activations": max(activations, towers)}
+        grown = self.bare.cache_bytes(self.dtype) * max(0, self.work.cached - self.work.tokens)
+        cache = grown + self.bare.cache_bytes(self.dtype) * self.work.tokens if self.work.cached else 0
+        return self.fixed | moving | {"keys and values": cache * samples}
+
+    def total(self, samples: int) -> float:
+        """Bytes of all parts."""
+        return sum(self.parts(samples).values())
+
+    def largest(self, usable: float) -> int:
+        """The most samples that fit, 0 for none."""
+        one, two = self.total(1), self.total(2)
+        return 0 if one > usable else 1 + int((usable - one) / max(two - one, 1.0))
+
+
+def _line(one: float, two: float, samples: int) -> float:
+    return one + (two - one) * (samples - 1)
+
+
+class _Sizes(NamedTuple):
+    """Numbers of parameters; `outside` are those that lie in no layer, `layer` is the largest layer."""
+
+    trained: int
+    frozen: int
+    outside: int
+    layer: int
+
+
+class _Bare:
+    """A model without weights, and what it computes."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.model_class = chat.model_class(name)
+        config = read_config(name, what="the model")
+        wanted = self.model_class.config_class
+        self.config = config if isinstance(config, wanted) else wanted.from_pretrained(name)
+        self._counted: dict[tuple[Any, ...], Counted] = {}
+        self._sizes: dict[tuple[Any, ...], _Sizes] = {}
+        whole = skeleton(self.model_class, self.config)
+        layers = _layers_of(whole)
+        inside = {id(p) for layer in layers for p in layer.parameters()}
+        language = {id(p) for p in _decoder(whole).parameters()} | {id(whole.get_output_embeddings().weight)}
+        self.tower_parameters = sum(p.numel() for p in whole.parameters() if id(p) not in language)
+        self.towers = [_Tower.of(part) for part in _tower_configs(self.config, self.text_of(self.config))]
+        self.outside = sum(p.numel() for p in whole.parameters() if id(p) not in inside)
+        self.layer = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
+
+    @staticmethod
+    def text_of(config: Any) -> Any:
+        """The config of the language model."""
+        return config.get_text_config(decoder=True)
+
+    def sizes(self, work: Work) -> _Sizes:
+        """Parameters by what is trained."""
+        key = (work.model.strategy, work.model.lora_r, work.frozen_towers)
+        if key not in self._sizes:
+            model = self._prepared(work, None)
+            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            frozen = sum(p.numel() for p in model.parameters()) - trained
+            self._sizes[key] = _Sizes(trained, frozen, self.outside, self.layer)
+        found = self._sizes[key]
+        return found if work.train is not None else found._replace(trained=0, frozen=found.trained + found.frozen)
+
+    def _prepared(self, work: Work, layers: int | None) -> Any:
+        """The model as the stage trains it, still without numbers, with the first `layers` of the language model."""
+        config = deepcopy(self.config)
+        if layers is not None:
+            text = self.text_of(config)
+            text.num_hidden_layers = layers
+            if getattr(text, "layer_types", None):
+                text.layer_types = text.layer_types[:layers]
+        config._attn_implementation = "sdpa" if work.model.attention == "flash_attention_2" else work.model.attention
+        model = skeleton(self.model_class, config)
+        with torch.device("meta"):
+            if work.model.strategy == "heads":
+                model.requires_grad_(False)
+            else:
+                chat.prepare(chat.ChatModel(model, None), work.model)
+        if work.frozen_towers and work.model.strategy == "full":
+            inside = {id(p) for p in _decoder(model).parameters()} - {id(model.get_input_embeddings().weight)}
+            for parameter in model.parameters():
+                parameter.requires_grad = id(parameter) in inside
+        return model
+
+    def count(self, work: Work, dtype: torch.dtype, samples: int) -> Counted:
+        """What a micro-batch of so many samples takes, all layers of the language model together."""
+        total = self.text_of(self.config).num_hidden_layers
+        period = _period(getattr(self.text_of(self.config), "layer_types", None) or ["same"])
+        few, more = period, 2 * period
+        if total <= more:
+            return self._count(work, dtype, samples, total)
+        a, b = self._count(work, dtype, samples, few), self._count(work, dtype, samples, more)
+        steps = (total - few) / period
+        return Counted(a.bytes + (b.bytes - a.bytes) * steps, a.flops + (b.flops - a.flops) * steps)
+
+    def _count(self, work: Work, dtype: torch.dtype, samples: int, layers: int) -> Counted:
+        recompute = work.train is not None and work.train.activation_checkpointing
+        trains = work.train is not None
+        asked = (work.tokens, work.answers, work.pieces, work.frozen_towers, samples, layers)
+        key = (work.model.strategy, work.model.lora_r, dtype, recompute, trains, *asked)
+        if key not in self._counted:
+            model = self._prepared(work, layers)
+            masters = torch.float32 if work.model.strategy == "full" else dtype
+            with FakeTensorMode():
+                _give_numbers_no_values(model, masters)
+                model.train(trains)
+                if recompute:
+                    model.gradient_checkpointing_enable({"use_reentrant": False})
+                self._counted[key] = _computed(model, work, dtype, samples)
+        return self._counted[key]
+
+    def cache_bytes(self, dtype: torch.dtype) -> float:
+        """Keys and values of one token of one sample, in all layers."""
+        text = self.text_of(self.config)
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return float(2 * text.num_hidden_layers * heads * width * dtype.itemsize)
+
+    def tower_bytes(self, work: Work, dtype: torch.dtype, trained: bool) -> float:
+        """What media towers hold at once for a sample whose prompt is media alone, the larger tower of a model."""
+        recompute = work.train is not None and work.train.activation_checkpointing
+        positions = TOWER_POSITIONS * work.tokens
+        return max((tower.bytes(positions, dtype, trained, recompute) for tower in self.towers), default=0.0)
+
+
+class _Tower(NamedTuple):
+    """The dimensions of an encoder of sound or pictures."""
+
+    width: int
+    inner: int
+    depth: int
+
+    @classmethod
+    def of(cls, config: Any) -> _Tower:
+        """By the names that transformers' configs have for them."""
+
+        def first(*names: str) -> int:
+            return next(
+                (int(getattr(config, name)) for name in names if isinstance(getattr(config, name, None), int)), 0
+            )
+
+        width = first("hidden_size", "d_model", "embed_dim")
+        inner = first("intermediate_size", "encoder_ffn_dim") or 4 * width
+        return cls(width, inner, first("num_hidden_layers", "depth", "encoder_layers"))
+
+    def bytes(self, positions: int, dtype: torch.dtype, trained: bool, recompute: bool) -> float:
+        """One layer's own, 6 states and 2 inner ones; trained, some 17 states of each layer are kept (34 bytes each in
+        16 bits, arXiv 2205.05198 without attention's own), with recomputation 1."""
+        alone = positions * (6 * self.width + 2 * self.inner) * dtype.itemsize
+        if not trained:
+            return float(alone)
+        return float(alone + positions * self.width * dtype.itemsize * self.depth * (1 if recompute else 17))
+
+
+def _tower_configs(config: Any, text: Any) -> Iterator[Any]:
+    for name in ("audio_config", "vision_config"):
+        part = getattr(config, name, None)
+        if part is not None and part is not text:
+            yield part
+
+
+def _decoder(model: Any) -> nn.Module:
+    """The language model of a transformers model: what owns the table of words, and its layers."""
+    words = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is words).rpartition(".")[0]
+    owner: nn.Module = model.get_submodule(name) if name else model
+    return owner
+
+
+def _layers_of(model: Any) -> list[nn.Module]:
+    found = getattr(_decoder(model), "layers", None)
+    if not found:
+        what = f"no layers are found in the language model of {type(model).__name__}"
+        raise InputError(what, where="MODEL", fix="Use a model that transformers' own classes build.")
+    return list(found)
+
+
+def _period(kinds: Sequence[str]) -> int:
+    """After how many layers their kinds repeat."""
+    return next(n for n in range(1, len(kinds) + 1) if all(kinds[i] == kinds[i % n] for i in range(len(kinds))))
+
+
+def _give_numbers_no_values(model: nn.Module, masters: torch.dtype) -> None:
+    """Fake tensors in place of those on `meta`: they know a device and count as memory. Frozen ones in `masters`."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                dtype = torch.float32 if parameter.requires_grad else masters
+                fresh = made.get(id(parameter))
+                if fresh is None:
+                    fresh = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), parameter.requires_grad)
+                    made[id(parameter)] = fresh
+                module._parameters[name] = fresh
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes of the tensors that live, the most that lived at once, and operations of matrix products and attention."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = self.flops = 0
+        self._living: dict[int, Any] = {}
+
+    def see(self, tensor: Tensor) -> None:
+        """Count the memory of a tensor until it is freed; views share it."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._living:
+            return
+
+        def freed(_: object) -> None:
+            self.now -= size
+            self._living.pop(key, None)
+
+        self._living[key] = weakref.ref(storage, freed)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Compute, then count what came out."""
+        out = func(*args, **(kwargs or {}))
+        flops = flop_registry.get(func.overloadpacket)
+        if flops is not None:
+            self.flops += flops(*args, **(kwargs or {}), out_val=out)
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self.see(leaf)
+        return out
+
+
+def _computed(model: Any, work: Work, dtype: torch.dtype, samples: int) -> Counted:
+    """One micro-batch of the language model: forward, and where it trains backward, onto gradients that are there."""
+    ledger = _Ledger()
+    for tensor in (*model.parameters(), *model.buffers()):
+        ledger.see(tensor)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.empty_like(parameter)
+            ledger.see(parameter.grad)
+    before = ledger.peak = ledger.now
+    head, vocabulary = model.get_output_embeddings(), len(model.get_output_embeddings().weight)
+    tokens = work.tokens
+    mask = torch.ones(samples, 1, tokens, tokens, dtype=torch.bool)
+    ids = torch.zeros(samples, tokens, dtype=torch.long)
+    mixed = torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16)
+    with ledger, mixed, torch.set_grad_enabled(work.train is not None):
+        ledger.see(ids)
+        ledger.see(mask)
+        states = _decoder(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        if work.train is None:
+            head(states[:, -1]).float()
+            return Counted(ledger.peak - before, ledger.flops)
+        if work.answers:
+            said = states[:, -work.answers :].flatten(0, 1)
+            size = max(1, CHUNK_VALUES // vocabulary) if work.pieces else len(said)
+            loss = _summed(lambda part: functional.cross_entropy(head(part).float(), _targets(part)), said, size)
+        else:
+            loss = states.float().mean()
+    with ledger:
+        loss.backward()  # type: ignore[no-untyped-call]
+    return Counted(ledger.peak - before, ledger.flops)
+
+
+def _targets(states: Tensor) -> Tensor:
+    return torch.zeros(len(states), dtype=torch.long)
+
+
+def _summed(loss: Callable[[Tensor], Tensor], states: Tensor, size: int) -> Tensor:
+    parts = torch.split(states, size)
+    if len(parts) == 1:
+        return loss(states)
+    return torch.stack([checkpoint(loss, part, use_reentrant=False) for part in parts]).sum()

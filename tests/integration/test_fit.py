@@ -1,0 +1,123 @@
+"""`hba fit`: what it counts without weights is what a real pass holds, and what it says can be typed."""
+
+import json
+
+import pytest
+import torch
+
+from hba.config import load_config
+from hba.errors import InputError
+from hba.fit import _Bare, _Ledger, find_gpu, fit_run, work_of
+from hba.train.config import LmConfig, SftConfig
+
+SMALL = ["atlas=x", "train.device_batch_size=3"]
+
+
+def config(cls, backbone, *more):
+    return load_config(cls, None, [f"model.name={backbone}", *SMALL, *more])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("model.strategy=lora", "model.dtype=float32"),
+        ("model.strategy=lora", "model.dtype=bfloat16"),
+        ("model.strategy=full", "model.dtype=float32"),
+        ("model.strategy=lora", "model.dtype=float32", "train.activation_checkpointing=true"),
+    ],
+    ids=["lora", "bfloat16", "full", "recomputed"],
+)
+def test_what_is_counted_without_weights_is_what_a_real_pass_holds(backbone, more):
+    settings = config(LmConfig, backbone, *more)
+    work = work_of(settings, 200, str(backbone))[0]
+    bare = _Bare(str(backbone))
+    dtype = torch.bfloat16 if "model.dtype=bfloat16" in more else torch.float32
+    counted = bare.count(work, dtype, 3).bytes
+    model = bare._prepared(work, None).to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype).normal_(std=0.01)
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    if settings.train.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    ids = torch.randint(0, 50, (3, work.tokens))
+    there = torch.ones_like(ids)
+    there[0, :5] = 0
+    ledger = _Ledger()
+    for tensor in (*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)):
+        ledger.see(tensor)
+    before = ledger.peak = ledger.now
+    with ledger, torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+        head = model.get_output_embeddings()
+        last = head.register_forward_pre_hook(lambda _, args: (args[0][:, -work.answers :].flatten(0, 1),))
+        logits = model(input_ids=ids, attention_mask=there, use_cache=False).logits
+        last.remove()
+        loss = torch.nn.functional.cross_entropy(logits.float(), ids[:, -work.answers :].flatten())
+        del logits
+    with ledger:
+        loss.backward()
+    assert counted == pytest.approx(ledger.peak - before, rel=0.15)
+
+
+def test_weights_gradients_and_optimizer_are_exact(backbone, model):
+    numbers = sum(p.numel() for p in model.thinker.parameters())
+    found = fit_run(str(backbone), "lm", config(LmConfig, backbone, "model.strategy=full"), find_gpu("24"), tokens=[50])
+    parts = {name: round(size * 2**30) for name, size in found.parts.items()}
+    assert (parts["weights"], parts["gradients"], parts["optimizer"]) == (4 * numbers, 4 * numbers, 8 * numbers)
+    assert found.fits and found.largest > 100 and found.changes == []
+
+
+def test_more_tokens_take_more_and_every_saving_saves(backbone):
+    def total(*more, tokens=200, gpus=1):
+        settings = config(SftConfig, backbone, "model.strategy=full", *more)
+        return fit_run(str(backbone), "sft", settings, find_gpu("24"), gpus=gpus, tokens=[tokens]).total
+
+    plain = total()
+    assert total(tokens=400) > plain > total("train.activation_checkpointing=true")
+    assert plain > total("train.sharding=full", gpus=8)
+    assert total("model.strategy=lora") < plain
+
+
+def test_what_does_not_fit_says_what_to_type(hba, backbone):
+    args = ["fit", str(backbone), "--gpu", "1", "--tokens", "3000", "train.batch_size=512"]
+    code, out, _ = hba(*args)
+    assert code == 1 and "It does not fit." in out and "train.device_batch_size=" in out
+    code, out, _ = hba(*args, "--json")
+    found = json.loads(out)
+    change = next(change for change in found["changes"] if change.startswith("train.device_batch_size="))
+    assert code == 1 and not found["fits"] and found["total"] > found["usable"]
+    code, out, _ = hba(*args, change)
+    assert code == 0 and "It fits." in out
+
+
+@pytest.mark.parametrize("stage", ["sft", "lm", "qa", "bam", "rl", "predict"])
+def test_every_stage_has_an_estimate(hba, backbone, mini_atlas, stage):
+    recipe = [] if stage == "predict" else ["--config", f"{stage}_tiny"]
+    code, out, err = hba("fit", str(backbone), "--gpu", "h100", "--stage", stage, *recipe, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["stage"] == stage and found["largest"] >= 1 and found["samples_per_second"] > 0
+    assert ("keys and values" in found["parts"]) == (stage in ("predict", "rl") and found["parts"].get("optimizer", 0) == 0)
+
+
+def test_lengths_and_an_epoch_are_those_of_an_atlas(hba, backbone, mini_atlas):
+    code, out, _ = hba("fit", str(backbone), "--gpu", "24", "--config", "sft_tiny", "--atlas", str(mini_atlas), "--json")
+    found = json.loads(out)
+    assert code == 0 and found["epoch_hours"] > 0 and found["tokens"] > 100
+
+
+def test_bad_input_is_told_before_anything_is_built(hba, backbone, tmp_path):
+    with pytest.raises(InputError, match="no GPU 'h10' is known.*h100"):
+        find_gpu("h10")
+    assert find_gpu("NVIDIA H100").tflops == 989 and find_gpu("24GB").gigabytes == 24
+    for args, said in (
+        (["no/such/folder/here", "--gpu", "24"], "no/such/folder/here"),
+        ([str(backbone), "--gpu", "0"], "no GPU '0' is known"),
+        ([str(backbone), "--gpu", "24", "train.batchsize=3"], "train.batchsize"),
+    ):
+        code, _, err = hba("fit", *args)
+        assert code == 2 and said in err
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("train:\n  epochs: 1\n")
+    code, _, err = hba("fit", str(backbone), "--gpu", "24", "--config", str(recipe))
+    assert code == 2 and "--stage" in err
