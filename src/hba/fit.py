@@ -320,6 +320,7 @@ class _Bare:
         self._counted: dict[tuple[Any, ...], Counted] = {}
         self._sizes: dict[tuple[Any, ...], _Sizes] = {}
         whole = skeleton(self.model_class, self.config)
+        whole.tie_weights()
         layers = _layers_of(whole)
         inside = {id(p) for layer in layers for p in layer.parameters()}
         language = {id(p) for p in _decoder(whole).parameters()} | {id(whole.get_output_embeddings().weight)}
@@ -354,6 +355,7 @@ class _Bare:
                 text.layer_types = text.layer_types[:layers]
         config._attn_implementation = "sdpa" if work.model.attention == "flash_attention_2" else work.model.attention
         model = skeleton(self.model_class, config)
+        model.tie_weights()
         with torch.device("meta"):
             if work.model.strategy == "heads":
                 model.requires_grad_(False)

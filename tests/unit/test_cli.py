@@ -25,6 +25,7 @@ COMMANDS = {
     "atlas describe": "root --split --audio --video --transcripts --frames-per-second --workers --executor --out-format"
     " --replace --allow-failed --setup --json",
     "train sft": "overrides --config --run --allow-quarantined --json",
+    "fit": "model! overrides --gpu! --gpus --config --stage --atlas --tokens --json",
     "transfer": "overrides --config --run --heldout --allow-quarantined --json",
     "train qa": "overrides --config --from --run --allow-quarantined --json",
     "train bam": "overrides --config --from --dataset --all --allow-missing --run --allow-quarantined --json",
