@@ -26,7 +26,8 @@ import PIL.Image
 from hba import open_atlas
 from hba.config import load_config
 from hba.environment import usable_cores
-from hba.evaluate.backends import open_backend, remote
+from hba.evaluate.backends import remote
+from hba.evaluate.backends.interface import open_backend
 from hba.evaluate.config import PredictConfig
 from hba.evaluate.predict import EVERYTHING, open_rows, predict_run
 from hba.remote import RemoteClient

@@ -115,7 +115,7 @@ CASES = {
         codes=[75] * 8,
     ),
     "predict, answer": Case("predict", ("batch_size=5",), Dies(3, ANSWER, "after", call=4), 3),
-    "predict, merge": Case("predict", ("batch_size=5",), Dies(None, "hba.evaluate.shards:_merge_quarantines"), 1),
+    "predict, merge": Case("predict", ("batch_size=5",), Dies(None, "hba.evaluate.predict:_merge_quarantines"), 1),
     "predict, in words": Case("predict", IN_WORDS, Dies(0, ANSWER, call=2), 8),
 }  # fmt: skip
 HELD_OUT = "daicwoz"

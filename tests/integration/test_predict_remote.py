@@ -22,7 +22,7 @@ from hba import open_atlas
 from hba.batch.config import EncodeConfig
 from hba.config import load_config
 from hba.errors import ConfigError, InputError
-from hba.evaluate.backends import open_backend
+from hba.evaluate.backends.interface import open_backend
 from hba.evaluate.config import Opening, PredictConfig
 from hba.evaluate.predict import Selection, predict_run
 from hba.evaluate.predictions import read_predictions

@@ -20,7 +20,7 @@ from hba import open_atlas
 from hba.batch.config import EncodeConfig
 from hba.batch.encode import Encoder, collate
 from hba.errors import InputError
-from hba.evaluate.backends import LOCAL
+from hba.evaluate.backends.interface import LOCAL
 from hba.evaluate.config import PredictConfig
 from hba.evaluate.predict import EVERYTHING, open_rows
 from hba.model import OmniSapiens, chat, checkpoint

@@ -207,7 +207,7 @@ def tally_facts(tally: Tally, seconds: float) -> str:
     facts += [f"{tally.failed:,} failed"] if tally.failed else []
     facts += [f"{tally.unanswered.total():,} without an answer"] if tally.unanswered else []
     facts += [f"{tally.quarantined:,} left out"] if tally.quarantined else []
-    facts += [f"{tally.endings.n_cut:,} cut off"] if tally.endings.n_cut else []
+    facts += [f"{tally.n_cut:,} cut off"] if tally.n_cut else []
     facts += [] if tally.meter is None else [tally_cost(tally.meter)]
     if tally.tokens_in + tally.tokens_out:
         facts.append(f"{(tally.tokens_in + tally.tokens_out) / max(seconds, 1e-3):,.0f} tokens/s")

@@ -14,8 +14,7 @@ from hba.errors import InputError
 
 if TYPE_CHECKING:
     from hba.evaluate.estimate import Estimate
-    from hba.evaluate.predict import PredictSummary
-    from hba.evaluate.shards import Shard
+    from hba.evaluate.predict import PredictSummary, Shard
 
 
 BACKENDS = "heads (a checkpoint), hf (chat models), openai (or compatible), anthropic, google, vllm, majority or random"
@@ -47,14 +46,11 @@ def predict_command(
     from hba.cli.options import tallied
     from hba.config import load_config
     from hba.evaluate.config import PredictConfig
-    from hba.evaluate.predict import Selection
-    from hba.evaluate.shards import launched_shard, parse_shard
+    from hba.evaluate.predict import Selection, launched_shard, open_rows, parse_shard, predict_run
 
     settings = load_config(PredictConfig, None, [*served(base_url), *(overrides or [])])
     folder = run or _run_folder(model)
     selection = Selection(limit=limit, per_dataset=per_dataset, channels=_names(modalities), datasets=_names(datasets))
-    from hba.evaluate.predict import open_rows, predict_run
-
     if dry_run:
         from hba.evaluate.estimate import estimate
 
@@ -102,8 +98,8 @@ def _record(summary: PredictSummary, folder: Path) -> dict[str, object]:
         "failed": tally.failed,
         "unanswered": tally.unanswered.total(),
         "invalid": tally.invalid,
-        "cut": tally.endings.n_cut,
-        "filtered": tally.endings.n_filtered,
+        "cut": tally.n_cut,
+        "filtered": tally.n_filtered,
         "skipped": summary.skipped,
         "quarantined": len(summary.quarantined),
         "merged": summary.merged,
@@ -118,8 +114,8 @@ def _show(summary: PredictSummary, folder: Path, share: Shard | None) -> None:
     facts = [f"{summary.predicted:,} predictions in {bold(folder)}"]
     facts += [f"{summary.skipped:,} rows left out that the model is not trained to answer"] if summary.skipped else []
     facts += [f"{tally.invalid:,} answers mean no label and count as wrong"] if tally.invalid else []
-    facts += [f"{tally.endings.n_cut:,} were cut off at generation.max_tokens"] if tally.endings.n_cut else []
-    facts += [f"{tally.endings.n_filtered:,} were stopped by a filter"] if tally.endings.n_filtered else []
+    facts += [f"{tally.n_cut:,} were cut off at generation.max_tokens"] if tally.n_cut else []
+    facts += [f"{tally.n_filtered:,} were stopped by a filter"] if tally.n_filtered else []
     of = "" if share is None else f" of one of {share.count} processes"
     facts += [] if tally.meter is None else [f"{tally_cost(tally.meter)} in this session{of}"]
     facts += [] if summary.merged else ["other shards are not done: whichever ends last merges all"]

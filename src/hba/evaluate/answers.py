@@ -7,7 +7,8 @@ is denied ("no signs of depression", "not sad but happy") is kept whole: in a ta
 elsewhere it is no mention. Words are those of the taxonomy and, in English, Chinese and Spanish, of `answers.yaml`.
 
 `extract(text, published=True)` and `published_label` are the strict reading of the released evaluation.
-Invariant: every text is read without an error, in time linear in its length.
+Invariant: every text is read without an error, in time linear in its length. A change by which a text may be read as
+another label raises `predictions.READING_VERSION`.
 """
 
 from __future__ import annotations
@@ -26,8 +27,6 @@ from typing import Any, NamedTuple
 import yaml
 
 from hba.taxonomy import BUILTIN, Taxonomy, plain_label, visible
-
-READING_VERSION = 3  # raised when a text may be read as another label than before
 
 RULES: Mapping[str, str] = {
     "unanswered": "thinking that never ended, or nothing behind it: no answer",

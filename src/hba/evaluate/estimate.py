@@ -12,15 +12,15 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from hba.atlas import Atlas
 from hba.evaluate.backends.remote import check_media
 from hba.evaluate.config import Opening
-from hba.evaluate.predictions import read_predictions
-from hba.evaluate.shards import done_elsewhere
+from hba.evaluate.predict import done_elsewhere
+from hba.evaluate.predictions import PREDICTIONS, Asked, read_predictions
 from hba.remote import ClientConfig
 from hba.remote.cost import find_price
 from hba.remote.providers import PROVIDERS
@@ -54,15 +54,6 @@ class Estimate:
         return asdict(self)
 
 
-class Counted(Protocol):
-    """A record that says the tokens of its request and reply, None where the server did not."""
-
-    @property
-    def tokens_in(self) -> int | None: ...
-    @property
-    def tokens_out(self) -> int | None: ...
-
-
 class Payee(NamedTuple):
     """Who is asked: a backend (free unless it is a provider's), a model, and where its client finds prices."""
 
@@ -78,7 +69,7 @@ def expected(
     left: int,
     requests: int,
     tokens: tuple[int, int],
-    before: Iterable[Counted],
+    before: Iterable[Asked],
 ) -> Estimate:
     """The estimate for `left` of the rows whose datasets are given, in `requests` requests at most.
 
@@ -113,7 +104,7 @@ def estimate(opening: Opening, folder: Path) -> Estimate:
     count = int(left.sum())
     tokens = (int(_rough_tokens(opening)[left].sum()), count * opening.config.generation.max_tokens)
     datasets = (atlas.columns.datasets[code] for code in atlas.columns.dataset_codes.tolist())
-    path = folder / "predictions.jsonl"
+    path = folder / PREDICTIONS
     before = read_predictions(path, atlas.taxonomy) if path.is_file() else []
     payee = Payee(opening.backend, opening.model, opening.config.remote)
     return expected(payee, datasets, left=count, requests=count, tokens=tokens, before=before)
@@ -125,7 +116,7 @@ def _same_rows(folder: Path, atlas: Atlas) -> bool:
     return path.is_file() and read_json(path)["data"]["fingerprint"] == atlas.fingerprint
 
 
-def _mean(records: Iterable[Counted]) -> tuple[float, float] | None:
+def _mean(records: Iterable[Asked]) -> tuple[float, float] | None:
     """Mean tokens in and out of the records that say both; None where none does."""
     known = [(r.tokens_in, r.tokens_out) for r in records if r.tokens_in is not None and r.tokens_out is not None]
     return (sum(i for i, _ in known) / len(known), sum(o for _, o in known) / len(known)) if known else None

@@ -18,8 +18,9 @@ from statistics import fmean
 from typing import Any
 
 from hba.errors import InputError, nearest
+from hba.evaluate.predictions import PREDICTIONS
 from hba.evaluate.results import FILE, MAX_FAILED, SCANT, TEST, Metrics
-from hba.evaluate.runs import ASKED, PREDICTIONS, open_run
+from hba.evaluate.runs import ASKED, open_run
 from hba.taxonomy import PUBLISHED, TASKS, published_table
 
 SOURCES = {

@@ -1,59 +1,73 @@
-"""From an atlas to predictions.jsonl, through any backend.
+"""From an atlas to predictions.jsonl, through any backend, in one process or in several.
 
-A backend (`hba.evaluate.backends`) answers rows in its own order; this module owns the rest: which rows, resume by
-sample id, files, quarantine. A prediction is appended as soon as it is there, so that a killed run goes on where it
-stopped. A sample whose medium cannot be read gets no prediction; it is quarantined and counted. A row to which a
-service gave no answer gets none either: it stays open, and the same command asks it again.
+A backend (`hba.evaluate.backends`) answers rows in its own order; this module owns the rest: which rows, who of several
+processes asks which, resume by sample id, files, quarantine. A prediction is appended as soon as it is there, so that a
+killed run goes on where it stopped. A sample whose medium cannot be read gets no prediction; it is quarantined and
+counted. A row to which a service gave no answer gets none either: it stays open, and the same command asks it again.
+
+Shard i of N takes every N-th batch of the rows that are asked together. It writes `shards/i-of-N/` of the run folder;
+whoever finds all rows done, the last shard or a later run without shards, puts everything into the run's own files and
+removes the folder `shards`. What any shard has done counts as done for all, so that a run may go on with another N. The
+machines must share the run folder, on a file system with locks. Nothing that a shard finds ends it with a failure,
+since a launcher then ends the others: whoever merges speaks for the run, its exit code included.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence, Set
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import msgspec
 import numpy as np
 
 from hba.atlas import Atlas, data_record, open_atlas
-from hba.atlas.rows import Quarantined, Row
+from hba.atlas.rows import Quarantined
 from hba.batch.config import WINDOWS_ARE_FOR_HEADS, EncodeConfig
 from hba.batch.prompt import Modality
 from hba.batch.sampler import Indices, subsample
 from hba.errors import ConfigError, InputError, nearest
-from hba.evaluate.answers import READING_VERSION, read
-from hba.evaluate.backends import LOCAL, WORDLESS, detect, known, open_backend
-from hba.evaluate.backends.interface import Backend, Unanswered, answerable, predict
+from hba.evaluate.backends.interface import (
+    LOCAL,
+    WORDLESS,
+    Backend,
+    Unanswered,
+    answerable,
+    detect,
+    known,
+    open_backend,
+    predict,
+)
 from hba.evaluate.config import DEFAULT_FORMAT, Opening, PredictConfig
 from hba.evaluate.predictions import (
+    PREDICTIONS,
+    READING_VERSION,
+    Line,
     Prediction,
     PredictionLog,
     Tally,
     each_prediction,
     ids_sha256,
     read_predictions,
+    was_cut,
     write_predictions,
 )
-from hba.evaluate.results import was_cut
-from hba.evaluate.shards import (
-    PATIENCE_SECONDS,
-    Shard,
-    done_elsewhere,
-    leave_nothing,
-    merge,
-    merge_when_done,
-    merged_since,
-    take_gpus,
-)
 from hba.remote import ServiceError
-from hba.run import QuarantineLog, locked_folder
-from hba.storage import read_json, write_json
-from hba.taxonomy import BUILTIN, Taxonomy, save_beside
+from hba.run import FolderInUseError, QuarantineLog, locked_folder
+from hba.storage import AppendLog, read_json, write_json
+from hba.taxonomy import Taxonomy, save_beside
+
+T = TypeVar("T")
+
 
 # Which rows of a split are predicted, and which media of theirs reach the model.
 #
@@ -154,24 +168,107 @@ def sample_groups(atlas: Atlas) -> dict[str, str]:
         if field is not None:
             named[key] = f"{field}: {extra[field]}"
             continue
-        path = _first_medium(row)
+        path = next((p for p in (*row.videos[:1], *row.audios[:1], *row.images[:1]) if p != UNNAMED), None)
         if path is not None:
-            told = _told_by_name(atlas.taxonomy.dataset(row.dataset).group, path)
-            (named if told else shared)[key] = told or path
+            pattern = atlas.taxonomy.dataset(row.dataset).group
+            told = re.search(pattern, PurePosixPath(path).name) if pattern else None
+            (named if told else shared)[key] = f"file name: {told[1]}" if told else path
     found = named | shared
     # Groups are drawn within a dataset: a clip that one row of each of two datasets has joins nothing.
     sizes = Counter((datasets[key], group) for key, group in found.items())
     return {key: group for key, group in found.items() if sizes[datasets[key], group] > 1}
 
 
-def _first_medium(row: Row) -> str | None:
-    paths = (*row.videos[:1], *row.audios[:1], *row.images[:1])
-    return next((path for path in paths if path != UNNAMED), None)
+# Which process asks what: its share of the batches, and its GPUs.
 
 
-def _told_by_name(pattern: str | None, path: str) -> str | None:
-    found = re.search(pattern, PurePosixPath(path).name) if pattern else None
-    return f"file name: {found[1]}" if found else None
+# (rank, number of processes, rank on its machine) as torchrun and accelerate launch, and as srun say it. A batch script
+# has SLURM_NTASKS too, without being one of the tasks.
+LAUNCHERS = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+)
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Shard `number` (from 1) of `count`; `device` is its place among the processes that a launcher started on this
+    machine, None without a launcher."""
+
+    number: int
+    count: int
+    device: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Such as 2-of-4."""
+        return f"{self.number}-of-{self.count}"
+
+    def folder(self, run: Path) -> Path:
+        """Where its predictions go."""
+        return run / "shards" / self.name
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """Every N-th of the items."""
+        return items[self.number - 1 :: self.count]
+
+
+def parse_shard(text: str) -> Shard:
+    """The shard that 'i/N' names, i from 1 to N. Raises InputError for anything else."""
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+        raise InputError(f"no shard {text!r}", where="--shard", fix="Write i/N with i from 1 to N, such as 1/4.")
+    return Shard(int(number), int(count))
+
+
+def launched_shard(environment: Mapping[str, str] = os.environ) -> Shard | None:
+    """The share of this process under torchrun, accelerate launch or srun; None for one process alone."""
+    for rank, world, local in LAUNCHERS:
+        if int(environment.get(world, "1")) > 1 and rank in environment:
+            return Shard(int(environment[rank]) + 1, int(environment[world]), int(environment.get(local, "0")))
+    return None
+
+
+def take_gpus(shard: Shard, each: int, *, shared: bool, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Show this process its own `each` GPUs alone, of those that its machine shows to all, by CUDA_VISIBLE_DEVICES.
+
+    Names in that list may be numbers, UUIDs or MIG devices. Where srun has dealt out GPUs already, nothing changes.
+    With `shared`, processes may have a GPU together where there are too few. Nothing happens where there is none.
+    Raises ConfigError for too few GPUs, and when CUDA has started, which reads the list once.
+    """
+    seen = _visible(environment)
+    dealt_out = "LOCAL_RANK" not in environment and ("SLURM_GPUS_PER_TASK" in environment or len(seen) == each)
+    if not seen or dealt_out:
+        return
+    if each > len(seen):
+        what = f"{each} GPUs are wanted for each process, but {len(seen)} can be seen"
+        raise ConfigError(what, where=VISIBLE, fix=f"Set vllm.tensor_parallel_size={len(seen)} or less.")
+    first = (shard.device or 0) * each
+    if first + each > len(seen):
+        if not shared:
+            fits = len(seen) // each
+            what = f"{len(seen)} GPUs are enough for {fits} processes of {each}, and this is number {first // each + 1}"
+            raise ConfigError(what, where=VISIBLE, fix=f"Start {fits} on this machine (--nproc-per-node {fits}).")
+        first %= len(seen)
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        raise ConfigError("CUDA has started already", where=VISIBLE, fix="Predict before anything uses a GPU.")
+    environment[VISIBLE] = ",".join(seen[first : first + each])
+
+
+def _visible(environment: Mapping[str, str]) -> list[str]:
+    """The GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES has; CUDA does not start for it."""
+    if VISIBLE not in environment:
+        import torch  # asks the driver's library, which starts nothing
+
+        return [str(number) for number in range(torch.cuda.device_count())]
+    named: list[str] = []
+    for name in map(str.strip, environment[VISIBLE].split(",")):
+        if not name or name.startswith("-"):  # CUDA, too, reads no further
+            break
+        named.append(name)
+    return named
 
 
 # --- the run of predictions -------------------------------------------------------------------------------------------
@@ -239,8 +336,8 @@ def predict_run(
         if shard is None:
             merge(folder, taxonomy)
         if retry_failed:
-            forget_failed(own / "predictions.jsonl", taxonomy)
-        done = done_elsewhere(folder, own / "predictions.jsonl", failed=not retry_failed)
+            forget_failed(own / PREDICTIONS, taxonomy)
+        done = done_elsewhere(folder, own / PREDICTIONS, failed=not retry_failed)
         share = batches if shard is None else shard.share(batches)
         launched = shard is not None and shard.device is not None
         if came_late := launched and not retry_failed and merged_since(folder, began):
@@ -277,30 +374,25 @@ def open_rows(
     """The chosen rows, and how they reach the model. Raises InputError for a bad backend, atlas or selection."""
     name = detect(model) if backend is None else known(backend)
     rows = selection.rows(open_atlas(atlas, split=split))
-    encode = config.encode or (_trained_encode(model) if name in LOCAL else None) or EncodeConfig()
-    chosen = selection.media(encode)
+    trained_encode = None
+    formats: tuple[str, ...] | None = None
+    if name in LOCAL:
+        from hba.model import checkpoint  # imports torch
+
+        trained_encode = checkpoint.encode_config(model)
+        formats = checkpoint.answer_formats(model) if name not in WORDLESS else None
+    chosen = selection.media(config.encode or trained_encode or EncodeConfig())
     if chosen.long_audio == "windows" and name not in WORDLESS:
         found = "windows of a sound are averaged by heads, and this backend answers in words"
         raise ConfigError(found, where="encode.long_audio", fix=WINDOWS_ARE_FOR_HEADS)
-    config, note = _in_format(model, name, config)
+    config, note = _in_format(model, formats, config)
     return Opening(model=model, backend=name, place=atlas, atlas=rows, config=config, encode=chosen, note=note)
 
 
-def _trained_encode(model: str) -> EncodeConfig | None:
-    from hba.model import checkpoint  # imports torch
+def _in_format(model: str, trained: tuple[str, ...] | None, config: PredictConfig) -> tuple[PredictConfig, str | None]:
+    """`config` with the format that a checkpoint was `trained` in where none is named, and what the user should know.
 
-    return checkpoint.encode_config(model)
-
-
-def _trained_formats(model: str) -> tuple[str, ...] | None:
-    from hba.model import checkpoint  # imports torch
-
-    return checkpoint.answer_formats(model)
-
-
-def _in_format(model: str, backend: str, config: PredictConfig) -> tuple[PredictConfig, str | None]:
-    """`config` with the format that a checkpoint was trained in where none is named, and what the user should know."""
-    trained = _trained_formats(model) if backend in ("hf", "vllm") else None
+    None is for what is no checkpoint of ours."""
     asked = config.generation.format
     if trained is None:
         return config, None
@@ -352,12 +444,12 @@ def _append_predictions(
     `elsewhere` are ids that are done in other files of the run.
     """
     rows = np.concatenate(batches).tolist() if batches else []
-    path, tally = own / "predictions.jsonl", Tally(total=len(rows), meter=backend.meter)
+    tally = Tally(total=len(rows), meter=backend.meter)
 
-    def count(prediction: Prediction) -> None:
-        tally.add(prediction, labelled=_labelled(prediction, atlas), fresh=False)
+    def count(prediction: Prediction, *, fresh: bool = False) -> None:
+        tally.add(prediction, labelled=not atlas.taxonomy.dataset(prediction.dataset).free_form, fresh=fresh)
 
-    with PredictionLog(path, atlas.taxonomy, count) as log, QuarantineLog(own) as quarantine:
+    with PredictionLog(own / PREDICTIONS, atlas.taxonomy, count) as log, QuarantineLog(own) as quarantine:
         done = log.done_ids() | elsewhere
         tally.done = sum(atlas.ids[row] in done for row in rows)
         left = tally.done < len(rows)
@@ -372,7 +464,7 @@ def _append_predictions(
                     tally.unanswered[step.reason] += 1
                 else:
                     log.append(replace(step, group=groups.get(step.id)))
-                    tally.add(step, labelled=_labelled(step, atlas), fresh=True)
+                    count(step, fresh=True)
                 progress(tally)
         except ServiceError as error:
             what = f"{error.what}; {len(log.done_ids()):,} of {len(rows):,} rows are answered and kept in {own}"
@@ -396,21 +488,128 @@ def _summary(
 def _whole_run(folder: Path, total: int, atlas: Atlas, backend: Backend) -> PredictSummary:
     """The summary of a run of `total` rows whose shards are merged."""
     tally, answered = Tally(total=total, meter=backend.meter), set()
-    for prediction in each_prediction(folder / "predictions.jsonl", atlas.taxonomy):
-        tally.add(prediction, labelled=_labelled(prediction, atlas), fresh=False)
+    for prediction in each_prediction(folder / PREDICTIONS, atlas.taxonomy):
+        tally.add(prediction, labelled=not atlas.taxonomy.dataset(prediction.dataset).free_form, fresh=False)
         answered.add(prediction.id)
     return _summary(tally, answered, QuarantineLog(folder), atlas, backend)
 
 
-def _labelled(prediction: Prediction, atlas: Atlas) -> bool:
-    return not atlas.taxonomy.dataset(prediction.dataset).free_form
+# --- the files of a run, its own and those of its shards --------------------------------------------------------------
+
+
+FILES = (PREDICTIONS, "quarantine.jsonl")
+PATIENCE_SECONDS = 120.0
+"""for the run's lock, which processes of one run hold for moments, or for as long as one puts everything together"""
+_line = msgspec.json.Decoder(Line)
+
+
+def _written(run: Path, name: str = PREDICTIONS) -> list[Path]:
+    """The run's own file of that name, if it is there, and those of its shards."""
+    return [file for file in (run / name, *sorted(run.glob(f"shards/*/{name}"))) if file.is_file()]
+
+
+def _mended(file: Path, taxonomy: Taxonomy) -> list[Prediction]:
+    AppendLog(file).close()  # cuts off a line that a kill left torn
+    return read_predictions(file, taxonomy)
+
+
+def done_elsewhere(run: Path, besides: Path | None = None, *, failed: bool = True) -> set[str]:
+    """The ids with a prediction in the run's own file or in that of any shard, whoever is writing there.
+
+    The file `besides` is left out, and unless `failed`, what failed.
+    """
+    lines = (line for file in _written(run) if file != besides for line in _whole_lines(file))
+    return {line.id for line in lines if failed or not line.failed}
+
+
+def _settled(run: Path, *, retry_failed: bool) -> set[str]:
+    """The ids of which this command has nothing more to say: answered, or failed or quarantined in a shard.
+
+    What the run itself has in quarantine was left out by an earlier command and is tried again; so is what failed
+    there, with `retry_failed`.
+    """
+    found = done_elsewhere(run, failed=not retry_failed)
+    return found | {line.id for name in FILES for file in run.glob(f"shards/*/{name}") for line in _whole_lines(file)}
+
+
+def _whole_lines(file: Path) -> Iterator[Line]:
+    """The lines that are written to their end."""
+    with file.open("rb") as handle:
+        yield from (_line.decode(line) for line in handle if line.endswith(b"\n"))
+
+
+def merge(run: Path, taxonomy: Taxonomy) -> bool:
+    """Put what all shards have into the run's own files and remove theirs; False where there is none.
+
+    The caller holds the run's lock. Killed at any point, it can be done again. Raises FolderInUseError when a shard is
+    still being predicted.
+    """
+    folders = sorted(path for path in run.glob("shards/*") if path.is_dir())
+    if not folders:
+        return False
+    with ExitStack() as locks:
+        for folder in folders:
+            locks.enter_context(locked_folder(folder))
+        kept: dict[str, Prediction] = {}
+        for file in _written(run):
+            for prediction in _mended(file, taxonomy):
+                if prediction.id not in kept or kept[prediction.id].failed:  # a row that failed was asked again
+                    kept[prediction.id] = prediction
+        write_predictions(run / PREDICTIONS, kept.values())
+        _merge_quarantines(run, folders)
+        shutil.rmtree(run / "shards", ignore_errors=True)
+    return True
+
+
+def _merge_quarantines(run: Path, folders: Sequence[Path]) -> None:
+    with QuarantineLog(run) as own:
+        for folder in folders:
+            with QuarantineLog(folder) as log:
+                for record in log.records():
+                    own.add(Quarantined(**{name: record.get(name, "") for name in Quarantined._fields}))
+
+
+def merge_when_done(run: Path, wanted: set[str], taxonomy: Taxonomy, *, retry_failed: bool) -> bool:
+    """Merge if every id of `wanted` is predicted or quarantined; False while shards are at work, and where another did.
+
+    Shards that end together may each find the other's lock taken; each lets go of its own before, so that one merges.
+    """
+    if not wanted <= _settled(run, retry_failed=retry_failed):
+        return False
+    try:
+        with locked_folder(run):
+            return merge(run, taxonomy)
+    except FolderInUseError:  # by another process, which is about to do the same
+        return False
+
+
+def merged_since(run: Path, began: float) -> bool:
+    """Whether shards were merged after `began`, in seconds since the epoch, and no shard has been at work since.
+
+    The processes of a launcher do not start at once: one may come when the others have found that all is done.
+    """
+    merged = run / PREDICTIONS
+    at_work = any((run / "shards").glob("*/*.jsonl"))
+    return merged.is_file() and merged.stat().st_mtime >= began and not at_work
+
+
+def leave_nothing(run: Path, shard: Shard) -> None:
+    """Remove the folder of a shard that had nothing to do; the run may have been merged before it came.
+
+    The caller holds both locks.
+    """
+    own = shard.folder(run)
+    if not any((own / name).is_file() and (own / name).stat().st_size for name in FILES):
+        shutil.rmtree(own, ignore_errors=True)
+        if not any((run / "shards").glob("*")):
+            shutil.rmtree(run / "shards", ignore_errors=True)
 
 
 def forget_failed(path: Path, taxonomy: Taxonomy) -> int:
     """Take the failed predictions out of a file, so that they are asked again; how many there were."""
     if not path.is_file():
         return 0
-    found = _kept(path, taxonomy)
+    found = _mended(path, taxonomy)
     kept = [prediction for prediction in found if not prediction.failed]
     if len(kept) < len(found):
         write_predictions(path, kept)
@@ -424,17 +623,19 @@ def read_anew(folder: Path, atlas: Atlas, *, alone: bool) -> None:
     """
     path = folder / "predict.json"
     settings = read_json(path)
-    files = [f for f in (folder / "predictions.jsonl", *folder.glob("shards/*/predictions.jsonl")) if f.is_file()]
+    files = _written(folder)
     in_words = "format" in (settings.get("identity") or {})
     if settings.get("reading") == READING_VERSION or not files or not in_words:
         return
     if not alone:
         what = "answers were read by an older version of hba, and would be mixed with others"
         raise InputError(what, where=str(folder), fix="Run the command once without shards: it reads them anew.")
+    from hba.evaluate.answers import read
+
     prompts = {key: row.problem for key, row, _ in atlas.said()}
     for file in files:
         found = []
-        for old in _kept(file, atlas.taxonomy):
+        for old in _mended(file, atlas.taxonomy):
             if old.output is not None and old.probs is None and old.id in prompts:
                 prompt, cut = prompts[old.id], was_cut(old.finish)
                 rule, answer, label = read(old.output, old.dataset, atlas.taxonomy, prompt=prompt, cut=cut)
@@ -444,7 +645,7 @@ def read_anew(folder: Path, atlas: Atlas, *, alone: bool) -> None:
     write_json(path, {**settings, "reading": READING_VERSION})
 
 
-def start_predictions(folder: Path, settings: dict[str, Any], taxonomy: Taxonomy = BUILTIN) -> None:
+def start_predictions(folder: Path, settings: dict[str, Any], taxonomy: Taxonomy) -> None:
     """Write predict.json, or check that it says the same. Raises InputError naming what differs.
 
     Where model and atlas lie may differ, their content may not, nor what the model computes in. A folder in which
@@ -457,19 +658,13 @@ def start_predictions(folder: Path, settings: dict[str, Any], taxonomy: Taxonomy
         differing = [key for key in {**now, **before} if before.get(key) != now.get(key) and key not in unsaid]
         if not differing:
             return
-        files = [folder / "predictions.jsonl", *folder.glob("shards/*/predictions.jsonl")]
-        answered = [file for file in files if file.is_file() and any(not p.failed for p in _kept(file, taxonomy))]
-        if answered:
+        files = _written(folder)
+        if any(not p.failed for file in files for p in _mended(file, taxonomy)):
             fix = "Choose another --run, or remove predictions.jsonl and predict.json."
             raise InputError(f"holds predictions with another {', '.join(differing)}", where=str(folder), fix=fix)
         for file in files:
             file.unlink(missing_ok=True)
     write_json(path, settings)
-
-
-def _kept(file: Path, taxonomy: Taxonomy) -> list[Prediction]:
-    PredictionLog(file, taxonomy).close()  # cuts off a line that a kill left torn
-    return read_predictions(file, taxonomy)
 
 
 def _identity(settings: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ is on disk.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -21,13 +21,20 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 
 from hba.errors import InputError, TaxonomyError
-from hba.evaluate.results import Counts
 from hba.storage import AppendLog, atomic_write, json_line, json_sha256
 from hba.taxonomy import BUILTIN, Taxonomy
 
 if TYPE_CHECKING:
     from hba.remote.cost import Meter
 
+PREDICTIONS = "predictions.jsonl"
+READING_VERSION = 3  # of `hba.evaluate.answers`: raised when it may read a text as another label than before
+# What servers say of an answer that was cut off at a limit of length, and of one that a filter stopped.
+CUT = frozenset({"length", "max_tokens", "max_output_tokens", "model_length", "model_context_window_exceeded"})
+FILTERED = frozenset(
+    {"content_filter", "content_filtered", "filter", "refusal", "safety", "recitation", "blocklist", "spii"}
+    | {"prohibited_content", "image_safety", "guardrail_intervened", "sensitive"}
+)
 _OPTIONAL = ("probs", "group", "modality", "rule", "finish", "model", "left_out")
 
 MERGE = "Run the same `hba predict` command once more, without --shard: it merges the shards and answers what is left."
@@ -70,42 +77,62 @@ class Prediction:
     @property
     def failed(self) -> bool:
         """Whether the sample ended in an error without any output or answer."""
-        return has_failed(self)
+        return _failed(self)
+
+    @property
+    def spoken(self) -> str | None:
+        """The answer; None where nothing is in it."""
+        return self.answer if (self.answer or "").strip() else None
 
     def record(self) -> dict[str, Any]:
         """The line of predictions.jsonl; what not every contract has, from `probs` on, only where it is known."""
         return {key: value for key, value in asdict(self).items() if key not in _OPTIONAL or value not in (None, ())}
 
 
-class Said(Protocol):
-    """What a line says of its sample."""
+class Line(msgspec.Struct):
+    """What of a line says whether its sample is done: for counting a file of which nothing else is asked."""
+
+    id: str
+    output: str | None = None
+    answer: str | None = None
+    label: str | None = None
+    error: str | None = None
 
     @property
-    def output(self) -> str | None: ...
-    @property
-    def answer(self) -> str | None: ...
-    @property
-    def label(self) -> str | None: ...
-    @property
-    def error(self) -> str | None: ...
+    def failed(self) -> bool:
+        """As that of a `Prediction`."""
+        return _failed(self)
 
 
-def has_failed(said: Said) -> bool:
-    """Whether a sample ended in an error without any output or answer."""
-    words = (said.output or "").strip() or (said.answer or "").strip()
-    return said.error is not None and said.label is None and not words
+def _failed(line: Prediction | Line) -> bool:
+    words = (line.output or "").strip() or (line.answer or "").strip()
+    return line.error is not None and line.label is None and not words
 
 
-class FromService(Protocol):
-    """A record of what a service was asked."""
+def was_cut(finish: str | None) -> bool:
+    """Whether an answer that ended so reached a limit of length."""
+    return (finish or "").lower() in CUT
+
+
+def ended_by(words: Set[str], finish: Mapping[str, int]) -> int:
+    """How many answers ended by one of `words`, of those that `finish` counts by the word for it."""
+    return sum(n for reason, n in finish.items() if reason.lower() in words)
+
+
+class Asked(Protocol):
+    """A record of what a service was asked; tokens are None where it did not say them."""
 
     @property
     def model(self) -> str | None: ...
     @property
     def left_out(self) -> tuple[str, ...]: ...
+    @property
+    def tokens_in(self) -> int | None: ...
+    @property
+    def tokens_out(self) -> int | None: ...
 
 
-def answered_by(records: Iterable[FromService]) -> dict[str, Any]:
+def answered_by(records: Iterable[Asked]) -> dict[str, Any]:
     """Which versions of a model answered, and what of the requests was not sent, with the number of records; what is
     not known is not there."""
     models: Counter[str] = Counter()
@@ -154,7 +181,7 @@ def each_prediction(path: str | Path, taxonomy: Taxonomy = BUILTIN) -> Iterator[
 
 def _lines(path: Path) -> Any:
     if not path.is_file():
-        shards = sorted(path.parent.glob("shards/*/predictions.jsonl"))
+        shards = sorted(path.parent.glob(f"shards/*/{PREDICTIONS}"))
         if shards:
             what = f"the predictions lie in {len(shards)} shards that are not merged"
             raise InputError(what, where=str(path.parent / "shards"), fix=MERGE)
@@ -300,9 +327,14 @@ class Tally:
             self.tokens_out += prediction.tokens_out or 0
 
     @property
-    def endings(self) -> Counts:
-        """How answers ended, to be counted as in metrics.json."""
-        return Counts(finish=self.finish)
+    def n_cut(self) -> int:
+        """Answers that were cut off at a limit of length."""
+        return ended_by(CUT, self.finish)
+
+    @property
+    def n_filtered(self) -> int:
+        """Answers that a filter stopped."""
+        return ended_by(FILTERED, self.finish)
 
     def quarantine(self) -> None:
         """Count a sample that was left out."""

@@ -18,26 +18,14 @@ from typing import Any, TypeVar
 import msgspec
 
 from hba.errors import InputError
+from hba.evaluate.predictions import CUT, FILTERED, ended_by
 from hba.storage import read_json
 from hba.taxonomy import BUILTIN, Taxonomy
 
 FILE, TEST = "metrics.json", "test"
 MAX_FAILED = 0.05  # a larger share of failed rows says more of a server than of a model
 SCANT = 10  # independent rows, or groups, below which an interval is not to be trusted
-# What servers say of an answer that was cut off at a limit of length, and of one that a filter stopped.
-CUT = frozenset({"length", "max_tokens", "max_output_tokens", "model_length", "model_context_window_exceeded"})
-FILTERED = frozenset(
-    {"content_filter", "content_filtered", "filter", "refusal", "safety", "recitation", "blocklist", "spii"}
-    | {"prohibited_content", "image_safety", "guardrail_intervened", "sensitive"}
-)
 T = TypeVar("T")
-
-
-def was_cut(finish: str | None) -> bool:
-    """Whether an answer that ended so reached a limit of length."""
-    return (finish or "").lower() in CUT
-
-
 Interval = tuple[float, float]
 
 
@@ -88,12 +76,12 @@ class Counts:
     @property
     def n_cut(self) -> int:
         """Answers that were cut off at a limit of length."""
-        return sum(n for reason, n in self.finish.items() if was_cut(reason))
+        return ended_by(CUT, self.finish)
 
     @property
     def n_filtered(self) -> int:
         """Answers that a filter stopped."""
-        return sum(n for reason, n in self.finish.items() if reason.lower() in FILTERED)
+        return ended_by(FILTERED, self.finish)
 
     @property
     def failed_share(self) -> float:

@@ -19,13 +19,14 @@ from hba.errors import InputError
 from hba.evaluate.judge.items import FILE as JUDGEMENTS
 from hba.evaluate.judge.items import SETTINGS, Judgement, read_judgements
 from hba.evaluate.judge.scores import Verdicts, read_verdicts
+from hba.evaluate.predictions import PREDICTIONS as PREDICTIONS
 from hba.evaluate.predictions import Prediction, answered_by, ids_sha256, read_predictions
 from hba.evaluate.results import FILE as METRICS
 from hba.evaluate.results import Metrics, convert, read_metrics, without_nan
 from hba.storage import json_sha256, read_json, read_jsonl
 from hba.taxonomy import Taxonomy, of_folder
 
-PREDICTIONS, QUARANTINE, LOG, ASKED = "predictions.jsonl", "quarantine.jsonl", "log.jsonl", "predict.json"
+QUARANTINE, LOG, ASKED = "quarantine.jsonl", "log.jsonl", "predict.json"
 
 
 @dataclass(frozen=True, kw_only=True)

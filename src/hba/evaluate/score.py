@@ -470,16 +470,9 @@ def score_predictions(
 
 
 def rows_of(predictions: Sequence[Prediction], taxonomy: Taxonomy = BUILTIN) -> Rows:
-    """Predictions as the cells that scores, intervals and comparisons are made of."""
-    answers = [_scored_answer(p, taxonomy) for p in predictions]
+    """Predictions as the cells that scores, intervals and comparisons are made of; no label, or no answer, is wrong."""
+    answers = [p.spoken if taxonomy.dataset(p.dataset).free_form else p.label for p in predictions]
     return encode(answers, [p.target for p in predictions], [p.dataset for p in predictions], taxonomy)
-
-
-def _scored_answer(prediction: Prediction, taxonomy: Taxonomy) -> str | None:
-    """The label of a classification row, the answer of a free-form one; None counts as wrong."""
-    if not taxonomy.dataset(prediction.dataset).free_form:
-        return prediction.label
-    return prediction.answer if (prediction.answer or "").strip() else None
 
 
 def _readings(
@@ -704,9 +697,8 @@ def _slices(
 
 def _generation(free_form: Sequence[Prediction]) -> dict[str, float]:
     """The accuracies of the released generation evaluation."""
-    said = [p.answer if (p.answer or "").strip() else None for p in free_form]
-    columns = ([getattr(p, name) for p in free_form] for name in ("target", "dataset", "task"))
-    return generation_metrics(said, *columns)
+    columns = ([getattr(p, name) for p in free_form] for name in ("spoken", "target", "dataset", "task"))
+    return generation_metrics(*columns)
 
 
 # --------------------------------------------------------------------------------------------------------- provenance

@@ -15,7 +15,7 @@ import yaml
 
 from hba.errors import InputError
 from hba.evaluate.answers import same_answer
-from hba.evaluate.results import was_cut
+from hba.evaluate.predictions import was_cut
 from hba.export.rows import invalid_share, read_answer, task_metric, task_score, taxonomy_of, write_documents
 from hba.storage import atomic_write
 

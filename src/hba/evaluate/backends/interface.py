@@ -1,11 +1,13 @@
-"""What a backend is: a way to answer rows of an atlas; and predictions of its answers. Runs: `hba.evaluate.predict`.
+"""What a backend is, a way to answer rows of an atlas; which there are; and predictions of their answers. Runs:
+`hba.evaluate.predict`.
 
 A backend says which rows it asks together (`batches`), draws the batches that it is given in an order of its own choice
 and yields one result a row: what it said (`Answered`, an error included), that the sample's media cannot be read
 (`Quarantined`), or that the service it asks gave nobody an answer (`Unanswered`), which is not kept and is asked again.
 Order, batching and concurrency are its own; resume, files, counts, display and who of several processes asks what are
 the run's. A backend that takes tensor batches builds on `batched_answers`, one that takes samples loops over
-`samples`.
+`samples`. To add one, write a module with `open_backend(name, Opening) -> Backend` and name it in `MODULES`; it is
+imported when it is asked for.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from importlib import import_module
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
@@ -24,14 +27,31 @@ from hba.atlas.rows import Quarantined, Sample
 from hba.batch.config import LoaderConfig
 from hba.batch.prompt import FormatMix
 from hba.batch.sampler import Indices, plan_batches
-from hba.evaluate import answers
-from hba.evaluate.predictions import Prediction
-from hba.evaluate.results import was_cut
+from hba.errors import InputError, nearest
+from hba.evaluate.predictions import Prediction, was_cut
+from hba.model.config import require_place
 from hba.taxonomy import Taxonomy
 
 if TYPE_CHECKING:
     from hba.batch.encode import Batch, SampleEncoder
+    from hba.evaluate.config import Opening
     from hba.remote.cost import Meter
+
+MODULES = {
+    "heads": "hba.evaluate.backends.heads",
+    "hf": "hba.evaluate.backends.hf",
+    "openai": "hba.evaluate.backends.remote",
+    "anthropic": "hba.evaluate.backends.remote",
+    "google": "hba.evaluate.backends.remote",
+    "vllm": "hba.evaluate.backends.vllm",
+    "majority": "hba.evaluate.backends.baselines",
+    "random": "hba.evaluate.backends.baselines",
+}
+
+# Over models on this machine: one of ours, merged ones included, says how its samples were encoded.
+LOCAL = ("heads", "hf", "vllm")
+# They answer without a word.
+WORDLESS = ("heads", "majority", "random")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +124,34 @@ class Backend(Protocol):
     def answers(self, atlas: Atlas, batches: Sequence[Indices], done: Set[str]) -> Iterator[Result]:
         """One result for each row of `batches`, which are some of its own, whose sample's id is not in `done`."""
         ...
+
+
+def open_backend(name: str, opening: Opening) -> Backend:
+    """The backend of that name, one of `MODULES`, over a model. Raises InputError for a model that it cannot use."""
+    backend: Backend = import_module(MODULES[name]).open_backend(name, opening)
+    return backend
+
+
+def known(name: str) -> str:
+    """The name of a backend. Raises InputError for another."""
+    if name not in MODULES:
+        raise InputError(f"no backend {name!r}", where="--backend", fix=nearest(name, MODULES))
+    return name
+
+
+def detect(model: str) -> str:
+    """The backend for `model` when none is named: a baseline by its name, else what its checkpoint was trained for.
+
+    Heads, which refuses what has none, for everything else: nothing is guessed. Raises InputError for a name that is
+    neither a folder nor an id of the hub: a remote model needs its backend.
+    """
+    if model in ("majority", "random"):
+        return model
+    require_place(model, also="; with --backend also the name of a remote model")
+    from hba.model import checkpoint  # not before it is needed: it imports torch
+
+    folder = checkpoint.resolve(model)
+    return "hf" if folder is not None and checkpoint.read_card(folder)["columns"] is None else "heads"
 
 
 def answerable(atlas: Atlas, backend: Backend) -> Indices:
@@ -187,6 +235,8 @@ def spoken(sample: Sample, text: str, taxonomy: Taxonomy, **known: Any) -> Outpu
     What its `finish` says was cut off at a limit is read as that. An answer that cannot even be read is an error of its
     own, with its text.
     """
+    from hba.evaluate import answers  # where nobody answers in words, no rule of reading is compiled
+
     cut = was_cut(known.get("finish"))
     try:
         rule, answer, label = answers.read(text, sample.dataset, taxonomy, prompt=sample.problem, cut=cut)
