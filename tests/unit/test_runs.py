@@ -312,7 +312,6 @@ def test_the_interval_over_seeds_and_rows_covers_what_it_promises() -> None:
     """Rows, seeds and what both do together, as logits of a right answer; the models do not differ."""
     from hba.evaluate import compare
     from hba.evaluate.metrics import encode
-    from hba.evaluate.statistics import parts
 
     covered, repeats, size = 0, 120, 150
     for repeat in range(repeats):
@@ -321,8 +320,7 @@ def test_the_interval_over_seeds_and_rows_covers_what_it_promises() -> None:
         shares_KN = 1 / (1 + np.exp(-(easy_N + rng.normal(0, 0.3, (6, 1)))))
         right_KN = rng.random((6, size)) < shares_KN
         rows = [encode(["y" if hit else "n" for hit in right], ["y"] * size, ["siq2"] * size) for right in right_KN]
-        of_datasets = zip(*(parts(run) for run in rows), strict=True)
-        drawn = [compare._of_dataset(mine, None, 300, repeat) for mine in of_datasets]
+        drawn = compare._drawn(rows, None, compare._by_cells, resamples=300, seed=repeat)
         low, high = compare._of_sides(drawn, rows[0], 3).ci95 or (1.0, 0.0)
         covered += low <= 0 <= high
     assert 0.9 <= covered / repeats <= 0.99

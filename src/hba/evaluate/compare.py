@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple, TypeVar
@@ -47,7 +48,7 @@ from hba.evaluate.statistics import (
     interval,
     line_of,
     mcnemar,
-    over_tasks,
+    mean_of_tasks,
     parts,
     permutation,
     resample,
@@ -64,79 +65,15 @@ from hba.taxonomy import BUILTIN, Taxonomy
 ACCURACIES = ("exact_match", "llm_judge_accuracy")
 MEAN = "mean over tasks"
 D = TypeVar("D", "Difference", "SeedDifference")
+L = TypeVar("L", "Difference", "SeedDifference", "Spread")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Difference:
-    """Side b minus side a in one metric; None where a score is not defined. `n` rows, worth `n_independent`.
-
-    `test` is mcnemar, permutation or bootstrap. `gained` rows are wrong in a and right in b, `lost` the other way
-    round. `p_holm` is the p-value corrected over the tasks; None for a dataset and for the mean. `note` says why
-    nothing is compared.
-    """
-
-    metric: str
-    a: float | None
-    b: float | None
-    difference: float | None
-    ci95: Interval | None
-    p_value: float | None
-    test: str
-    n: int
-    gained: int
-    lost: int
-    n_independent: float
-    p_holm: float | None = None
-    note: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Paired:
-    """Differences per task, of the mean over scored tasks, and per dataset.
-
-    A task of free-form rows that no judge has seen is compared by exact match and does not enter the mean.
-    """
-
-    tasks: Mapping[str, Difference]
-    mean: Difference | None
-    datasets: Mapping[str, Difference]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Flip:
-    """A row that one run has right and the other wrong."""
-
-    id: str
-    dataset: str
-    target: str
-    a: str | None
-    b: str | None
-    gained: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """`hba compare A B`: the paired differences, and the rows behind them.
-
-    `num_asked` is how many rows the runs were to answer, None where a run does not say. `failed` has, for each task and
-    MEAN (all rows), how many rows ended in an error in each run.
-    """
-
-    a: str
-    b: str
-    paired: Paired
-    failed: dict[str, list[int]]
-    flips: list[Flip]
-    num_rows: int
-    num_asked: int | None
-    left_out: list[int]
-    same_data: bool | None
-    """None when a run does not record its data"""
-    clustered_by: str | None
+class Recorded:
+    """A result that can be written."""
 
     def record(self) -> dict[str, Any]:
         """As JSON."""
-        return asdict(self)
+        return asdict(self)  # type: ignore[call-overload,no-any-return]
 
 
 # ---------------------------------------------------------------------------------------------------- rows of runs
@@ -147,12 +84,6 @@ class Matched(NamedTuple):
 
     predictions: list[list[Prediction]]
     left_out: list[int]
-
-
-def _opened(folders: Sequence[Path]) -> list[Run]:
-    """The runs, all read with the tasks and labels of the first: one that it does not know is refused."""
-    first = open_run(folders[0])
-    return [first, *(open_run(folder, first.taxonomy) for folder in folders[1:])]
 
 
 def match(runs: Sequence[Run], *, allow_other_data: bool = False) -> Matched:
@@ -221,218 +152,134 @@ def failed_tasks(predictions: Sequence[Sequence[Prediction]], taxonomy: Taxonomy
     return found
 
 
-def _num_asked(runs: Sequence[Run]) -> int | None:
-    """How many rows the runs were to answer; the most, where they were asked for different ones."""
-    asked = [run.num_asked for run in runs]
-    return None if None in asked else max(number for number in asked if number is not None)
+class _Runs(NamedTuple):
+    """Runs over the same rows. `failed` are the tasks that are not compared, with the reason."""
+
+    runs: list[Run]
+    predictions: list[list[Prediction]]
+    rows: list[Rows]
+    failed: dict[str, str]
+    about: dict[str, Any]
+    """what every result says of its rows: failed, num_rows, num_asked, left_out"""
+
+    @property
+    def clusters(self) -> list[str | None]:
+        """The group of each row."""
+        return [p.group for p in self.predictions[0]]
+
+    @property
+    def clustered_by(self) -> str | None:
+        """What rows are drawn together by."""
+        return "group" if any(self.clusters) else None
 
 
-# -------------------------------------------------------------------------------------------------------- two runs
+def _matched(folders: Sequence[Path], allow_other_data: bool, *, by_id: bool) -> _Runs:
+    """The run folders over the rows that all have, in the order of the first run or of their ids.
 
-
-def compare_runs(
-    a: Path,
-    b: Path,
-    *,
-    allow_other_data: bool = False,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Comparison:
-    """Compare two run folders; see `match` for what is refused."""
-    runs = _opened([a, b])
+    All are read with the tasks and labels of the first: one that it does not know is refused.
+    """
+    first = open_run(folders[0])
+    runs = [first, *(open_run(folder, first.taxonomy) for folder in folders[1:])]
     matched = match(runs, allow_other_data=allow_other_data)
-    of_a = matched.predictions[0]
-    rows = matched_rows(runs, matched)
-    known = [run.fingerprint for run in runs]
-    return Comparison(
-        a=runs[0].name,
-        b=runs[1].name,
-        paired=paired_difference(
-            *rows,
-            clusters=[p.group for p in of_a],
-            resamples=resamples,
-            seed=seed,
-            failed=failed_tasks(matched.predictions, runs[0].taxonomy),
-        ),
-        failed=failed_rows(matched.predictions, runs[0].taxonomy),
-        flips=_flips(matched, rows),
-        num_rows=len(of_a),
-        num_asked=_num_asked(runs),
-        left_out=matched.left_out,
-        same_data=None if None in known else known[0] == known[1],
-        clustered_by="group" if any(p.group for p in of_a) else None,
-    )
+    if by_id:  # so that the draws do not depend on which run is named first
+        order = sorted(range(len(matched.predictions[0])), key=lambda i: matched.predictions[0][i].id)
+        matched = matched._replace(predictions=[[mine[i] for i in order] for mine in matched.predictions])
+    asked = [run.num_asked for run in runs]
+    about = {
+        "failed": failed_rows(matched.predictions, first.taxonomy),
+        "num_rows": len(matched.predictions[0]),
+        # The most, where they were asked for different ones.
+        "num_asked": None if None in asked else max(number for number in asked if number is not None),
+        "left_out": matched.left_out,
+    }
+    failed = failed_tasks(matched.predictions, first.taxonomy)
+    return _Runs(runs, matched.predictions, _same_rows(matched_rows(runs, matched)), failed, about)
 
 
-def compare_predictions(
-    a: Sequence[Prediction],
-    b: Sequence[Prediction],
+class _Dataset(NamedTuple):
+    """One dataset in K runs: real scores [K], and resampled scores [K, R] over the same draws of rows."""
+
+    parts: Sequence[Part]
+    groups_M: Ints | None
+    scores_K: Floats
+    drawn_KR: Floats
+    units: float
+
+    @property
+    def first(self) -> Part:
+        """The dataset in the first run; truth, metric and place of the rows are those of all."""
+        return self.parts[0]
+
+    def apart(self, num_a: int) -> Drawn:
+        """The mean of the runs from `num_a` on minus that of the runs before."""
+        score = self.scores_K[num_a:].mean() - self.scores_K[:num_a].mean()
+        drawn_R = self.drawn_KR[num_a:].mean(0) - self.drawn_KR[:num_a].mean(0)
+        return Drawn(np.array([score]), drawn_R, self.units)
+
+
+def _drawn(
+    rows: Sequence[Rows],
+    clusters: Clusters | None,
+    order_of: Callable[[Sequence[Part]], list[int]],
     *,
-    taxonomy: Taxonomy = BUILTIN,
-    clusters: Sequence[str | None] | None = None,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Paired:
-    """Per task b minus a, with interval and p-value, of two sets of predictions on the same rows in the same order.
-
-    Rows that share a `group` are drawn together unless `clusters` says otherwise. Raises InputError when the rows are
-    not the same.
-    """
-    groups = [p.group for p in a] if clusters is None else clusters
-    rows = rows_of(a, taxonomy), rows_of(b, taxonomy)
-    failed = failed_tasks([a, b], taxonomy)
-    return paired_difference(*rows, clusters=groups, resamples=resamples, seed=seed, failed=failed)
-
-
-def _flips(matched: Matched, rows: Sequence[Rows]) -> list[Flip]:
-    a, b = matched.predictions
-    right_a, right_b = (cells.right() for cells in rows)
-    return [
-        Flip(id=x.id, dataset=x.dataset, target=x.target, a=x.label or x.answer, b=y.label or y.answer, gained=bool(rb))
-        for x, y, ra, rb in zip(a, b, right_a, right_b, strict=True)
-        if ra != rb
-    ]
-
-
-def paired_difference(
-    a: Rows,
-    b: Rows,
-    *,
-    clusters: Clusters | None = None,
-    resamples: int = 2000,
-    seed: int = 0,
+    resamples: int,
+    seed: int,
     published: bool = False,
-    failed: Mapping[str, str] | None = None,
-) -> Paired:
-    """Compare two runs over the same rows in the same order; 95 % intervals over `resamples` draws.
-
-    `clusters` gives each row's group key, None for a row of its own. `failed` are the tasks that are not to be
-    compared, with the reason. Raises InputError when dataset or target of a row differ, and as `statistics.bootstrap`
-    does.
-    """
-    a, b = _same_rows([a, b])
-    compared = [
-        _compared(of_a, of_b, groups_of(clusters, of_a.members_M, a), resamples, seed)
-        for of_a, of_b in zip(parts(a, published), parts(b, published), strict=True)
-    ]
-    test = _Test(resamples, seed, compared)
-    datasets = {each.a.key: _difference([each], a, test) for each in compared}
-    tasks = {}
-    for task in a.layout.taxonomy.tasks.values():
-        mine = [each for each in compared if each.a.key in task.datasets]
-        if mine:
-            tasks[task.key] = _or_failed(_difference(mine, a, test), (failed or {}).get(task.key))
-    out = _datasets_of(a, failed or {})
-    scored = [each for each in compared if each.a.in_task and each.a.key not in out]
-    mean = _or_failed(replace(_difference(scored, a, test), metric=MEAN), (failed or {}).get(MEAN)) if scored else None
-    return Paired(tasks=_with_holm(tasks), mean=mean, datasets=datasets)
+) -> list[_Dataset]:
+    """Every dataset with its resamples. Types of rows are drawn in the order of their cells: `order_of` the runs is
+    that in which cells count, and must not depend on how the runs are called."""
+    found = []
+    for mine in zip(*(parts(run, published) for run in rows), strict=True):
+        groups_M = groups_of(clusters, mine[0].members_M, rows[0])
+        order = order_of(mine)
+        columns = [(mine[k].cells_M, mine[k].size) for k in order]
+        drawn = dict(zip(order, resample(columns, groups_M, resamples, rng_of(seed, mine[0].key)), strict=True))
+        drawn_KR = np.stack([part.score(drawn[k]) for k, part in enumerate(mine)])
+        scores_K = np.concatenate([part.real() for part in mine])
+        found.append(_Dataset(mine, groups_M, scores_K, drawn_KR, effective_units(groups_M, len(mine[0].cells_M))))
+    return found
 
 
-def _datasets_of(rows: Rows, tasks: Collection[str]) -> set[str]:
-    known = rows.layout.taxonomy.tasks
-    return {key for task in tasks for key in (known[task].datasets if task in known else (task,))}
+def _by_cells(mine: Sequence[Part]) -> list[int]:
+    """The order of runs whose rows are in the order of their ids."""
+    return sorted(range(len(mine)), key=lambda k: mine[k].cells_M.tolist())
+
+
+def _turned(pair: Sequence[Part]) -> bool:
+    """Whether the second of two runs counts first, whatever the order of their rows."""
+    cells_a, cells_b = (part.cells_M.tolist() for part in pair)
+    return sorted(zip(cells_a, cells_b, strict=True)) > sorted(zip(cells_b, cells_a, strict=True))
+
+
+def _lines(
+    found: Sequence[_Dataset],
+    taxonomy: Taxonomy,
+    failed: Mapping[str, str],
+    line: Callable[[Sequence[_Dataset], str | None], L],
+) -> tuple[dict[str, L], L | None]:
+    """A line of each task that has rows, and of the mean over those that are scored. `line` is told why it must say
+    nothing, where too many rows failed."""
+    of_tasks = {task.key: [e for e in found if e.first.key in task.datasets] for task in taxonomy.tasks.values()}
+    tasks = {key: line(mine, failed.get(key)) for key, mine in of_tasks.items() if mine}
+    out = {key for task in failed for key in (taxonomy.tasks[task].datasets if task in taxonomy.tasks else (task,))}
+    scored = [each for each in found if each.first.in_task and each.first.key not in out]
+    return tasks, line(scored, failed.get(MEAN)) if scored else None
+
+
+def _defined(found: Sequence[_Dataset]) -> Sequence[_Dataset]:
+    """The datasets of a line that have a score in all runs; all where none has."""
+    return [each for each in found if not np.isnan(each.scores_K).any()] or found
+
+
+def _scores(found: Sequence[_Dataset], rows: Rows) -> Floats:
+    """What a line scores in each run [K]."""
+    return mean_of_tasks(rows.layout, {each.first.key: each.scores_K for each in found})
 
 
 def _or_failed(line: D, note: str | None) -> D:
     if note is None:
         return line
     return replace(line, a=None, b=None, difference=None, ci95=None, p_value=None, note=note)
-
-
-class _Compared(NamedTuple):
-    """One dataset in both runs: their scores on the real rows [1], the resampled differences [R]."""
-
-    a: Part
-    b: Part
-    groups_M: Ints | None
-    score_a: Floats
-    score_b: Floats
-    drawn: Drawn
-
-
-def _compared(a: Part, b: Part, groups_M: Ints | None, resamples: int, seed: int) -> _Compared:
-    pair = [b, a] if _turned(a, b) else [a, b]
-    drawn = resample([(part.cells_M, part.size) for part in pair], groups_M, resamples, rng_of(seed, a.key))
-    counts_a, counts_b = reversed(drawn) if pair[0] is b else drawn
-    score_a, score_b = a.real(), b.real()
-    units = effective_units(groups_M, len(a.cells_M))
-    return _Compared(
-        a, b, groups_M, score_a, score_b, Drawn(score_b - score_a, b.score(counts_b) - a.score(counts_a), units)
-    )
-
-
-def _turned(a: Part, b: Part) -> bool:
-    """Types of rows are drawn in the order of their cells: the same order of two runs, whichever is called a."""
-    cells_a, cells_b = a.cells_M.tolist(), b.cells_M.tolist()
-    return sorted(zip(cells_a, cells_b, strict=True)) > sorted(zip(cells_b, cells_a, strict=True))
-
-
-class _Test:
-    """The permutation test of lines that rest on few rows; what a dataset's answers exchange to is computed once."""
-
-    def __init__(self, draws: int, seed: int, compared: Sequence[_Compared]) -> None:
-        self.draws, self.seed = draws, seed
-        self._compared = {each.a.key: each for each in compared}
-        self._nulls: dict[str, Null] = {}
-
-    def p_value(self, shares: Mapping[str, float], observed: float) -> float:
-        """Of the sum of the datasets' differences with these shares."""
-        nulls = [(share, self._null(key)) for key, share in shares.items()]
-        return permutation(observed, nulls, self.draws, rng_of(self.seed, "exchanged"))
-
-    def _null(self, key: str) -> Null:
-        if key not in self._nulls:
-            a, b, groups_M, *_ = self._compared[key]
-            turned, rng = _turned(a, b), rng_of(self.seed, f"{key}, exchanged")
-            first, second = (b, a) if turned else (a, b)
-            columns = [(part.cells_M, part.size) for part in (first, second)]
-            null = exchanged(columns, first.score, second.score, groups_M, self.draws, rng)
-            self._nulls[key] = null._replace(values=-null.values) if turned else null
-        return self._nulls[key]
-
-
-def _difference(found: Sequence[_Compared], rows: Rows, test: _Test) -> Difference:
-    """One line of the comparison, of the datasets `found`: a dataset, a task or the mean over tasks."""
-    known = [each for each in found if not np.isnan(each.drawn.real[0])]
-    line = {each.a.key: each.drawn for each in known or found}
-    drawn_R, components = line_of(rows.layout, line)
-    score_a, score_b = (
-        _mean(rows, {each.a.key: getattr(each, name) for each in known or found}) for name in ("score_a", "score_b")
-    )
-    gained = sum(int((~each.a.right_M & each.b.right_M).sum()) for each in found)
-    lost = sum(int((each.a.right_M & ~each.b.right_M).sum()) for each in found)
-    first, units = found[0], min(each.drawn.units for each in found)
-    exact = len(found) == 1 and first.groups_M is None and first.a.metric in ACCURACIES
-    known_R = drawn_R[~np.isnan(drawn_R)]
-    name = "mcnemar" if exact else "permutation" if units < FEW else "bootstrap"
-    p_value = difference = None
-    if score_a is not None and score_b is not None:
-        difference = score_b - score_a
-        if exact:
-            p_value = mcnemar(gained, lost)
-        elif units < FEW:
-            p_value = test.p_value(shares_of(rows.layout, line), difference)
-        elif known_R.size:
-            p_value = bootstrap_p(known_R)
-    return Difference(
-        metric=first.a.metric,
-        a=score_a,
-        b=score_b,
-        difference=difference,
-        ci95=None if difference is None else interval(drawn_R, components),
-        p_value=p_value,
-        test=name,
-        n=sum(len(each.a.members_M) for each in found),
-        gained=gained,
-        lost=lost,
-        n_independent=units,
-    )
-
-
-def _mean(rows: Rows, scores: Mapping[str, Floats]) -> float | None:
-    """The mean over the tasks of these datasets; a dataset that is of no task stands for itself."""
-    mean = over_tasks(rows.layout, scores)[1]
-    return value(next(iter(scores.values())) if mean is None else mean)
 
 
 def _with_holm(tasks: dict[str, D]) -> dict[str, D]:
@@ -476,6 +323,221 @@ def _true_sets(rows: Rows) -> list[tuple[str, str]]:
     return [(pair.dataset, pair.true) for pair in pairs]
 
 
+# -------------------------------------------------------------------------------------------------------- two runs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Side b minus side a in one metric; None where a score is not defined. `n` rows, worth `n_independent`.
+
+    `test` is mcnemar, permutation or bootstrap. `gained` rows are wrong in a and right in b, `lost` the other way
+    round. `p_holm` is the p-value corrected over the tasks; None for a dataset and for the mean. `note` says why
+    nothing is compared.
+    """
+
+    metric: str
+    a: float | None
+    b: float | None
+    difference: float | None
+    ci95: Interval | None
+    p_value: float | None
+    test: str
+    n: int
+    gained: int
+    lost: int
+    n_independent: float
+    p_holm: float | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paired:
+    """Differences per task, of the mean over scored tasks, and per dataset.
+
+    A task of free-form rows that no judge has seen is compared by exact match and does not enter the mean.
+    """
+
+    tasks: Mapping[str, Difference]
+    mean: Difference | None
+    datasets: Mapping[str, Difference]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flip:
+    """A row that one run has right and the other wrong."""
+
+    id: str
+    dataset: str
+    target: str
+    a: str | None
+    b: str | None
+    gained: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(Recorded):
+    """`hba compare A B`: the paired differences, and the rows behind them.
+
+    `num_asked` is how many rows the runs were to answer, None where a run does not say. `failed` has, for each task and
+    MEAN (all rows), how many rows ended in an error in each run.
+    """
+
+    a: str
+    b: str
+    paired: Paired
+    failed: dict[str, list[int]]
+    flips: list[Flip]
+    num_rows: int
+    num_asked: int | None
+    left_out: list[int]
+    same_data: bool | None
+    """None when a run does not record its data"""
+    clustered_by: str | None
+
+
+def compare_runs(
+    a: Path,
+    b: Path,
+    *,
+    allow_other_data: bool = False,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Comparison:
+    """Compare two run folders; see `match` for what is refused."""
+    pair = _matched([a, b], allow_other_data, by_id=False)
+    known = [run.fingerprint for run in pair.runs]
+    how: dict[str, Any] = {"resamples": resamples, "seed": seed}
+    return Comparison(
+        a=pair.runs[0].name,
+        b=pair.runs[1].name,
+        paired=paired_difference(*pair.rows, clusters=pair.clusters, failed=pair.failed, **how),
+        flips=_flips(pair),
+        same_data=None if None in known else known[0] == known[1],
+        clustered_by=pair.clustered_by,
+        **pair.about,
+    )
+
+
+def compare_predictions(
+    a: Sequence[Prediction],
+    b: Sequence[Prediction],
+    *,
+    taxonomy: Taxonomy = BUILTIN,
+    clusters: Sequence[str | None] | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Paired:
+    """Per task b minus a, with interval and p-value, of two sets of predictions on the same rows in the same order.
+
+    Rows that share a `group` are drawn together unless `clusters` says otherwise. Raises InputError when the rows are
+    not the same.
+    """
+    groups = [p.group for p in a] if clusters is None else clusters
+    rows = rows_of(a, taxonomy), rows_of(b, taxonomy)
+    failed = failed_tasks([a, b], taxonomy)
+    return paired_difference(*rows, clusters=groups, resamples=resamples, seed=seed, failed=failed)
+
+
+def _flips(pair: _Runs) -> list[Flip]:
+    right_a, right_b = (cells.right() for cells in pair.rows)
+    return [
+        Flip(id=x.id, dataset=x.dataset, target=x.target, a=x.label or x.answer, b=y.label or y.answer, gained=bool(rb))
+        for x, y, ra, rb in zip(*pair.predictions, right_a, right_b, strict=True)
+        if ra != rb
+    ]
+
+
+def paired_difference(
+    a: Rows,
+    b: Rows,
+    *,
+    clusters: Clusters | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+    published: bool = False,
+    failed: Mapping[str, str] | None = None,
+) -> Paired:
+    """Compare two runs over the same rows in the same order; 95 % intervals over `resamples` draws.
+
+    `clusters` gives each row's group key, None for a row of its own. `failed` are the tasks that are not to be
+    compared, with the reason. Raises InputError when dataset or target of a row differ, and as `statistics.bootstrap`
+    does.
+    """
+    pair, failed = _same_rows([a, b]), failed or {}
+    how: dict[str, Any] = {"resamples": resamples, "seed": seed, "published": published}
+    found = _drawn(pair, clusters, lambda mine: [1, 0] if _turned(mine) else [0, 1], **how)
+    test, layout = _Test(resamples, seed, found), pair[0].layout
+
+    def line(mine: Sequence[_Dataset], note: str | None) -> Difference:
+        return _or_failed(_difference(mine, pair[0], test), note)
+
+    tasks, mean = _lines(found, layout.taxonomy, failed, line)
+    datasets = {each.first.key: line([each], None) for each in found}
+    return Paired(tasks=_with_holm(tasks), mean=mean and replace(mean, metric=MEAN), datasets=datasets)
+
+
+class _Test:
+    """The permutation test of lines that rest on few rows; what a dataset's answers exchange to is computed once."""
+
+    def __init__(self, draws: int, seed: int, found: Sequence[_Dataset]) -> None:
+        self.draws, self.seed = draws, seed
+        self._found = {each.first.key: each for each in found}
+        self._nulls: dict[str, Null] = {}
+
+    def p_value(self, shares: Mapping[str, float], observed: float) -> float:
+        """Of the sum of the datasets' differences with these shares."""
+        nulls = [(share, self._null(key)) for key, share in shares.items()]
+        return permutation(observed, nulls, self.draws, rng_of(self.seed, "exchanged"))
+
+    def _null(self, key: str) -> Null:
+        if key not in self._nulls:
+            dataset, rng = self._found[key], rng_of(self.seed, f"{key}, exchanged")
+            turned = _turned(dataset.parts)
+            first, second = reversed(dataset.parts) if turned else dataset.parts
+            columns = [(part.cells_M, part.size) for part in (first, second)]
+            null = exchanged(columns, first.score, second.score, dataset.groups_M, self.draws, rng)
+            self._nulls[key] = null._replace(values=-null.values) if turned else null
+        return self._nulls[key]
+
+
+def _difference(found: Sequence[_Dataset], rows: Rows, test: _Test) -> Difference:
+    """One line of the comparison, of the datasets `found`: a dataset, a task or the mean over tasks."""
+    known = _defined(found)
+    line = {each.first.key: each.apart(1) for each in known}
+    drawn_R, components = line_of(rows.layout, line)
+    score_a, score_b = (
+        value(mean_of_tasks(rows.layout, {each.first.key: each.scores_K[k : k + 1] for each in known})) for k in (0, 1)
+    )
+    right = [[part.right_M for part in each.parts] for each in found]
+    gained, lost = sum(int((~a & b).sum()) for a, b in right), sum(int((a & ~b).sum()) for a, b in right)
+    first, units = found[0], min(each.units for each in found)
+    exact = len(found) == 1 and first.groups_M is None and first.first.metric in ACCURACIES
+    known_R = drawn_R[~np.isnan(drawn_R)]
+    name = "mcnemar" if exact else "permutation" if units < FEW else "bootstrap"
+    p_value = difference = None
+    if score_a is not None and score_b is not None:
+        difference = score_b - score_a
+        if exact:
+            p_value = mcnemar(gained, lost)
+        elif units < FEW:
+            p_value = test.p_value(shares_of(rows.layout, line), difference)
+        elif known_R.size:
+            p_value = bootstrap_p(known_R)
+    return Difference(
+        metric=first.first.metric,
+        a=score_a,
+        b=score_b,
+        difference=difference,
+        ci95=None if difference is None else interval(drawn_R, components),
+        p_value=p_value,
+        test=name,
+        n=sum(len(each.first.members_M) for each in found),
+        gained=gained,
+        lost=lost,
+        n_independent=units,
+    )
+
+
 # ------------------------------------------------------------------------------------------- several runs of a model
 
 
@@ -501,7 +563,7 @@ class Spread:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Variance:
+class Variance(Recorded):
     """`hba compare --seeds`: tasks, and the mean over those that are scored."""
 
     runs: list[str]
@@ -512,58 +574,6 @@ class Variance:
     num_asked: int | None
     left_out: list[int]
 
-    def record(self) -> dict[str, Any]:
-        """As JSON."""
-        return asdict(self)
-
-
-class _Dataset(NamedTuple):
-    """One dataset in every run: real scores [K], resampled scores [K, R] over the same draws."""
-
-    part: Part
-    scores_K: Floats
-    drawn_KR: Floats
-    units: float
-
-
-class _Several(NamedTuple):
-    """Several runs over the same rows."""
-
-    names: list[str]
-    taxonomy: Taxonomy
-    matched: Matched
-    rows: Rows
-    datasets: list[_Dataset]
-    failed: dict[str, str]
-    num_asked: int | None
-
-
-def _several(folders: Sequence[Path], allow_other_data: bool, resamples: int, seed: int) -> _Several:
-    runs = _opened(folders)
-    matched = match(runs, allow_other_data=allow_other_data)
-    # In the order of the ids, so that the draws do not depend on which run is named first.
-    order = sorted(range(len(matched.predictions[0])), key=lambda i: matched.predictions[0][i].id)
-    matched = matched._replace(predictions=[[mine[i] for i in order] for mine in matched.predictions])
-    rows = _same_rows(matched_rows(runs, matched))
-    clusters = [p.group for p in matched.predictions[0]]
-    datasets = [
-        _of_dataset(mine, groups_of(clusters, mine[0].members_M, rows[0]), resamples, seed)
-        for mine in zip(*(parts(run) for run in rows), strict=True)
-    ]
-    taxonomy = runs[0].taxonomy
-    failed = failed_tasks(matched.predictions, taxonomy)
-    return _Several([run.name for run in runs], taxonomy, matched, rows[0], datasets, failed, _num_asked(runs))
-
-
-def _of_dataset(mine: Sequence[Part], groups_M: Ints | None, resamples: int, seed: int) -> _Dataset:
-    first = mine[0]
-    order = sorted(range(len(mine)), key=lambda k: mine[k].cells_M.tolist())
-    columns = [(mine[k].cells_M, mine[k].size) for k in order]
-    drawn = dict(zip(order, resample(columns, groups_M, resamples, rng_of(seed, first.key)), strict=True))
-    drawn_KR = np.stack([part.score(drawn[k]) for k, part in enumerate(mine)])
-    real_K = np.concatenate([part.real() for part in mine])
-    return _Dataset(first, real_K, drawn_KR, effective_units(groups_M, len(first.cells_M)))
-
 
 def run_variance(
     folders: Sequence[Path], *, allow_other_data: bool = False, resamples: int = 2000, seed: int = 0
@@ -571,36 +581,23 @@ def run_variance(
     """Spread of the scores of two or more run folders over the rows that all have answered."""
     if len(folders) < 2:
         raise InputError("one run has no spread", fix="Give two or more runs of the same model.")
-    several = _several(folders, allow_other_data, resamples, seed)
-    rows_KN = [[p.label or (p.answer or "").strip().lower() for p in mine] for mine in several.matched.predictions]
+    several = _matched(folders, allow_other_data, by_id=True)
+    rows_KN = [[p.label or (p.answer or "").strip().lower() for p in mine] for mine in several.predictions]
     alike_N = np.array([len(set(row)) == 1 for row in zip(*rows_KN, strict=True)], dtype=float)
-    tasks = {}
-    for task in several.taxonomy.tasks.values():
-        mine = [each for each in several.datasets if each.part.key in task.datasets]
-        if mine:
-            tasks[task.key] = _spread(mine, several.rows, alike_N, several.failed.get(task.key))
-    out = _datasets_of(several.rows, several.failed)
-    scored = [each for each in several.datasets if each.part.in_task and each.part.key not in out]
-    return Variance(
-        runs=several.names,
-        tasks=tasks,
-        mean=_spread(scored, several.rows, alike_N, several.failed.get(MEAN)) if scored else None,
-        failed=failed_rows(several.matched.predictions, several.taxonomy),
-        num_rows=len(alike_N),
-        num_asked=several.num_asked,
-        left_out=several.matched.left_out,
-    )
+    found = _drawn(several.rows, several.clusters, _by_cells, resamples=resamples, seed=seed)
+    taxonomy, line = several.runs[0].taxonomy, partial(_spread, rows=several.rows[0], alike_N=alike_N)
+    tasks, mean = _lines(found, taxonomy, several.failed, line)
+    return Variance(runs=[run.name for run in several.runs], tasks=tasks, mean=mean, **several.about)
 
 
-def _spread(found: Sequence[_Dataset], rows: Rows, alike_N: Floats, failed: str | None) -> Spread:
-    known = [each for each in found if not np.isnan(each.scores_K[0])] or found
-    mean = {e.part.key: Drawn(e.scores_K.mean(keepdims=True), e.drawn_KR.mean(0), e.units) for e in known}
-    scores_K = _mean_of_runs(rows, {each.part.key: each.scores_K for each in known})
-    scores = [None if failed else value(scores_K[k : k + 1]) for k in range(len(scores_K))]
+def _spread(found: Sequence[_Dataset], note: str | None, *, rows: Rows, alike_N: Floats) -> Spread:
+    known = _defined(found)
+    mean = {e.first.key: Drawn(e.scores_K.mean(keepdims=True), e.drawn_KR.mean(0), e.units) for e in known}
+    scores = [None if note else value(score[None]) for score in _scores(known, rows)]
     defined = [score for score in scores if score is not None]
-    members_M = np.concatenate([each.part.members_M for each in found])
+    members_M = np.concatenate([each.first.members_M for each in found])
     return Spread(
-        metric=found[0].part.metric,
+        metric=found[0].first.metric,
         scores=scores,
         mean=fmean(defined) if defined else None,
         sd=stdev(defined) if len(defined) > 1 else None,
@@ -609,13 +606,8 @@ def _spread(found: Sequence[_Dataset], rows: Rows, alike_N: Floats, failed: str 
         agreement=float(alike_N[members_M].mean()),
         n=len(members_M),
         n_independent=min(each.units for each in found),
-        note=failed,
+        note=note,
     )
-
-
-def _mean_of_runs(rows: Rows, scores: Mapping[str, Floats]) -> Floats:
-    mean = over_tasks(rows.layout, scores)[1]
-    return next(iter(scores.values())) if mean is None else mean
 
 
 # ---------------------------------------------------------------------------------------- several runs with several
@@ -649,7 +641,7 @@ class SeedDifference:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SeedComparison:
+class SeedComparison(Recorded):
     """`hba compare A... vs B...`: per task, and of the mean over those that are scored."""
 
     a: list[str]
@@ -662,10 +654,6 @@ class SeedComparison:
     num_asked: int | None
     left_out: list[int]
     clustered_by: str | None
-
-    def record(self) -> dict[str, Any]:
-        """As JSON."""
-        return asdict(self)
 
 
 def compare_seeds(
@@ -682,70 +670,58 @@ def compare_seeds(
     if min(len(a), len(b)) < 2:
         fix = "Give two or more runs on either side of `vs`, or compare one run with one: hba compare A B."
         raise InputError("one run does not say how far seeds spread", where="RUNS", fix=fix)
-    several = _several([*a, *b], allow_other_data, resamples, seed)
-    tasks = {}
-    for task in several.taxonomy.tasks.values():
-        mine = [each for each in several.datasets if each.part.key in task.datasets]
-        if mine:
-            tasks[task.key] = _or_failed(_of_sides(mine, several.rows, len(a)), several.failed.get(task.key))
-    out = _datasets_of(several.rows, several.failed)
-    scored = [each for each in several.datasets if each.part.in_task and each.part.key not in out]
+    several = _matched([*a, *b], allow_other_data, by_id=True)
+    found = _drawn(several.rows, several.clusters, _by_cells, resamples=resamples, seed=seed)
+
+    def line(mine: Sequence[_Dataset], note: str | None) -> SeedDifference:
+        return _or_failed(_of_sides(mine, several.rows[0], len(a)), note)
+
+    tasks, mean = _lines(found, several.runs[0].taxonomy, several.failed, line)
+    names = [run.name for run in several.runs]
     return SeedComparison(
-        a=several.names[: len(a)],
-        b=several.names[len(a) :],
+        a=names[: len(a)],
+        b=names[len(a) :],
         tasks=_with_holm(tasks),
-        mean=_or_failed(replace(_of_sides(scored, several.rows, len(a)), metric=MEAN), several.failed.get(MEAN))
-        if scored
-        else None,
-        failed=failed_rows(several.matched.predictions, several.taxonomy),
-        num_rows=len(several.matched.predictions[0]),
-        num_asked=several.num_asked,
-        left_out=several.matched.left_out,
-        clustered_by="group" if any(p.group for p in several.matched.predictions[0]) else None,
+        mean=mean and replace(mean, metric=MEAN),
+        clustered_by=several.clustered_by,
+        **several.about,
     )
 
 
 def _of_sides(found: Sequence[_Dataset], rows: Rows, num_a: int) -> SeedDifference:
-    known = [each for each in found if not np.isnan(each.scores_K[0])] or found
-    scores_K = _mean_of_runs(rows, {each.part.key: each.scores_K for each in known})
-    sides = {"a": scores_K[:num_a], "b": scores_K[num_a:]}
+    known = _defined(found)
+    scores_K = _scores(known, rows)
+    side_a, side_b = scores_K[:num_a], scores_K[num_a:]
     runs_KR = [
-        line_of(rows.layout, {e.part.key: Drawn(e.scores_K[k : k + 1], e.drawn_KR[k], e.units) for e in known})[0]
+        line_of(rows.layout, {e.first.key: Drawn(e.scores_K[k : k + 1], e.drawn_KR[k], e.units) for e in known})[0]
         for k in range(len(scores_K))
     ]
-    apart = {
-        e.part.key: Drawn(
-            np.array([e.scores_K[num_a:].mean() - e.scores_K[:num_a].mean()]),
-            e.drawn_KR[num_a:].mean(0) - e.drawn_KR[:num_a].mean(0),
-            e.units,
-        )
-        for e in known
-    }
     # The usual small-sample correction of a bootstrap variance, which divides by the number of units.
-    over_rows = [(v * u / (u - 1), u - 1) for v, u in line_of(rows.layout, apart)[1] if u > 1]
-    over_runs = [(float(side.var(ddof=1)) / len(side), len(side) - 1.0) for side in sides.values()]
+    components = line_of(rows.layout, {each.first.key: each.apart(num_a) for each in known})[1]
+    over_rows = [(v * u / (u - 1), u - 1) for v, u in components if u > 1]
+    over_runs = [(float(side.var(ddof=1)) / len(side), len(side) - 1.0) for side in (side_a, side_b)]
     of_rows, of_runs = (sum(variance for variance, _ in each) for each in (over_rows, over_runs))
     twice = sum(_together(np.stack(runs)) for runs in (runs_KR[:num_a], runs_KR[num_a:]))
     error = math.sqrt(max(of_rows, of_runs, of_rows + of_runs - twice))
     freedom = min(satterthwaite([*over_rows, *over_runs]), 1e9)
-    mean_a, mean_b = (value(side.mean(keepdims=True)) for side in sides.values())
-    defined = mean_a is not None and mean_b is not None
+    mean_a, mean_b = value(side_a.mean(keepdims=True)), value(side_b.mean(keepdims=True))
     difference = mean_b - mean_a if mean_a is not None and mean_b is not None else None
+    defined = difference is not None
     return SeedDifference(
-        metric=found[0].part.metric,
-        scores_a=[value(sides["a"][k : k + 1]) for k in range(num_a)],
-        scores_b=[value(sides["b"][k : k + 1]) for k in range(len(sides["b"]))],
+        metric=found[0].first.metric,
+        scores_a=[value(score[None]) for score in side_a],
+        scores_b=[value(score[None]) for score in side_b],
         a=mean_a,
         b=mean_b,
         difference=difference,
         ci95=student_of(difference, error, freedom) if difference is not None and error > 0 else None,
         p_value=student_p(difference / error, freedom) if difference is not None and error > 0 else None,
-        sd_a=float(sides["a"].std(ddof=1)) if defined else None,
-        sd_b=float(sides["b"].std(ddof=1)) if defined else None,
+        sd_a=float(side_a.std(ddof=1)) if defined else None,
+        sd_b=float(side_b.std(ddof=1)) if defined else None,
         se=error if defined else None,
         se_rows=math.sqrt(of_rows) if defined else None,
         freedom=freedom if defined else None,
-        n=sum(len(each.part.members_M) for each in found),
+        n=sum(len(each.first.members_M) for each in found),
         n_independent=min(each.units for each in found),
     )
 

@@ -230,6 +230,12 @@ def over_tasks(layout: Layout, scores: Mapping[str, Floats]) -> tuple[dict[str, 
     return tasks, np.stack(list(tasks.values())).mean(0) if tasks else None
 
 
+def mean_of_tasks(layout: Layout, scores: Mapping[str, Floats]) -> Floats:
+    """The mean over the tasks of these datasets; a dataset that is of no task stands for itself."""
+    mean = over_tasks(layout, scores)[1]
+    return next(iter(scores.values())) if mean is None else mean
+
+
 def interval(values_R: Floats, parts_of_it: Iterable[tuple[float, float]] = ()) -> Interval | None:
     """The 95 % percentile interval of resampled values; NaN are left out, None without any.
 
@@ -281,10 +287,8 @@ def line_of(layout: Layout, found: Mapping[str, Drawn]) -> tuple[Floats, list[tu
     """
     found = {key: drawn for key, drawn in found.items() if not np.isnan(drawn.real[0])} or dict(found)
     shares = shares_of(layout, found)
-    scores = {key: found[key].values_R for key in shares}
-    values_R = over_tasks(layout, scores)[1]
-    components = [(share**2 * variance(scores[key]), found[key].units) for key, share in shares.items()]
-    return next(iter(scores.values())) if values_R is None else values_R, components
+    components = [(share**2 * variance(found[key].values_R), found[key].units) for key, share in shares.items()]
+    return mean_of_tasks(layout, {key: found[key].values_R for key in shares}), components
 
 
 def variance(values_R: Floats) -> float:
