@@ -24,8 +24,8 @@ sys.path.insert(0, str(SERVERS))
 
 from free_form_run import make_run  # noqa: E402
 
-from hba.evaluate.judge.items import Item, items_of  # noqa: E402
-from hba.evaluate.judge.run import JudgeConfig, judge_item, judge_items  # noqa: E402
+from hba.evaluate.judge.items import Item  # noqa: E402
+from hba.evaluate.judge.run import JudgeConfig, items_of, judge_item, judge_items  # noqa: E402
 from hba.remote import ClientConfig, RemoteClient  # noqa: E402
 
 PAUSE_SECONDS = 0.5

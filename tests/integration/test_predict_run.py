@@ -16,7 +16,7 @@ from hba import open_atlas
 from hba.atlas.jsonl import JsonlStore
 from hba.errors import ConfigError
 from hba.evaluate import predict as predict_module
-from hba.evaluate.judge.items import items_of
+from hba.evaluate.judge.run import items_of
 from hba.evaluate.predict import Selection, launched_shard, parse_shard, take_gpus
 from hba.evaluate.predictions import READING_VERSION, read_predictions, write_predictions
 from hba.run import LOCK_GRACE_SECONDS, locked_folder

@@ -10,7 +10,7 @@ from sklearn.metrics import cohen_kappa_score
 
 from hba.errors import InputError
 from hba.evaluate.judge.agreement import CANARIES, agreement, kappa, read_items, read_labels
-from hba.evaluate.judge.items import FILE, Item, Judgement, JudgementLog, items_of, read_judgements
+from hba.evaluate.judge.items import FILE, Item, Judgement, JudgementLog, read_judgements
 from hba.evaluate.judge.prompt import (
     code_of,
     instructions,
@@ -20,6 +20,7 @@ from hba.evaluate.judge.prompt import (
     rubric_of,
     rubrics_sha256,
 )
+from hba.evaluate.judge.run import items_of
 from hba.evaluate.judge.scores import bounds, by_dataset
 from hba.remote import Reply, UnusableReplyError
 from hba.storage import write_json

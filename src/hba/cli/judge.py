@@ -85,7 +85,7 @@ def _settings(overrides: list[str], backend: str, base_url: str | None, cache: b
 
 def _items(run: Path | None, atlas: str | None, calibrate: Path | None) -> Sequence[Item]:
     """What a call would judge: labelled items, or the answers of a run."""
-    from hba.evaluate.judge.items import items_of
+    from hba.evaluate.judge.run import items_of
 
     return items_of(_required(run, "RUN"), atlas) if calibrate is None else _labelled_items(calibrate)
 

@@ -117,18 +117,6 @@ class Selection:
 EVERYTHING = Selection()
 
 
-def predicted_rows(facts: Mapping[str, Any], place: str, split: str) -> Atlas:
-    """The rows of `split` of the atlas at `place` that a run was asked to predict; `facts` are its predict.json.
-
-    Raises InputError when their fingerprint is not the one that the run recorded.
-    """
-    atlas = Selection(**facts.get("selection") or {}).rows(open_atlas(place, split=split))
-    if (facts.get("data") or {}).get("fingerprint") not in (None, atlas.fingerprint):
-        fix = "Say with --atlas which one it was."
-        raise InputError("is not the atlas that was predicted (another fingerprint)", where=place, fix=fix)
-    return atlas
-
-
 def reaching(channels: Sequence[str]) -> tuple[Modality, ...]:
     """The media modalities of the channels text, audio and video; video is everything that is seen, text none.
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hba.errors import InputError
 from hba.evaluate.judge.items import FILE as JUDGEMENTS
@@ -25,6 +25,9 @@ from hba.evaluate.results import FILE as METRICS
 from hba.evaluate.results import Metrics, convert, read_metrics, without_nan
 from hba.storage import json_sha256, read_json, read_jsonl
 from hba.taxonomy import Taxonomy, of_folder
+
+if TYPE_CHECKING:
+    from hba.atlas import Atlas
 
 QUARANTINE, LOG, ASKED = "quarantine.jsonl", "log.jsonl", "predict.json"
 
@@ -157,6 +160,23 @@ class Run:
             return answers_sha256(self.predictions) != scored
         except InputError:
             return True
+
+    def rows(self, place: str | Path | None = None, split: str | None = None) -> Atlas:
+        """The rows that it was asked to predict: of the atlas at `place`, by default where it lay.
+
+        Raises InputError when their fingerprint is not the one that the run recorded.
+        """
+        from hba.atlas import open_atlas  # which reading a run back needs for nothing else
+        from hba.evaluate.predict import Selection
+
+        data = self.asked.get("data") or {}
+        place = str(place or data.get("path"))
+        split = split or self.asked.get("split") or "+".join(sorted({p.split for p in self.predictions}))
+        found = Selection(**self.asked.get("selection") or {}).rows(open_atlas(place, split=split))
+        if data.get("fingerprint") not in (None, found.fingerprint):
+            fix = "Say with --atlas which one it was."
+            raise InputError("is not the atlas that was predicted (another fingerprint)", where=place, fix=fix)
+        return found
 
     @cached_property
     def environment(self) -> Mapping[str, Any] | None:

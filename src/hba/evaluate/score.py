@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -202,45 +202,29 @@ def field_values(
     `task` is the benchmark's task key (EMO). Raises InputError when no row has the field, naming those that there are.
     """
     if field in PREDICTED:
-        if field in ("task", "language"):
-            values = [getattr(taxonomy.dataset(p.dataset), field) for p in predictions]
-        else:
-            values = [getattr(p, field) for p in predictions]
-        if not any(values) and field == "group":  # where the taxonomy tells none, it is a field like any other
-            return _from_atlas(field, predictions, run, atlas)
-        if not any(values):
+        of_dataset = field in ("task", "language")
+        said: list[str | None] = [getattr(taxonomy.dataset(p.dataset) if of_dataset else p, field) for p in predictions]
+        if any(said):
+            return said
+        if field != "group":  # where the taxonomy tells none, it is a field like any other
             fix = "Predict again with this version, or name a field of the rows."
             raise InputError(f"no prediction says its {field}", where=str(run.folder), fix=fix)
-        return values
-    return _from_atlas(field, predictions, run, atlas)
-
-
-def _from_atlas(field: str, predictions: Sequence[Prediction], run: Run, atlas: Path | None) -> list[str | None]:
-    from hba.evaluate.predict import predicted_rows
-
-    asked = run.asked
-    data = asked.get("data") or {}
-    place = str(atlas) if atlas is not None else data.get("path")
-    split = asked.get("split") or "+".join(sorted({p.split for p in predictions}))
+    place = atlas or (run.asked.get("data") or {}).get("path")
     if not place:
         fix = "Say with --atlas where the rows are."
         what = f"the run does not record the atlas that has the field {field!r}"
         raise InputError(what, where=str(run.root / ASKED), fix=fix)
-    opened = predicted_rows(asked, place, split)
+    opened = run.rows(place)
     wanted, found, names = {p.id for p in predictions}, {}, set(PREDICTED)
     for key, row, extra in opened.said():
         if key in wanted:
-            said = {**extra, **{name: getattr(row, name) for name in PUBLISHED_FIELDS}}
-            names |= said.keys()
-            found[key] = _text(said.get(field))
+            fields = {**extra, **{name: getattr(row, name) for name in PUBLISHED_FIELDS}}
+            names |= fields.keys()
+            found[key] = None if fields.get(field) in (None, "") else str(fields[field])
     values = [found.get(p.id) for p in predictions]
     if not any(value is not None for value in values):
         raise InputError(f"no row has the field {field!r}", where=str(place), fix=nearest(field, sorted(names)))
     return values
-
-
-def _text(value: Any) -> str | None:
-    return None if value in (None, "") else str(value)
 
 
 # Do probabilities mean what they say? Expected calibration error and the bins of a reliability plot.
@@ -255,13 +239,6 @@ NUM_BINS = 15
 _SMALLEST = 1e-12  # a probability of 0 for the truth would make the log loss of a run infinite
 
 
-class _Rows(NamedTuple):
-    confidence_N: Floats
-    right_N: Floats
-    brier_N: Floats
-    log_loss_N: Floats
-
-
 def calibration(predictions: Sequence[Prediction]) -> dict[str, Any] | None:
     """{"all": ..., "datasets": {key: ...}} with n, ece, brier, log_loss, accuracy, confidence and, for all, the bins.
 
@@ -270,46 +247,34 @@ def calibration(predictions: Sequence[Prediction]) -> dict[str, Any] | None:
     told = [p for p in predictions if p.probs and p.label in p.probs]
     if not told:
         return None
-    rows = _rows(told)
+    rows_4N = np.array([_outcome(p, p.probs or {}) for p in told]).T.copy()
     codes = np.array([p.dataset for p in told], dtype=object)
-    datasets = {key: _figures(_Rows(*(column[codes == key] for column in rows))) for key in sorted(set(codes.tolist()))}
-    return {"all": _figures(rows) | {"bins": _bins(rows)}, "datasets": datasets}
+    datasets = {key: _figures(rows_4N[:, codes == key]) for key in sorted(set(codes.tolist()))}
+    return {"all": _figures(rows_4N) | {"bins": _bins(rows_4N)}, "datasets": datasets}
 
 
-def _rows(told: Sequence[Prediction]) -> _Rows:
-    def column(values: Sequence[float]) -> Floats:
-        return np.array(values, dtype=float)
-
-    probs = [p.probs or {} for p in told]
-    targets = [p.target for p in told]
-    return _Rows(
-        column([of[str(p.label)] for of, p in zip(probs, told, strict=True)]),
-        column([p.label == p.target for p in told]),
-        column([_brier(of, target) for of, target in zip(probs, targets, strict=True)]),
-        column([-math.log(max(of.get(t, 0.0), _SMALLEST)) for of, t in zip(probs, targets, strict=True)]),
-    )
+def _outcome(p: Prediction, probs: Mapping[str, float]) -> tuple[float, bool, float, float]:
+    """Confidence, whether it is right, Brier score and log loss of one prediction."""
+    log_loss = -math.log(max(probs.get(p.target, 0.0), _SMALLEST))
+    return probs[str(p.label)], p.label == p.target, _brier(probs, p.target), log_loss
 
 
 def _brier(probs: Mapping[str, float], target: str) -> float:
     return sum((p - (label == target)) ** 2 for label, p in probs.items()) + (target not in probs)
 
 
-def _figures(rows: _Rows) -> dict[str, Any]:
-    bins = _bins(rows)
-    total = len(rows.confidence_N)
-    return {
-        "n": total,
-        "ece": sum(each["n"] / total * abs(each["accuracy"] - each["confidence"]) for each in bins),
-        "brier": float(rows.brier_N.mean()),
-        "log_loss": float(rows.log_loss_N.mean()),
-        "accuracy": float(rows.right_N.mean()),
-        "confidence": float(rows.confidence_N.mean()),
-    }
+def _figures(rows_4N: Floats) -> dict[str, Any]:
+    total = rows_4N.shape[1]
+    confidence, accuracy, brier, log_loss = (float(column_N.mean()) for column_N in rows_4N)
+    ece = sum(each["n"] / total * abs(each["accuracy"] - each["confidence"]) for each in _bins(rows_4N))
+    found = {"n": total, "ece": ece, "brier": brier, "log_loss": log_loss}
+    return found | {"accuracy": accuracy, "confidence": confidence}
 
 
-def _bins(rows: _Rows) -> list[dict[str, Any]]:
+def _bins(rows_4N: Floats) -> list[dict[str, Any]]:
     """Bins (low, high] of equal width; 0 belongs to the first."""
-    numbers_N = np.clip(np.ceil(rows.confidence_N * NUM_BINS).astype(int) - 1, 0, NUM_BINS - 1)
+    confidence_N, right_N, *_ = rows_4N
+    numbers_N = np.clip(np.ceil(confidence_N * NUM_BINS).astype(int) - 1, 0, NUM_BINS - 1)
     found = []
     for number in np.unique(numbers_N).tolist():
         inside_N = numbers_N == number
@@ -318,8 +283,8 @@ def _bins(rows: _Rows) -> list[dict[str, Any]]:
                 "low": number / NUM_BINS,
                 "high": (number + 1) / NUM_BINS,
                 "n": int(inside_N.sum()),
-                "confidence": float(rows.confidence_N[inside_N].mean()),
-                "accuracy": float(rows.right_N[inside_N].mean()),
+                "confidence": float(confidence_N[inside_N].mean()),
+                "accuracy": float(right_N[inside_N].mean()),
             }
         )
     return found
@@ -630,11 +595,8 @@ def _asked_for(run: Run, entries: list[LeftOut], atlas: Path | None) -> list[Lef
         return entries
     place = atlas or Path(str(run.asked["data"].get("path")))
     if place.is_dir():
-        from hba.evaluate.predict import predicted_rows  # opens the atlas, which scoring needs for nothing else
-
         try:
-            rows = predicted_rows(run.asked, str(place), str(run.asked.get("split")))
-            ids = {sample.id for sample in rows}
+            ids = {sample.id for sample in run.rows(place)}
             return [entry for entry in entries if entry.id in ids]
         except InputError:
             pass  # moved, or another atlas by now

@@ -17,7 +17,9 @@ import numpy.typing as npt
 
 from hba.embedding import MINILM, Embedder
 from hba.errors import InputError
-from hba.evaluate.judge.items import FILE, Item, answered, free_form, read_judgements
+from hba.evaluate.judge.items import FILE, Item, read_judgements
+from hba.evaluate.judge.run import free_form
+from hba.evaluate.runs import open_run
 from hba.evaluate.statistics import interval, listed, mean_interval, variance
 from hba.storage import read_jsonl, write_json
 from hba.taxonomy import BUILTIN
@@ -141,9 +143,9 @@ def judge_offline(run: Path, *, out: Path | None = None, embedder: str = MINILM,
     cosine}}, with a bootstrap interval over the rows.
     Raises InputError for a run without free-form answers and for an encoder that cannot be had.
     """
-    predictions = free_form(run)
-    said = [p for p in predictions if answered(p)]
-    cosines = Embedder(embedder).similarity([p.answer or "" for p in said], [p.target for p in said])
+    predictions = free_form(open_run(run))
+    said = [p for p in predictions if p.spoken]
+    cosines = Embedder(embedder).similarity([p.spoken or "" for p in said], [p.target for p in said])
     rows = dict.fromkeys((p.id for p in predictions), 0.0)
     rows |= {p.id: float(cosine) for p, cosine in zip(said, cosines, strict=True)}
     datasets = {}
@@ -151,7 +153,7 @@ def judge_offline(run: Path, *, out: Path | None = None, embedder: str = MINILM,
         values_M = np.array([rows[p.id] for p in predictions if p.dataset == key])
         datasets[key] = {
             "n": len(values_M),
-            "n_empty": sum(p.dataset == key and not answered(p) for p in predictions),
+            "n_empty": sum(p.dataset == key and not p.spoken for p in predictions),
             METRIC: float(values_M.mean()),
             "ci95": listed(mean_interval(values_M, resamples=RESAMPLES, seed=seed)),
         }

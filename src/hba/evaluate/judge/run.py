@@ -1,5 +1,9 @@
 """`hba judge RUN`: a verdict for every free-form answer of a run, through one model.
 
+The question comes from the atlas row with the prediction's id, never from a row with the same answer: answers repeat,
+and a question found by its answer is that of another sample. A prediction whose row is not there, or says something
+else, is an error; so is an atlas with another fingerprint. An empty answer needs no judge: it is wrong.
+
 Requests run concurrently, each verdict is appended as soon as it is there, and a killed command goes on with the
 answers that have none. A reply that is no verdict is asked for again under another code; after `attempts` of them, or
 when the server refuses the request, the answer is recorded as unjudged, and the others go on. An answer that the server
@@ -10,19 +14,22 @@ its first answers is none, and the command stops.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
+import numpy as np
 from pydantic import Field
 
 from hba.config import option
 from hba.errors import HbaError, InputError
 from hba.evaluate.estimate import CHARACTERS_A_TOKEN, FORMAT_TOKENS, Estimate, Payee, expected
-from hba.evaluate.judge.items import Item, Judgement, JudgementLog, items_of, known_judgements
+from hba.evaluate.judge.items import Item, Judgement, JudgementLog, known_judgements
 from hba.evaluate.judge.prompt import code_of, read_verdict, request_for, rubrics_sha256
-from hba.evaluate.predictions import Tally
+from hba.evaluate.predictions import Prediction, Tally
+from hba.evaluate.runs import Run, open_run
 from hba.remote import (
     ChatRequest,
     ClientConfig,
@@ -37,11 +44,15 @@ from hba.remote import (
 from hba.remote.request import check_extra
 from hba.run import locked_folder
 
+if TYPE_CHECKING:
+    from hba.atlas import Atlas
+
 WIDTH = 2  # items under way for each request slot: those that wait for another attempt hold none
 HOPELESS_AFTER = 20  # items without a verdict, and none with one, after which a judge is none
 SAME_FROM = 20  # verdicts that are all equal, from which on that is worth a warning
 REPLY_CHARACTERS = 20_000  # of a raw reply that is kept
 Progress = Callable[[Tally], None]
+_TAGS = re.compile(r"<(?:image|video|audio)>")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +73,68 @@ class JudgeConfig:
     def __post_init__(self) -> None:
         """Raises ConfigError for a key in `extra`, since that is written into judge.json."""
         check_extra(self.extra, "extra")
+
+
+# What is judged.
+
+
+def free_form(run: Run) -> list[Prediction]:
+    """The free-form predictions of a run. Raises InputError for a bad file, and if there are none."""
+    found = [p for p in run.predictions if run.taxonomy.dataset(p.dataset).free_form]
+    if not found:
+        fix = "Predict with a backend that answers in words; class labels need no judge."
+        raise InputError("no free-form answer to judge", where=str(run.predictions_path), fix=fix)
+    return found
+
+
+def items_of(run: Path, atlas: str | None = None) -> list[Item]:
+    """The items of a run. `atlas` says where the rows are if predict.json does not, or no longer.
+
+    Raises InputError naming id and field for a prediction that does not fit its row.
+    """
+    opened = open_run(run)
+    predictions = [p for p in free_form(opened) if p.spoken]
+    if atlas is None and (opened.asked.get("data") or {}).get("path") is None:
+        raise InputError("nothing says which atlas was predicted", where=str(run), fix="Give it with --atlas.")
+    asked = opened.asked.get("split")
+    questions: dict[tuple[str, str], str] = {}
+    for split in [asked] if asked else sorted({p.split for p in predictions}):
+        rows = opened.rows(atlas, split)
+        questions |= _questions(rows, [p for p in predictions if p.split == rows.split])
+    return [
+        Item(
+            id=p.id,
+            dataset=p.dataset,
+            task=opened.taxonomy.dataset(p.dataset).task,
+            question=questions[p.split, p.id],
+            reference=p.target,
+            answer=p.spoken or "",
+        )
+        for p in predictions
+    ]
+
+
+def _questions(atlas: Atlas, predictions: Sequence[Prediction]) -> dict[tuple[str, str], str]:
+    """The question of every prediction, by (split, id)."""
+    wanted = {p.id: p for p in predictions}
+    found = {}
+    for row in np.flatnonzero(atlas.columns.label_codes < 0):
+        sample = atlas[int(row)]
+        prediction = wanted.pop(sample.id, None)
+        if prediction is None:
+            continue
+        for name in ("dataset", "target"):
+            if getattr(prediction, name) != getattr(sample, name):
+                what = f"{name} is {getattr(prediction, name)!r}, in the atlas {getattr(sample, name)!r}"
+                raise InputError(what, where=f"prediction {sample.id}, {name}", fix="Predict this atlas anew.")
+        found[sample.split, sample.id] = " ".join(_TAGS.sub(" ", sample.problem).split())
+    if wanted:
+        what = f"no free-form row has the id {next(iter(wanted))!r} ({len(wanted)} such predictions)"
+        raise InputError(what, where=str(atlas.root), fix="Give the atlas that was predicted with --atlas.")
+    return found
+
+
+# Who judges it.
 
 
 class Judged(NamedTuple):
@@ -158,14 +231,8 @@ def open_items(items: Sequence[Item], known: dict[str, Judgement], folder: Path,
 
 def asked(item: Item, attempt: int, config: JudgeConfig) -> ChatRequest:
     """The request for a verdict on `item`."""
-    return request_for(
-        item,
-        attempt,
-        max_tokens=config.max_tokens,
-        temperature=config.temperature,
-        structured=config.structured,
-        extra=config.extra,
-    )
+    how = {name: getattr(config, name) for name in ("max_tokens", "temperature", "structured", "extra")}
+    return request_for(item, attempt, **how)
 
 
 async def _judge_all(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hba.errors import InputError
-from hba.evaluate.judge.items import FILE, answer_sha256, answered, read_judgements
+from hba.evaluate.judge.items import FILE, answer_sha256, read_judgements
 from hba.evaluate.metrics import RIGHT, WRONG, Rows, mean_of
 from hba.evaluate.predictions import Prediction
 from hba.taxonomy import Taxonomy
@@ -25,10 +25,10 @@ from hba.taxonomy import Taxonomy
 
 
 METRIC = "llm_judge_accuracy"
-Verdict = bool | None
+Verdicts = Mapping[str, bool | None]
 
 
-def judge_accuracy(verdicts: Sequence[Verdict], *, published: bool = False) -> float | None:
+def judge_accuracy(verdicts: Sequence[bool | None], *, published: bool = False) -> float | None:
     """Share of True in [0, 1]; None if a verdict is missing, or if there is none at all.
 
     `published=True` leaves rows without a verdict out of numerator and denominator, as the released script does.
@@ -39,7 +39,7 @@ def judge_accuracy(verdicts: Sequence[Verdict], *, published: bool = False) -> f
     return sum(known) / len(known)
 
 
-def bounds(verdicts: Sequence[Verdict]) -> tuple[float, float] | None:
+def bounds(verdicts: Sequence[bool | None]) -> tuple[float, float] | None:
     """The accuracy if every missing verdict were False, and if every one were True; None without rows."""
     if not verdicts:
         return None
@@ -47,7 +47,7 @@ def bounds(verdicts: Sequence[Verdict]) -> tuple[float, float] | None:
     return right / len(verdicts), (right + unknown) / len(verdicts)
 
 
-def by_dataset(verdicts: Mapping[str, Sequence[Verdict]], *, published: bool = False) -> dict[str, dict[str, Any]]:
+def by_dataset(verdicts: Mapping[str, Sequence[bool | None]], *, published: bool = False) -> dict[str, dict[str, Any]]:
     """Per dataset: the accuracy, its bounds if verdicts are missing, and the counts n_judged and n_unjudged."""
     found: dict[str, dict[str, Any]] = {}
     for key, values in verdicts.items():
@@ -62,10 +62,7 @@ def by_dataset(verdicts: Mapping[str, Sequence[Verdict]], *, published: bool = F
 # --- verdicts in metrics.json -----------------------------------------------------------------------------------------
 
 
-Verdicts = Mapping[str, Verdict]
-
-
-def read_verdicts(folder: Path, predictions: Sequence[Prediction], taxonomy: Taxonomy) -> dict[str, Verdict]:
+def read_verdicts(folder: Path, predictions: Sequence[Prediction], taxonomy: Taxonomy) -> dict[str, bool | None]:
     """The verdict of every free-form prediction by id, None without one; empty if nobody has judged the run.
 
     Raises InputError for a malformed judgements.jsonl, or one that is about other answers.
@@ -74,12 +71,12 @@ def read_verdicts(folder: Path, predictions: Sequence[Prediction], taxonomy: Tax
     if not path.is_file():
         return {}
     judgements = read_judgements(path)
-    found: dict[str, Verdict] = {}
+    found: dict[str, bool | None] = {}
     for p in predictions:
         if not taxonomy.dataset(p.dataset).free_form:
             continue
         judgement = judgements.get(p.id)
-        if not answered(p):
+        if not p.spoken:
             found[p.id] = False
         elif judgement is None:
             found[p.id] = None
@@ -99,7 +96,7 @@ def judged_rows(rows: Rows, predictions: Sequence[Prediction], verdicts: Verdict
     complete = _complete(predictions, verdicts, rows.layout.taxonomy)
     cells = rows.cells.copy()
     for number, p in enumerate(predictions):
-        if p.dataset in complete and answered(p):
+        if p.dataset in complete and p.spoken:
             start = rows.layout.freeform_start + 3 * rows.layout.freeform_code[p.dataset]
             cells[number] = start + (RIGHT if verdicts[p.id] else WRONG)
     return replace(rows, cells=cells, judged=frozenset(complete))
@@ -114,7 +111,7 @@ def add_judged(
     published: bool = False,
 ) -> None:
     """Add the datasets' judge accuracy, the judged tasks' scores, and both to the mean over tasks."""
-    values: dict[str, list[Verdict]] = {}
+    values: dict[str, list[bool | None]] = {}
     for p in predictions:
         if p.id in verdicts:
             values.setdefault(p.dataset, []).append(verdicts[p.id])
