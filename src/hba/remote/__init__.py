@@ -22,7 +22,7 @@ from hba.remote.request import (
 )
 
 if TYPE_CHECKING:
-    from hba.remote.client import RemoteClient, bounded
+    from hba.remote.client import RemoteClient, bounded, settled
 
 __all__ = [
     "ChatRequest",
@@ -35,11 +35,12 @@ __all__ = [
     "UnansweredError",
     "UnusableReplyError",
     "bounded",
+    "settled",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("RemoteClient", "bounded"):
+    if name in ("RemoteClient", "bounded", "settled"):
         from hba.remote import client
 
         return getattr(client, name)

@@ -560,3 +560,22 @@ def _key(variable: str | None) -> str | None:
     if not value.isascii() or not value.isprintable():
         raise ConfigError("the API key has characters that no header can carry", where=variable, fix="Set it again.")
     return value
+
+
+async def settled(client: RemoteClient, results: AsyncIterator[R], refused: Callable[[R], bool]) -> AsyncIterator[R]:
+    """`results` of requests, those that are `refused` once the server has answered another request.
+
+    Refusals of a run that the server stops (a parameter, an empty account) are nobody's own, and never come.
+    """
+    held: list[R] = []
+    async for result in results:
+        if refused(result):
+            held.append(result)
+        else:
+            yield result
+        if not client.failed_in_a_row:
+            for one in held:
+                yield one
+            held.clear()
+    for one in held:
+        yield one

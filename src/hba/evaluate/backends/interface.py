@@ -63,9 +63,9 @@ class Output:
     `left_out` the parameters that it refused. `seconds` is the time of this sample, or its share of its batch's.
     """
 
-    text: str | None
-    answer: str | None
-    label: str | None
+    text: str | None = None
+    answer: str | None = None
+    label: str | None = None
     rule: str | None = None
     probs: dict[str, float] | None = None
     tokens_in: int | None = None
@@ -242,7 +242,7 @@ def spoken(sample: Sample, text: str, taxonomy: Taxonomy, **known: Any) -> Outpu
         rule, answer, label = answers.read(text, sample.dataset, taxonomy, prompt=sample.problem, cut=cut)
     except Exception as error:  # noqa: BLE001 - the boundary of one reply: whatever a model says, the others go on
         known["error"] = f"the answer cannot be read ({type(error).__name__}: {error})"
-        return Output(text=text, answer=None, label=None, **known)
+        return Output(text=text, **known)
     return Output(text=text, answer=answer, label=label, rule=rule, **known)
 
 

@@ -50,6 +50,7 @@ from hba.remote import (
     Schema,
     UnansweredError,
     bounded,
+    settled,
 )
 from hba.remote.providers import TokenChat
 from hba.remote.request import Message, TokenReply
@@ -92,7 +93,6 @@ class RemoteBackend:
     async def _answers(self, atlas: Atlas, batches: Sequence[Indices], done: Set[str]) -> AsyncGenerator[Result, None]:
         threads = usable_cores()
         ready = asyncio.Semaphore(threads)
-        held: list[Result] = []
 
         async def ask(sample: Sample) -> Result:
             async with ready:
@@ -103,17 +103,9 @@ class RemoteBackend:
         try:
             async with self._client:
                 width = self._opening.config.remote.max_concurrency + threads
-                async for result in bounded(samples(atlas, batches, done), ask, width):
-                    if isinstance(result, Answered) and result.output.error is not None:
-                        held.append(result)  # until it is known to be this sample's own
-                    else:
-                        yield result
-                    if held and not self._client.failed_in_a_row:
-                        for one in held:
-                            yield one
-                        held.clear()
-                for one in held:
-                    yield one
+                results = bounded(samples(atlas, batches, done), ask, width)
+                async for result in settled(self._client, results, _is_refused):
+                    yield result
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -162,7 +154,7 @@ class RemoteBackend:
         except UnansweredError as error:
             return Unanswered(sample, error.what)
         except RequestError as error:
-            return Answered(sample, Output(text=None, answer=None, label=None, error=error.what))
+            return Answered(sample, Output(error=error.what))
         _require_bound(self.offered(sample), reply, self._settings.constrain_by)
         known = {name: getattr(reply, name) for name in ("tokens_in", "tokens_out", "seconds", "finish", "model")}
         known["left_out"] = reply.left_out
@@ -199,6 +191,10 @@ class RemoteBackend:
                 raise InputError(what, where="generation.read", fix=_VLLM)
             found.append(sum(logp or 0.0 for logp in logps[len(prompt) : end + 1]))
         return found
+
+
+def _is_refused(result: Result) -> bool:
+    return isinstance(result, Answered) and result.output.error is not None
 
 
 _VLLM = "Serve the model with vLLM, or use --backend hf or generation.constrain=labels."

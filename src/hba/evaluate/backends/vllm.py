@@ -213,7 +213,7 @@ def _media_bytes(media: Mapping[str, Sequence[Any]]) -> int:
 
 
 def _failed(sample: Sample, why: str) -> Answered:
-    return Answered(sample, Output(text=None, answer=None, label=None, error=why))
+    return Answered(sample, Output(error=why))
 
 
 @contextmanager

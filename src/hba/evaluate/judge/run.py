@@ -40,6 +40,7 @@ from hba.remote import (
     UnansweredError,
     UnusableReplyError,
     bounded,
+    settled,
 )
 from hba.remote.request import check_extra
 from hba.run import locked_folder
@@ -243,14 +244,9 @@ async def _judge_all(
     config: JudgeConfig,
     progress: Progress,
 ) -> dict[str, Judgement]:
-    """Judge `todo` into `log`; what became of the items to which the server gave no reply, by id.
-
-    A refusal is recorded once the server has answered another request: one that goes on and stops the command is
-    nobody's own, and is asked again.
-    """
+    """Judge `todo` into `log`; what became of the items to which the server gave no reply, by id."""
     tally.meter = client.meter
     unanswered: dict[str, Judgement] = {}
-    held: list[Judgement] = []
 
     async def judge(item: Item) -> tuple[Judgement, RequestError | None]:
         try:
@@ -269,27 +265,24 @@ async def _judge_all(
     try:
         async with client:
             progress(tally)
-            async for judgement, error in bounded(todo, judge, WIDTH * config.remote.max_concurrency):
+            results = bounded(todo, judge, WIDTH * config.remote.max_concurrency)
+            async for judgement, error in settled(client, results, _is_refused):
                 if isinstance(error, UnansweredError):
                     unanswered[judgement.id] = judgement
                     tally.unanswered[error.what] += 1
-                elif error is not None:
-                    held.append(judgement)
                 else:
                     keep(judgement)
-                    _require_verdicts(log)
-                if not client.failed_in_a_row:
-                    for one in held:
-                        keep(one)
-                    held.clear()
+                    if error is None:
+                        _require_verdicts(log)
                 progress(tally)
-            for one in held:
-                keep(one)
-            progress(tally)
     except ServiceError as error:
         what = f"{error.what}; {tally.done:,} of {tally.total:,} answers are done and kept"
         raise ServiceError(what, where=error.where, fix=error.fix) from None
     return unanswered
+
+
+def _is_refused(result: tuple[Judgement, RequestError | None]) -> bool:
+    return result[1] is not None and not isinstance(result[1], UnansweredError)
 
 
 def _require_verdicts(log: JudgementLog) -> None:
