@@ -162,17 +162,20 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, d
     return folder, blamed
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("workers", "decode_once"), [(0, False), (1, False), (1, True)])
 def test_train_sft_goes_on(
-    tmp_path: Path, hostile: tuple[Path, dict[str, dict[str, str]]], backbone: Path, workers: int
+    tmp_path: Path, hostile: tuple[Path, dict[str, dict[str, str]]], backbone: Path, workers: int, decode_once: bool
 ) -> None:
     atlas, blamed = hostile
     settings = [f"atlas={atlas}", f"model.name={backbone}", *SMALL, f"loader.workers={workers}"]
-    config = load_config(SftConfig, None, settings)
-    with RunFolder.open(tmp_path / "run", config=config, command="train sft", seed=0) as folder:
-        progress = train_sft(config, folder)
-    assert quarantined(tmp_path / "run") == blamed["train"]
-    assert progress.samples_seen == 2 * len(hostile_rows()) + 1 - len(blamed["train"])
+    settings += [f"loader.decode_once={str(decode_once).lower()}", f"loader.decoded_folder={tmp_path / 'kept'}"]
+    for run in [tmp_path / "run", *([tmp_path / "again"] if decode_once else [])]:
+        config = load_config(SftConfig, None, settings)
+        with RunFolder.open(run, config=config, command="train sft", seed=0) as folder:
+            progress = train_sft(config, folder)
+        assert quarantined(run) == blamed["train"]
+        assert progress.samples_seen == 2 * len(hostile_rows()) + 1 - len(blamed["train"])
+    assert (tmp_path / "kept").exists() is decode_once
 
 
 def test_train_lm_goes_on(tmp_path: Path, hostile: tuple[Path, dict[str, dict[str, str]]], backbone: Path) -> None:

@@ -94,7 +94,7 @@ class DecodedCache:
         self._read_bytes = 0  # of the index
         self._touched: dict[int, float] = {}
         self._resting_until = 0.0
-        self._said = mmap.mmap(-1, 3)  # shared with forked workers, of which one speaks
+        self._said = _said(folder)
         try:
             with named_os_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -312,6 +312,12 @@ def identity_of(source: Source) -> list[Any] | None:
         return None
     part = [source.offset, source.size] if isinstance(source, Slice) else []
     return ["file", os.path.realpath(path), status.st_size, status.st_mtime_ns, *part]
+
+
+@cache
+def _said(folder: Path) -> mmap.mmap:
+    """Which warnings about a folder were given, by this process or those that it forked: each is given once."""
+    return mmap.mmap(-1, 3)
 
 
 @cache

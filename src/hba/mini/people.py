@@ -8,8 +8,10 @@ labels: the names of `MOTIONS` are ways to move.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,190 +24,116 @@ FINGER_MOVEMENT = 0.05  # about the length of a hand
 Array = NDArray[np.float64]
 
 
-@dataclass
-class Motion:
-    """Angles and offsets over frames [T]. Arm angles: 0 hangs down, pi points up, outward positive (radians)."""
+@dataclass(frozen=True)
+class Person:
+    """The individual manner of somebody over the times `t` of frames [T]: phase of a movement, its speed, and when a
+    sudden thing happens."""
 
     t: Array
-    lean: Array = field(init=False)
-    drop: Array = field(init=False)  # head towards the chest
-    bob: Array = field(init=False)  # whole body, down positive
-    arm_l: Array = field(init=False)
-    arm_r: Array = field(init=False)
-    elbow_l: Array = field(init=False)
-    elbow_r: Array = field(init=False)
-    smile: Array = field(init=False)  # -1 .. 1
-    gape: Array = field(init=False)  # 0 .. 1
-    index: Array = field(init=False)  # offsets of the finger tips, which landmarks have and the picture does not
-    thumb: Array = field(init=False)
-
-    def __post_init__(self) -> None:
-        zero = np.zeros_like(self.t)
-        self.lean, self.drop, self.bob, self.smile, self.gape = (zero.copy() for _ in range(5))
-        self.index, self.thumb = zero.copy(), zero.copy()
-        self.arm_l, self.arm_r = zero + 0.25, zero + 0.25
-        self.elbow_l, self.elbow_r = zero + 0.1, zero + 0.1
-
-    def arms(self, angle: Array | float, elbow: Array | float) -> None:
-        """Set both arms alike."""
-        self.arm_l, self.arm_r = self.t * 0 + angle, self.t * 0 + angle
-        self.elbow_l, self.elbow_r = self.t * 0 + elbow, self.t * 0 + elbow
-
-
-@dataclass(frozen=True)
-class Tempo:
-    """The individual manner of a person: phase of the movement, its speed, and when a sudden thing happens."""
-
     phase: float
     speed: float
     onset_seconds: float
     rng: np.random.Generator
 
-    def wave(self, t: Array, hertz: float, shift: float = 0.0) -> Array:
-        return np.sin(2 * np.pi * hertz * self.speed * t + self.phase + shift)
+    def wave(self, hertz: float, shift: float = 0.0) -> Array:
+        return np.sin(2 * np.pi * hertz * self.speed * self.t + self.phase + shift)
 
-    def after(self, t: Array) -> Array:
-        return np.clip((t - self.onset_seconds) * 6, 0, 1)
+    def after(self) -> Array:
+        return np.clip((self.t - self.onset_seconds) * 6, 0, 1)
 
-    def shake(self, t: Array, amount: float) -> Array:
-        return self.rng.normal(0, amount, len(t))
-
-
-def _talk(m: Motion, p: Tempo) -> None:
-    m.arm_l, m.arm_r = 0.4 + 0.15 * p.wave(m.t, 0.7), 0.4 + 0.15 * p.wave(m.t, 0.9, 2)
-    m.elbow_l, m.elbow_r = m.t * 0 + 0.6, 0.6 + 0.3 * p.wave(m.t, 0.8, 1)
-    m.drop, m.gape = 0.015 * p.wave(m.t, 1.0), 0.3 + 0.3 * p.wave(m.t, 2.0)
+    def shake(self, amount: float) -> Array:
+        return self.rng.normal(0, amount, len(self.t))
 
 
-def _anger(m: Motion, p: Tempo) -> None:
-    m.arms(1.15 + 0.5 * np.sign(p.wave(m.t, 1.4)), 1.0)
-    m.smile, m.lean = m.t * 0 - 0.7, 0.05 * p.wave(m.t, 1.4)
+# Angles and offsets over frames. Arm angles: 0 hangs down, pi points up, outward positive (radians); `arms` and
+# `elbows` are both of them. Down is positive. Finger tips are what landmarks have and the picture does not.
+Movement = dict[str, Any]
+_AT_REST: Movement = {
+    "lean": 0.0, "drop": 0.0, "bob": 0.0, "smile": 0.0, "gape": 0.0, "index": 0.0, "thumb": 0.0,
+    "arm_l": 0.25, "arm_r": 0.25, "elbow_l": 0.1, "elbow_r": 0.1,
+}
 
 
-def _disgust(m: Motion, p: Tempo) -> None:
-    m.arm_r, m.elbow_r = 1.5 + 0.1 * p.wave(m.t, 0.6), m.t * 0 + 0.9
-    m.lean, m.smile = m.t * 0 - 0.13, m.t * 0 - 1
+def _talk(p: Person) -> Movement:
+    arms = {"arm_l": 0.4 + 0.15 * p.wave(0.7), "arm_r": 0.4 + 0.15 * p.wave(0.9, 2)}
+    elbows = {"elbow_l": 0.6, "elbow_r": 0.6 + 0.3 * p.wave(0.8, 1)}
+    return arms | elbows | {"drop": 0.015 * p.wave(1.0), "gape": 0.3 + 0.3 * p.wave(2.0)}
 
 
-def _fear(m: Motion, p: Tempo) -> None:
-    m.arms(0.75 + p.shake(m.t, 0.12), 2.3)
-    m.bob, m.gape, m.lean = m.t * 0 + 0.07, m.t * 0 + 0.6, p.shake(m.t, 0.015)
+def _sad(p: Person) -> Movement:
+    lean = 0.07 + 0.02 * p.wave(0.3)
+    return {"arms": 0.05 + 0.03 * p.wave(0.3), "elbows": 0.0, "drop": 0.09, "smile": -0.8, "lean": lean, "bob": 0.03}
 
 
-def _happy(m: Motion, p: Tempo) -> None:
-    m.arms(2.4 + 0.35 * p.wave(m.t, 1.2), 0.2)
-    m.smile, m.bob = m.t * 0 + 1, -0.04 * np.abs(p.wave(m.t, 0.8))
+def _surprise(p: Person) -> Movement:
+    jump = p.after()
+    return {"arms": 0.25 + 1.55 * jump, "elbows": 0.1 + 0.9 * jump, "gape": jump, "bob": -0.05 * jump}
 
 
-def _sad(m: Motion, p: Tempo) -> None:
-    m.arms(0.05 + 0.03 * p.wave(m.t, 0.3), 0.0)
-    m.drop, m.smile, m.lean, m.bob = m.t * 0 + 0.09, m.t * 0 - 0.8, 0.07 + 0.02 * p.wave(m.t, 0.3), m.t * 0 + 0.03
+def _startle(p: Person) -> Movement:
+    before, flinch = _talk(p), p.after()
+    arms = {name: before[name] * (1 - flinch) + 1.2 * flinch for name in ("arm_l", "arm_r")}
+    elbows = dict.fromkeys(("elbow_l", "elbow_r"), 0.6 + 1.8 * flinch)
+    return before | arms | elbows | {"bob": 0.10 * flinch, "lean": p.shake(0.02) - 0.05 * flinch}
 
 
-def _surprise(m: Motion, p: Tempo) -> None:
-    jump = p.after(m.t)
-    m.arms(0.25 + 1.55 * jump, 0.1 + 0.9 * jump)
-    m.gape, m.bob = jump.copy(), -0.05 * jump
+def _sit(p: Person) -> Movement:
+    face = {"drop": 0.015 * p.wave(1.0), "gape": 0.3 + 0.3 * p.wave(2.0)}
+    return {"arms": 0.4 + 0.03 * p.wave(0.7), "elbows": 0.6} | face
 
 
-def _slump(m: Motion, p: Tempo) -> None:
-    _sad(m, p)
-    m.lean, m.bob = m.lean + 0.05, m.bob + 0.02
+def _drum(p: Person) -> Movement:
+    arm, elbow = 0.3 * p.wave(2.2), 0.5 * p.wave(2.2)
+    return {"arm_l": 0.55 + arm, "arm_r": 0.55 - arm, "elbow_l": 0.9 + elbow, "elbow_r": 0.9 - elbow}
 
 
-def _startle(m: Motion, p: Tempo) -> None:
-    _talk(m, p)
-    flinch = p.after(m.t)
-    m.arm_l, m.arm_r = m.arm_l * (1 - flinch) + 1.2 * flinch, m.arm_r * (1 - flinch) + 1.2 * flinch
-    m.elbow_l, m.elbow_r = 0.6 + 1.8 * flinch, 0.6 + 1.8 * flinch
-    m.bob, m.lean = 0.10 * flinch, p.shake(m.t, 0.02) - 0.05 * flinch
+def _climb(p: Person) -> Movement:
+    arm = 0.7 * p.wave(0.9)
+    return {"arm_l": 2.2 + arm, "arm_r": 2.2 - arm, "elbows": 0.3, "bob": 0.03 * p.wave(1.8)}
 
 
-def _sit(m: Motion, p: Tempo) -> None:
-    m.arms(0.4 + 0.03 * p.wave(m.t, 0.7), 0.6)
-    m.drop, m.gape = 0.015 * p.wave(m.t, 1.0), 0.3 + 0.3 * p.wave(m.t, 2.0)
-
-
-def _tremble(m: Motion, p: Tempo) -> None:
-    _sit(m, p)
-    m.index = m.thumb = p.shake(m.t, FINGER_MOVEMENT)
-
-
-def _fumble(m: Motion, p: Tempo) -> None:
-    _sit(m, p)
-    m.thumb = p.shake(m.t, FINGER_MOVEMENT)
-
-
-def _wave_hand(m: Motion, p: Tempo) -> None:
-    m.arm_r, m.elbow_r = m.t * 0 + 2.2, 0.5 + 0.6 * p.wave(m.t, 1.4)
-    m.smile = m.t * 0 + 0.5
-
-
-def _point(m: Motion, p: Tempo) -> None:
-    m.arm_r, m.elbow_r = 1.55 + 0.04 * p.wave(m.t, 0.5), m.t * 0.0
-
-
-def _clap(m: Motion, p: Tempo) -> None:
-    m.arms(0.7 - 0.1 * p.wave(m.t, 1.5), -1.4 - 0.6 * p.wave(m.t, 1.5))
-
-
-def _reach_up(m: Motion, p: Tempo) -> None:
-    m.arms(2.85 + 0.08 * p.wave(m.t, 0.7), 0.05)
-    m.bob = -0.05 + 0.03 * p.wave(m.t, 1.0)
-
-
-def _bend_down(m: Motion, p: Tempo) -> None:
-    m.arms(-0.1 + 0.05 * p.wave(m.t, 0.5), 0.0)
-    m.lean, m.drop, m.bob = m.t * 0 + 0.25, m.t * 0 + 0.12, 0.14 + 0.03 * p.wave(m.t, 0.6)
-
-
-def _cover_ears(m: Motion, p: Tempo) -> None:
-    m.arms(1.35 + 0.03 * p.wave(m.t, 0.8), 2.3)
-    m.lean = 0.03 * p.wave(m.t, 1.0)
-
-
-def _climb(m: Motion, p: Tempo) -> None:
-    m.arm_l, m.arm_r = 2.2 + 0.7 * p.wave(m.t, 0.9), 2.2 - 0.7 * p.wave(m.t, 0.9)
-    m.elbow_l, m.elbow_r = m.t * 0 + 0.3, m.t * 0 + 0.3
-    m.bob = 0.03 * p.wave(m.t, 1.8)
-
-
-def _lift(m: Motion, p: Tempo) -> None:
-    m.arms(1.5 + 0.2 * p.wave(m.t, 0.8), 1.5 + 0.1 * p.wave(m.t, 0.8, 1))
-    m.bob = 0.05 * p.wave(m.t, 0.8)
-
-
-def _row(m: Motion, p: Tempo) -> None:
-    m.arms(0.6 + 0.3 * p.wave(m.t, 0.8), -0.9)
-    m.lean, m.bob = 0.2 * p.wave(m.t, 0.8), m.t * 0 + 0.1
-
-
-def _throw(m: Motion, p: Tempo) -> None:
-    m.arm_r, m.elbow_r = 1.6 + 1.3 * p.wave(m.t, 1.0), m.t * 0.0
-    m.arm_l, m.lean = m.t * 0 + 0.1, 0.06 * p.wave(m.t, 1.0)
-
-
-def _drink(m: Motion, p: Tempo) -> None:
-    m.arm_r, m.elbow_r = 0.9 + 0.06 * p.wave(m.t, 0.5), m.t * 0 - 4.0
-    m.drop, m.gape = m.t * 0 - 0.03, m.t * 0 + 0.5
-
-
-def _drum(m: Motion, p: Tempo) -> None:
-    m.arm_l, m.arm_r = 0.55 + 0.3 * p.wave(m.t, 2.2), 0.55 - 0.3 * p.wave(m.t, 2.2)
-    m.elbow_l, m.elbow_r = 0.9 + 0.5 * p.wave(m.t, 2.2), 0.9 - 0.5 * p.wave(m.t, 2.2)
-
-
-def _still(m: Motion, p: Tempo) -> None:
-    m.lean = 0.01 * p.wave(m.t, 0.4)
-
-
-MOTIONS: dict[str, Callable[[Motion, Tempo], None]] = {
-    "talk": _talk, "anger": _anger, "disgust": _disgust, "fear": _fear, "happy": _happy, "neutral": _still, "sad": _sad,
-    "surprise": _surprise, "slump": _slump, "startle": _startle, "sit": _sit, "tremble": _tremble, "fumble": _fumble,
-    "wave": _wave_hand, "point": _point, "clap": _clap,
-    "reach": _reach_up, "bend": _bend_down, "ears": _cover_ears, "climb": _climb, "lift": _lift, "row": _row,
-    "throw": _throw, "drink": _drink, "drum": _drum,
-}  # fmt: skip
+MOTIONS: dict[str, Callable[[Person], Movement]] = {
+    "talk": _talk,
+    "anger": lambda p: {
+        "arms": 1.15 + 0.5 * np.sign(p.wave(1.4)), "elbows": 1.0,
+        "smile": -0.7, "lean": 0.05 * p.wave(1.4),
+    },
+    "disgust": lambda p: {"arm_r": 1.5 + 0.1 * p.wave(0.6), "elbow_r": 0.9, "lean": -0.13, "smile": -1},
+    "fear": lambda p: {
+        "arms": 0.75 + p.shake(0.12), "elbows": 2.3,
+        "bob": 0.07, "gape": 0.6, "lean": p.shake(0.015),
+    },
+    "happy": lambda p: {
+        "arms": 2.4 + 0.35 * p.wave(1.2), "elbows": 0.2,
+        "smile": 1, "bob": -0.04 * np.abs(p.wave(0.8)),
+    },
+    "neutral": lambda p: {"lean": 0.01 * p.wave(0.4)},
+    "sad": _sad,
+    "surprise": _surprise,
+    "slump": lambda p: (sad := _sad(p)) | {"lean": sad["lean"] + 0.05, "bob": sad["bob"] + 0.02},
+    "startle": _startle,
+    "sit": _sit,
+    "tremble": lambda p: _sit(p) | dict.fromkeys(("index", "thumb"), p.shake(FINGER_MOVEMENT)),
+    "fumble": lambda p: _sit(p) | {"thumb": p.shake(FINGER_MOVEMENT)},
+    "wave": lambda p: {"arm_r": 2.2, "elbow_r": 0.5 + 0.6 * p.wave(1.4), "smile": 0.5},
+    "point": lambda p: {"arm_r": 1.55 + 0.04 * p.wave(0.5), "elbow_r": 0.0},
+    "clap": lambda p: {"arms": 0.7 - 0.1 * p.wave(1.5), "elbows": -1.4 - 0.6 * p.wave(1.5)},
+    "reach": lambda p: {"arms": 2.85 + 0.08 * p.wave(0.7), "elbows": 0.05, "bob": -0.05 + 0.03 * p.wave(1.0)},
+    "bend": lambda p: {
+        "arms": -0.1 + 0.05 * p.wave(0.5), "elbows": 0.0,
+        "lean": 0.25, "drop": 0.12, "bob": 0.14 + 0.03 * p.wave(0.6),
+    },
+    "ears": lambda p: {"arms": 1.35 + 0.03 * p.wave(0.8), "elbows": 2.3, "lean": 0.03 * p.wave(1.0)},
+    "climb": _climb,
+    "lift": lambda p: {
+        "arms": 1.5 + 0.2 * p.wave(0.8), "elbows": 1.5 + 0.1 * p.wave(0.8, 1),
+        "bob": 0.05 * p.wave(0.8),
+    },
+    "row": lambda p: {"arms": 0.6 + 0.3 * p.wave(0.8), "elbows": -0.9, "lean": 0.2 * p.wave(0.8), "bob": 0.1},
+    "throw": lambda p: {"arm_r": 1.6 + 1.3 * p.wave(1.0), "elbow_r": 0.0, "arm_l": 0.1, "lean": 0.06 * p.wave(1.0)},
+    "drink": lambda p: {"arm_r": 0.9 + 0.06 * p.wave(0.5), "elbow_r": -4.0, "drop": -0.03, "gape": 0.5},
+    "drum": _drum,
+}
 
 
 @dataclass(frozen=True)
@@ -222,9 +150,10 @@ class Figure:
 def animate(motion: str, num_frames: int, rng: np.random.Generator) -> Figure:
     """The figure of a person who makes `motion` (a key of MOTIONS) for `num_frames` frames at 7 a second."""
     t = np.arange(num_frames) / FRAMES_PER_SECOND
-    person = Tempo(rng.uniform(0, 6.28), rng.uniform(0.85, 1.15), rng.uniform(0.3, 0.8), rng)
-    m = Motion(t)
-    MOTIONS[motion](m, person)
+    person = Person(t, rng.uniform(0, 6.28), rng.uniform(0.85, 1.15), rng.uniform(0.3, 0.8), rng)
+    moved = MOTIONS[motion](person)
+    both = {f"{part}_{side}": moved[f"{part}s"] for part in ("arm", "elbow") for side in "lr" if f"{part}s" in moved}
+    m = SimpleNamespace(**{name: t * 0 + value for name, value in (_AT_REST | both | moved).items()})
     centre, scale = rng.uniform(0.44, 0.56), rng.uniform(0.88, 1.05)
     grey = int(rng.integers(0, 60))
     look = [tuple(int(v) for v in rng.integers(low, 256, 3)) for low in (170, 110)]
@@ -237,8 +166,8 @@ def animate(motion: str, num_frames: int, rng: np.random.Generator) -> Figure:
     return Figure(points, 0.085 * scale, (grey, grey, grey + 20), look[0], look[1])  # type: ignore[arg-type]
 
 
-def _skeleton(m: Motion) -> dict[str, tuple[Array, Array]]:
-    still = np.zeros_like(m.t)
+def _skeleton(m: SimpleNamespace) -> dict[str, tuple[Array, Array]]:
+    still = np.zeros_like(m.bob)
     points: dict[str, tuple[Array, Array]] = {}
     chest_x, chest_y = m.lean, still - 0.16
     head_x, head_y = m.lean * 1.5 + 0.4 * np.clip(m.drop, 0, 1), chest_y - 0.15 + m.drop
