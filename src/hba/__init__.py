@@ -1,25 +1,34 @@
 """Open the Human Behavior Atlas, train OmniSapiens models on it, evaluate any multimodal model, read the results.
 
-Importing `hba` loads nothing heavy: `open_atlas` and the version are looked up at their first use.
+    import hba
+
+    hba.ask("runs/sft", "clip.mp4", tasks=["EMO"])
+    hba.open_atlas("data/atlas", split="test")[0]
+    hba.OmniSapiens.from_pretrained("runs/sft")
+
+Importing `hba` loads nothing heavy: each name is looked up at its first use.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hba.atlas import Atlas, open_atlas
+    from hba.evaluate.ask import ask
+    from hba.model import OmniSapiens
 
     __version__: str
 
-__all__ = ["Atlas", "__version__", "open_atlas"]
+__all__ = ["Atlas", "OmniSapiens", "__version__", "ask", "open_atlas"]
+
+_ROOMS = {"Atlas": "hba.atlas", "open_atlas": "hba.atlas", "ask": "hba.evaluate.ask", "OmniSapiens": "hba.model"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Atlas", "open_atlas"):
-        from hba import atlas
-
-        return getattr(atlas, name)
+    if name in _ROOMS:
+        return getattr(import_module(_ROOMS[name]), name)
     if name == "__version__":
         from importlib.metadata import PackageNotFoundError, version
 

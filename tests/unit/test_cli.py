@@ -25,6 +25,7 @@ COMMANDS = {
     "atlas describe": "root --split --audio --video --transcripts --frames-per-second --workers --executor --out-format"
     " --replace --allow-failed --setup --json",
     "train sft": "overrides --config --run --allow-quarantined --json",
+    "ask": "model! files! --task --dataset --question --transcript --backend --base-url --set --csv --json",
     "fit": "model! overrides --gpu! --gpus --config --stage --atlas --tokens --json",
     "transfer": "overrides --config --run --heldout --allow-quarantined --json",
     "train qa": "overrides --config --from --run --allow-quarantined --json",

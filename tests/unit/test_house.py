@@ -20,7 +20,7 @@ FLOORS = (
     ("storage", "environment", "config"),
     ("taxonomy", "parallel", "remote"),
     ("atlas",),
-    ("run", "batch", "mini", "__init__"),
+    ("run", "batch", "mini"),
     ("model",),
     ("doctor", "embedding"),
     ("descriptors",),
@@ -29,6 +29,7 @@ FLOORS = (
     ("rl",),
     ("report", "fit"),
     ("export", "explorer"),
+    ("__init__",),  # the front door: what `import hba` offers
     ("cli",),
     ("__main__",),
 )

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from hba.cli.ask import ASK_EXAMPLE, ask_command
 from hba.cli.atlas import atlas_app
 from hba.cli.evaluate import compare_command, leaderboard_command, report_command, score_command
 from hba.cli.judge import JUDGE_EXAMPLE, judge_command
@@ -76,6 +77,7 @@ app.command("fit", epilog=FIT_EXAMPLE)(fit_command)
 app.command("transfer", epilog=TRANSFER_EXAMPLE)(transfer_command)
 app.command("merge", epilog=MERGE_EXAMPLE)(merge_command)
 app.command("push", epilog=PUSH_EXAMPLE)(push_command)
+app.command("ask", epilog=ASK_EXAMPLE)(ask_command)
 app.command("predict", epilog="Example: hba predict runs/demo/sft --atlas runs/demo/atlas")(predict_command)
 app.command("score", epilog="Example: hba score runs/demo/sft")(score_command)
 app.command("judge", epilog=JUDGE_EXAMPLE)(judge_command)

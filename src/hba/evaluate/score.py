@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from hba import __version__
+from hba.environment import hba_version
 from hba.errors import InputError, nearest
 from hba.evaluate.answers import published_label
 from hba.evaluate.judge.scores import Verdicts, add_judged, judged_rows
@@ -671,7 +671,7 @@ def _provenance(run: Run, how: Provenance) -> Provenance:
     model = run.asked.get("model")
     return replace(
         how,
-        hba_version=__version__,
+        hba_version=hba_version(),
         data_fingerprint=run.fingerprint,
         data_rows=(run.asked.get("data") or {}).get("rows"),
         split="+".join(sorted({p.split for p in run.predictions})),

@@ -34,7 +34,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-import hba
 from hba.atlas import Atlas
 from hba.atlas.rows import Quarantined, Sample
 from hba.batch.config import EncodeConfig, LoaderConfig
@@ -344,7 +343,7 @@ class Code(NamedTuple):
 def code_between() -> Code:
     """The code of every module that loading, encoding, padding and the model import, and the versions of packages."""
     begin = [Path(inspect.getfile(part)) for part in (load_batches, Encoder, collate, OmniSapiens)]
-    found = code_from(Path(inspect.getfile(hba)).parent, begin)
+    found = code_from(Path(__file__).parents[1], begin)
     return found._replace(source=json_sha256([found.source, inspect.getsource(extract)]))
 
 

@@ -1,0 +1,127 @@
+"""`hba ask`: files of one's own are answered as `hba predict` answers rows, and one that is broken stops no other."""
+
+import csv
+import io
+import json
+import shutil
+import subprocess
+import sys
+import wave
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import hba as package
+from hba.errors import InputError
+from hba.evaluate.ask import look_at, row_of
+from hba.evaluate.predictions import read_predictions
+from hba.taxonomy import BUILTIN
+
+FEW = ["loader.workers=0", "encode.num_frames=2", "encode.max_pixels=3136"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, mini_atlas, backbone):
+    """Heads of every domain, hardly trained: what they say does not matter here."""
+    folder = tmp_path_factory.mktemp("asked") / "sft"
+    settings = [f"atlas={mini_atlas}", f"model.name={backbone}", "model.strategy=heads", *FEW, "train.max_steps=12"]
+    settings += [
+        "train.batch_size=32",
+        "train.validate_every=12",
+        "mix.temperature=8",
+        "validation_split=validation[:60]",
+    ]
+    command = [sys.executable, "-m", "hba", "train", "sft", "--run", str(folder), *settings]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, mini_atlas):
+    """A clip, a sound, a picture and a text."""
+    folder = tmp_path_factory.mktemp("mine")
+    shutil.copy(next(iter(sorted(mini_atlas.rglob("*.mp4")))), folder / "clip.mp4")
+    shutil.copy(next(iter(sorted(mini_atlas.rglob("*.wav")))), folder / "sound.wav")
+    Image.fromarray(np.full((64, 64, 3), 90, np.uint8)).save(folder / "picture.png")
+    (folder / "words.txt").write_text("Well, that went wonderfully.\n", encoding="utf-8")
+    return folder
+
+
+def probabilities(replies):
+    return {(reply["file"], reply["dataset"]): reply["probs"] for reply in replies}
+
+
+def test_a_folder_is_answered_as_predict_answers_its_rows(hba, run, files, tmp_path):
+    code, out, err = hba("ask", run, files, "--task", "EMO,SAR", "--json")
+    assert code == 0, err
+    replies = json.loads(out)["answers"]
+    assert len(replies) == 8 and {reply["task"] for reply in replies} == {"EMO", "SAR"}
+    assert all(reply["answer"] == max(reply["probs"], key=reply["probs"].get) for reply in replies)
+    rows = []
+    for reply in replies:
+        medium = look_at(type(files)(reply["file"]))
+        shutil.copy(medium.path, tmp_path)
+        row = row_of(medium, medium.path.name, reply["dataset"], BUILTIN, question=None, transcript=None)
+        rows.append(json.dumps(row | {"id": f"{reply['file']} {reply['dataset']}"}))
+    (tmp_path / "test.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    code, _, err = hba("predict", run, "--atlas", tmp_path, "--run", tmp_path / "run", "loader.workers=0")
+    assert code == 0, err
+    predicted = {each.id: each for each in read_predictions(tmp_path / "run" / "predictions.jsonl")}
+    for (file, dataset), probs in probabilities(replies).items():
+        assert predicted[f"{file} {dataset}"].probs == pytest.approx(probs, abs=1e-6)
+    told = package.ask(run, files, tasks=["EMO", "SAR"])
+    assert probabilities(vars(reply) for reply in told).keys() == probabilities(replies).keys()
+    for reply, said in zip(told, replies, strict=True):
+        assert reply.probs == pytest.approx(said["probs"], abs=1e-6)
+
+
+def test_heads_answer_all_that_they_know_and_a_broken_file_is_named(hba, run, files, tmp_path):
+    shutil.copy(files / "clip.mp4", tmp_path / "a.mp4")
+    (tmp_path / "b.mp4").write_bytes(b"no clip at all")
+    (tmp_path / "c.txt").write_bytes(b"\xff\xfe\x00bad")
+    with wave.open(str(tmp_path / "d.wav"), "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(16000)
+    code, out, err = hba("ask", run, tmp_path, "--csv")
+    assert code == 2
+    found = list(csv.DictReader(io.StringIO(out)))
+    whole = [row for row in found if not row["error"]]
+    assert {row["file"] for row in whole} == {str(tmp_path / "a.mp4")}
+    assert {row["task"] for row in whole} == {"SEN", "EMO", "HUM", "SAR", "ANX", "DEP", "PTSD"}
+    assert all(0 < float(row["probability"]) <= 1 for row in whole)
+    for name in ("b.mp4", "c.txt", "d.wav"):
+        assert f"error: {tmp_path / name}: " in err
+    code, out, _ = hba("ask", run, files / "clip.mp4", "--dataset", "cremad")
+    assert code == 0 and "EMO" in out and "no diagnosis" in out
+
+
+def test_a_question_of_ones_own_reaches_a_server(hba, files, chat_server):
+    words = {"message": {"content": "She is glad."}, "finish_reason": "stop"}
+    usage = {"prompt_tokens": 9, "completion_tokens": 4}
+    server = chat_server(say=[["jumping", 200, {"model": "m", "choices": [words], "usage": usage}]])
+    asked = ["--backend", "openai", "--base-url", server.url, "--question", "Why is she jumping?"]
+    code, out, err = hba("ask", "m", files / "picture.png", *asked, "--json")
+    assert code == 0, err
+    (reply,) = json.loads(out)["answers"]
+    assert "She is glad." in reply["text"] and reply["probs"] is None
+
+
+def test_bad_input_is_one_sentence(hba, run, files, backbone, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for arguments, said in (
+        ([run, tmp_path / "gone.mp4"], "gone.mp4: no such file or folder"),
+        ([run, tmp_path / "empty"], "no files in this folder"),
+        ([run, files, "--task", "EMOTION"], "unknown task 'EMOTION'"),
+        ([run, files, "--dataset", "cremat"], "cremat"),
+        ([run, files, "--question", "Why?"], "was not trained to answer"),
+        ([backbone, files, "--backend", "hf"], "Give --task EMO"),
+        ([backbone, files], "its answers would be random"),
+        ([run, files, "--csv", "--json"], "exclude each other"),
+    ):
+        code, out, err = hba("ask", *arguments)
+        assert (code, out) == (2, "") and said in err, err
+    with pytest.raises(InputError, match="no such file"):
+        package.ask(run, tmp_path / "gone.mp4")
