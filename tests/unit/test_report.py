@@ -17,8 +17,7 @@ from hba.evaluate.predictions import Prediction
 from hba.evaluate.results import TaskScore, parse_metrics
 from hba.evaluate.runs import Event, open_run
 from hba.report.charts import NO_LABEL, Reference, bar, curves, matrices, nice_axis, smooth, thin
-from hba.report.page import write_report
-from hba.report.samples import choose
+from hba.report.page import choose, write_report
 from hba.report.tables import breakdown_tables, metrics_table
 
 METRICS = {

@@ -13,7 +13,7 @@ import soundfile
 
 from hba.atlas.media import Audio, load_audio
 from hba.errors import MediaError
-from hba.report.samples import Budget, Encoded, encode_audio, encode_image, encode_video
+from hba.report.page import Budget, Encoded, encode_audio, encode_image, encode_video
 
 
 def test_adpcm_sound_becomes_pcm_that_browsers_play(tmp_path: Path) -> None:

@@ -19,22 +19,9 @@ from hba.cli.evaluate import compare_command, leaderboard_command, report_comman
 from hba.cli.judge import JUDGE_EXAMPLE, judge_command
 from hba.cli.options import say
 from hba.cli.predict import predict_command
-from hba.cli.release import LMMS_EXAMPLE, MERGE_EXAMPLE, PUSH_EXAMPLE, export_app, merge_command, push_command
+from hba.cli.release import LMMS_EXAMPLE, export_app, merge_command, push_command
 from hba.cli.start import demo_command, doctor_command, explore_command, tiny_command
-from hba.cli.train import (
-    BAM_EXAMPLE,
-    FIT_EXAMPLE,
-    QA_EXAMPLE,
-    RL_EXAMPLE,
-    SFT_EXAMPLE,
-    TRANSFER_EXAMPLE,
-    bam_command,
-    fit_command,
-    qa_command,
-    rl_command,
-    train_app,
-    transfer_command,
-)
+from hba.cli.train import FIT_EXAMPLE, SFT_EXAMPLE, TRANSFER_EXAMPLE, fit_command, train_app, transfer_command
 from hba.errors import HbaError, InputError, StoppedError
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -69,14 +56,11 @@ def _root(
 
 app.command("demo", epilog="Example: hba demo --run runs/demo")(demo_command)
 app.add_typer(atlas_app, name="atlas", epilog="Example: hba atlas mini runs/mini")
-train_app.command("rl", epilog=RL_EXAMPLE)(rl_command)
-train_app.command("qa", epilog=QA_EXAMPLE)(qa_command)
-train_app.command("bam", epilog=BAM_EXAMPLE)(bam_command)
 app.add_typer(train_app, name="train", epilog=SFT_EXAMPLE)
 app.command("fit", epilog=FIT_EXAMPLE)(fit_command)
 app.command("transfer", epilog=TRANSFER_EXAMPLE)(transfer_command)
-app.command("merge", epilog=MERGE_EXAMPLE)(merge_command)
-app.command("push", epilog=PUSH_EXAMPLE)(push_command)
+app.command("merge", epilog="Example: hba merge runs/sft models/omnisapiens")(merge_command)
+app.command("push", epilog="Example: hba push runs/sft my-org/omnisapiens --license apache-2.0")(push_command)
 app.command("ask", epilog=ASK_EXAMPLE)(ask_command)
 app.command("predict", epilog="Example: hba predict runs/demo/sft --atlas runs/demo/atlas")(predict_command)
 app.command("score", epilog="Example: hba score runs/demo/sft")(score_command)

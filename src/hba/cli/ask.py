@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hba.cli.options import BaseUrl, JsonFlag, answer, say, served
+from hba.cli.options import BaseUrl, JsonFlag, answer, beside, configured, counted, served
 from hba.errors import InputError
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from hba.evaluate.ask import Reply
 
 ASK_EXAMPLE = "Example: hba ask runs/demo/sft clip.mp4"
@@ -37,11 +40,9 @@ def ask_command(
     """Ask a model about files of your own. A file that cannot be read is named, and the others go on."""
     if csv and json:
         raise InputError("--csv and --json exclude each other", where="hba ask", fix="Give one of them.")
-    from hba.cli.options import counted
-    from hba.config import load_config
     from hba.evaluate.config import PredictConfig
 
-    settings = load_config(PredictConfig, None, [*served(base_url), *(key or [])])
+    settings = configured(PredictConfig, None, [*served(base_url), *(key or [])])
     from hba.evaluate.ask import ask
 
     with counted("answers") as told:
@@ -57,12 +58,12 @@ def ask_command(
             progress=told,
         )
     if csv:
-        _write_csv(replies)
+        sys.stdout.write(_csv(replies))
     else:
-        answer({"answers": [asdict(reply) for reply in replies]}, as_json=json, show=lambda: _show(replies))
+        answer({"answers": [asdict(reply) for reply in replies]}, lambda: _shown(replies), as_json=json)
     failed = {reply.file: reply.error for reply in replies if reply.error is not None}
     for file, reason in failed.items():
-        sys.stderr.write(f"error: {file}: {reason}\n")
+        beside(f"error: {file}: {reason}")
     if failed:
         raise typer.Exit(2)
 
@@ -71,21 +72,17 @@ def _names(listed: str | None) -> list[str] | None:
     return None if listed is None else [name.strip() for name in listed.split(",") if name.strip()]
 
 
-def _show(replies: list[Reply]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+def _shown(replies: list[Reply]) -> Iterator[RenderableType]:
+    from hba.report.tables import Table
 
-    table = Table()
-    for name in ("file", "task", "answer", "probabilities"):
-        table.add_column(name, overflow="fold")
+    rows = []
     for reply in replies:
         if reply.error is None:
             said = reply.answer if reply.answer is not None else f"no label in: {reply.text}"
-            table.add_row(Text(reply.file), reply.task or reply.dataset, Text(said), Text(_likeliest(reply)))
-    if table.row_count:
-        Console().print(table)
-        say("A model's guess about how people seem, for research. It is no diagnosis.")
+            rows.append((reply.file, reply.task or reply.dataset or "", said, _likeliest(reply)))
+    if rows:
+        yield Table(title="", head=("file", "task", "answer", "probabilities"), rows=rows, align="l")
+        yield "A model's guess about how people seem, for research. It is no diagnosis."
 
 
 def _likeliest(reply: Reply) -> str:
@@ -93,12 +90,12 @@ def _likeliest(reply: Reply) -> str:
     return ", ".join(f"{label} {share:.2f}" for label, share in probs[:SHOWN])
 
 
-def _write_csv(replies: list[Reply]) -> None:
-    import csv
+def _csv(replies: list[Reply]) -> str:
+    from hba.report.tables import to_csv
 
-    writer = csv.writer(sys.stdout)
-    writer.writerow(["file", "task", "dataset", "answer", "probability", "text", "error"])
+    rows = []
     for reply in replies:
         share = (reply.probs or {}).get(reply.answer or "")
         kept = [reply.file, reply.task, reply.dataset, reply.answer]
-        writer.writerow([*kept, "" if share is None else f"{share:.6f}", reply.text, reply.error])
+        rows.append([*kept, "" if share is None else f"{share:.6f}", reply.text, reply.error])
+    return to_csv(["file", "task", "dataset", "answer", "probability", "text", "error"], rows)

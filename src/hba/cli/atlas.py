@@ -1,27 +1,43 @@
-"""`hba atlas`: make, convert, download, describe, check and look at atlases."""
+"""`hba atlas`: make, check, look at, download, convert, describe and prepare atlases."""
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterator
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hba.cli.options import AllowQuarantined, JsonFlag, Overrides, answer, bold, finish, say
+from hba.cli.options import (
+    AllowQuarantined,
+    JsonFlag,
+    Overrides,
+    Splits,
+    Workers,
+    answer,
+    beside,
+    bold,
+    configured,
+    counted,
+    finish,
+    written,
+)
 from hba.environment import usable_cores
 from hba.storage import cache_folder
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from hba.descriptors.describe import Summary
 
+DESCRIBE_EXAMPLE = "Example: hba atlas describe data/atlas --audio compare --video holistic --workers 8"
+DOWNLOAD_EXAMPLE = "Example: hba atlas download HumanBehaviorAtlas/human_behavior_atlas data/hba --split test"
+PREPARE_EXAMPLE = "Example: hba atlas prepare data/hba model=Qwen/Qwen2.5-Omni-7B encode.num_frames=8"
+MAX_FAILURES = 20
+MAX_MISSING = 5
 
-# `hba atlas convert`: from media files to parquet shards, and back.
-
-
-CONVERT_EXAMPLE = "Example: hba atlas convert runs/mini runs/mini-parquet --to parquet"
+atlas_app = typer.Typer(no_args_is_help=True, help="Make, open and check atlases.")
 
 
 class Form(StrEnum):
@@ -31,21 +47,19 @@ class Form(StrEnum):
     jsonl = "jsonl"
 
 
+@atlas_app.command("convert", epilog="Example: hba atlas convert runs/mini runs/mini-parquet --to parquet")
 def convert_command(
     source: Annotated[Path, typer.Argument(metavar="IN", help="Atlas folder, or one file of rows.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make; an unfinished conversion goes on.")],
     to: Annotated[Form, typer.Option(help="Shards with embedded media, or lines with media files.")] = ...,  # type: ignore[assignment]
-    split: Annotated[
-        list[str] | None, typer.Option("--split", help="A split; repeat the option for more. All by default.")
-    ] = None,
+    split: Splits = None,
     shard_megabytes: Annotated[int, typer.Option(min=1, help="Media in one shard.")] = 512,
-    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = usable_cores(),
+    workers: Workers = usable_cores(),
     allow_quarantined: AllowQuarantined = 0,
     json: JsonFlag = False,
 ) -> None:
     """Convert an atlas into another form, every medium checked; resumes where it stopped."""
     from hba.atlas.convert import convert_atlas
-    from hba.cli.options import counted
 
     with counted("convert") as progress:
         converted = convert_atlas(
@@ -62,17 +76,11 @@ def convert_command(
     media = sum(part.media for result in converted for part in result.parts)
     values = {"out": str(out), "rows": rows, "media": media, "quarantined": len(unreadable)}
     text = f"Converted {sum(rows.values()):,} rows and {media:,} media into {bold(out)}."
-    answer(values, as_json=json, show=lambda: say(text))
+    answer(values, text, as_json=json)
     finish(unreadable, allow_quarantined)
 
 
-# `hba atlas describe`: extract descriptors and transcripts, and name them in the rows.
-
-
-DESCRIBE_EXAMPLE = "Example: hba atlas describe data/atlas --audio compare --video holistic --workers 8"
-_SHOWN = 20
-
-
+@atlas_app.command("describe", epilog=DESCRIBE_EXAMPLE)
 def describe_command(
     root: Annotated[Path | None, typer.Argument(help="Folder of a JSONL atlas.")] = None,
     split: Annotated[list[str] | None, typer.Option(help="A split; repeat for several. All when left out.")] = None,
@@ -84,7 +92,7 @@ def describe_command(
     frames_per_second: Annotated[
         float | None, typer.Option(help="Look for landmarks in so many frames a second; in every one when left out.")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = usable_cores(),
+    workers: Workers = usable_cores(),
     executor: Annotated[str, typer.Option(help="processes (this machine) or ray (a cluster).")] = "processes",
     out_format: Annotated[str, typer.Option(help="pt (as published) or safetensors.")] = "pt",
     replace: Annotated[bool, typer.Option("--replace", help="Also where rows name other descriptors.")] = False,
@@ -93,7 +101,6 @@ def describe_command(
     json: JsonFlag = False,
 ) -> None:
     """Extract openSMILE features, landmarks and transcripts, and name them in the rows. Resumes when killed."""
-    from hba.cli.options import counted
     from hba.descriptors import landmarks
     from hba.descriptors.describe import describe
     from hba.descriptors.items import Settings
@@ -102,7 +109,7 @@ def describe_command(
     if setup:
         folder = str(landmarks.set_up())
         if root is None:
-            return answer({"environment": folder}, as_json=json, show=lambda: say(f"MediaPipe is in {bold(folder)}."))
+            return answer({"environment": folder}, f"MediaPipe is in {bold(folder)}.", as_json=json)
     if root is None:
         raise InputError("no atlas was named", fix=f"Name its folder. {DESCRIBE_EXAMPLE}")
     settings = Settings(
@@ -115,54 +122,63 @@ def describe_command(
     )
     with counted("describe") as progress:
         done = describe(root, settings, splits=split or None, workers=workers, executor=executor, progress=progress)
-    answer(done.to_json(), as_json=json, show=lambda: _show(done))
-    return _finish(done, allow_failed)
+    answer(done.to_json(), lambda: _described(done), as_json=json)
+    for failure in done.failures[:MAX_FAILURES]:
+        beside(f"failed {failure['where']}: {failure['reason']}")
+    if len(done.failures) > MAX_FAILURES:
+        beside(f"and {len(done.failures) - MAX_FAILURES} more in {done.failures_file}")
+    if len(done.failures) > allow_failed:
+        fix = f"Repair the media and run it again, or accept this with --allow-failed {len(done.failures)}."
+        beside(f"error: {len(done.failures)} media failed; everything else is done. Fix: {fix}")
+        raise typer.Exit(2)
+    return None
 
 
-def _show(done: Summary) -> None:
+def _described(done: Summary) -> Iterator[str]:
     for kind in sorted({*done.extracted, *done.kept, *done.failed}):
         counts = (
             f"{done.extracted.get(kind, 0)} extracted, {done.kept.get(kind, 0)} kept, {done.failed.get(kind, 0)} failed"
         )
         rate = done.to_json()["real_time_factor"].get(kind)
-        say(f"{kind}: {counts}" + (f", {rate:g} x real time for one worker" if rate else ""))
+        yield f"{kind}: {counts}" + (f", {rate:g} x real time for one worker" if rate else "")
     linked = ", ".join(f"{count} of {split}" for split, count in done.rows_linked.items())
-    say(f"rows that gained: {linked} in {bold(done.root)}")
+    yield f"rows that gained: {linked} in {bold(done.root)}"
 
 
-def _finish(done: Summary, allowed: int) -> None:
-    """Name what failed on standard error; exit 2 when that is more than `allowed`."""
-    for failure in done.failures[:_SHOWN]:
-        sys.stderr.write(f"failed {failure['where']}: {failure['reason']}\n")
-    if len(done.failures) > _SHOWN:
-        sys.stderr.write(f"and {len(done.failures) - _SHOWN} more in {done.failures_file}\n")
-    if len(done.failures) > allowed:
-        fix = f"Repair the media and run it again, or accept this with --allow-failed {len(done.failures)}."
-        sys.stderr.write(f"error: {len(done.failures)} media failed; everything else is done. Fix: {fix}\n")
-        raise typer.Exit(2)
+@atlas_app.command("download", epilog=DOWNLOAD_EXAMPLE)
+def download_command(
+    repo: Annotated[str, typer.Argument(help="Dataset on the hub: org/name, or org/name@revision.")],
+    out: Annotated[Path, typer.Argument(help="New folder, or one that an earlier call began.")],
+    split: Splits = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit; main by default.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Files at a time.")] = 8,
+    json: JsonFlag = False,
+) -> None:
+    """Download an atlas: its rows, its media, its tars unpacked. Run it again to resume."""
+    from hba.atlas.hub import download_atlas
+
+    with counted("download") as progress:
+        done = download_atlas(repo, out, splits=split, revision=revision, workers=workers, progress=progress)
+    if done.missing:
+        named = ", ".join(done.missing[:MAX_MISSING]) + (", ..." if len(done.missing) > MAX_MISSING else "")
+        beside(f"{len(done.missing)} media are named by rows and not in the dataset: {named}")
+    said = f"{done.rows:,} rows ({', '.join(done.splits)}) of {done.repo} are in {bold(out)}."
+    then = f"Commit {done.revision}. Next: hba atlas validate {bold(out)}"
+    answer(done._asdict() | {"path": str(out)}, lambda: [said, then], as_json=json)
 
 
-# `hba atlas prepare`: decode once what training and prediction read in every epoch.
-
-
-PREPARE_EXAMPLE = "Example: hba atlas prepare data/hba model=Qwen/Qwen2.5-Omni-7B encode.num_frames=8"
-
-
+@atlas_app.command("prepare", epilog=PREPARE_EXAMPLE)
 def prepare_command(
     atlas: Annotated[str, typer.Argument(help="Atlas folder, or hub id of a release.")],
     overrides: Overrides = None,
-    split: Annotated[
-        list[str] | None, typer.Option("--split", help="A split; repeat the option for more. All by default.")
-    ] = None,
+    split: Splits = None,
     allow_quarantined: AllowQuarantined = 0,
     json: JsonFlag = False,
 ) -> None:
     """Decode all clips and sounds once and keep them, for runs with loader.decode_once=true. Resumes when killed."""
     from hba.batch.config import PrepareConfig
-    from hba.cli.options import counted
-    from hba.config import load_config
 
-    settings = load_config(PrepareConfig, None, overrides or [])
+    settings = configured(PrepareConfig, None, overrides)
     from hba.atlas import open_atlas
     from hba.atlas.info import splits_at
     from hba.batch.loader import prepare
@@ -178,53 +194,8 @@ def prepare_command(
     counts = {rows.split: len(rows) for rows in opened}
     values = {"folder": str(decoded.folder), "rows": counts, "media": len(decoded), "bytes": decoded.num_bytes}
     text = f"{len(decoded):,} decoded media ({decoded.num_bytes / 1e9:.2f} GB) are in {bold(decoded.folder)}."
-    answer(values | {"quarantined": len(left_out)}, as_json=json, show=lambda: say(text))
+    answer(values | {"quarantined": len(left_out)}, text, as_json=json)
     finish(left_out, allow_quarantined)
-
-
-# `hba atlas download`: an atlas from the Hugging Face hub into a folder.
-
-
-DOWNLOAD_EXAMPLE = "Example: hba atlas download HumanBehaviorAtlas/human_behavior_atlas data/hba --split test"
-_NAMED = 5
-
-
-def download_command(
-    repo: Annotated[str, typer.Argument(help="Dataset on the hub: org/name, or org/name@revision.")],
-    out: Annotated[Path, typer.Argument(help="New folder, or one that an earlier call began.")],
-    split: Annotated[
-        list[str] | None, typer.Option("--split", help="A split; repeat the option for more. All by default.")
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit; main by default.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Files at a time.")] = 8,
-    json: JsonFlag = False,
-) -> None:
-    """Download an atlas: its rows, its media, its tars unpacked. Run it again to resume."""
-    from hba.atlas.hub import download_atlas
-    from hba.cli.options import counted
-
-    with counted("download") as progress:
-        done = download_atlas(repo, out, splits=split, revision=revision, workers=workers, progress=progress)
-    if done.missing:
-        named = ", ".join(done.missing[:_NAMED]) + (", ..." if len(done.missing) > _NAMED else "")
-        sys.stderr.write(f"{len(done.missing)} media are named by rows and not in the dataset: {named}\n")
-    values = done._asdict() | {"path": str(out)}
-
-    def show() -> None:
-        say(f"{done.rows:,} rows ({', '.join(done.splits)}) of {done.repo} are in {bold(out)}.")
-        say(f"Commit {done.revision}. Next: hba atlas validate {bold(out)}")
-
-    answer(values, as_json=json, show=show)
-
-
-# --- the other commands -----------------------------------------------------------------------------------------------
-
-
-atlas_app = typer.Typer(no_args_is_help=True, help="Make, open and check atlases.")
-atlas_app.command("convert", epilog=CONVERT_EXAMPLE)(convert_command)
-atlas_app.command("describe", epilog=DESCRIBE_EXAMPLE)(describe_command)
-atlas_app.command("download", epilog=DOWNLOAD_EXAMPLE)(download_command)
-atlas_app.command("prepare", epilog=PREPARE_EXAMPLE)(prepare_command)
 
 
 @atlas_app.command("mini", epilog="Example: hba atlas mini runs/mini --size small --seed 0")
@@ -232,25 +203,18 @@ def mini_command(
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
     size: Annotated[str, typer.Option(help="tiny (seconds, for a look) or small (what the demo trains on).")] = "small",
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
-    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = usable_cores(),
+    workers: Workers = usable_cores(),
     json: JsonFlag = False,
 ) -> None:
     """Make a synthetic mini-atlas: real audio, video and descriptor files with learnable labels."""
     from dataclasses import asdict
 
-    from hba.cli.options import counted
     from hba.mini import build_mini_atlas
 
     with counted("mini-atlas") as progress:
         summary = build_mini_atlas(out, size=size, seed=seed, workers=workers, progress=progress)
     values = asdict(summary) | {"path": str(out)}
-    answer(values, as_json=json, show=lambda: say(f"Made the synthetic mini-atlas in {bold(out)}."))
-
-
-Splits = Annotated[
-    list[str] | None, typer.Option("--split", help="A split; repeat the option for more. All by default.")
-]
-Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
+    answer(values, f"Made the synthetic mini-atlas in {bold(out)}.", as_json=json)
 
 
 @atlas_app.command("validate", epilog="Example: hba atlas validate runs/mini --out runs/validate")
@@ -268,26 +232,21 @@ def validate_command(
 ) -> None:
     """Check every row, every medium and the separation of the splits; exit 1 when something is wrong."""
     from hba.atlas.validate import validate_atlas
-    from hba.cli.options import counted
 
-    check = partial(validate_atlas, atlas, splits=split, out=out, workers=workers)
+    how: dict[str, Any] = {"splits": split, "quick": quick, "release": release, "fresh": fresh, "workers": workers}
     with counted("validate") as progress:
-        result = check(quick=quick, release=release, fresh=fresh, progress=progress)
-
-    def show() -> None:
-        from rich.console import Console
-
-        from hba.report.atlas import show_validation
-
-        Console().print(*show_validation(result), sep="\n")
+        result = validate_atlas(atlas, out=out, progress=progress, **how)
+    from hba.report.atlas import show_validation, write_validation
 
     if out is not None:
-        from hba.report.atlas import write_validation
-
         write_validation(result, out / "validate.html")
-    answer(result.to_json(), as_json=json, show=show)
-    if out is not None and not json:
-        say(f"Wrote {bold(out)}: validate.html, validate.json.")
+
+    def show() -> Iterator[RenderableType]:
+        yield from show_validation(result)
+        if out is not None:
+            yield f"Wrote {bold(out)}: validate.html, validate.json."
+
+    answer(result.to_json(), show, as_json=json)
     if not result.ok:
         raise typer.Exit(1)
 
@@ -306,7 +265,6 @@ def info_command(
 ) -> None:
     """Count rows by dataset, task, label, modality and split; with --durations, how long they last."""
     from hba.atlas.info import atlas_info
-    from hba.cli.options import counted
 
     if durations:
         folder = cache or cache_folder()
@@ -314,18 +272,9 @@ def info_command(
             info = atlas_info(atlas, splits=split, durations=True, cache=folder, workers=workers, progress=progress)
     else:
         info = atlas_info(atlas, splits=split)
-
-    def show() -> None:
-        from rich.console import Console
-
-        from hba.report.atlas import show_info
-
-        Console().print(*show_info(info), sep="\n")
+    from hba.report.atlas import show_info, write_info
 
     if out is not None:
-        from hba.report.atlas import write_info
-
         write_info(info, out)
-    answer(info.to_json(), as_json=json, show=show)
-    if out is not None and not json:
-        say(f"Wrote {bold(out)}.")
+    files = [] if out is None else [out]
+    answer(info.to_json(), lambda: (*show_info(info), *written(*files)), as_json=json)

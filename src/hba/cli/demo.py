@@ -2,7 +2,8 @@
 
 Every step is what its own command does, on the same code as a full-size run; only the recipes (`sft_tiny`, `qa_tiny`,
 `bam_tiny`, `speak_tiny`, `rl_tiny`) and the data are small. Each step resumes or is skipped when its result stands, so
-that a killed demo ends in the same metrics.
+that a killed demo ends in the same metrics. What comes of RL is reported as it is, prompt by prompt on rows that were
+not trained on.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hba.atlas import open_atlas
-from hba.cli.options import counted, recipe_path, tallied
-from hba.config import inline_yaml, load_config
+from hba.cli.options import configured, counted, tallied
+from hba.config import inline_yaml
 from hba.environment import usable_cores
 from hba.errors import ConfigError
 from hba.evaluate.compare import compare_runs
@@ -33,7 +34,7 @@ from hba.report.page import write_report
 from hba.report.rl import Change, changes
 from hba.rl.config import AlgorithmName, RlConfig
 from hba.rl.local import train_rl
-from hba.run import QuarantineLog, RunFolder
+from hba.run import QuarantineLog
 from hba.storage import remove_abandoned
 from hba.train.bam import train_bam
 from hba.train.config import BamConfig, LmConfig, QaConfig, SftConfig
@@ -42,39 +43,8 @@ from hba.train.qa import train_qa
 from hba.train.sft import train_sft
 from hba.train.state import training_run
 
-# The last part of the demo: the tiny model learns to think aloud, then GRPO and HARPO train it with the same budget.
-#
-# Every step is what its own command does (`hba train lm`, `hba train rl`, `hba report`), by the recipes `speak_tiny`
-# and `rl_tiny`. What comes of it is reported as it is, prompt by prompt on rows that were not trained on.
-
-
 ALGORITHMS: tuple[AlgorithmName, ...] = ("grpo", "harpo")
-
-
-def run_rl(
-    folder: Path, speak: LmConfig, rl: RlConfig, seed: int, timed: Callable[[str, Callable[[], Any]], Any]
-) -> dict[str, list[Change]]:
-    """Make or resume `speak`, `rl-grpo` and `rl-harpo` below `folder`, with reports; what each algorithm changed."""
-
-    def base() -> None:
-        with training_run(folder / "speak", config=speak, command="demo", seed=seed) as run:
-            train_lm(speak, run)
-
-    def learn(name: AlgorithmName) -> None:
-        config = replace(rl, algorithm=name)
-        with training_run(folder / f"rl-{name}", config=config, command="demo", seed=seed) as run:
-            train_rl(config, run)
-        write_report(folder / f"rl-{name}", atlas_root=folder / "atlas")
-
-    timed("speak", base)
-    for name in ALGORITHMS:
-        timed(f"rl {name}", partial(learn, name))
-    return {name: changes(folder / f"rl-{name}") for name in ALGORITHMS}
-
-
-# --- the demo ---------------------------------------------------------------------------------------------------------
-
-
+STAGES = ("sft", "qa", "bam")
 T = TypeVar("T")
 
 
@@ -99,17 +69,6 @@ class DemoResult:
         return f"{sum(self.seconds.values()):.0f} s ({parts})"
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Settings:
-    """The configs of the three stages, of the model that speaks, and of RL."""
-
-    sft: SftConfig
-    qa: QaConfig
-    bam: BamConfig
-    speak: LmConfig
-    rl: RlConfig
-
-
 def run_demo(folder: Path, *, size: str, seed: int, overrides: Sequence[str] = ()) -> DemoResult:
     """Make everything below `folder`; run again after an interruption to go on.
 
@@ -118,75 +77,57 @@ def run_demo(folder: Path, *, size: str, seed: int, overrides: Sequence[str] = (
     demo of another size, seed or recipe.
     """
     seconds: dict[str, float] = {}
-    atlas, backbone = folder / "atlas", folder / "tiny"
-    runs = {name: folder / name for name in ("sft", "qa", "bam")}
+    atlas, runs = folder / "atlas", [folder / name for name in STAGES]
     settings = _settings(folder, seed, overrides)
     prepare_process(seed)
     remove_abandoned(folder)
 
-    def timed(name: str, work: Callable[[], T]) -> T:
+    def timed(name: str, work: Callable[..., T], *arguments: Any, **options: Any) -> T:
         started = time.perf_counter()
-        result = work()
+        result = work(*arguments, **options)
         seconds[name] = round(time.perf_counter() - started, 1)
         return result
 
-    timed("mini-atlas", lambda: _make_atlas(atlas, size, seed))
-    timed("backbone", lambda: _make_backbone(backbone, atlas, seed))
-    timed("sft", lambda: _train(runs["sft"], settings.sft, seed, train_sft))
+    def train(name: str, config: Any, work: Callable[..., object]) -> None:
+        with training_run(folder / name, config=config, command="demo", seed=seed) as run:
+            work(config, run)
+
+    def predict(run: Path) -> None:
+        options = PredictConfig(generation=GenerationConfig(max_tokens=32))
+        with tallied("predict") as told:
+            predict_run(str(run), run, atlas=str(atlas), split="test", config=options, progress=told)
+
+    def learn(name: str, config: RlConfig) -> None:
+        train(name, config, train_rl)
+        write_report(folder / name, atlas_root=atlas)
+
+    with counted("mini-atlas") as told:
+        timed("mini-atlas", build_mini_atlas, atlas, size=size, seed=seed, workers=usable_cores(), progress=told)
+    timed("backbone", _make_backbone, folder / "tiny", atlas, seed)
+    timed("sft", train, "sft", settings["sft"], train_sft)
     with counted("features") as told:
-        timed("qa", lambda: _train(runs["qa"], settings.qa, seed, partial(train_qa, progress=told)))
-        timed("bam", lambda: _train(runs["bam"], settings.bam, seed, partial(train_bam, progress=told)))
-    for name, run in runs.items():
-        timed(f"predict {name}", partial(_predict, run, atlas))
-    metrics = timed("score", lambda: [score_run(run) for run in runs.values()])[-1]
-    pairs = pairwise(runs.values())
-    compared = timed("compare", lambda: stages([compare_runs(before, after, seed=seed) for before, after in pairs]))
-    write_stages(compared, runs["bam"])
-    report = timed("report", lambda: [write_report(run, atlas_root=atlas) for run in runs.values()])[-1]
-    learned = run_rl(folder, settings.speak, settings.rl, seed, timed)
-    all_runs = [*runs.values(), folder / "speak", *(folder / f"rl-{name}" for name in learned)]
-    left_out = {record["id"]: record for run in all_runs for record in QuarantineLog(run).records()}
+        timed("qa", train, "qa", settings["qa"], partial(train_qa, progress=told))
+        timed("bam", train, "bam", settings["bam"], partial(train_bam, progress=told))
+    for run in runs:
+        timed(f"predict {run.name}", predict, run)
+    metrics = timed("score", lambda: [score_run(run) for run in runs])[-1]
+    compared = timed("compare", lambda: stages([compare_runs(a, b, seed=seed) for a, b in pairwise(runs)]))
+    write_stages(compared, runs[-1])
+    report = timed("report", lambda: [write_report(run, atlas_root=atlas) for run in runs])[-1]
+    # The tiny model learns to think aloud, then GRPO and HARPO train it with the same budget.
+    timed("speak", train, "speak", settings["speak"], train_lm)
+    for name in ALGORITHMS:
+        timed(f"rl {name}", learn, f"rl-{name}", replace(settings["rl"], algorithm=name))
+    every = [*runs, folder / "speak", *(folder / f"rl-{name}" for name in ALGORITHMS)]
+    left_out = {record["id"]: record for run in every for record in QuarantineLog(run).records()}
     return DemoResult(
         metrics=metrics,
         stages=compared,
-        rl=learned,
+        rl={name: changes(folder / f"rl-{name}") for name in ALGORITHMS},
         report=report,
         quarantined=list(left_out.values()),
         seconds=seconds,
     )
-
-
-def _settings(folder: Path, seed: int, overrides: Sequence[str]) -> _Settings:
-    """The bundled tiny recipes with `overrides`. Raises ConfigError for a key that the demo itself sets."""
-    atlas, features = str(folder / "atlas"), str(folder / "features")
-    own: dict[str, dict[str, Any]] = {
-        "": {"atlas": atlas, "model.name": str(folder / "tiny"), "train.seed": seed, "answer_weight": 1.0},
-        "qa.": {"atlas": atlas, "base": str(folder / "sft"), "train.seed": seed, "features.folder": features},
-        "bam.": {"atlas": atlas, "base": str(folder / "qa"), "train.seed": seed, "features.folder": features},
-        "speak.": {"atlas": atlas, "model.name": str(folder / "sft"), "train.seed": seed},
-        "rl.": {"atlas": atlas, "model.name": str(folder / "speak"), "train.seed": seed},
-    }
-    given: dict[str, list[str]] = {prefix: [] for prefix in own}
-    for override in overrides:
-        prefix = next((prefix for prefix in own if prefix and override.startswith(prefix)), "")
-        key = override.partition("=")[0].strip()
-        if key.removeprefix(prefix) in own[prefix]:
-            raise ConfigError(f"the demo itself sets {key}", where=override, fix="Use --run, --size and --seed.")
-        given[prefix].append(override.removeprefix(prefix))
-    for prefix, values in own.items():
-        given[prefix] += [f"{key}={inline_yaml(value)}" for key, value in values.items()]
-    return _Settings(
-        sft=load_config(SftConfig, recipe_path("sft_tiny"), given[""]),
-        qa=load_config(QaConfig, recipe_path("qa_tiny"), given["qa."]),
-        bam=load_config(BamConfig, recipe_path("bam_tiny"), given["bam."]),
-        speak=load_config(LmConfig, recipe_path("speak_tiny"), given["speak."]),
-        rl=load_config(RlConfig, recipe_path("rl_tiny"), given["rl."]),
-    )
-
-
-def _make_atlas(atlas: Path, size: str, seed: int) -> None:
-    with counted("mini-atlas") as progress:
-        build_mini_atlas(atlas, size=size, seed=seed, workers=usable_cores(), progress=progress)
 
 
 def _make_backbone(backbone: Path, atlas: Path, seed: int) -> None:
@@ -194,12 +135,26 @@ def _make_backbone(backbone: Path, atlas: Path, seed: int) -> None:
         build_tiny(backbone, atlas_texts(open_atlas(atlas, split="train")), seed=seed)
 
 
-def _train(run: Path, settings: Any, seed: int, work: Callable[[Any, RunFolder], object]) -> None:
-    with training_run(run, config=settings, command="demo", seed=seed) as opened:
-        work(settings, opened)
-
-
-def _predict(run: Path, atlas: Path) -> None:
-    options = PredictConfig(generation=GenerationConfig(max_tokens=32))
-    with tallied("predict") as progress:
-        predict_run(str(run), run, atlas=str(atlas), split="test", config=options, progress=progress)
+def _settings(folder: Path, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
+    """The bundled tiny recipes with `overrides`. Raises ConfigError for a key that the demo itself sets."""
+    shared = {"atlas": str(folder / "atlas"), "train.seed": seed}
+    features = shared | {"features.folder": str(folder / "features")}
+    recipes: dict[str, tuple[type, dict[str, Any]]] = {
+        "sft": (SftConfig, shared | {"model.name": str(folder / "tiny"), "answer_weight": 1.0}),
+        "qa": (QaConfig, features | {"base": str(folder / "sft")}),
+        "bam": (BamConfig, features | {"base": str(folder / "qa")}),
+        "speak": (LmConfig, shared | {"model.name": str(folder / "sft")}),
+        "rl": (RlConfig, shared | {"model.name": str(folder / "speak")}),
+    }
+    given: dict[str, list[str]] = {name: [] for name in recipes}
+    for override in overrides:
+        name = next((name for name in recipes if name != "sft" and override.startswith(f"{name}.")), "sft")
+        plain = override.removeprefix(f"{name}.") if name != "sft" else override
+        if plain.partition("=")[0].strip() in recipes[name][1]:
+            key = override.partition("=")[0].strip()
+            raise ConfigError(f"the demo itself sets {key}", where=override, fix="Use --run, --size and --seed.")
+        given[name].append(plain)
+    return {
+        name: configured(kind, f"{name}_tiny", given[name], [f"{key}={inline_yaml(v)}" for key, v in own.items()])
+        for name, (kind, own) in recipes.items()
+    }

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hba.cli.options import JsonFlag, answer, bold, say, say_written, warn
+from hba.cli.options import JsonFlag, answer, beside, warn, written
 from hba.errors import InputError, nearest
 
 if TYPE_CHECKING:
-    from hba.evaluate.results import Metrics
-    from hba.report.tables import TextTable
+    from rich.console import RenderableType
+
+    from hba.report.tables import Table
+
+AGAINST = "vs"
 
 
 def score_command(
@@ -34,44 +36,35 @@ def score_command(
     json: JsonFlag = False,
 ) -> None:
     """Compute the published metrics with 95% intervals and chance levels; writes metrics.json."""
+    from hba.evaluate.predictions import MERGE
     from hba.evaluate.score import score_run
 
     metrics = score_run(run, resamples=resamples, seed=seed, by=by or (), cluster=cluster, atlas=atlas)
 
-    def show() -> None:
-        from rich.console import Console
-
+    def show() -> list[Table]:
         from hba.report.tables import breakdown_tables, metrics_table, unmapped_table
 
-        for table in (metrics_table(metrics), unmapped_table(metrics), *breakdown_tables(metrics)):
-            if table is not None:
-                Console().print(table)
+        tables = (metrics_table(metrics), unmapped_table(metrics), *breakdown_tables(metrics))
+        return [table for table in tables if table is not None]
 
-    answer(metrics.record(), as_json=json, show=show)
-    _finish(run, metrics, partial)
-
-
-def _finish(run: Path, metrics: Metrics, partial: bool) -> None:
-    """Exit 1 when rows that were asked for are missing, unless that was allowed."""
-    from hba.evaluate.predictions import MERGE
-
+    answer(metrics.record(), show, as_json=json)
+    # Rows that were asked for and are missing are an error, unless that was allowed.
     if metrics.aggregate.other_rows:
         fix = "Predict into another folder with --run, or put back the predict.json of these predictions."
         what = "the predictions are of other rows than those that predict.json was written for"
-        sys.stderr.write(f"{'warning' if partial else 'error'}: {what}. Fix: {fix}\n")
+        beside(f"{'warning' if partial else 'error'}: {what}. Fix: {fix}")
         if not partial:
             raise typer.Exit(1)
     if not metrics.aggregate.n_missing:
-        return
+        return None
     folder = run if run.is_dir() else run.parent
     shards = sorted(path.parent.name for path in folder.glob("shards/*/predictions.jsonl"))
     part = f"only {metrics.aggregate.rows} have a prediction, and these are the scores of a part"
     unmerged = f"; predictions of shards are not merged ({', '.join(shards[:8])})" if shards else ""
     fix = MERGE if shards else "Run the same `hba predict` command again: it answers the rest."
     if partial:
-        sys.stderr.write(f"warning: {part}{unmerged}.\n")
-        return
-    sys.stderr.write(f"error: {part}{unmerged}. Fix: {fix} Or accept a part with --partial.\n")
+        return beside(f"warning: {part}{unmerged}.")
+    beside(f"error: {part}{unmerged}. Fix: {fix} Or accept a part with --partial.")
     raise typer.Exit(1)
 
 
@@ -85,16 +78,7 @@ def report_command(
     from hba.report.page import write_report
 
     page = write_report(run, atlas_root=atlas, out=out)
-    answer({"report": str(page)}, as_json=json, show=lambda: say(f"Wrote {bold(page)}."))
-
-
-# `hba compare` and `hba leaderboard`: whether runs differ, how far they spread, which is best at what.
-
-
-AGAINST = "vs"
-AllowOtherData = Annotated[
-    bool, typer.Option("--allow-other-data", help="Compare the common rows of runs on different data.")
-]
+    answer({"report": str(page)}, lambda: written(page), as_json=json)
 
 
 def compare_command(
@@ -107,7 +91,9 @@ def compare_command(
     seeds: Annotated[
         bool, typer.Option("--seeds", help="The runs are one model with other seeds or prompts: show their spread.")
     ] = False,
-    allow_other_data: AllowOtherData = False,
+    allow_other_data: Annotated[
+        bool, typer.Option("--allow-other-data", help="Compare the common rows of runs on different data.")
+    ] = False,
     out: Annotated[list[Path] | None, typer.Option(help="File to write: .md or .tex; may be repeated.")] = None,
     flips: Annotated[int, typer.Option(min=0, help="Print so many of the samples that changed sides.")] = 0,
     resamples: Annotated[int, typer.Option(min=100, help="Bootstrap resamples.")] = 2000,
@@ -117,14 +103,14 @@ def compare_command(
     """Test B against A over the same samples (A B), seeds against seeds (A... vs B...), or show a spread (--seeds)."""
     from hba.evaluate.compare import Comparison, compare_runs, compare_seeds, run_variance
     from hba.report.comparison import comparison, flips_table, seed_comparison, variance
-    from hba.report.tables import WRITERS, to_terminal, write_table, writer_of
+    from hba.report.tables import WRITERS, write_table, writer_of
 
     for path in out or ():
         writer_of(path, WRITERS)  # refused before minutes of resampling
     how: dict[str, Any] = {"allow_other_data": allow_other_data, "resamples": resamples, "seed": seed}
     a, b = _sides(runs)
     found: Any
-    table_of: Callable[[Any], TextTable]
+    table_of: Callable[[Any], Table]
     if b is not None and (len(a) > 1 or len(b) > 1):
         found, table_of = compare_seeds(a, b, **how), seed_comparison
     elif seeds:
@@ -138,16 +124,13 @@ def compare_command(
     for path in out or ():
         write_table(table, path)
 
-    def show() -> None:
-        from rich.console import Console
-
-        console = Console()
-        console.print(to_terminal(table, console.width))
+    def show() -> Iterator[RenderableType]:
+        yield table
         if flips and isinstance(found, Comparison):
-            Console().print(flips_table(found, flips))
-        say_written(out or ())
+            yield flips_table(found, flips)
+        yield from written(*(out or ()))
 
-    answer(found.record(), as_json=json, show=show)
+    answer(found.record(), show, as_json=json)
 
 
 def _sides(runs: list[Path]) -> tuple[list[Path], list[Path] | None]:
@@ -194,23 +177,13 @@ def leaderboard_command(
         allow_other_data=allow_other_data,
         max_quarantined=max_quarantined,
     )
-    for path in out or ():
-        from hba.report.comparison import write_leaderboard
+    from hba.report.comparison import LeaderboardTables, write_leaderboard
 
+    for path in out or ():
         write_leaderboard(board, path)
     for skipped in board.skipped:
         warn(f"skipped {skipped}")
-
-    def show() -> None:
-        from rich.console import Console
-
-        from hba.report.comparison import leaderboard_tables
-
-        console = Console()
-        console.print(leaderboard_tables(board, console.width))
-        say_written(out or ())
-
-    answer(board.record(), as_json=json, show=show)
+    answer(board.record(), lambda: [LeaderboardTables(board), *written(*(out or ()))], as_json=json)
 
 
 def _names(runs: list[Path], given: list[str]) -> dict[Path, str]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hba.cli.options import BaseUrl, JsonFlag, answer, bold, say, served, warn
+from hba.cli.options import BaseUrl, JsonFlag, answer, beside, bold, configured, served, tallied, warn
+from hba.cli.predict import show_estimate
 from hba.errors import InputError
+from hba.storage import cache_folder, write_json
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from hba.evaluate.judge.items import Item
     from hba.evaluate.judge.run import JudgeConfig, Judged
 
@@ -56,70 +59,43 @@ def judge_command(
         return _offline(_required(run, "RUN"), out, json)
     if calibrate is not None and run is not None:
         return _compare(run, calibrate, json)
-    settings = _settings(overrides or [], backend, base_url, cache)
+    from hba.evaluate.judge.run import JudgeConfig, estimate_judging, items_of, judge_run
+    from hba.remote.providers import provider
+
+    given = [f"remote.provider={provider(backend).name}", *served(base_url)]
+    given += [f"remote.cache={cache_folder() / 'responses'}"] if cache else []
+    settings = configured(JudgeConfig, None, [*given, *(overrides or [])])
     asked = _required(model, "--model")
     if dry_run:
-        items, folder = _items(run, atlas, calibrate), out or _required(run, "--out")
-        return _estimate(items, folder, asked, settings, retry_unjudged, json)
+        items = items_of(_required(run, "RUN"), atlas) if calibrate is None else _labelled_items(calibrate)
+        folder = out or _required(run, "--out")
+        expected = estimate_judging(items, folder, model=asked, config=settings, retry_unjudged=retry_unjudged)
+        return show_estimate(expected, "judge", as_json=json)
     if calibrate is not None:
         return _calibrate(calibrate, asked, settings, _required(out, "--out"), json)
-    return _judge(_required(run, "RUN"), asked, settings, atlas, out, retry_unjudged, allow_unjudged, json)
+    place = _required(run, "RUN")
+    with tallied("judge") as progress:
+        judged = judge_run(
+            place, model=asked, config=settings, progress=progress, atlas=atlas, out=out, retry_unjudged=retry_unjudged
+        )
+    result = {"judgements": str((out or place) / "judgements.jsonl"), **_summary(judged)}
+    answer(result, lambda: _shown(result), as_json=json)
+    for text in judged.warnings:
+        warn(text)
+    for judgement in judged.unjudged[:20]:
+        beside(f"unjudged {judgement.id}: {judgement.error}")
+    if len(judged.unjudged) > allow_unjudged:
+        fix = "Ask again with --retry-unjudged; until then their datasets have bounds and no score."
+        fix = "Run the same command again: it asks those without a reply." if judged.unanswered else fix
+        beside(f"error: {len(judged.unjudged)} answers have no verdict; all others do. Fix: {fix}")
+        raise typer.Exit(1)
+    return None
 
 
 def _required(value: Any, name: str) -> Any:
     if value is None:
         raise InputError("is missing", where=name, fix=JUDGE_EXAMPLE)
     return value
-
-
-def _settings(overrides: list[str], backend: str, base_url: str | None, cache: bool) -> JudgeConfig:
-    from hba.config import load_config
-    from hba.evaluate.judge.run import JudgeConfig
-    from hba.remote.providers import provider
-    from hba.storage import cache_folder
-
-    given = [f"remote.provider={provider(backend).name}", *served(base_url)]
-    given += [f"remote.cache={cache_folder() / 'responses'}"] if cache else []
-    return load_config(JudgeConfig, None, [*given, *overrides])
-
-
-def _items(run: Path | None, atlas: str | None, calibrate: Path | None) -> Sequence[Item]:
-    """What a call would judge: labelled items, or the answers of a run."""
-    from hba.evaluate.judge.run import items_of
-
-    return items_of(_required(run, "RUN"), atlas) if calibrate is None else _labelled_items(calibrate)
-
-
-def _estimate(
-    items: Sequence[Item], folder: Path, model: str, settings: JudgeConfig, retry_unjudged: bool, json: bool
-) -> None:
-    from hba.cli.predict import show_estimate
-    from hba.evaluate.judge.run import estimate_judging
-
-    expected = estimate_judging(items, folder, model=model, config=settings, retry_unjudged=retry_unjudged)
-    show_estimate(expected, "judge", as_json=json)
-
-
-def _judge(
-    run: Path,
-    model: str,
-    settings: JudgeConfig,
-    atlas: str | None,
-    out: Path | None,
-    retry_unjudged: bool,
-    allow_unjudged: int,
-    json: bool,
-) -> None:
-    from hba.cli.options import tallied
-    from hba.evaluate.judge.run import judge_run
-
-    with tallied("judge") as progress:
-        judged = judge_run(
-            run, model=model, config=settings, progress=progress, atlas=atlas, out=out, retry_unjudged=retry_unjudged
-        )
-    result = {"judgements": str((out or run) / "judgements.jsonl"), **_summary(judged)}
-    answer(result, as_json=json, show=lambda: _show(result))
-    _finish(judged, allow_unjudged)
 
 
 def _summary(judged: Judged) -> dict[str, Any]:
@@ -134,31 +110,21 @@ def _summary(judged: Judged) -> dict[str, Any]:
     return counts | {"datasets": datasets, "usage": judged.usage}
 
 
-def _show(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _shown(result: dict[str, Any]) -> Iterator[RenderableType]:
+    from hba.report.tables import Table
 
-    table = Table("dataset", "judged correct", "of", "unjudged", title="Judgements")
-    for key, entry in result["datasets"].items():
-        judged = entry["n"] - entry["n_unjudged"]
-        table.add_row(key, str(entry["n_correct"]), str(judged), str(entry["n_unjudged"]))
-    Console().print(table)
+    rows = [
+        (key, *map(str, (entry["n_correct"], entry["n"] - entry["n_unjudged"], entry["n_unjudged"])))
+        for key, entry in result["datasets"].items()
+    ]
+    yield Table(title="Judgements", head=("dataset", "judged correct", "of", "unjudged"), rows=rows)
     usage = result["usage"]
     cost = "unknown (no price for this model)" if usage["cost_usd"] is None else f"${usage['cost_usd']:.4f}"
-    say(f"{usage['requests']} requests, {usage['cached']} replies from the cache, cost {cost}.")
-    say(f"Verdicts are in {bold(result['judgements'])}; `hba score` uses them.")
+    yield f"{usage['requests']} requests, {usage['cached']} replies from the cache, cost {cost}."
+    yield f"Verdicts are in {bold(result['judgements'])}; `hba score` uses them."
 
 
-def _finish(judged: Judged, allowed: int) -> None:
-    for text in judged.warnings:
-        warn(text)
-    for judgement in judged.unjudged[:20]:
-        sys.stderr.write(f"unjudged {judgement.id}: {judgement.error}\n")
-    if len(judged.unjudged) > allowed:
-        fix = "Ask again with --retry-unjudged; until then their datasets have bounds and no score."
-        fix = "Run the same command again: it asks those without a reply." if judged.unanswered else fix
-        sys.stderr.write(f"error: {len(judged.unjudged)} answers have no verdict; all others do. Fix: {fix}\n")
-        raise typer.Exit(1)
+# --- how far the judge is to be trusted -------------------------------------------------------------------------------
 
 
 def _labels_path(calibrate: Path) -> Path:
@@ -180,10 +146,8 @@ def _labelled_items(calibrate: Path) -> Sequence[Item]:
 
 def _calibrate(calibrate: Path, model: str, settings: JudgeConfig, out: Path, json: bool) -> None:
     """Ask the judge about labelled items, then compare."""
-    from hba.cli.options import tallied
     from hba.evaluate.judge.agreement import agreement, read_labels
     from hba.evaluate.judge.run import judge_items
-    from hba.storage import write_json
 
     items = _labelled_items(calibrate)
     labels = read_labels(_labels_path(calibrate))
@@ -192,14 +156,14 @@ def _calibrate(calibrate: Path, model: str, settings: JudgeConfig, out: Path, js
     found = agreement({j.id: j.correct for j in judged.judgements}, labels)
     result = {"labels": str(calibrate), "model": model, **found, "usage": judged.usage}
     write_json(out / "calibration.json", result)
-    answer(result, as_json=json, show=lambda: _show_agreement(result))
+    answer(result, lambda: _agreement(result), as_json=json)
     one_sided = len(set(labels.values())) == 1  # labels of which all are equal want equal verdicts
     for text in judged.warnings:
         if not (one_sided and text.startswith("all ")):
             warn(text)
     if not result["n"]:
         last = next((j.error for j in judged.unjudged), "no label")
-        sys.stderr.write(f"error: not one verdict to compare ({last}). Fix: Ask another judge, or see `replies`.\n")
+        beside(f"error: not one verdict to compare ({last}). Fix: Ask another judge, or see `replies`.")
         raise typer.Exit(1)
 
 
@@ -209,21 +173,23 @@ def _compare(run: Path, calibrate: Path, json: bool) -> None:
 
     own = run / "judgements.jsonl" if run.is_dir() else run
     result = {"labels": str(calibrate), **agreement(read_labels(own), read_labels(calibrate))}
-    answer(result, as_json=json, show=lambda: _show_agreement(result))
+    answer(result, lambda: _agreement(result), as_json=json)
 
 
-def _show_agreement(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _agreement(result: dict[str, Any]) -> Iterator[RenderableType]:
+    from hba.report.tables import Table
 
-    table = Table("figure", "value", "95% interval", title="Agreement")
+    rows = []
     for name in ("accuracy", "kappa"):
-        value, interval = result[name], result[f"{name}_ci95"]
-        shown = "undefined" if value is None else f"{value:.3f}"
-        table.add_row(name, shown, "" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}")
+        value = result[name]
+        rows.append((name, "undefined" if value is None else f"{value:.3f}", _reach(result[f"{name}_ci95"])))
     for name in ("n", "n_unjudged", "true_positive", "false_positive", "false_negative", "true_negative"):
-        table.add_row(name, str(result[name]), "")
-    Console().print(table)
+        rows.append((name, str(result[name]), ""))
+    yield Table(title="Agreement", head=("figure", "value", "95% interval"), rows=rows)
+
+
+def _reach(ci95: Sequence[float] | None) -> str:
+    return "" if ci95 is None else f"{ci95[0]:.3f} to {ci95[1]:.3f}"
 
 
 def _offline(run: Path, out: Path | None, json: bool) -> None:
@@ -231,15 +197,13 @@ def _offline(run: Path, out: Path | None, json: bool) -> None:
 
     result = judge_offline(run, out=out)
 
-    def show() -> None:
-        from rich.console import Console
-        from rich.table import Table
+    def show() -> Iterator[RenderableType]:
+        from hba.report.tables import Table
 
-        table = Table("dataset", "embedding similarity", "95% interval", "n", title=f"Offline: {result['note']}")
-        for key, entry in result["datasets"].items():
-            reach = "" if entry["ci95"] is None else "{:.3f} to {:.3f}".format(*entry["ci95"])
-            table.add_row(key, f"{entry[METRIC]:.3f}", reach, str(entry["n"]))
-        Console().print(table)
-        say(f"Wrote {bold((out or run) / SIMILARITY_FILE)}.")
+        found = result["datasets"].items()
+        rows = [(key, f"{entry[METRIC]:.3f}", _reach(entry["ci95"]), str(entry["n"])) for key, entry in found]
+        head = ("dataset", "embedding similarity", "95% interval", "n")
+        yield Table(title=f"Offline: {result['note']}", head=head, rows=rows)
+        yield f"Wrote {bold((out or run) / SIMILARITY_FILE)}."
 
-    answer({key: value for key, value in result.items() if key != "rows"}, as_json=json, show=show)
+    answer({key: value for key, value in result.items() if key != "rows"}, show, as_json=json)

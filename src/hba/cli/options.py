@@ -9,18 +9,21 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from hba.errors import InputError, nearest
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from hba.evaluate.predictions import Tally
     from hba.remote.cost import Meter
-    from hba.run import RunFolder
-    from hba.train.state import Progress
 
+T = TypeVar("T")
+Show = Callable[[], Iterable["RenderableType"]]
+OnProgress = Callable[[int, int], None]
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Overrides = Annotated[
@@ -32,11 +35,14 @@ ConfigOption = Annotated[
 AllowQuarantined = Annotated[
     int, typer.Option("--allow-quarantined", min=0, help="Exit 0 although up to so many samples were left out.")
 ]
-
 BaseUrl = Annotated[
     str | None,
     typer.Option("--base-url", help="Server of a remote model, such as http://localhost:8000/v1 (remote.base_url)."),
 ]
+Splits = Annotated[
+    list[str] | None, typer.Option("--split", help="A split; repeat the option for more. All by default.")
+]
+Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -52,43 +58,64 @@ def recipe_path(name: str | None) -> Path | None:
     return bundled
 
 
+def configured(kind: type[T], config: str | None, overrides: Sequence[str] | None, chosen: Sequence[str] = ()) -> T:
+    """The config of a command from --config, KEY=VALUE and the overrides that its other options stand for."""
+    from hba.config import load_config
+
+    return load_config(kind, recipe_path(config), [*(overrides or []), *chosen])
+
+
 def served(base_url: str | None) -> list[str]:
     """The override that --base-url stands for."""
     return [] if base_url is None else [f"remote.base_url={json.dumps(base_url)}"]
 
 
-def answer(result: dict[str, Any], *, as_json: bool, show: Callable[[], None], once: bool = True) -> None:
-    """Print `result` as JSON, or call `show`; `once`, although a launcher runs the command on several ranks."""
-    if once and os.environ.get("RANK", "0") != "0":
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+def is_first() -> bool:
+    """Whether this process speaks, of those on which a launcher runs the command."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def answer(result: dict[str, Any], show: str | Show, *, as_json: bool, once: bool = True) -> None:
+    """Print `result` as JSON, or for people: a line of rich markup, or what `show` gives, each such line or a table.
+
+    `once`, although a launcher runs the command on several ranks.
+    """
+    if once and not is_first():
         return
     if as_json:
         sys.stdout.write(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-    else:
-        show()
+        return
+    from rich.console import Console
+
+    for each in [show] if isinstance(show, str) else show():
+        if isinstance(each, str):
+            Console(soft_wrap=True, highlight=False).print(each)
+        else:
+            Console().print(each)
 
 
 def say(text: str) -> None:
     """One line of rich markup on standard output."""
-    from rich.console import Console
-
-    Console(soft_wrap=True, highlight=False).print(text)
+    answer({}, text, as_json=False, once=False)
 
 
-def say_written(files: Iterable[Path]) -> None:
-    """One line a file that a command was asked to write."""
-    for file in files:
-        say(f"Wrote {bold(file)}.")
+def written(*files: Path) -> list[str]:
+    """A line for each file that a command was asked to write."""
+    return [f"Wrote {bold(file)}." for file in files]
 
 
-def say_beside(text: str) -> None:
+def beside(text: str) -> None:
     """One line on standard error, as it is."""
     sys.stderr.write(f"{text}\n")
 
 
 def warn(text: str) -> None:
     """One line on standard error; once, although a launcher runs the command on several ranks."""
-    if os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"warning: {text}.\n")
+    if is_first():
+        beside(f"warning: {text}.")
 
 
 def bold(value: object) -> str:
@@ -98,57 +125,19 @@ def bold(value: object) -> str:
     return f"[bold]{escape(str(value))}[/bold]"
 
 
-@contextmanager
-def training(run: Path, settings: Any, command: str) -> Iterator[RunFolder]:
-    """The folder of a training run, made or resumed; says which it is, and how to choose another, before it trains."""
-    from hba.train.state import training_run
-
-    resumed = (run / "config.yaml").is_file()
-    with training_run(run, config=settings, command=command, seed=settings.train.seed) as folder:
-        if folder.is_main:
-            state = "goes on with the run in it" if resumed else "new"
-            sys.stderr.write(f"Run folder: {run} ({state}; --run chooses another).\n")
-        yield folder
-
-
-def trained(
-    run: Path,
-    progress: Progress,
-    quarantined: Sequence[dict[str, Any]],
-    allowed: int,
-    *,
-    as_json: bool,
-    best: str = "validation mean",
-    sign: int = 1,
-) -> None:
-    """The answer of every training command; `best` says what the best checkpoint is best in, `sign` which way."""
-    shown = ("step", "samples_seen", "best_step", "best_score")
-    result = {"run": str(run), **{name: getattr(progress, name) for name in shown}, "quarantined": len(quarantined)}
-    text = f"Trained {progress.step} steps in {bold(run)}: best {best} "
-    if progress.best_score is None:
-        text = f"Trained {progress.step} steps in {bold(run)}; no task of the validation has a score."
-    else:
-        text += f"{sign * progress.best_score:.3f} at step {progress.best_step}."
-    answer(result, as_json=as_json, show=lambda: say(text))
-    finish(quarantined, allowed)
-
-
 def finish(quarantined: Sequence[dict[str, Any]], allowed: int, *, once: bool = True) -> None:
     """Name every quarantined sample on standard error, `once`, although a launcher runs the command on several ranks;
     exit 2 when there are more than `allowed`."""
-    told = sys.stderr.write if not once or os.environ.get("RANK", "0") == "0" else str
+    told = beside if not once or is_first() else str
     for record in quarantined:
-        told(f"quarantined {record['id']}: {record['where']}: {record['reason']}\n")
+        told(f"quarantined {record['id']}: {record['where']}: {record['reason']}")
     if len(quarantined) > allowed:
         fix = f"Repair the files, or accept this with --allow-quarantined {len(quarantined)}."
-        told(f"error: {len(quarantined)} samples were left out; everything else is done. Fix: {fix}\n")
+        told(f"error: {len(quarantined)} samples were left out; everything else is done. Fix: {fix}")
         raise typer.Exit(2)
 
 
-# A progress bar on standard error for work that can be counted.
-
-
-OnProgress = Callable[[int, int], None]
+# --- progress bars on standard error ----------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -158,8 +147,7 @@ def counted(description: str) -> Iterator[OnProgress]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    silent = os.environ.get("RANK", "0") != "0"  # one bar, although a launcher runs the command on several ranks
-    with Progress(*columns, console=Console(stderr=True), disable=silent) as bar:
+    with Progress(*columns, console=Console(stderr=True), disable=not is_first()) as bar:
         task = bar.add_task(description, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -167,29 +155,27 @@ def counted(description: str) -> Iterator[OnProgress]:
 @contextmanager
 def tallied(description: str, *, shown: bool = True) -> Iterator[Callable[[Tally], None]]:
     """A bar of predictions with their failures, cost, speed and time left; call the yielded function with a tally."""
+    from rich import progress
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        ProgressColumn,
-        Task,
-        TextColumn,
-        TimeRemainingColumn,
-    )
     from rich.text import Text
 
-    columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     started = monotonic()
 
-    class Facts(ProgressColumn):
+    class Facts(progress.ProgressColumn):
         """Read at each refresh, so that it says what is waited for while nothing comes."""
 
-        def render(self, task: Task) -> Text:
+        def render(self, task: progress.Task) -> Text:
             tally: Tally | None = task.fields["tally"]
             return Text("" if tally is None else tally_facts(tally, monotonic() - started))
 
-    with Progress(*columns[:3], Facts(), columns[3], console=Console(stderr=True), disable=not shown) as bar:
+    columns = (
+        progress.TextColumn("[bold]{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        Facts(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
         task = None
 
         def show(tally: Tally) -> None:

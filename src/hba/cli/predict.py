@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hba.cli.options import AllowQuarantined, BaseUrl, JsonFlag, Overrides, answer, bold, finish, say, served, warn
+from hba.cli.options import (
+    AllowQuarantined,
+    BaseUrl,
+    JsonFlag,
+    Overrides,
+    answer,
+    beside,
+    bold,
+    configured,
+    finish,
+    served,
+    tallied,
+    tally_cost,
+    warn,
+)
 from hba.errors import InputError
 
 if TYPE_CHECKING:
@@ -43,12 +56,10 @@ def predict_command(
     json: JsonFlag = False,
 ) -> None:
     """Answer every sample of a split; resumes where it stopped."""
-    from hba.cli.options import tallied
-    from hba.config import load_config
     from hba.evaluate.config import PredictConfig
     from hba.evaluate.predict import Selection, launched_shard, open_rows, parse_shard, predict_run
 
-    settings = load_config(PredictConfig, None, [*served(base_url), *(overrides or [])])
+    settings = configured(PredictConfig, None, [*served(base_url), *(overrides or [])])
     folder = run or _run_folder(model)
     selection = Selection(limit=limit, per_dataset=per_dataset, channels=_names(modalities), datasets=_names(datasets))
     if dry_run:
@@ -81,7 +92,7 @@ def predict_command(
     # Of the processes of a launcher the one that merges speaks for all: a failure of one makes it end the others.
     speaks = share is None or share.device is None or summary.merged
     if speaks:
-        answer(_record(summary, folder), as_json=json, show=lambda: _show(summary, folder, share), once=False)
+        answer(_record(summary, folder), _said(summary, folder, share), as_json=json, once=False)
     _finish_failed(summary, allow_failed, known=speaks)
     return finish(summary.quarantined if speaks else (), allow_quarantined, once=False)
 
@@ -107,9 +118,7 @@ def _record(summary: PredictSummary, folder: Path) -> dict[str, object]:
     }
 
 
-def _show(summary: PredictSummary, folder: Path, share: Shard | None) -> None:
-    from hba.cli.options import tally_cost
-
+def _said(summary: PredictSummary, folder: Path, share: Shard | None) -> str:
     tally = summary.tally
     facts = [f"{summary.predicted:,} predictions in {bold(folder)}"]
     facts += [f"{summary.skipped:,} rows left out that the model is not trained to answer"] if summary.skipped else []
@@ -119,7 +128,7 @@ def _show(summary: PredictSummary, folder: Path, share: Shard | None) -> None:
     of = "" if share is None else f" of one of {share.count} processes"
     facts += [] if tally.meter is None else [f"{tally_cost(tally.meter)} in this session{of}"]
     facts += [] if summary.merged else ["other shards are not done: whichever ends last merges all"]
-    say("; ".join(facts) + ".")
+    return "; ".join(facts) + "."
 
 
 def _finish_failed(summary: PredictSummary, allowed: int, *, known: bool) -> None:
@@ -128,12 +137,11 @@ def _finish_failed(summary: PredictSummary, allowed: int, *, known: bool) -> Non
     if unanswered:
         fix = "Run the same command again: it asks them."
         what = f"{unanswered.total()} rows got no answer and stay open ({_most(unanswered)}); everything else is done"
-        sys.stderr.write(f"error: {what}. Fix: {fix}\n")
+        beside(f"error: {what}. Fix: {fix}")
     if failed > allowed:
         fix = f"Ask again with --retry-failed, or accept this with --allow-failed {failed}."
-        why = _most(summary.tally.reasons)
-        done = "everything else is done"
-        sys.stderr.write(f"error: {failed} samples failed and count as wrong ({why}); {done}. Fix: {fix}\n")
+        what = f"{failed} samples failed and count as wrong ({_most(summary.tally.reasons)}); everything else is done"
+        beside(f"error: {what}. Fix: {fix}")
     if failed + unanswered.total() > allowed:
         raise typer.Exit(1)
 
@@ -155,37 +163,21 @@ def _run_folder(model: str) -> Path:
     return Path(model)
 
 
-# How `--dry-run` of `hba predict` and `hba judge` is answered.
-
-
 def show_estimate(expected: Estimate, verb: str, *, as_json: bool) -> None:
-    """Answer a command with what it would do; `verb` is what is left to do with the rows."""
-    answer(expected.record(), as_json=as_json, show=lambda: _show_estimate(expected, verb))
+    """Answer `--dry-run` of `hba predict` or `hba judge` with what it would do; `verb` is what is left to do."""
+    from hba.report.tables import Table
 
-
-def _show_estimate(expected: Estimate, verb: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="Dry run: nothing was asked", title_justify="left", show_header=False, box=None)
-    for dataset, count in expected.datasets.items():
-        table.add_row(dataset, f"{count:,} rows")
-    table.add_row(f"left to {verb}", f"{expected.left:,} of {expected.rows:,} rows")
-    if expected.requests_at_most > expected.left:
-        again = f"{expected.requests_at_most // expected.left} a row, since useless replies are asked for again"
-        table.add_row("requests", f"{expected.left:,}; {expected.requests_at_most:,} at most, {again}")
+    rows = [(dataset, f"{count:,} rows") for dataset, count in expected.datasets.items()]
+    rows.append((f"left to {verb}", f"{expected.left:,} of {expected.rows:,} rows"))
+    again, cost, once = expected.requests_at_most > expected.left, expected.cost_usd_at_most, ""
+    if again:
+        why = f"{expected.requests_at_most // expected.left} a row, since useless replies are asked for again"
+        rows.append(("requests", f"{expected.left:,}; {expected.requests_at_most:,} at most, {why}"))
     how = "as measured on this folder's records" if expected.measured else "roughly; records in it would measure it"
-    table.add_row("tokens in", f"{expected.tokens_in:,} {how}")
-    table.add_row("tokens out", f"{expected.tokens_out_at_most:,}" + ("" if expected.measured else " at most"))
-    table.add_row("cost", _cost(expected))
-    Console().print(table)
-
-
-def _cost(expected: Estimate) -> str:
-    cost = expected.cost_usd_at_most
-    if cost is None:
-        return f"unknown: {expected.note}"
-    once = ""
-    if expected.requests_at_most > expected.left and not expected.measured:
+    rows.append(("tokens in", f"{expected.tokens_in:,} {how}"))
+    rows.append(("tokens out", f"{expected.tokens_out_at_most:,}" + ("" if expected.measured else " at most")))
+    if cost is not None and again and not expected.measured:
         once = f" (${cost * expected.left / expected.requests_at_most:,.2f} with one request a row)"
-    return f"${cost:,.2f} at most{once}, {expected.note}"
+    spent = f"unknown: {expected.note}" if cost is None else f"${cost:,.2f} at most{once}, {expected.note}"
+    table = Table(title="Dry run: nothing was asked", rows=[*rows, ("cost", spent)], align="l")
+    answer(expected.record(), lambda: [table], as_json=as_json)

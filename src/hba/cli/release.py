@@ -8,10 +8,11 @@ from typing import Annotated
 
 import typer
 
-from hba.cli.options import JsonFlag, answer, bold, say
+from hba.cli.options import JsonFlag, answer, bold
 
-MERGE_EXAMPLE = "Example: hba merge runs/sft models/omnisapiens"
-PUSH_EXAMPLE = "Example: hba push runs/sft my-org/omnisapiens --license apache-2.0"
+LMMS_EXAMPLE = "Example: hba export lmms-eval runs/lmms --atlas runs/mini"
+WANDB_EXAMPLE = "Example: hba export wandb runs/demo/sft --project atlas --offline"
+INSPECT_EXAMPLE = "Example: hba export inspect runs/inspect --atlas runs/mini"
 
 
 class Precision(StrEnum):
@@ -64,7 +65,7 @@ def merge_command(
             backbone=backbone, onto=onto, lora_alpha=lora_alpha, dataset=adapters_of, pooling=pooling.value
         )
         merge_released(run, out, release, dtype=dtype.value)
-    answer({"model": str(out)}, as_json=json, show=lambda: say(f"Wrote a full model to {bold(out)}."))
+    answer({"model": str(out)}, f"Wrote a full model to {bold(out)}.", as_json=json)
 
 
 def push_command(
@@ -81,16 +82,11 @@ def push_command(
 
     prepare_process(seed=0)
     done = push_run(run, repo, license_id=license_id, merge=merge, private=private)
-    values = {"place": done.place, "files": done.files}
-    answer(values, as_json=json, show=lambda: say(f"Sent {done.files} files to {bold(done.place)}."))
+    answer(done._asdict(), f"Sent {done.files} files to {bold(done.place)}.", as_json=json)
 
 
 # `hba export`: the benchmark as tasks of other harnesses, and results as a table of others' trackers.
 
-
-LMMS_EXAMPLE = "Example: hba export lmms-eval runs/lmms --atlas runs/mini"
-WANDB_EXAMPLE = "Example: hba export wandb runs/demo/sft --project atlas --offline"
-INSPECT_EXAMPLE = "Example: hba export inspect runs/inspect --atlas runs/mini"
 
 export_app = typer.Typer(no_args_is_help=True, help="The atlas as tasks of lmms-eval or Inspect, results for W&B.")
 
@@ -109,10 +105,8 @@ def lmms_eval_command(
     """Write lmms-eval task definitions that ask, read and score as hba does."""
     from hba.export.harnesses import export_lmms_eval
 
-    counts = export_lmms_eval(atlas, split, out)
-    text = f"{sum(counts.values()):,} rows of {len(counts)} tasks in {bold(out)}. Run: "
     command = f"python -m lmms_eval --include_path {out} --tasks hba --model MODEL"
-    answer({"out": str(out), "rows": counts, "command": command}, as_json=json, show=lambda: say(text + command))
+    _exported(export_lmms_eval(atlas, split, out), out, command, json)
 
 
 @export_app.command("inspect", epilog=INSPECT_EXAMPLE)
@@ -125,10 +119,12 @@ def inspect_command(
     """Write Inspect tasks that ask, read and score as hba does."""
     from hba.export.harnesses import export_inspect
 
-    counts = export_inspect(atlas, split, out)
-    text = f"{sum(counts.values()):,} rows of {len(counts)} tasks in {bold(out)}. Run: "
-    command = f"cd {out} && inspect eval hba_tasks.py --model MODEL"
-    answer({"out": str(out), "rows": counts, "command": command}, as_json=json, show=lambda: say(text + command))
+    _exported(export_inspect(atlas, split, out), out, f"cd {out} && inspect eval hba_tasks.py --model MODEL", json)
+
+
+def _exported(counts: dict[str, int], out: Path, command: str, as_json: bool) -> None:
+    text = f"{sum(counts.values()):,} rows of {len(counts)} tasks in {bold(out)}. Run: {command}"
+    answer({"out": str(out), "rows": counts, "command": command}, text, as_json=as_json)
 
 
 @export_app.command("wandb", epilog=WANDB_EXAMPLE)
@@ -145,4 +141,4 @@ def wandb_command(
     from hba.export.wandb_table import log_tables
 
     place = log_tables(run, project=project, offline=offline, predictions=predictions)
-    answer({"run": str(run), "wandb": place}, as_json=json, show=lambda: say(f"Logged to {bold(place)}."))
+    answer({"run": str(run), "wandb": place}, f"Logged to {bold(place)}.", as_json=json)

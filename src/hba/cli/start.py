@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hba.cli.options import JsonFlag, Overrides, answer, bold, finish, say
+from hba.cli.options import JsonFlag, Overrides, answer, bold, finish
 from hba.errors import InputError
 from hba.storage import cache_folder
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 def demo_command(
@@ -27,18 +31,14 @@ def demo_command(
 
     result = run_demo(run, size=size, seed=seed, overrides=overrides or [])
 
-    def show() -> None:
-        from rich.console import Console
-
+    def show() -> Iterator[RenderableType]:
         from hba.report.comparison import stages_table
         from hba.report.rl import changes_table
         from hba.report.tables import metrics_table
 
-        Console().print(metrics_table(result.metrics))
-        Console().print(stages_table(result.stages))
-        Console().print(changes_table(result.rl))
-        say("The mini-atlas is synthetic: these scores say that the system works, not how well people are understood.")
-        say(f"Report: {bold(result.report)}   Time: {result.timing()}")
+        yield from (metrics_table(result.metrics), stages_table(result.stages), changes_table(result.rl))
+        yield "The mini-atlas is synthetic: these scores say that the system works, not how well people are understood."
+        yield f"Report: {bold(result.report)}   Time: {result.timing()}"
 
     values = {
         "metrics": result.metrics.record(),
@@ -47,7 +47,7 @@ def demo_command(
         "report": str(result.report),
         "seconds": result.seconds,
     }
-    answer(values, as_json=json, show=show)
+    answer(values, show, as_json=json)
     finish(result.quarantined, allowed=0)
 
 
@@ -64,7 +64,7 @@ def tiny_command(
 
     prepare_process(seed)
     build_tiny(out, atlas_texts(open_atlas(atlas, split="train")), seed=seed)
-    answer({"model": str(out)}, as_json=json, show=lambda: say(f"Made a tiny backbone in {bold(out)}."))
+    answer({"model": str(out)}, f"Made a tiny backbone in {bold(out)}.", as_json=json)
 
 
 def doctor_command(
@@ -75,21 +75,9 @@ def doctor_command(
     from hba.doctor import checks_table, diagnose, to_json
 
     checks = diagnose(online=online)
-
-    def show() -> None:
-        from rich.console import Console
-
-        Console().print(checks_table(checks))
-
-    answer(to_json(checks), as_json=json, show=show)
+    answer(to_json(checks), lambda: [checks_table(checks)], as_json=json)
     if any(check.required and check.status == "missing" for check in checks):
         raise typer.Exit(1)
-
-
-# `hba explore`: the atlas, the runs and their mistakes in a browser.
-
-
-NO_SERVER = "Install it: pip install 'human-behavior-atlas[explorer]'."
 
 
 def explore_command(
@@ -114,12 +102,17 @@ def explore_command(
     try:
         from hba.explorer.server import bind, create_app, has_screen, is_loopback, open_browser, serve
     except ImportError as error:
-        raise InputError(f"the explorer's server is not installed ({error.name})", fix=NO_SERVER) from None
-    folder = cache or cache_folder()
+        fix = "Install it: pip install 'human-behavior-atlas[explorer]'."
+        raise InputError(f"the explorer's server is not installed ({error.name})", fix=fix) from None
     bound = bind(host, port, with_token=not no_token)
-    only_loopback = is_loopback(host)
-    app = create_app(atlas=atlas, runs=runs, cache_folder=folder, token=bound.token, only_loopback=only_loopback)
-    answer({"url": bound.url}, as_json=json, show=lambda: say(f"Open [bold]{bound.url}[/bold] (Ctrl-C ends it)."))
+    app = create_app(
+        atlas=atlas,
+        runs=runs,
+        cache_folder=cache or cache_folder(),
+        token=bound.token,
+        only_loopback=is_loopback(host),
+    )
+    answer({"url": bound.url}, f"Open [bold]{bound.url}[/bold] (Ctrl-C ends it).", as_json=json)
     sys.stdout.flush()
     with TemporaryDirectory(prefix="hba-explore-") as private:
         if browser if browser is not None else (not json and has_screen()):

@@ -13,13 +13,13 @@ import hashlib
 import json
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 from urllib.parse import urlencode
 
 from hba.atlas import Atlas, Sample, open_atlas
@@ -76,31 +76,22 @@ class Database:
         self._local = threading.local()
         self.writing = threading.Lock()
         """held by whoever writes in this process: the index or a run's files, one at a time"""
-        self._make("rows", rows, ROWS_TABLES)
-        self._make("runs", runs, RUNS_TABLES)
-
-    def _make(self, name: str, path: Path, tables: str) -> None:
-        if path.is_file():
-            return
-        with self._alone(path):
-            if path.is_file():
-                return  # another explorer began at the same moment
-            made = begun(path)
-            made.unlink(missing_ok=True)
-            made.touch(mode=0o600)  # prompts of clinical interviews are for nobody else on the machine
-            with closing(sqlite3.connect(":memory:")) as connection:
-                connection.execute(f"ATTACH DATABASE ? AS {name}", [str(made)])
-                connection.execute(f"PRAGMA {name}.journal_mode = WAL")
-                connection.executescript(tables)
-            made.replace(path)
+        for name, path, tables in (("rows", rows, ROWS_TABLES), ("runs", runs, RUNS_TABLES)):
+            with nullcontext() if path.is_file() else alone(path.with_suffix(".lock")):
+                if path.is_file():
+                    continue  # of an explorer that began earlier, or at the same moment
+                made = begun(path)
+                made.unlink(missing_ok=True)
+                made.touch(mode=0o600)  # prompts of clinical interviews are for nobody else on the machine
+                with closing(sqlite3.connect(":memory:")) as connection:
+                    connection.execute(f"ATTACH DATABASE ? AS {name}", [str(made)])
+                    connection.execute(f"PRAGMA {name}.journal_mode = WAL")
+                    connection.executescript(tables)
+                made.replace(path)
 
     def indexing(self) -> AbstractContextManager[None]:
         """Held by the one process that lays rows into the index; another that serves it reads, and goes on after it."""
-        return self._alone(self._rows)
-
-    @staticmethod
-    def _alone(path: Path) -> AbstractContextManager[None]:
-        return alone(path.with_suffix(".lock"))
+        return alone(self._rows.with_suffix(".lock"))
 
     @property
     def connection(self) -> sqlite3.Connection:
@@ -140,7 +131,6 @@ class Database:
 #
 # Every value of a request becomes a bound parameter, and every column stands here by name: no text of a request is ever
 # part of a query. A filter that is not of its form is an error that names it.
-
 
 
 PAGE_SIZE = 24
@@ -197,22 +187,8 @@ class Form:
         return "?" + urlencode({k: v for k, v in merged.items() if k not in changed or changed[k] is not None})
 
 
-@dataclass
-class Where:
-    """Conditions that all hold, and their values in order."""
-
-    parts: list[str] = field(default_factory=list)
-    values: list[Any] = field(default_factory=list)
-
-    def add(self, condition: str, *values: Any) -> None:
-        """One more condition with a '?' for each value."""
-        self.parts.append(condition)
-        self.values += values
-
-    @property
-    def sql(self) -> str:
-        """'WHERE ...', or '' without conditions."""
-        return f"WHERE {' AND '.join(self.parts)}" if self.parts else ""
+Condition: TypeAlias = "tuple[Any, ...]"
+"""SQL with a '?' for each value, and the values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,82 +201,84 @@ class Found:
     pages: int
 
 
-def _paged(database: Database, select: str, tables: str, where: Where, order: str, page: int) -> Found:
-    total = database.number(f"SELECT count(*) FROM {tables} {where.sql}", where.values)  # noqa: S608  bound values
-    query = f"SELECT {select} FROM {tables} {where.sql} ORDER BY {order} LIMIT ? OFFSET ?"  # noqa: S608
-    rows = database.all(query, [*where.values, PAGE_SIZE, (page - 1) * PAGE_SIZE])
-    return Found(rows=rows, total=total, page=page, pages=max(1, -(-total // PAGE_SIZE)))
+def _paged(database: Database, select: str, tables: str, where: Sequence[Condition], order: str, form: Form) -> Found:
+    """The page of the rows for which every condition holds."""
+    held = f"{tables} WHERE {' AND '.join(['TRUE', *(condition for condition, *_ in where)])}"
+    values = [value for _, *values in where for value in values]
+    total = database.number(f"SELECT count(*) FROM {held}", values)  # noqa: S608  bound values
+    query = f"SELECT {select} FROM {held} ORDER BY {order} LIMIT ? OFFSET ?"  # noqa: S608
+    rows = database.all(query, [*values, PAGE_SIZE, (form.page - 1) * PAGE_SIZE])
+    return Found(rows=rows, total=total, page=form.page, pages=max(1, -(-total // PAGE_SIZE)))
 
 
 def find_samples(database: Database, form: Form) -> Found:
-    """The samples that a form of the atlas page asks for, in the order of the atlas."""
-    where = Where()
-    add_sample_filters(where, form)
-    return _paged(database, "s.*", "rows.sample s", where, "s.n", form.page)
+    """The samples that a form of the atlas page asks for, in the order of the atlas.
+
+    Filters: q, split, dataset, task, label, signature, least and most (seconds).
+    """
+    where = [(f"s.{name} = ?", value) for name in SAMPLE_COLUMNS if (value := form.text(name))]
+    return _paged(database, "s.*", "rows.sample s", [*where, *_searched(form)], "s.n", form)
 
 
-def add_sample_filters(where: Where, form: Form) -> None:
-    """Conditions on `s`: q, split, dataset, task, label, signature, least and most (seconds)."""
-    for name in SAMPLE_COLUMNS:
-        if value := form.text(name):
-            where.add(f"s.{name} = ?", value)
+def _searched(form: Form) -> list[Condition]:
+    """Conditions on `s`: words, and seconds from least to most."""
     words = form.text("q").split()
+    found: list[Condition] = []
     quoted = ['"' + word.replace('"', '""') + '"' for word in words if len(word) >= 3]  # what trigrams can find
     if quoted:
-        where.add("s.n IN (SELECT rowid FROM rows.sample_text WHERE sample_text MATCH ?)", " AND ".join(quoted))
-    for word in words:
-        if len(word) < 3:
-            where.add("instr(lower(s.words), lower(?)) > 0", word)
+        match = "s.n IN (SELECT rowid FROM rows.sample_text WHERE sample_text MATCH ?)"
+        found.append((match, " AND ".join(quoted)))
+    found += [("instr(lower(s.words), lower(?)) > 0", word) for word in words if len(word) < 3]
     for name, condition in (("least", "s.seconds >= ?"), ("most", "s.seconds <= ?")):
         if (seconds := form.number(name)) is not None:
-            where.add(condition, seconds)
+            found.append((condition, seconds))
+    return found
+
+
+PREDICTED = """runs.prediction p
+  LEFT JOIN runs.judgement j ON j.run = p.run AND j.id = p.id
+  LEFT JOIN runs.decision h ON h.run = p.run AND h.id = p.id"""
+COLUMNS = "p.*, j.judge AS judge, j.correct AS judged, j.reason AS reason"
+_SECOND = """ JOIN runs.prediction q ON q.id = p.id
+  LEFT JOIN runs.judgement i ON i.run = q.run AND i.id = q.id"""
+_SECOND_COLUMNS = """, q.output AS b_output, q.answer AS b_answer, q.label AS b_label, q.correct AS b_correct,
+  q.error AS b_error, i.correct AS b_judged"""
+WITH_QUESTION = f"{PREDICTED} LEFT JOIN rows.sample s ON s.id = p.id AND s.split = p.split"
+# A failed or empty answer is wrong without anybody's judgement.
+FREE_FORM = "p.correct IS NULL AND p.error IS NULL AND trim(coalesce(p.answer, '')) <> ''"
 
 
 def find_predictions(database: Database, form: Form) -> Found:
     """The predictions of run A (and of run B beside them) that a form asks for, in the order of the ids.
 
     Filters: those of samples, `target`, `predicted`, `verdict` (of A), and `pair` (of A and B)."""
-    where, tables, select = Where(), _PREDICTIONS, _COLUMNS
+    tables, columns = PREDICTED, COLUMNS
+    where: list[Condition] = [("p.run = ?", form.text("a"))]
     second = form.text("b")
-    values: list[Any] = []
     if second:
-        tables, select, values = tables + _SECOND, select + _SECOND_COLUMNS, [second]
-    where.add("p.run = ?", form.text("a"))
-    if any(form.text(name) for name in ("q", "signature", "least", "most")):
-        chosen = Where()
-        only = Form({k: v for k, v in form.values.items() if k in ("q", "signature", "least", "most")})
-        add_sample_filters(chosen, only)
-        same = f"SELECT 1 FROM rows.sample s {chosen.sql} AND s.id = p.id AND s.split = p.split"  # noqa: S608
-        where.add(f"EXISTS ({same})", *chosen.values)
-    for name, column in (("dataset", "p.dataset"), ("task", "p.task"), ("split", "p.split"), ("target", "p.target")):
-        if value := form.text(name):
-            where.add(f"{column} = ?", value)
+        tables, columns = tables + _SECOND, columns + _SECOND_COLUMNS
+        where.append(("q.run = ?", second))
+    signature = form.text("signature")
+    chosen = [*([("s.signature = ?", signature)] if signature else []), *_searched(form)]
+    if chosen:
+        held = " AND ".join(condition for condition, *_ in chosen)
+        same = f"SELECT 1 FROM rows.sample s WHERE {held} AND s.id = p.id AND s.split = p.split"  # noqa: S608
+        where.append((f"EXISTS ({same})", *(value for _, *values in chosen for value in values)))
+    where += [(f"p.{n} = ?", value) for n in ("dataset", "task", "split", "target") if (value := form.text(n))]
     if predicted := form.text("predicted"):
-        where.add("p.label IS NULL") if predicted == "no label" else where.add("p.label = ?", predicted)
-    _add_choice(where, form, "verdict", VERDICTS)
-    if second:
-        _add_choice(where, form, "pair", PAIRS)
-    where.values = [*values, *where.values]
-    return _paged(database, select, tables, where, "p.id", form.page)
+        where.append(("p.label IS NULL",) if predicted == "no label" else ("p.label = ?", predicted))
+    for name, choices in (("verdict", VERDICTS), ("pair", PAIRS if second else {})):
+        if (value := form.text(name)) and choices:
+            if value not in choices:
+                raise InputError(f"unknown filter {value!r}", where=name, fix=nearest(value, choices))
+            where.append((choices[value],))
+    return _paged(database, columns, tables, where, "p.id", form)
 
 
-_PREDICTIONS = """runs.prediction p
-  LEFT JOIN runs.judgement j ON j.run = p.run AND j.id = p.id
-  LEFT JOIN runs.decision h ON h.run = p.run AND h.id = p.id"""
-_SECOND = """ JOIN runs.prediction q ON q.run = ? AND q.id = p.id
-  LEFT JOIN runs.judgement i ON i.run = q.run AND i.id = q.id"""
-_COLUMNS = "p.*, j.correct AS judged, j.reason AS reason"
-_SECOND_COLUMNS = """, q.output AS b_output, q.answer AS b_answer, q.label AS b_label, q.correct AS b_correct,
-  q.error AS b_error, i.correct AS b_judged"""
-
-
-def _add_choice(where: Where, form: Form, name: str, choices: Mapping[str, str]) -> None:
-    value = form.text(name)
-    if not value:
-        return
-    if value not in choices:
-        raise InputError(f"unknown filter {value!r}", where=name, fix=nearest(value, choices))
-    where.add(choices[value])
+def find_answers(database: Database, form: Form, run: str) -> Found:
+    """The free-form answers of a run that are for a judge or a person, with their questions."""
+    where = [("p.run = ?", run), (FREE_FORM,)]
+    return _paged(database, f"{COLUMNS}, s.problem", WITH_QUESTION, where, "p.dataset, p.id", form)
 
 
 # --- the index of an atlas --------------------------------------------------------------------------------------------
@@ -400,7 +378,9 @@ class AtlasIndex:
         """What the filters offer: the values of split, dataset, task, label and signature that occur, in order."""
         done = self.state.done
         if self._known is None or self._known[0] != done:
-            self._known = (done, {name: list(_distinct(self._database, name)) for name in SAMPLE_COLUMNS})
+            query = "SELECT DISTINCT {0} FROM rows.sample WHERE {0} IS NOT NULL ORDER BY 1"
+            found = {name: self._database.all(query.format(name)) for name in SAMPLE_COLUMNS}
+            self._known = (done, {name: [row[0] for row in rows] for name, rows in found.items()})
         return self._known[1]
 
     def _facts(self) -> dict[str, str]:
@@ -457,8 +437,3 @@ def _record(split: str, sample: Sample, taxonomy: Taxonomy) -> tuple[Any, ...]:
     media = (sample.images, sample.videos, sample.audios, sample.ext_video_feats, sample.ext_audio_feats)
     words = (sample.label, sample.modality_signature, sample.problem, sample.target)
     return (split, sample.number, sample.id, sample.dataset, task, *words, *media)
-
-
-def _distinct(database: Database, column: str) -> Iterator[str]:
-    query = f"SELECT DISTINCT {column} AS value FROM rows.sample WHERE {column} IS NOT NULL ORDER BY 1"  # noqa: S608
-    return (row["value"] for row in database.all(query))

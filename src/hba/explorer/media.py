@@ -155,29 +155,23 @@ def playable(source: Source, where: str) -> tuple[str, bytes]:
     """Type and bytes of a clip, sound or image as browsers show it; a long one is cut, as in a report.
 
     Raises MediaError."""
-    from hba.atlas.media import load_audio, load_image
-    from hba.atlas.source import head
-    from hba.report.samples import MAX_MEDIUM_BYTES, encode_audio, encode_image, encode_video
+    from hba.report.page import MAX_MEDIUM_BYTES, Kind, encode
 
-    kind = media_type(head(source, 16, where=where))
-    if kind.startswith("audio/"):
-        encoded = encode_audio(load_audio(source, where=where))
-    elif kind.startswith("image/"):
-        encoded = encode_image(load_image(source, where=where))
-    else:
-        encoded = encode_video(source, where=where, max_bytes=MAX_MEDIUM_BYTES)
+    said = media_type(head(source, 16, where=where))
+    kind: Kind = "audio" if said.startswith("audio/") else "image" if said.startswith("image/") else "video"
+    encoded = encode(kind, source, where=where, max_bytes=MAX_MEDIUM_BYTES)
     return encoded.mime, encoded.data
 
 
-def sound_pictures(source: Source, where: str) -> dict[str, Any]:
-    """`seconds`, `peaks` (least and greatest of each of 800 parts, in -1..1) and `spectrogram` (PNG) of a sound or of
-    a clip's sound track. Raises MediaError."""
+def sound_pictures(source: Source, where: str) -> tuple[float, list[tuple[float, float]], bytes]:
+    """Seconds, least and greatest of each of 800 parts (in -1..1), and the spectrogram (PNG) of a sound or of a clip's
+    sound track. Raises MediaError."""
     from hba.atlas.media import SAMPLE_RATE, load_audio
 
     samples = load_audio(source, where=where).samples
     edges = np.linspace(0, len(samples), min(WAVE_POINTS, len(samples)) + 1).astype(int)
     peaks = [(float(part.min()), float(part.max())) for part in np.split(samples, edges[1:-1])]
-    return {"seconds": len(samples) / SAMPLE_RATE, "peaks": peaks, "spectrogram": _spectrogram(samples)}
+    return len(samples) / SAMPLE_RATE, peaks, _spectrogram(samples)
 
 
 def _spectrogram(samples: Floats) -> bytes:
@@ -221,9 +215,9 @@ def _points(frame: npt.NDArray[np.floating[Any]]) -> list[list[float]]:
     return [[round(float(x), 3), round(float(y), 3)] for x, y in frame[:, :2]]
 
 
-def curves(source: Source, where: str) -> dict[str, Any]:
-    """Descriptors to draw: `parts`, each with `name`, `shape` and `values` [curves][time]: the 48 channels that vary
-    most, or, without a time axis, the values themselves. Raises MediaError."""
+def curves(source: Source, where: str) -> list[tuple[str, list[int], list[list[float]]]]:
+    """Descriptors to draw, each with name, shape and values [curves][time]: the 48 channels that vary most, or, without
+    a time axis, the values themselves. Raises MediaError."""
     from hba.atlas.media import load_descriptor
 
     loaded = load_descriptor(source, where=where)
@@ -234,6 +228,5 @@ def curves(source: Source, where: str) -> dict[str, Any]:
         flat = values.reshape(1, -1) if values.ndim < 2 else values.reshape(len(values), -1).T
         order = np.argsort(-flat.std(axis=1), kind="stable")[:MAX_CURVES]
         thin = max(1, flat.shape[1] // WAVE_POINTS)
-        drawn = flat[np.sort(order), ::thin].astype(float)
-        parts.append({"name": name, "shape": list(values.shape), "values": drawn.tolist()})
-    return {"parts": parts}
+        parts.append((name, list(values.shape), flat[np.sort(order), ::thin].astype(float).tolist()))
+    return parts

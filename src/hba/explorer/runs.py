@@ -8,21 +8,19 @@ command is writing is read as far as it is whole.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from hba.errors import InputError
-from hba.evaluate.answers import same_answer
 from hba.evaluate.judge.items import FILE as JUDGEMENTS
 from hba.evaluate.judge.items import SETTINGS
 from hba.evaluate.results import FILE as METRICS
 from hba.evaluate.runs import ASKED, LOG, PREDICTIONS, Run, open_run
 from hba.explorer.index import Database
 from hba.storage import read_json, read_jsonl
-from hba.taxonomy import Taxonomy
 
 MARKS = ("config.yaml", ASKED, PREDICTIONS, METRICS, LOG)
 MAX_DEPTH = 4
@@ -57,7 +55,12 @@ class Runs:
         """Every run, the last changed first."""
         if self.root is None or not self.root.is_dir():
             return []
-        found = [_entry(folder, self.root) for folder in _folders(self.root, MAX_DEPTH)]
+        found = []
+        for folder in _folders(self.root, MAX_DEPTH):
+            name = folder.relative_to(self.root).as_posix()
+            times = [(folder / mark).stat().st_mtime for mark in MARKS if (folder / mark).is_file()]
+            shown = self.root.resolve().name if name == "." else name
+            found.append(RunEntry(name=shown, path=folder, changed=max(times)))
         return sorted(found, key=lambda run: (-run.changed, run.name))
 
     def predicted(self) -> list[RunEntry]:
@@ -74,43 +77,23 @@ class Runs:
     def load(self, name: str) -> RunEntry:
         """The run, with its predictions and verdicts in the database as its files are now."""
         run = self.get(name)
-        readers: dict[str, Callable[[RunEntry], None]] = {
-            PREDICTIONS: self._load_predictions,
-            JUDGEMENTS: self._load_judgements,
-            DECISIONS: self._load_decisions,
-        }
-        for file, read in readers.items():
-            path = run.path / file
+        for file, table, holes, rows in (
+            (PREDICTIONS, "prediction", 14, _predictions),
+            (JUDGEMENTS, "judgement", 5, _judgements),
+            (DECISIONS, "decision", 3, _decisions),
+        ):
+            path, key = run.path / file, (run.name, file)
             stamp = f"{path.stat().st_size} {path.stat().st_mtime_ns}" if path.is_file() else ""
             with self._database.writing:
-                before = self._database.one(
-                    "SELECT stamp FROM runs.source WHERE run = ? AND file = ?", (run.name, file)
-                )
-                if (before["stamp"] if before else "") != stamp:
-                    with self._database.connection:
-                        read(run)
-                        values = [(run.name, file, stamp)]
-                        self._database.write("INSERT OR REPLACE INTO runs.source VALUES (?, ?, ?)", values)
+                before = self._database.one("SELECT stamp FROM runs.source WHERE run = ? AND file = ?", key)
+                if (before["stamp"] if before else "") == stamp:
+                    continue
+                with self._database.connection:
+                    self._database.write(f"DELETE FROM runs.{table} WHERE run = ?", [(run.name,)])  # noqa: S608
+                    insert = f"INSERT OR REPLACE INTO runs.{table} VALUES ({', '.join('?' * holes)})"  # noqa: S608
+                    self._database.write(insert, rows(run))
+                    self._database.write("INSERT OR REPLACE INTO runs.source VALUES (?, ?, ?)", [(*key, stamp)])
         return run
-
-    def _load_predictions(self, run: RunEntry) -> None:
-        taxonomy = run.opened.taxonomy
-        self._database.write("DELETE FROM runs.prediction WHERE run = ?", [(run.name,)])
-        values = (_prediction(run, record, taxonomy) for record in whole_lines(run.path / PREDICTIONS))
-        self._database.write(
-            "INSERT OR REPLACE INTO runs.prediction VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values
-        )
-
-    def _load_judgements(self, run: RunEntry) -> None:
-        self._database.write("DELETE FROM runs.judgement WHERE run = ?", [(run.name,)])
-        judge = str(read_json(run.path / SETTINGS).get("model", "judge")) if run.has(SETTINGS) else "judge"
-        values = (_judgement(run, record, judge) for record in whole_lines(run.path / JUDGEMENTS))
-        self._database.write("INSERT OR REPLACE INTO runs.judgement VALUES (?, ?, ?, ?, ?)", values)
-
-    def _load_decisions(self, run: RunEntry) -> None:
-        self._database.write("DELETE FROM runs.decision WHERE run = ?", [(run.name,)])
-        values = ((run.name, record.get("id"), record.get("correct")) for record in whole_lines(run.path / DECISIONS))
-        self._database.write("INSERT OR REPLACE INTO runs.decision VALUES (?, ?, ?)", values)
 
 
 def _folders(folder: Path, depth: int) -> Iterator[Path]:
@@ -123,38 +106,34 @@ def _folders(folder: Path, depth: int) -> Iterator[Path]:
                 yield from _folders(child, depth - 1)
 
 
-def _entry(folder: Path, root: Path) -> RunEntry:
-    name = folder.relative_to(root).as_posix()
-    times = [(folder / mark).stat().st_mtime for mark in MARKS if (folder / mark).is_file()]
-    return RunEntry(name=root.resolve().name if name == "." else name, path=folder, changed=max(times))
-
-
 def whole_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSONL file of a run that may be going on. Raises InputError naming a line that is none."""
     return (line.record for line in read_jsonl(path, growing=True))
 
 
-def _prediction(run: RunEntry, record: dict[str, Any], taxonomy: Taxonomy) -> tuple[Any, ...]:
-    dataset, target, label = str(record.get("dataset")), str(record.get("target")), record.get("label")
-    known = taxonomy.datasets.get(dataset)
-    free_form = known is None or known.domain is None
-    probs = record.get("probs")
-    truth = target if free_form else taxonomy.canonical_label(dataset, target)
-    correct = None if free_form else int(label is not None and label == truth)
-    invalid = int(not free_form and label is None and not record.get("error"))
-    return (
-        run.name, str(record.get("id")), str(record.get("split")), dataset, (known and known.task) or "no task",
-        truth or target, record.get("output"), record.get("answer"), label, record.get("error"),
-        None if probs is None else json.dumps(probs), record.get("tokens_out"), correct, invalid,
-    )  # fmt: skip
+def _predictions(run: RunEntry) -> Iterator[tuple[Any, ...]]:
+    taxonomy = run.opened.taxonomy
+    for record in whole_lines(run.path / PREDICTIONS):
+        dataset, target, label = str(record.get("dataset")), str(record.get("target")), record.get("label")
+        known = taxonomy.datasets.get(dataset)
+        free_form = known is None or known.domain is None
+        probs = record.get("probs")
+        truth = target if free_form else taxonomy.canonical_label(dataset, target)
+        correct = None if free_form else int(label is not None and label == truth)
+        invalid = int(not free_form and label is None and not record.get("error"))
+        yield (
+            run.name, str(record.get("id")), str(record.get("split")), dataset, (known and known.task) or "no task",
+            truth or target, record.get("output"), record.get("answer"), label, record.get("error"),
+            None if probs is None else json.dumps(probs), record.get("tokens_out"), correct, invalid,
+        )  # fmt: skip
 
 
-def _judgement(run: RunEntry, record: dict[str, Any], judge: str) -> tuple[Any, ...]:
-    verdict = record.get("correct")
-    reason = record.get("reason") or record.get("error")
-    return (run.name, str(record.get("id")), judge, None if verdict is None else int(bool(verdict)), reason)
+def _judgements(run: RunEntry) -> Iterator[tuple[Any, ...]]:
+    judge = str(read_json(run.path / SETTINGS).get("model", "judge")) if run.has(SETTINGS) else "judge"
+    for record in whole_lines(run.path / JUDGEMENTS):
+        verdict, reason = record.get("correct"), record.get("reason") or record.get("error")
+        yield (run.name, str(record.get("id")), judge, None if verdict is None else int(bool(verdict)), reason)
 
 
-def exact(answer: str | None, target: str) -> bool:
-    """Whether a free-form answer is the target to the letter, but for case and punctuation."""
-    return answer is not None and same_answer(answer, target)
+def _decisions(run: RunEntry) -> Iterator[tuple[Any, ...]]:
+    return ((run.name, record.get("id"), record.get("correct")) for record in whole_lines(run.path / DECISIONS))

@@ -30,9 +30,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hba.errors import HbaError, InputError
 from hba.explorer import pages
-from hba.explorer.app import HERE, Explorer, explorer_of, sheet, templates
 from hba.explorer.index import AtlasIndex, Database, index_name, located
 from hba.explorer.media import Decoder
+from hba.explorer.pages import HERE, Asked, Explorer, sheet
 from hba.explorer.runs import Runs
 
 # What the server refuses before a page is asked: other hosts' names, other sites' requests, strangers without a token.
@@ -224,7 +224,7 @@ def create_app(
     rows = cache_folder / "explorer" / index_name(root) if root else Path(scratch.name) / "rows.sqlite"
     database = Database(rows, Path(scratch.name) / "runs.sqlite")
     index = AtlasIndex(root, database, cache_folder) if root else None
-    explorer = Explorer(index, Runs(runs, database), database, Decoder(), templates())
+    explorer = Explorer(index, Runs(runs, database), database, Decoder())
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -240,13 +240,9 @@ def create_app(
     return app
 
 
-def _style(request: Request) -> Response:
-    return Response(sheet(), media_type="text/css")
-
-
 def _routes() -> list[BaseRoute]:
-    get: dict[str, Callable[[Request], Response]] = {
-        "/": lambda request: RedirectResponse("/atlas" if explorer_of(request).index else "/runs"),
+    get: dict[str, Callable[[Asked], Response]] = {
+        "/": lambda asked: RedirectResponse("/atlas" if asked.explorer.index else "/runs"),
         "/atlas": pages.atlas,
         "/atlas/progress": pages.progress,
         "/sample/{split}/{number:int}": pages.sample,
@@ -264,18 +260,21 @@ def _routes() -> list[BaseRoute]:
         "/rl": pages.rl,
         "/judge": pages.judge,
         "/snapshot": pages.snapshot,
-        "/style.css": _style,
+        "/style.css": lambda asked: Response(sheet(), media_type="text/css"),
     }
-    posts = [Route("/judge", pages.save, methods=["POST"])]
+
+    def answering(page: Callable[[Asked], Response]) -> Callable[[Request], Response]:
+        return lambda request: page(Asked(request))
+
     return [
-        *(Route(path, page, methods=["GET"]) for path, page in get.items()),
-        *posts,
+        *(Route(path, answering(page), methods=["GET"]) for path, page in get.items()),
+        Route("/judge", pages.save, methods=["POST"]),
         Mount("/static", StaticFiles(directory=HERE / "static")),
     ]
 
 
 def _error_page(request: Request, error: Exception) -> Response:
     assert isinstance(error, HbaError)
-    response = explorer_of(request).page(request, "error.html.jinja", "That did not work", error=error)
+    response = Asked(request).page("error.html.jinja", "That did not work", error=error)
     response.status_code = 404 if isinstance(error, InputError) else 500
     return response

@@ -27,19 +27,18 @@ from hba.model import checkpoint
 from hba.model.merge import merge_checkpoint, require_free
 from hba.remote.request import proxies_checked, shown
 from hba.report import words
-from hba.report.html import environment
-from hba.report.words import metric_name
 from hba.storage import atomic_folder, write_json
 from hba.taxonomy import save_beside
 
-# The model card of a run: README.md with the hub's metadata, model-index included, from what the run folder holds.
+ATLAS = "Human Behavior Atlas"
+SYNTHETIC = "Human Behavior Atlas mini-atlas (synthetic)"
+LOCAL = ("/", "./", "../", "file://")
+
+
+# --- the card: README.md with the hub's metadata, model-index included, from what the run folder holds ----------------
 #
 # Nothing is claimed that is not in the folder: figures come from metrics.json with their intervals and chance levels, a
 # synthetic atlas is called so, and the limits say what was left out. No path of this machine is written.
-
-
-ATLAS = "Human Behavior Atlas"
-SYNTHETIC = "Human Behavior Atlas mini-atlas (synthetic)"
 
 
 def model_card(run: Run, *, place: str, base_model: str, license_id: str, card: Mapping[str, Any]) -> str:
@@ -61,24 +60,21 @@ def model_card(run: Run, *, place: str, base_model: str, license_id: str, card: 
         model_name=name,
         tags=["human-behavior-atlas", *(["synthetic"] if synthetic else [])],
     )
-    body = (
-        environment()
-        .get_template("model_card.md.jinja")
-        .render(
-            name=name,
-            place=place,
-            scope=scope,
-            base_model=public_name(base_model),
-            license_id=license_id,
-            card=card,
-            metrics=run.metrics,
-            warnings=words.warnings(run.metrics, stale=run.stale),
-            data={**data, "path": public_name(str(data.get("path", "unknown")))},
-            synthetic=synthetic,
-            environment=run.environment or {},
-            config=yaml.safe_load(run.config or "") or {},
-            left_out=len(run.quarantine or ()),
-        )
+    body = words.page(
+        "model_card.md.jinja",
+        name=name,
+        place=place,
+        scope=scope,
+        base_model=public_name(base_model),
+        license_id=license_id,
+        card=card,
+        metrics=run.metrics,
+        warnings=words.warnings(run.metrics, stale=run.stale),
+        data={**data, "path": public_name(str(data.get("path", "unknown")))},
+        synthetic=synthetic,
+        environment=run.environment or {},
+        config=yaml.safe_load(run.config or "") or {},
+        left_out=len(run.quarantine or ()),
     )
     return f"---\n{metadata.to_yaml()}\n---\n\n{body}"
 
@@ -98,7 +94,7 @@ def evaluations(metrics: Metrics, *, dataset: str | None, scope: str) -> list[Ev
             dataset_config=key,  # entries of the same dataset and configuration would be taken for one
             dataset_split=scope,
             metric_type=task.metric,
-            metric_name=metric_name(task.metric),
+            metric_name=words.metric_name(task.metric),
             metric_value=task.score,
             metric_args={"ci95": list(task.ci95)} if task.ci95 is not None else None,
         )
@@ -113,11 +109,6 @@ def public_name(path: str) -> str:
 
 
 # --- the push ---------------------------------------------------------------------------------------------------------
-
-
-LOCAL = ("/", "./", "../", "file://")
-# What a run's checkpoint holds beside its model.
-_TRAINING_STATE = ("optimizer*", "trainer_state.json")
 
 
 class Pushed(NamedTuple):
@@ -165,18 +156,13 @@ def gather(run: Path, folder: Path, *, place: str, license_id: str, merge: bool)
             file.rename(folder / file.name)
         (folder / "merged").rmdir()
     else:
-        shutil.copytree(best, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*_TRAINING_STATE))
+        of_training = shutil.ignore_patterns("optimizer*", "trainer_state.json")
+        shutil.copytree(best, folder, dirs_exist_ok=True, ignore=of_training)
     sent = checkpoint.read_card(folder)
     write_json(folder / checkpoint.CARD, {**sent, "backbone": public_name(sent["backbone"])})
     save_beside(loaded.taxonomy, folder)
     shutil.copyfile(run / "metrics.json", folder / "metrics.json")
-    text = model_card(
-        loaded,
-        place=place,
-        base_model=card["backbone"],
-        license_id=license_id,
-        card=card,
-    )
+    text = model_card(loaded, place=place, base_model=card["backbone"], license_id=license_id, card=card)
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 

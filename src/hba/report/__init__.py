@@ -1,2 +1,1 @@
 """`hba report`: one self-contained HTML page for a run folder."""
-

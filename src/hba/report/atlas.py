@@ -7,137 +7,74 @@ bytes: no time and no machine stands on them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from markupsafe import Markup
-from rich.bar import Bar
-from rich.console import RenderableType
-from rich.table import Table
-from rich.text import Text
 
-from hba.atlas.info import NO_TASK, AtlasInfo, Durations, Seconds, histogram, summary
+from hba.atlas.info import NO_TASK, AtlasInfo, Seconds, histogram, summary
 from hba.atlas.scan import CODES, LEVELS
 from hba.atlas.validate import MediaSummary, Validation
 from hba.environment import hba_version
 from hba.report import charts, words
-from hba.report.charts import Part, size, span, stacked
-from hba.report.html import environment, style
-from hba.report.words import count, plural
+from hba.report.charts import Chart, stacked
+from hba.report.tables import Cell, Row, Table
+from hba.report.words import count, plural, size, span
 from hba.storage import atomic_write
 
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
 MAX_FINDINGS = 200  # of one code on the page; validate.json has them all
+MAX_PER_CODE = 5  # in the terminal
 MAX_KINDS = 3
 TITLES = {"audios": "Sounds by length", "videos": "Clips by length"}
+STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Chart:
-    """A drawn chart with its caption."""
-
-    title: str
-    note: str
-    svg: Markup
+# --- a validation -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class LabelBar:
-    """One line of a chart of counts. `key` is a short name in front, '' for none; `share` is of all rows."""
-
-    key: str
-    name: str
-    task: str
-    count: int
-    share: str
-    svg: Markup
-
-
-@dataclass(frozen=True, kw_only=True)
-class Label:
-    """A label of a dataset with its share of the dataset's rows."""
-
-    name: str
-    count: int
-    percent: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelCard:
-    """The labels of one dataset."""
-
-    name: str
-    count: int
-    entries: tuple[Label, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lengths:
-    """How long the rows of a dataset last, put into words: together, 5 %, median, 95 %, longest."""
-
-    name: str
-    rows: int
-    texts: tuple[str, ...]
-
-
-def write_validation(result: Validation, path: Path) -> Path:
-    """Write the page of a validation to `path` and return it. Raises StorageError when the disk refuses."""
-    return _write(path, render_validation(result))
-
-
-def write_info(info: AtlasInfo, path: Path) -> Path:
-    """Write the page of what an atlas holds to `path` and return it. Raises StorageError when the disk refuses."""
-    return _write(path, render_info(info))
-
-
-def _write(path: Path, html: str) -> Path:
+def write_validation(result: Validation, path: Path) -> None:
+    """Write the page of a validation to `path`. Raises StorageError when the disk refuses."""
     with atomic_write(path) as handle:
-        handle.write(html)
-    return path
+        handle.write(render_validation(result))
 
 
 def render_validation(result: Validation) -> str:
     """The page of a validation as text."""
     media = result.media.values()
     largest = max(result.signatures.values(), default=0)
-    return (
-        environment()
-        .get_template("validate.html.jinja")
-        .render(
-            style=style("style.css", "atlas.css"),
-            name=_name(result.root),
-            result=result,
-            said=counted(result),
-            codes=result.codes(),
-            meanings=CODES,
-            max_rows=MAX_FINDINGS,
-            num_rows=sum(result.rows.values()),
-            num_bad=sum(result.bad_rows.values()),
-            num_files=sum(entry.num_files for entry in media),
-            num_refused=sum(entry.num_refused for entry in media),
-            num_bytes=sum(entry.num_bytes for entry in media),
-            signature_bars={
-                key: stacked([Part("rows", count, 0)], largest=largest, name=key)
-                for key, count in result.signatures.items()
-            },
-            kinds={field: _kinds(entry) for field, entry in result.media.items()},
-            lengths=[
-                _length_chart(TITLES[field], entry) for field, entry in result.media.items() if len(entry.lengths)
-            ],
-            size=size,
-            span=span,
-            version=hba_version(),
-        )
+    return words.page(
+        "validate.html.jinja",
+        name=result.root.resolve().name,
+        result=result,
+        said=counted(result),
+        meanings=CODES,
+        max_rows=MAX_FINDINGS,
+        num_rows=sum(result.rows.values()),
+        num_bad=sum(result.bad_rows.values()),
+        num_files=sum(entry.num_files for entry in media),
+        num_refused=sum(entry.num_refused for entry in media),
+        num_bytes=sum(entry.num_bytes for entry in media),
+        signature_bars={
+            key: stacked({"rows": count}, largest=largest, name=key) for key, count in result.signatures.items()
+        },
+        kinds={field: _kinds(entry) for field, entry in result.media.items()},
+        lengths=[
+            Chart(TITLES[field], plural(len(entry.lengths), "file"), _lengths_drawn(entry.lengths, TITLES[field]))
+            for field, entry in result.media.items()
+            if len(entry.lengths)
+        ],
+        version=hba_version(),
     )
 
 
 def counted(result: Validation) -> str:
     """'2 errors and 1 warning'."""
-    levels = [words.plural(result.count(level), level) for level in LEVELS if result.count(level)]
+    levels = [plural(result.count(level), level) for level in LEVELS if result.count(level)]
     return " and ".join([", ".join(levels[:-1]), levels[-1]] if len(levels) > 1 else levels)
-
-
-def _name(root: Path) -> str:
-    return root.resolve().name
 
 
 def _kinds(entry: MediaSummary) -> str:
@@ -148,210 +85,127 @@ def _kinds(entry: MediaSummary) -> str:
     return ", ".join(named[:MAX_KINDS]) + more
 
 
-def _length_chart(title: str, entry: MediaSummary) -> Chart:
-    return Chart(title=title, note=words.plural(len(entry.lengths), "file"), svg=_drawn(entry.lengths, title))
-
-
-def _drawn(seconds: Sequence[float], title: str) -> Markup:
-    import numpy as np
-
+def _lengths_drawn(seconds: Sequence[float] | Seconds, title: str) -> Markup:
     shape = histogram(np.asarray(seconds, np.float64))
     label = f"{title}, from {span(min(seconds))} to {span(max(seconds))}"
     return charts.histogram(shape.edges, shape.counts, text=span, label=label)
 
 
-def render_info(info: AtlasInfo) -> str:
-    """The page of what an atlas holds as text."""
-    tasks = _bars(info, "tasks")
-    durations = info.durations
-    together = float(durations.all.sum()) if durations else 0.0
-    return (
-        environment()
-        .get_template("info.html.jinja")
-        .render(
-            style=style("style.css", "atlas.css"),
-            name=_name(info.root),
-            info=info,
-            tasks=tasks,
-            num_tasks=sum(entry.key != "" for entry in tasks),
-            datasets=_bars(info, "datasets"),
-            num_datasets=len(info.totals("datasets")),
-            signatures=_bars(info, "signatures"),
-            labels=[_label_card(name, labels) for name, labels in info.labels().items()],
-            durations=durations,
-            hours=span(together) if together else "",
-            histogram=_drawn(durations.all.tolist(), "Rows by duration") if durations and together else None,
-            lengths=_lengths(durations) if durations else [],
-            version=hba_version(),
-        )
-    )
-
-
-def _bars(info: AtlasInfo, kind: str) -> list[LabelBar]:
-    totals = info.totals(kind)
-    largest = max(totals.values(), default=0)
-    made = []
-    for name, number in totals.items():
-        parts = [Part(split.name, getattr(split, kind).get(name, 0), i) for i, split in enumerate(info.splits)]
-        task = kind == "tasks" and name != NO_TASK
-        dataset = info.taxonomy.datasets.get(name) if kind == "datasets" else None
-        made.append(
-            LabelBar(
-                key=name if task else "",
-                name=_said(info, kind, name),
-                task=(dataset.task or "") if dataset else "",
-                count=number,
-                share=f"{100 * number / info.rows:.1f} %",
-                svg=stacked(parts, largest=largest, name=name),
-            )
-        )
-    return made
-
-
-def _said(info: AtlasInfo, kind: str, name: str) -> str:
-    """The name of a task in words, a signature with its modalities apart, anything else as it is."""
-    if kind == "tasks" and name in info.taxonomy.tasks:
-        return info.taxonomy.tasks[name].name
-    return name.replace("_", " + ") if kind == "signatures" else name
-
-
-def _label_card(name: str, labels: Mapping[str, int]) -> LabelCard:
-    total = sum(labels.values())
-    entries = tuple(Label(name=label, count=count, percent=100 * count / total) for label, count in labels.items())
-    return LabelCard(name=name, count=total, entries=entries)
-
-
-def _lengths(durations: Durations) -> list[Lengths]:
-    made = []
-    for name, values in sorted(durations.datasets.items()):
-        said = summary(values)
-        texts = tuple(span(said[key]) for key in ("p5", "median", "p95", "longest"))
-        made.append(Lengths(name=name, rows=len(values), texts=(span(float(values.sum())), *texts)))
-    return made
-
-
-# What `hba atlas validate` and `hba atlas info` print: tables and small bar charts for the terminal.
-#
-# Every text of an atlas is printed as it is, never read as rich markup, and without control characters that a terminal
-# would obey.
-
-
-MAX_PER_CODE = 5
-BAR_CELLS = 16
-STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
-
-
 def show_validation(result: Validation) -> Iterator[RenderableType]:
     """The media, the findings (the first few of each code), and the verdict last, where the eye is."""
+    from rich.text import Text
+
     if result.media:
-        yield _media_table(result)
+        media = [
+            (field, count(entry.num_files), Cell(count(entry.num_refused), "bold red" if entry.num_refused else ""),
+             size(entry.num_bytes), span(entry.seconds) if entry.seconds else "")
+            for field, entry in result.media.items()
+        ]  # fmt: skip
+        yield Table(title="Media", head=("field", "files", "refused", "stored", "length"), rows=media)
     if result.findings:
-        yield _findings_table(result)
-    yield _verdict(result)
-
-
-def _media_table(result: Validation) -> Table:
-    table = Table(title="Media", title_justify="left")
-    table.add_column("field")
-    for name in ("files", "refused", "stored", "length"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for field, entry in result.media.items():
-        length = span(entry.seconds) if entry.seconds else ""
-        refused = Text(count(entry.num_refused), style="bold red" if entry.num_refused else "")
-        table.add_row(field, count(entry.num_files), refused, size(entry.num_bytes), length)
-    return table
-
-
-def _findings_table(result: Validation) -> Table:
-    table = Table(title="Findings", title_justify="left", show_lines=False)
-    table.add_column("level", no_wrap=True)
-    table.add_column("where", overflow="fold")
-    table.add_column("what", overflow="fold")
-    for code, findings in result.codes().items():
-        for finding in findings[:MAX_PER_CODE]:
-            more = f" (and {plural(finding.num_places - 1, 'more row')})" if finding.num_places > 1 else ""
-            what = Text(_plain(finding.message + more))
-            table.add_row(Text(finding.level, style=STYLES[finding.level]), Text(_plain(finding.where)), what)
-        if len(findings) > MAX_PER_CODE:
-            left = len(findings) - MAX_PER_CODE
-            table.add_row("", "", Text(f"and {left:,} more", style="dim"))
-        fixes = dict.fromkeys(finding.fix for finding in findings[:MAX_PER_CODE])
-        table.add_row("", Text(code, style="dim"), Text(_plain("Fix: " + " ".join(fixes)), style="dim"))
-        table.add_section()
-    return table
-
-
-def _verdict(result: Validation) -> Text:
+        rows: list[Row] = []
+        for code, findings in result.codes().items():
+            for finding in findings[:MAX_PER_CODE]:
+                more = f" (and {plural(finding.num_places - 1, 'more row')})" if finding.num_places > 1 else ""
+                rows.append((Cell(finding.level, STYLES[finding.level]), finding.where, finding.message + more))
+            if len(findings) > MAX_PER_CODE:
+                rows.append(("", "", Cell(f"and {len(findings) - MAX_PER_CODE:,} more", "dim")))
+            fixes = dict.fromkeys(finding.fix for finding in findings[:MAX_PER_CODE])
+            rows += [("", Cell(code, "dim"), Cell("Fix: " + " ".join(fixes), "dim")), ()]
+        yield Table(title="Findings", head=("level", "where", "what"), rows=rows, align="l")
     files = sum(entry.num_files for entry in result.media.values())
     checked = f"{plural(sum(result.rows.values()), 'row')} and {plural(files, 'file')}"
     how = " Headers only: nothing was decoded." if result.quick else ""
     if not result.findings:
-        return Text(f"Nothing is wrong with {checked}.{how}", style="green")
-    return Text(f"{counted(result)} in {checked}.{how}", style="green" if result.ok else "bold red")
+        yield Text(f"Nothing is wrong with {checked}.{how}", style="green")
+    else:
+        yield Text(f"{counted(result)} in {checked}.{how}", style="green" if result.ok else "bold red")
+
+
+# --- what an atlas holds ----------------------------------------------------------------------------------------------
+
+
+def write_info(info: AtlasInfo, path: Path) -> None:
+    """Write the page of what an atlas holds to `path`. Raises StorageError when the disk refuses."""
+    with atomic_write(path) as handle:
+        handle.write(render_info(info))
+
+
+def render_info(info: AtlasInfo) -> str:
+    """The page of what an atlas holds as text."""
+    durations = info.durations
+    together = float(durations.all.sum()) if durations else 0.0
+    lengths = []
+    for name, values in sorted(durations.datasets.items()) if durations else ():
+        said = summary(values)
+        quantiles = [span(said[key]) for key in ("p5", "median", "p95", "longest")]
+        lengths.append((name, [count(len(values)), span(float(values.sum())), *quantiles]))
+    return words.page(
+        "info.html.jinja",
+        name=info.root.resolve().name,
+        info=info,
+        tasks=_bars(info, "tasks"),
+        datasets=_bars(info, "datasets"),
+        signatures=_bars(info, "signatures"),
+        num_tasks=len(info.totals("tasks").keys() - {NO_TASK}),
+        hours=span(together) if together else "",
+        histogram=_lengths_drawn(durations.all, "Rows by duration") if durations and together else None,
+        lengths=lengths,
+        version=hba_version(),
+    )
+
+
+def _bars(info: AtlasInfo, kind: str) -> list[dict[str, Any]]:
+    """The lines of a chart of counts: `key` (a short name in front, '' for none), `name`, `task`, `count` and `svg`."""
+    totals, taxonomy = info.totals(kind), info.taxonomy
+    largest = max(totals.values(), default=0)
+    made = []
+    for name, number in totals.items():
+        said = name.replace("_", " + ") if kind == "signatures" else name
+        if kind == "tasks" and name in taxonomy.tasks:
+            said = taxonomy.tasks[name].name
+        dataset = taxonomy.datasets.get(name) if kind == "datasets" else None
+        parts = {split.name: getattr(split, kind).get(name, 0) for split in info.splits}
+        made.append(
+            {
+                "key": name if kind == "tasks" and name != NO_TASK else "",
+                "name": said,
+                "task": (dataset.task or "") if dataset else "",
+                "count": number,
+                "svg": stacked(parts, largest=largest, name=name),
+            }
+        )
+    return made
 
 
 def show_info(info: AtlasInfo) -> Iterator[RenderableType]:
     """Rows by split, then tasks, modalities, datasets with their labels, and durations where they are known."""
+    from rich.text import Text
+
     yield Text(f"{plural(info.rows, 'row')}: " + ", ".join(f"{s.name} {s.rows:,}" for s in info.splits))
     for title, kind in (("Tasks", "tasks"), ("Modalities", "signatures"), ("Datasets", "datasets")):
-        yield _counts_table(title, info, kind)
-    yield _labels_table(info)
-    if info.durations is not None:
-        yield from _duration_tables(info.durations)
-
-
-def _counts_table(title: str, info: AtlasInfo, kind: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column(kind.removesuffix("s"), no_wrap=True)
-    for split in info.splits:
-        table.add_column(split.name, justify="right", no_wrap=True)
-    table.add_column("rows", justify="right", no_wrap=True)
-    table.add_column("", max_width=BAR_CELLS)  # alone may shrink: a narrow terminal takes bars, never figures
-    totals = info.totals(kind)
-    largest = max(totals.values(), default=1)
-    for name, total in totals.items():
-        parts = [count(getattr(split, kind).get(name, 0)) for split in info.splits]
-        table.add_row(Text(_plain(name)), *parts, count(total), _bar(total, largest))
-    return table
-
-
-def _labels_table(info: AtlasInfo) -> Table:
-    table = Table(title="Labels", title_justify="left")
-    table.add_column("dataset", overflow="fold")
-    table.add_column("labels", overflow="fold")
-    for dataset, labels in info.labels().items():
-        table.add_row(Text(_plain(dataset)), Text(_plain(", ".join(f"{name} {n:,}" for name, n in labels.items()))))
-    return table
-
-
-def _duration_tables(durations: Durations) -> Iterator[Table]:
-    shape = durations.histogram()
-    table = Table(title="Durations", title_justify="left")
-    table.add_column("from", justify="right")
-    table.add_column("rows", justify="right")
-    table.add_column("", max_width=BAR_CELLS)
-    for edge, number in zip(shape.edges, shape.counts, strict=False):
-        table.add_row(span(edge), count(number), _bar(number, max(shape.counts)))
-    yield table
-    yield _lengths_table({**dict(sorted(durations.datasets.items())), "all": durations.all}, durations.unknown)
-
-
-def _lengths_table(lengths: Mapping[str, Seconds], unknown: int) -> Table:
-    caption = f"{plural(unknown, 'row')} with a medium of unknown length left out" if unknown else None
-    table = Table(title="Durations by dataset", title_justify="left", caption=caption)
-    table.add_column("dataset", overflow="fold")
-    for name in ("rows", "hours", "5 %", "median", "95 %", "longest"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name, values in lengths.items():
+        totals = info.totals(kind)
+        largest = max(totals.values(), default=1) or 1
+        rows: list[Row] = [
+            (name, *(count(getattr(s, kind).get(name, 0)) for s in info.splits), count(total), total / largest)
+            for name, total in totals.items()
+        ]
+        head = (kind.removesuffix("s"), *(split.name for split in info.splits), "rows", "")
+        yield Table(title=title, head=head, rows=rows, align="l" + "r" * (len(head) - 2) + "b")
+    labels = [(name, ", ".join(f"{x} {n:,}" for x, n in found.items())) for name, found in info.labels().items()]
+    yield Table(title="Labels", head=("dataset", "labels"), rows=labels, align="l")
+    if info.durations is None:
+        return
+    shape = info.durations.histogram()
+    longest = max(shape.counts, default=1) or 1
+    bins = [(span(edge), count(n), n / longest) for edge, n in zip(shape.edges, shape.counts, strict=False)]
+    yield Table(title="Durations", head=("from", "rows", ""), rows=bins, align="rrb")
+    rows = []
+    for name, values in {**dict(sorted(info.durations.datasets.items())), "all": info.durations.all}.items():
         said = summary(values)
-        texts = [span(said[key]) for key in ("p5", "median", "p95", "longest") if key in said]
-        table.add_row(Text(_plain(name)), count(int(said["rows"])), f"{said.get('hours', 0):.2f}", *texts)
-    return table
-
-
-def _bar(number: int, largest: int) -> Bar:
-    return Bar(largest or 1, 0, number, color="blue")
-
-
-def _plain(text: str) -> str:
-    return "".join(char if char.isprintable() else "\ufffd" for char in text)
+        texts = [span(said[key]) if key in said else "" for key in ("p5", "median", "p95", "longest")]
+        rows.append((name, count(int(said["rows"])), f"{said.get('hours', 0):.2f}", *texts))
+    unknown = info.durations.unknown
+    left_out = [f"{plural(unknown, 'row')} with a medium of unknown length left out"] if unknown else []
+    head = ("dataset", "rows", "hours", "5 %", "median", "95 %", "longest")
+    yield Table(title="Durations by dataset", head=head, rows=rows, warnings=left_out)

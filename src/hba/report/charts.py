@@ -1,14 +1,14 @@
-"""Charts as inline SVG, drawn here: score bars, line charts, training curves, counts, reliability, confusion matrices.
+"""Charts as inline SVG, drawn here: score bars, training curves, counts, reliability, confusion matrices, sounds.
 
 Horizontal positions are percentages and vertical ones pixels, so that a chart fills any width while its text keeps
-its size; colours come from the classes of style.css, so that light, dark and print share one drawing. Every text goes
-through Markup formatting, which escapes it. Nothing here reads files or depends on time.
+its size; colours come from the classes of the style sheets, so that light, dark and print share one drawing. Every
+text is escaped where `_element` writes it. Nothing here reads files or depends on time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Literal, NamedTuple
@@ -22,8 +22,35 @@ from hba.evaluate.results import Calibrated, TaskScore
 from hba.evaluate.runs import Event
 from hba.taxonomy import BUILTIN, TASKS, Taxonomy
 
-MAX_POINTS = 400  # more do not show at the width of a page, and would make it heavy
 Points = Sequence[tuple[float, float]]
+
+
+def _element(tag: str, *inner: str, **attributes: object) -> Markup:
+    """One element; `class_` stands for class, and `aria_label` for aria-label."""
+    written = Markup("").join(
+        Markup(' {}="{}"').format(name.strip("_").replace("_", "-"), value) for name, value in attributes.items()
+    )
+    if not inner:
+        return Markup("<{}{}/>").format(tag, written)
+    return Markup("<{0}{1}>{2}</{0}>").format(tag, written, Markup("").join(inner))
+
+
+def _drawing(kind: str, label: str, height: int, parts: Sequence[str]) -> Markup:
+    """A drawing as wide as its place and `height` pixels high; `label` says it in words."""
+    return _element("svg", *parts, class_=kind, role="img", aria_label=label, width="100%", height=height)
+
+
+def _stretched(style: str, points: str, height: int) -> Markup:
+    """A line. A polyline takes no percentages: a nested drawing of 1000 units is stretched to the width instead."""
+    line = _element("polyline", class_=style, points=points, vector_effect="non-scaling-stroke")
+    return _element("svg", line, width="100%", height=height, viewBox=f"0 0 1000 {height}", preserveAspectRatio="none")
+
+
+def _percent(share: float) -> str:
+    return f"{round(100 * min(max(share, 0.0), 1.0), 3)}%"
+
+
+# --- the score of a task ----------------------------------------------------------------------------------------------
 
 
 class Reference(NamedTuple):
@@ -33,13 +60,45 @@ class Reference(NamedTuple):
     score: float
 
 
-@dataclass(frozen=True, kw_only=True)
+def bar(task: TaskScore, *, name: str, references: Sequence[Reference] = ()) -> Markup:
+    """The bar of a scored task on an axis from 0 to 1: score, 95 % interval, chance, published figures."""
+    if task.score is None:
+        raise ValueError("a task without a score has no bar")
+
+    def upright(kind: dict[str, str], share: float, y1: int, y2: int) -> Markup:
+        return _element("line", **kind, x1=_percent(share), x2=_percent(share), y1=y1, y2=y2)
+
+    said = f"{name}: {task.score:.2f}"
+    parts = [upright({"class_": "rule"}, tick / 4, 0, 30) for tick in range(5)]
+    parts.append(_element("rect", class_="bar", x=0, y=8, width=_percent(task.score), height=16, rx=2))
+    if task.ci95 is not None:
+        low, high = task.ci95
+        reach = _element("line", x1=_percent(low), x2=_percent(high), y1=16, y2=16)
+        shape = (reach, upright({}, low, 12, 20), upright({}, high, 12, 20))
+        parts += [_element("g", *shape, class_=style) for style in ("halo", "whisker")]
+        said += f", 95% interval {low:.2f} to {high:.2f}"
+    if task.chance is not None:
+        parts.append(upright({"class_": "chance"}, task.chance, 4, 28))
+        said += f", chance {task.chance:.2f}"
+    for reference in references:
+        tip = _element("title", f"{reference.name}, published: {reference.score:.3f}")
+        parts.append(_element("circle", tip, class_="published", cx=_percent(reference.score), cy=4, r=3.5))
+    return _drawing("track", said, 30, parts)
+
+
+# --- lines over steps -------------------------------------------------------------------------------------------------
+
+
+MAX_POINTS = 400  # more do not show at the width of a page, and would make it heavy
+
+
+@dataclass(frozen=True)
 class Series:
     """One line of a chart. `style` is a class of style.css."""
 
     name: str
     points: Points
-    style: Literal["main", "faint", "marked", "chance"]
+    style: Literal["main", "faint", "marked", "chance"] = "main"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,106 +110,78 @@ class Axis:
     ticks: tuple[float, ...]
     text: Callable[[float], str]
 
-
-def bar(task: TaskScore, *, name: str, references: Sequence[Reference] = ()) -> Markup:
-    """The bar of a scored task on an axis from 0 to 1: score, 95 % interval, chance, published figures."""
-    if task.score is None:
-        raise ValueError("a task without a score has no bar")
-    score = _percent(task.score)
-    parts = [
-        Markup('<line class="rule" x1="{0}%" x2="{0}%" y1="0" y2="30"/>').format(tick) for tick in (0, 25, 50, 75, 100)
-    ]
-    parts.append(Markup('<rect class="bar" x="0" y="8" width="{}%" height="16" rx="2"/>').format(score))
-    if task.ci95 is not None:
-        low, high = (_percent(value) for value in task.ci95)
-        shape = Markup('<line x1="{0}%" x2="{1}%" y1="16" y2="16"/>').format(low, high) + Markup("").join(
-            Markup('<line x1="{0}%" x2="{0}%" y1="12" y2="20"/>').format(end) for end in (low, high)
-        )
-        parts += [Markup('<g class="halo">{0}</g><g class="whisker">{0}</g>').format(shape)]
-    if task.chance is not None:
-        chance = _percent(task.chance)
-        parts.append(Markup('<line class="chance" x1="{0}%" x2="{0}%" y1="4" y2="28"/>').format(chance))
-    for reference in references:
-        at = _percent(reference.score)
-        tip = f"{reference.name}, published: {reference.score:.3f}"
-        parts.append(
-            Markup('<circle class="published" cx="{}%" cy="4" r="3.5"><title>{}</title></circle>').format(at, tip)
-        )
-    return Markup('<svg class="track" role="img" aria-label="{}" width="100%" height="30">{}</svg>').format(
-        describe(task, name), Markup("").join(parts)
-    )
+    def share(self, value: float) -> float:
+        """Where a value lies on it, from 0 to 1."""
+        return (value - self.low) / ((self.high - self.low) or 1)
 
 
-def describe(task: TaskScore, name: str) -> str:
-    """A sentence that says what a bar shows."""
-    if task.score is None:
-        return f"{name}: not scored"
-    interval = f", 95% interval {task.ci95[0]:.2f} to {task.ci95[1]:.2f}" if task.ci95 else ""
-    chance = f", chance {task.chance:.2f}" if task.chance is not None else ""
-    return f"{name}: {task.score:.2f}{interval}{chance}"
+UNIT_AXIS = Axis(low=0.0, high=1.0, ticks=(0.0, 0.25, 0.5, 0.75, 1.0), text=lambda value: f"{value:.2f}")
+SMALL_UNIT_AXIS = Axis(low=0.0, high=1.0, ticks=(0.0, 0.5, 1.0), text=lambda value: f"{value:.1f}")
 
 
-def line_chart(series: Sequence[Series], axis: Axis, *, last_step: int, label: str, height: int, small: bool) -> Markup:
-    """A chart of lines over training steps 0 to `last_step`, `height` pixels high and as wide as its place.
+@dataclass(frozen=True)
+class Chart:
+    """A drawn chart with its caption, and the series that its legend names."""
 
-    `label` says it in words. A `small` chart names only the first and the last step.
+    title: str
+    note: str
+    svg: Markup
+    legend: tuple[Series, ...] = ()
+
+
+def line_chart(
+    title: str,
+    series: Sequence[Series],
+    axis: Axis,
+    *,
+    last_step: int,
+    label: str = "over training steps",
+    small: bool = False,
+    note: str = "",
+) -> Chart:
+    """Lines over the steps 0 to `last_step`; `label` goes on where the title ends, to say the chart in words.
+
+    A `small` chart names only the first and the last step, and its lines have no legend.
     """
+    height = 120 if small else 230
     x_axis = nice_axis(0.0, float(last_step), count=5, tight=True)
     if small:
         x_axis = replace(x_axis, ticks=(0.0, x_axis.high), text=lambda value: f"{value:,.0f}")
     top, bottom = 8, height - 26
-    parts = [_grid(axis, x_axis, top=top, bottom=bottom, small=small)]
-    parts += [_line(line, axis, x_axis, top=top, bottom=bottom) for line in series]
-    return Markup('<svg class="lines" role="img" aria-label="{}" width="100%" height="{}">{}</svg>').format(
-        label, height, Markup("").join(parts)
-    )
+    parts = _grid(axis, [(x_axis.share(tick), x_axis.text(tick)) for tick in x_axis.ticks], top, bottom)
+    if not small:
+        parts.append(_element("text", "step", class_="step", x=-8, y=bottom + 18))
+    for line in series:
+        places = [(x_axis.share(x), _height(axis.share(y), top, bottom), x, y) for x, y in thin(line.points)]
+        parts.append(_stretched(line.style, " ".join(f"{round(1000 * x, 1)},{y}" for x, y, *_ in places), height))
+        if line.style == "marked":
+            parts += [_dot(x, y, f"step {step:g}: {axis.text(value)}") for x, y, step, value in places]
+    course = "; ".join(f"{line.name}, {_course(line.points)}" for line in series)
+    svg = _drawing("lines", f"{title} {label}: {course}", height, parts)
+    return Chart(title, note, svg, tuple(series) if len(series) > 1 and not small else ())
 
 
-def _grid(axis: Axis, x_axis: Axis, *, top: int, bottom: int, small: bool) -> Markup:
+def _grid(axis: Axis, marks: Iterable[tuple[float, str]], top: int, bottom: int) -> list[Markup]:
+    """The rules of a vertical axis with their texts, and `marks` below at shares of the width."""
     parts = []
     for tick in axis.ticks:
-        y = _y(tick, axis, top, bottom)
-        parts.append(
-            Markup(
-                '<line class="rule" x1="0" x2="100%" y1="{0}" y2="{0}"/><text class="y" x="-8" y="{1}">{2}</text>'
-            ).format(y, round(y + 3.5, 2), axis.text(tick))
-        )
-    for tick in x_axis.ticks:
-        x = _x(tick, x_axis)
-        parts.append(Markup('<text class="x" x="{}%" y="{}">{}</text>').format(x, bottom + 18, x_axis.text(tick)))
-    if not small:
-        parts.append(Markup('<text class="step" x="-8" y="{}">step</text>').format(bottom + 18))
-    return Markup("").join(parts)
+        y = _height(axis.share(tick), top, bottom)
+        parts.append(_element("line", class_="rule", x1=0, x2="100%", y1=y, y2=y))
+        parts.append(_element("text", axis.text(tick), class_="y", x=-8, y=round(y + 3.5, 2)))
+    return parts + [_element("text", text, class_="x", x=_percent(share), y=bottom + 18) for share, text in marks]
 
 
-def _line(line: Series, axis: Axis, x_axis: Axis, *, top: int, bottom: int) -> Markup:
-    # A polyline takes no percentages: a nested drawing of 1000 units is stretched to the width instead.
-    points = " ".join(f"{round(10 * _x(x, x_axis), 1)},{_y(y, axis, top, bottom)}" for x, y in thin(line.points))
-    drawn = Markup(
-        '<svg width="100%" height="{0}" viewBox="0 0 1000 {0}" preserveAspectRatio="none">'
-        '<polyline class="{1}" points="{2}" vector-effect="non-scaling-stroke"/></svg>'
-    ).format(bottom + 26, line.style, points)
-    if line.style != "marked":
-        return drawn
-    dots = Markup("").join(
-        Markup('<circle class="dot" cx="{}%" cy="{}" r="3"><title>step {:g}: {}</title></circle>').format(
-            _x(x, x_axis), _y(y, axis, top, bottom), x, axis.text(y)
-        )
-        for x, y in thin(line.points)
-    )
-    return drawn + dots
+def _height(share: float, top: int, bottom: int) -> float:
+    return round(bottom - (bottom - top) * share, 2)
 
 
-def _x(value: float, axis: Axis) -> float:
-    return round(100 * (value - axis.low) / ((axis.high - axis.low) or 1), 3)
+def _dot(share: float, y: float, tip: str) -> Markup:
+    return _element("circle", _element("title", tip), class_="dot", cx=_percent(share), cy=y, r=3)
 
 
-def _y(value: float, axis: Axis, top: int, bottom: int) -> float:
-    return round(bottom - (bottom - top) * (value - axis.low) / ((axis.high - axis.low) or 1), 2)
-
-
-def _percent(value: float) -> float:
-    return round(100 * min(max(value, 0.0), 1.0), 3)
+def _course(points: Points) -> str:
+    (first, start), (last, end) = points[0], points[-1]
+    return f"{start:.3g} at step {first:g} to {end:.3g} at step {last:g}"
 
 
 def thin(points: Points, limit: int = MAX_POINTS) -> list[tuple[float, float]]:
@@ -195,28 +226,13 @@ def _tick_text(step: float) -> Callable[[float], str]:
     return lambda value: f"{value:,.{decimals}f}"
 
 
-UNIT_AXIS = Axis(low=0.0, high=1.0, ticks=(0.0, 0.25, 0.5, 0.75, 1.0), text=lambda value: f"{value:.2f}")
-SMALL_UNIT_AXIS = Axis(low=0.0, high=1.0, ticks=(0.0, 0.5, 1.0), text=lambda value: f"{value:.1f}")
-
-
-# Training curves: the charts of a run's log.jsonl.
+# --- training curves: the charts of a run's log.jsonl -----------------------------------------------------------------
 #
-# Loss (each logged step, its smoothed course, and the validation loss), learning rate, gradient norm, the mean
-# validation score, and one small chart a task. A quantity that was never logged has no chart; values that are not
-# finite are left out and counted, because a diverged run must be seen as one.
+# A quantity that was never logged has no chart; values that are not finite are left out and counted, because a diverged
+# run must be seen as one.
 
 
 MIN_SMOOTHED_POINTS = 30
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chart:
-    """A drawn chart with its caption and the series that its legend names."""
-
-    title: str
-    note: str
-    svg: Markup
-    legend: tuple[Series, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,248 +245,118 @@ class Curves:
 
 
 def curves(events: Sequence[Event], tasks: Mapping[str, TaskScore]) -> Curves:
-    """The charts of a log; `tasks` gives the chance levels of the small ones."""
+    """The charts of a log: loss (each logged step, its smoothed course, the validation loss), the mean validation
+    score, learning rate and gradient norm, and a small one a task, for which `tasks` gives the chance level."""
     train = [event for event in events if event.kind == "train"]
     validation = [event for event in events if event.kind == "validation"]
     last_step = max((event.step for event in events), default=0)
-    charts = [
-        _loss(train, validation, last_step),
-        _validation_mean(validation, last_step),
-        _single(train, last_step, "Learning rate", lambda event: event.learning_rate),
-        _single(train, last_step, "Gradient norm", lambda event: event.grad_norm),
-    ]
-    keys = sorted({key for event in validation for key in event.metrics} - {"mean"}, key=_task_order)
+
+    def points(of: Sequence[Event], value: Callable[[Event], float | None]) -> Points:
+        return [(float(event.step), y) for event in of if (y := value(event)) is not None]
+
+    losses = points(train, lambda event: event.loss)
+    loss = [Series("logged step", losses)]
+    if len(losses) >= MIN_SMOOTHED_POINTS:
+        width = max(5, len(losses) // 25 * 2 + 1)
+        smoothed = Series(f"mean over {width} logged steps", smooth(losses, width))
+        loss = [Series("logged step", losses, "faint"), smoothed]
+    loss.append(Series("validation", points(validation, lambda event: event.loss), "marked"))
+    mean = points(validation, lambda event: event.metrics.get("mean"))
+    charts = []
+    for title, series, axis in (
+        ("Loss", loss, None),
+        ("Validation score, mean over tasks", [Series("mean", mean, "marked")], UNIT_AXIS),
+        ("Learning rate", [Series("learning rate", points(train, lambda event: event.learning_rate))], None),
+        ("Gradient norm", [Series("gradient norm", points(train, lambda event: event.grad_norm))], None),
+    ):
+        drawn = [line for line in series if line.points]
+        values = [y for line in drawn for _, y in line.points]
+        if drawn:
+            axis = axis or nice_axis(min(0.0, *values), max(values))
+            charts.append(line_chart(title, drawn, axis, last_step=last_step))
+    order = list(TASKS)
+    keys = {key for event in validation for key in event.metrics} - {"mean"}
+    small = []
+    for key in sorted(keys, key=lambda key: (order.index(key) if key in TASKS else len(order), key)):
+        scores = points(validation, lambda event, key=key: event.metrics.get(key))  # type: ignore[misc]
+        chance = tasks[key].chance if key in tasks else None
+        series = [Series(key, scores, "marked")]
+        if chance is not None:
+            series.append(Series("chance", [(0.0, chance), (float(last_step), chance)], "chance"))
+        if scores:
+            said = {"label": "on validation", "note": f"{scores[-1][1]:.2f}"}
+            small.append(line_chart(key, series, SMALL_UNIT_AXIS, last_step=last_step, small=True, **said))
     return Curves(
-        charts=tuple(chart for chart in charts if chart),
-        tasks=tuple(chart for key in keys if (chart := _task(key, validation, tasks.get(key), last_step))),
+        charts=tuple(charts),
+        tasks=tuple(small),
         num_not_finite=sum(event.loss is None for event in train),
     )
 
 
-def _task_order(key: str) -> tuple[int, str]:
-    return (list(TASKS).index(key) if key in TASKS else len(TASKS), key)
-
-
-def _points(events: Sequence[Event], value: Callable[[Event], float | None]) -> Points:
-    return [(float(event.step), y) for event in events if (y := value(event)) is not None]
-
-
-def _loss(train: Sequence[Event], validation: Sequence[Event], last_step: int) -> Chart | None:
-    raw = _points(train, lambda event: event.loss)
-    held_out = _points(validation, lambda event: event.loss)
-    smoothed = len(raw) >= MIN_SMOOTHED_POINTS
-    series = [Series(name="logged step", points=raw, style="faint" if smoothed else "main")] if raw else []
-    if smoothed:
-        width = max(5, len(raw) // 25 * 2 + 1)
-        series.append(Series(name=f"mean over {width} logged steps", points=smooth(raw, width), style="main"))
-    if held_out:
-        series.append(Series(name="validation", points=held_out, style="marked"))
-    return _chart("Loss", series, _zero_axis(series), last_step) if series else None
-
-
-def _validation_mean(validation: Sequence[Event], last_step: int) -> Chart | None:
-    points = _points(validation, lambda event: event.metrics.get("mean"))
-    if not points:
-        return None
-    series = [Series(name="mean", points=points, style="marked")]
-    return _chart("Validation score, mean over tasks", series, UNIT_AXIS, last_step)
-
-
-def _single(train: Sequence[Event], last_step: int, title: str, value: Callable[[Event], float | None]) -> Chart | None:
-    points = _points(train, value)
-    if not points:
-        return None
-    series = [Series(name=title.lower(), points=points, style="main")]
-    return _chart(title, series, _zero_axis(series), last_step)
-
-
-def _task(key: str, validation: Sequence[Event], task: TaskScore | None, last_step: int) -> Chart | None:
-    points = _points(validation, lambda event: event.metrics.get(key))
-    if not points:
-        return None
-    series = [Series(name=key, points=points, style="marked")]
-    if task is not None and task.chance is not None:
-        ends = [(0.0, task.chance), (float(last_step), task.chance)]
-        series.append(Series(name="chance", points=ends, style="chance"))
-    label = f"{key} on validation, {_course(points)}"
-    svg = line_chart(series, SMALL_UNIT_AXIS, last_step=last_step, label=label, height=120, small=True)
-    return Chart(title=key, note=f"{points[-1][1]:.2f}", svg=svg, legend=())
-
-
-def _zero_axis(series: Sequence[Series]) -> Axis:
-    values = [y for line in series for _, y in line.points]
-    return nice_axis(min(0.0, *values), max(values))
-
-
-def _chart(title: str, series: Sequence[Series], axis: Axis, last_step: int) -> Chart:
-    label = f"{title} over training steps: " + "; ".join(f"{line.name}, {_course(line.points)}" for line in series)
-    svg = line_chart(series, axis, last_step=last_step, label=label, height=230, small=False)
-    return Chart(title=title, note="", svg=svg, legend=tuple(series) if len(series) > 1 else ())
-
-
-def _course(points: Points) -> str:
-    (first, start), (last, end) = points[0], points[-1]
-    return f"{start:.3g} at step {first:g} to {end:.3g} at step {last:g}"
-
-
-# Charts of counts as inline SVG: stacked bars and histograms.
-#
-# Horizontal positions are percentages and vertical ones pixels; colours are classes of atlas.css. Every text goes
-# through Markup formatting, which escapes it.
-
+# --- counts -----------------------------------------------------------------------------------------------------------
 
 
 NUM_COLOURS = 4
 MAX_LABELS = 7  # under a histogram; more overlap on a phone
-BAR_HEIGHT = 26
 GAP = 0.06  # at either side of a bar of a histogram, in bars
 
 
-@dataclass(frozen=True)
-class Part:
-    """One segment of a bar; `colour` counts from 0."""
-
-    name: str
-    count: int
-    colour: int
-
-
-def stacked(parts: Sequence[Part], *, largest: int, name: str) -> Markup:
+def stacked(parts: Mapping[str, int], *, largest: int, name: str) -> Markup:
     """A bar of segments one after the other, as long as their sum is of `largest`."""
     drawn, at = [], 0.0
-    for part in parts:
-        width = 100 * part.count / (largest or 1)
-        if part.count:
-            drawn.append(
-                Markup(
-                    '<rect class="part{}" x="{}%" y="5" width="{}%" height="16"><title>{}: {:,}</title></rect>'
-                ).format(part.colour % NUM_COLOURS, round(at, 3), round(width, 3), part.name, part.count)
-            )
+    for number, (part, count) in enumerate(parts.items()):
+        width, tip = count / (largest or 1), _element("title", f"{part}: {count:,}")
+        if count:
+            place = {"x": _percent(at), "y": 5, "width": _percent(width), "height": 16}
+            drawn.append(_element("rect", tip, class_=f"part{number % NUM_COLOURS}", **place))
         at += width
-    label = f"{name}: " + ", ".join(f"{part.name} {part.count:,}" for part in parts if part.count)
-    return Markup('<svg class="track" role="img" aria-label="{}" width="100%" height="{}">{}</svg>').format(
-        label, BAR_HEIGHT, Markup("").join(drawn)
-    )
+    label = f"{name}: " + ", ".join(f"{part} {count:,}" for part, count in parts.items() if count)
+    return _drawing("track", label, 26, drawn)
 
 
-def histogram(
-    edges: Sequence[float], counts: Sequence[int], *, text: Callable[[float], str], label: str, height: int = 220
-) -> Markup:
+def histogram(edges: Sequence[float], counts: Sequence[int], *, text: Callable[[float], str], label: str) -> Markup:
     """Bars of `counts` between `edges`, all equally wide; `text` puts an edge into words, `label` says what it is.
 
     `edges` must be one longer than `counts`, which must not be empty.
     """
+    top, bottom, wide = 8, 194, 1 / len(counts)
     axis = nice_axis(0.0, float(max(counts)))
-    top, bottom, share = 8, height - 26, 100 / len(counts)
-    parts = [_rule(tick, round(bottom - (bottom - top) * tick / axis.high, 2)) for tick in axis.ticks]
+    whole = tuple(tick for tick in axis.ticks if tick == round(tick))  # no rule at half a row
+    marks = [(i * wide, text(edges[i])) for i in range(0, len(edges), -(-len(edges) // MAX_LABELS))]
+    parts = _grid(replace(axis, ticks=whole, text=lambda tick: f"{tick:,.0f}"), marks, top, bottom)
     for i, count in enumerate(counts):
-        tall = round((bottom - top) * count / axis.high, 2)
-        tip = f"{text(edges[i])} to {text(edges[i + 1])}: {count:,}"
-        x, width = round((i + GAP) * share, 3), round((1 - 2 * GAP) * share, 3)
-        parts.append(
-            Markup('<rect class="part0" x="{}%" y="{}" width="{}%" height="{}"><title>{}</title></rect>').format(
-                x, round(bottom - tall, 2), width, tall, tip
-            )
-        )
-    every = -(-len(edges) // MAX_LABELS)
-    for i in range(0, len(edges), every):
-        x, words = round(i * share, 3), text(edges[i])
-        parts.append(Markup('<text class="x" x="{}%" y="{}">{}</text>').format(x, bottom + 18, words))
-    return Markup('<svg class="lines" role="img" aria-label="{}" width="100%" height="{}">{}</svg>').format(
-        label, height, Markup("").join(parts)
-    )
+        y = _height(axis.share(count), top, bottom)
+        tip = _element("title", f"{text(edges[i])} to {text(edges[i + 1])}: {count:,}")
+        place = {"x": _percent((i + GAP) * wide), "y": y, "width": _percent((1 - 2 * GAP) * wide)}
+        parts.append(_element("rect", tip, class_="part0", **place, height=round(bottom - y, 2)))
+    return _drawing("lines", label, bottom + 26, parts)
 
 
-def _rule(tick: float, y: float) -> Markup:
-    """A line across with its count; none at half a row."""
-    if tick != round(tick):
-        return Markup("")
-    return Markup(
-        '<line class="rule" x1="0" x2="100%" y1="{0}" y2="{0}"/><text class="y" x="-8" y="{1}">{2:,.0f}</text>'
-    ).format(y, y + 3.5, tick)
+# --- reliability: how often answers of a given confidence are right ---------------------------------------------------
 
 
-def span(seconds: float) -> str:
-    """A length in the unit that suits it: '0.5 s', '12 s', '3 min', '2 h'."""
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    if seconds < 3600:
-        return f"{seconds / 60:.3g} min"
-    hours = seconds / 3600
-    return f"{hours:.3g} h" if hours < 100 else f"{hours:,.0f} h"
-
-
-def size(num_bytes: int) -> str:
-    """Bytes in the unit that suits them, of a thousand each."""
-    value, units = float(num_bytes), ("bytes", "kB", "MB", "GB", "TB")
-    for unit in units:
-        if value < 1000 or unit == units[-1]:
-            return f"{value:.3g} {unit}" if unit != "bytes" else f"{num_bytes:,} bytes"
-        value /= 1000
-    return ""
-
-
-# The reliability plot: how often answers of a given confidence are right, as inline SVG.
-#
-# A bar a bin, as high as the share of right answers and as dark as its share of rows; the dashed diagonal is where
-# probabilities mean what they say. Positions as above: horizontal in percent, vertical in pixels.
-
-
-HEIGHT, TOP, BOTTOM = 230, 8, 204
-TICKS = (0.0, 0.25, 0.5, 0.75, 1.0)
 FAINTEST = 0.25  # a bin of one row must still be seen
 
 
 def reliability(found: Calibrated) -> Markup:
-    """The plot of the bins of `found`."""
+    """A bar a bin, as high as the share of right answers and as dark as its share of rows; the dashed diagonal is where
+    probabilities mean what they say."""
     label = f"Reliability: expected calibration error {found.ece:.3f} over {found.n} predictions"
+    top, bottom, height = 8, 204, 230
     largest = max((each.n for each in found.bins), default=1)
-    parts = [_square_grid()]
+    parts = _grid(UNIT_AXIS, [(tick, UNIT_AXIS.text(tick)) for tick in UNIT_AXIS.ticks], top, bottom)
     for each in found.bins:
         tip = f"confidence {each.confidence:.2f}, right {each.accuracy:.2f}, {each.n:,} predictions"
+        y = _height(each.accuracy, top, bottom)
+        place = {"x": _percent(each.low + 0.004), "width": _percent(each.high - each.low - 0.008), "y": y}
         opacity = round(FAINTEST + (1 - FAINTEST) * each.n / largest, 3)
-        parts.append(
-            Markup(
-                '<rect class="bar" x="{}%" width="{}%" y="{}" height="{}" fill-opacity="{}"><title>{}</title></rect>'
-            ).format(
-                round(100 * each.low + 0.4, 3), round(100 * (each.high - each.low) - 0.8, 3), _square_y(each.accuracy),
-                round(BOTTOM - _square_y(each.accuracy), 2), opacity, tip,
-            )
-        )  # fmt: skip
-        parts.append(
-            Markup('<circle class="dot" cx="{}%" cy="{}" r="3"><title>{}</title></circle>').format(
-                round(100 * each.confidence, 3), _square_y(each.accuracy), tip
-            )
-        )
-    parts.append(
-        Markup(
-            '<svg width="100%" height="{0}" viewBox="0 0 1000 {0}" preserveAspectRatio="none">'
-            '<polyline class="chance" points="0,{1} 1000,{2}" vector-effect="non-scaling-stroke"/></svg>'
-        ).format(HEIGHT, BOTTOM, TOP)
-    )
-    return Markup('<svg class="lines" role="img" aria-label="{}" width="100%" height="{}">{}</svg>').format(
-        label, HEIGHT, Markup("").join(parts)
-    )
+        shape = {"height": round(bottom - y, 2), "fill_opacity": opacity}
+        parts.append(_element("rect", _element("title", tip), class_="bar", **place, **shape))
+        parts.append(_dot(each.confidence, y, tip))
+    return _drawing("lines", label, height, [*parts, _stretched("chance", f"0,{bottom} 1000,{top}", height)])
 
 
-def _square_grid() -> Markup:
-    parts = []
-    for tick in TICKS:
-        y = _square_y(tick)
-        parts.append(
-            Markup(
-                '<line class="rule" x1="0" x2="100%" y1="{0}" y2="{0}"/><text class="y" x="-8" y="{1}">{2:.2f}</text>'
-                '<text class="x" x="{3}%" y="{4}">{2:.2f}</text>'
-            ).format(y, round(y + 3.5, 2), tick, 100 * tick, BOTTOM + 18)
-        )
-    return Markup("").join(parts)
-
-
-def _square_y(share: float) -> float:
-    return round(BOTTOM - (BOTTOM - TOP) * min(max(share, 0.0), 1.0), 2)
-
-
-# Confusion matrices: what was answered for each true label, per domain and per dataset.
+# --- confusion matrices: what was answered for each true label, per domain and per dataset ----------------------------
 #
 # Counts are those of the scorer (`hba.evaluate.metrics`), so that the page cannot disagree with metrics.json. Rows are
 # true labels, columns answers, both in the order of the global class indices; labels that occur nowhere are left out.
@@ -481,7 +367,7 @@ def _square_y(share: float) -> float:
 NO_LABEL = "no label"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Cell:
     """`share` is the count over its row's sum, in [0, 1]."""
 
@@ -491,7 +377,7 @@ class Cell:
     tip: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Row:
     """The samples of one true label; `cells` lie in the order of the matrix's columns."""
 
@@ -499,7 +385,7 @@ class Row:
     cells: tuple[Cell, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Matrix:
     """`name` is a dataset key, or several joined by commas; `n` counts samples."""
 
@@ -509,7 +395,7 @@ class Matrix:
     n: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class DomainMatrices:
     """`pooled` is over the whole domain; `datasets` holds one a dataset when there are several, else nothing."""
 
@@ -528,45 +414,76 @@ def matrices(predictions: Sequence[Prediction], taxonomy: Taxonomy = BUILTIN) ->
     counts_DCP, layout = rows.confusion(), rows.layout
     found = []
     for domain in taxonomy.domains.values():
-        local = {
-            key: _local(counts_DCP[layout.code[key]], np.array(domain.indices))
-            for key in sorted(layout.classified)
-            if layout.domain(key) == domain.name and counts_DCP[layout.code[key]].any()
-        }
+        local = {}
+        for key in sorted(layout.classified):
+            counts_CP, indices_K = counts_DCP[layout.code[key]], np.array(domain.indices)
+            if layout.domain(key) == domain.name and counts_CP.any():
+                # [K, K + 1]: the domain's own rows and columns, every other answer in the last column.
+                inside = counts_CP[np.ix_(indices_K, indices_K)]
+                outside = counts_CP[indices_K].sum(1) - inside.sum(1)
+                local[key] = np.concatenate([inside, outside[:, None]], axis=1)
         if local:
-            pooled = np.sum(list(local.values()), axis=0)
+            pooled = _matrix(", ".join(local), np.sum(list(local.values()), axis=0), domain.labels)
             several = tuple(_matrix(key, counts, domain.labels) for key, counts in local.items())
-            found.append(
-                DomainMatrices(
-                    name=domain.name.replace("_", " "),
-                    pooled=_matrix(", ".join(local), pooled, domain.labels),
-                    datasets=several if len(several) > 1 else (),
-                )
-            )
+            found.append(DomainMatrices(domain.name.replace("_", " "), pooled, several if len(several) > 1 else ()))
     return found
 
 
-def _local(counts_CP: Ints, indices_K: Ints) -> Ints:
-    """[K, K + 1]: the domain's own rows and columns, every other answer in the last column."""
-    inside = counts_CP[np.ix_(indices_K, indices_K)]
-    outside = counts_CP[indices_K].sum(1) - inside.sum(1)
-    return np.concatenate([inside, outside[:, None]], axis=1)
-
-
 def _matrix(name: str, counts: Ints, labels: Sequence[str]) -> Matrix:
-    num_labels = len(labels)
-    seen = [k for k in range(num_labels) if counts[k].any() or counts[:, k].any()]
-    columns = seen + [num_labels] * bool(counts[:, num_labels].any())
-    names = [*labels, NO_LABEL]
-    rows = tuple(
-        Row(target=names[k], cells=tuple(_cell(counts, k, column, names) for column in columns))
-        for k in seen
-        if counts[k].any()
-    )
-    return Matrix(name=name, columns=tuple(names[k] for k in columns), rows=rows, n=int(counts.sum()))
+    names, none = [*labels, NO_LABEL], len(labels)
+    seen = [k for k in range(none) if counts[k].any() or counts[:, k].any()]
+    columns = seen + [none] * bool(counts[:, none].any())
+    rows = []
+    for k in seen:
+        total = int(counts[k].sum())
+        cells = []
+        for column in columns if total else ():
+            count = int(counts[k, column])
+            tip = f"{names[k]} answered as {names[column]}: {count} of {total}"
+            cells.append(Cell(count, round(count / total, 4), column == k, tip))
+        rows += [Row(names[k], tuple(cells))] if total else []
+    return Matrix(name, tuple(names[k] for k in columns), tuple(rows), int(counts.sum()))
 
 
-def _cell(counts: Ints, target: int, column: int, names: Sequence[str]) -> Cell:
-    count, total = int(counts[target, column]), int(counts[target].sum())
-    tip = f"{names[target]} answered as {names[column]}: {count} of {total}"
-    return Cell(count=count, share=round(count / total, 4), correct=column == target, tip=tip)
+# --- media and shares, stretched to their place -----------------------------------------------------------------------
+
+
+WIDTH = 800
+
+
+def share_bar(share: float) -> Markup:
+    """A bar of a share in [0, 1]."""
+    track = _element("rect", class_="track", width=100, height=8)
+    fill = _element("rect", class_="fill", width=round(100 * min(max(share, 0.0), 1.0), 1), height=8)
+    box = {"class_": "share", "viewBox": "0 0 100 8", "preserveAspectRatio": "none", "aria_hidden": "true"}
+    return _element("svg", track, fill, **box)
+
+
+def waveform(peaks: Points, seconds: float) -> Markup:
+    """The least and the greatest value, in -1..1, of each part of a sound."""
+    height, step = 96, WIDTH / max(1, len(peaks))
+    lines = []
+    for i, (low, high) in enumerate(peaks):
+        x, y1, y2 = round(i * step, 2), round(height / 2 * (1 - high), 1), round(height / 2 * (1 - low) + 0.6, 1)
+        lines.append(_element("line", x1=x, x2=x, y1=y1, y2=y2))
+    return _fixed("wave", height, f"Waveform, {seconds:.1f} s", lines)
+
+
+def bundle(name: str, lines: Sequence[Sequence[float]]) -> Markup:
+    """Lines of values over time on one scale, with what they are in words below."""
+    height = 72
+    values = [value for line in lines for value in line]
+    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    scale = height / ((high - low) or 1.0)
+    drawn = []
+    for line in lines:
+        step = WIDTH / max(1, len(line) - 1)
+        points = (f"{round(i * step, 1)},{round(height - scale * (value - low), 1)}" for i, value in enumerate(line))
+        drawn.append(_element("polyline", class_="thin", points=" ".join(points)))
+    label = f"{name}: {len(lines)} curves from {low:.3g} to {high:.3g}"
+    return _fixed("curve", height, label, drawn) + _element("p", label, class_="muted small")
+
+
+def _fixed(kind: str, height: int, label: str, parts: Sequence[str]) -> Markup:
+    box = {"viewBox": f"0 0 {WIDTH} {height}", "preserveAspectRatio": "none"}
+    return _element("svg", *parts, class_=kind, **box, role="img", aria_label=label)

@@ -5,30 +5,25 @@ Bold is a difference that is significant at 5 %, after Holm's correction where i
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
-from rich import box
-from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
-from hba.errors import InputError
 from hba.evaluate.compare import MEAN, Comparison, Difference, SeedComparison, SeedDifference, Spread, Variance
 from hba.evaluate.leaderboard import Entry, Leaderboard
-from hba.evaluate.results import SCANT
+from hba.evaluate.results import SCANT, convert
 from hba.evaluate.statistics import EXACT_MATCH
-from hba.report.html import environment, style
-from hba.report.tables import DAGGER, Cell, TextTable, to_latex, to_markdown, writer_of
+from hba.report import words
+from hba.report.tables import DAGGER, Cell, Row, Table, to_csv, to_latex, to_markdown, writer_of
 from hba.report.words import DASH, count, figure, interval, metric_name, scant
 from hba.storage import atomic_write, read_json, write_json
 
 if TYPE_CHECKING:
-    from hba.evaluate.compare import Comparison
+    from rich.console import Console, ConsoleOptions, RenderableType
+
     from hba.train.transfer import Scored, TransferResult
 
 
@@ -36,55 +31,95 @@ LEVEL = 0.05
 NOTE = "Intervals are of 95% by the paired bootstrap; p is corrected over the tasks (Holm), that of the mean is not."
 SEEDS = "Intervals are of 95% over rows and runs (Student's t); p is corrected over the tasks (Holm), not for the mean."
 SPREAD = "95% over runs: what another seed or prompt would give on these rows; over rows: what other rows would give."
+Line = TypeVar("Line", Difference, SeedDifference, Spread)
 
 
-def comparison(found: Comparison) -> TextTable:
+def comparison(found: Comparison) -> Table:
     """B minus A per task."""
-    grouped = "rows of one group drawn together" if found.clustered_by else "rows independent"
-    mean = found.paired.mean
-    return TextTable(
-        caption=f"B ({found.b}) minus A ({found.a}): {_rows(found)}; {grouped}",
+
+    def cells(key: str, line: Difference) -> Row:
+        return (*_difference(key, line), f"{count(line.gained)}/{count(line.lost)}")
+
+    return _compared(
+        found,
+        title=f"B ({found.b}) minus A ({found.a}): {_rows(found)}; {_grouped(found)}",
         head=("task", "A", "B", "B-A", "95% interval", "p (Holm)", "won/lost", "failed"),
-        rows=[
-            [*_difference(_name(key, line.metric), line, line.p_holm), _failed(found.failed[key], 1)]
-            for key, line in found.paired.tasks.items()
-        ],
-        summary=[*_difference("mean", mean, mean.p_value), _failed(found.failed[MEAN], 1)] if mean else None,
+        lines=(found.paired.tasks, found.paired.mean),
+        cells=cells,
+        num_a=1,
         notes=[f"{NOTE} Bold: p below {LEVEL}."],
-        warnings=_warnings(found.paired.tasks, found.paired.mean),
     )
 
 
-def seed_comparison(found: SeedComparison) -> TextTable:
+def seed_comparison(found: SeedComparison) -> Table:
     """The mean of B's runs minus that of A's, per task."""
-    grouped = "rows of one group drawn together" if found.clustered_by else "rows independent"
-    return TextTable(
-        caption=f"B ({len(found.b)} runs) minus A ({len(found.a)} runs): {_rows(found)}; {grouped}",
+
+    def cells(key: str, line: SeedDifference) -> Row:
+        return (*_difference(key, line), figure(line.sd_a), figure(line.sd_b))
+
+    return _compared(
+        found,
+        title=f"B ({len(found.b)} runs) minus A ({len(found.a)} runs): {_rows(found)}; {_grouped(found)}",
         head=("task", "A", "B", "B-A", "95% interval", "p (Holm)", "sd of A", "sd of B", "failed"),
-        rows=[
-            [*_seeds(_name(key, line.metric), line, line.p_holm), _failed(found.failed[key], len(found.a))]
-            for key, line in found.tasks.items()
-        ],
-        summary=[*_seeds("mean", found.mean, found.mean.p_value), _failed(found.failed[MEAN], len(found.a))]
-        if found.mean
-        else None,
+        lines=(found.tasks, found.mean),
+        cells=cells,
+        num_a=len(found.a),
         notes=[f"A: {', '.join(found.a)}. B: {', '.join(found.b)}.", f"{SEEDS} Bold: p below {LEVEL}."],
-        warnings=_warnings(found.tasks, found.mean),
     )
 
 
-def variance(found: Variance) -> TextTable:
+def variance(found: Variance) -> Table:
     """Mean and spread per task."""
-    return TextTable(
-        caption=f"{len(found.runs)} runs over {_rows(found)}",
+
+    def cells(_: str, line: Spread) -> Row:
+        return (figure(line.mean), figure(line.sd), *map(interval, (line.ci95_runs, line.ci95_rows)),
+                figure(line.agreement))  # fmt: skip
+
+    return _compared(
+        found,
+        title=f"{len(found.runs)} runs over {_rows(found)}",
         head=("task", "mean", "sd of runs", "95% over runs", "95% over rows", "same answer", "failed"),
-        rows=[
-            [*_spread(_name(key, line.metric), line), Cell(count(sum(found.failed[key])))]
-            for key, line in found.tasks.items()
-        ],
-        summary=[*_spread("mean", found.mean), Cell(count(sum(found.failed[MEAN])))] if found.mean else None,
+        lines=(found.tasks, found.mean),
+        cells=cells,
+        num_a=len(found.runs),
         notes=[f"Runs: {', '.join(found.runs)}.", SPREAD],
-        warnings=_warnings(found.tasks, found.mean),
+    )
+
+
+def _compared(
+    found: Comparison | SeedComparison | Variance,
+    *,
+    title: str,
+    head: Sequence[str],
+    lines: tuple[Mapping[str, Line], Line | None],
+    cells: Callable[[str, Line], Row],
+    num_a: int,
+    notes: Sequence[str],
+) -> Table:
+    """A line a task and one for the mean, each with what `cells` says of it; the first `num_a` of the runs are A's."""
+    tasks, mean = lines
+
+    def row(key: str, line: Line) -> Row:
+        name = _name(key, line.metric) if key != MEAN else "mean"
+        sides = [side for side in (found.failed[key][:num_a], found.failed[key][num_a:]) if side]
+        return (name, *cells(key, line), "/".join(count(sum(side)) for side in sides))
+
+    named: dict[str, Line] = {**tasks, **({} if mean is None else {"the mean": mean})}
+    few: dict[str, float] = {
+        key: line.n_independent for key, line in tasks.items() if line.n_independent < SCANT and not line.note
+    }
+    return Table(
+        title=title,
+        head=head,
+        rows=[row(key, line) for key, line in tasks.items()],
+        summary=row(MEAN, mean) if mean else None,
+        notes=notes,
+        # What is not compared, and what rests on too little.
+        warnings=[
+            *(f"{key} is not compared: {line.note}." for key, line in named.items() if line.note),
+            *([scant(few)] if few else []),
+        ],
+        tight=True,
     )
 
 
@@ -94,15 +129,8 @@ def _rows(found: Comparison | SeedComparison | Variance) -> str:
     return f"{count(found.num_rows)} common rows{asked}{left_out}"
 
 
-Line = Difference | SeedDifference | Spread
-
-
-def _warnings(lines: Mapping[str, Line], mean: Line | None) -> list[str]:
-    """What is not compared, and what rests on too little."""
-    named = {**lines, **({} if mean is None else {"the mean": mean})}
-    found = [f"{key} is not compared: {line.note}." for key, line in named.items() if line.note]
-    few = {key: line.n_independent for key, line in lines.items() if line.n_independent < SCANT and not line.note}
-    return [*found, *([scant(few)] if few else [])]
+def _grouped(found: Comparison | SeedComparison) -> str:
+    return "rows of one group drawn together" if found.clustered_by else "rows independent"
 
 
 def _name(key: str, metric: str) -> str:
@@ -110,49 +138,30 @@ def _name(key: str, metric: str) -> str:
     return f"{key} ({metric_name(metric)})" if metric == EXACT_MATCH else key
 
 
-def _difference(name: str, line: Difference, p_value: float | None) -> list[Cell]:
-    return [*_start(name, line, p_value), Cell(f"{count(line.gained)}/{count(line.lost)}")]
-
-
-def _seeds(name: str, line: SeedDifference, p_value: float | None) -> list[Cell]:
-    return [*_start(name, line, p_value), Cell(figure(line.sd_a)), Cell(figure(line.sd_b))]
-
-
-def _failed(rows: Sequence[int], num_a: int) -> Cell:
-    """The rows that failed on either side."""
-    return Cell(f"{count(sum(rows[:num_a]))}/{count(sum(rows[num_a:]))}")
-
-
-def _start(name: str, line: Difference | SeedDifference, p_value: float | None) -> list[Cell]:
-    sure = p_value is not None and p_value < LEVEL and line.difference is not None
-    signed = DASH if line.difference is None else f"{line.difference:+.3f}"
+def _difference(key: str, line: Difference | SeedDifference) -> Row:
+    p_value = line.p_value if key == MEAN else line.p_holm
     p_text = DASH if p_value is None else "<0.001" if p_value < 0.001 else figure(p_value)
-    return [
-        *map(Cell, (name, figure(line.a), figure(line.b))),
-        Cell(signed, sure),
-        *map(Cell, (interval(line.ci95), p_text)),
-    ]
+    signed = Cell(DASH if line.difference is None else f"{line.difference:+.3f}", _style(line.difference, p_value))
+    return (figure(line.a), figure(line.b), signed, interval(line.ci95), p_text)
 
 
-def _spread(name: str, line: Spread) -> list[Cell]:
-    figures = (figure(line.mean), figure(line.sd), interval(line.ci95_runs), interval(line.ci95_rows))
-    return [Cell(text) for text in (name, *figures, figure(line.agreement))]
+def _style(difference: float | None, p_value: float | None) -> str:
+    """The colour of a significant difference."""
+    sure = p_value is not None and p_value < LEVEL and difference is not None
+    return ("green" if f"{difference:+.3f}"[0] == "+" else "red") if sure else ""
 
 
 def flips_table(found: Comparison, limit: int) -> Table:
     """The first `limit` rows that changed sides, for the terminal."""
+    rows = [
+        (flip.id, flip.dataset, flip.target, flip.a or DASH, Cell(flip.b or DASH, "green" if flip.gained else "red"))
+        for flip in found.flips[:limit]
+    ]
     title = f"{count(len(found.flips))} rows changed sides"
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
-    for name in ("id", "dataset", "target", "A", "B"):
-        table.add_column(name, overflow="fold")
-    for flip in found.flips[:limit]:
-        style = "green" if flip.gained else "red"
-        said = (Text(text or DASH) for text in (flip.id, flip.dataset, flip.target, flip.a))
-        table.add_row(*said, Text(flip.b or DASH, style=style))
-    return table
+    return Table(title=title, head=("id", "dataset", "target", "A", "B"), rows=rows, align="l", tight=True)
 
 
-# Training stages side by side: the score of each, and its difference from the stage before with an interval.
+# --- training stages: the score of each, and its difference from the stage before with an interval --------------------
 #
 # `stages.json` lies in the run folder of the last stage; the terminal and the page show the same `Stages`. A difference
 # counts as sure when Holm's correction over the tasks leaves it below 5 %.
@@ -195,20 +204,28 @@ class Stages:
 
 def stages(found: Sequence[Comparison]) -> Stages:
     """The columns of a chain of comparisons, each of a run with the next."""
-    rows = {}
-    for key, first in found[0].paired.tasks.items():
-        name = f"{key} ({metric_name(first.metric)})" if first.metric == EXACT_MATCH else key
-        lines = [each.paired.tasks[key] for each in found]
-        rows[name] = (Step(score=first.a), *(_step(line, line.p_holm) for line in lines))
-    means = [each.paired.mean for each in found]
-    if means[0] is not None:
-        rows["mean over tasks"] = (Step(score=means[0].a), *(_step(m, m.p_value) for m in means if m is not None))
+
+    def steps(lines: Sequence[Difference], of_mean: bool) -> tuple[Step, ...]:
+        later = [
+            Step(
+                score=line.b,
+                difference=line.difference,
+                ci95=line.ci95,
+                p_value=line.p_value if of_mean else line.p_holm,
+                same=line.difference == 0 and line.gained == line.lost == 0,
+            )
+            for line in lines
+        ]
+        return (Step(score=lines[0].a), *later)
+
+    rows = {
+        _name(key, first.metric): steps([each.paired.tasks[key] for each in found], of_mean=False)
+        for key, first in found[0].paired.tasks.items()
+    }
+    if found[0].paired.mean is not None:
+        means = [each.paired.mean for each in found if each.paired.mean is not None]
+        rows["mean over tasks"] = steps(means, of_mean=True)
     return Stages(names=(found[0].a, *(each.b for each in found)), rows=rows, num_rows=found[0].num_rows)
-
-
-def _step(line: Difference, p_value: float | None) -> Step:
-    same = line.difference == 0 and line.gained == line.lost == 0
-    return Step(score=line.b, difference=line.difference, ci95=line.ci95, p_value=p_value, same=same)
 
 
 def write_stages(found: Stages, run: Path) -> None:
@@ -219,93 +236,47 @@ def write_stages(found: Stages, run: Path) -> None:
 def read_stages(run: Path) -> Stages | None:
     """stages.json of a run folder, None without one. Raises InputError when it is malformed."""
     path = run / FILE
-    if not path.is_file():
-        return None
-    record = read_json(path)
-    try:
-        rows = {name: tuple(map(_read_step, steps)) for name, steps in record["rows"].items()}
-        return Stages(names=tuple(record["names"]), rows=rows, num_rows=int(record["num_rows"]))
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
-        fix = "Run `hba demo` again, or remove the file."
-        raise InputError("not the stages of a run", where=str(path), fix=fix) from None
-
-
-def _read_step(record: dict[str, Any]) -> Step:
-    reach = record["ci95"]
-    return Step(**{**record, "ci95": None if reach is None else (float(reach[0]), float(reach[1]))})
+    return convert(read_json(path), Stages, str(path)) if path.is_file() else None
 
 
 def stages_table(found: Stages) -> Table:
     """One column a stage, each but the first with its difference; a sure one is coloured."""
-    title = f"Stage by stage; {count(found.num_rows)} common rows, differences with their 95% intervals"
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("task", overflow="fold")
-    for number, name in enumerate(found.names):
-        table.add_column(name, justify="right", no_wrap=True)
-        if number:
-            table.add_column("difference", justify="right", no_wrap=True)
+    rows = []
     for name, (first, *later) in found.rows.items():
-        cells = [Text(figure(first.score))]
+        cells: list[str | Cell] = [name, figure(first.score)]
         for step in later:
-            style = ("green" if (step.difference or 0) > 0 else "red") if step.sure else ""
-            cells += [Text(figure(step.score)), Text(step.text, style=style)]
-        table.add_row(Text(name), *cells)
-    return table
+            cells += [figure(step.score), Cell(step.text, _style(step.difference or None, step.p_value))]
+        rows.append(cells)
+    head = ["task", found.names[0], *(head for name in found.names[1:] for head in (name, "difference"))]
+    title = f"Stage by stage; {count(found.num_rows)} common rows, differences with their 95% intervals"
+    return Table(title=title, head=head, rows=rows)
 
 
-# The transfer table: pretrained against not pretrained on each held-out dataset, beside the published figures.
+# --- transfer: pretrained against not pretrained on each held-out dataset, beside the published figures ---------------
 
 
-HEAD = ("dataset", "task", "metric", "n", "epochs", "pretrained", "direct", "difference", "p", "published †")
-TRANSFER_NOTE = "† pretrained / direct of the 7B models in the paper, quoted and not measured here"
+HEAD = ("dataset", "task", "metric", "n", "epochs", "pretrained", "direct", "difference", "p", f"published {DAGGER}")
+TRANSFER_NOTE = f"{DAGGER} pretrained / direct of the 7B models in the paper, quoted and not measured here"
 SYNTHETIC = "Synthetic data: these figures say that the protocol runs, not what the atlas is worth."
 
 
-def transfer_table(result: TransferResult) -> Group:
-    """For the terminal."""
-    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
-    for name in HEAD:
-        table.add_column(name, overflow="fold")
-    for cells in _transfer_rows(result):
-        table.add_row(*map(Text, cells))
-    return Group(table, *map(Text, _notes(result)))
+def transfer_table(result: TransferResult) -> Table:
+    """A row a dataset, with what must be known of the figures."""
 
+    def scored(found: Scored) -> str:
+        return f"{figure(found.score)} ({interval(found.ci95)})"
 
-def transfer_markdown(result: TransferResult) -> str:
-    """A GitHub table with its notes."""
-    lines = [HEAD, ["---"] * len(HEAD), *_transfer_rows(result)]
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return "\n\n".join([table, *_notes(result)]) + "\n"
-
-
-def _transfer_rows(result: TransferResult) -> list[list[str]]:
-    return [
-        [
-            row.dataset,
-            row.task,
-            metric_name(row.metric),
-            str(row.n),
-            str(row.epochs),
-            _scored(row.pretrained),
-            _scored(row.direct),
-            _scored(row.difference),
-            figure(row.p_value),
-            " / ".join(figure(value) for value in row.published.values()) if row.published else figure(None),
-        ]
-        for row in result.rows
-    ]
-
-
-def _scored(scored: Scored) -> str:
-    return f"{figure(scored.score)} ({interval(scored.ci95)})"
-
-
-def _notes(result: TransferResult) -> list[str]:
+    rows = []
+    for row in result.rows:
+        starts = (scored(row.pretrained), scored(row.direct), scored(row.difference), figure(row.p_value))
+        published = " / ".join(map(figure, row.published.values())) if row.published else DASH
+        rows.append((row.dataset, row.task, metric_name(row.metric), str(row.n), str(row.epochs), *starts, published))
     absent = [f"Not in this atlas: {', '.join(result.not_in_atlas)}."] if result.not_in_atlas else []
-    return [TRANSFER_NOTE, *absent, *([SYNTHETIC] if result.synthetic else [])]
+    warnings = [TRANSFER_NOTE, *absent, *([SYNTHETIC] if result.synthetic else [])]
+    return Table(title="", head=HEAD, rows=rows, warnings=warnings, align="l", tight=True)
 
 
-# A leaderboard as a rich table, HTML, Markdown, LaTeX or CSV: the same rows, marks and notes in each.
+# --- the leaderboard: the same rows, marks and notes in the terminal, HTML, Markdown, LaTeX and CSV -------------------
 #
 # A published row carries a dagger and its source wherever it is shown; the best score of a ranked task is bold, and
 # nothing of a row that is not ranked.
@@ -316,53 +287,45 @@ NAME_WIDTH, GAP = 15, 2
 ENDS = ("mean", "rank", "failed", "n")
 
 
-def leaderboard_tables(board: Leaderboard, width: int) -> Group:
-    """For a terminal of `width` columns, with two decimals; tasks that do not fit stand in a table below."""
-    tables = []
-    for number, keys in enumerate(_blocks(board, width)):
-        title = None if number else _caption(board)
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        table.add_column("#", justify="right", no_wrap=True)
-        table.add_column("model", overflow="fold", min_width=NAME_WIDTH)
-        for name in (*keys, *(() if number else ENDS)):
-            table.add_column(name, justify="right", no_wrap=True)
-        before: Entry | None = None
-        for entry in board.entries:
-            if before is not None and before.rank is not None and entry.rank is None:
-                table.add_section()
-            before = entry
-            name = Text(_row_name(entry), style="dim" if entry.published else "")
-            cells = [_terminal_cell(board, entry, key) for key in keys]
-            table.add_row(Text(_rank(entry)), name, *cells, *map(Text, () if number else _ends(entry)))
-        tables.append(table)
-    return Group(*tables, *map(Text, _marks(board)))
+@dataclass(frozen=True)
+class LeaderboardTables:
+    """For the terminal, with two decimals; tasks that its width has no room for stand in a table below."""
+
+    board: Leaderboard
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        """The tables, and the notes."""
+        yield from _blocks(self.board, options.max_width)
+        yield from map(Text, _marks(self.board))
 
 
-def _blocks(board: Leaderboard, width: int) -> list[list[str]]:
-    """The tasks of each table. The first has room for the mean, the rank and n as well, every one for the model."""
-    fixed = NAME_WIDTH + 2 * GAP + 4
-    ends = sum(GAP + max(len(name), *(len(_ends(entry)[i]) for entry in board.entries)) for i, name in enumerate(ENDS))
+def _blocks(board: Leaderboard, width: int) -> Iterator[Table]:
+    cells = {key: [_score(board, entry, key, 2) for entry in board.entries] for key in board.tasks}
+    ends = [
+        (figure(entry.mean, 2), figure(entry.mean_rank, 2), count(entry.num_failed), count(entry.num_rows))
+        for entry in board.entries
+    ]
+    # The first table has room for the mean, the rank and the counts as well, every one for the model.
+    room = width - NAME_WIDTH - 2 * GAP - 4
+    left = room - sum(GAP + max(map(len, column)) for column in zip(ENDS, *ends, strict=True))
     blocks: list[list[str]] = [[]]
-    left = width - fixed - ends
     for key in board.tasks:
-        cells = [_terminal_cell(board, entry, key).plain for entry in board.entries]
-        size = GAP + max(len(key), *(len(line) for cell in cells for line in cell.split("\n")))
+        size = GAP + max(len(key), *(max(len(cell.text), len(cell.note)) for cell in cells[key]))
         if size > left and blocks[-1]:
             blocks.append([])
-            left = width - fixed
+            left = room
         blocks[-1].append(key)
         left -= size
-    return blocks
-
-
-def _ends(entry: Entry) -> tuple[str, ...]:
-    return figure(entry.mean, 2), figure(entry.mean_rank, 2), count(entry.num_failed), count(entry.num_rows)
-
-
-def _terminal_cell(board: Leaderboard, entry: Entry, key: str) -> Text:
-    style = "bold" if _best(board, entry, key) else "dim" if entry.published else ""
-    cell = Text(figure(entry.scores.get(key), 2), style=style)
-    return cell.append(f"\n{interval(entry.ci95[key], 2)}", style="dim") if key in entry.ci95 else cell
+    for number, keys in enumerate(blocks):
+        rows: list[Row] = []
+        for place, entry in enumerate(board.entries):
+            if place and board.entries[place - 1].rank is not None and entry.rank is None:
+                rows.append(())
+            name = Cell(_row_name(entry), "dim" if entry.published else "")
+            rows.append((_rank(entry), name, *(cells[key][place] for key in keys), *(() if number else ends[place])))
+        head = ("#", "model", *keys, *(() if number else ENDS))
+        title = "" if number else _title(board)
+        yield Table(title=title, head=head, rows=rows, align="rlr")
 
 
 def write_leaderboard(board: Leaderboard, path: Path) -> None:
@@ -372,61 +335,51 @@ def write_leaderboard(board: Leaderboard, path: Path) -> None:
         handle.write(writer(board))
 
 
-def text_table(board: Leaderboard) -> TextTable:
+def text_table(board: Leaderboard) -> Table:
     """For LaTeX and Markdown: three decimals, with the interval behind a measured score."""
-    rows = []
+    rows: list[Row] = []
     for entry in board.entries:
-        names = (Cell(_rank(entry)), Cell(_row_name(entry)))
-        ends = (Cell(figure(entry.mean)), Cell(figure(entry.mean_rank, 2)), Cell(count(entry.num_rows)))
-        scores = (Cell(_with_interval(entry, key), _best(board, entry, key)) for key in board.tasks)
-        rows.append([*names, *scores, Cell(count(entry.num_failed)), *ends])
+        scores = [_score(board, entry, key, 3) for key in board.tasks]
+        ends = (count(entry.num_failed), figure(entry.mean), figure(entry.mean_rank, 2), count(entry.num_rows))
+        rows.append((_rank(entry), _row_name(entry), *scores, *ends))
     head = ("#", "model", *board.tasks, "failed", "mean", "mean rank", "n")
-    return TextTable(_caption(board), head, rows, notes=_marks(board), left=2)
+    return Table(title=_title(board), head=head, rows=rows, notes=_marks(board), align="llr")
 
 
-def _with_interval(entry: Entry, key: str) -> str:
-    reach = f" ({interval(entry.ci95[key])})" if key in entry.ci95 else ""
-    return figure(entry.scores.get(key)) + reach
+def _score(board: Leaderboard, entry: Entry, key: str, decimals: int) -> Cell:
+    ranked = [other.scores[key] for other in board.entries if other.rank is not None and key in other.scores]
+    best = entry.rank is not None and key in entry.scores and entry.scores[key] == max(ranked)
+    reach = interval(entry.ci95[key], decimals) if key in entry.ci95 else ""
+    return Cell(figure(entry.scores.get(key), decimals), "bold" if best else "dim" if entry.published else "", reach)
 
 
-def to_csv(board: Leaderboard) -> str:
-    """One line a row with scores, intervals and rows as numbers, empty where there is none."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    ends = [name for key in board.tasks for name in (key, f"{key}_low", f"{key}_high", f"{key}_n")]
-    head = ["rank", "model", "published", "source", "synthetic", *ends, "n", "n_failed", "mean", "mean_rank", "notes"]
-    writer.writerow(head)
-    for entry in board.entries:
-        cells: list[object] = []
-        for key in board.tasks:
-            cells += [entry.scores.get(key), *(entry.ci95.get(key) or (None, None)), entry.n.get(key)]
-        row = [entry.rank, _spelled(entry.name), entry.published, _spelled(entry.source), entry.synthetic, *cells]
-        ends_of = [entry.num_rows, entry.num_failed, entry.mean, entry.mean_rank, "; ".join(entry.notes)]
-        writer.writerow([*row, *ends_of])
-    return out.getvalue()
-
-
-def to_html(board: Leaderboard) -> str:
-    """A page that loads nothing."""
-    template = environment().get_template("leaderboard.html.jinja")
+def _csv(board: Leaderboard) -> str:
+    """Scores, intervals and rows as numbers."""
+    figures = [name for key in board.tasks for name in (key, f"{key}_low", f"{key}_high", f"{key}_n")]
+    head = ["rank", "model", "published", "source", "synthetic", *figures, "n", "n_failed", "mean", "mean_rank"]
     rows = []
     for entry in board.entries:
-        cells = [(figure(entry.scores.get(key)), _best(board, entry, key)) for key in board.tasks]
-        rows.append((entry, _rank(entry), _row_name(entry), cells))
-    return template.render(style=style("style.css"), board=board, rows=rows, notes=_marks(board), title=_caption(board))
+        row: list[object] = [entry.rank, entry.name, entry.published, entry.source, entry.synthetic]
+        for key in board.tasks:
+            row += [entry.scores.get(key), *(entry.ci95.get(key) or (None, None)), entry.n.get(key)]
+        ends = [entry.num_rows, entry.num_failed, entry.mean, entry.mean_rank]
+        rows.append([*row, *ends, "; ".join(entry.notes)])
+    return to_csv([*head, "notes"], rows)
+
+
+def _html(board: Leaderboard) -> str:
+    """A page that loads nothing."""
+    cells = [[_score(board, entry, key, 3) for key in board.tasks] for entry in board.entries]
+    rows = [(entry, _rank(entry), _row_name(entry), mine) for entry, mine in zip(board.entries, cells, strict=True)]
+    return words.page("leaderboard.html.jinja", board=board, rows=rows, notes=_marks(board), title=_title(board))
 
 
 WRITERS: dict[str, Callable[[Leaderboard], str]] = {
-    ".html": to_html,
+    ".html": _html,
     ".md": lambda board: to_markdown(text_table(board)),
     ".tex": lambda board: to_latex(text_table(board)),
-    ".csv": to_csv,
+    ".csv": _csv,
 }
-
-
-def _best(board: Leaderboard, entry: Entry, key: str) -> bool:
-    ranked = [other.scores[key] for other in board.entries if other.rank is not None and key in other.scores]
-    return entry.rank is not None and key in entry.scores and entry.scores[key] == max(ranked)
 
 
 def _rank(entry: Entry) -> str:
@@ -437,7 +390,7 @@ def _row_name(entry: Entry) -> str:
     return f"{entry.name} {DAGGER}" if entry.published else entry.name
 
 
-def _caption(board: Leaderboard) -> str:
+def _title(board: Leaderboard) -> str:
     ranked = any(entry.rank is not None for entry in board.entries)
     return f"Leaderboard, ranked over {', '.join(board.ranked_tasks)}" if ranked else "Leaderboard; nothing is ranked"
 
@@ -449,8 +402,3 @@ def _marks(board: Leaderboard) -> list[str]:
     shared = {note for entry in board.entries if entry.published for note in entry.notes}
     found += [f"{entry.name}: {note}" for entry in board.entries for note in entry.notes if note not in shared]
     return found + [f"Skipped: {each}" for each in board.skipped]
-
-
-def _spelled(text: str) -> str:
-    """A text that no spreadsheet takes for a formula."""
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from hba.evaluate.statistics import mean_interval
+from hba.report import words
 from hba.report.charts import Chart, Points, Series, line_chart, nice_axis
-from hba.report.html import environment, style
+from hba.report.tables import Table
 from hba.storage import read_jsonl
 
 RESAMPLES = 10_000
@@ -101,8 +101,7 @@ def rl_part(run: Path) -> RlPart | None:
 
 def rl_page(run: Path, part: RlPart) -> str:
     """The page of an RL run that has not been scored."""
-    template = environment().get_template("rl_page.html.jinja")
-    return template.render(style=style("style.css"), name=run.resolve().name, rl=part)
+    return words.page("rl_page.html.jinja", name=run.resolve().name, rl=part)
 
 
 def changes(run: Path) -> list[Change]:
@@ -119,39 +118,37 @@ def changes(run: Path) -> list[Change]:
     for way in WAYS:
         for name, part in (("reward", "score"), ("format", "format"), ("right answers", "right"), ("tokens", "tokens")):
             values = np.array([[one[way][part], other[way][part]] for one, other in pairs], np.float64)
-            draws = sampled if way == "sampled" else 1
-            found.append(_change(f"{name}, {way}", values[:, 0], values[:, 1], draws))
+            difference_N = values[:, 1] - values[:, 0]
+            only = float(difference_N.mean())  # of a single prompt, which has no interval
+            low, high = mean_interval(difference_N, resamples=RESAMPLES) or (only, only)
+            found.append(
+                Change(
+                    name=f"{name}, {way}",
+                    before=float(values[:, 0].mean()),
+                    after=float(values[:, 1].mean()),
+                    difference=only,
+                    low=low,
+                    high=high,
+                    n=len(difference_N),
+                    draws=sampled if way == "sampled" else 1,
+                )
+            )
     return found
 
 
 def changes_table(found: Mapping[str, Sequence[Change]]) -> Table:
-    """What each algorithm changed on held-out prompts, for the terminal."""
+    """What each algorithm changed on held-out prompts."""
     draws = max((row.draws for rows in found.values() for row in rows), default=1)
-    caption = f"Sampled: the mean of {draws} responses to each prompt." if draws > 1 else None
-    table = Table(title="RL: held-out prompts before and after", caption=caption)
-    for column in ("algorithm", "figure", "start", "end", "difference", "95 % interval"):
-        table.add_column(column, justify="left" if column in ("algorithm", "figure") else "right")
-    for algorithm, rows in found.items():
-        for row in rows:
-            figures = [f"{value:.3f}" for value in (row.before, row.after)]
-            table.add_row(algorithm, row.name, *figures, f"{row.difference:+.3f}", f"{row.low:+.3f} to {row.high:+.3f}")
-    return table
-
-
-def _change(name: str, before_N: Any, after_N: Any, draws: int) -> Change:
-    difference_N = after_N - before_N
-    only = float(difference_N.mean())  # of a single prompt, which has no interval
-    low, high = mean_interval(difference_N, resamples=RESAMPLES) or (only, only)
-    return Change(
-        name=name,
-        before=float(before_N.mean()),
-        after=float(after_N.mean()),
-        difference=float(difference_N.mean()),
-        low=low,
-        high=high,
-        n=len(difference_N),
-        draws=draws,
-    )
+    said = [f"Sampled: the mean of {draws} responses to each prompt."] if draws > 1 else []
+    rows = [
+        (algorithm, row.name, f"{row.before:.3f}", f"{row.after:.3f}", f"{row.difference:+.3f}",
+         f"{row.low:+.3f} to {row.high:+.3f}")
+        for algorithm, changed in found.items()
+        for row in changed
+    ]  # fmt: skip
+    head = ("algorithm", "figure", "start", "end", "difference", "95 % interval")
+    title = "RL: held-out prompts before and after"
+    return Table(title=title, head=head, rows=rows, warnings=said, align="llr")
 
 
 def _config(run: Path) -> Mapping[str, Any]:
@@ -162,41 +159,35 @@ def _config(run: Path) -> Mapping[str, Any]:
 
 
 def _evaluation_charts(evaluations: Mapping[int, Mapping[str, float]]) -> list[Chart]:
+    steps = sorted(evaluations.items())
     charts = []
-    for name in ("reward", "format", "right"):
+    for name in ("reward", "format", "right") if len(evaluations) > 1 else ():
         series = [
-            Series(
-                name=way,
-                points=[(float(s), f[f"{way}_{name}"]) for s, f in sorted(evaluations.items())],
-                style="marked" if way == "sampled" else "chance",
-            )
-            for way in ("sampled", "greedy")
+            Series("sampled", [(float(step), figures[f"sampled_{name}"]) for step, figures in steps], "marked"),
+            Series("greedy", [(float(step), figures[f"greedy_{name}"]) for step, figures in steps], "chance"),
         ]
-        chances = [(float(s), f["chance"]) for s, f in sorted(evaluations.items()) if "chance" in f]
+        chances = [(float(step), figures["chance"]) for step, figures in steps if "chance" in figures]
         if name == "right" and chances:
-            series.append(Series(name="chance", points=chances, style="faint"))
-        if len(evaluations) > 1:
-            charts.append(_chart(f"Held-out {name}", series, small=False))
+            series.append(Series("chance", chances, "faint"))
+        charts.append(_chart(f"Held-out {name}", series))
     return charts
 
 
 def _overall(steps: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    names = _quantities(steps)
-    return [_chart(_name(n), [Series(name=n, points=_points(steps, n), style="main")], small=False) for n in names]
+    return [_chart(NAMES.get(n, n), [Series(n, _points(steps, n))]) for n in _quantities(steps)]
 
 
 def _by(steps: Sequence[Mapping[str, Any]], kind: str) -> dict[str, list[Chart]]:
     """Of each quantity a small chart a task or dataset."""
     keys = sorted({key for step in steps for key in step[kind]})
     parts = {key: [{"step": s["step"], **s[kind][key]} for s in steps if key in s[kind]] for key in keys}
-    names = list(dict.fromkeys(name for part in parts.values() for name in _quantities(part)))
-    charts = {}
-    for name in names:
-        drawn = [(key, points) for key in keys if (points := _points(parts[key], name))]
-        charts[_name(name)] = [
-            _chart(key, [Series(name=name, points=points, style="main")], small=True) for key, points in drawn
+    names = dict.fromkeys(name for part in parts.values() for name in _quantities(part))
+    return {
+        NAMES.get(name, name): [
+            _chart(key, [Series(name, points)], small=True) for key in keys if (points := _points(parts[key], name))
         ]
-    return charts
+        for name in names
+    }
 
 
 def _quantities(steps: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -207,23 +198,16 @@ def _quantities(steps: Sequence[Mapping[str, Any]]) -> list[str]:
     return sorted(present, key=lambda name: (order.index(name) if name in order else len(order), name))
 
 
-def _name(quantity: str) -> str:
-    return NAMES.get(quantity, quantity)
-
-
 def _points(steps: Sequence[Mapping[str, Any]], name: str) -> Points:
     return [(float(step["step"]), float(step[name])) for step in steps if isinstance(step.get(name), (int, float))]
 
 
-def _chart(title: str, series: Sequence[Series], *, small: bool) -> Chart:
+def _chart(title: str, series: Sequence[Series], *, small: bool = False) -> Chart:
     values = [y for line in series for _, y in line.points]
     last = max(int(x) for line in series for x, _ in line.points)
     axis = nice_axis(min(0.0, *values), max(*values, 1e-3), count=2 if small else 4)
-    ends = "; ".join(f"{line.name} from {line.points[0][1]:.3g} to {line.points[-1][1]:.3g}" for line in series)
-    height = 120 if small else 230
-    svg = line_chart(series, axis, last_step=last, label=f"{title} over steps: {ends}", height=height, small=small)
     note = f"{series[0].points[-1][1]:.3g}" if len(series) == 1 else ""
-    return Chart(title=title, note=note, svg=svg, legend=tuple(series) if len(series) > 1 else ())
+    return line_chart(title, series, axis, last_step=last, label="over steps", small=small, note=note)
 
 
 def _rollouts(path: Path) -> tuple[Mapping[str, Any], ...]:

@@ -1,59 +1,124 @@
-"""Tables as LaTeX (booktabs), Markdown or for the terminal, by a file's suffix, and the table of `hba score`.
+"""One description of a table, and its forms: for the terminal, as Markdown, LaTeX (booktabs) or CSV; and the score's.
 
-Every text comes from data (names of runs, tasks, models) and is escaped here and nowhere else. A cell may be bold; the
-last row may be a summary, which stands below a rule. Notes stay with the table, so that a figure that is quoted or
+Every text comes from data (names of runs, tasks, models) and is escaped here and nowhere else: no form reads it as its
+own markup, and no terminal obeys its control characters. Notes stay with the table, so that a figure that is quoted or
 uncertain is not shown without saying so.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
-
-from rich import box
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeVar
 
 from hba.errors import InputError, nearest
-from hba.evaluate.results import Metrics, Score, TaskScore
+from hba.evaluate.results import Metrics
 from hba.report import words
 from hba.report.words import DASH, answered, count, figure, interval, not_scored
 from hba.storage import atomic_write
 
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
+
 DAGGER = "†"
+BAR_CELLS = 16
+FORMULA = ("=", "+", "-", "@")  # what spreadsheets read as the beginning of one
+STRONG = ("bold", "green", "red")  # what is bold where a file has no colours
 W = TypeVar("W")
-_TEX = {
-    **{mark: f"\\{mark}" for mark in "&%$#_{}"},
-    **{"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"},
-    # Without a font encoding TeX sets other signs in the places of these three.
-    **{"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"},
-    **{DAGGER: r"$^\dagger$", DASH: "--"},
-}
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#!])")
 
 
 class Cell(NamedTuple):
-    """A text, escaped when it is written."""
+    """A text in a style of rich; `note` stands small below it."""
 
     text: str
-    bold: bool = False
+    style: str = ""
+    note: str = ""
 
 
-class TextTable(NamedTuple):
-    """`left` columns are of words and stand on the left, the others are of figures.
+Row: TypeAlias = "Sequence[str | float | Cell]"
 
-    `warnings` stand with the notes in a file, and alone in the terminal, whose reader has the documentation.
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """What every form shows. A row that is empty is a rule; `summary` stands below a rule of its own.
+
+    `align` has a letter a column, the last one for all that follow: l for words, r for figures, b for a share in [0, 1]
+    that the terminal draws as a bar. A table without a `head` has no lines. `warnings` stand with the notes in a file,
+    and alone in the terminal, whose reader has the documentation. A `tight` one breaks its head in a narrow terminal.
     """
 
-    caption: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
-    summary: Sequence[Cell] | None = None
+    title: str
+    head: Sequence[str] = ()
+    rows: Sequence[Row]
+    summary: Row | None = None
     notes: Sequence[str] = ()
-    left: int = 1
     warnings: Sequence[str] = ()
+    align: str = "lr"
+    tight: bool = False
+
+    def columns(self) -> str:
+        """`align` with a letter for every column."""
+        number = len(self.head or next(iter(self.rows), ()))
+        return self.align[:number].ljust(number, self.align[-1])
+
+    def texts(self, row: Row) -> list[Cell]:
+        """The cells of a row."""
+        return [cell if isinstance(cell, Cell) else Cell(str(cell)) for cell in row]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        """For a terminal of that width: figures are never cut, words are folded."""
+        from rich import box
+        from rich.bar import Bar
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        def shown(cell: str | float | Cell) -> RenderableType:
+            if isinstance(cell, float):
+                return Bar(1, 0, cell, color="blue")
+            text, style, note = cell if isinstance(cell, Cell) else Cell(cell)
+            made = Text(_printable(text), style=style)
+            return made.append(f"\n{note}", style="dim") if note else made
+
+        made = RichTable(
+            title=Text(self.title) if self.title else None,
+            title_justify="left",
+            box=box.SIMPLE_HEAD if self.head else None,
+            show_header=bool(self.head),
+            padding=0 if self.tight else (0, 1, 0, 0),
+            pad_edge=False,
+        )
+        kinds, rows = self.columns(), [self.texts(row) for row in (*self.rows, self.summary or ()) if row]
+        names = self.head or [""] * len(kinds)
+        widest = [max((len(row[number].text) for row in rows), default=0) for number in range(len(kinds))]
+        needed = sum(1 + max(len(name), size) for name, size in zip(names, widest, strict=True))
+        for number, (kind, name, size) in enumerate(zip(kinds, names, widest, strict=True)):
+            if self.tight and number and needed > options.max_width and len(name) > size:
+                name = re.sub(r" |(?<=/)", "\n", name)
+            if kind == "b":  # it alone may shrink: a narrow terminal takes bars, never figures
+                made.add_column(Text(name), max_width=BAR_CELLS)
+            elif kind == "l":
+                made.add_column(Text(name), overflow="fold", no_wrap="b" in kinds)
+            else:
+                made.add_column(Text(name), justify="right", no_wrap=True)
+        for row in self.rows:
+            made.add_row(*map(shown, row)) if row else made.add_section()
+        if self.summary:
+            made.add_section()
+            first, *others = self.texts(self.summary)
+            made.add_row(*map(shown, [first._replace(style="bold"), *others]))
+        made.caption, made.caption_justify = Text("\n".join(self.warnings)) if self.warnings else None, "left"
+        yield made
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else "\ufffd" for char in text)
+
+
+# --- as files ---------------------------------------------------------------------------------------------------------
 
 
 def writer_of(path: Path, writers: Mapping[str, W]) -> W:
@@ -64,122 +129,110 @@ def writer_of(path: Path, writers: Mapping[str, W]) -> W:
     return writers[path.suffix]
 
 
-def write_table(table: TextTable, path: Path) -> None:
+def write_table(table: Table, path: Path) -> None:
     """Write it to `path`, .md or .tex. Raises InputError for another suffix."""
     writer = writer_of(path, WRITERS)
     with atomic_write(path) as handle:
         handle.write(writer(table))
 
 
-def to_markdown(table: TextTable) -> str:
-    """A GitHub table below its caption, its notes behind it."""
-    rule = "|" + "---|" * table.left + "---:|" * (len(table.head) - table.left)
-    rows = [*table.rows, *([table.summary] if table.summary else [])]
-    lines = [_markdown(table.caption), "", _markdown_row(map(Cell, table.head)), rule, *map(_markdown_row, rows)]
-    notes = [f"- {_markdown(note)}" for note in (*table.notes, *table.warnings)]
-    return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
+def to_markdown(table: Table) -> str:
+    """A GitHub table below its title, its notes behind it."""
+    mark = re.compile(r"([\\`*_{}\[\]<>|#!])")
+
+    def plain(text: str) -> str:
+        return mark.sub(r"\\\1", text)
+
+    def line(row: Row) -> str:
+        return f"| {' | '.join(_laid_out(table.texts(row), plain, '**{}**'))} |"
+
+    rule = "|" + "".join("---|" if kind == "l" else "---:|" for kind in table.columns())
+    rows = [line(row) for row in (*table.rows, table.summary or ()) if row]
+    notes = [f"- {plain(note)}" for note in (*table.notes, *table.warnings)]
+    title = [plain(table.title), ""] if table.title else []
+    return "\n".join([*title, line(table.head), rule, *rows, *([""] if notes else []), *notes]) + "\n"
 
 
-def to_latex(table: TextTable) -> str:
-    """A table of booktabs with its caption above and its notes below; `\\input` takes it as it is."""
-    columns = "l" * table.left + "r" * (len(table.head) - table.left)
-    lines = [r"% needs \usepackage{booktabs}", r"\begin{table}", r"\centering", rf"\caption{{{_tex(table.caption)}}}"]
-    lines += [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", _tex_row(map(Cell, table.head)), r"\midrule"]
-    lines += map(_tex_row, table.rows)
-    lines += [r"\midrule", _tex_row(table.summary)] if table.summary else []
-    notes = [rf"\par\smallskip\footnotesize {_tex(note)}" for note in (*table.notes, *table.warnings)]
+_TEX = {
+    **{mark: f"\\{mark}" for mark in "&%$#_{}"},
+    **{"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"},
+    # Without a font encoding TeX sets other signs in the places of these three.
+    **{"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"},
+    **{DAGGER: r"$^\dagger$", DASH: "--"},
+}
+
+
+def to_latex(table: Table) -> str:
+    """A table of booktabs with its title above and its notes below; `\\input` takes it as it is."""
+
+    def plain(text: str) -> str:
+        # A minus is longer than a hyphen.
+        return re.sub(r"^-(?=\d)", "$-$", "".join(_TEX.get(mark, mark) for mark in text))
+
+    def line(row: Row | None) -> str:
+        return " & ".join(_laid_out(table.texts(row), plain, r"\textbf{{{}}}")) + r" \\" if row else r"\midrule"
+
+    lines = [r"% needs \usepackage{booktabs}", r"\begin{table}", r"\centering", rf"\caption{{{plain(table.title)}}}"]
+    lines += [rf"\begin{{tabular}}{{{table.columns()}}}", r"\toprule", line(table.head), r"\midrule"]
+    lines += [*map(line, table.rows), *([r"\midrule", line(table.summary)] if table.summary else [])]
+    notes = [rf"\par\smallskip\footnotesize {plain(note)}" for note in (*table.notes, *table.warnings)]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", *notes, r"\end{table}"]) + "\n"
 
 
-WRITERS: Mapping[str, Callable[[TextTable], str]] = {".md": to_markdown, ".tex": to_latex}
+def _laid_out(cells: Iterable[Cell], plain: Callable[[str], str], strong: str) -> Iterator[str]:
+    for text, style, note in cells:
+        whole = plain(f"{text} ({note})" if note else text)
+        yield strong.format(whole) if style in STRONG else whole
 
 
-def to_terminal(table: TextTable, width: int = 80) -> Table:
-    """For a terminal of `width` columns, in which heads are broken where they need to; a bold difference is green or
-    red."""
-    made = Table(title=Text(table.caption), title_justify="left", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
-    made.add_column(table.head[0], overflow="fold")
-    rows = [*table.rows, *([table.summary] if table.summary else [])]
-    sizes = [max(len(cell.text) for cell in cells) for cells in zip(*rows, strict=True)] or [0] * len(table.head)
-    fits = sum(max(size, len(head)) + 1 for size, head in zip(sizes, table.head, strict=True)) <= width
-    for size, head in zip(sizes[1:], table.head[1:], strict=True):
-        shown = head if fits or len(head) <= size else re.sub(r" |(?<=/)", "\n", head)
-        made.add_column(shown, justify="right", no_wrap=True)
-    for row in table.rows:
-        made.add_row(*_texts(row))
-    if table.summary:
-        made.add_section()
-        name, *cells = _texts(table.summary)
-        made.add_row(Text(name.plain, style="bold"), *cells)
-    made.caption, made.caption_justify = Text("\n".join(table.warnings)) if table.warnings else None, "left"
-    return made
+WRITERS: Mapping[str, Callable[[Table], str]] = {".md": to_markdown, ".tex": to_latex}
 
 
-def _texts(cells: Sequence[Cell]) -> list[Text]:
-    return [Text(text, style=("green" if text.startswith("+") else "red") if bold else "") for text, bold in cells]
+def to_csv(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """One line a row, figures as numbers, empty where there is none. No spreadsheet takes a text for a formula."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(head)
+    for row in rows:
+        writer.writerow([f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell for cell in row])
+    return out.getvalue()
 
 
-def _markdown(text: str) -> str:
-    return _MARKDOWN.sub(lambda found: "\\" + found[1], text)
-
-
-def _markdown_row(cells: Iterable[Cell]) -> str:
-    shown = (f"**{_markdown(cell.text)}**" if cell.bold else _markdown(cell.text) for cell in cells)
-    return f"| {' | '.join(shown)} |"
-
-
-def _tex(text: str) -> str:
-    return "".join(_TEX.get(mark, mark) for mark in text)
-
-
-def _tex_row(cells: Iterable[Cell]) -> str:
-    return " & ".join(map(_tex_cell, cells)) + r" \\"
-
-
-def _tex_cell(cell: Cell) -> str:
-    text = _tex(cell.text)
-    text = re.sub(r"^-(?=\d)", "$-$", text)  # a minus is longer than a hyphen
-    return rf"\textbf{{{text}}}" if cell.bold else text
-
-
-# The score table for the terminal: the summary of the page as a rich table.
-#
-# A task that was not scored says so, with the reason; no figure is made up. Every text from data is printed as it is,
-# never read as rich markup.
-
-
-CHANCE_STYLES = {True: "green", False: "yellow", None: ""}
+# --- the scores of a run ----------------------------------------------------------------------------------------------
 
 
 def metrics_table(metrics: Metrics) -> Table:
-    """The tasks as a table, with the mean over tasks last, and below it what must be known of the figures."""
-    synthetic = metrics.provenance.synthetic is True
-    total = metrics.aggregate
-    title = ("Scores on synthetic data" if synthetic else "Scores") + (f" of {total.rows}" if total.n_missing else "")
-    title += f" ({metrics.provenance.unusual})" if metrics.provenance.unusual else ""
-    # 80 columns hold a task's name and its figures; the metrics' names are in the page and in metrics.json.
-    table = Table(
-        title=Text(f"{title}; {words.clusters(metrics.provenance)}"),
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+    """The tasks with the mean over them last, and below what must be known of the figures.
+
+    A task that was not scored says so, with the reason; no figure is made up.
+    """
+    total, said = metrics.aggregate, metrics.provenance
+    title = ("Scores on synthetic data" if said.synthetic is True else "Scores") + (
+        f" of {total.rows}" if total.n_missing else ""
     )
-    table.add_column("task", overflow="fold")
-    for name in ("score", "95% interval", "chance", "n", "invalid", "failed", "left out"):
-        table.add_column(name, justify="right", no_wrap=True)
+    title += f" ({said.unusual})" if said.unusual else ""
+    rows: list[Row] = []
     for key, task in metrics.tasks.items():
         reason = "" if task.score is not None else f", {not_scored(task)}"
         ends = f", {words.endings(task)}" if words.endings(task) else ""
-        table.add_row(Text(f"{key:4} {task.title}{reason}{ends}"), *_figures(task))
-    table.add_section()
+        score = Cell(figure(task.score), {True: "green", False: "yellow", None: ""}[task.above_chance])
+        counts = (answered(task), *map(count, (task.n_invalid, task.n_failed, task.n_quarantined)))
+        name = f"{key:4} {task.title}{reason}{ends}"
+        rows.append((name, score, interval(task.ci95), figure(task.chance), *counts))
     notes = words.warnings(metrics)
     if metrics.calibration:
         found = metrics.calibration.all
         notes.append(f"expected calibration error {figure(found.ece)} over {count(found.n)} probabilities")
-    table.caption, table.caption_justify = Text("\n".join(notes)) if notes else None, "left"
+    mean = (Cell(figure(metrics.mean.score), "bold"), interval(metrics.mean.ci95), "")
     counts = (answered(total), *map(count, (total.n_invalid, total.n_failed, total.n_quarantined)))
-    table.add_row(Text("mean over scored tasks", style="bold"), *_score(metrics.mean, "bold"), "", *counts)
-    return table
+    return Table(
+        title=f"{title}; {words.clusters(said)}",
+        # 80 columns hold a task's name and its figures; the metrics' names are in the page and in metrics.json.
+        head=("task", "score", "95% interval", "chance", "n", "invalid", "failed", "left out"),
+        rows=rows,
+        summary=("mean over scored tasks", *mean, *counts),
+        warnings=notes,
+    )
 
 
 def breakdown_tables(metrics: Metrics) -> list[Table]:
@@ -188,43 +241,21 @@ def breakdown_tables(metrics: Metrics) -> list[Table]:
     for field, breakdown in metrics.breakdowns.items():
         keys = [key for key in metrics.tasks if key in breakdown.tasks]
         failed = any(part.n_failed for part in breakdown.slices.values())
-        table = _plain_table(f"By {field}", (field, "n", *(["failed"] if failed else []), "right", *keys))
+        rows = []
         for name, part in breakdown.slices.items():
-            scores = (figure(part.tasks[key].score, 2) if key in part.tasks else words.DASH for key in keys)
+            scores = (figure(part.tasks[key].score, 2) if key in part.tasks else DASH for key in keys)
             counts = (count(part.n), *([count(part.n_failed)] if failed else []))
-            table.add_row(*map(Text, (name, *counts, figure(part.accuracy, 2), *scores)))
-        tables.append(table)
+            rows.append((name, *counts, figure(part.accuracy, 2), *scores))
+        head = (field, "n", *(["failed"] if failed else []), "right", *keys)
+        tables.append(Table(title=f"By {field}", head=head, rows=rows))
     return tables
 
 
 def unmapped_table(metrics: Metrics) -> Table | None:
     """The answers that mean no label, by dataset, with the most frequent ones; None where every answer means one."""
-    entries = metrics.aggregate.unmapped
-    if not entries:
-        return None
-    table = Table(title="Answers that mean no label, and count as wrong", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("dataset")
-    table.add_column("n", justify="right")
-    table.add_column("share", justify="right")
-    table.add_column("most frequent", overflow="fold")
-    for key, entry in entries.items():
+    rows = []
+    for key, entry in metrics.aggregate.unmapped.items():
         said = "  ".join(f"{each.answer!r} ({each.n:,})" for each in entry.answers[:3])
-        table.add_row(*map(Text, (key, count(entry.n), f"{entry.share:.0%}", said)))
-    return table
-
-
-def _plain_table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column(Text(columns[0]), overflow="fold")
-    for name in columns[1:]:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
-
-
-def _figures(task: TaskScore) -> list[Text]:
-    counts = (answered(task), *map(count, (task.n_invalid, task.n_failed, task.n_quarantined)))
-    return [*_score(task, CHANCE_STYLES[task.above_chance]), *map(Text, (figure(task.chance), *counts))]
-
-
-def _score(score: Score, style: str) -> list[Text]:
-    return [Text(figure(score.score), style=style), Text(interval(score.ci95))]
+        rows.append((key, count(entry.n), f"{entry.share:.0%}", said))
+    title, head = "Answers that mean no label, and count as wrong", ("dataset", "n", "share", "most frequent")
+    return Table(title=title, head=head, rows=rows, align="lrrl") if rows else None

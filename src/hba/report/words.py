@@ -1,14 +1,26 @@
-"""How figures and names are put into words, the same on the page and in the terminal.
+"""How figures and names are put into words, and how words become a page: the same in every page and in the terminal.
 
-A missing figure is a dash, never a zero.
+A missing figure is a dash, never a zero. Pages load nothing: their style stands in them, and their text is escaped. A
+name that a template misspells is an error, and what no HTML file may hold (control characters, lone surrogates) is
+replaced, so that any text of an atlas or a run can be shown.
 """
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from hba.evaluate.results import MAX_FAILED, Counts, Metrics, Provenance, TaskScore
 
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from markupsafe import Markup
+
+HERE = Path(__file__).parent
+CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 DASH = "–"
 STALE = "The predictions have changed since these scores were made: `hba score` makes them anew."
 OTHER_ROWS = "The predictions are of other rows than the run was asked for: they are not its scores."
@@ -120,3 +132,59 @@ def shortened(text: str, longest: int = 120) -> str:
     """The first line of a text, cut to `longest` characters."""
     line = " ".join(text.split())
     return line if len(line) <= longest else line[: longest - 1] + "…"
+
+
+def span(seconds: float) -> str:
+    """A length in the unit that suits it: '0.5 s', '12 s', '3 min', '2 h'."""
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    if seconds < 3600:
+        return f"{seconds / 60:.3g} min"
+    hours = seconds / 3600
+    return f"{hours:.3g} h" if hours < 100 else f"{hours:,.0f} h"
+
+
+def size(num_bytes: int) -> str:
+    """Bytes in the unit that suits them, of a thousand each."""
+    if num_bytes < 1000:
+        return f"{num_bytes:,} bytes"
+    power = min((len(str(num_bytes)) - 1) // 3, 4)
+    return f"{num_bytes / 1000**power:.3g} {('kB', 'MB', 'GB', 'TB')[power - 1]}"
+
+
+# --- pages ------------------------------------------------------------------------------------------------------------
+
+
+def environment(*folders: Path) -> Environment:
+    """Jinja over the templates of `folders` and of this package, with `words` and `style` at hand."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # tables in the terminal want none of it
+
+    made = Environment(
+        loader=FileSystemLoader([*folders, HERE]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_clean,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    made.globals |= {"words": sys.modules[__name__], "style": style}
+    return made
+
+
+def page(template: str, **values: Any) -> str:
+    """The template with these values."""
+    return environment().get_template(template).render(**values)
+
+
+def style(*files: str | Path) -> Markup:
+    """Style sheets, of this package or by their paths, one after the other, to stand in a page."""
+    from markupsafe import Markup
+
+    return Markup("\n").join(Markup((HERE / file).read_text(encoding="utf-8")) for file in files)  # noqa: S704  our own
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, str) and CONTROL.search(value):
+        return type(value)(CONTROL.sub("\ufffd", value))
+    return value
