@@ -257,7 +257,9 @@ def test_a_full_disk_is_the_machines_and_said_once(tmp_path, keep, caplog):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [record.message.count("no space left") for record in caplog.records] == [1]
-    assert len(keep()) == 1  # what was refused left nothing that another process would take for an entry
+    assert len(keep()) == 1
+    (segment,) = segments(cache)
+    assert segment.stat().st_size < 40_000  # what the disk did not take whole was taken back
     keep().audio(sounds[3], where="w")
     spoil(sounds[3])
     keep().audio(sounds[3], where="w")
@@ -307,6 +309,20 @@ def test_two_processes_at_once_keep_each_medium_once(tmp_path, keep):
     for path in sounds:
         spoil(path)
         cache.audio(path, where="w")
+
+
+def test_what_another_process_keeps_meanwhile_is_not_kept_twice(clip, keep):
+    def plain(frames):
+        return frames
+
+    def late(frames):
+        keep(resize=plain).video(clip, 8, where="w")
+        return frames
+
+    plain.key = late.key = {}
+    cache = keep(resize=late)
+    assert same(cache.video(clip, 8, where="w"), load_video(clip, 8, where="w"))
+    assert (cache.folder / "index").stat().st_size == decoded._RECORD_BYTES
 
 
 def test_identity_needs_no_decoder(clip, tmp_path):
