@@ -9,16 +9,13 @@ from __future__ import annotations
 import errno
 import io
 import json
-import multiprocessing
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +24,11 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
-from hba.environment import die_with_parent
 from hba.errors import HbaError, InputError, nearest
 from hba.mini import people
 from hba.mini.people import FRAMES_PER_SECOND, SAMPLE_RATE
 from hba.mini.scenes import CARRIED_BY, LENGTHS, SIZES, SPLITS, Clip, Plan, make_plan
+from hba.parallel import Died, each
 from hba.storage import StorageError, begun, read_json, write_json
 
 # Arrays to the bytes of real .wav, .mp4 and .pt files whose size says nothing about their content.
@@ -171,7 +168,8 @@ def _rhythm(log_energy: Array) -> Array:
 
 VERSION = 3  # of the content: raise it whenever the same seed gives other bytes
 NOTE = "Synthetic: generated voices, stick figures and sentences. Scores on it say nothing about human behaviour."
-Arrays = dict[str, NDArray[Any]]
+Files = dict[str, bytes | dict[str, NDArray[Any]]]
+_PATIENCE_SECONDS = 600.0  # a clip takes some hundredth of one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,10 +210,10 @@ def build_mini_atlas(
         return same
     plan = make_plan(size, seed)
     with _fresh_folder(out) as folder:
-        with _mapper(workers) as apply:
-            for done, described in enumerate(apply(partial(_record, folder), plan.clips), 1):
-                for path, arrays in described.items():
-                    _write(folder / path, pt_bytes(arrays))
+        with closing(_recorded(plan.clips, workers)) as recorded:
+            for done, files in enumerate(recorded, 1):
+                for path, made in files.items():
+                    _write(folder / path, made if isinstance(made, bytes) else pt_bytes(made))
                 if progress is not None:
                     progress(done, len(plan.clips))
         _write_rows(folder, plan)
@@ -256,38 +254,34 @@ def _fresh_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-@contextmanager
-def _mapper(workers: int) -> Iterator[Callable[..., Iterator[dict[str, Arrays]]]]:
+def _recorded(clips: Sequence[Clip], workers: int) -> Generator[Files, None, None]:
+    """The files of each clip, in any order."""
     if workers == 1:
-        yield map
+        yield from map(_record, clips)
         return
-    # Spawned, since forking a process that has loaded torch and its threads can hang.
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, initializer=die_with_parent, initargs=(os.getpid(),)) as pool:
-        try:
-            yield partial(pool.map, chunksize=16)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    for clip, made in each(_record, clips, workers=workers, patience=lambda _: _PATIENCE_SECONDS):
+        if isinstance(made, Died):
+            fix = "Run the same command again, with fewer --workers if memory is short."
+            raise HbaError(f"the process that made it {made.reason}", where="/".join(clip.stem), fix=fix)
+        yield made
 
 
-def _record(folder: Path, clip: Clip) -> dict[str, Arrays]:
-    """Write the clip's media below `folder`; return its descriptors by path (torch stays out of the workers)."""
+def _record(clip: Clip) -> Files:
+    """The clip's media as bytes and its descriptors as arrays, by path (torch stays out of the workers)."""
     sound, sight = (np.random.default_rng([*clip.key, channel]) for channel in (0, 1))
     blocks, num_frames = LENGTHS[clip.length]
-    described: dict[str, Arrays] = {}
+    made: Files = {}
     if clip.voice is not None:
-        wav = wav_bytes(_sound(clip, blocks * ADPCM_BLOCK_SAMPLES, sound))
-        _write(folder / clip.path("audios"), wav)
+        wav = made[clip.path("audios")] = wav_bytes(_sound(clip, blocks * ADPCM_BLOCK_SAMPLES, sound))
         if clip.described:
             heard, _ = soundfile.read(io.BytesIO(wav), dtype="float64")
-            described[clip.path("opensmile")] = {"features": functionals(heard)}
+            made[clip.path("opensmile")] = {"features": functionals(heard)}
     if clip.motion is not None:
         person = people.animate(clip.motion, num_frames, sight)
-        _write(folder / clip.path("videos"), mp4_bytes(people.frames(person, sight)))
+        made[clip.path("videos")] = mp4_bytes(people.frames(person, sight))
         if clip.described:
-            described[clip.path("pose")] = dict(people.landmarks(person, sight))
-    return described
+            made[clip.path("pose")] = dict(people.landmarks(person, sight))
+    return made
 
 
 def _sound(clip: Clip, num_samples: int, rng: np.random.Generator) -> people.Samples:
