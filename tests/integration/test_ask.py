@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 import hba as package
+from hba.atlas.build import look_at, row_of
 from hba.errors import InputError
-from hba.evaluate.ask import look_at, row_of
 from hba.evaluate.predictions import read_predictions
 from hba.taxonomy import BUILTIN
 

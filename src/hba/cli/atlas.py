@@ -24,6 +24,7 @@ from hba.cli.options import (
     written,
 )
 from hba.environment import usable_cores
+from hba.errors import InputError
 from hba.storage import cache_folder
 
 if TYPE_CHECKING:
@@ -104,7 +105,6 @@ def describe_command(
     from hba.descriptors import landmarks
     from hba.descriptors.describe import describe
     from hba.descriptors.items import Settings
-    from hba.errors import InputError
 
     if setup:
         folder = str(landmarks.set_up())
@@ -215,6 +215,63 @@ def mini_command(
         summary = build_mini_atlas(out, size=size, seed=seed, workers=workers, progress=progress)
     values = asdict(summary) | {"path": str(out)}
     answer(values, f"Made the synthetic mini-atlas in {bold(out)}.", as_json=json)
+
+
+BUILD_EXAMPLE = "Example: hba atlas build recordings/ data/mine --labels labels.csv --group-column speaker"
+
+
+@atlas_app.command("build", epilog=BUILD_EXAMPLE)
+def build_command(
+    folder: Annotated[Path | None, typer.Argument(help="Folder with clips, sounds, pictures or texts.")] = None,
+    out: Annotated[Path | None, typer.Argument(help="Folder to make.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="A CSV, TSV or JSONL table: a line a file.")] = None,
+    file_column: Annotated[str | None, typer.Option(help="Column of file names.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of labels.")] = None,
+    group_column: Annotated[str | None, typer.Option(help="Column of speakers: each stays in one split.")] = None,
+    transcript_column: Annotated[str | None, typer.Option(help="Column of what is said.")] = None,
+    split_column: Annotated[str | None, typer.Option(help="Column of splits.")] = None,
+    layout: Annotated[str | None, typer.Option(help="A corpus in its own layout; --list names them.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Key of the new dataset; the folder's name by default.")] = None,
+    question: Annotated[str | None, typer.Option(help="What a row asks; by default its labels' own question.")] = None,
+    seed: Annotated[int, typer.Option(help="Deals files into splits.")] = 0,
+    known: Annotated[bool, typer.Option("--list", help="List the corpora whose layout is read.")] = False,
+    allow_broken: Annotated[int, typer.Option(min=0, help="Exit 0 although up to so many files cannot be read.")] = 0,
+    json: JsonFlag = False,
+) -> None:
+    """Make an atlas of files on disk: folders named by labels, a table of labels, or a corpus in its own layout."""
+    from dataclasses import asdict
+
+    from hba.atlas.build import LAYOUTS, build_atlas
+
+    if known:
+        about = {name: (make.__doc__ or "").splitlines()[0] for name, make in LAYOUTS.items()}
+        answer(about, "\n".join(f"{bold(name)}  {text}" for name, text in about.items()), as_json=json)
+        return
+    if folder is None or out is None:
+        raise InputError("two folders are needed", where="hba atlas build", fix="hba atlas build FOLDER OUT")
+    columns = {"file": file_column, "label": label_column, "group": group_column}
+    columns |= {"transcript": transcript_column, "split": split_column}
+    how = {"labels": labels, "columns": columns, "layout": layout, "dataset": dataset, "question": question}
+    with counted("files") as progress:
+        built = build_atlas(folder, out, seed=seed, progress=progress, **how)  # type: ignore[arg-type]
+
+    def show() -> Iterator[str]:
+        rows = ", ".join(f"{split} {count:,}" for split, count in built.splits.items())
+        kinds = ", ".join(f"{label} {count:,}" for label, count in built.labels.items())
+        grouped = "no groups are known" if built.groups is None else f"{built.groups:,} groups, each in one split"
+        yield f"Made {bold(out)}: dataset {built.dataset} of task {built.task}, labels as domain {built.domain}."
+        yield f"Rows: {rows}; {grouped}."
+        yield f"Labels: {kinds}."
+        yield "Next:"
+        yield f"  hba atlas validate {out}"
+        yield f"  hba train sft --run runs/{built.dataset} atlas={out} model.name=MODEL"
+        yield f"  hba predict MODEL --atlas {out} --run runs/{built.dataset}-predictions"
+
+    answer(asdict(built), show, as_json=json)
+    for name, reason in built.unreadable.items():
+        sys.stderr.write(f"error: {name}: {reason}\n")
+    if len(built.unreadable) > allow_broken:
+        raise typer.Exit(2)
 
 
 @atlas_app.command("validate", epilog="Example: hba atlas validate runs/mini --out runs/validate")

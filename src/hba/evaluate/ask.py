@@ -8,17 +8,16 @@ only because the schema wants one; nothing compares it with anything.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from hba.atlas.build import Medium, bring, look_at, row_of
 from hba.atlas.rows import Quarantined
 from hba.errors import InputError, MediaError, nearest
 from hba.evaluate.backends.interface import (
@@ -35,33 +34,7 @@ from hba.evaluate.predict import EVERYTHING, open_rows
 from hba.storage import atomic_write
 from hba.taxonomy import BUILTIN, FILE, Taxonomy, of_folder, save_beside
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-TEXTS = (".txt", ".md")
-MOST_TEXT_BYTES = 1 << 20
 FEW_ROWS = 64  # for these no worker process is started: that takes longer than to decode them
-QUESTIONS = {
-    "emotion": "What emotion does the person show?",
-    "sentiment_intensity": "What is the sentiment of the speaker?",
-    "humour": "Is this humour?",
-    "sarcasm": "Is this sarcasm?",
-    "mental_health_anxiety": "Does the person show signs of anxiety?",
-    "mental_health_depression": "Does the person show signs of depression?",
-    "mental_health_ptsd": "Does the person show signs of PTSD?",
-    "multilabel": "Which of these does the person show?",
-}
-FREE_QUESTIONS = {
-    "SOC": "How do the people in this recording feel about each other, and why?",
-    "INT": "What does the person want, and why?",
-    "NVC": "What does the person express without words?",
-}
-
-
-class Medium(NamedTuple):
-    """A file and what a model can take of it: `kinds` are of image, video and audio; `text` is what a text says."""
-
-    path: Path
-    kinds: tuple[str, ...]
-    text: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +153,6 @@ def _widest(taxonomy: Taxonomy, task: str) -> str:
     return about[-1].key
 
 
-
 def _looked_at(paths: Sequence[Path]) -> tuple[list[Medium], dict[Path, str]]:
     """What each file holds, and why some cannot be read."""
     media, broken = [], {}
@@ -190,36 +162,6 @@ def _looked_at(paths: Sequence[Path]) -> tuple[list[Medium], dict[Path, str]]:
         except MediaError as error:
             broken[path] = error.what
     return media, broken
-
-
-def look_at(path: Path) -> Medium:
-    """What a model can take of a file, by its content. Raises MediaError for one that is no medium."""
-    ending, where = path.suffix.lower(), str(path)
-    if ending in PICTURES:
-        return Medium(path, ("image",))
-    if ending in TEXTS:
-        if path.stat().st_size > MOST_TEXT_BYTES:
-            raise MediaError(f"is longer than {MOST_TEXT_BYTES:,} bytes", where=where, fix="Give a shorter text.")
-        try:
-            text = path.read_text(encoding="utf-8-sig").strip()
-        except UnicodeDecodeError:
-            raise MediaError("is not UTF-8 text", where=where, fix="Save it as UTF-8.") from None
-        if not text:
-            raise MediaError("is empty", where=where, fix="Give a file with text.")
-        return Medium(path, (), text)
-    from hba.atlas.source import open_container, sound_track, video_track
-
-    kinds, reasons = [], []
-    with open_container(path, where=where) as container:
-        for kind, track in (("video", video_track), ("audio", sound_track)):
-            try:
-                track(container, where)
-                kinds.append(kind)
-            except MediaError as error:
-                reasons.append(error.what)
-    if not kinds:
-        raise MediaError("; ".join(reasons), where=where, fix="Give a clip, a sound, a picture or a text.")
-    return Medium(path, tuple(kinds))
 
 
 @contextmanager
@@ -233,7 +175,7 @@ def _atlas_of(
         for medium, _ in rows:
             if medium.kinds and medium.path not in inside:
                 inside[medium.path] = f"media/{len(inside)}{medium.path.suffix.lower()}"
-                _bring(medium.path, folder / inside[medium.path])
+                bring(medium.path, folder / inside[medium.path])
         with atomic_write(folder / "asked.jsonl") as handle:
             for number, (medium, key) in enumerate(rows):
                 place = inside.get(medium.path, "")
@@ -241,42 +183,6 @@ def _atlas_of(
                 handle.write(json.dumps(row | {"id": str(number)}, ensure_ascii=False) + "\n")
         save_beside(taxonomy, folder)
         yield folder
-
-
-def _bring(path: Path, place: Path) -> None:
-    place.parent.mkdir(exist_ok=True)
-    try:
-        os.link(path.resolve(), place)
-    except OSError:  # another disk, or one without links
-        shutil.copyfile(path, place)
-
-
-def row_of(
-    medium: Medium, name: str, dataset: str, taxonomy: Taxonomy, *, question: str | None, transcript: str | None
-) -> dict[str, Any]:
-    """The row that asks about a medium, which lies at `name` in its atlas, with the labels of `dataset` if it has any.
-
-    Its answer says nothing: it is the first label, or a dash.
-    """
-    about = taxonomy.dataset(dataset)
-    labels = about.labels or (taxonomy.domains[about.domain].labels if about.domain in taxonomy.domains else ())
-    tags = "".join(f"<{kind}>" for kind in medium.kinds)
-    said = medium.text or transcript
-    asked = question or QUESTIONS.get(str(about.domain)) or FREE_QUESTIONS.get(str(about.task))
-    if asked is None:
-        asked = f"Which is it: {', '.join(labels)}?" if labels else "What does this show?"
-    spoken = f'The speaker says: "{said}" ' if said else ""
-    choose = f" Choose from: {', '.join(labels)}." if labels else ""
-    row = {
-        "problem": f"{tags}{spoken}{asked}{choose}",
-        "answer": labels[0] if labels else "-",
-        "dataset": dataset,
-        "task": f"{(about.task or dataset).lower()}_{'cls' if labels else 'qa'}",
-        "modality_signature": "_".join(["text", *medium.kinds]),
-    }
-    if labels and not about.multilabel:
-        row["class_label"] = labels[0]
-    return row | {f"{kind}s": [name] for kind in medium.kinds}
 
 
 def _answered(

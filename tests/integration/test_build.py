@@ -1,0 +1,239 @@
+"""`hba atlas build`: what people have on disk becomes an atlas that opens, trains and predicts."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import wave
+
+import numpy as np
+import pytest
+
+from hba import open_atlas
+from hba.atlas.build import LAYOUTS
+from hba.taxonomy import of_folder
+
+
+def sound(path, number=0, seconds=0.3):
+    """A sound of its own for each number."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    wavy = np.sin(np.arange(int(16000 * seconds)) * (0.05 + 0.001 * number)) * 9000
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16000)
+        file.writeframes(wavy.astype("<i2").tobytes())
+
+
+def rows(out):
+    return {split: list(open_atlas(out, split=split)) for split in ("train", "validation", "test")}
+
+
+def test_folders_named_by_labels_of_a_known_domain(hba, tmp_path):
+    for number in range(30):
+        sound(tmp_path / "in" / ("angry", "happy", "sadness")[number % 3] / f"{number}.wav", number)
+    code, out, err = hba("atlas", "build", tmp_path / "in", tmp_path / "out", "--dataset", "mine", "--json")
+    assert code == 0, err
+    built = json.loads(out)
+    assert built["domain"] == "emotion" and built["labels"] == {"anger": 10, "happy": 10, "sad": 10}
+    assert built["splits"] == {"train": 21, "validation": 3, "test": 6} and built["groups"] is None
+    samples = [sample for split in rows(tmp_path / "out").values() for sample in split]
+    assert {sample.label for sample in samples} == {"anger", "happy", "sad"}
+    assert samples[0].load_audios()[0].seconds == pytest.approx(0.3)
+    assert "<audio>" in samples[0].problem and "Choose from: anger, happy, sad." in samples[0].problem
+    code, out, err = hba("atlas", "validate", tmp_path / "out", "--out", tmp_path / "checked")
+    assert code == 0, out + err
+
+
+def test_a_table_with_groups_transcripts_and_labels_of_ones_own(hba, tmp_path):
+    lines = ["Clip;Mood;Who;Said"]
+    for number in range(40):
+        sound(tmp_path / "in" / "clips" / f"{number}.wav", number)
+        lines.append(f"{number}.wav;{('Bored', 'Keen')[number % 2]};speaker{number // 5};words {number}")
+    (tmp_path / "mine.csv").write_text("﻿" + "\n".join(lines), encoding="utf-8")
+    named = ["--label-column", "Mood", "--group-column", "Who", "--transcript-column", "Said"]
+    arguments = ["atlas", "build", tmp_path / "in", tmp_path / "out", "--labels", tmp_path / "mine.csv", *named]
+    code, out, err = hba(*arguments)
+    assert code == 0, err
+    assert "hba train sft" in out and "8 groups, each in one split" in out
+    found = rows(tmp_path / "out")
+    speakers = [{sample.extra["speaker"] for sample in samples} for samples in found.values()]
+    assert sum(map(len, speakers)) == len(set().union(*speakers)) == 8
+    sample = found["train"][0]
+    assert (
+        sample.label in ("bored", "keen")
+        and f'"words {sample.id.split("/")[-1].removesuffix(".wav")}"' in sample.problem
+    )
+    taxonomy = of_folder(tmp_path / "out")
+    assert taxonomy.dataset("in").labels == ("bored", "keen") and taxonomy.num_classes == 27
+
+
+def test_an_atlas_that_was_built_is_trained_on_predicted_and_scored(hba, tmp_path, backbone):
+    for number in range(30):
+        sound(tmp_path / "in" / ("bored", "keen")[number % 2] / f"{number}.wav", number)
+    assert hba("atlas", "build", tmp_path / "in", tmp_path / "out", "--dataset", "mine")[0] == 0
+    settings = [f"atlas={tmp_path / 'out'}", f"model.name={backbone}", "train.max_steps=2", "model.strategy=heads"]
+    code, _, err = hba(
+        "train", "sft", "--run", tmp_path / "run", *settings, "train.validate_every=2", "loader.workers=0"
+    )
+    assert code == 0, err
+    code, _, err = hba("predict", tmp_path / "run", "--atlas", tmp_path / "out", "loader.workers=0")
+    assert code == 0, err
+    code, out, err = hba("score", tmp_path / "run", "--json")
+    assert code == 0 and "MINE" in json.loads(out)["tasks"], err
+    code, out, err = hba("ask", tmp_path / "run", tmp_path / "in" / "bored" / "0.wav", "--dataset", "mine", "--json")
+    assert code == 0, err
+    assert set(json.loads(out)["answers"][0]["probs"]) == {"bored", "keen"}
+
+
+def corpus(name, folder):
+    """A few files in the layout of a corpus, with the label that each should get."""
+    if name == "cremad":
+        for actor in range(1001, 1005):
+            for code in ("ANG", "SAD"):
+                sound(folder / f"{actor}_DFA_{code}_XX.wav", actor + len(code) * ord(code[0]))
+        return {"anger": 4, "sad": 4}
+    if name == "ravdess":
+        for actor in range(1, 5):
+            for code in ("02", "08"):
+                sound(folder / f"Actor_{actor:02d}" / f"03-01-{code}-01-01-01-{actor:02d}.wav", actor * 10 + int(code))
+        return {"calm": 4, "surprise": 4}
+    if name == "tess":
+        for number in range(6):
+            sound(folder / "OAF_Fear" / f"OAF_w{number}_fear.wav", number)
+            sound(folder / "YAF_ps" / f"YAF_w{number}_ps.wav", 50 + number)
+        return {"fear": 6, "surprise": 6}
+    if name == "emodb":
+        for speaker in ("03", "08", "09"):
+            sound(folder / f"{speaker}a01Wa.wav", int(speaker))
+            sound(folder / f"{speaker}b02La.wav", 60 + int(speaker))
+        return {"anger": 3, "boredom": 3}
+    if name == "meld":
+        for number, (split, place) in enumerate((("train", "train_splits"), ("dev", "dev"), ("test", "test_out"))):
+            lines = ["Sr No.,Utterance,Speaker,Emotion,Sentiment,Dialogue_ID,Utterance_ID"]
+            for utterance, emotion in enumerate(("joy", "neutral")):
+                sound(folder / place / f"dia0_utt{utterance}.mp4", number * 2 + utterance)
+                lines.append(f'1,"Oh, hello.",Joey,{emotion},neutral,0,{utterance}')
+            (folder / f"{split}_sent_emo.csv").write_text("\n".join(lines))
+        return {"happy": 3, "neutral": 3}
+    if name == "mustard":
+        about = {}
+        for number in range(6):
+            sound(folder / "utterances_final" / f"1_{number}.mp4", number)
+            about[f"1_{number}"] = {"utterance": "Great.", "speaker": f"S{number % 3}", "sarcasm": number % 2 == 0}
+        (folder / "sarcasm_data.json").write_text(json.dumps(about))
+        return {"sarcasm": 3, "not sarcasm": 3}
+    for session in (1, 2, 3):
+        turn, lines = f"Ses0{session}F_impro01", []
+        for number, code in enumerate(("exc", "sad", "fru")):
+            sound(folder / f"Session{session}/sentences/wav/{turn}/{turn}_F00{number}.wav", session * 9 + number)
+            lines.append(f"[6.29 - 8.23]\t{turn}_F00{number}\t{code}\t[2.5, 2.5, 2.5]")
+        table = folder / f"Session{session}/dialog/EmoEvaluation/{turn}.txt"
+        table.parent.mkdir(parents=True)
+        table.write_text("\n".join(lines))
+    return {"happy": 3, "sad": 3}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_layout_of_a_corpus(hba, tmp_path, name):
+    labels = corpus(name, tmp_path / "in")
+    code, out, err = hba("atlas", "build", tmp_path / "in", tmp_path / "out", "--layout", name, "--json")
+    assert code == 0, err
+    built = json.loads(out)
+    assert built["labels"] == labels and sum(built["splits"].values()) == sum(labels.values())
+    assert built["dataset"] == name
+    if name == "meld":
+        assert built["splits"] == {"train": 2, "validation": 2, "test": 2}
+    assert all(rows(tmp_path / "out").values())
+
+
+def broken(tmp_path, case):
+    """Arguments of a call that must fail, and what it must say."""
+    inside = tmp_path / "in"
+    inside.mkdir()
+    for number in range(6):
+        if case != "empty":
+            sound(inside / ("a" if case == "one class" or number % 2 else "b") / f"{number}.wav", number)
+    table = tmp_path / "labels.csv"
+    lines = ["file,label,speaker,split", *(f"{n}.wav,{'ab'[n % 2]},s{n // 2},train" for n in range(6))]
+    said = {
+        "empty": "no files here",
+        "one class": "have the label 'a'",
+        "files without labels": "1 files have no label",
+        "labels without files": "1 files of the table are not there: 9.wav",
+        "two cases": "two names that some disks take for one",
+        "encoding": "is not UTF-8",
+        "torn group": "1 groups lie in several splits: s0",
+        "no label column": "which column is the label?",
+        "unknown column": "no column 'mood'",
+        "loose file": "lies in no folder that is named by a label",
+        "there": "is there already",
+        "layout": "no layout 'cremat'",
+    }[case]
+    extra = []
+    if case == "files without labels":
+        lines.pop()
+    elif case == "labels without files":
+        lines.append("9.wav,a,s9,train")
+    elif case == "two cases":
+        sound(inside / "a" / "X.wav", 70)
+        sound(inside / "a" / "x.wav", 71)
+    elif case == "torn group":
+        splits = ("test", "train", "validation", "validation", "test", "test")
+        lines[1:] = [line.replace("train", split) for line, split in zip(lines[1:], splits, strict=True)]
+    elif case == "no label column":
+        lines[0] = "file,x,speaker,split"
+    elif case == "unknown column":
+        extra = ["--label-column", "mood"]
+    elif case == "loose file":
+        sound(inside / "loose.wav", 72)
+    elif case == "there":
+        (tmp_path / "out").mkdir()
+    elif case == "layout":
+        extra = ["--layout", "cremat"]
+    if case in ("files without labels", "labels without files", "torn group", "no label column", "unknown column"):
+        extra += ["--labels", table]
+        table.write_text("\n".join(lines), encoding="utf-8")
+    if case == "encoding":
+        extra += ["--labels", table]
+        table.write_bytes("file,label\nä.wav,a".encode("latin-1"))
+    return ["atlas", "build", inside, tmp_path / "out", *extra], said
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["empty", "one class", "files without labels", "labels without files", "two cases", "encoding", "torn group"]
+    + ["no label column", "unknown column", "loose file", "there", "layout"],
+)
+def test_bad_input_is_one_sentence_and_nothing_is_written(hba, tmp_path, case):
+    arguments, said = broken(tmp_path, case)
+    code, out, err = hba(*arguments)
+    assert (code, out) == (2, "") and said in err and err.count("error:") == 1, err
+    assert case == "there" or not [path for path in tmp_path.iterdir() if path.name not in ("in", "labels.csv")]
+
+
+def test_a_file_that_cannot_be_read_is_named_and_the_others_go_on(hba, tmp_path):
+    for number in range(12):
+        sound(tmp_path / "in" / "ab"[number % 2] / f"{number}.wav", number)
+    (tmp_path / "in" / "a" / "bad.wav").write_bytes(b"no sound")
+    code, out, err = hba("atlas", "build", tmp_path / "in", tmp_path / "out")
+    assert code == 2 and "error: a/bad.wav: " in err and "Made" in out
+    assert sum(map(len, rows(tmp_path / "out").values())) == 12
+
+
+def test_killed_it_leaves_nothing_and_the_same_command_makes_it(hba, tmp_path):
+    for number in range(300):
+        sound(tmp_path / "in" / "ab"[number % 2] / f"{number}.wav", number, seconds=1)
+    command = [sys.executable, "-m", "hba", "atlas", "build", str(tmp_path / "in"), str(tmp_path / "out")]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 60
+    while time.monotonic() < end and not any(path.name not in ("in", "out") for path in tmp_path.iterdir()):
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out").exists()
+    assert hba("atlas", "build", tmp_path / "in", tmp_path / "out")[0] == 0
+    assert sum(map(len, rows(tmp_path / "out").values())) == 300
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
