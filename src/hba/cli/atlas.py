@@ -21,7 +21,6 @@ from hba.cli.options import (
     configured,
     counted,
     finish,
-    say_beside,
     written,
 )
 from hba.environment import usable_cores
@@ -270,7 +269,7 @@ def build_command(
 
     answer(asdict(built), show, as_json=json)
     for name, reason in built.unreadable.items():
-        say_beside(f"error: {name}: {reason}")
+        beside(f"error: {name}: {reason}")
     if len(built.unreadable) > allow_broken:
         raise typer.Exit(2)
 
