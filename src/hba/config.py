@@ -85,7 +85,7 @@ _Dumper.add_representer(str, _text)
 def read_yaml(path: Path, places: dict[str, str] | None = None) -> dict[str, Any]:
     """The mapping in a YAML file; `places` receives 'file:line' for every dotted key.
 
-    Raises ConfigError naming file and line when the file cannot be read_yaml or is not a mapping of texts.
+    Raises ConfigError naming file and line when the file cannot be read or is not a mapping of texts.
     """
     try:
         loader = _Loader(path.read_bytes())
@@ -97,7 +97,7 @@ def read_yaml(path: Path, places: dict[str, str] | None = None) -> dict[str, Any
         _mark(node, path, "", {} if places is None else places, set())
         data: dict[str, Any] = loader.construct_document(node)
     except OSError as error:
-        raise ConfigError(f"cannot read_yaml ({error.strerror})", where=str(path), fix="Check the path.") from None
+        raise ConfigError(f"cannot read ({error.strerror})", where=str(path), fix="Check the path.") from None
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark is not None else str(path)

@@ -60,10 +60,14 @@ class Check:
 
 def diagnose(*, online: bool = False, folder: Path = Path()) -> list[Check]:
     """All checks, in reading order. Runs go below `folder`; `online` also tries to reach the hub, for at most 5 s."""
-    checks = [check_python(), check_requirements(), check_torch(), check_torchvision(), check_transformers()]
-    checks += [check_video(), check_audio(), check_gpu(), check_cores(), check_memory(), check_disk(folder)]
-    landmarks = probe("landmarks", "hba.descriptors.landmarks", lambda module: module.check_landmarks())
-    return [*checks, *map(check_extra, extras()), landmarks, check_token(), *([check_hub()] if online else [])]
+    checks = [check_python(), check_requirements(), *(probe(*each) for each in PACKAGES)]
+    checks += [check_cores(), check_memory(), check_disk(folder), *map(check_extra, extras())]
+    checks += [probe("landmarks", "hba.descriptors.landmarks", lambda module: module.check_landmarks())]
+    return [
+        *checks,
+        check_token(),
+        *([check_hub()] if online else []),
+    ]
 
 
 def healthy(checks: Iterable[Check]) -> bool:
@@ -143,59 +147,6 @@ def probe(name: str, package: str, look: Callable[[Any], Check]) -> Check:
         return Check(name=name, status="missing", detail=f"{package} does not load: {reason}", fix=REINSTALL)
 
 
-def check_torch() -> Check:
-    """torch loads; with what CUDA it was built and whether bfloat16 is fast here."""
-
-    def look(torch: Any) -> Check:
-        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-        bf16 = computes_bfloat16(torch.cuda.get_device_capability() if torch.cuda.is_available() else None)
-        use = "computes in bfloat16" if bf16 else "computes in float32 (no GPU with bfloat16)"
-        return Check(name="torch", status="ok", detail=f"{torch.__version__}, {built}, {use}")
-
-    return probe("torch", "torch", look)
-
-
-def check_torchvision() -> Check:
-    """torchvision loads beside this torch."""
-
-    def look(torchvision: Any) -> Check:
-        torchvision.ops.nms  # noqa: B018 -- an operator of the compiled part, which fails with a torch of another release
-        return Check(name="torchvision", status="ok", detail=f"{torchvision.__version__}, loads beside this torch")
-
-    return probe("torchvision", "torchvision", look)
-
-
-def check_transformers() -> Check:
-    """transformers has the Qwen2.5-Omni classes and they import."""
-
-    def look(transformers: Any) -> Check:
-        for name in OMNI_CLASSES:
-            getattr(transformers, name)  # loads the class and all that it imports
-        return Check(name="transformers", status="ok", detail=f"{transformers.__version__} with Qwen2.5-Omni")
-
-    return probe("transformers", "transformers", look)
-
-
-def check_video() -> Check:
-    """PyAV decodes the atlas's codecs and encodes the mini-atlas's (libx264)."""
-
-    def look(av: Any) -> Check:
-        has = f"PyAV {av.__version__} with FFmpeg {av.ffmpeg_version_info}"
-        return formats("video", has, CODECS, av.codecs_available, "av")
-
-    return probe("video", "av", look)
-
-
-def check_audio() -> Check:
-    """libsndfile reads the atlas's formats."""
-
-    def look(soundfile: Any) -> Check:
-        has = f"soundfile {soundfile.__version__} with libsndfile {soundfile.__libsndfile_version__}"
-        return formats("audio", has, AUDIO_FORMATS, soundfile.available_formats(), "soundfile")
-
-    return probe("audio", "soundfile", look)
-
-
 def formats(name: str, has: str, wanted: Sequence[str], known: Container[str], package: str) -> Check:
     """Whether a media library, described as `has`, knows all `wanted` formats."""
     lacking = [item for item in wanted if item not in known]
@@ -203,27 +154,6 @@ def formats(name: str, has: str, wanted: Sequence[str], known: Container[str], p
         return Check(name=name, status="ok", detail=f"{has}: {', '.join(wanted)}")
     fix = f"Install it from its wheel: pip install --force-reinstall --only-binary :all: {package}."
     return Check(name=name, status="missing", detail=f"{has} lacks {', '.join(lacking)}", fix=fix)
-
-
-def check_gpu() -> Check:
-    """Each GPU's memory and whether the 7B model fits."""
-
-    def look(torch: Any) -> Check:
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        cards = [torch.cuda.get_device_properties(index) for index in range(count)]
-        if not cards:
-            return Check(
-                name="gpu",
-                status="warn",
-                detail="none usable: the demo and tiny models run, 7B does not",
-                required=False,
-            )
-        largest = max(card.total_memory for card in cards) / GIB
-        shown = ", ".join(f"{card.name} {card.total_memory / GIB:.0f} GiB" for card in cards)
-        fits: Status = "ok" if largest >= INFERENCE_7B_GIB else "warn"
-        return Check(name="gpu", status=fits, detail=f"{shown}; {fits_7b(largest)}", required=False)
-
-    return probe("gpu", "torch", look)
 
 
 def fits_7b(gpu_gib: float) -> str:
@@ -268,6 +198,61 @@ def check_extra(extra: str) -> Check:
         return Check(name=name, status="ok", detail="installed", required=False)
     fix = f"pip install '{DISTRIBUTION}[{extra}]'"
     return Check(name=name, status="missing", detail="; ".join(lacking), fix=fix, required=False)
+
+
+def _torch(torch: Any) -> Check:
+    """With what CUDA it was built, and whether bfloat16 is fast here."""
+    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    bf16 = computes_bfloat16(torch.cuda.get_device_capability() if torch.cuda.is_available() else None)
+    use = "computes in bfloat16" if bf16 else "computes in float32 (no GPU with bfloat16)"
+    return Check(name="torch", status="ok", detail=f"{torch.__version__}, {built}, {use}")
+
+
+def _torchvision(torchvision: Any) -> Check:
+    torchvision.ops.nms  # noqa: B018 -- an operator of the compiled part, which fails with a torch of another release
+    return Check(name="torchvision", status="ok", detail=f"{torchvision.__version__}, loads beside this torch")
+
+
+def _transformers(transformers: Any) -> Check:
+    for name in OMNI_CLASSES:
+        getattr(transformers, name)  # loads the class and all that it imports
+    return Check(name="transformers", status="ok", detail=f"{transformers.__version__} with Qwen2.5-Omni")
+
+
+def _video(av: Any) -> Check:
+    """PyAV decodes the atlas's codecs and encodes the mini-atlas's (libx264)."""
+    return formats(
+        "video", f"PyAV {av.__version__} with FFmpeg {av.ffmpeg_version_info}", CODECS, av.codecs_available, "av"
+    )
+
+
+def _audio(soundfile: Any) -> Check:
+    has = f"soundfile {soundfile.__version__} with libsndfile {soundfile.__libsndfile_version__}"
+    return formats("audio", has, AUDIO_FORMATS, soundfile.available_formats(), "soundfile")
+
+
+def _gpu(torch: Any) -> Check:
+    """Each GPU's memory and whether the 7B model fits."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    cards = [torch.cuda.get_device_properties(index) for index in range(count)]
+    if not cards:
+        detail = "none usable: the demo and tiny models run, 7B does not"
+        return Check(name="gpu", status="warn", detail=detail, required=False)
+    largest = max(card.total_memory for card in cards) / GIB
+    shown = ", ".join(f"{card.name} {card.total_memory / GIB:.0f} GiB" for card in cards)
+    fits: Status = "ok" if largest >= INFERENCE_7B_GIB else "warn"
+    return Check(name="gpu", status=fits, detail=f"{shown}; {fits_7b(largest)}", required=False)
+
+
+PACKAGES: tuple[tuple[str, str, Callable[[Any], Check]], ...] = (
+    ("torch", "torch", _torch),
+    ("torchvision", "torchvision", _torchvision),
+    ("transformers", "transformers", _transformers),
+    ("video", "av", _video),
+    ("audio", "soundfile", _audio),
+    ("gpu", "torch", _gpu),
+)
+"""what must load, by the name of its check"""
 
 
 def check_token() -> Check:

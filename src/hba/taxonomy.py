@@ -14,17 +14,13 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import msgspec
 import yaml
 
 from hba.errors import InputError, TaxonomyError, nearest
 from hba.storage import atomic_write
-
-if TYPE_CHECKING:
-    pass  # MOVED
-
 
 # Several labels in one text: how rows write them, how models answer with them, and their one canonical spelling.
 #

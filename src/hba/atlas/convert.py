@@ -16,7 +16,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from multiprocessing import parent_process
@@ -33,7 +32,7 @@ from hba.atlas import Atlas, open_atlas
 from hba.atlas.jsonl import size_of
 from hba.atlas.names import CARD, present_splits
 from hba.atlas.parquet import EXTRA, IS_NULL, MEDIA_PATHS, UNNAMED, ParquetStore, index_path, read_index, write_index
-from hba.atlas.rows import MEDIA_FIELDS, Columns, Field, Quarantined
+from hba.atlas.rows import MEDIA_FIELDS, Columns, Field, Quarantined, Row, Sample
 from hba.atlas.source import DEFAULT_LIMITS, PLACES, RESTORE, Slice, Source, check_source, read_bytes
 from hba.environment import die_with_parent, now
 from hba.errors import HbaError, InputError, MediaError
@@ -58,20 +57,11 @@ Form = Literal["parquet", "jsonl"]
 OnProgress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """One row with the bytes of its media; None for those that cannot be had, and then the row says why.
+class Record(NamedTuple):
+    """A row with the bytes of its media, None for those that cannot be had, and what they are called as files."""
 
-    `fields` are the published ones that are text, `paths` what its media are called as files.
-    """
-
-    id: str
-    number: int
-    """in its split, 0-based"""
-    where: str
-    fields: dict[str, str | None]
-    texts: list[str]
-    extra: dict[str, Any]
+    sample: Sample
+    row: Row
     media: dict[str, list[bytes | None]]
     paths: dict[str, list[str | None]]
     unreadable: list[Quarantined]
@@ -101,17 +91,7 @@ def read_records(atlas: Atlas, start: int, stop: int) -> Iterator[Record]:
             for field, known in paths.items():
                 told = UNNAMED not in known and len(known) == len(media[field])
                 paths[field] = known if told else [None] * len(media[field])
-        yield Record(
-            id=sample.id,
-            number=sample.number,
-            where=sample.where,
-            fields={name: getattr(row, name) for name in TEXT_FIELDS},
-            texts=list(row.texts),
-            extra=dict(sample.extra),
-            media=media,
-            paths=paths,
-            unreadable=unreadable,
-        )
+        yield Record(sample, row, media, paths, unreadable)
 
 
 def _read(source: Source, where: str) -> bytes:
@@ -276,8 +256,10 @@ def _write_shard(part: Part, records: Iterable[Record], tally: _Tally) -> Summar
         rows: list[dict[str, Any]] = []
         written = 0
         for record in records:
-            text: dict[str, Any] = {"id": record.id, **record.fields, "texts": record.texts, MEDIA_PATHS: record.paths}
-            text[EXTRA] = msgspec.json.encode(record.extra).decode() if record.extra else None
+            text: dict[str, Any] = {name: getattr(record.row, name) for name in TEXT_FIELDS}
+            text |= {"id": record.sample.id, "texts": list(record.row.texts), MEDIA_PATHS: record.paths}
+            extra = record.sample.extra
+            text[EXTRA] = msgspec.json.encode(extra).decode() if extra else None
             texts.append(text)
             rows.append({**text, **record.media})
             hashes += [_hash_of(medium or b"") for name in MEDIA_FIELDS for medium in record.media[name]]
@@ -336,7 +318,7 @@ def _write_lines(part: Part, records: Iterable[Record], tally: _Tally) -> Summar
             for index, medium in enumerate(record.media[name]):
                 path = record.paths[name][index] = _path(part, record, name, index)
                 if medium is not None:
-                    _place(part.out, path, medium, where=f"{record.where}, {name}")
+                    _place(part.out, path, medium, where=record.sample.place(name))
         lines.append(_line(record, implied=f"{part.split}/{line}"))
     os.sync()  # once a part: a sync of each file takes longer than all the rest
     with atomic_write(part.path, "wb") as handle:
@@ -346,22 +328,22 @@ def _write_lines(part: Part, records: Iterable[Record], tally: _Tally) -> Summar
 
 def _line(record: Record, *, implied: str) -> bytes:
     """The row as JSON with the fields and in the order of the published rows; an id that is implied is left out."""
-    fields = dict(record.fields)
+    fields = {name: getattr(record.row, name) for name in TEXT_FIELDS}
     label = fields.pop("class_label")
-    lists: dict[str, Any] = {name: record.paths[name] for name in MEDIA_FIELDS}
-    row: dict[str, Any] = {} if record.id == implied else {"id": record.id}
+    lists: dict[str, Any] = dict(record.paths)
+    row: dict[str, Any] = {} if record.sample.id == implied else {"id": record.sample.id}
     row |= {"problem": fields.pop("problem"), "answer": fields.pop("answer")}
-    row |= {name: lists.pop(name) for name in ("images", "videos", "audios")} | {"texts": record.texts}
+    row |= {name: lists.pop(name) for name in ("images", "videos", "audios")} | {"texts": record.row.texts}
     row |= fields | lists | ({} if label is None else {"class_label": label})
-    return msgspec.json.encode(row | record.extra) + b"\n"
+    return msgspec.json.encode(row | dict(record.sample.extra)) + b"\n"
 
 
 def _path(part: Part, record: Record, name: Field, index: int) -> str:
     known = record.paths[name][index]
     if known is None:
         ending = _ending(record.media[name][index] or b"")
-        return f"{name}/{part.split}-{record.number:06d}-{index}{ending}"
-    where = f"{record.where}, {name}"
+        return f"{name}/{part.split}-{record.sample.number:06d}-{index}{ending}"
+    where = record.sample.place(name)
     check_relative(known, where=where)
     if known in RESERVED or known.endswith(".jsonl") or known.split("/")[0] == STAGING:
         raise InputError(f"path {known!r} is reserved", where=where, fix="Rename the medium.")

@@ -137,7 +137,6 @@ def _count_findings(catalogue: Catalogue, *, complete: bool, release: bool) -> I
 
 
 TRAINING = "train"
-_FIX = "Remove the rows from one of the splits."
 
 
 def to_hash(media: Iterable[Medium], uses: Sequence[Use]) -> list[Medium]:
@@ -168,13 +167,11 @@ def _media_leaks(catalogue: Catalogue, contents: Mapping[int, Hashable]) -> Iter
         if not use.field.startswith("ext_"):
             groups[contents[number]].append(number)
     for numbers in groups.values():
-        named = sorted({(place, number) for number in numbers for place in catalogue.uses[number].places})
-        if len({place.split for place, _ in named}) > 1:
-            rows = [place for place, _ in named]
-            same = _same([catalogue.uses[number].name for number in numbers])
-            message = f"{same} in the splits {_splits(catalogue, rows)}"
-            places = [catalogue.where(place, catalogue.uses[number].field) for place, number in named]
-            yield at_places(_level(catalogue, rows), "media-leak", places, message, _FIX)
+        uses = [catalogue.uses[number] for number in numbers]
+        if len({place.split for use in uses for place in use.places}) > 1:
+            rows = sorted({(place, number) for number, use in zip(numbers, uses, strict=True) for place in use.places})
+            places = [(place, catalogue.uses[number].field) for place, number in rows]
+            yield _leak(catalogue, "media-leak", places, _same([use.name for use in uses]))
 
 
 def _row_leaks(catalogue: Catalogue, contents: Mapping[int, Hashable]) -> Iterator[Finding]:
@@ -183,20 +180,16 @@ def _row_leaks(catalogue: Catalogue, contents: Mapping[int, Hashable]) -> Iterat
         groups[asked.problem, tuple(contents[number] for number in asked.media)].append(asked)
     for rows in groups.values():
         if len({row.place.split for row in rows}) > 1:
-            places = sorted(row.place for row in rows)
-            what = "the same prompt with the same media" if rows[0].media else "the same prompt"
-            message = f"{what} is in the splits {_splits(catalogue, places)}"
-            where = [catalogue.where(place) for place in places]
-            yield at_places(_level(catalogue, places), "row-leak", where, message, _FIX)
+            what = "the same prompt with the same media is" if rows[0].media else "the same prompt is"
+            yield _leak(catalogue, "row-leak", [(place, None) for place in sorted(row.place for row in rows)], what)
 
 
-def _splits(catalogue: Catalogue, places: Sequence[Place]) -> str:
-    names = dict.fromkeys(catalogue.splits[place.split].name for place in places)
-    return " and ".join(names)
-
-
-def _level(catalogue: Catalogue, places: Sequence[Place]) -> Level:
-    return "error" if any(catalogue.splits[place.split].name == TRAINING for place in places) else "warning"
+def _leak(catalogue: Catalogue, code: str, places: Sequence[tuple[Place, str | None]], what: str) -> Finding:
+    names = dict.fromkeys(catalogue.splits[place.split].name for place, _ in places)
+    message = f"{what} in the splits {' and '.join(names)}"
+    where = [catalogue.where(place, field) for place, field in places]
+    level: Level = "error" if TRAINING in names else "warning"
+    return at_places(level, code, where, message, "Remove the rows from one of the splits.")
 
 
 def _same(names: Sequence[MediumName]) -> str:
