@@ -3,7 +3,7 @@
 Sections are nested dataclasses and keys are dotted (`train.learning_rate=1e-4`). Values have the types that
 their fields say: nothing is coerced, except that a whole number is a fine float, a list a tuple and a text a
 path. Refused, with file, line and key: unknown, repeated and missing keys, wrong types, numbers that are not
-finite. YAML is read as `hba.config` says.
+finite.
 
 Invariant: what `to_yaml` writes loads to an equal config.
 """
@@ -38,14 +38,10 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 
-# YAML as configuration needs it: the scalars of its core schema alone, one place for every key.
-#
-# PyYAML follows YAML 1.1, where `1e-4` is text, `no` is false, `010` is eight and `12:30` is 750. Here `1e-4` is a
-# float and the others are texts. Dates, sets and binary values do not exist, a key is always a text, and a key
-# that stands twice is an error instead of the last one winning.
-#
-# Invariant: what `dump_yaml` writes, `parse_yaml` reads back equal.
-
+# YAML as configuration needs it: the scalars of its core schema alone, one place for every key. PyYAML follows YAML
+# 1.1, where `1e-4` is text, `no` is false, `010` is eight and `12:30` is 750. Here `1e-4` is a float and the others are
+# texts. Dates, sets and binary values do not exist, a key is always a text, and a key that stands twice is an error
+# instead of the last one winning. Invariant: what `dump_yaml` writes, `parse_yaml` reads back equal.
 
 _SCALARS = {
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -195,8 +191,7 @@ def load_config(cls: type[T], path: Path | None, overrides: Sequence[str] = ()) 
         data = read_yaml(path, places)
     for override in overrides:
         _apply(override, data, places)
-    _check_keys(cls, cls, data, places, "")
-    return _validate(cls, _filled(cls, data, {}), places)
+    return _validate(cls, _filled(cls, cls, data, {}, places, ""), places)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -315,10 +310,19 @@ def _place(key: str, places: Mapping[str, str]) -> str:
     return places[key]
 
 
-def _check_keys(
-    root: type[Any], cls: type[Any], data: Mapping[str, Any], places: Mapping[str, str], prefix: str
-) -> None:
-    fields = _fields(cls)
+def _filled(
+    root: type[Any],
+    cls: type[Any],
+    data: Mapping[str, Any],
+    base: Mapping[str, Any],
+    places: dict[str, str],
+    prefix: str,
+) -> dict[str, Any]:
+    """`data` over `base`; a section in part is laid over the default that its parent gives it, not its class's.
+
+    Raises ConfigError for a key that the class, or `root` around it, does not have, and for a value where a section is.
+    """
+    fields, filled = _fields(cls), dict(base)
     for name, value in data.items():
         key = f"{prefix}{name}"
         where = _place(key, places)
@@ -331,26 +335,15 @@ def _check_keys(
             # Compared without the prefix, whose letters would make any key of the section look near.
             fix = f"Did you mean {elsewhere[0]!r}?" if elsewhere else nearest(name, fields, prefix=prefix)
             raise ConfigError(f"unknown key {key!r}", where=where, fix=fix)
-        section = fields[name].section
-        if section is None:
-            continue
-        if isinstance(value, Mapping):
-            _check_keys(root, section, value, places, f"{key}.")
-        elif value is not None or type(None) not in get_args(fields[name].hint):
+        field, hint, section = fields[name]
+        if section is not None and isinstance(value, Mapping):
+            start = base[name] if name in base else _default(field)
+            start = start if isinstance(start, Mapping) else {}
+            value = _filled(root, section, value, start, places, f"{key}.")
+        elif section is not None and (value is not None or type(None) not in get_args(hint)):
             fix = f"Set its keys, such as {key}.{next(iter(_fields(section)))}."
             raise ConfigError(f"{key!r} is a section, found {_found(value)}", where=where, fix=fix)
-
-
-def _filled(cls: type[Any], data: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    """`data` over `base`; a section in part is laid over the default that its parent gives it, not its class's."""
-    filled = dict(base)
-    for name, value in data.items():
-        field = _fields(cls)[name]
-        if field.section is not None and isinstance(value, Mapping):
-            start = base[name] if name in base else _default(field.field)
-            filled[name] = _filled(field.section, value, start if isinstance(start, Mapping) else {})
-        else:
-            filled[name] = value
+        filled[name] = value
     return filled
 
 
@@ -382,7 +375,9 @@ def _translated(cls: type[Any], error: ValidationError, places: Mapping[str, str
     expected = " or ".join(message.removeprefix("Input should be ") for message in messages)
     expected = expected.replace("a valid array", "a list")
     if first["type"] == "tuple_type" and isinstance(first["input"], (str, int, float)):
-        doc = f"Write {_as_list(key, first['input'], where)}. {doc}"
+        listed = inline_yaml([first["input"]])
+        written = f"{key}=" if where.startswith(COMMAND_LINE) else f"{key.rpartition('.')[2]}: "
+        doc = f"Write {written}{listed}. {doc}"
     choices = [detail for detail in details if detail["type"] == "literal_error" and _key(cls, detail["loc"]) == key]
     if choices and isinstance(first["input"], str):
         names = re.findall(r"'([^']*)'", str(choices[0]["ctx"]["expected"]))
@@ -401,12 +396,6 @@ def _key(cls: type[Any], loc: Sequence[int | str]) -> str:
         names.append(str(part))
         current = fields[str(part)].section
     return ".".join(names)
-
-
-def _as_list(key: str, value: Any, where: str) -> str:
-    """The one value as a list of one, as it is written at `where`."""
-    listed = inline_yaml([value])
-    return f"{key}={listed}" if where.startswith(COMMAND_LINE) else f"{key.rpartition('.')[2]}: {listed}"
 
 
 def _found(value: Any) -> str:

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import av
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
@@ -148,6 +150,15 @@ def test_a_file_that_cannot_be_read_as_rows(tmp_path: Path) -> None:
         validate_atlas(tmp_path, splits=["dev"])
     with pytest.raises(InputError, match="is a part of a split"):
         validate_atlas(tmp_path, splits=["train[:10]"])
+
+
+def test_text_of_a_shard_that_is_not_utf8_is_a_finding(tmp_path: Path) -> None:
+    """Arrow reads it as it is, and Python raises where it is looked at."""
+    text = {name: pa.array([value]) for name, value in text_row().items()}
+    pq.write_table(pa.table(text | {"problem": pa.array([b"\xff?"]).view(pa.string())}), tmp_path / "train.parquet")
+    (finding,) = validate_atlas(tmp_path).findings
+    assert (finding.code, finding.level) == ("split-unreadable", "error")
+    assert "column 'problem': is damaged" in finding.message
 
 
 def test_the_same_question_in_two_splits(tmp_path: Path) -> None:

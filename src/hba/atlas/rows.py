@@ -125,9 +125,20 @@ class Sample:
     @classmethod
     def of(cls, said: Said, taxonomy: Taxonomy, where: str, **about: Any) -> Sample:
         """The sample that a checked row makes; `about`: split, number, source and the number of media by field."""
-        about |= {name: getattr(said.row, name) for name in ("problem", "answer", "dataset", "task", "texts")}
-        signature, label = signature_of(said.row, where, check_media=False), label_of(said.row, taxonomy, where).name
-        return cls(id=said.id, where=where, modality_signature=signature, label=label, extra=said.extra, **about)
+        row = said.row
+        return cls(
+            id=said.id,
+            where=where,
+            problem=row.problem,
+            answer=row.answer,
+            dataset=row.dataset,
+            task=row.task,
+            texts=row.texts,
+            modality_signature=signature_of(row, where, check_media=False),
+            label=label_of(row, taxonomy, where).name,
+            extra=said.extra,
+            **about,
+        )
 
     @property
     def target(self) -> str:

@@ -254,7 +254,8 @@ class Catalogue:
 
     def add_split(self, found: SplitFiles) -> None:
         """Read the rows of one split. What is wrong with them becomes findings; nothing is raised."""
-        number, num_bad, num_rows, columns = len(self.splits), 0, 0, []
+        number, before = len(self.splits), len(self.findings)
+        num_bad, num_rows, columns = 0, 0, []
         for path in found.files:
             file = (path.parent.resolve() / path.name).relative_to(self.root).as_posix()
             self.files.append(file)
@@ -266,7 +267,7 @@ class Catalogue:
             except InputError as error:  # of the file as a whole
                 self._report("split-unreadable", error.where or file, error.what, error.fix)
             columns.append(checker.columns())
-        if num_rows == 0:
+        if num_rows == 0 and len(self.findings) == before:
             self._report("split-unreadable", self.files[-1], "has no rows", "Write at least one row.")
         self.splits.append(SplitRows(found.name, num_rows, num_bad, tuple(columns)))
 
