@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, overload
@@ -43,8 +42,8 @@ class Store(MediaSource, Protocol):
 
     def __len__(self) -> int: ...
 
-    def sample(self, number: int) -> Sample:
-        """Row `number`, 0-based, as a sample."""
+    def sample(self, number: int, refused: dict[str, Quarantined]) -> Sample:
+        """Row `number`, 0-based, as a sample that records in `refused` when a medium cannot be read."""
         ...
 
     def row(self, number: int) -> Row:
@@ -112,7 +111,7 @@ class Atlas:
         return (self._sample(int(number)) for number in self._rows)
 
     def _sample(self, number: int) -> Sample:
-        return replace(self._store.sample(number), refused=self._refused)
+        return self._store.sample(number, self._refused)
 
     def _view(self, rows: Rows) -> Atlas:
         return Atlas(self._store, rows, self._refused)

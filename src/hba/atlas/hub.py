@@ -29,7 +29,7 @@ from hba.atlas.hub_client import Listing, NotInRepoError, Repo, list_repo, remot
 from hba.atlas.jsonl import JsonlStore, size_of
 from hba.atlas.names import Bound, HubId, Split, check_shards, no_split, parse_hub_id, split_of
 from hba.atlas.parquet import ParquetStore, index_path
-from hba.atlas.rows import MEDIA_FIELDS, Field, Row, Said, Sample
+from hba.atlas.rows import MEDIA_FIELDS, Field, Quarantined, Row, Said, Sample
 from hba.atlas.source import DEFAULT_LIMITS, Source
 from hba.errors import InputError, MediaError
 from hba.storage import StorageError, alone, atomic_write, json_sha256, read_json, write_json
@@ -168,9 +168,9 @@ class HubStore:
         """What each of the given rows says; fetches no medium."""
         return self._rows.said(numbers)
 
-    def sample(self, number: int) -> Sample:
+    def sample(self, number: int, refused: dict[str, Quarantined]) -> Sample:
         """Row `number` as a sample; fetches no medium."""
-        return replace(self._rows.sample(number), source=self)
+        return replace(self._rows.sample(number, refused), source=self)
 
     def _name(self, path: str) -> str:
         """The name in the dataset of a medium that a row names."""

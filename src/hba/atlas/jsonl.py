@@ -23,6 +23,7 @@ from hba.atlas.rows import (
     MEDIA_FIELDS,
     Columns,
     Field,
+    Quarantined,
     Row,
     RowChecker,
     Said,
@@ -160,11 +161,11 @@ class JsonlStore:
         row = decode_row(raw, str(self.path), int(self._lines[number]))
         return Said(self._id(number, row.id), row, _extra(decode_fields(raw, self.place(number))))
 
-    def sample(self, number: int) -> Sample:
+    def sample(self, number: int, refused: dict[str, Quarantined]) -> Sample:
         """Row `number` with its label, place and extra fields; opens no medium."""
         said = self._said(number, self.raw(number))
         counts: dict[str, int] = {name: len(getattr(said.row, name)) for name in MEDIA_FIELDS}
-        about = {"split": self.split, "number": number, "source": self, **counts}
+        about = {"split": self.split, "number": number, "source": self, "refused": refused, **counts}
         return Sample.of(said, self.taxonomy, self.place(number), **about)
 
     def medium(self, number: int, name: Field, index: int, *, where: str) -> Source:

@@ -34,6 +34,7 @@ from hba.atlas.rows import (
     NAME_FIELDS,
     Columns,
     Field,
+    Quarantined,
     Row,
     RowChecker,
     Said,
@@ -553,11 +554,11 @@ class ParquetStore:
     def _said(self, number: int, values: dict[str, Any]) -> Said:
         return Said(self._id(number, values["id"]), self._row(number, values), self._extra(number, values))
 
-    def sample(self, number: int) -> Sample:
+    def sample(self, number: int, refused: dict[str, Quarantined]) -> Sample:
         """Row `number` with its label, place and extra fields. Reads media only from a shard without an index."""
         values = self._values(number, paths=False)
         counts: dict[str, int] = {name: self._count(number, name, values) for name in MEDIA_FIELDS}
-        about = {"split": self.split, "number": number, "source": self, **counts}
+        about = {"split": self.split, "number": number, "source": self, "refused": refused, **counts}
         return Sample.of(self._said(number, values), self.taxonomy, self.place(number), **about)
 
     def _count(self, number: int, name: Field, values: dict[str, Any]) -> int:
