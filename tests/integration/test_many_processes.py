@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from hba.atlas.decoded import DecodedCache
 from hba.errors import ConfigError, InputError
 from hba.model import OmniSapiens
 from hba.model.process import start_accelerator
@@ -75,11 +76,18 @@ def one(tmp_path_factory, launch, mini_atlas, backbone):
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory, launch, mini_atlas, backbone):
-    """The same over two processes, sharded, layers computed twice, at most three samples at once."""
+    """The same over two processes, sharded, layers computed twice, at most three samples at once, decoded once."""
     run = tmp_path_factory.mktemp("runs") / "sharded"
     extra = [SHARDED, "train.activation_checkpointing=true", "train.device_batch_size=3"]
+    extra += ["loader.decode_once=true", f"loader.decoded_folder={run.parent / 'kept'}"]
     train(launch, run, mini_atlas, backbone, *extra, ranks=2)
     return run
+
+
+def test_ranks_keep_what_they_decode_in_one_folder(sharded):
+    kept = DecodedCache(sharded.parent / "kept", 1 << 30)
+    assert len(kept) > 20
+    assert (kept.folder / "index").stat().st_size % len(kept) == 0  # each medium once
 
 
 def test_two_processes_of_accelerate_give_the_losses_of_one(one, tmp_path, mini_atlas, backbone):

@@ -179,7 +179,8 @@ class DecodedCache:
     def _say(self, number: int, text: str, *values: str) -> None:
         if not self._said[number]:
             self._said[number] = 1
-            _log.warning(text, self.folder, *values)
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # of the ranks of a machine one speaks
+                _log.warning(text, self.folder, *values)
 
     # --- files --------------------------------------------------------------------------------------------------------
 
@@ -273,7 +274,7 @@ class DecodedCache:
                 (self.folder / numbers[number]).unlink()
                 held -= sizes[numbers[number]]
         if held + size > self.max_bytes:
-            what = f"the cache of decoded media is full: it holds {held / 1e9:.1f} of {self.max_bytes / 1e9:.1f} GB"
+            what = f"the cache of decoded media is full: it holds {held / 1e9:.3g} of {self.max_bytes / 1e9:.3g} GB"
             fix = "Raise loader.decoded_gigabytes, or remove the folder: all in it can be made again."
             raise CacheFullError(what, where=str(self.folder), fix=fix)
         last = max([self._last_segment, *numbers])

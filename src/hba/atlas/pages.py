@@ -21,7 +21,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -161,19 +161,13 @@ class ShardPages:
             return None, row - group.first
         chunk = self._chunks.get((number, name))
         if chunk is None:
+            keep = partial(self._kept.get, (id(self), number, name))
             try:
-                chunk = _Chunk(column, group.columns[column.number], group.rows, self._read)
+                chunk = _Chunk(column, group.columns[column.number], group.rows, self._read, keep, self._announce)
             except (IndexError, KeyError, TypeError) as error:
                 raise DamagedPageError("a column chunk lies nowhere") from error
-            chunk.keep, chunk.announce = self._keeper(number, name), self._announce
             self._chunks[number, name] = chunk
         return chunk, row - group.first
-
-    def _keeper(self, group: int, name: str) -> Callable[[int, Callable[[], Any]], Any]:
-        def keep(offset: int, load: Callable[[], Any]) -> Any:
-            return self._kept.get((id(self), group, name), offset, load)
-
-        return keep
 
     def count(self, row: int, name: str) -> int:
         """How many media a row has in a field. Reads no more than it must. Raises DamagedPageError."""
@@ -275,12 +269,17 @@ class _Content:
 class _Chunk:
     """A column of a row group."""
 
-    keep: Callable[[int, Callable[[], Any]], Any]
-    announce: Announce | None
-
-    def __init__(self, column: MediaColumn, about: dict[int, Any], num_rows: int, read: Read) -> None:
-        """`about` is the metadata of the chunk in the footer."""
-        self.column, self._read, self._num_rows = column, read, num_rows
+    def __init__(
+        self,
+        column: MediaColumn,
+        about: dict[int, Any],
+        num_rows: int,
+        read: Read,
+        keep: Callable[[int, Callable[[], Any]], Any],
+        announce: Announce | None,
+    ) -> None:
+        """`about` is the metadata of the chunk in the footer; `keep` gives the page at an offset, read or kept."""
+        self.column, self._read, self._num_rows, self.keep, self._announce = column, read, num_rows, keep, announce
         self._codec, self._num_slots = about[4], about[5]
         dictionary = about.get(11) or about[9]  # where it begins, if there is one: some writers say 0
         self._at = min(about[9], dictionary)
@@ -393,8 +392,8 @@ class _Chunk:
             return memoryview(self.keep(page.body, lambda: self._unpacked(page)))[at : at + size]
 
         if page.packed and page.crc is None and page.kind != _DATA_2 and self._codec == _SNAPPY and size > _WHOLE_BYTES:
-            if self.announce is not None:
-                self.announce(page.body, page.size)
+            if self._announce is not None:
+                self._announce(page.body, page.size)
             part = _Snappy(self._read, page.body, page.size, size, otherwise=part).part
         return _Bytes(size, offset, part, at_hand)
 
