@@ -28,7 +28,7 @@ HBA = typer.main.get_command(app)
 CONFIGS = {
     "train sft": SftConfig, "train qa": QaConfig, "train bam": BamConfig, "train lm": LmConfig, "train rl": RlConfig,
     "transfer": SftConfig, "predict": PredictConfig, "judge": JudgeConfig, "atlas prepare": PrepareConfig,
-    "fit": SftConfig,
+    "fit": SftConfig, "eval": PredictConfig,
 }  # fmt: skip
 KEYS = {name: {key.key for key in describe(config)} for name, config in CONFIGS.items()}
 SECTIONS = {key.partition(".")[0] for names in KEYS.values() for key in names if "." in key}

@@ -15,7 +15,14 @@ import typer
 
 from hba.cli.ask import ASK_EXAMPLE, ask_command
 from hba.cli.atlas import atlas_app
-from hba.cli.evaluate import compare_command, leaderboard_command, report_command, score_command
+from hba.cli.evaluate import (
+    EVAL_EXAMPLE,
+    compare_command,
+    eval_command,
+    leaderboard_command,
+    report_command,
+    score_command,
+)
 from hba.cli.judge import JUDGE_EXAMPLE, judge_command
 from hba.cli.options import say
 from hba.cli.predict import predict_command
@@ -63,6 +70,7 @@ app.command("merge", epilog="Example: hba merge runs/sft models/omnisapiens")(me
 app.command("push", epilog="Example: hba push runs/sft my-org/omnisapiens --license apache-2.0")(push_command)
 app.command("ask", epilog=ASK_EXAMPLE)(ask_command)
 app.command("predict", epilog="Example: hba predict runs/demo/sft --atlas runs/demo/atlas")(predict_command)
+app.command("eval", epilog=EVAL_EXAMPLE)(eval_command)
 app.command("score", epilog="Example: hba score runs/demo/sft")(score_command)
 app.command("judge", epilog=JUDGE_EXAMPLE)(judge_command)
 app.command("report", epilog="Example: hba report runs/demo/sft")(report_command)

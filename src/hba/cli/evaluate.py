@@ -1,14 +1,29 @@
-"""`hba score`, `hba report`, `hba compare`, `hba leaderboard`: from predictions to numbers, pages and comparisons."""
+"""`hba eval`, `hba score`, `hba report`, `hba compare`, `hba leaderboard`: numbers, pages and comparisons."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hba.cli.options import JsonFlag, answer, beside, warn, written
+from hba.cli.options import (
+    AllowQuarantined,
+    BaseUrl,
+    JsonFlag,
+    Overrides,
+    answer,
+    beside,
+    bold,
+    configured,
+    finish,
+    served,
+    tallied,
+    warn,
+    written,
+)
 from hba.errors import InputError, nearest
 
 if TYPE_CHECKING:
@@ -17,6 +32,85 @@ if TYPE_CHECKING:
     from hba.report.tables import Table
 
 AGAINST = "vs"
+EVAL_EXAMPLE = "Example: hba eval gpt-5-mini --backend openai --atlas runs/mini --judge gpt-5-nano"
+
+
+def eval_command(
+    model: Annotated[str, typer.Argument(help="Run folder, checkpoint, Hugging Face model, or name of a remote one.")],
+    overrides: Overrides = None,
+    atlas: Annotated[str, typer.Option(help="Atlas folder or hub id.")] = ...,  # type: ignore[assignment]
+    split: Annotated[str, typer.Option(help="Split to evaluate on; slices such as test[:100] work.")] = "test",
+    backend: Annotated[str | None, typer.Option(help="How the model answers, as in hba predict.")] = None,
+    base_url: BaseUrl = None,
+    judge: Annotated[str | None, typer.Option(help="The model that judges free-form answers; none by default.")] = None,
+    judge_url: Annotated[str | None, typer.Option(help="Server of the judge; OpenAI's by default.")] = None,
+    run: Annotated[Path | None, typer.Option(help="Run folder; runs/eval/MODEL by default.")] = None,
+    per_dataset: Annotated[int | None, typer.Option(min=1, help="At most N rows of each dataset.")] = None,
+    allow_failed: Annotated[int, typer.Option(min=0, help="Exit 0 although up to so many samples failed.")] = 0,
+    allow_quarantined: AllowQuarantined = 0,
+    json: JsonFlag = False,
+) -> None:
+    """Predict, judge, score, report and rank in one command; the same command goes on where it stopped."""
+    from hba.evaluate.config import PredictConfig
+    from hba.evaluate.estimate import estimate
+    from hba.evaluate.predict import Selection, open_rows, predict_run
+
+    settings = configured(PredictConfig, None, [*served(base_url), *(overrides or [])])
+    folder = run or Path("runs/eval") / re.sub(r"[^\w.-]+", "-", model).strip("-.")
+    selection = Selection(per_dataset=per_dataset)
+    opened = open_rows(model, atlas, split=split, config=settings, backend=backend, selection=selection)
+    expected = estimate(opened, folder)
+    cost = expected.cost_usd_at_most
+    price = f", ${cost:,.2f} at most" if cost else ""
+    beside(f"{expected.left:,} of {expected.rows:,} rows are left to ask{price}; everything goes into {folder}")
+    with tallied("1 predict") as progress:
+        how: dict[str, Any] = {"atlas": atlas, "split": split, "config": settings, "backend": backend}
+        summary = predict_run(model, folder, progress=progress, selection=selection, **how)
+    judged = None if judge is None else _judged(folder, judge, judge_url)
+    from hba.evaluate.leaderboard import DEFAULT_TABLES, build_leaderboard
+    from hba.evaluate.score import score_run
+    from hba.report.comparison import LeaderboardTables, write_leaderboard
+    from hba.report.page import write_report
+
+    beside("3 score")
+    metrics = score_run(folder)
+    beside("4 report")
+    page = write_report(folder, atlas_root=Path(atlas) if Path(atlas).is_dir() else None)
+    board = build_leaderboard([folder], tables=DEFAULT_TABLES, names={folder: model}, max_quarantined=1.0)
+    write_leaderboard(board, folder / "leaderboard.html")
+
+    def show() -> Iterator[RenderableType]:
+        from hba.report.tables import metrics_table
+
+        yield metrics_table(metrics)
+        yield LeaderboardTables(board)
+        yield from written(page, folder / "leaderboard.html")
+        if judged is None and any(task.note and "judge" in task.note for task in metrics.tasks.values()):
+            yield f"Free-form answers have no score yet: add {bold('--judge MODEL')}."
+
+    values = {"run": str(folder), "report": str(page), "metrics": metrics.record(), "judged": judged}
+    answer(values | {"leaderboard": board.record()}, show, as_json=json)
+    failed = summary.tally.failed + summary.tally.unanswered.total()
+    if failed > allow_failed:
+        fix = "Run the same command again for those without an answer; `hba predict --retry-failed` asks the others."
+        beside(f"error: {failed} samples have no answer and count as wrong. Fix: {fix}")
+        raise typer.Exit(1)
+    finish(summary.quarantined, allow_quarantined)
+
+
+def _judged(folder: Path, model: str, base_url: str | None) -> dict[str, int]:
+    """Counts of verdicts on the free-form answers of a run."""
+    from hba.evaluate.judge.run import JudgeConfig, judge_run
+    from hba.storage import cache_folder
+
+    settings = configured(JudgeConfig, None, [*served(base_url), f"remote.cache={cache_folder() / 'responses'}"])
+    with tallied("2 judge") as progress:
+        judged = judge_run(folder, model=model, config=settings, progress=progress)
+    for text in judged.warnings:
+        warn(text)
+    if judged.unjudged:
+        beside(f"warning: {len(judged.unjudged)} answers have no verdict: their datasets have bounds and no score.")
+    return {"verdicts": len(judged.judgements), "unjudged": len(judged.unjudged)}
 
 
 def score_command(

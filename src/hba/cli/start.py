@@ -39,6 +39,11 @@ def demo_command(
         yield from (metrics_table(result.metrics), stages_table(result.stages), changes_table(result.rl))
         yield "The mini-atlas is synthetic: these scores say that the system works, not how well people are understood."
         yield f"Report: {bold(result.report)}   Time: {result.timing()}"
+        clip = next(iter(sorted((run / "atlas").rglob("*.mp4"))), "clip.mp4")
+        yield "Try what it made:"
+        yield f"  hba ask {bold(run / 'sft')} {bold(clip)}"
+        yield f"  hba eval {bold(run / 'sft')} --atlas {bold(run / 'atlas')} --run {bold(run / 'eval')}"
+        yield f"  hba explore --atlas {bold(run / 'atlas')} --runs {bold(run)}"
 
     values = {
         "metrics": result.metrics.record(),
