@@ -92,17 +92,28 @@ def test_comes_back_to_the_bit_and_is_not_decoded_again(clip, sound, keep):
     assert len(cache) == 2
 
 
-def test_a_medium_in_a_shard_is_known_by_its_checksums_wherever_the_shard_lies(clip, tmp_path, keep):
-    data = clip.read_bytes()
-    (tmp_path / "one").write_bytes(b"xx" + data)
-    (tmp_path / "two").write_bytes(b"other" + data)
-    places = [Slice(tmp_path / name, at, len(data), checksums_of(data)) for name, at in (("one", 2), ("two", 5))]
-    first, second = (keep().video(place, 4, where="w") for place in places)
-    assert same(first, second) and len(keep()) == 1
-    plain = [place._replace(checksums=b"") for place in places]  # nothing tells that they are the same
-    for source in (*plain, data):
+def test_a_medium_in_a_shard_is_known_by_its_place_and_checksums_whatever_the_shards_time(clip, tmp_path, keep):
+    data, shard = clip.read_bytes(), tmp_path / "shard"
+    shard.write_bytes(b"xx" + data)
+    place = Slice(shard, 2, len(data), checksums_of(data))
+    first = keep().video(place, 4, where="w")
+    os.utime(shard, (1, 1))
+    assert same(keep().video(place, 4, where="w"), first) and len(keep()) == 1
+    for source in (place._replace(checksums=b""), data):
         assert same(keep().video(source, 4, where="w"), first)
+    assert len(keep()) == 3
+    os.utime(shard, (2, 2))
+    keep().video(place._replace(checksums=b""), 4, where="w")  # without checksums the time is what there is
     assert len(keep()) == 4
+
+
+def test_media_of_equal_size_and_checksum_are_not_taken_for_each_other(tmp_path, keep):
+    """32 bits meet by chance among 100,000 sounds of one length; here they are made to."""
+    sounds = [make_sound(tmp_path / f"{k}.wav", seed=k, seconds=0.2).read_bytes() for k in range(2)]
+    (tmp_path / "shard").write_bytes(b"".join(sounds))
+    size = len(sounds[0])
+    one, other = (Slice(tmp_path / "shard", size * k, size, checksums_of(sounds[0])) for k in range(2))
+    assert identity_of(one) != identity_of(other)
 
 
 def test_whatever_changes_is_decoded_anew(clip, sound, keep, tmp_path, monkeypatch):
@@ -214,6 +225,8 @@ def test_the_bound_is_kept_and_said_once(tmp_path, keep, caplog):
         for path in sounds * 2:
             assert np.array_equal(cache.audio(path, where="w").samples, load_audio(path, where="w").samples)
             assert cache.num_bytes == sum(file.stat().st_size for file in cache.folder.iterdir()) <= bound
+    (cache.folder / "segment-old.txt").write_bytes(bytes(bound))  # of somebody else: none of ours
+    assert cache.num_bytes <= bound
     assert [record.message.count("is full") for record in caplog.records] == [1]
     assert len(cache) == 4
     for path in sounds[:4]:

@@ -20,6 +20,7 @@ import logging
 import mmap
 import os
 import platform
+import re
 import struct
 import time
 import zlib
@@ -53,6 +54,7 @@ _REST_SECONDS = 600.0  # after what the disk has refused, before the next attemp
 _KEY_BYTES = 32
 _PLACE = struct.Struct("<QQQI")  # segment, offset, size, CRC-32 of the entry
 _RECORD_BYTES = _KEY_BYTES + _PLACE.size + 4  # and a CRC-32 of the record
+_OWN = re.compile(r"index|segment-\d+")
 _FULL, _REFUSED, _DAMAGED = range(3)
 
 _log = logging.getLogger(__name__)
@@ -188,9 +190,9 @@ class DecodedCache:
         return self.folder / f"segment-{number}"
 
     def _sizes(self) -> dict[str, int]:
-        """Bytes of all files, by name."""
+        """Bytes of the files of the cache, by name."""
         with os.scandir(self.folder) as files:
-            return {file.name: file.stat().st_size for file in files}
+            return {file.name: file.stat().st_size for file in files if _OWN.fullmatch(file.name)}
 
     def _refresh(self) -> None:
         """Read the records that were appended since the last time; all of them where the index is another one."""
@@ -298,21 +300,22 @@ def _append(path: Path, data: bytes) -> int:
 
 
 def identity_of(source: Source) -> list[Any] | None:
-    """What tells whether a medium has changed: its content where that is known, else its place, size and time.
+    """What tells whether a medium has changed: its bytes; or its place, with its checksums, or its size and time.
 
-    None for one that is not there, or cannot be asked: its decoder says why.
+    Checksums of 32 bits alone would not tell 100,000 sounds of one length apart. None for a medium that is not there,
+    or cannot be asked: its decoder says why.
     """
     if isinstance(source, bytes):
         return ["bytes", hashlib.sha256(source).hexdigest()]
-    path = source.path if isinstance(source, Slice) else source
+    path, part = (source.path, [source.offset, source.size]) if isinstance(source, Slice) else (source, [])
+    place = [os.path.realpath(path), *part]
     if isinstance(source, Slice) and source.checksums:
-        return ["checksums", source.size, hashlib.sha256(source.checksums).hexdigest()]
+        return ["checksums", *place, hashlib.sha256(source.checksums).hexdigest()]
     try:
         status = path.stat()
     except OSError:
         return None
-    part = [source.offset, source.size] if isinstance(source, Slice) else []
-    return ["file", os.path.realpath(path), status.st_size, status.st_mtime_ns, *part]
+    return ["time", *place, status.st_size, status.st_mtime_ns]
 
 
 @cache
