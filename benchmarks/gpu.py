@@ -27,6 +27,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -233,9 +234,8 @@ def run_child(arguments: Sequence[str]) -> None:
     import torch
 
     import hba.cli
-    from hba.model import checkpoint
 
-    checkpoint.thinker_class()
+    import_module("transformers.models.qwen2_5_omni.modeling_qwen2_5_omni")
     on_gpu, started = torch.cuda.is_available(), time.perf_counter()
     if file := os.environ.get("HBA_BENCHMARK_GROUP"):
         store = torch.distributed.FileStore(file, 1)

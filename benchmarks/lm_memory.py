@@ -26,24 +26,24 @@ from hba import open_atlas
 from hba.batch.config import EncodeConfig
 from hba.batch.encode import Batch, collate, encoder_for
 from hba.batch.prompt import FormatMix
-from hba.model import chat
+from hba.model import OmniSapiens
 from hba.model.heads import answer_loss
 
 VOCABULARY = 151_936
 SAMPLES = 4
 
 
-def full_logits(model: chat.ChatModel, batch: Batch) -> Tensor:
+def full_logits(model: OmniSapiens, batch: Batch) -> Tensor:
     """The answer loss by way of the logits of every token, as a forward without `labels` gives them."""
     assert batch.labels_BT is not None
     logits_BTV = model.transformer(**batch.inputs, use_cache=False).logits
     return answer_loss(logits_BTV[:, :-1][batch.labels_BT[:, 1:] != -100], batch.labels_BT)
 
 
-def response_logits(model: chat.ChatModel, batch: Batch) -> Tensor:
+def response_logits(model: OmniSapiens, batch: Batch) -> Tensor:
     """The answer loss as `hba train lm` computes it."""
     assert batch.labels_BT is not None
-    return answer_loss(model(batch), batch.labels_BT)
+    return answer_loss(model(batch).answer_logits_NV, batch.labels_BT)
 
 
 WAYS = {"full": full_logits, "response": response_logits}
@@ -52,7 +52,7 @@ WAYS = {"full": full_logits, "response": response_logits}
 def step(way: str, atlas: Path, backbone: Path, tokens: int) -> dict[str, Any]:
     """Peak memory, seconds, loss and gradient norm of one step, measured in this process."""
     torch.set_num_threads(1)
-    model = chat.load(backbone, dtype="float32")
+    model = OmniSapiens.from_pretrained(backbone, dtype="float32", heads=False)
     batch = filled(model, atlas, tokens)
     WAYS[way](model, filled(model, atlas, 0)).backward()  # what is allocated once is not counted
     model.zero_grad(set_to_none=False)
@@ -65,7 +65,7 @@ def step(way: str, atlas: Path, backbone: Path, tokens: int) -> dict[str, Any]:
     return {"megabytes": peak - before, "seconds": seconds, "loss": float(loss.detach()), "grad_norm": float(norm)}
 
 
-def filled(model: chat.ChatModel, atlas: Path, tokens: int) -> Batch:
+def filled(model: OmniSapiens, atlas: Path, tokens: int) -> Batch:
     """A batch whose prompts are filled up to `tokens` tokens with words."""
     enc = encoder_for(
         model.processor, EncodeConfig(modalities=("audio",)), answers=True, wording=FormatMix(["boxed"])
@@ -92,7 +92,7 @@ def made(folder: Path) -> tuple[Path, Path]:
 
     build_mini_atlas(folder / "atlas", size="tiny", seed=0, workers=1)
     build_tiny(folder / "tiny", atlas_texts(open_atlas(folder / "atlas", split="train")), seed=0)
-    model = chat.load(folder / "tiny", dtype="float32")
+    model = OmniSapiens.from_pretrained(folder / "tiny", dtype="float32", heads=False)
     model.transformer.resize_token_embeddings(VOCABULARY, mean_resizing=False)
     model.transformer.save_pretrained(folder / "large")
     model.processor.save_pretrained(folder / "large")

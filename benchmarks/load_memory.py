@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,13 @@ def rank(folder: Path, strategy: str, way: str, turn: int) -> dict[str, float]:
     import torch.distributed
     from accelerate import Accelerator
 
-    from hba.model import OmniSapiens, checkpoint
+    from hba.model import OmniSapiens
     from hba.model.config import ModelConfig
     from hba.model.omni import apply_strategy
     from hba.train.ranks import prepare_model
 
     accelerator = Accelerator()
-    checkpoint.thinker_class()
+    import_module("transformers.models.qwen2_5_omni.modeling_qwen2_5_omni")
     dtype = "float32" if strategy == "full" else "bfloat16"
     found: dict[str, float] = {}
     model: Any = None

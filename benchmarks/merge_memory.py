@@ -37,7 +37,7 @@ def build(folder: Path) -> None:
 
     build_mini_atlas(folder / "atlas", size="tiny", seed=0, workers=1)
     build_tiny(folder / "tiny", atlas_texts(open_atlas(folder / "atlas", split="train")), seed=0)
-    thinker = checkpoint.thinker_class()
+    thinker = checkpoint.backbone_class(folder / "tiny")
     config = thinker.config_class.from_pretrained(folder / "tiny")
     text = config.text_config
     for name, value in WIDTHS.items():
@@ -70,7 +70,7 @@ def imports(folder: Path) -> None:
         import_module(name)
     from hba.model import checkpoint
 
-    checkpoint.thinker_class()
+    checkpoint.backbone_class(folder / "base")
     checkpoint.load_processor(folder / "base")
 
 
@@ -91,7 +91,7 @@ def whole(folder: Path, dtype: str) -> None:
 
     from hba.model import OmniSapiens
 
-    thinker = OmniSapiens.from_pretrained(folder / "lora", dtype="float32").thinker
+    thinker = OmniSapiens.from_pretrained(folder / "lora", dtype="float32").transformer
     for parent in list(thinker.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, BaseTunerLayer):

@@ -36,7 +36,7 @@ from hba.evaluate.judge.run import JudgeConfig, judge_run
 from hba.evaluate.predict import predict_run
 from hba.evaluate.score import score_run
 from hba.explorer.server import create_app
-from hba.model.chat import load_processor
+from hba.model.checkpoint import load_processor
 from hba.remote import ClientConfig
 from hba.report.page import write_report
 from hba.run import RunFolder

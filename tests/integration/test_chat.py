@@ -14,11 +14,11 @@ from hba.batch.config import EncodeConfig
 from hba.batch.encode import IGNORED, collate, encoder_for, end_token_id, media_placeholders
 from hba.batch.prompt import FormatMix
 from hba.errors import ConfigError, InputError, MediaError
-from hba.model import chat
+from hba.model import OmniSapiens
 from hba.model.config import ModelConfig
 from hba.model.generate import media_token_ids
 from hba.model.heads import answer_loss
-from hba.model.omni import LORA_TARGETS
+from hba.model.omni import apply_strategy, lora_targets
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import tiny_chat
@@ -37,7 +37,8 @@ def folders(backbone, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(folders):
-    return {family: chat.load(folder, dtype="float32").eval() for family, folder in folders.items()}
+    how = {"dtype": "float32", "heads": False}
+    return {family: OmniSapiens.from_pretrained(folder, **how).eval() for family, folder in folders.items()}
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def test_answer_logits_are_those_of_the_whole_model(models, train, family):
     batch = batch_of(encoder(models, family, answers=True), some(train))
     model = models[family]
     with torch.no_grad():
-        ours_NV = model(batch)
+        ours_NV = model(batch).answer_logits_NV
         full_BTV = model.transformer(**batch.inputs, use_cache=False).logits
     mask_BT = batch.labels_BT[:, 1:] != IGNORED
     torch.testing.assert_close(ours_NV, full_BTV[:, :-1][mask_BT], atol=1e-6, rtol=1e-5)
@@ -102,7 +103,7 @@ def test_the_loss_is_that_of_transformers_with_the_end_token_and_one_shift(model
     for sample in some(train, 1):
         batch = batch_of(enc, [sample])
         with torch.no_grad():
-            ours = answer_loss(model(batch), batch.labels_BT)
+            ours = answer_loss(model(batch).answer_logits_NV, batch.labels_BT)
             logits_TV = model.transformer(**batch.inputs, use_cache=False).logits[0].float()
         labels_T = batch.labels_BT[0]
         theirs = torch.nn.functional.cross_entropy(logits_TV[:-1], labels_T[1:], ignore_index=IGNORED)
@@ -151,10 +152,10 @@ def test_a_row_says_one_of_its_choices_and_a_free_one_what_it_would(models, trai
     model, samples = models[family], some(train)
     batch = batch_of(encoder(models, family), samples)
     offered = [["sad", "sad and angry", "not sarcasm"] if i % 2 else [] for i in range(len(samples))]
-    free, bound = (model.generate(batch, max_new_tokens=12, choices=choices) for choices in ((), offered))
+    free, bound = (model.say(batch, max_new_tokens=12, choices=choices) for choices in ((), offered))
     for i, choices in enumerate(offered):
         assert bound[i].text in choices if choices else bound[i] == free[i]
-    drawn = model.generate(batch, max_new_tokens=12, temperature=3.0, choices=offered)
+    drawn = model.say(batch, max_new_tokens=12, temperature=3.0, choices=offered)
     assert all(said.text in choices for said, choices in zip(drawn, offered, strict=True) if choices)
 
 
@@ -163,8 +164,8 @@ def test_left_padding_is_no_prompt_and_a_batch_equals_single_samples(models, tra
     enc, model, samples = encoder(models, family, answers=True), models[family], some(train)
     batch = batch_of(enc, samples)
     with torch.no_grad():
-        together_NV = model(batch)
-        alone_NV = torch.cat([model(batch_of(enc, [sample])) for sample in samples])
+        together_NV = model(batch).answer_logits_NV
+        alone_NV = torch.cat([model(batch_of(enc, [sample])).answer_logits_NV for sample in samples])
     torch.testing.assert_close(together_NV, alone_NV, atol=2e-5, rtol=1e-4)
     lengths = [int((enc.encode(s).input_ids_T).numel()) for s in samples]
     assert batch.prompt_mask.sum(1).tolist() == lengths and len(set(lengths)) > 1
@@ -180,7 +181,7 @@ def test_another_medium_changes_the_loss(models, train, family, modality):
     sample, donor = seen_by(train, modality)
     with torch.no_grad():
         losses = [
-            answer_loss(models[family](batch), batch.labels_BT)
+            answer_loss(models[family](batch).answer_logits_NV, batch.labels_BT)
             for batch in (batch_of(enc, [sample]), swapped(enc, sample, donor, modality))
         ]
     assert abs(float(losses[0] - losses[1])) > 1e-4
@@ -189,8 +190,8 @@ def test_another_medium_changes_the_loss(models, train, family, modality):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_of_a_mixed_batch_equals_single_samples(models, train, family):
     enc, model, samples = encoder(models, family), models[family], some(train)
-    together = model.generate(batch_of(enc, samples), max_new_tokens=8)
-    alone = [model.generate(batch_of(enc, [sample]), max_new_tokens=8)[0] for sample in samples]
+    together = model.say(batch_of(enc, samples), max_new_tokens=8)
+    alone = [model.say(batch_of(enc, [sample]), max_new_tokens=8)[0] for sample in samples]
     assert together == alone
     assert all(1 <= said.tokens <= 8 for said in together)
 
@@ -275,8 +276,8 @@ def test_encoders_survive_pickling_and_give_the_same(models, train):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lora_stays_in_the_language_model(folders, family):
-    model = chat.load(folders[family], dtype="float32")
-    chat.prepare(model, ModelConfig(name="x", strategy="lora", lora_r=2))
+    model = OmniSapiens.from_pretrained(folders[family], dtype="float32", heads=False)
+    apply_strategy(model, ModelConfig(name="x", strategy="lora", lora_r=2))
     trained = [n for n, p in model.transformer.named_parameters() if p.requires_grad]
     assert trained and all("lora_" in n and "layers" in n for n in trained)
     assert not any("visual" in n or "audio" in n or "vision" in n for n in trained)
@@ -284,17 +285,19 @@ def test_lora_stays_in_the_language_model(folders, family):
         assert any(kind in n for n in trained)
 
 
-def test_lora_targets_of_qwen_omni_are_those_of_omni_sapiens(models):
+def test_lora_targets_of_qwen_omni_are_those_of_the_paper(models):
     import re
 
+    paper = r"model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
+
     names = [n for n, m in models["qwen_omni"].transformer.named_modules() if isinstance(m, torch.nn.Linear)]
-    found = chat.lora_targets(models["qwen_omni"].transformer)
-    assert [n for n in names if re.fullmatch(found, n)] == [n for n in names if re.fullmatch(LORA_TARGETS, n)]
+    found = lora_targets(models["qwen_omni"].transformer)
+    assert [n for n in names if re.fullmatch(found, n)] == [n for n in names if re.fullmatch(paper, n)]
 
 
 def test_heads_alone_cannot_be_trained_in_a_chat_model(models):
     with pytest.raises(ConfigError, match=r"model\.strategy"):
-        chat.prepare(models["gemma"], ModelConfig(name="x", strategy="heads"))
+        apply_strategy(models["gemma"], ModelConfig(name="x", strategy="heads"))
 
 
 def test_a_folder_without_a_chat_template_is_refused(tmp_path, folders):
@@ -303,6 +306,6 @@ def test_a_folder_without_a_chat_template_is_refused(tmp_path, folders):
     shutil.copytree(folders["qwen_vl"], tmp_path / "base")
     (tmp_path / "base" / "chat_template.jinja").unlink()
     with pytest.raises(InputError, match="no chat template"):
-        chat.load(tmp_path / "base")
-    with pytest.raises(InputError, match="cannot load the model"):
-        chat.load("nobody/no-such-model")
+        OmniSapiens.from_pretrained(tmp_path / "base", heads=False)
+    with pytest.raises(InputError, match="cannot load backbone"):
+        OmniSapiens.from_pretrained("nobody/no-such-model", heads=False)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hba.batch.config import EncodeConfig
 from hba.batch.encode import Encoder, collate
 from hba.config import load_config
 from hba.errors import ConfigError, InputError
-from hba.model import OmniSapiens, chat, checkpoint
+from hba.model import OmniSapiens, checkpoint
 from hba.model.config import ModelConfig
 from hba.model.omni import apply_strategy
 from hba.train.config import SftConfig
@@ -50,7 +51,7 @@ def test_saved_and_loaded_models_agree(backbone, batch, tmp_path, strategy):
 def test_lora_trains_the_language_model_and_the_heads_alone(backbone):
     model = trained(backbone, "lora")
     names = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert names and all(n.startswith(("thinker.model.layers.", "heads.")) for n in names)
+    assert names and all(n.startswith(("transformer.model.layers.", "heads.")) for n in names)
     assert all("lora_" in n for n in names if n.startswith("thinker."))
 
 
@@ -107,13 +108,13 @@ def test_a_checkpoint_opens_from_any_folder(backbone, tmp_path, monkeypatch):
     hashes = checkpoint.backbone_hashes(folder)
     for card in (name, "models/tiny"):
         old(folder, card)
-        assert OmniSapiens.from_pretrained(folder) and chat.load(folder)
+        assert OmniSapiens.from_pretrained(folder) and OmniSapiens.from_pretrained(folder, heads=False)
         assert checkpoint.backbone_hashes(folder) == hashes
         checkpoint.link(folder, tmp_path / card.replace("/", "-") / "later", speaks=True)
         assert checkpoint.read_card(tmp_path / card.replace("/", "-") / "later")["backbone"] == name
 
 
-@pytest.mark.parametrize("load", [OmniSapiens.from_pretrained, chat.load])
+@pytest.mark.parametrize("load", [OmniSapiens.from_pretrained, partial(OmniSapiens.from_pretrained, heads=False)])
 @pytest.mark.parametrize("name", ["/nowhere/models/tiny", "nowhere/models/tiny/7", "models/tiny"])
 def test_a_backbone_that_is_gone_is_named_with_the_places_where_it_was_looked_for(
     backbone, tmp_path, monkeypatch, name, load
@@ -147,10 +148,10 @@ def test_lora_of_another_rank_or_alpha_is_refused_with_what_to_type(backbone, tm
     trained(backbone, "lora").save_pretrained(tmp_path, backbone=str(backbone), strategy="lora", encode=ENCODE)
     wanted = {"lora_r": 4, "lora_alpha": 64, **change} if change else {}
     config = ModelConfig(name=str(tmp_path), **wanted)
-    whole, words = OmniSapiens.from_pretrained(tmp_path), chat.load(tmp_path)
-    for model, prepare in ((whole, apply_strategy), (words, chat.prepare)):
+    whole, words = OmniSapiens.from_pretrained(tmp_path), OmniSapiens.from_pretrained(tmp_path, heads=False)
+    for model in (whole, words):
         with pytest.raises(ConfigError, match=r"LoRA layers of rank 4 and alpha 64, the config asks for") as refused:
-            prepare(model, config)
+            apply_strategy(model, config)
         assert fix in refused.value.fix and "hba merge" in refused.value.fix
 
 

@@ -65,7 +65,7 @@ def test_every_tower_gets_a_gradient_from_the_loss_of_the_heads(fresh, mini_atla
     batch = batch_with_every_medium(fresh, open_atlas(mini_atlas, split="train"))
     sft_loss(fresh, batch, answer_weight=0.0).backward()
     grown = {name for name, p in fresh.named_parameters() if p.grad is not None and bool((p.grad != 0).any())}
-    for part in ("thinker.audio_tower.conv1", "thinker.visual.patch_embed", "thinker.model.embed_tokens", "heads."):
+    for part in ("transformer.audio_tower.conv1", "transformer.visual.patch_embed", "transformer.model.embed_tokens", "heads."):
         assert any(name.startswith(part) for name in grown), part
 
 
@@ -85,7 +85,7 @@ def test_a_modality_that_is_switched_off_reaches_nothing(fresh, mini_atlas):
 
 @pytest.mark.parametrize("rates", [{}, {"heads.": 1e-2}])
 def test_every_trained_parameter_is_in_one_group_of_one_optimizer(fresh, rates):
-    fresh.thinker.audio_tower.requires_grad_(False)
+    fresh.transformer.audio_tower.requires_grad_(False)
     optimizer = build_optimizer(fresh, TrainConfig(learning_rate=1e-3), rates)
     held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     assert len(held) == len(set(held))

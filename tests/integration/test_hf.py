@@ -220,16 +220,17 @@ def test_a_broken_medium_is_quarantined_and_scored_rows_stay(tmp_path, mini_atla
 
 def test_a_language_head_of_stage_two_is_heard_and_adapters_are_not_ignored(tmp_path, mini_atlas, backbone):
     from hba.batch.config import EncodeConfig
-    from hba.model import chat
+    from hba.model import OmniSapiens
 
     model = OmniSapiens.from_pretrained(backbone)
     model.own_lm_head = True
     model.untie_lm_head()
     with torch.no_grad():
-        model.thinker.lm_head.weight.copy_(model.thinker.lm_head.weight.flip(0))
+        model.transformer.lm_head.weight.copy_(model.transformer.lm_head.weight.flip(0))
     folder = tmp_path / "qa"
     model.save_pretrained(folder, backbone=str(backbone), strategy="heads", encode=EncodeConfig())
-    assert torch.equal(chat.load(folder).transformer.lm_head.weight, model.thinker.lm_head.weight)
+    heard = OmniSapiens.from_pretrained(folder, heads=False)
+    assert torch.equal(heard.transformer.lm_head.weight, model.transformer.lm_head.weight)
     config = load_config(LmConfig, None, [f"atlas={mini_atlas}", f"model.name={folder}", "model.strategy=full"])
     started = RunFolder.open(tmp_path / "lm", config=config, command="train lm", seed=0)
     with started as run, pytest.raises(InputError, match="language head of its own"):

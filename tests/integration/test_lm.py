@@ -19,7 +19,7 @@ from hba.config import load_config
 from hba.errors import ConfigError, InputError
 from hba.evaluate.config import PredictConfig
 from hba.evaluate.predict import Selection, open_rows
-from hba.model import OmniSapiens, chat, checkpoint
+from hba.model import OmniSapiens, checkpoint
 from hba.run import RunFolder
 from hba.storage import read_json, read_jsonl, write_json
 from hba.train.config import LmConfig
@@ -72,7 +72,8 @@ def test_the_loss_falls_and_validation_scores_the_response_tokens(straight):
 
 
 def test_the_figures_of_a_validation_are_those_of_answers_without_their_end_tokens(straight, mini_atlas):
-    model, step = chat.load(straight, dtype="float32").eval(), checkpoint.resolve(straight).name
+    model = OmniSapiens.from_pretrained(straight, dtype="float32", heads=False).eval()
+    step = checkpoint.resolve(straight).name
     config = load_config(LmConfig, straight / "config.yaml")
     wording = FormatMix(config.formats, reasoning=config.reasoning, seed=config.train.seed)
     atlas = open_atlas(mini_atlas, split="validation[:16]")
@@ -110,8 +111,8 @@ def test_a_run_is_asked_in_the_format_that_it_was_trained_in(straight, tmp_path,
 
 
 def test_a_checkpoint_opens_as_a_chat_model_and_as_omni_sapiens(straight):
-    one, other = chat.load(straight, dtype="float32"), OmniSapiens.from_pretrained(straight)
-    theirs = other.thinker.state_dict()
+    one, other = (OmniSapiens.from_pretrained(straight, dtype="float32", heads=heads) for heads in (False, True))
+    theirs = other.transformer.state_dict()
     for name, tensor in one.transformer.state_dict().items():
         assert torch.equal(tensor, theirs[name])
     assert one.processor.chat_template == other.processor.chat_template
@@ -162,7 +163,7 @@ def test_other_families_train_with_lora_and_load_again(family, tmp_path, mini_at
     saved = checkpoint.resolve(run)
     assert (saved / "adapter_model.safetensors").is_file() and not (saved / "model.safetensors").is_file()
     assert checkpoint.read_card(saved)["backbone"] == str(folder)
-    loaded = chat.load(run, dtype="float32").transformer
+    loaded = OmniSapiens.from_pretrained(run, dtype="float32", heads=False).transformer
     adapters = [tensor for name, tensor in loaded.state_dict().items() if "lora_B" in name]
     assert adapters and any(tensor.abs().max() > 0 for tensor in adapters)
 

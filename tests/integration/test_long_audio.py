@@ -24,7 +24,7 @@ from hba.errors import ConfigError, MediaError
 from hba.evaluate.config import PredictConfig
 from hba.evaluate.predict import predict_run
 from hba.model import OmniSapiens
-from hba.model.chat import load_processor
+from hba.model.checkpoint import load_processor
 from hba.run import RunFolder
 from hba.storage import read_json, read_jsonl
 from hba.train.bam import train_bam
@@ -96,7 +96,7 @@ def test_a_long_recording_takes_memory_by_its_length(recordings: Path, model: Om
     assert sum(mel.shape[1] for each in (windows, *windows.windows) for mel in each.mels) == whole.mels[0].shape[1]
     assert windows.num_bytes < 1.2 * whole.num_bytes
     seen = []
-    hook = model.thinker.model.register_forward_pre_hook(
+    hook = model.transformer.model.register_forward_pre_hook(
         lambda _, __, given: seen.append(given["inputs_embeds"].shape[:2]), with_kwargs=True
     )
     model.classify(batch(encoder(model, long_audio="windows"), atlas, "eleven", "short"))

@@ -228,7 +228,7 @@ def test_published_weights_are_dealt_out_from_their_files_and_train_as_whole_one
     """The files are in bfloat16, what trains and what is frozen is float32: each rank converts its own rows."""
     halved = tmp_path / "halved"
     model = OmniSapiens.from_pretrained(backbone, dtype="bfloat16")
-    model.thinker.save_pretrained(halved)
+    model.transformer.save_pretrained(halved)
     model.processor.save_pretrained(halved)
     config = [f"atlas={mini_atlas}", f"model.name={halved}", *SMALL, *strategy, "train.max_steps=3"]
     for name, ranks, extra in (("whole", 1, []), ("dealt", 2, [SHARDED])):

@@ -85,12 +85,16 @@ def test_forward_equals_the_thinker_of_transformers(model, encoder, by_signature
     batch = batch_of(encoder, samples)
     with torch.no_grad():
         ours = model(batch)
-        theirs = model.thinker(**batch.inputs, use_cache=False, output_hidden_states=True)
+        theirs = model.transformer(**batch.inputs, use_cache=False, output_hidden_states=True)
         mask = batch.inputs["attention_mask"].unsqueeze(-1)
         expected = (theirs.hidden_states[-2] * mask).sum(1) / mask.sum(1)
-        logits = model.thinker.lm_head(ours.last_hidden_BTH)
+        words = batch_of(Encoder(encoder.processor, encoder.config, answers=True), samples)
+        answers, whole = model(words), model.transformer(**words.inputs, use_cache=False).logits
     torch.testing.assert_close(ours.pooled_BH, expected, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(logits, theirs.logits, atol=1e-6, rtol=1e-5)
+    expected = whole[:, :-1][words.labels_BT[:, 1:] != -100]
+    torch.testing.assert_close(answers.answer_logits_NV, expected, atol=1e-6, rtol=1e-5)
+    said = model.transformer.lm_head(answers.answer_states_NH)
+    torch.testing.assert_close(said, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_a_mixed_left_padded_batch_equals_single_samples(model, encoder, by_signature):
@@ -160,20 +164,20 @@ def test_generation_of_a_batch_equals_single_samples_and_has_no_media_tokens(mod
     together = model.generate(batch_of(encoder, samples), max_new_tokens=8)
     alone = [model.generate(batch_of(encoder, [s]), max_new_tokens=8)[0] for s in samples]
     assert together == alone
-    assert len(media_token_ids(model.thinker.config)) == 7
+    assert len(media_token_ids(model.transformer.config)) == 7
 
 
 def test_cached_generation_equals_teacher_forcing(model, encoder, by_signature):
     batch = batch_of(encoder, by_signature["text_video_audio"])
-    out = model.thinker.generate(
+    out = model.transformer.generate(
         **batch.inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False, output_logits=True,
-        return_dict_in_generate=True, suppress_tokens=media_token_ids(model.thinker.config),
+        return_dict_in_generate=True, suppress_tokens=media_token_ids(model.transformer.config),
     )  # fmt: skip
     length = batch.inputs["input_ids"].shape[1]
     longer = dict(batch.inputs, input_ids=out.sequences)
     longer["attention_mask"] = torch.nn.functional.pad(batch.inputs["attention_mask"], (0, 6), value=1)
     with torch.no_grad():
-        forced = model.thinker(**longer, use_cache=False).logits[:, length - 1 : -1]
+        forced = model.transformer(**longer, use_cache=False).logits[:, length - 1 : -1]
     torch.testing.assert_close(torch.stack(out.logits, 1), forced, atol=2e-5, rtol=1e-4)
 
 
@@ -195,7 +199,7 @@ def test_the_answer_loss_is_that_of_the_thinker_and_includes_the_end_token(model
         batch = collate([encoder.encode(sample)], pad_token_id=encoder.pad_token_id)
         with torch.no_grad():
             ours = answer_loss(model(batch).answer_logits_NV, batch.labels_BT)
-            theirs = model.thinker(**batch.inputs, labels=batch.labels_BT, use_cache=False).loss
+            theirs = model.transformer(**batch.inputs, labels=batch.labels_BT, use_cache=False).loss
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
         labelled = batch.labels_BT[batch.labels_BT != IGNORED]
         assert labelled[-1] == model.processor.tokenizer.eos_token_id

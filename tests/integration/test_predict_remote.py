@@ -229,8 +229,8 @@ def test_the_engine_serves_an_adapter_as_it_is_and_names_what_has_to_be_merged(
         served(str(backbone))
     whole = tmp_path / "whole"
     whole.mkdir()
-    write_thinker(model.thinker, whole, dtype=torch.float32)
-    model.thinker.generation_config.save_pretrained(whole)
+    write_thinker(model.transformer, whole, dtype=torch.float32)
+    model.transformer.generation_config.save_pretrained(whole)
     model.processor.save_pretrained(whole)
     small = ["train.max_steps=1", "train.batch_size=4", "encode.num_frames=2", "encode.max_pixels=3136"]
     options = [f"atlas={mini_atlas}", f"model.name={whole}", "loader.workers=0", "model.lora_r=5", *small]

@@ -23,7 +23,7 @@ from hba.errors import InputError
 from hba.evaluate.backends.interface import LOCAL
 from hba.evaluate.config import PredictConfig
 from hba.evaluate.predict import EVERYTHING, open_rows
-from hba.model import OmniSapiens, chat, checkpoint
+from hba.model import OmniSapiens, checkpoint
 from hba.model.config import ModelConfig
 from hba.model.heads import masked_mean
 from hba.model.merge import merge_checkpoint, merge_released
@@ -82,7 +82,7 @@ def merged(lora, tmp_path_factory):
 
 def test_plain_transformers_loads_a_merged_model_with_equal_logits(lora, merged, batch, backbone):
     plain = Thinker.from_pretrained(merged)
-    expected = token_logits(lora[0].thinker, batch)
+    expected = token_logits(lora[0].transformer, batch)
     assert torch.allclose(token_logits(plain, batch), expected, atol=1e-4)
     assert not torch.allclose(token_logits(Thinker.from_pretrained(backbone), batch), expected, atol=1e-2)
     processor = AutoProcessor.from_pretrained(merged)
@@ -161,7 +161,7 @@ def adapted(base, out, **options):
     torch.manual_seed(0)
     model = OmniSapiens.from_pretrained(base, dtype="float32").requires_grad_(False)
     how = {"r": 4, "lora_alpha": 8, "target_modules": LORA_TARGETS, **options}
-    model.thinker.add_adapter(LoraConfig(**how))
+    model.transformer.add_adapter(LoraConfig(**how))
     for name, parameter in model.named_parameters():
         parameter.requires_grad = "lora_" in name
     shaken(model).save_pretrained(out, backbone=str(base), strategy="lora", encode=ENCODE)
@@ -170,7 +170,7 @@ def adapted(base, out, **options):
 
 def merged_whole(folder, dtype):
     """The thinker of a checkpoint with LoRA folded in, in memory, by PEFT."""
-    thinker = OmniSapiens.from_pretrained(folder, dtype="float32").thinker
+    thinker = OmniSapiens.from_pretrained(folder, dtype="float32").transformer
     for module in list(thinker.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, BaseTunerLayer):
@@ -221,7 +221,7 @@ def test_a_language_head_and_every_strategy_are_merged_from_shards(backbone, tmp
     model.own_lm_head = True
     model.untie_lm_head()
     with torch.no_grad():
-        model.thinker.lm_head.weight.add_(0.5)
+        model.transformer.lm_head.weight.add_(0.5)
     model.save_pretrained(tmp_path / "ck", backbone=str(base), strategy=strategy, encode=ENCODE)
     merge_checkpoint(tmp_path / "ck", tmp_path / "out", dtype="float32")
     ours, whole = stored(tmp_path / "out")[0], merged_whole(tmp_path / "ck", torch.float32)
@@ -229,7 +229,7 @@ def test_a_language_head_and_every_strategy_are_merged_from_shards(backbone, tmp
     assert not [name for name in whole if not torch.equal(ours[name], whole[name])]
     assert not torch.equal(ours["thinker.lm_head.weight"], ours["thinker.model.embed_tokens.weight"])
     plain = Thinker.from_pretrained(tmp_path / "out")
-    assert torch.equal(plain.lm_head.weight, model.thinker.lm_head.weight)
+    assert torch.equal(plain.lm_head.weight, model.transformer.lm_head.weight)
 
 
 def test_a_merge_holds_a_layer_at_a_time_and_reads_every_byte_once(backbone, tmp_path, monkeypatch):
@@ -292,14 +292,16 @@ def test_a_chat_model_is_merged_as_its_own_class(family, backbone, tmp_path):
     """What generative SFT of a model other than Qwen2.5-Omni leaves."""
     torch.manual_seed(0)
     name = str(tiny_chat.build(family, backbone, tmp_path / "base"))
-    model = chat.prepare(chat.load(name, dtype="float32"), ModelConfig(name=name, lora_r=4))
-    chat.save(shaken(model), tmp_path / "ck", backbone=name, strategy="lora", encode=ENCODE)
+    model = OmniSapiens.from_pretrained(name, dtype="float32", heads=False)
+    apply_strategy(model, ModelConfig(name=name, lora_r=4))
+    shaken(model).save_pretrained(tmp_path / "ck", backbone=name, strategy="lora", encode=ENCODE)
     merge_checkpoint(tmp_path / "ck", tmp_path / "out", dtype="float32")
     plain = type(model.transformer).from_pretrained(tmp_path / "out").eval()
     tokens = torch.arange(5, 25)[None]
     with torch.inference_mode():
         ours, theirs = (m(input_ids=tokens).logits for m in (plain, model.transformer))
-        base = chat.load(name, dtype="float32").transformer.eval()(input_ids=tokens).logits
+        untrained = OmniSapiens.from_pretrained(name, dtype="float32", heads=False).transformer.eval()
+        base = untrained(input_ids=tokens).logits
     assert torch.allclose(ours, theirs, atol=1e-4)
     assert not torch.allclose(base, theirs, atol=1e-2)
     assert not (tmp_path / "out" / "adapter_config.json").exists()
@@ -467,11 +469,11 @@ def test_the_language_head_of_stage_2_is_in_the_merged_model(lora, tmp_path):
     model = OmniSapiens.from_pretrained(folder)
     model.untie_lm_head()
     with torch.no_grad():
-        model.thinker.lm_head.weight.add_(0.5)
-    checkpoint.save_lm_head(model.thinker.lm_head.weight, folder)
+        model.transformer.lm_head.weight.add_(0.5)
+    checkpoint.save_lm_head(model.transformer.lm_head.weight, folder)
     merge_checkpoint(folder, tmp_path / "out", dtype="float32")
     plain = Thinker.from_pretrained(tmp_path / "out")
-    assert torch.equal(plain.lm_head.weight, model.thinker.lm_head.weight)
+    assert torch.equal(plain.lm_head.weight, model.transformer.lm_head.weight)
     assert not torch.equal(plain.lm_head.weight, plain.get_input_embeddings().weight)
 
 

@@ -20,7 +20,7 @@ from hba.batch.encode import collate, encoder_for
 from hba.batch.prompt import FormatMix
 from hba.batch.sampler import MixConfig
 from hba.errors import HbaError, InputError
-from hba.model import chat
+from hba.model import OmniSapiens
 from hba.model.generate import media_token_ids
 from hba.report.page import write_report
 from hba.rl import evaluation_log, local, rollout
@@ -39,7 +39,7 @@ def reward(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def policy(backbone):
-    return chat.load(backbone, dtype="float32").eval()
+    return OmniSapiens.from_pretrained(backbone, dtype="float32", heads=False).eval()
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def test_entropy_is_that_of_the_distribution(policy, encoded):
     prompts = batch_of(encoded, encoded.samples[:1])
     batch = local_batch(prompts, [torch.tensor([5, 6])], encoded)
     with torch.no_grad():
-        logits = policy(batch)
+        logits = policy(batch).answer_logits_NV
         found = probabilities(policy, policy, batch, 1.0)
     logits[:, media_token_ids(policy.transformer.config, policy.processor)] = -math.inf
     expected = torch.distributions.Categorical(logits=logits).entropy()
@@ -213,7 +213,7 @@ def test_a_reader_is_given_the_logits_that_the_model_makes(policy, encoded):
     """Capped and scaled as some models do; an unknown change behind the head is refused."""
     batch = local_batch(batch_of(encoded, encoded.samples[:1]), [torch.tensor([5, 6, 7])], encoded)
     config, head = policy.transformer.config.get_text_config(), policy.transformer.get_output_embeddings()
-    capped = chat.ChatModel(policy.transformer, policy.processor)
+    capped = OmniSapiens(policy.transformer, policy.processor)
 
     def forward(*args, **options):
         output = plain(*args, **options)
@@ -226,7 +226,8 @@ def test_a_reader_is_given_the_logits_that_the_model_makes(policy, encoded):
         with pytest.raises(InputError, match="changes logits behind its language head"):
             capped(batch, lambda states, head: head(states))
         patch.setattr(config, "final_logit_softcapping", 3.0, raising=False)
-        torch.testing.assert_close(capped(batch, lambda states, head: head(states)), capped(batch))
+        read = capped(batch, lambda states, head: head(states))
+        torch.testing.assert_close(read.answer_logits_NV, capped(batch).answer_logits_NV)
     assert head is policy.transformer.get_output_embeddings()
 
 
@@ -333,7 +334,7 @@ def test_towers_and_embeddings_stay_as_they_were(straight, backbone):
 
 
 def test_a_policy_opens_again_and_the_next_stage_may_start_from_it(straight):
-    opened = chat.load(straight, dtype="float32")
+    opened = OmniSapiens.from_pretrained(straight, dtype="float32", heads=False)
     assert read_json(straight / "checkpoints" / "best.json")["step"] in (0, 2, 4)
     assert opened.processor.tokenizer.pad_token_id is not None
 

@@ -13,7 +13,7 @@ from hba import open_atlas
 from hba.batch.config import EncodeConfig
 from hba.batch.encode import encoder_for
 from hba.batch.prompt import FormatMix
-from hba.model import chat
+from hba.model import OmniSapiens
 from hba.report.page import write_report
 from hba.report.rl import changes, changes_table
 from hba.rl.config import RolloutConfig
@@ -31,7 +31,7 @@ def reward(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def policy(backbone):
-    return chat.load(backbone, dtype="float32").eval()
+    return OmniSapiens.from_pretrained(backbone, dtype="float32", heads=False).eval()
 
 
 class Kept:

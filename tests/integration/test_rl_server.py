@@ -25,7 +25,7 @@ from hba.batch.encode import collate, encoder_for
 from hba.batch.prompt import FormatMix
 from hba.config import load_config
 from hba.errors import ConfigError, HbaError
-from hba.model import chat
+from hba.model import OmniSapiens
 from hba.report.page import write_report
 from hba.rl import local
 from hba.rl.config import RlConfig
@@ -84,7 +84,7 @@ def served(backbone):
 @pytest.fixture(scope="module")
 def prompts(mini_atlas, backbone):
     """A policy, and a batch with two rows for a sample of each signature."""
-    policy = chat.load(backbone, dtype="float32").eval()
+    policy = OmniSapiens.from_pretrained(backbone, dtype="float32", heads=False).eval()
     atlas = open_atlas(mini_atlas, split="train")
     encoder = encoder_for(policy.processor, ENCODE, atlas.taxonomy, wording=WORDING)
     first = {sample.modality_signature: sample for sample in atlas}

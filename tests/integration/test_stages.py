@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from hba import open_atlas
 from hba.batch.config import EncodeConfig
-from hba.batch.encode import Encoder, collate
+from hba.batch.encode import IGNORED, Encoder, collate
 from hba.config import load_config
 from hba.errors import InputError
 from hba.evaluate.config import PredictConfig
@@ -102,8 +102,9 @@ def test_qa_leaves_backbone_and_heads_to_the_bit_and_moves_lm_head(base, runs, m
     before, after = (OmniSapiens.from_pretrained(run).eval() for run in (base, runs["qa"]))
     batch = mixed_batch(before, open_atlas(mini_atlas, split="test"), ["cremad", "daicwoz", "ptsd_in_the_wild"])
     assert torch.equal(before.classify(batch), after.classify(batch))
-    assert torch.equal(before.thinker.get_input_embeddings().weight, after.thinker.get_input_embeddings().weight)
-    assert not torch.equal(before.thinker.lm_head.weight, after.thinker.lm_head.weight)
+    words, still = (model.transformer.get_input_embeddings().weight for model in (before, after))
+    assert torch.equal(words, still)
+    assert not torch.equal(before.transformer.lm_head.weight, after.transformer.lm_head.weight)
     assert losses(runs["qa"])[-1] < losses(runs["qa"])[0]
     ours, theirs = newest(runs["qa"]), checkpoint.resolve(base)
     assert (ours / "model.safetensors").samefile(theirs / "model.safetensors"), "what is frozen costs no space"
@@ -117,12 +118,13 @@ def test_bam_moves_the_data_sets_that_it_adapts_and_no_other(base, runs, mini_at
     assert torch.equal(ours_BC[[0, 2]], theirs_BC[[0, 2]])
     assert not torch.equal(ours_BC[1], theirs_BC[1])
     free = mixed_batch(after, atlas, ["siq2", "intentqa"], answers=True, descriptors=after.bam.descriptors)
-    moved_BTH, still_BTH = after(free).last_hidden_BTH, before(free).last_hidden_BTH
-    assert torch.equal(moved_BTH[1], still_BTH[1])
-    delta_TH = moved_BTH[0] - still_BTH[0]
+    lengths = (free.labels_BT != IGNORED).sum(1).tolist()
+    moved, still = (model(free).answer_states_NH.split(lengths) for model in (after, before))
+    assert torch.equal(moved[1], still[1])
+    delta_TH = moved[0] - still[0]
     torch.testing.assert_close(delta_TH, delta_TH[:1].expand_as(delta_TH), atol=1e-4, rtol=0)  # every position alike
     assert delta_TH.abs().max() > 1e-4
-    assert after.generate(free, max_new_tokens=2) and not after.thinker.lm_head._forward_pre_hooks
+    assert after.generate(free, max_new_tokens=2) and not after.transformer.lm_head._forward_pre_hooks
 
 
 @pytest.mark.parametrize("stage", ["adapters+heads", "full"])
@@ -132,7 +134,7 @@ def test_other_stages_of_bam_train_what_they_say(tmp_path, base, mini_atlas, sta
     before, after = (OmniSapiens.from_pretrained(path) for path in (base, run))
     ours, theirs = (model.heads.linear["mental_health_depression"].weight for model in (after, before))
     assert not torch.equal(ours, theirs)
-    still = [torch.equal(p, before.thinker.get_parameter(name)) for name, p in after.thinker.named_parameters()]
+    still = [torch.equal(p, before.transformer.get_parameter(name)) for name, p in after.transformer.named_parameters()]
     assert all(still) == (stage != "full")
 
 
@@ -158,7 +160,7 @@ def test_the_whole_model_of_a_lora_run_trains_in_its_own_precision_and_is_loaded
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
     (model,) = loaded
-    kinds = {parameter.dtype for name, parameter in model.thinker.named_parameters() if "lora_" not in name}
+    kinds = {parameter.dtype for name, parameter in model.transformer.named_parameters() if "lora_" not in name}
     assert kinds == {torch.bfloat16}
     adapter = json.loads((newest(tmp_path / "run") / "adapter_config.json").read_text())
     assert (adapter["r"], adapter["lora_alpha"]) == (4, 6)
@@ -182,13 +184,13 @@ def test_states_predict_the_next_token_once_shifted_once_normed(base, mini_atlas
     model = OmniSapiens.from_pretrained(base).eval()
     batch = mixed_batch(model, open_atlas(mini_atlas, split="train"), ["siq2", "intentqa", "mimeqa"], answers=True)
     assert (batch.inputs["attention_mask"] == 0).any(), "padded on the left"
-    logits_BTV = model.thinker(**batch.inputs, use_cache=False).logits
+    logits_BTV = model.transformer(**batch.inputs, use_cache=False).logits
     end = model.processor.tokenizer.eos_token_id
     for row, (feature, sample) in enumerate(zip(extract(model, batch), batch.samples, strict=True)):
         tokens = model.processor.tokenizer(sample.target, add_special_tokens=False)["input_ids"]
         assert feature.tokens_L.tolist() == [*tokens, end]
         expected_LV = logits_BTV[row, -len(feature.tokens_L) - 1 : -1]
-        torch.testing.assert_close(model.thinker.lm_head(feature.states_LH), expected_LV, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model.transformer.lm_head(feature.states_LH), expected_LV, atol=1e-4, rtol=1e-4)
 
 
 def test_exact_under_teacher_forcing_is_what_greedy_decoding_gives(runs, mini_atlas):
@@ -199,11 +201,10 @@ def test_exact_under_teacher_forcing_is_what_greedy_decoding_gives(runs, mini_at
     found = extract(model, batch)
     prompts = mixed_batch(model, atlas, ["siq2", "intentqa", "mimeqa"])
     said = model.generate(prompts, max_new_tokens=32)
-    banned = media_token_ids(model.thinker.config, model.processor)
+    banned = media_token_ids(model.transformer.config, model.processor)
     for feature, text, sample in zip(found, said, batch.samples, strict=True):
-        (right,) = exact(
-            model.thinker.lm_head(feature.states_LH), feature.tokens_L, torch.tensor([len(feature.tokens_L)]), banned
-        )
+        lengths = torch.tensor([len(feature.tokens_L)])
+        (right,) = exact(model.transformer.lm_head(feature.states_LH), feature.tokens_L, lengths, banned)
         assert right == (text == sample.target)
 
 
@@ -214,7 +215,7 @@ def test_a_checkpoint_of_a_later_training_keeps_lm_head_and_adapters(runs, tmp_p
         kept = {"backbone": str(backbone), "strategy": "heads", "encode": EncodeConfig(), "speaks": True}
         model.save_pretrained(tmp_path / stage, **kept)
         again = OmniSapiens.from_pretrained(tmp_path / stage)
-        assert torch.equal(again.thinker.lm_head.weight, model.thinker.lm_head.weight) or stage == "bam"
+        assert torch.equal(again.transformer.lm_head.weight, model.transformer.lm_head.weight) or stage == "bam"
         assert (again.bam is None) == (stage == "qa") and again.speaks
 
 
@@ -243,7 +244,7 @@ def test_the_backbone_goes_once_its_features_are_cached(stage, tmp_path, mini_at
 
     def watched(*args, **options):
         model = load(*args, **options)
-        loaded.add(model.thinker)
+        loaded.add(model.transformer)
         return model
 
     def train_now(*args):

@@ -21,7 +21,7 @@ from hba.batch.prompt import FormatMix
 from hba.config import load_config, to_yaml
 from hba.errors import HbaError, InputError, MediaError
 from hba.evaluate.answers import bare
-from hba.model import chat
+from hba.model import OmniSapiens
 from hba.model.generate import media_token_ids
 from hba.rl.config import RlConfig
 from hba.rl.evaluation_log import write_evaluation
@@ -48,7 +48,7 @@ def run(tmp_path_factory, mini_atlas, backbone):
     (path / "config.yaml").write_text(to_yaml(config))
     place = place_of(config, path)
     _release(config, place)
-    policy = chat.load(backbone, dtype="float32").eval()
+    policy = OmniSapiens.from_pretrained(backbone, dtype="float32", heads=False).eval()
     whole = AutoConfig.from_pretrained(place.model)
     processor = OmniProcessor(policy.processor, whole)
     whole.hba_media_token_ids = processor.media_token_ids

@@ -4,6 +4,7 @@ published model has beside its thinker is silent."""
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ from hba.batch.config import EncodeConfig
 from hba.batch.pool import DescriptorConfig
 from hba.embedding import Embedder
 from hba.errors import InputError
-from hba.model import OmniSapiens, chat, checkpoint
+from hba.model import OmniSapiens, checkpoint
 from hba.model.bam import AdapterSpec, Bam, load_bam, save_bam
 from hba.model.config import ModelConfig, computes_bfloat16
 from hba.model.omni import apply_strategy
@@ -66,7 +67,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("message", CHANGES)
-@pytest.mark.parametrize("load", [OmniSapiens.from_pretrained, chat.load])
+@pytest.mark.parametrize("load", [OmniSapiens.from_pretrained, partial(OmniSapiens.from_pretrained, heads=False)])
 def test_weights_that_do_not_fit_are_named_before_anything_is_built(folder, message, load, monkeypatch):
     rewrite(folder / "model.safetensors", CHANGES[message])
     monkeypatch.setattr(Thinker, "from_pretrained", lambda *_, **__: pytest.fail("a model was built"))
@@ -79,7 +80,7 @@ def test_what_a_published_model_speaks_with_is_left_out_without_a_word(folder, b
     rewrite(folder / "model.safetensors", as_published)
     inner = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen2_5_omni", "thinker_config": inner}))
-    weights, expected = (OmniSapiens.from_pretrained(each).thinker.state_dict() for each in (folder, backbone))
+    weights, expected = (OmniSapiens.from_pretrained(each).transformer.state_dict() for each in (folder, backbone))
     assert weights.keys() == expected.keys() and all(torch.equal(weights[key], expected[key]) for key in weights)
     out, err = capfd.readouterr()
     assert "talker" not in out + err + caplog.text and "UNEXPECTED" not in out + err + caplog.text
@@ -232,8 +233,8 @@ def test_a_chat_model_that_is_not_whole_is_refused(family, backbone, tmp_path):
     file = place / "model.safetensors"
     gone = next(name for name in sorted(load_file(file)) if "mlp" in name and name.endswith("weight"))
     rewrite(file, without(gone))
-    with pytest.raises(InputError, match=r"cannot load the model: 1 of the .* weights of .* are missing"):
-        chat.load(place)
+    with pytest.raises(InputError, match=r"cannot load backbone: 1 of the .* weights of .* are missing"):
+        OmniSapiens.from_pretrained(place, heads=False)
 
 
 # --- shards ----------------------------------------------------------------------------------------------------------
@@ -278,17 +279,17 @@ def places(parameters):
 
 def test_a_model_that_will_be_sharded_stays_in_its_files_and_then_is_what_a_loaded_one_is(halved, group):
     mapped = OmniSapiens.from_pretrained(halved, dtype="float32", mapped=True)
-    assert places(mapped.thinker.parameters()) == {"model.safetensors"}
-    assert {p.dtype for p in mapped.thinker.parameters()} == {torch.bfloat16}
+    assert places(mapped.transformer.parameters()) == {"model.safetensors"}
+    assert {p.dtype for p in mapped.transformer.parameters()} == {torch.bfloat16}
     apply_strategy(mapped, ModelConfig(name="x", strategy="full"))
     shard(mapped)
     give_precision(mapped)
     loaded = OmniSapiens.from_pretrained(halved, dtype="float32")
-    assert places(loaded.thinker.parameters()) == {None}
-    expected = dict(loaded.thinker.named_parameters())
-    for name, parameter in mapped.thinker.named_parameters():
+    assert places(loaded.transformer.parameters()) == {None}
+    expected = dict(loaded.transformer.named_parameters())
+    for name, parameter in mapped.transformer.named_parameters():
         assert torch.equal(parameter.full_tensor(), expected[name]) and parameter.dtype == torch.float32
-    assert mapped.thinker.lm_head.weight is mapped.thinker.get_input_embeddings().weight
+    assert mapped.transformer.lm_head.weight is mapped.transformer.get_input_embeddings().weight
     assert all(parameter.requires_grad for parameter in mapped.parameters())
 
 
@@ -300,7 +301,7 @@ def test_lora_begins_alike_on_a_model_that_is_mapped_and_is_never_rounded(halved
         model = apply_strategy(OmniSapiens.from_pretrained(name, dtype=dtype, mapped=mapped), config)
         give_precision(model)
         fresh.append({name: p for name, p in model.named_parameters() if "lora_" in name})
-        base = {p.dtype for name, p in model.thinker.named_parameters() if "lora_" not in name}
+        base = {p.dtype for name, p in model.transformer.named_parameters() if "lora_" not in name}
         assert base == {getattr(torch, dtype)}
     for other in fresh[1:]:
         assert fresh[0].keys() == other.keys() and all(torch.equal(fresh[0][key], other[key]) for key in other)
@@ -313,8 +314,8 @@ def test_one_process_that_was_launched_as_many_are_holds_its_one_shard(halved, g
     mapped = OmniSapiens.from_pretrained(halved, dtype="float32", mapped=True)
     apply_strategy(mapped, ModelConfig(name="x", strategy="full"))
     prepared = prepare_model(mapped, Accelerator(cpu=True), shard=True, checkpoint_activations=False)
-    expected = dict(OmniSapiens.from_pretrained(halved, dtype="float32").thinker.named_parameters())
-    for name, parameter in prepared.thinker.named_parameters():
+    expected = dict(OmniSapiens.from_pretrained(halved, dtype="float32").transformer.named_parameters())
+    for name, parameter in prepared.transformer.named_parameters():
         assert isinstance(parameter, DTensor) and torch.equal(parameter.full_tensor(), expected[name])
 
 
@@ -334,7 +335,7 @@ def test_saving_a_sharded_model_gathers_what_its_checkpoint_holds_and_no_more(
     model.untie_lm_head()
     apply_strategy(model, ModelConfig(name="x", strategy=strategy, lora_r=4))
     if strategy == "full":  # parts of a model that trains may be frozen: RL trains the language model alone
-        model.thinker.visual.requires_grad_(False)
+        model.transformer.visual.requires_grad_(False)
     expected = {name: p.detach().clone() for name, p in model.named_parameters()}
     shard(model)
     names = {id(p): name for name, p in model.named_parameters()}

@@ -18,7 +18,7 @@ def served(tmp_path_factory, mini_atlas):
         build_tiny(folder / "thinker", texts, seed=0, sizes=TinySizes(heads=2, key_value_heads=1))
     )
     (folder / "whole").mkdir()
-    write_thinker(model.thinker, folder / "whole", dtype=torch.float32)
-    model.thinker.generation_config.save_pretrained(folder / "whole")
+    write_thinker(model.transformer, folder / "whole", dtype=torch.float32)
+    model.transformer.generation_config.save_pretrained(folder / "whole")
     model.processor.save_pretrained(folder / "whole")
     return folder / "whole"

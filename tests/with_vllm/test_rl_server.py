@@ -23,7 +23,7 @@ from hba.batch.encode import collate, encoder_for
 from hba.batch.prompt import FormatMix
 from hba.config import load_config
 from hba.errors import HbaError
-from hba.model import chat
+from hba.model import OmniSapiens
 from hba.rl import local
 from hba.rl.config import RlConfig
 from hba.rl.rollout import Draws, PolicySampler, probabilities, roll_out
@@ -93,7 +93,7 @@ def from_server(atlas, model, reward, url, *changes):
 
 
 def test_answers_and_probabilities_are_those_of_the_policy(served, full, mini_atlas, tmp_path):
-    policy, wording = chat.load(served, dtype="float32").eval(), FormatMix(("think",))
+    policy, wording = OmniSapiens.from_pretrained(served, dtype="float32", heads=False).eval(), FormatMix(("think",))
     atlas = open_atlas(mini_atlas, split="train")
     encode = EncodeConfig(num_frames=4, max_pixels=12544)
     encoder = encoder_for(policy.processor, encode, atlas.taxonomy, wording=wording)

@@ -1,10 +1,13 @@
 """From samples to model inputs: the real processor once a sample, then padding to the longest of the batch.
 
-A `SampleEncoder` turns one `Sample` into unpadded features (`Encoded`); `collate` pads a list of them into a `Batch`.
+An `Encoder` turns one `Sample` into unpadded features (`Encoded`); `collate` pads a list of them into a `Batch`.
 Encoding a sample alone and padding afterwards is what makes batches tight, cacheable and independent of their
-neighbours. `Encoder` is that of Qwen2.5-Omni, which OmniSapiens stands on: audio is never cut and never padded to the
-processor's window. `ChatEncoder` is that of every other chat model. A sample whose medium cannot be read
-is not replaced, it travels in `Batch.quarantined`.
+neighbours. A sample whose medium cannot be read is not replaced, it travels in `Batch.quarantined`.
+
+What a processor takes (images, videos, sound), which tokens stand for media and which token ends an answer are asked of
+the processor; what one needs beyond that says its `Family`. A video goes to a model without a video processor as its
+frames, each an image. A medium that the model cannot take is an error that names the modality filter; nothing is left
+out silently, and no sound is cut.
 
 Shapes: B samples, T tokens, A audios, M mel frames, F mel bins, P vision patches, D patch values.
 """
@@ -16,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +27,7 @@ from torch import Tensor
 
 from hba.atlas.rows import MEDIA_FIELDS, Field, Quarantined, Sample
 from hba.atlas.source import require_audible
-from hba.batch.config import WINDOWS_ARE_FOR_HEADS, EncodeConfig
+from hba.batch.config import WINDOWS_ARE_FOR_HEADS, EncodeConfig, LongAudio
 from hba.batch.pool import DescriptorConfig, pooled_descriptors
 from hba.batch.prompt import AS_WRITTEN, MODALITIES, Message, Modality, PlainText, Wording, build_messages, taught
 from hba.environment import installed_version
@@ -35,15 +38,39 @@ if TYPE_CHECKING:
     from hba.atlas.decoded import DecodedCache
     from hba.atlas.media import Image, Video
 
-# The one place that calls a Qwen2.5-Omni processor: exact sizes, exact times, no sound cut or padded to a window.
-#
-# Shapes: T tokens, A audios, M mel bins, F mel frames, V videos, N frames of a video.
+SAMPLING_RATE = 16000  # of the atlas' decoded sound
+_MARK = "ANSWER"
+_ODD_RATIO = 100  # processors refuse pictures that are 200 times as long as wide
+_FILTER = "Leave the modality out: encode.modalities=[image, video] or the like (hba predict: --modalities video)."
 
 
-MEDIA_FEATURES = ("pixel_values", "image_grid", "video_grid", "video_second_per_grid")
+def _uncut(processor: Any, audios: Sequence[np.ndarray[Any, Any]]) -> dict[str, Any]:
+    return {"truncation": False}
 
 
-def omni_features(
+def _one_window_more(processor: Any, audios: Sequence[np.ndarray[Any, Any]]) -> dict[str, Any]:
+    # The extractor's own window (30 or 300 s) pads short clips and silently cuts long ones. One FFT window of
+    # zeros behind the longest clip gives the same valid frames as any longer padding does.
+    extractor = processor.feature_extractor
+    hop = int(extractor.hop_length)
+    longest: int = max(map(len, audios)) + int(extractor.n_fft)
+    return {"max_length": math.ceil(longest / hop) * hop}
+
+
+class Family(NamedTuple):
+    """What the processors of a family need beyond what all take."""
+
+    sound: Callable[[Any, Sequence[np.ndarray[Any, Any]]], dict[str, Any]] = _uncut  # options that keep sound whole
+    times: bool = False  # the model is told how many seconds a step of a clip's patches takes, which is exact here
+
+
+FAMILIES = {
+    "Qwen2_5OmniProcessor": Family(sound=_one_window_more, times=True),
+    "Qwen3OmniMoeProcessor": Family(times=True),
+}
+
+
+def features_of(
     processor: Any,
     text: str,
     audios: Sequence[np.ndarray[Any, Any]],
@@ -53,33 +80,40 @@ def omni_features(
     *,
     pixels: Mapping[str, int],
 ) -> dict[str, Tensor]:
-    """What the model takes of one prompt: input_ids [1, T], input_features [A, M, F], patches and grids.
+    """What the model takes of one prompt, `input_ids` [1, T] and the features of its media.
 
-    `clips` are frames [N, 3, H, W], each evenly spaced over its span; `pixels` are min_pixels and max_pixels, which the
-    processor otherwise replaces by its defaults.
+    `clips` are frames [N, 3, H, W], each evenly spaced over its span; `pixels` are min_pixels and max_pixels, for
+    processors that resize by area: others have a size that their model needs.
     """
+    family, bos = FAMILIES.get(type(processor).__name__, Family()), processor.tokenizer.bos_token
     call: dict[str, Any] = {"text": [text], "return_tensors": "pt"}
+    if bos is not None and text.startswith(bos):
+        call["text_kwargs"] = {"add_special_tokens": False}
     if audios:
-        call |= {"audio": list(audios), "audio_kwargs": {"max_length": _window(processor.feature_extractor, audios)}}
+        whole = family.sound(processor, audios)
+        call |= {"audio": list(audios), "audio_kwargs": {"sampling_rate": SAMPLING_RATE, **whole}}
     if images:
         # Without its name, a picture of one or three lines is taken for one of one or three channels.
-        call |= {"images": list(images), "images_kwargs": dict(pixels) | {"input_data_format": "channels_last"}}
+        options = _by_area(processor.image_processor, pixels) | {"input_data_format": "channels_last"}
+        call |= {"images": [list(images)], "images_kwargs": options}
     if clips:
-        call |= {"videos": list(clips), "videos_kwargs": dict(pixels) | {"do_sample_frames": False}}
-    features: dict[str, Tensor] = dict(processor(**call))
-    if clips:
+        # Processors that tell the model of time ask for the rate of the frames.
+        metadata = [
+            {"total_num_frames": len(clip), "fps": len(clip) / span, "frames_indices": list(range(len(clip)))}
+            for clip, span in zip(clips, spans_seconds, strict=True)
+        ]
+        options = {"do_sample_frames": False, "video_metadata": metadata}
+        call |= {"videos": list(clips), "videos_kwargs": options | _by_area(processor.video_processor, pixels)}
+    features = {name: torch.as_tensor(value) for name, value in processor(**call).items()}
+    if clips and family.times:
         patch = processor.video_processor.temporal_patch_size
         steps = [patch / len(clip) * span for clip, span in zip(clips, spans_seconds, strict=True)]
         features["video_second_per_grid"] = torch.tensor(steps, dtype=torch.float32)
     return features
 
 
-def _window(extractor: Any, audios: Sequence[np.ndarray[Any, Any]]) -> int:
-    # The extractor's own window (30 or 300 s) pads short clips and silently cuts long ones. One FFT window of
-    # zeros behind the longest clip gives the same valid frames as any longer padding does.
-    hop = int(extractor.hop_length)
-    longest: int = max(map(len, audios)) + int(extractor.n_fft)
-    return math.ceil(longest / hop) * hop
+def _by_area(part: Any, pixels: Mapping[str, int]) -> dict[str, Any]:
+    return dict(pixels) if "min_pixels" in getattr(part.valid_kwargs, "__annotations__", {}) else {}
 
 
 # Padding of unpadded samples to the longest of a batch: text on the left, so that every answer ends at the last token;
@@ -88,7 +122,7 @@ def _window(extractor: Any, audios: Sequence[np.ndarray[Any, Any]]) -> int:
 # Shapes: B samples, T tokens, A audios, M mel frames, F mel bins.
 
 
-# --- a batch, and the encoder of Qwen2.5-Omni -------------------------------------------------------------------------
+# --- a batch -------------------------------------------------------------------------
 
 
 IGNORED = -100
@@ -145,9 +179,6 @@ def concatenated(parts: Sequence[Tensor]) -> Tensor:
         whole[(slice(start, start + len(part)), *map(slice, part.shape[1:]))] = part
         start += len(part)
     return whole
-
-
-_ODD_RATIO = 100  # processors refuse pictures that are 200 times as long as wide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,119 +270,6 @@ class Batch:
             class_index_B=self.class_index_B.to(device, non_blocking=True),
             labels_BT=None if self.labels_BT is None else self.labels_BT.to(device, non_blocking=True),
         )
-
-
-class SampleEncoder(Protocol):
-    """What makes model inputs of samples. Picklable, so that worker processes can hold it."""
-
-    processor: Any
-    config: EncodeConfig
-    taxonomy: Taxonomy
-    wording: Wording
-    decoded: DecodedCache | None
-
-    @property
-    def pad_token_id(self) -> int:
-        """Id that `collate` pads with."""
-        ...
-
-    def messages(self, sample: Sample) -> list[Message]:
-        """The chat messages of a sample."""
-        ...
-
-    def encode(self, sample: Sample) -> Encoded:
-        """Decode the media of a sample and run the processor. Raises MediaError naming what cannot be encoded."""
-        ...
-
-
-class Encoder:
-    """Applies a Qwen2.5-Omni processor to one sample at a time."""
-
-    decoded: DecodedCache | None = None
-    """where media are kept that were decoded once; set by the loader"""
-
-    def __init__(
-        self,
-        processor: Any,
-        config: EncodeConfig,
-        taxonomy: Taxonomy = BUILTIN,
-        *,
-        answers: bool = False,
-        wording: Wording = AS_WRITTEN,
-        descriptors: Mapping[str, DescriptorConfig] | None = None,
-        dims: Mapping[str, Mapping[str, int]] | None = None,
-    ) -> None:
-        """With `answers`, every sample carries its answer as text behind the prompt, to be trained on.
-
-        Samples of the datasets in `descriptors` also carry their pooled descriptors, for adapters, which read vectors
-        of the sizes `dims`.
-        """
-        self.processor, self.config, self.taxonomy = processor, config, taxonomy
-        self.answers, self.wording, self.descriptors, self.dims = answers, wording, descriptors or {}, dims or {}
-
-    @property
-    def pad_token_id(self) -> int:
-        """Id that `collate` pads with."""
-        return int(self.processor.tokenizer.pad_token_id)
-
-    @cached_property
-    def _plain(self) -> PlainText:
-        return PlainText(self.processor)
-
-    def messages(self, sample: Sample) -> list[Message]:
-        """The chat messages of a sample, whose text is text."""
-        return messages_of(sample, self.config, self.wording, self._plain)
-
-    def text(self, sample: Sample) -> str:
-        """The prompt as the chat template renders it, media still as single placeholders."""
-        rendered: str = self.processor.apply_chat_template(
-            self.messages(sample), add_generation_prompt=True, tokenize=False
-        )
-        return rendered
-
-    def encode(self, sample: Sample) -> Encoded:
-        """Decode the media of a sample and run the processor, once for each window of a long sound.
-
-        Raises MediaError naming the place when a medium cannot be read or encoded, is longer than `max_audio_seconds`,
-        or the prompt has more than `max_tokens` tokens.
-        """
-        rate = self.processor.feature_extractor.sampling_rate
-        labelled = self.taxonomy.dataset(sample.dataset).domain is not None
-        media = load_media(sample, self.config, rate, windows=labelled, decoded=self.decoded)
-        first, *later = (
-            self._heard(sample, window) for window in windows_of(media, sample, int(self.config.heard_seconds * rate))
-        )
-        answer = None
-        if self.answers:
-            with sample.blamed():
-                said = self.wording.answer(sample, taught(sample, self.taxonomy))
-                answer = answer_ids(self.processor.tokenizer, said, self.processor.tokenizer.eos_token_id)
-        wanted = self.descriptors.get(sample.dataset)
-        return replace(
-            first,
-            windows=tuple(later),
-            answer_ids_T=answer,
-            descriptors={} if wanted is None else pooled_descriptors(sample, wanted, self.dims.get(sample.dataset)),
-        )
-
-    def _heard(self, sample: Sample, media: Media) -> Encoded:
-        """The prompt with these media."""
-        with sample.blamed(suspect(media)):
-            features = omni_features(
-                self.processor,
-                self.text(sample),
-                media.audios,
-                media.images,
-                [torch.from_numpy(v.frames).permute(0, 3, 1, 2) for v in media.videos],
-                [v.duration_seconds for v in media.videos],
-                pixels={"min_pixels": self.config.min_pixels, "max_pixels": self.config.max_pixels},
-            )
-            require_finite(features, sample)
-            mels = _valid_mels(features)
-        input_ids_T = features["input_ids"][0]
-        require_short(input_ids_T, sample, self.config)
-        named = {k: v for k, v in features.items() if k.startswith(MEDIA_FEATURES)}
-        return Encoded(sample=sample, input_ids_T=input_ids_T, mels=mels, media=named)
 
 
 def messages_of(
@@ -507,9 +425,8 @@ def answer_ids(tokenizer: Any, text: str, end_token_id: int) -> Tensor:
     return torch.tensor([*ids, end_token_id], dtype=torch.long)
 
 
-def _valid_mels(features: Any) -> tuple[Tensor, ...]:
-    if "input_features" not in features:
-        return ()
+def _valid_mels(features: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """The frames of each sound that its mask calls sound, [F, M]."""
     frames = features["feature_attention_mask"].sum(-1).tolist()
     return tuple(mel[:, :n].contiguous() for mel, n in zip(features["input_features"], frames, strict=True))
 
@@ -559,19 +476,10 @@ def _inputs(encoded: Sequence[Encoded], pad_token_id: int) -> dict[str, Tensor]:
     return inputs
 
 
-# From samples to the inputs of any transformers chat model, through its own processor and chat template.
-#
-# Nothing here knows a model by name: what a processor takes (images, videos, sound), which tokens stand for media and
-# which token ends an answer are asked of the processor. A video goes to a model without a video processor as its
-# frames, each an image. A medium that the model cannot take is an error that names the modality filter; nothing is left
-# out silently, and no sound is cut.
+# --- the encoder ------------------------------------------------------------------------------------------------------
 #
 # Every feature that a processor gives is either one value a token (kept beside the tokens) or a row a medium (put
 # behind those of the other samples). Encoding alone and padding afterwards gives what a processor makes of a batch.
-
-
-SAMPLING_RATE = 16000  # of the atlas' decoded sound
-_MARK = "ANSWER"
 
 
 def encoder_for(
@@ -581,12 +489,12 @@ def encoder_for(
     *,
     answers: bool = False,
     wording: Wording = AS_WRITTEN,
-) -> SampleEncoder:
-    """The encoder of a processor: OmniSapiens' own for Qwen2.5-Omni, `ChatEncoder` for all others."""
-    from transformers import Qwen2_5OmniProcessor
-
-    kind = Encoder if isinstance(processor, Qwen2_5OmniProcessor) else ChatEncoder
-    return kind(processor, config, taxonomy, answers=answers, wording=wording)
+) -> Encoder:
+    """The encoder of a model that answers in words. Raises ConfigError for sounds in windows, which are for heads."""
+    if config.long_audio == "windows":
+        found = "windows of a sound are averaged by heads, and this model answers in words"
+        raise ConfigError(found, where="encode.long_audio", fix=WINDOWS_ARE_FOR_HEADS)
+    return Encoder(processor, config, taxonomy, answers=answers, wording=wording)
 
 
 class TextProcessor:
@@ -614,8 +522,8 @@ class TextProcessor:
         self.tokenizer.save_pretrained(folder)
 
 
-class ChatEncoder:
-    """Applies a chat model's processor to one sample at a time."""
+class Encoder:
+    """Applies a chat model's processor to one sample at a time. Picklable, so that worker processes can hold it."""
 
     decoded: DecodedCache | None = None
     """where media are kept that were decoded once; set by the loader"""
@@ -628,17 +536,16 @@ class ChatEncoder:
         *,
         answers: bool = False,
         wording: Wording = AS_WRITTEN,
+        descriptors: Mapping[str, DescriptorConfig] | None = None,
+        dims: Mapping[str, Mapping[str, int]] | None = None,
     ) -> None:
         """With `answers`, every sample carries its answer as text behind the prompt, to be trained on.
 
-        Raises ConfigError for sounds in windows, which are for heads.
+        Samples of the datasets in `descriptors` also carry their pooled descriptors, for adapters, which read vectors
+        of the sizes `dims`.
         """
-        if config.long_audio == "windows":
-            found = "windows of a sound are averaged by heads, and this model answers in words"
-            raise ConfigError(found, where="encode.long_audio", fix=WINDOWS_ARE_FOR_HEADS)
         self.processor, self.config, self.taxonomy = processor, config, taxonomy
-        self.answers, self.wording = answers, wording
-        self.end_token_id = end_token_id(processor)
+        self.answers, self.wording, self.descriptors, self.dims = answers, wording, descriptors or {}, dims or {}
 
     @property
     def pad_token_id(self) -> int:
@@ -646,14 +553,43 @@ class ChatEncoder:
         tokenizer = self.processor.tokenizer
         return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
-    def encode(self, sample: Sample) -> Encoded:
-        """Decode the media of a sample and run the processor.
+    @cached_property
+    def end_token_id(self) -> int:
+        """The token behind an answer."""
+        return end_token_id(self.processor)
 
-        Raises MediaError naming the place when a medium cannot be read or is longer than the model takes, InputError
-        when the model does not take this kind of medium at all.
+    @cached_property
+    def _plain(self) -> PlainText:
+        return PlainText(self.processor)
+
+    def encode(self, sample: Sample) -> Encoded:
+        """Decode the media of a sample and run the processor, once for each window of a long sound.
+
+        Raises MediaError naming the place when a medium cannot be read or encoded, is longer than `max_audio_seconds`
+        or than the model takes, or the prompt has more than `max_tokens` tokens; InputError when the model does not
+        take this kind of medium at all.
         """
-        media = load_media(sample, self._hearing(sample), SAMPLING_RATE, decoded=self.decoded)
+        config, labelled = self._hearing(sample), self.taxonomy.dataset(sample.dataset).domain is not None
+        media = load_media(sample, config, SAMPLING_RATE, windows=labelled, decoded=self.decoded)
         self._require_taken(media, sample)
+        parts = windows_of(media, sample, int(config.heard_seconds * SAMPLING_RATE))
+        first, *later = (self._perceived(sample, part) for part in parts)
+        answer = None
+        if self.answers:
+            with sample.blamed():
+                said = self.wording.answer(sample, taught(sample, self.taxonomy))
+                answer = answer_ids(self.processor.tokenizer, said, self.end_token_id)
+        wanted = self.descriptors.get(sample.dataset)
+        return replace(
+            first,
+            windows=tuple(later),
+            answer_ids_T=answer,
+            descriptors={} if wanted is None else pooled_descriptors(sample, wanted, self.dims.get(sample.dataset)),
+        )
+
+    def _perceived(self, sample: Sample, media: Media) -> Encoded:
+        """The prompt with these media."""
+        self._require_within_window(media, sample)
         with sample.blamed(suspect(media)):
             features = self._call(self.messages(sample), media)
             require_finite(features, sample)
@@ -661,51 +597,42 @@ class ChatEncoder:
         features.pop("attention_mask", None)
         require_short(input_ids_T, sample, self.config)
         self._require_placed(input_ids_T, media, sample)
+        mels: tuple[Tensor, ...] = ()
+        if "feature_attention_mask" in features and self._audio_window_seconds is None:
+            mels = _valid_mels(features)
+            del features["input_features"], features["feature_attention_mask"]
         per_token = {k: v[0] for k, v in features.items() if k.endswith("token_type_ids")}
-        answer = None
-        if self.answers:
-            with sample.blamed():
-                said = self.wording.answer(sample, taught(sample, self.taxonomy))
-                answer = answer_ids(self.processor.tokenizer, said, self.end_token_id)
-        return Encoded(
-            sample=sample,
-            input_ids_T=input_ids_T,
-            media={k: v for k, v in features.items() if k not in per_token},
-            per_token=per_token,
-            answer_ids_T=answer,
-        )
-
-    @cached_property
-    def _plain(self) -> PlainText:
-        return PlainText(self.processor)
+        named = {k: v for k, v in features.items() if k not in per_token}
+        return Encoded(sample=sample, input_ids_T=input_ids_T, mels=mels, media=named, per_token=per_token)
 
     def messages(self, sample: Sample) -> list[Message]:
         """The chat messages of a sample, whose text is text."""
         return messages_of(sample, self.config, self.wording, self._plain)
 
+    def text(self, sample: Sample) -> str:
+        """The prompt as the chat template renders it, media still as single placeholders."""
+        return self._rendered(self.messages(sample))
+
     def _call(self, messages: list[Message], media: Media) -> dict[str, Tensor]:
         """The processor's features of one prompt and its media."""
         messages, media = self._shown(messages, media)
-        text = self._rendered(messages)
-        bos = self.processor.tokenizer.bos_token
-        call: dict[str, Any] = {"text": [text], "return_tensors": "pt"}
-        if bos is not None and text.startswith(bos):
-            call["text_kwargs"] = {"add_special_tokens": False}
-        if media.audios:
-            call |= {"audio": media.audios, "audio_kwargs": {"sampling_rate": SAMPLING_RATE, "truncation": False}}
-        if media.images:
-            pixels = self._pixels(self.processor.image_processor)
-            call |= {"images": [media.images], "images_kwargs": pixels | {"input_data_format": "channels_last"}}
-        if media.videos:
-            call |= self._videos(media.videos)
-        return {k: torch.as_tensor(v) for k, v in self.processor(**call).items()}
+        return features_of(
+            self.processor,
+            self._rendered(messages),
+            media.audios,
+            media.images,
+            [torch.from_numpy(video.frames).permute(0, 3, 1, 2) for video in media.videos],
+            [video.duration_seconds for video in media.videos],
+            pixels={"min_pixels": self.config.min_pixels, "max_pixels": self.config.max_pixels},
+        )
 
     def _hearing(self, sample: Sample) -> EncodeConfig:
         """The config with the model's own limit of a sound, where that is shorter and sounds may be cut."""
-        limit = self._audio_window_seconds if sample.audios and self._takes("audio") else None
-        if limit is None or self.config.long_audio == "refuse" or limit >= self.config.heard_seconds:
-            return self.config
-        return replace(self.config, long_audio="head", max_audio_seconds=limit)
+        config, limit = self.config, self._audio_window_seconds if sample.audios else None
+        if limit is None or config.long_audio == "refuse" or limit >= config.heard_seconds:
+            return config
+        kept: LongAudio = "windows" if config.long_audio == "windows" else "head"
+        return replace(config, long_audio=kept, max_audio_seconds=limit)
 
     def _shown(self, messages: list[Message], media: Media) -> tuple[list[Message], Media]:
         return _as_frames(messages, media) if media.videos and not self._takes("video") else (messages, media)
@@ -713,23 +640,6 @@ class ChatEncoder:
     def _rendered(self, messages: list[Message]) -> str:
         text: str = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return text
-
-    def _videos(self, videos: Sequence[Video]) -> dict[str, Any]:
-        # The frames are evenly spread over the clip; processors that tell the model of time ask for their rate.
-        rates = [video.rate_hz for video in videos]
-        metadata = [
-            {"total_num_frames": len(v.frames), "fps": rate, "frames_indices": list(range(len(v.frames)))}
-            for v, rate in zip(videos, rates, strict=True)
-        ]
-        frames = [torch.from_numpy(video.frames).permute(0, 3, 1, 2) for video in videos]
-        options = {"do_sample_frames": False, "video_metadata": metadata}
-        return {"videos": frames, "videos_kwargs": options | self._pixels(self.processor.video_processor)}
-
-    def _pixels(self, processor: Any) -> dict[str, int]:
-        """The area of an image, for processors that resize by area; others have a size that their model needs."""
-        if "min_pixels" not in getattr(processor.valid_kwargs, "__annotations__", {}):
-            return {}
-        return {"min_pixels": self.config.min_pixels, "max_pixels": self.config.max_pixels}
 
     @property
     def _name(self) -> str:
@@ -745,6 +655,8 @@ class ChatEncoder:
         seen: Field = "images" if media.images else "videos"
         if (media.images or media.videos) and not (self._takes("image") or self._takes("video")):
             raise InputError(f"{self._name} takes no {seen}", where=sample.place(seen), fix=_FILTER)
+
+    def _require_within_window(self, media: Media, sample: Sample) -> None:
         limit = self._audio_window_seconds if media.audios else None
         for audio in media.audios:
             if limit is not None and len(audio) > limit * SAMPLING_RATE:
@@ -771,17 +683,15 @@ class ChatEncoder:
     @cached_property
     def _audio_window_seconds(self) -> float | None:
         """The length to which the processor pads every sound, which its model then insists on; None without one."""
-        samples = getattr(self.processor.feature_extractor, "n_samples", None)
-        if samples is None:
+        extractor = getattr(self.processor, "feature_extractor", None)
+        samples = getattr(extractor, "n_samples", None)
+        if samples is None or self._name in FAMILIES:
             return None
         message: Message = {"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": "."}]}
         lengths = (SAMPLING_RATE // 10, SAMPLING_RATE // 2)
         short, long = (self._call([message], Media([np.zeros(n, np.float32)], [], [])) for n in lengths)
         same = all(short[k].shape == long[k].shape for k in short if "feature" in k)
         return samples / SAMPLING_RATE if same else None
-
-
-_FILTER = "Leave the modality out: encode.modalities=[image, video] or the like (hba predict: --modalities video)."
 
 
 def _as_frames(messages: list[Message], media: Media) -> tuple[list[Message], Media]:

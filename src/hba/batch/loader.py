@@ -48,8 +48,8 @@ from hba.batch.encode import (
     SAMPLING_RATE,
     Batch,
     Encoded,
+    Encoder,
     ResizeAsProcessor,
-    SampleEncoder,
     collate,
     load_media,
 )
@@ -254,7 +254,7 @@ class WorkerPool:
     def __init__(
         self,
         atlas: Atlas,
-        encoder: SampleEncoder,
+        encoder: Encoder,
         *,
         workers: int,
         timeout_seconds: float,
@@ -456,7 +456,7 @@ def _condemn(sample: Sample, reason: str) -> Quarantined:
     return Quarantined(sample.id, sample.split, sample.dataset, sample.where, field, reason)
 
 
-def encode_row(atlas: Atlas, encoder: SampleEncoder, row: int) -> Encoded | Quarantined:
+def encode_row(atlas: Atlas, encoder: Encoder, row: int) -> Encoded | Quarantined:
     """Encode a row; Quarantined when a medium of it cannot be read.
 
     Any other error is the caller's; MachineError when memory is short, or storage away.
@@ -478,7 +478,7 @@ def _work(
     others: Sequence[socket.socket],
     parent: int,
     atlas: Atlas,
-    encoder: SampleEncoder,
+    encoder: Encoder,
     shared: object,
     memory: mmap.mmap,
 ) -> None:
@@ -556,7 +556,7 @@ class _Cache:
 
 
 def load_batches(
-    atlas: Atlas, encoder: SampleEncoder, plan: Sequence[Indices], config: LoaderConfig, *, start: int = 0
+    atlas: Atlas, encoder: Encoder, plan: Sequence[Indices], config: LoaderConfig, *, start: int = 0
 ) -> Iterator[Batch]:
     """Yield the batches of `plan` from number `start` on, in order.
 
@@ -622,7 +622,7 @@ def prepare(
     return decoded
 
 
-def _outcomes(rows: Iterator[int], count: int, atlas: Atlas, encoder: SampleEncoder, config: LoaderConfig) -> Outcomes:
+def _outcomes(rows: Iterator[int], count: int, atlas: Atlas, encoder: Encoder, config: LoaderConfig) -> Outcomes:
     """The outcomes of `count` rows in their order, prepared by the worker processes of `config`."""
     workers = min(config.resolved_workers(), count)
     cache = _Cache(config.cache_megabytes)
@@ -638,7 +638,7 @@ def _outcomes(rows: Iterator[int], count: int, atlas: Atlas, encoder: SampleEnco
     return _prefetched(rows, pool, cache, MAX_ROWS_AHEAD if config.prefetch_megabytes else 2 * workers)
 
 
-def _in_turn(rows: Iterator[int], atlas: Atlas, encoder: SampleEncoder, cache: _Cache) -> Outcomes:
+def _in_turn(rows: Iterator[int], atlas: Atlas, encoder: Encoder, cache: _Cache) -> Outcomes:
     """The outcomes of `rows`, each encoded in this process when it is asked for."""
     for row in rows:
         outcome = cache.get(row) or encode_row(atlas, encoder, row)
@@ -675,7 +675,7 @@ def _prefetched(rows: Iterator[int], pool: WorkerPool, cache: _Cache, ahead: int
             yield outcome
 
 
-def _assemble(outcomes: Iterable[Outcome], encoder: SampleEncoder) -> Batch:
+def _assemble(outcomes: Iterable[Outcome], encoder: Encoder) -> Batch:
     encoded: list[Encoded] = []
     quarantined: list[Quarantined] = []
     for outcome in outcomes:

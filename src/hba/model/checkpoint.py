@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import TypeAdapter
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hba.atlas.names import hub_id_of, parse_hub_id
 from hba.batch.config import EncodeConfig
+from hba.batch.encode import TextProcessor
 from hba.errors import InputError, nearest
 from hba.model.bam import FOLDER
 from hba.model.config import Strategy, computes_bfloat16, require_place
@@ -46,6 +47,11 @@ HEADS, LM_HEAD = "heads.safetensors", "lm_head.safetensors"
 _STATE_OF_TRAINING = ("optimizer", "trainer_state")  # files of a run's checkpoint that are none of its model
 _SETTINGS = (".json", ".jinja", ".txt", ".model")  # files of a model that are not weights
 ADAPTER = "adapter_model.safetensors"
+# Of these the class in transformers' own list is the model with its talker, which is left out.
+THINKERS = {
+    "qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
+    "qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration",
+}
 _DAMAGED = "Use another checkpoint of the run, or train again."
 OTHER_BACKBONE = f"Check that {CARD} names the backbone that it was trained on. {_DAMAGED}"
 
@@ -168,7 +174,7 @@ def _revision(name: str) -> str:
     """A model of the hub with the commit that the cache holds, into which its config is put where it is not yet."""
     from huggingface_hub import try_to_load_from_cache
 
-    read_config(name, what="the model")
+    read_config(name)
     cached = try_to_load_from_cache(name, "config.json")
     return f"{name}@{Path(cached).parent.name if isinstance(cached, str) else None}"
 
@@ -316,22 +322,35 @@ def place_of(name: str) -> str:
     return str(Path(name).absolute()) if Path(name).is_dir() else name
 
 
-def thinker_class() -> Any:
-    """transformers' class of the backbone."""
-    from transformers import Qwen2_5OmniThinkerForConditionalGeneration
-
-    return Qwen2_5OmniThinkerForConditionalGeneration
-
-
-def read_config(name: str | Path, *, what: str = "backbone") -> Any:
-    """The config of a model of transformers, called `what` in errors. Raises InputError when there is none."""
+def read_config(name: str | Path) -> Any:
+    """The config of a model of transformers. Raises InputError when there is none."""
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         fix = "Check the name; a hub model needs a network or a filled cache."
-        raise InputError(f"cannot load {what} ({str(error).splitlines()[0]})", where=str(name), fix=fix) from error
+        raise InputError(f"cannot load backbone ({str(error).splitlines()[0]})", where=str(name), fix=fix) from error
+
+
+def backbone_class(name: str | Path) -> Any:
+    """transformers' class for the model in a folder or on the hub. Raises InputError when there is none."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+
+    config = read_config(name)
+    written = (getattr(config, "architectures", None) or [""])[0]
+    kind = config.model_type
+    known = THINKERS.get(kind) or MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(kind) or written
+    if not isinstance(known, str) or not hasattr(transformers, known):
+        found = f"no chat model of type {kind!r} in transformers {transformers.__version__}"
+        raise InputError(found, where=str(name), fix="Use a model that transformers knows; code of models is not run.")
+    return getattr(transformers, known)
+
+
+def read_backbone_config(name: str | Path) -> Any:
+    """The config of the part of a model that is loaded: all of it, but for what speaks. Raises InputError."""
+    return backbone_class(name).config_class.from_pretrained(name)
 
 
 def is_thinker(config: Any) -> bool:
@@ -339,50 +358,47 @@ def is_thinker(config: Any) -> bool:
     return str(config.model_type) in ("qwen2_5_omni", "qwen2_5_omni_thinker")
 
 
-def read_thinker_config(name: str | Path) -> Any:
-    """The config of the thinker in the folder or hub model `name`. Raises InputError for a model of another type."""
-    config = read_config(name)
-    if not is_thinker(config):
-        fix = "Heads stand on a Qwen2.5-Omni; `hba train lm`, `hba train rl` and --backend hf take other chat models."
-        raise InputError(f"is a model of type {config.model_type}, not a Qwen2.5-Omni", where=str(name), fix=fix)
-    return getattr(config, "thinker_config", config)
+class LanguageHead(NamedTuple):
+    """The language head of a class: the name of its weights, and their shape [V, H]."""
+
+    name: str
+    shape: tuple[int, int]
 
 
-def fit_thinker(name: str | Path) -> Fit:
-    """Where the files of the folder or hub model `name` hold the thinker's weights. Raises InputError as `fit` does."""
-    return _fit_named(str(name), skeleton(thinker_class(), read_thinker_config(name)), "backbone")
+def language_head(name: str | Path) -> LanguageHead:
+    """That of the model in a folder or on the hub, which is not loaded. Raises InputError for one with a bias."""
+    model_class = backbone_class(name)
+    bare = skeleton(model_class, model_class.config_class.from_pretrained(name))
+    head = bare.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
+        raise InputError("a language head with a bias is not trained alone", where=str(name), fix="Use another.")
+    found = next(name for name, module in bare.named_modules() if module is head)
+    return LanguageHead(f"{found}.weight", tuple(head.weight.shape))
 
 
-def load_thinker(name: str, **how: Any) -> Any:
-    """The thinker of the folder or hub model `name`; `how` as in `pretrained`. Raises InputError as it does."""
-    read_thinker_config(name)
-    return pretrained(thinker_class(), name, **how)
+def fit_backbone(name: str | Path) -> Fit:
+    """Where the files of the folder or hub model `name` hold its weights. Raises InputError as `fit` does."""
+    model_class = backbone_class(name)
+    return _fit_named(str(name), skeleton(model_class, model_class.config_class.from_pretrained(name)))
 
 
-def pretrained(
-    model_class: Any,
-    name: str,
-    *,
-    dtype: str,
-    attention: str,
-    mapped: bool = False,
-    adapter: Path | None = None,
-    what: str = "backbone",
+def load_backbone(
+    name: str, *, dtype: str, attention: str, mapped: bool = False, adapter: Path | None = None
 ) -> Any:
     """A transformers model from a folder or the hub, with the LoRA layers of the checkpoint `adapter`.
 
     With `mapped` its weights are mapped from their files in the precision that they have there, which costs no memory;
     `give_precision` then makes them `dtype`. Raises InputError when the files do not hold the weights of the class, all
     of them and no others; before it is built, but for quantised models, of which transformers alone knows the names.
-    `what` is what errors call it.
     """
+    model_class = backbone_class(name)
     wanted = resolve_dtype(dtype)
     first = wanted
     try:
         config = model_class.config_class.from_pretrained(name)
         if getattr(config, "quantization_config", None) is None:
             bare = skeleton(model_class, config)
-            stored = _fit_named(name, bare, what).weights
+            stored = _fit_named(name, bare).weights
             if adapter is not None:
                 load_adapter(bare, adapter)
             first = (stored.precision if mapped else None) or wanted
@@ -391,13 +407,14 @@ def pretrained(
             model, info = model_class.from_pretrained(name, **options, output_loading_info=True)
     except (OSError, SafetensorError, RuntimeError) as error:
         fix = "Check the name; a hub model needs a network or a filled cache."
-        raise InputError(f"cannot load {what} ({str(error).splitlines()[0]})", where=name, fix=fix) from error
+        raise InputError(f"cannot load backbone ({str(error).splitlines()[0]})", where=name, fix=fix) from error
     except ImportError as error:
         fix = "Install it, or use model.attention=sdpa."
         raise InputError(f"{attention} is not installed ({str(error).splitlines()[0]})", where=name, fix=fix) from error
     if info["missing_keys"]:
         found = f"{len(info['missing_keys'])} weights are missing: {some(sorted(info['missing_keys']))}"
-        raise InputError(f"cannot load {what}: {found}", where=name, fix="Its files are not whole: download it again.")
+        fix = "Its files are not whole: download it again."
+        raise InputError(f"cannot load backbone: {found}", where=name, fix=fix)
     if first is not wanted:
         keep_precision(model, wanted)
     if adapter is not None:
@@ -405,11 +422,11 @@ def pretrained(
     return model
 
 
-def _fit_named(name: str, bare: Any, what: str) -> Fit:
+def _fit_named(name: str, bare: Any) -> Fit:
     try:
         return fit(Weights.of(name), bare)
     except InputError as error:
-        raise InputError(f"cannot load {what}: {error.what}", where=error.where, fix=error.fix) from error
+        raise InputError(f"cannot load backbone: {error.what}", where=error.where, fix=error.fix) from error
 
 
 def load_adapter(model: Any, folder: Path) -> None:
@@ -454,14 +471,23 @@ def _unnamed(name: str) -> str:
 
 
 def load_processor(name: str | Path) -> Any:
-    """The processor of a checkpoint or backbone. Raises InputError when it cannot be loaded."""
-    from transformers import Qwen2_5OmniProcessor
+    """The processor of a checkpoint or backbone, of a model of text alone its tokenizer (`TextProcessor`).
+
+    Raises InputError when it cannot be loaded or has no chat template.
+    """
+    from transformers import AutoProcessor, PreTrainedTokenizerBase
 
     try:
-        return Qwen2_5OmniProcessor.from_pretrained(name)
+        processor = AutoProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:
         what = f"cannot load the processor ({str(error).splitlines()[0]})"
-        raise InputError(what, where=str(name), fix=_DAMAGED) from error
+        raise InputError(what, where=str(name), fix="Use a model that comes with its processor.") from error
+    if isinstance(processor, PreTrainedTokenizerBase):
+        processor = TextProcessor(processor)
+    if getattr(processor, "tokenizer", None) is None or processor.chat_template is None:
+        fix = "Use a chat model; a base model has no template."
+        raise InputError(f"{type(processor).__name__} has no chat template", where=str(name), fix=fix)
+    return processor
 
 
 def describe(path: str | Path) -> str:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from hba.batch.config import EncodeConfig
 from hba.errors import InputError
-from hba.model import chat, checkpoint
+from hba.model import checkpoint
 from hba.model.bam import FOLDER, load_bam, save_bam
 from hba.model.released import Release, read_release, released_adapters
 from hba.model.weights import Fit, Piece, Weights, fit, skeleton, some, tensor_piece, write_weights
@@ -107,8 +107,8 @@ def parts_of(folder: Path) -> Parts:
     checkpoint.require_config(folder, base)
     own: dict[str, Piece] = {}
     if (folder / checkpoint.LM_HEAD).is_file():
-        text = checkpoint.read_thinker_config(base).get_text_config()
-        own["lm_head.weight"] = checkpoint.stored_lm_head(folder, (text.vocab_size, text.hidden_size)).piece("weight")
+        name, shape = checkpoint.language_head(base)
+        own[name] = checkpoint.stored_lm_head(folder, shape).piece("weight")
     adapted = checkpoint.read_card(folder)["strategy"] == "lora"
     add_lora = partial(checkpoint.load_adapter, folder=folder) if adapted else None
     return Parts(base=base, processor=str(folder), own=own, add_lora=add_lora)
@@ -123,19 +123,22 @@ def write_full(parts: Parts, folder: Path, *, dtype: torch.dtype, card: Mapping[
     if getattr(config, "quantization_config", None) is not None:
         fix = "Train and merge on the model that it was quantised from."
         raise InputError("is quantised: nothing can be folded into it", where=parts.base, fix=fix)
-    thinker = checkpoint.is_thinker(config)
-    model_class = checkpoint.thinker_class() if thinker else chat.model_class(parts.base)
+    model_class = checkpoint.backbone_class(parts.base)
     bare = skeleton(model_class, model_class.config_class.from_pretrained(parts.base))
     generation = _generation_config(parts.base, bare)
     found = fit(Weights.of(parts.base), bare)
-    if thinker:
+    processor = checkpoint.load_processor(parts.processor)
+    if checkpoint.is_thinker(config):
         shards, tied = _thinker_shards(found, parts.own, bare.all_tied_weights_keys)
         write_json(folder / "config.json", _config(bare.config, dtype, tied=tied))
-        processor = checkpoint.load_processor(parts.processor)
     else:
         shards = [[_Placed(own, found.weights.piece(name)) for name, own in names] for names in _by_file(found)]
-        write_json(folder / "config.json", _in_precision(_without_places(config.to_dict()), dtype))
-        processor = chat.load_processor(parts.processor)
+        whole = _in_precision(_without_places(config.to_dict()), dtype)
+        if parts.own:
+            shards = [[each for each in shard if each.own not in parts.own] for shard in shards]
+            shards[-1] += [_Placed(name, piece._replace(name=name)) for name, piece in parts.own.items()]
+            whole = _untied(whole)
+        write_json(folder / "config.json", whole)
     layers = {} if parts.add_lora is None else _lora_layers(bare, found, parts.add_lora)
     write_weights(folder, [[_rounded(each.piece, layers.get(each.own), dtype) for each in shard] for shard in shards])
     generation.save_pretrained(folder)
@@ -285,6 +288,12 @@ def _in_precision(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         for key, value in config.items()
     }
     return changed | ({"enable_audio_output": False} if "enable_audio_output" in config else {})
+
+
+def _untied(config: dict[str, Any]) -> dict[str, Any]:
+    """The config of a model whose language head has weights of its own."""
+    inner = {key: _untied(value) if isinstance(value, dict) else value for key, value in config.items()}
+    return inner | {"tie_word_embeddings": False} if "tie_word_embeddings" in inner else inner
 
 
 def _without_places(config: dict[str, Any]) -> dict[str, Any]:

@@ -1,58 +1,69 @@
-"""OmniSapiens: a Qwen2.5-Omni thinker with one classification head a domain.
+"""OmniSapiens: any chat model of transformers with one classification head a domain, adapters, and its own words.
 
-`forward` merges text, audio, image and video into the thinker's embeddings, runs its language model once and returns
-the pooled penultimate hidden state, the heads' logits and the last hidden state; lm_head is applied only where someone
-needs its logits, since over a 152,000-token vocabulary it costs more than a layer. The class owns no training
-logic: see train/. What lies in a checkpoint's files says checkpoint.py.
+`forward` hands the inputs to the model's own forward, whatever its towers and positions are, and looks at what passes
+by two hooks: the states in front of the last layer of the language model, whose masked mean the heads read, and those
+in front of the language head, which gets the states that predict answer tokens and no others. Whatever a model does
+behind its head (Gemma caps its logits) stays, and logits of a long prompt are never made. Where no answer is asked for
+neither the last layer nor anything behind it runs. A model without heads answers in words alone.
 
-Shapes: B samples, T tokens, H hidden size, C global classes, V vocabulary.
+It loads what `checkpoint` writes, runs no code that comes with a model, and owns no training logic: see train/.
+
+Shapes: B samples, T tokens, N answer tokens of a batch, H hidden size, C global classes, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from hba.batch.config import EncodeConfig
-from hba.batch.encode import IGNORED, Batch, Window
+from hba.batch.encode import IGNORED, Batch, Window, answer_ids, end_token_id
 from hba.errors import ConfigError, InputError
 from hba.model import checkpoint
-from hba.model.bam import Bam, load_bam, save_bam
+from hba.model.bam import FOLDER, Bam, load_bam, save_bam
 from hba.model.config import ModelConfig, Strategy
-from hba.model.generate import Said, generate
+from hba.model.generate import Said, choice_logps, generate
 from hba.model.heads import DomainHeads, masked_mean
 from hba.storage import write_json
 from hba.taxonomy import BUILTIN, Taxonomy
 
-# Scoped to the language model: the audio and vision towers have layers of the same names.
-LORA_TARGETS = r"model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
+Head: TypeAlias = Callable[[Tensor], Tensor]  # states [C, H] to logits [C, V]
+Reader: TypeAlias = Callable[[Tensor, Head], Tensor]
 
 
 class OmniOutput(NamedTuple):
-    """What one forward pass gives."""
+    """What one forward pass gives: the first two of a model with heads, the others of a batch with answers."""
 
-    pooled_BH: Tensor  # masked mean of hidden_states[-2], float32
-    logits_BC: Tensor  # -inf outside each row's domain
-    last_hidden_BTH: Tensor  # normed; lm_head turns it into token logits
-    answer_logits_NV: Tensor | None  # predict the N answer tokens of the batch, in row order
+    pooled_BH: Tensor | None  # masked mean of the states in front of the last layer, float32
+    logits_BC: Tensor | None  # -inf outside each row's domain
+    answer_states_NH: Tensor | None  # normed states in front of the answers' tokens, in row order
+    answer_logits_NV: Tensor | None  # what the language head makes of them, or what a reader does
+
+
+class _Enough(Exception):  # noqa: N818 - not an error: it ends a forward pass of which no more is needed
+    """Raised in front of the first layer that need not run."""
 
 
 class OmniSapiens(nn.Module):
-    """`thinker` is transformers' Qwen2_5OmniThinkerForConditionalGeneration, with LoRA layers or without."""
+    """`transformer` is a transformers model with a language head, with LoRA layers or without."""
 
-    def __init__(self, thinker: nn.Module, heads: DomainHeads, processor: Any, bam: Bam | None = None) -> None:
+    def __init__(
+        self, transformer: nn.Module, processor: Any, heads: DomainHeads | None = None, bam: Bam | None = None
+    ) -> None:
         super().__init__()
-        self.thinker: Any = thinker
+        self.transformer: Any = transformer
         self.heads = heads
         self.processor = processor
         self.bam = bam
-        self.own_lm_head = False  # whether stage 2 has trained an lm_head of its own
-        self.speaks = False  # whether training has taught lm_head (or all) to answer free-form rows
+        self.own_lm_head = False  # whether stage 2 has trained a language head of its own
+        self.speaks = False  # whether training has taught it to answer free-form rows
+        self._head_is_known = False  # whether `_behind_head` has been seen to do what the model does
 
     @classmethod
     def from_pretrained(
@@ -63,35 +74,43 @@ class OmniSapiens(nn.Module):
         attention: str = "sdpa",
         taxonomy: Taxonomy = BUILTIN,
         mapped: bool = False,
+        heads: bool = True,
     ) -> OmniSapiens:
-        """An OmniSapiens from a checkpoint folder, a run folder (its best checkpoint), or a backbone with fresh heads.
+        """A model from a hub id, a folder, a checkpoint or a run folder (its best checkpoint), adapter included.
 
-        `dtype` is auto (bfloat16 on GPUs that have it, else float32), float32 or bfloat16. With `mapped` the backbone's
-        weights stay in their files, whatever their precision, until `ranks.prepare_model` has dealt them out. Raises
-        InputError when the folder is none of these or of a newer format.
+        A backbone gets fresh heads; with `heads` False the model has none and answers in words alone. `dtype` is auto
+        (bfloat16 on GPUs that have it, else float32), float32 or bfloat16. With `mapped` the backbone's weights stay in
+        their files, whatever their precision, until `ranks.prepare_model` has dealt them out. Raises InputError when
+        there is no such model, when transformers does not know it, when its processor has no chat template, and for
+        BAM adapters in a model without heads.
         """
-        how: dict[str, Any] = {"dtype": dtype, "attention": attention, "mapped": mapped}
         folder = checkpoint.resolve(path)
-        if folder is None:
-            thinker, processor = checkpoint.load_thinker(str(path), **how), checkpoint.load_processor(path)
-            hidden = int(thinker.config.get_text_config().hidden_size)
-            return cls(thinker, DomainHeads.for_taxonomy(hidden, taxonomy), processor)
-        card, base = checkpoint.read_card(folder), checkpoint.base_of(folder)
-        checkpoint.require_config(folder, base)
-        adapter = folder if card["strategy"] == "lora" else None
-        thinker = checkpoint.load_thinker(base, **how, adapter=adapter)
-        hidden = int(thinker.config.get_text_config().hidden_size)
-        if card["columns"] is None:  # generative training leaves no heads that would fit
-            return cls(thinker, DomainHeads.for_taxonomy(hidden, taxonomy), checkpoint.load_processor(folder))
-        heads = checkpoint.load_heads(folder)
-        if heads.hidden_size != hidden:
-            what = f"the heads read states of {heads.hidden_size} numbers, the backbone {base} gives {hidden}"
-            raise InputError(what, where=str(folder / checkpoint.HEADS), fix=checkpoint.OTHER_BACKBONE)
-        model = cls(thinker, heads, checkpoint.load_processor(folder), load_bam(folder, hidden))
-        model.speaks = bool(card.get("speaks", False))
-        if (folder / checkpoint.LM_HEAD).is_file():
+        card = None if folder is None else checkpoint.read_card(folder)
+        if folder is not None and not heads and (folder / FOLDER).is_dir():
+            fix = "Use --backend heads, or the run of the stage before."
+            raise InputError("the checkpoint has BAM adapters, which a chat model ignores", where=str(folder), fix=fix)
+        base = str(path) if folder is None else checkpoint.base_of(folder)
+        if folder is not None:
+            checkpoint.require_config(folder, base)
+        adapter = folder if card is not None and card["strategy"] == "lora" else None
+        checkpoint.backbone_class(base)  # an unknown model is told of before a processor that it does not come with
+        processor = checkpoint.load_processor(base if folder is None else folder)
+        how: dict[str, Any] = {"dtype": dtype, "attention": attention, "mapped": mapped, "adapter": adapter}
+        transformer = checkpoint.load_backbone(base, **how)
+        model = cls(transformer, processor)
+        if heads and (card is None or card["columns"] is None):  # generative training leaves no heads that would fit
+            model.heads = DomainHeads.for_taxonomy(model.hidden_size, taxonomy)
+        elif heads and folder is not None:
+            model.heads = checkpoint.load_heads(folder)
+            if model.heads.hidden_size != model.hidden_size:
+                read, given = model.heads.hidden_size, model.hidden_size
+                what = f"the heads read states of {read} numbers, the backbone {base} gives {given}"
+                raise InputError(what, where=str(folder / checkpoint.HEADS), fix=checkpoint.OTHER_BACKBONE)
+            model.bam = load_bam(folder, model.hidden_size)
+            model.speaks = bool(card and card.get("speaks", False))
+        if folder is not None and (folder / checkpoint.LM_HEAD).is_file():
             model.own_lm_head = True
-            weight_VH = checkpoint.load_lm_head(folder, model.thinker.lm_head.weight.shape)
+            weight_VH = checkpoint.load_lm_head(folder, transformer.get_output_embeddings().weight.shape)
             model.untie_lm_head(weight_VH.to(checkpoint.resolve_dtype(dtype)))
         return model
 
@@ -104,71 +123,125 @@ class OmniSapiens(nn.Module):
         encode: EncodeConfig,
         speaks: bool = False,
         domains: list[str] | None = None,
+        formats: Sequence[str] = (),
     ) -> None:
         """Write a checkpoint into `folder` (which the caller makes atomic).
 
         `speaks` says that training has taught the model to answer free-form rows in words; `domains` are those whose
-        heads have seen rows, None all of them.
+        heads have seen rows, None all of them; `formats` the answer formats that it was trained in, by which it will be
+        asked.
         """
         folder.mkdir(parents=True, exist_ok=True)
         if strategy in ("lora", "full"):
-            self.thinker.save_pretrained(folder)
-        checkpoint.save_heads(self.heads, folder)
+            self.transformer.save_pretrained(folder)
+        if self.heads is not None:
+            checkpoint.save_heads(self.heads, folder)
         if self.own_lm_head:
-            checkpoint.save_lm_head(self.thinker.lm_head.weight, folder)
+            checkpoint.save_lm_head(self.transformer.get_output_embeddings().weight, folder)
         if self.bam is not None:
             save_bam(self.bam, folder)
         self.processor.save_pretrained(folder)
-        known: dict[str, Any] = {"columns": self.heads.columns, "speaks": speaks, "domains": domains}
+        columns = None if self.heads is None else self.heads.columns
+        known: dict[str, Any] = {"columns": columns, "speaks": speaks, "domains": domains, "formats": formats}
         card = checkpoint.new_card(backbone, strategy, encode, **known)
         write_json(folder / checkpoint.CARD, card)
 
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return torch.device(self.thinker.device)
+        return torch.device(self.transformer.device)
 
     @property
     def hidden_size(self) -> int:
         """H of the language model."""
-        return int(self.thinker.config.get_text_config().hidden_size)
+        return int(self.transformer.config.get_text_config().hidden_size)
 
-    def forward(self, batch: Batch) -> OmniOutput:
-        """One pass over a batch; pooling covers the prompt alone. Token logits exist where the batch has answers."""
+    def forward(self, batch: Batch, read: Reader | None = None) -> OmniOutput:
+        """One pass over a batch; pooling covers the prompt alone. There are token logits where the batch has answers.
+
+        With `read`, in place of them what it gives for the states [N, H] in front of the answers' tokens and the head,
+        which makes logits of as many of them as it is given: a reader never needs the logits of all at once. It runs
+        within the forward pass, where a sharded model has its parameters.
+
+        Raises InputError for a batch without answers and a model without heads, for a model whose forward bypasses its
+        own language head and, with `read`, for one that changes logits behind it in an unknown way.
+        """
         inputs = batch.inputs
         if inputs["input_ids"].device != self.device:
             found = f"batch is on {inputs['input_ids'].device}, model on {self.device}"
             raise InputError(found, fix="Use batch.to(...).")
-        outputs = self._run(inputs)
-        pooled_BH = masked_mean(outputs.hidden_states[-2], batch.prompt_mask)
+        if batch.labels_BT is None:
+            if self.heads is None:
+                raise InputError("the batch has no answers to predict", fix="Encode the samples with answers.")
+            return OmniOutput(*self._classified(self._penultimate(inputs), batch), None, None)
+        # The state at a position predicts the token behind it.
+        predicts_BT = batch.labels_BT[:, 1:] != IGNORED
+        delta_BH = self._answer_delta(batch)
+        between: list[Tensor] = []
+        states: list[Tensor] = []
+
+        def answers_alone(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            last_BTH, *rest = args
+            if delta_BH is not None:
+                last_BTH = last_BTH + delta_BH.unsqueeze(1).to(last_BTH)
+            states.append(last_BTH[:, :-1][predicts_BT])
+            return (states[0] if read is None else states[0][:1], *rest)  # a reader asks for the others
+
+        head = self.transformer.get_output_embeddings()
+        with ExitStack() as hooks:
+            hooks.enter_context(_hooked(head, answers_alone))
+            if self.heads is not None:
+                last_layer, noted = language_layers(self.transformer).layers[-1], between.append
+                hooks.enter_context(_hooked(last_layer, lambda _, a, k: noted(_state(a, k)), with_kwargs=True))
+            answer_NV: Tensor = self.transformer(**inputs, use_cache=False).logits
+        if answer_NV.ndim != 2:
+            raise InputError(f"{type(self.transformer).__name__} does not use its language head", fix="Use another.")
+        if read is not None:
+            if not self._head_is_known:
+                self._require_known_head(states[0][:1], answer_NV)
+                self._head_is_known = True
+            answer_NV = read(states[0], lambda states_CH: self._behind_head(head(states_CH)))
+        if self.heads is None:
+            return OmniOutput(None, None, None if read else states[0], answer_NV)
+        return OmniOutput(*self._classified(between[0], batch), None if read else states[0], answer_NV)
+
+    def _penultimate(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The states in front of the last layer [B, T, H]; neither it nor anything behind it runs."""
+        found: list[Tensor] = []
+
+        def stop(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+            found.append(_state(args, given))
+            raise _Enough
+
+        last_layer: Any = language_layers(self.transformer).layers[-1]
+        recomputed = getattr(last_layer, "gradient_checkpointing", None)
+        try:
+            if recomputed:  # what is never computed is not computed again: the hook would end a checkpoint half-way
+                last_layer.gradient_checkpointing = False
+            with _hooked(last_layer, stop, with_kwargs=True), suppress(_Enough):
+                self.transformer(**inputs, use_cache=False)
+        finally:
+            if recomputed:
+                last_layer.gradient_checkpointing = True
+        return found[0]
+
+    def _classified(self, between_BTH: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The pooled states and the heads' logits of a batch whose states in front of the last layer are given."""
+        assert self.heads is not None
+        if between_BTH.ndim != 3:
+            what = f"{type(self.transformer).__name__} keeps several states a token, which heads cannot read"
+            raise InputError(what, fix="Use another model, or `hba train lm`.")
+        pooled_BH = masked_mean(between_BTH, batch.prompt_mask)
         if batch.windows:
             pooled_BH = self._averaged(pooled_BH, batch.windows)
-        logits_BC = self.heads(self._adapted(pooled_BH, batch), batch.domain_names)
-        last_BTH = outputs.last_hidden_state
-        delta_BH = self._answer_delta(batch)
-        if delta_BH is not None:
-            last_BTH = last_BTH + delta_BH.unsqueeze(1).to(last_BTH)
-        if batch.labels_BT is None:
-            return OmniOutput(pooled_BH, logits_BC, last_BTH, None)
-        # The state at a position predicts the token behind it.
-        answer_NH = last_BTH[:, :-1][batch.labels_BT[:, 1:] != IGNORED]
-        return OmniOutput(pooled_BH, logits_BC, last_BTH, self.thinker.lm_head(answer_NH))
-
-    def _run(self, inputs: Mapping[str, Tensor]) -> Any:
-        return self.thinker.model(
-            inputs_embeds=self._embed(inputs),
-            attention_mask=inputs["attention_mask"],
-            position_ids=self._positions(inputs),
-            use_cache=False,
-            output_hidden_states=True,
-        )
+        return pooled_BH, self.heads(self._adapted(pooled_BH, batch), batch.domain_names)
 
     def _averaged(self, pooled_BH: Tensor, windows: Sequence[Window]) -> Tensor:
         """The mean over the windows of each sample, one after the other. Heads are linear, so that it gives the mean of
         their logits."""
         counts_B = torch.ones(len(pooled_BH), device=pooled_BH.device)
         for rows_R, inputs in windows:
-            pooled_RH = masked_mean(self._run(inputs).hidden_states[-2], inputs["attention_mask"])
+            pooled_RH = masked_mean(self._penultimate(inputs), inputs["attention_mask"])
             pooled_BH = pooled_BH.index_add(0, rows_R, pooled_RH)
             counts_B = counts_B.index_add(0, rows_R, torch.ones(len(rows_R), device=counts_B.device))
         return pooled_BH / counts_B.unsqueeze(1)
@@ -186,141 +259,190 @@ class OmniSapiens(nn.Module):
         free_B1 = torch.tensor([[name is None] for name in batch.domain_names], device=self.device)
         return self._adapted(torch.zeros(len(batch), self.hidden_size, device=self.device), batch) * free_B1
 
+    @torch.no_grad()
+    def _require_known_head(self, states_1H: Tensor, logits_1V: Tensor) -> None:
+        ours_1V = self._behind_head(self.transformer.get_output_embeddings()(states_1H))
+        if not torch.allclose(ours_1V.float(), logits_1V.float(), rtol=1e-2, atol=1e-2):
+            found = f"{type(self.transformer).__name__} changes logits behind its language head in an unknown way"
+            raise InputError(found, fix="Use another model for reinforcement learning.")
+
+    def _behind_head(self, logits: Tensor) -> Tensor:
+        return behind_head(logits, self.transformer.config)
+
     def untie_lm_head(self, weight_VH: Tensor | None = None) -> None:
-        """Give lm_head weights of its own, so that training it leaves the embeddings as they are.
+        """Give the language head weights of its own, so that training it leaves the embeddings as they are.
 
         They are `weight_VH`, or else those that it has.
         """
-        thinker = self.thinker
-        embeddings = thinker.get_input_embeddings()
-        if weight_VH is None and thinker.lm_head.weight is embeddings.weight:
+        transformer = self.transformer
+        head, embeddings = transformer.get_output_embeddings(), transformer.get_input_embeddings()
+        if weight_VH is None and head.weight is embeddings.weight:
             weight_VH = embeddings.weight.detach().clone()
         if weight_VH is not None:
-            thinker.lm_head.weight = nn.Parameter(weight_VH)
-        thinker.config.tie_word_embeddings = thinker.config.get_text_config().tie_word_embeddings = False
-
-    def _embed(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Token embeddings [B, T, H] with every medium's features in the place of its tokens.
-
-        Raises InputError when a medium's tokens and features differ in number.
-        """
-        embeddings_BTH: Tensor = self.thinker.get_input_embeddings()(inputs["input_ids"])
-        if "input_features" in inputs:
-            audio = self.thinker.get_audio_features(inputs["input_features"], inputs["feature_attention_mask"])
-            embeddings_BTH = self._place(embeddings_BTH, inputs, "audio", audio.last_hidden_state)
-        if "pixel_values" in inputs:
-            image = self.thinker.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
-            embeddings_BTH = self._place(embeddings_BTH, inputs, "image", image.pooler_output)
-        if "pixel_values_videos" in inputs:
-            video = self.thinker.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"])
-            embeddings_BTH = self._place(embeddings_BTH, inputs, "video", video.pooler_output)
-        return embeddings_BTH
-
-    def _place(self, embeddings_BTH: Tensor, inputs: Mapping[str, Tensor], kind: str, features: Tensor) -> Tensor:
-        token = getattr(self.thinker.config, f"{kind}_token_id")
-        mask_BT1 = (inputs["input_ids"] == token).unsqueeze(-1)
-        if int(mask_BT1.sum()) != len(features):
-            raise InputError(f"{int(mask_BT1.sum())} {kind} tokens for {len(features)} {kind} features")
-        placed: Tensor = embeddings_BTH.masked_scatter(mask_BT1, features.to(embeddings_BTH))
-        return placed
-
-    def _positions(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Multimodal rotary positions [3, B, T]."""
-        mask_AM = inputs.get("feature_attention_mask")
-        positions: Tensor
-        positions, _ = self.thinker.get_rope_index(
-            inputs["input_ids"],
-            inputs.get("image_grid_thw"),
-            inputs.get("video_grid_thw"),
-            inputs["attention_mask"],
-            False,
-            None if mask_AM is None else mask_AM.sum(1),
-            inputs.get("video_second_per_grid"),
-        )
-        return positions
+            head.weight = nn.Parameter(weight_VH)
+        transformer.config.tie_word_embeddings = transformer.config.get_text_config().tie_word_embeddings = False
 
     @torch.inference_mode()
     def classify(self, batch: Batch) -> Tensor:
         """Logits [B, C] in the global class space, -inf outside each row's domain.
 
-        Raises InputError naming the free-form rows: they have no domain.
+        Raises InputError naming the free-form rows, which have no domain, and for a model without heads.
         """
         free_form = [s.id for s, name in zip(batch.samples, batch.domain_names, strict=True) if name is None]
         if free_form:
             raise InputError(f"rows without a domain cannot be classified: {', '.join(free_form)}", fix="Use generate.")
-        output: OmniOutput = self(batch)
-        return output.logits_BC
+        logits_BC: Tensor | None = self(batch).logits_BC
+        if logits_BC is None:
+            raise InputError("the model has no heads", fix="Use generate.")
+        return logits_BC
 
     @torch.inference_mode()
     def pooled(self, batch: Batch) -> Tensor:
-        """Masked mean of the penultimate hidden states, [B, H], float32."""
-        output: OmniOutput = self(batch)
-        return output.pooled_BH
+        """Masked mean of the penultimate hidden states, [B, H], float32. Raises InputError without heads."""
+        pooled_BH: Tensor | None = self(batch).pooled_BH
+        if pooled_BH is None:
+            raise InputError("the model has no heads", fix="Use generate.")
+        return pooled_BH
 
     def generate(self, batch: Batch, *, max_new_tokens: int, temperature: float = 0.0) -> list[str]:
         """Answers as text, greedy at temperature 0. Media tokens are never sampled: they would stand for no medium."""
         return [one.text for one in self.say(batch, max_new_tokens=max_new_tokens, temperature=temperature)]
 
-    def say(self, batch: Batch, *, max_new_tokens: int, temperature: float = 0.0) -> list[Said]:
-        """`generate`, with the tokens of each answer."""
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    def say(
+        self,
+        batch: Batch,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        choices: Sequence[Sequence[str]] = (),
+        uniforms_BL: Tensor | None = None,
+    ) -> list[Said]:
+        """`generate`, with the tokens of each answer; one of its `choices` for a sample that has some.
+
+        `uniforms_BL` decide as they do in `generate_tokens`.
+        """
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+        options |= {"choices": [self._answer_ids(texts) for texts in choices], "uniforms_BL": uniforms_BL}
         with self._adapted_lm_head(batch):
-            return generate(self.thinker, self.processor, batch.inputs, **options)
+            return generate(self.transformer, self.processor, batch.inputs, **options)
+
+    def logps(self, batch: Batch, choices: Sequence[Sequence[str]]) -> list[list[float]]:
+        """The log-probability of each choice of each sample as its answer, the end of the turn included, in nats."""
+        return choice_logps(self.transformer, batch.inputs, [self._answer_ids(texts) for texts in choices])
+
+    def _answer_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        end = end_token_id(self.processor)
+        return [answer_ids(self.processor.tokenizer, text, end).tolist() for text in texts]
 
     @contextmanager
     def _adapted_lm_head(self, batch: Batch) -> Iterator[None]:
-        """Within, the adapters' deltas reach every state that lm_head reads."""
+        """Within, the adapters' deltas reach every state that the language head reads."""
         with torch.no_grad():
             delta_BH = self._answer_delta(batch)
         if delta_BH is None:
             yield
             return
-        delta_B1H = delta_BH.unsqueeze(1)
-        hook = self.thinker.lm_head.register_forward_pre_hook(lambda _, args: (args[0] + delta_B1H.to(args[0]),))
-        try:
+        delta_B1H, head = delta_BH.unsqueeze(1), self.transformer.get_output_embeddings()
+        with _hooked(head, lambda _, args: (args[0] + delta_B1H.to(args[0]),)):
             yield
-        finally:
-            hook.remove()
+
+
+@contextmanager
+def _hooked(module: nn.Module, before: Callable[..., Any], *, with_kwargs: bool = False) -> Iterator[None]:
+    """Within, `before` is called in front of the module, before anything else that waits there."""
+    handle = module.register_forward_pre_hook(before, prepend=True, with_kwargs=with_kwargs)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _state(args: tuple[Any, ...], given: Mapping[str, Any]) -> Tensor:
+    """The hidden states that a layer of a language model is given."""
+    state: Tensor = args[0] if args else given["hidden_states"]
+    return state
+
+
+class LanguageLayers(NamedTuple):
+    """The layers of the language model of a transformers model; `prefix` is the name of what holds them, with a dot."""
+
+    prefix: str
+    layers: nn.ModuleList
+
+
+def language_layers(transformer: Any) -> LanguageLayers:
+    """Where the layers of the language model are: beside its embeddings. Raises InputError where they are not."""
+    words = transformer.get_input_embeddings()
+    name = next(name for name, module in transformer.named_modules() if module is words).rpartition(".")[0]
+    layers = getattr(transformer.get_submodule(name), "layers", None)
+    if not isinstance(layers, nn.ModuleList) or len(layers) < 2:
+        found = f"no layers of a language model beside {name}.embed_tokens"
+        raise InputError(found, where=type(transformer).__name__, fix="Use another model.")
+    return LanguageLayers(f"{name}." if name else "", layers)
+
+
+def behind_head(logits: Tensor, config: Any) -> Tensor:
+    """What the forward of some models does to logits: Gemma caps, Cohere and Granite scale them."""
+    text = config.get_text_config()
+    cap, scale = getattr(text, "final_logit_softcapping", None), getattr(text, "logit_scale", None)
+    divisor = getattr(text, "logits_scaling", None)
+    if cap is not None:
+        logits = torch.tanh(logits / cap) * cap
+    if scale is not None:
+        logits = logits * scale
+    return logits if divisor is None else logits / divisor
+
+
+def lora_targets(transformer: Any) -> str:
+    """A pattern for the linear layers of the language model alone; towers have layers of the same names.
+
+    Raises InputError for a model whose language model has no layers of that kind.
+    """
+    start = f"{language_layers(transformer).prefix}layers."
+    linear = [n for n, m in transformer.named_modules() if n.startswith(start) and isinstance(m, nn.Linear)]
+    kinds = sorted({name.removeprefix(start).partition(".")[2] for name in linear})
+    if not kinds:
+        found = f"no linear layers below {start}"
+        raise InputError(found, where=type(transformer).__name__, fix="Use model.strategy=full.")
+    return rf"{re.escape(start)}\d+\.({'|'.join(map(re.escape, kinds))})"
 
 
 def apply_strategy(model: OmniSapiens, config: ModelConfig) -> OmniSapiens:
     """Choose what is trained: add LoRA layers if asked, set requires_grad of every parameter. Heads always train.
 
-    Raises ConfigError where a model with LoRA layers is to be trained in another way.
+    LoRA layers that are there keep their weights and take the dropout of `config`. Raises ConfigError for the strategy
+    `heads` without heads, where a model with LoRA layers is to be trained in another way, and for another rank or alpha
+    than theirs.
     """
-    if config.strategy != "lora" and has_lora(model.thinker):
-        fix = "Use model.strategy=lora, or fold the layers in with `hba merge` first."
-        what = f"the model has LoRA layers, which strategy {config.strategy} would lose"
+    transformer = model.transformer
+    if config.strategy == "heads" and model.heads is None:
+        raise ConfigError("a model without heads has none to train", where="model.strategy", fix="Use lora or full.")
+    if config.strategy != "lora" and has_lora(transformer):
+        rank = next(iter(transformer.peft_config.values())).r
+        fix = f"Use model.strategy=lora and model.lora_r={rank}, or fold the layers in with `hba merge` first."
+        what = f"the model has LoRA layers of rank {rank}, which strategy {config.strategy} would lose"
         raise ConfigError(what, where=config.name, fix=fix)
-    choose_trained(model.thinker, config)
-    model.heads.requires_grad_(True)
-    return model
-
-
-def choose_trained(model: Any, config: ModelConfig, targets: str = LORA_TARGETS) -> None:
-    """Set requires_grad of a transformers model's parameters; LoRA layers go on the modules that `targets` matches.
-
-    A model that has them already keeps their weights and takes the dropout of `config`. Raises ConfigError for another
-    rank or alpha than theirs.
-    """
-    model.requires_grad_(config.strategy == "full")
+    transformer.requires_grad_(config.strategy == "full")
+    if model.heads is not None:
+        model.heads.requires_grad_(True)
     if config.strategy != "lora":
-        return
-    if has_lora(model):
-        _continue_lora(model, config)
+        return model
+    if has_lora(transformer):
+        _continue_lora(transformer, config)
     else:
         from peft import LoraConfig
 
-        lora = LoraConfig(
-            r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=targets
-        )
-        with _precise_layers(model):
-            model.add_adapter(lora)
-    for name, parameter in model.named_parameters():
+        sizes: dict[str, Any] = {"r": config.lora_r, "lora_alpha": config.lora_alpha}
+        lora = LoraConfig(**sizes, lora_dropout=config.lora_dropout, target_modules=lora_targets(transformer))
+        with _precise_layers(transformer):
+            transformer.add_adapter(lora)
+    for name, parameter in transformer.named_parameters():
         parameter.requires_grad = "lora_" in name
         if parameter.requires_grad:
             # Adapters keep float32 master weights; autocast casts them in the forward pass.
             parameter.data = parameter.data.float()
+    return model
 
 
 @contextmanager
@@ -365,7 +487,7 @@ def config_of(model: OmniSapiens, name: str, strategy: Strategy) -> ModelConfig:
     """The config with which `model`, LoRA layers included, is trained further as it is."""
     if strategy != "lora":
         return ModelConfig(name=name, strategy=strategy)
-    adapter, *_ = model.thinker.peft_config.values()
+    adapter, *_ = model.transformer.peft_config.values()
     sizes = {"lora_r": adapter.r, "lora_alpha": adapter.lora_alpha, "lora_dropout": adapter.lora_dropout}
     return ModelConfig(name=name, strategy=strategy, **sizes)
 

@@ -167,7 +167,11 @@ def _read_model(state: dict[str, Tensor], path: Path, backbone: str, lora_alpha:
     if checkpoint.resolve(backbone) is not None:
         fix = "Name the plain backbone, such as Qwen/Qwen2.5-Omni-7B."
         raise InputError("a checkpoint of hba, not a backbone", where=backbone, fix=fix)
-    bare = skeleton(checkpoint.thinker_class(), checkpoint.read_thinker_config(backbone))
+    config = checkpoint.read_config(backbone)
+    if not checkpoint.is_thinker(config):
+        other = f"is a model of type {config.model_type}, not a Qwen2.5-Omni, on which the release stands"
+        raise InputError(other, where=backbone, fix="Name the backbone of the release, such as Qwen/Qwen2.5-Omni-7B.")
+    bare = skeleton(checkpoint.backbone_class(backbone), getattr(config, "thinker_config", config))
     heads = DomainHeads.for_taxonomy(int(bare.config.get_text_config().hidden_size), BUILTIN)
     tied = dict(bare.all_tied_weights_keys)
     released = {_own_name(name, list(heads.columns)): name for name in state}

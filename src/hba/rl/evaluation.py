@@ -16,12 +16,12 @@ import numpy as np
 from hba.atlas import Atlas
 from hba.atlas.rows import Sample
 from hba.batch.config import LoaderConfig
-from hba.batch.encode import SampleEncoder
+from hba.batch.encode import Encoder
 from hba.batch.loader import load_batches
 from hba.errors import InputError
 from hba.evaluate.answers import read, same_answer, without_latex
 from hba.evaluate.backends.interface import evaluation_plan
-from hba.model.chat import ChatModel
+from hba.model.omni import OmniSapiens
 from hba.rl.config import RolloutConfig
 from hba.rl.evaluation_log import WAYS, mean_parts
 from hba.rl.rewards import Scorer, well_formed
@@ -33,9 +33,9 @@ from hba.train.ranks import Ranks
 
 def evaluate(
     sampler: Sampler,
-    policy: ChatModel,
+    policy: OmniSapiens,
     atlas: Atlas,
-    encoder: SampleEncoder,
+    encoder: Encoder,
     scorer: Scorer,
     rollout: RolloutConfig,
     ranks: Ranks,

@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hba.atlas import Atlas, data_record
-from hba.batch.encode import Batch, SampleEncoder, encoder_for
+from hba.batch.encode import Batch, Encoder, encoder_for
 from hba.batch.prompt import FormatMix
 from hba.errors import HbaError, InputError
-from hba.model import chat, checkpoint
-from hba.model.chat import ChatModel
+from hba.model import checkpoint
 from hba.model.config import ModelConfig
+from hba.model.omni import OmniSapiens, apply_strategy, language_layers
 from hba.model.process import prepare_process, start_accelerator
 from hba.rl.advantages import Advantage, build_advantage, informative
 from hba.rl.config import Algorithm, RlConfig
@@ -271,18 +271,20 @@ def _probabilities(setup: Setup, part: _Part) -> Probabilities:
 Reference = Callable[[Batch, float], Tensor]  # (batch, temperature) -> log-probabilities [B, L]
 
 
-def build_policy(config: ModelConfig, resume: Path | None, *, freeze_towers: bool, mapped: bool = False) -> ChatModel:
+def build_policy(config: ModelConfig, resume: Path | None, *, freeze_towers: bool, mapped: bool = False) -> OmniSapiens:
     """The model to train, from the config's name or the checkpoint that a run resumes at.
 
     With strategy full and `freeze_towers`, the layers of the language model train and nothing else does; `mapped` as in
-    `chat.load`.
+    `OmniSapiens.from_pretrained`.
     """
     # Weights that train keep float32 masters; the configured dtype is for those that do not.
     dtype = "float32" if config.strategy == "full" else config.dtype
     name = config.name if resume is None else resume
-    policy = chat.prepare(chat.load(name, dtype=dtype, attention=config.attention, mapped=mapped), config)
+    how: dict[str, Any] = {"dtype": dtype, "attention": config.attention, "mapped": mapped}
+    policy = apply_strategy(OmniSapiens.from_pretrained(name, heads=False, **how), config)
     if config.strategy == "full" and freeze_towers:
-        trained = language_layers(policy)
+        prefix = language_layers(policy.transformer).prefix
+        trained = f"{prefix}layers.", f"{prefix}norm."
         for name_, parameter in policy.transformer.named_parameters():
             parameter.requires_grad = name_.startswith(trained)
     for module in policy.modules():
@@ -291,15 +293,7 @@ def build_policy(config: ModelConfig, resume: Path | None, *, freeze_towers: boo
     return policy
 
 
-def language_layers(policy: ChatModel) -> tuple[str, str]:
-    """Name prefixes of the language model's layers and of its final norm."""
-    words = policy.transformer.get_input_embeddings()
-    owner = next(name for name, module in policy.transformer.named_modules() if module is words).rpartition(".")[0]
-    prefix = f"{owner}." if owner else ""
-    return f"{prefix}layers.", f"{prefix}norm."
-
-
-def build_reference(config: ModelConfig, policy: ChatModel, accelerator: Accelerator) -> Reference:
+def build_reference(config: ModelConfig, policy: OmniSapiens, accelerator: Accelerator) -> Reference:
     """The policy as it was when the run began, whatever a resumed one has learned since.
 
     Raises InputError for a run that goes on with LoRA layers which it was given: without them it is another model.
@@ -310,14 +304,14 @@ def build_reference(config: ModelConfig, policy: ChatModel, accelerator: Acceler
             fix = "Merge it first (hba merge) and start from the merged model, or set loss.kl_weight=0."
             raise InputError("a model with LoRA layers has no reference to switch to", where=config.name, fix=fix)
         return lambda batch, temperature: _without_lora(policy, batch, temperature, accelerator)
-    frozen = chat.load(config.name, dtype="float32", attention=config.attention)
+    frozen = OmniSapiens.from_pretrained(config.name, dtype="float32", attention=config.attention, heads=False)
     if accelerator.mixed_precision == "bf16":
         _round_once(frozen)
     frozen = frozen.to(accelerator.device).eval().requires_grad_(False)
     return lambda batch, temperature: _looked_at(frozen, batch, temperature, accelerator)
 
 
-def _round_once(model: ChatModel) -> None:
+def _round_once(model: OmniSapiens) -> None:
     """Keep in bfloat16 what autocast would round in each pass: half the memory, and the same numbers."""
     words = model.transformer.get_input_embeddings().weight  # never rounded; a language head may share it
     for module in model.modules():
@@ -325,13 +319,13 @@ def _round_once(model: ChatModel) -> None:
             module.to(torch.bfloat16)
 
 
-def _without_lora(policy: ChatModel, batch: Batch, temperature: float, accelerator: Accelerator) -> Tensor:
+def _without_lora(policy: OmniSapiens, batch: Batch, temperature: float, accelerator: Accelerator) -> Tensor:
     with _adapters_off(policy):
         return _looked_at(policy, batch, temperature, accelerator)
 
 
 @contextmanager
-def _adapters_off(policy: ChatModel) -> Iterator[None]:
+def _adapters_off(policy: OmniSapiens) -> Iterator[None]:
     policy.transformer.disable_adapters()
     try:
         yield
@@ -340,7 +334,7 @@ def _adapters_off(policy: ChatModel) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _looked_at(model: ChatModel, batch: Batch, temperature: float, accelerator: Accelerator) -> Tensor:
+def _looked_at(model: OmniSapiens, batch: Batch, temperature: float, accelerator: Accelerator) -> Tensor:
     with accelerator.autocast():
         return probabilities(model, model, batch, temperature).logps_BL
 
@@ -358,13 +352,13 @@ class Setup(NamedTuple):
     algorithm: Algorithm
     ranks: Ranks
     run: RunFolder
-    policy: ChatModel
+    policy: OmniSapiens
     model: nn.Module  # the policy as it is prepared for training
     sampler: Sampler
     reference: Reference | None
     optimizer: torch.optim.Optimizer
     scorer: Scorer
-    encoder: SampleEncoder
+    encoder: Encoder
     validation: Atlas
 
     @property
@@ -577,7 +571,7 @@ def _save(setup: Setup, memory: Memory, progress: Progress) -> None:
     def save_model(folder: Path) -> None:
         backbone, strategy = checkpoint.backbone_of(config.model.name), config.model.strategy
         how: dict[str, Any] = {"encode": config.encode, "formats": (config.format,)}
-        chat.save(setup.policy, folder, backbone=backbone, strategy=strategy, **how)
+        setup.policy.save_pretrained(folder, backbone=backbone, strategy=strategy, **how)
         memory.save(folder)
 
     save_state(setup.run.checkpoints, progress, setup.policy, setup.optimizer, save_model, setup.ranks)

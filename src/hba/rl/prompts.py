@@ -16,7 +16,7 @@ import numpy as np
 
 from hba.atlas import Atlas, open_atlas
 from hba.batch.config import LoaderConfig
-from hba.batch.encode import Batch, SampleEncoder
+from hba.batch.encode import Batch, Encoder
 from hba.batch.loader import load_batches
 from hba.batch.sampler import Indices, MixConfig, subsample
 from hba.rl.config import RlConfig
@@ -31,7 +31,7 @@ class PromptFeed:
     def __init__(
         self,
         atlas: Atlas,
-        encoder: SampleEncoder,
+        encoder: Encoder,
         mix: MixConfig,
         train: TrainConfig,
         loader: LoaderConfig,

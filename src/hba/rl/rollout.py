@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hba.batch.encode import IGNORED, Batch
-from hba.model.chat import ChatModel, Head
 from hba.model.generate import media_token_ids
+from hba.model.omni import Head, OmniSapiens
 
 # Who draws responses: the policy itself, or a server that is given its weights. Training and evaluations share them.
 #
@@ -116,7 +116,7 @@ class Sampler(Protocol):
 class PolicySampler:
     """The policy answers itself, through transformers' `generate`, in the precision in which it trains."""
 
-    def __init__(self, policy: ChatModel, autocast: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+    def __init__(self, policy: OmniSapiens, autocast: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
         self._policy, self._autocast = policy, autocast
 
     def renew(self, version: int) -> None:
@@ -131,7 +131,7 @@ class PolicySampler:
         uniforms_BRL = torch.from_numpy(_uniforms(prompts.places, draws))
         with self._autocast():
             rounds = [
-                self._policy.generate(prompts.batch, **options, uniforms_BL=uniforms_BRL[:, number])
+                self._policy.say(prompts.batch, **options, uniforms_BL=uniforms_BRL[:, number])
                 for number in range(draws.per_row)
             ]
         said = [one for row in zip(*rounds, strict=True) for one in row]
@@ -149,7 +149,7 @@ def _uniforms(places: Sequence[Place], draws: Draws) -> np.ndarray[tuple[int, in
     return numbers_NL.reshape(len(places), draws.per_row, draws.max_new_tokens)
 
 
-def texts_of(drawn: Drawn, policy: ChatModel) -> list[str]:
+def texts_of(drawn: Drawn, policy: OmniSapiens) -> list[str]:
     """The responses as text, without special tokens."""
     texts: list[str] = policy.processor.tokenizer.batch_decode(drawn.tokens, skip_special_tokens=True)
     return texts
@@ -188,7 +188,7 @@ class Probabilities(NamedTuple):
     mask_BL: Tensor  # 1 at response tokens, float
 
 
-def roll_out(sampler: Sampler, policy: ChatModel, prompts: Sequence[Prompts], draws: Draws) -> list[Rollouts]:
+def roll_out(sampler: Sampler, policy: OmniSapiens, prompts: Sequence[Prompts], draws: Draws) -> list[Rollouts]:
     """Sample one response for each row of each batch of `prompts`."""
     pad = policy.processor.tokenizer.pad_token_id or 0
     return [
@@ -219,7 +219,7 @@ def with_responses(prompts: Batch, responses: Sequence[Tensor], pad_token_id: in
     return replace(prompts, inputs=inputs, labels_BT=labels_BT)
 
 
-def probabilities(model: nn.Module, policy: ChatModel, batch: Batch, temperature: float) -> Probabilities:
+def probabilities(model: nn.Module, policy: OmniSapiens, batch: Batch, temperature: float) -> Probabilities:
     """Log-probabilities and entropies of the response tokens of `batch` at the temperature of the sampling.
 
     `model` is `policy` as it is prepared for training, perhaps wrapped for several processes.
@@ -234,7 +234,7 @@ def probabilities(model: nn.Module, policy: ChatModel, batch: Batch, temperature
         temperature=temperature,
         vocabulary=len(policy.transformer.get_output_embeddings().weight),
     )
-    chosen_N, entropy_N = model(batch, read).unbind(-1)
+    chosen_N, entropy_N = model(batch, read).answer_logits_NV.unbind(-1)
     start = int(marked_BT.any(0).nonzero()[0])
     mask_BL = marked_BT[:, start:]
     zeros_BL = torch.zeros(mask_BL.shape, dtype=chosen_N.dtype, device=chosen_N.device)

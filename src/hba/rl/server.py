@@ -26,15 +26,15 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from hba.atlas.rows import Sample
-from hba.batch.encode import SAMPLING_RATE, SampleEncoder, load_media, media_placeholders
+from hba.batch.encode import SAMPLING_RATE, Encoder, load_media, media_placeholders
 from hba.batch.prompt import MODALITIES
 from hba.errors import HbaError
 from hba.evaluate.backends.wire import decoded_parts, filled, frame_rate
-from hba.model.chat import ChatModel
 from hba.model.checkpoint import is_thinker, resolve_dtype
 from hba.model.config import ModelConfig
 from hba.model.generate import BANNED_BIAS, end_token_ids, media_token_ids
 from hba.model.merge import name_as_released, write_thinker
+from hba.model.omni import OmniSapiens
 from hba.remote import ChatRequest, RemoteClient, RequestError, ServiceError, bounded
 from hba.remote.providers import TokenChat
 from hba.remote.request import Choice, TokenReply
@@ -68,7 +68,7 @@ def served_folder(run: Path, shared: str | None) -> Path:
 class ServedWeights:
     """Keeps the weights of the server behind `client` those of `policy`. `name` is the model to ask for."""
 
-    def __init__(self, client: RemoteClient, policy: ChatModel, config: ModelConfig, folder: Path) -> None:
+    def __init__(self, client: RemoteClient, policy: OmniSapiens, config: ModelConfig, folder: Path) -> None:
         self._client, self._policy, self._config = client, policy, config
         self._folder = folder.resolve()
         self._mark = secrets.token_hex(4)  # a server may still have adapters of a run that was killed
@@ -197,7 +197,7 @@ class ServerSampler:
     Raises ConfigError for a bad URL, or a key that is not in the environment.
     """
 
-    def __init__(self, config: RlConfig, policy: ChatModel, encoder: SampleEncoder, ranks: Ranks, run: Path) -> None:
+    def __init__(self, config: RlConfig, policy: OmniSapiens, encoder: Encoder, ranks: Ranks, run: Path) -> None:
         self._config, self._policy = config.remote, policy
         self._encoder, self._ranks = encoder, ranks
         self._client = RemoteClient("", config.remote, TokenChat())
@@ -348,7 +348,7 @@ class _UnfitError(Exception):
         self.fix = fix
 
 
-def build_sampler(config: RlConfig, policy: ChatModel, encoder: SampleEncoder, ranks: Ranks, run: Path) -> Sampler:
+def build_sampler(config: RlConfig, policy: OmniSapiens, encoder: Encoder, ranks: Ranks, run: Path) -> Sampler:
     """The sampler of `rollout.sampler`."""
     if config.rollout.sampler == "generate":
         return PolicySampler(policy, ranks.accelerator.autocast)

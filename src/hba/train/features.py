@@ -44,7 +44,7 @@ from hba.batch.sampler import Indices
 from hba.errors import InputError, MediaError
 from hba.evaluate.backends.interface import evaluation_plan
 from hba.model import checkpoint
-from hba.model.omni import OmniSapiens
+from hba.model.omni import OmniSapiens, behind_head
 from hba.run import locked_folder
 from hba.storage import StorageError, atomic_write, json_sha256, read_json, remove_abandoned, write_json
 from hba.taxonomy import Taxonomy
@@ -257,6 +257,16 @@ class FeatureBatch:
         return replace(self, tokens_L=tokens, **moved)
 
 
+class LanguageHead(nn.Linear):
+    """A language head alone, with what the forward of its model does to logits behind it, as `config` says."""
+
+    config: Any
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Logits [L, V] of states [L, H]."""
+        return behind_head(super().forward(input), self.config)
+
+
 class FrozenBase:
     """The checkpoint that a stage starts from, with its backbone frozen."""
 
@@ -288,18 +298,19 @@ class FrozenBase:
 
     @cached_property
     def config(self) -> Any:
-        """The thinker's; the backbone is not loaded for it."""
-        return checkpoint.read_thinker_config(checkpoint.base_of(self.folder))
+        """The backbone's, which is not loaded for it."""
+        return checkpoint.read_backbone_config(checkpoint.base_of(self.folder))
 
     def lm_head(self) -> nn.Linear:
         """The layer that says what a last hidden state is as tokens, frozen; nothing else of the model is read."""
         base = checkpoint.base_of(self.folder)
+        name, shape = checkpoint.language_head(base)
         if (self.folder / checkpoint.LM_HEAD).is_file():
-            text = self.config.get_text_config()
-            weight_VH = checkpoint.load_lm_head(self.folder, (text.vocab_size, text.hidden_size))
+            weight_VH = checkpoint.load_lm_head(self.folder, shape)
         else:
-            weight_VH = checkpoint.fit_thinker(base).read("lm_head.weight")
-        lm_head = nn.Linear(weight_VH.shape[1], weight_VH.shape[0], bias=False, device="meta")
+            weight_VH = checkpoint.fit_backbone(base).read(name)
+        lm_head = LanguageHead(shape[1], shape[0], bias=False, device="meta")
+        lm_head.config = self.config
         lm_head.weight = nn.Parameter(weight_VH.to(checkpoint.resolve_dtype(self.dtype)), requires_grad=False)
         return lm_head
 
@@ -409,13 +420,15 @@ def _module_file(root: Path, name: str) -> Path | None:
 def extract(model: OmniSapiens, batch: Batch) -> list[Feature]:
     """The features of each sample: the pooled state of a row with classes, else the normed states of its answer."""
     output = model(batch)
+    assert output.pooled_BH is not None
     found = [Feature(pooled_H.unsqueeze(0), None) for pooled_H in output.pooled_BH]
-    for row, domain in enumerate(batch.domain_names):
-        if domain is None and batch.labels_BT is not None:
-            # The state at a position predicts the token behind it: one shift, here and nowhere else.
-            labels_T = batch.labels_BT[row, 1:]
-            mask_T = labels_T != IGNORED
-            found[row] = Feature(output.last_hidden_BTH[row, :-1][mask_T], labels_T[mask_T])
+    if batch.labels_BT is not None and output.answer_states_NH is not None:
+        said_BT = batch.labels_BT != IGNORED
+        counts = said_BT.sum(1).tolist()
+        tokens, states = (torch.split(each, counts) for each in (batch.labels_BT[said_BT], output.answer_states_NH))
+        for row, domain in enumerate(batch.domain_names):
+            if domain is None:
+                found[row] = Feature(states[row], tokens[row])
     return found
 
 

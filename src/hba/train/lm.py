@@ -1,7 +1,7 @@
 """Generative SFT: any chat model learns to answer in words, from what it sees, hears and reads.
 
 The loss is the next-token cross-entropy of the response, the end of the turn included, teacher-forced: a mean over each
-row's response tokens, then over the rows. Logits are computed for response tokens alone (`model.chat`). Every row is
+row's response tokens, then over the rows. Logits are computed for response tokens alone (`model.omni`). Every row is
 asked and answered in one of the formats of the config (plain, in a box, with thinking), the same one in every epoch.
 Media of modalities that are left out neither reach the model nor leave their tags in the prompt.
 """
@@ -10,19 +10,21 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hba.atlas import Atlas, data_record, open_atlas
-from hba.batch.encode import IGNORED, Batch, SampleEncoder, encoder_for
+from hba.batch.encode import IGNORED, Batch, Encoder, encoder_for
 from hba.batch.loader import load_batches
 from hba.batch.prompt import FormatMix
 from hba.errors import InputError
 from hba.evaluate.backends.interface import evaluation_plan
-from hba.model import chat, checkpoint
+from hba.model import checkpoint
 from hba.model.heads import answer_loss
+from hba.model.omni import OmniOutput, OmniSapiens, apply_strategy
 from hba.model.process import prepare_process, start_accelerator
 from hba.run import RunFolder
 from hba.train.config import LmConfig
@@ -55,9 +57,9 @@ def train_lm(config: LmConfig, run: RunFolder) -> Progress:
 
 def lm_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Cross-entropy of the response tokens: the mean over each row's, summed over the rows."""
-    answer_logits_NV: Tensor = model(batch)
-    assert batch.labels_BT is not None  # the encoder gives answers
-    return answer_loss(answer_logits_NV, batch.labels_BT)
+    output: OmniOutput = model(batch)
+    assert batch.labels_BT is not None and output.answer_logits_NV is not None  # the encoder gives answers
+    return answer_loss(output.answer_logits_NV, batch.labels_BT)
 
 
 def _rows(config: LmConfig, split: str) -> Atlas:
@@ -65,7 +67,7 @@ def _rows(config: LmConfig, split: str) -> Atlas:
     return atlas if config.datasets is None else atlas.filter(datasets=config.datasets)
 
 
-def build_model(config: LmConfig, resume: Path | None) -> chat.ChatModel:
+def build_model(config: LmConfig, resume: Path | None) -> OmniSapiens:
     """The model to train: from the config's name, or from the checkpoint that a run resumes at."""
     # Weights that train keep float32 masters; the configured dtype is for those that do not.
     dtype = "float32" if config.model.strategy == "full" else config.model.dtype
@@ -75,22 +77,21 @@ def build_model(config: LmConfig, resume: Path | None) -> chat.ChatModel:
     if folder is not None and (folder / checkpoint.LM_HEAD).is_file():
         fix = "Merge it first (hba merge), or start from the run of the stage before."
         raise InputError("the checkpoint has a language head of its own from stage 2", where=str(folder), fix=fix)
-    mapped = config.train.sharding == "full"
-    model = chat.load(name, dtype=dtype, attention=config.model.attention, mapped=mapped)
-    return chat.prepare(model, config.model)
+    how: dict[str, Any] = {"attention": config.model.attention, "mapped": config.train.sharding == "full"}
+    return apply_strategy(OmniSapiens.from_pretrained(name, dtype=dtype, heads=False, **how), config.model)
 
 
-def save_checkpoint(model: chat.ChatModel, config: LmConfig, folder: Path) -> None:
-    """Write the model of a run as a checkpoint that `chat.load` reads."""
+def save_checkpoint(model: OmniSapiens, config: LmConfig, folder: Path) -> None:
+    """Write the model of a run as a checkpoint that `OmniSapiens.from_pretrained` loads."""
     backbone = checkpoint.backbone_of(config.model.name)
     strategy, formats = config.model.strategy, config.formats
-    chat.save(model, folder, backbone=backbone, strategy=strategy, encode=config.encode, formats=formats)
+    model.save_pretrained(folder, backbone=backbone, strategy=strategy, encode=config.encode, formats=formats)
 
 
 def validate_answers(
-    model: chat.ChatModel,
+    model: OmniSapiens,
     atlas: Atlas,
-    encoder: SampleEncoder,
+    encoder: Encoder,
     config: LmConfig,
     run: RunFolder,
     ranks: Ranks,
@@ -118,9 +119,9 @@ def validate_answers(
 
 
 @torch.inference_mode()
-def _score(model: chat.ChatModel, batch: Batch) -> tuple[float, int, int, int, int]:
-    logits_NV = model(batch)
-    assert batch.labels_BT is not None  # the encoder gives answers
+def _score(model: OmniSapiens, batch: Batch) -> tuple[float, int, int, int, int]:
+    logits_NV = model(batch).answer_logits_NV
+    assert batch.labels_BT is not None and logits_NV is not None  # the encoder gives answers
     said_BT = batch.labels_BT != IGNORED
     right_BT = torch.zeros_like(said_BT)
     right_BT[said_BT] = logits_NV.argmax(-1) == batch.labels_BT[said_BT]

@@ -149,7 +149,7 @@ def _written(model: nn.Module) -> set[int]:
                 frozen |= {id(parameter) for parameter in named.values() if not parameter.requires_grad}
             break  # what it is made of are models of transformers, too
     if getattr(model, "own_lm_head", False):
-        frozen.discard(id(model.thinker.lm_head.weight))  # type: ignore[union-attr]
+        frozen.discard(id(model.transformer.lm_head.weight))  # type: ignore[union-attr]
     return {id(parameter) for parameter in model.parameters()} - frozen
 
 

@@ -68,6 +68,7 @@ def train_sft(config: SftConfig, run: RunFolder) -> Progress:
 def sft_loss(model: nn.Module, batch: Batch, *, answer_weight: float) -> Tensor:
     """Cross-entropy over each row's own classes plus the weighted answer loss, summed over the batch."""
     output: OmniOutput = model(batch)
+    assert output.logits_BC is not None  # stage 1 has heads
     # Free-form rows have no classes: every logit of theirs is -inf, and not even their gradient may be touched. Which
     # they are is read from the batch's names: the host would have to wait for a mask on the device.
     rows = [row for row, name in enumerate(batch.domain_names) if name is not None]

@@ -87,7 +87,7 @@ class HeadsBackend:
     def speak(self, batch: Batch) -> Sequence[Output]:
         """Greedy answers in words."""
         said = self.model.say(batch.to(self.model.device), max_new_tokens=self.max_tokens)
-        ends = end_token_ids(self.model.thinker, self.model.processor)
+        ends = end_token_ids(self.model.transformer, self.model.processor)
         return [
             spoken(sample, one.text, self.encoder.taxonomy, tokens_out=one.tokens, finish=one.finish(ends))
             for sample, one in zip(batch.samples, said, strict=True)

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hba.atlas import Atlas
-from hba.batch.encode import Batch, SampleEncoder, encoder_for
+from hba.batch.encode import Batch, Encoder, encoder_for
 from hba.batch.prompt import FormatMix
 from hba.batch.sampler import Indices
 from hba.errors import InputError
 from hba.evaluate.answers import opened_thinking
 from hba.evaluate.backends.interface import Output, Result, batched_answers, choices, evaluation_plan, likeliest, spoken
-from hba.model import chat, checkpoint
+from hba.model import checkpoint
 from hba.model.generate import end_token_ids
+from hba.model.omni import OmniSapiens
 
 if TYPE_CHECKING:
     from hba.evaluate.config import GenerationConfig, Opening, PredictConfig
@@ -42,7 +43,7 @@ class ChatBackend:
     meter: Meter | None = None
 
     def __init__(
-        self, model: chat.ChatModel, encoder: SampleEncoder, config: PredictConfig, origin: Mapping[str, Any]
+        self, model: OmniSapiens, encoder: Encoder, config: PredictConfig, origin: Mapping[str, Any]
     ) -> None:
         self.model, self.encoder, self.config, self.origin = model, encoder, config, origin
         self.wording = FormatMix([config.generation.asked])
@@ -70,7 +71,7 @@ class ChatBackend:
         if generation.read == "likelihood" and all(offered):
             return [likeliest(*each) for each in zip(offered, self.model.logps(batch, texts), strict=True)]
         torch.manual_seed(_seed(generation, batch))
-        said = self.model.generate(
+        said = self.model.say(
             batch,
             max_new_tokens=generation.max_tokens,
             temperature=generation.temperature or 0.0,
@@ -103,7 +104,8 @@ def open_backend(_name: str, opening: Opening) -> ChatBackend:
         key = "extra" if config.generation.extra else "temperature=null"
         fix = "Set generation.temperature, and leave generation.extra out."
         raise InputError("a setting for servers, not for a model on this machine", where=f"generation.{key}", fix=fix)
-    model = chat.load(opening.model, dtype=config.dtype, attention=config.attention).eval()
+    how: dict[str, Any] = {"dtype": config.dtype, "attention": config.attention, "heads": False}
+    model = OmniSapiens.from_pretrained(opening.model, **how).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     wording = FormatMix([config.generation.asked])
     encoder = encoder_for(model.processor, opening.encode, taxonomy, wording=wording)

@@ -33,7 +33,7 @@ from hba.model.config import require_place
 from hba.taxonomy import Taxonomy
 
 if TYPE_CHECKING:
-    from hba.batch.encode import Batch, SampleEncoder
+    from hba.batch.encode import Batch, Encoder
     from hba.evaluate.config import Opening
     from hba.remote.cost import Meter
 
@@ -258,7 +258,7 @@ def batched_answers(
     batches: Sequence[Indices],
     done: Set[str],
     *,
-    encoder: SampleEncoder,
+    encoder: Encoder,
     answer: Callable[[Batch], Sequence[Output]],
     loader: LoaderConfig,
 ) -> Iterator[Result]:

@@ -262,7 +262,7 @@ def served(name: str) -> Served:
     if folder is not None and (folder / FOLDER).is_dir():
         fix = "Use --backend heads, or the run of the stage before."
         raise InputError("the checkpoint has BAM adapters, which a chat model ignores", where=str(folder), fix=fix)
-    if checkpoint.read_config(model, what="the model").model_type == "qwen2_5_omni_thinker":
+    if checkpoint.read_config(model).model_type == "qwen2_5_omni_thinker":
         if folder is None:
             fix = "Use the whole model as it was released, or --backend hf."
             raise InputError("vLLM does not serve a thinker alone", where=name, fix=fix)
@@ -305,7 +305,7 @@ def open_backend(_name: str, opening: Opening) -> VllmBackend:
     except ImportError as error:
         fix = "pip install 'human-behavior-atlas[vllm]' where there is a GPU, or serve the model and use openai."
         raise ConfigError(f"vllm cannot be imported ({error})", where="--backend vllm", fix=fix) from None
-    from hba.model.chat import load_processor
+    from hba.model.checkpoint import load_processor
 
     model = served(opening.model)
     origin = checkpoint.identity(opening.model, dtype=config.dtype)

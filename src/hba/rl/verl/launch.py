@@ -141,7 +141,7 @@ def _release(config: RlConfig, place: Place) -> None:
 
     out = Path(place.model)
     if out != place.folder / "model":
-        checkpoint.fit_thinker(place.model)  # verl would draw what is missing at random, as transformers does
+        checkpoint.fit_backbone(place.model)  # verl would draw what is missing at random, as transformers does
         return
     if out.is_dir():
         return

@@ -26,7 +26,7 @@ from transformers import (
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniPreTrainedModel
 
-from hba.batch.encode import omni_features
+from hba.batch.encode import features_of
 from hba.errors import InputError
 from hba.model.generate import media_token_ids
 
@@ -147,7 +147,7 @@ def register() -> None:
 # The processor as verl calls it: hba's features, and what verl asks of a processor beyond transformers' interface.
 #
 # verl gives no processor for Qwen2.5-Omni, and its way of calling one loses the times of frames and pads sounds to 30
-# s. `OmniProcessor` stands in front of the real one and answers verl's calls with `omni_features`, so that prompts and
+# s. `OmniProcessor` stands in front of the real one and answers verl's calls with `features_of`, so that prompts and
 # features are those of the local engine, token for token.
 #
 # Shapes: T tokens.
@@ -214,7 +214,7 @@ class OmniProcessor:
         spans = [float(metadata["duration"]) for metadata in video_metadata]
         pixels = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         media = (audio or (), images or (), videos or ())
-        return BatchFeature(omni_features(self._processor, prompt, *media, spans, pixels=pixels))
+        return BatchFeature(features_of(self._processor, prompt, *media, spans, pixels=pixels))
 
     def collapsed(self, ids: Sequence[int]) -> list[int]:
         """`ids` with one placeholder a medium, as a sampling engine takes a prompt and expands it itself."""
