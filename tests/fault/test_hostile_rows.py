@@ -332,7 +332,9 @@ def test_describe_goes_on(hostile: tuple[Path, dict[str, dict[str, str]]], tmp_p
     assert all(len(each) == 1 for each in named)
 
 
-@pytest.mark.parametrize(("family", "modalities"), [("qwen_vl", "image,video"), ("qwen_audio", "audio"), ("llama", "")])
+@pytest.mark.parametrize(
+    ("family", "modalities"), [("qwen2.5-vl", "image,video"), ("qwen2-audio", "audio"), ("llama", "")]
+)
 def test_predict_with_a_chat_model_goes_on(
     tmp_path: Path,
     hostile: tuple[Path, dict[str, dict[str, str]]],
@@ -449,7 +451,7 @@ def special_ids(processor: Any, ids: torch.Tensor) -> list[int]:
     return [int(i) for i in ids if int(i) in special]
 
 
-@pytest.mark.parametrize("family", ["omni", "qwen_vl", "qwen_audio", "gemma", "llama"])
+@pytest.mark.parametrize("family", ["omni", "qwen2.5-vl", "qwen2-audio", "gemma3", "llama"])
 def test_names_of_special_tokens_in_a_row_are_text(tmp_path: Path, backbone: Path, family: str) -> None:
     """In prompt and answer: with them, the prompt has the same tokens of control as without."""
     folder = backbone if family == "omni" else tiny_chat.build(family, backbone, tmp_path / family)

@@ -202,9 +202,9 @@ def test_media_tokens_are_never_said(models, train, family):
     never = media_token_ids(model.transformer.config, model.processor)
     names = {model.processor.tokenizer.convert_ids_to_tokens(i) for i in never}
     expected = {
-        "qwen_omni": 7, "qwen_vl": {"<|IMAGE|>", "<|VIDEO|>", "<|vision_bos|>", "<|vision_eos|>"},
-        "qwen_audio": {"<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"},
-        "gemma": {"<image_soft_token>", "<start_of_image>", "<end_of_image>"}, "llama": set(),
+        "qwen_omni": 7, "qwen2.5-vl": {"<|IMAGE|>", "<|VIDEO|>", "<|vision_bos|>", "<|vision_eos|>"},
+        "qwen2-audio": {"<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"},
+        "gemma3": {"<image_soft_token>", "<start_of_image>", "<end_of_image>"}, "llama": set(),
     }[family]  # fmt: skip
     assert len(names) == expected if isinstance(expected, int) else names >= expected
     batch = batch_of(encoder(models, family), some(train, 1))
@@ -219,18 +219,18 @@ def test_media_tokens_are_never_said(models, train, family):
 
 
 def test_a_model_without_video_sees_the_frames_in_the_place_of_the_video(models, train):
-    enc = encoder(models, "gemma")
+    enc = encoder(models, "gemma3")
     sample = next(s for s in train if s.videos and "<video>" in s.problem)
     encoded = enc.encode(sample)
     assert encoded.media["pixel_values"].shape[0] == 4
-    (token,) = media_placeholders(models["gemma"].processor, "image")
+    (token,) = media_placeholders(models["gemma3"].processor, "image")
     assert int((encoded.input_ids_T == token).sum()) == 4 * 4
 
 
 def test_a_video_tells_its_real_length(models, train):
     sample = next(s for s in train if s.videos)
     (video,) = sample.load_videos(4)
-    encoded = encoder(models, "qwen_vl").encode(sample)
+    encoded = encoder(models, "qwen2.5-vl").encode(sample)
     assert float(encoded.media["second_per_grid_ts"][0]) == pytest.approx(2 * video.duration_seconds / 4)
 
 
@@ -238,26 +238,26 @@ def test_a_medium_that_the_model_cannot_take_is_named_with_the_filter(models, tr
     config = EncodeConfig(num_frames=4, min_pixels=3136, max_pixels=3136)
     sample = next(s for s in train if s.audios)
     with pytest.raises(InputError, match=r"train\.jsonl:\d+, audios: Gemma3Processor takes no audio.*modalities"):
-        encoder_for(models["gemma"].processor, config).encode(sample)
+        encoder_for(models["gemma3"].processor, config).encode(sample)
     sample = next(s for s in train if s.videos)
     with pytest.raises(InputError, match="takes no videos"):
-        encoder_for(models["qwen_audio"].processor, config).encode(sample)
+        encoder_for(models["qwen2-audio"].processor, config).encode(sample)
 
 
 def test_tags_of_modalities_that_are_left_out_vanish(models, train):
     sample = next(s for s in train if "<video>" in s.problem and s.audios)
     config = EncodeConfig(modalities=("audio",))
-    enc = encoder_for(models["qwen_audio"].processor, config)
+    enc = encoder_for(models["qwen2-audio"].processor, config)
     text = enc.processor.tokenizer.decode(enc.encode(sample).input_ids_T)
     assert "<video>" not in text and "<audio>" not in text and "<|AUDIO|>" in text
-    no_media = encoder_for(models["qwen_vl"].processor, EncodeConfig(modalities=())).encode(sample)
+    no_media = encoder_for(models["qwen2.5-vl"].processor, EncodeConfig(modalities=())).encode(sample)
     assert not no_media.media
 
 
 def test_sound_longer_than_the_window_of_a_model_is_refused_not_cut(models, train):
     from transformers import WhisperFeatureExtractor
 
-    enc = encoder(models, "qwen_audio")
+    enc = encoder(models, "qwen2-audio")
     processor = pickle.loads(pickle.dumps(enc.processor))
     processor.feature_extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=1)
     sample = next(s for s in train if s.audios and s.load_audios()[0].seconds > 1)
@@ -297,13 +297,13 @@ def test_lora_targets_of_qwen_omni_are_those_of_the_paper(models):
 
 def test_heads_alone_cannot_be_trained_in_a_chat_model(models):
     with pytest.raises(ConfigError, match=r"model\.strategy"):
-        apply_strategy(models["gemma"], ModelConfig(name="x", strategy="heads"))
+        apply_strategy(models["gemma3"], ModelConfig(name="x", strategy="heads"))
 
 
 def test_a_folder_without_a_chat_template_is_refused(tmp_path, folders):
     import shutil
 
-    shutil.copytree(folders["qwen_vl"], tmp_path / "base")
+    shutil.copytree(folders["qwen2.5-vl"], tmp_path / "base")
     (tmp_path / "base" / "chat_template.jinja").unlink()
     with pytest.raises(InputError, match="no chat template"):
         OmniSapiens.from_pretrained(tmp_path / "base", heads=False)

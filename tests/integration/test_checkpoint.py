@@ -52,7 +52,7 @@ def test_lora_trains_the_language_model_and_the_heads_alone(backbone):
     model = trained(backbone, "lora")
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     assert names and all(n.startswith(("transformer.model.layers.", "heads.")) for n in names)
-    assert all("lora_" in n for n in names if n.startswith("thinker."))
+    assert all("lora_" in n for n in names if n.startswith("transformer."))
 
 
 def test_heads_strategy_trains_nothing_else(backbone):

@@ -65,7 +65,8 @@ def test_every_tower_gets_a_gradient_from_the_loss_of_the_heads(fresh, mini_atla
     batch = batch_with_every_medium(fresh, open_atlas(mini_atlas, split="train"))
     sft_loss(fresh, batch, answer_weight=0.0).backward()
     grown = {name for name, p in fresh.named_parameters() if p.grad is not None and bool((p.grad != 0).any())}
-    for part in ("transformer.audio_tower.conv1", "transformer.visual.patch_embed", "transformer.model.embed_tokens", "heads."):
+    parts = ("audio_tower.conv1", "visual.patch_embed", "model.embed_tokens")
+    for part in (*(f"transformer.{part}" for part in parts), "heads."):
         assert any(name.startswith(part) for name in grown), part
 
 

@@ -202,7 +202,7 @@ def test_settings_that_only_servers_take_are_refused(tmp_path, mini_atlas, backb
 
 
 def test_what_the_model_cannot_take_stops_the_run_with_the_filter(tmp_path, mini_atlas, backbone):
-    model = tiny_chat.build("gemma", backbone, tmp_path / "gemma")
+    model = tiny_chat.build("gemma3", backbone, tmp_path / "gemma3")
     with pytest.raises(InputError, match=r"takes no audio.*--modalities video"):
         predict(model, tmp_path / "run", mini_atlas)
 

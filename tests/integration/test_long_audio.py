@@ -165,7 +165,7 @@ def test_training_and_prediction_with_windows(
 
 
 def test_words_are_not_said_of_windows(tmp_path: Path, recordings: Path, backbone: Path) -> None:
-    model = tiny_chat.build("qwen_audio", backbone, tmp_path / "model")
+    model = tiny_chat.build("qwen2-audio", backbone, tmp_path / "model")
     with pytest.raises(ConfigError, match=r"encode\.long_audio.*averaged by heads"):
         encoder_for(load_processor(model), EncodeConfig(long_audio="windows"))
     config = load_config(PredictConfig, None, ["encode.long_audio=windows", "loader.workers=0"])
@@ -181,7 +181,7 @@ def test_words_are_not_said_of_windows(tmp_path: Path, recordings: Path, backbon
 
 def test_a_chat_model_hears_the_head_that_it_can_take(tmp_path: Path, recordings: Path, backbone: Path) -> None:
     """Its own limit applies where it is shorter: Qwen2-Audio's here is 4 s."""
-    processor = load_processor(tiny_chat.build("qwen_audio", backbone, tmp_path / "model"))
+    processor = load_processor(tiny_chat.build("qwen2-audio", backbone, tmp_path / "model"))
     atlas = {sample.id: sample for sample in open_atlas(recordings, split="test")}
     with pytest.raises(MediaError, match=r"audio of 11\.0 s, more than the 4 s"):
         encoder_for(processor, EncodeConfig()).encode(atlas["eleven"])

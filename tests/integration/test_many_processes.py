@@ -181,14 +181,14 @@ def test_two_sharded_processes_give_the_losses_of_one(one, sharded):
 def test_sharded_ranks_write_their_parts_of_the_optimizer_and_one_whole_model(one, sharded):
     assert optimizer_files(one) == ["optimizer-00000-of-00001.safetensors"]
     assert optimizer_files(sharded) == [f"optimizer-0000{rank}-of-00002.safetensors" for rank in (0, 1)]
-    name = "thinker.lm_head.weight" if "lm_head.weight" in weights(one) else "thinker.model.embed_tokens.weight"
+    name = "transformer.lm_head.weight" if "lm_head.weight" in weights(one) else "transformer.model.embed_tokens.weight"
     folder = sharded / "checkpoints" / "step_6"
     rows = []
     for file in optimizer_files(sharded):
         with safe_open(folder / file, framework="pt") as held:
             rows.append(held.get_slice(f"{name}/exp_avg").get_shape()[0])
     assert min(rows) > 0
-    assert sum(rows) == weights(one)[name.removeprefix("thinker.")].shape[0]
+    assert sum(rows) == weights(one)[name.removeprefix("transformer.")].shape[0]
     assert OmniSapiens.from_pretrained(sharded).heads.num_classes == 25
 
 

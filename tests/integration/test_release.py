@@ -27,7 +27,7 @@ from hba.model import OmniSapiens, checkpoint
 from hba.model.config import ModelConfig
 from hba.model.heads import masked_mean
 from hba.model.merge import merge_checkpoint, merge_released
-from hba.model.omni import LORA_TARGETS, apply_strategy
+from hba.model.omni import apply_strategy, lora_targets
 from hba.model.released import Release
 from hba.model.weights import Weights
 
@@ -160,7 +160,7 @@ def adapted(base, out, **options):
     """A checkpoint with LoRA of some kind that has moved, on the folder `base`."""
     torch.manual_seed(0)
     model = OmniSapiens.from_pretrained(base, dtype="float32").requires_grad_(False)
-    how = {"r": 4, "lora_alpha": 8, "target_modules": LORA_TARGETS, **options}
+    how = {"r": 4, "lora_alpha": 8, "target_modules": lora_targets(model.transformer), **options}
     model.transformer.add_adapter(LoraConfig(**how))
     for name, parameter in model.named_parameters():
         parameter.requires_grad = "lora_" in name

@@ -87,7 +87,7 @@ def test_what_a_published_model_speaks_with_is_left_out_without_a_word(folder, b
 
 
 def test_a_model_of_another_type_is_refused(backbone, tmp_path):
-    other = tiny_chat.build("qwen_vl", backbone, tmp_path / "vl")
+    other = tiny_chat.build("qwen2.5-vl", backbone, tmp_path / "vl")
     with pytest.raises(InputError, match=r"a model of type qwen2_5_vl, not a Qwen2\.5-Omni"):
         OmniSapiens.from_pretrained(other)
 
@@ -320,8 +320,8 @@ def test_one_process_that_was_launched_as_many_are_holds_its_one_shard(halved, g
 
 
 GATHERED = {
-    "lora": lambda name: "lora_" in name or name.startswith("heads.") or name == "thinker.lm_head.weight",
-    "heads": lambda name: name.startswith("heads.") or name == "thinker.lm_head.weight",
+    "lora": lambda name: "lora_" in name or name.startswith("heads.") or name == "transformer.lm_head.weight",
+    "heads": lambda name: name.startswith("heads.") or name == "transformer.lm_head.weight",
     "full": lambda name: True,
 }
 

@@ -62,11 +62,13 @@ class Family(NamedTuple):
 
     sound: Callable[[Any, Sequence[np.ndarray[Any, Any]]], dict[str, Any]] = _uncut  # options that keep sound whole
     times: bool = False  # the model is told how many seconds a step of a clip's patches takes, which is exact here
+    whole_clips: bool = False  # the area of a clip is that of all its frames together
 
 
 FAMILIES = {
     "Qwen2_5OmniProcessor": Family(sound=_one_window_more, times=True),
     "Qwen3OmniMoeProcessor": Family(times=True),
+    "Qwen3VLProcessor": Family(whole_clips=True),
 }
 
 
@@ -103,7 +105,11 @@ def features_of(
             for clip, span in zip(clips, spans_seconds, strict=True)
         ]
         options = {"do_sample_frames": False, "video_metadata": metadata}
-        call |= {"videos": list(clips), "videos_kwargs": options | _by_area(processor.video_processor, pixels)}
+        area = _by_area(processor.video_processor, pixels)
+        if family.whole_clips:
+            least, most = (max(map(len, clips)) * pixels[name] for name in ("min_pixels", "max_pixels"))
+            area = {"size": {"shortest_edge": least, "longest_edge": most}}
+        call |= {"videos": list(clips), "videos_kwargs": options | area}
     features = {name: torch.as_tensor(value) for name, value in processor(**call).items()}
     if clips and family.times:
         patch = processor.video_processor.temporal_patch_size

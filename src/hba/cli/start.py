@@ -59,16 +59,17 @@ def demo_command(
 def tiny_command(
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
     atlas: Annotated[str, typer.Option(help="Atlas that trains the tokenizer.")] = ...,  # type: ignore[assignment]
+    family: Annotated[str, typer.Option(help="Whose classes: gemma4, ...: docs/models.md.")] = "qwen2.5-omni",
     seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
     json: JsonFlag = False,
 ) -> None:
-    """Make a tiny backbone: the real Qwen2.5-Omni classes with small dimensions and random weights."""
+    """Make a tiny backbone: the real classes of a family with small dimensions and random weights."""
     from hba.atlas import open_atlas
     from hba.model.process import prepare_process
     from hba.model.tiny import atlas_texts, build_tiny
 
     prepare_process(seed)
-    build_tiny(out, atlas_texts(open_atlas(atlas, split="train")), seed=seed)
+    build_tiny(out, atlas_texts(open_atlas(atlas, split="train")), seed=seed, family=family)
     answer({"model": str(out)}, f"Made a tiny backbone in {bold(out)}.", as_json=json)
 
 

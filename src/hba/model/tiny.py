@@ -1,23 +1,23 @@
-"""The tiny backbone: the real Qwen2.5-Omni thinker and processor classes with small dimensions, built offline.
+"""Tiny backbones: the real model and processor classes of a family with small dimensions, built offline.
 
-About 0.4 million parameters, random weights, and a tokenizer trained on an atlas' own prompts. It is saved like any
-checkpoint and loaded through `from_pretrained`, so that nothing downstream knows it from Qwen2.5-Omni-7B.
+About 0.4 million parameters, random weights, and a tokenizer trained on an atlas' own prompts. They are saved like any
+checkpoint and loaded through `from_pretrained`, so that nothing downstream knows one from Qwen2.5-Omni-7B.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from hba.atlas import Atlas
-from hba.batch.prompt import FORMATS, AnswerFormat
-from hba.errors import InputError
+from hba.batch.prompt import FORMATS, AnswerFormat, Modality
+from hba.errors import InputError, nearest
 from hba.storage import atomic_folder, file_sha256
 
 # The pre-tokenizer and the special tokens of Qwen2.5-Omni.
@@ -49,6 +49,37 @@ CHAT_TEMPLATE = """\
 """
 
 
+# As Gemma's: a begin token, the role 'model', and a token of its own at the end of a turn.
+GEMMA_TEMPLATE = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+<start_of_turn>{{ 'model' if message.role == 'assistant' else message.role }}
+{% if message.content is string %}{{ message.content | trim }}{% else %}{% for item in message.content -%}
+{% if item.type == 'image' %}IMAGE{% elif item.type == 'video' %}VIDEO{% elif item.type == 'audio' %}AUDIO
+{%- elif item.type == 'text' %}{{ item.text | trim }}{% endif %}
+{%- endfor %}{% endif %}<end_of_turn>
+{% endfor -%}
+{%- if add_generation_prompt %}<start_of_turn>model
+{% endif -%}
+"""
+GEMMA3_TOKENS = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+GEMMA4_TOKENS = {
+    "boi_token": "<|image>",
+    "eoi_token": "<image|>",
+    "image_token": "<|image|>",
+    "boa_token": "<|audio>",
+    "eoa_token": "<audio|>",
+    "audio_token": "<|audio|>",
+}
+TEXT_TEMPLATE = """\
+{%- for message in messages -%}
+{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif -%}
+"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TinySizes:
     """Dimensions of the tiny thinker; the audio and vision towers project to `hidden`."""
@@ -66,23 +97,37 @@ class TinySizes:
     initializer_range: float = 0.1  # 0.02 learns much slower at this size
 
 
-def build_tiny(out: str | Path, texts: Iterable[str], *, seed: int, sizes: TinySizes | None = None) -> Path:
-    """Write a tiny backbone and its processor to `out` and return it. `texts` trains the tokenizer.
+def build_tiny(
+    out: str | Path,
+    texts: Iterable[str],
+    *,
+    seed: int,
+    sizes: TinySizes | None = None,
+    family: str = "qwen2.5-omni",
+) -> Path:
+    """Write a tiny backbone of `family` and its processor to `out` and return it. `texts` trains the tokenizer.
 
-    Deterministic in (texts, seed, sizes); works without a network. Raises InputError when `out` holds anything else
-    than this backbone: nothing is ever written over.
+    Deterministic in (texts, seed, sizes); works without a network. Raises InputError for an unknown family, and when
+    `out` holds anything else than this backbone: nothing is ever written over.
     """
-    from transformers import Qwen2_5OmniThinkerForConditionalGeneration
-
+    if family not in FAMILIES:
+        raise InputError(f"no family {family!r}", where="--family", fix=nearest(family, FAMILIES))
     sizes = sizes or TinySizes()
-    processor = _processor(_tokenizer(list(texts), sizes.vocabulary))
+    return build_family(out, _tokenizer(list(texts), sizes.vocabulary), family, seed=seed, sizes=sizes)
+
+
+def build_family(out: str | Path, tokenizer: Any, family: str, *, seed: int, sizes: TinySizes | None = None) -> Path:
+    """`build_tiny` with a tokenizer that is there, which may get the tokens of the family."""
+    made = FAMILIES[family].make(tokenizer, sizes or TinySizes())
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        config = _config(processor.tokenizer, sizes)
-        model = Qwen2_5OmniThinkerForConditionalGeneration._from_config(config)
+        model = made.model_class._from_config(made.config)
+        for parameter in model.parameters():
+            if parameter.ndim > 1 and not parameter.any():  # Gemma's projector of images starts at zero
+                torch.nn.init.normal_(parameter, std=0.1)
     with atomic_folder(Path(out).absolute()) as folder:
         model.save_pretrained(folder)
-        processor.save_pretrained(folder)
+        made.processor.save_pretrained(folder)
         if Path(out).exists() and not _empty_or_same(Path(out), folder):
             fix = "Name a new folder, or remove this one."
             raise InputError("already holds something other than this tiny backbone", where=str(out), fix=fix)
@@ -127,53 +172,28 @@ def _tokenizer(texts: list[str], vocabulary: int) -> Any:
     )
 
 
-def _processor(tokenizer: Any) -> Any:
-    from transformers import (
-        Qwen2_5OmniProcessor,
-        Qwen2VLImageProcessor,
-        Qwen2VLVideoProcessor,
-        WhisperFeatureExtractor,
-    )
+@dataclass(frozen=True, kw_only=True)
+class TinyFamily:
+    """A family of which a tiny model can be made; `modalities` is what it takes."""
 
-    patches = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
-    extractor = WhisperFeatureExtractor(
-        feature_size=128, sampling_rate=16000, hop_length=160, chunk_length=300, n_fft=400, return_attention_mask=True
-    )
-    return Qwen2_5OmniProcessor(
-        image_processor=Qwen2VLImageProcessor(**patches),
-        video_processor=Qwen2VLVideoProcessor(**patches),
-        feature_extractor=extractor,
-        tokenizer=tokenizer,
-        chat_template=CHAT_TEMPLATE,
-    )
+    modalities: tuple[Modality, ...]
+    make: Callable[[Any, TinySizes], Made]
 
 
-def _config(tokenizer: Any, sizes: TinySizes) -> Any:
-    from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniThinkerConfig
+class Made(NamedTuple):
+    """The class of a model, its config, and its processor."""
 
-    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in MEDIA_TOKENS.items()}
-    scale = {"initializer_range": sizes.initializer_range}
-    return Qwen2_5OmniThinkerConfig(
-        text_config=_text_config(tokenizer, sizes) | scale,
-        audio_config=_audio_config(sizes) | scale,
-        vision_config=_vision_config(sizes) | scale,
-        audio_token_index=ids["audio_token"],
-        image_token_index=ids["image_token"],
-        video_token_index=ids["video_token"],
-        audio_start_token_id=ids["audio_bos_token"],
-        audio_end_token_id=ids["audio_eos_token"],
-        # Not a field of the config class, but its rope index reads it for video.
-        vision_start_token_id=ids["vision_bos_token"],
-        vision_end_token_id=ids["vision_eos_token"],
-        user_token_id=tokenizer.convert_tokens_to_ids("user"),
-        tie_word_embeddings=True,
-        **scale,
-    )
+    model_class: Any
+    config: Any
+    processor: Any
 
 
-def _text_config(tokenizer: Any, sizes: TinySizes) -> dict[str, Any]:
-    half = sizes.hidden // sizes.heads // 2
-    temporal, height = half // 4, (half - half // 4) // 2
+def _patches(size: int) -> dict[str, int]:
+    return {"patch_size": size, "temporal_patch_size": 2, "merge_size": 2}
+
+
+def _text(tokenizer: Any, sizes: TinySizes, **more: Any) -> dict[str, Any]:
+    """The fields that the language models of all families have."""
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": sizes.hidden,
@@ -185,28 +205,23 @@ def _text_config(tokenizer: Any, sizes: TinySizes) -> dict[str, Any]:
         "tie_word_embeddings": True,
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "mrope_section": [temporal, height, half - temporal - height],
-        },
+        "initializer_range": sizes.initializer_range,
+        **more,
     }
 
 
-def _audio_config(sizes: TinySizes) -> dict[str, Any]:
-    return {
-        "num_mel_bins": 128,
-        "encoder_layers": sizes.audio_layers,
-        "encoder_attention_heads": 4,
-        "encoder_ffn_dim": 2 * sizes.audio_width,
-        "d_model": sizes.audio_width,
-        "max_source_positions": 1500,
-        "n_window": 100,
-        "output_dim": sizes.hidden,
-    }
+def _rope(sizes: TinySizes, **more: Any) -> dict[str, Any]:
+    half = sizes.hidden // sizes.heads // 2
+    temporal, height = half // 4, (half - half // 4) // 2
+    sections = [temporal, height, half - temporal - height]
+    return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections, **more}
 
 
-def _vision_config(sizes: TinySizes) -> dict[str, Any]:
+def _ids(tokenizer: Any, **tokens: str) -> dict[str, int]:
+    return {name: tokenizer.convert_tokens_to_ids(MEDIA_TOKENS[token]) for name, token in tokens.items()}
+
+
+def _windowed_vision(sizes: TinySizes) -> dict[str, Any]:
     return {
         "depth": sizes.vision_layers,
         "hidden_size": sizes.vision_width,
@@ -218,7 +233,328 @@ def _vision_config(sizes: TinySizes) -> dict[str, Any]:
         "window_size": 112,
         "out_hidden_size": sizes.hidden,
         "fullatt_block_indexes": [sizes.vision_layers - 1],
+        "initializer_range": sizes.initializer_range,
     }
+
+
+def _deepstack_vision(sizes: TinySizes) -> dict[str, Any]:
+    return {
+        "depth": sizes.vision_layers,
+        "hidden_size": sizes.vision_width,
+        "intermediate_size": 2 * sizes.vision_width,
+        "num_heads": 4,
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "out_hidden_size": sizes.hidden,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0],
+        "initializer_range": sizes.initializer_range,
+    }
+
+
+def _whisper(sizes: TinySizes, mel_bins: int) -> dict[str, Any]:
+    return {
+        "num_mel_bins": mel_bins,
+        "encoder_layers": sizes.audio_layers,
+        "encoder_attention_heads": 4,
+        "encoder_ffn_dim": 2 * sizes.audio_width,
+        "d_model": sizes.audio_width,
+    }
+
+
+def _qwen2_5_omni(tokenizer: Any, sizes: TinySizes) -> Made:
+    from transformers import (
+        Qwen2_5OmniProcessor,
+        Qwen2_5OmniThinkerForConditionalGeneration,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+        WhisperFeatureExtractor,
+    )
+    from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniThinkerConfig
+
+    extractor = WhisperFeatureExtractor(
+        feature_size=128, sampling_rate=16000, hop_length=160, chunk_length=300, n_fft=400, return_attention_mask=True
+    )
+    processor = Qwen2_5OmniProcessor(
+        image_processor=Qwen2VLImageProcessor(**_patches(14)),
+        video_processor=Qwen2VLVideoProcessor(**_patches(14)),
+        feature_extractor=extractor,
+        tokenizer=tokenizer,
+        chat_template=CHAT_TEMPLATE,
+    )
+    scale = {"initializer_range": sizes.initializer_range}
+    sound = {"max_source_positions": 1500, "n_window": 100, "output_dim": sizes.hidden}
+    ids = {"audio_token_index": "audio_token", "image_token_index": "image_token", "video_token_index": "video_token"}
+    ids |= {"audio_start_token_id": "audio_bos_token", "audio_end_token_id": "audio_eos_token"}
+    # Not fields of the config class, but its rope index reads the first for video.
+    ids |= {"vision_start_token_id": "vision_bos_token", "vision_end_token_id": "vision_eos_token"}
+    config = Qwen2_5OmniThinkerConfig(
+        text_config=_text(tokenizer, sizes, rope_parameters=_rope(sizes)),
+        audio_config=_whisper(sizes, 128) | sound | scale,
+        vision_config=_windowed_vision(sizes),
+        **_ids(tokenizer, **ids),
+        user_token_id=tokenizer.convert_tokens_to_ids("user"),
+        tie_word_embeddings=True,
+        **scale,
+    )
+    return Made(Qwen2_5OmniThinkerForConditionalGeneration, config, processor)
+
+
+def _qwen3_omni(tokenizer: Any, sizes: TinySizes) -> Made:
+    from transformers import (
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+        Qwen3OmniMoeProcessor,
+        Qwen3OmniMoeThinkerForConditionalGeneration,
+        WhisperFeatureExtractor,
+    )
+    from transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe import Qwen3OmniMoeThinkerConfig
+
+    processor = Qwen3OmniMoeProcessor(
+        image_processor=Qwen2VLImageProcessor(**_patches(16)),
+        video_processor=Qwen2VLVideoProcessor(**_patches(16)),
+        feature_extractor=WhisperFeatureExtractor(feature_size=128, return_attention_mask=True),
+        tokenizer=tokenizer,
+        chat_template=CHAT_TEMPLATE,
+    )
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": sizes.intermediate // 2}
+    scale = {"initializer_range": sizes.initializer_range}
+    sound = {"max_source_positions": 1500, "n_window": 50, "n_window_infer": 400, "output_dim": sizes.hidden}
+    sound |= {"conv_chunksize": 500, "downsample_hidden_size": 16}
+    ids = {"audio_token_id": "audio_token", "image_token_id": "image_token", "video_token_id": "video_token"}
+    ids |= {"audio_start_token_id": "audio_bos_token", "audio_end_token_id": "audio_eos_token"}
+    ids |= {"vision_start_token_id": "vision_bos_token", "vision_end_token_id": "vision_eos_token"}
+    head = {"head_dim": sizes.hidden // sizes.heads, **experts}
+    config = Qwen3OmniMoeThinkerConfig(
+        text_config=_text(tokenizer, sizes, rope_parameters=_rope(sizes, mrope_interleaved=True), **head),
+        audio_config=_whisper(sizes, 128) | sound | scale,
+        vision_config=_deepstack_vision(sizes),
+        **_ids(tokenizer, **ids),
+        user_token_id=tokenizer.convert_tokens_to_ids("user"),
+        tie_word_embeddings=True,
+        **scale,
+    )
+    return Made(Qwen3OmniMoeThinkerForConditionalGeneration, config, processor)
+
+
+def _qwen2_5_vl(tokenizer: Any, sizes: TinySizes) -> Made:
+    from transformers import (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    image, video = Qwen2VLImageProcessor(**_patches(14)), Qwen2VLVideoProcessor(**_patches(14))
+    processor = Qwen2_5_VLProcessor(image, tokenizer, video, chat_template=CHAT_TEMPLATE)
+    ids = {"image_token_id": "image_token", "video_token_id": "video_token"}
+    ids |= {"vision_start_token_id": "vision_bos_token", "vision_end_token_id": "vision_eos_token"}
+    config = Qwen2_5_VLConfig(
+        text_config=_text(tokenizer, sizes, rope_parameters=_rope(sizes)),
+        vision_config=_windowed_vision(sizes),
+        **_ids(tokenizer, **ids),
+        tie_word_embeddings=True,
+    )
+    return Made(Qwen2_5_VLForConditionalGeneration, config, processor)
+
+
+def _qwen3_vl(tokenizer: Any, sizes: TinySizes) -> Made:
+    from transformers import (
+        Qwen2VLImageProcessor,
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLProcessor,
+        Qwen3VLVideoProcessor,
+    )
+
+    tokenizer._set_model_specific_special_tokens(
+        {"vision_start_token": MEDIA_TOKENS["vision_bos_token"], "vision_end_token": MEDIA_TOKENS["vision_eos_token"]}
+    )
+    image, video = Qwen2VLImageProcessor(**_patches(16)), Qwen3VLVideoProcessor(**_patches(16))
+    processor = Qwen3VLProcessor(image, tokenizer, video, chat_template=CHAT_TEMPLATE)
+    ids = {"image_token_id": "image_token", "video_token_id": "video_token"}
+    ids |= {"vision_start_token_id": "vision_bos_token", "vision_end_token_id": "vision_eos_token"}
+    rope, head = _rope(sizes, mrope_interleaved=True), {"head_dim": sizes.hidden // sizes.heads}
+    config = Qwen3VLConfig(
+        text_config=_text(tokenizer, sizes, rope_parameters=rope, **head),
+        vision_config=_deepstack_vision(sizes),
+        **_ids(tokenizer, **ids),
+        tie_word_embeddings=True,
+    )
+    return Made(Qwen3VLForConditionalGeneration, config, processor)
+
+
+def _qwen2_audio(tokenizer: Any, sizes: TinySizes) -> Made:
+    """Every sound padded to the window of its processor."""
+    from transformers import (
+        Qwen2AudioConfig,
+        Qwen2AudioForConditionalGeneration,
+        Qwen2AudioProcessor,
+        WhisperFeatureExtractor,
+    )
+
+    names = {name: MEDIA_TOKENS[name] for name in ("audio_token", "audio_bos_token", "audio_eos_token")}
+    extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=4)
+    processor = Qwen2AudioProcessor(extractor, tokenizer, chat_template=CHAT_TEMPLATE, **names)
+    config = Qwen2AudioConfig(
+        audio_config=_whisper(sizes, 80) | {"max_source_positions": 200, "init_std": sizes.initializer_range},
+        text_config=_text(tokenizer, sizes, model_type="qwen2"),
+        **_ids(tokenizer, **{"audio_token_index": "audio_token"}),
+    )
+    return Made(Qwen2AudioForConditionalGeneration, config, processor)
+
+
+def _audio_flamingo(tokenizer: Any, sizes: TinySizes) -> Made:
+    """Sounds in windows of four seconds, one behind the other."""
+    from transformers import (
+        AudioFlamingo3Config,
+        AudioFlamingo3ForConditionalGeneration,
+        AudioFlamingo3Processor,
+        WhisperFeatureExtractor,
+    )
+
+    extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=4, return_attention_mask=True)
+    token = MEDIA_TOKENS["audio_token"]
+    processor = AudioFlamingo3Processor(extractor, tokenizer, chat_template=CHAT_TEMPLATE, audio_token=token)
+    config = AudioFlamingo3Config(
+        audio_config={
+            "num_mel_bins": 80,
+            "num_hidden_layers": sizes.audio_layers,
+            "num_attention_heads": 4,
+            "intermediate_size": 2 * sizes.audio_width,
+            "hidden_size": sizes.audio_width,
+            "max_source_positions": 200,
+            "initializer_range": sizes.initializer_range,
+        },
+        text_config=_text(tokenizer, sizes, model_type="qwen2"),
+        **_ids(tokenizer, **{"audio_token_id": "audio_token"}),
+    )
+    return Made(AudioFlamingo3ForConditionalGeneration, config, processor)
+
+
+def _gemma3(tokenizer: Any, sizes: TinySizes) -> Made:
+    """Images of one size, two-way attention inside them, a token of its own at the end of a turn."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3ImageProcessor, Gemma3Processor
+
+    ids = _gemma_tokens(tokenizer, GEMMA3_TOKENS)
+    image = Gemma3ImageProcessor(size={"height": 56, "width": 56})
+    processor = Gemma3Processor(image, tokenizer, chat_template=_gemma_template(), image_seq_length=4)
+    head = {"head_dim": sizes.hidden // sizes.heads, "query_pre_attn_scalar": 16, "sliding_window": 64}
+    config = Gemma3Config(
+        text_config=_text(tokenizer, sizes, **head),
+        vision_config={
+            "hidden_size": sizes.vision_width,
+            "intermediate_size": 2 * sizes.vision_width,
+            "num_hidden_layers": sizes.vision_layers,
+            "num_attention_heads": 4,
+            "image_size": 56,
+            "patch_size": 14,
+        },
+        mm_tokens_per_image=4,
+        image_token_index=ids["image_token"],
+        boi_token_index=ids["boi_token"],
+        eoi_token_index=ids["eoi_token"],
+        tie_word_embeddings=True,
+        initializer_range=sizes.initializer_range,
+    )
+    return Made(Gemma3ForConditionalGeneration, config, processor)
+
+
+def _gemma4(tokenizer: Any, sizes: TinySizes) -> Made:
+    """Sound, images and clips, whose frames carry their times; caps its logits."""
+    from transformers import (
+        Gemma4AudioFeatureExtractor,
+        Gemma4Config,
+        Gemma4ForConditionalGeneration,
+        Gemma4ImageProcessor,
+        Gemma4Processor,
+        Gemma4VideoProcessor,
+    )
+
+    ids = _gemma_tokens(tokenizer, GEMMA4_TOKENS)
+    small: dict[str, Any] = {"patch_size": 8, "max_soft_tokens": 70, "pooling_kernel_size": 2}
+    processor = Gemma4Processor(
+        Gemma4AudioFeatureExtractor(),
+        Gemma4ImageProcessor(**small),
+        tokenizer,
+        Gemma4VideoProcessor(**small),
+        chat_template=_gemma_template("<|video|>"),
+        image_seq_length=70,
+    )
+    head = {"head_dim": sizes.hidden // sizes.heads, "global_head_dim": sizes.hidden // sizes.heads}
+    kinds = ["sliding_attention"] * (sizes.layers - 1) + ["full_attention"]
+    own = {"sliding_window": 64, "layer_types": kinds, "final_logit_softcapping": 30.0}
+    own |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": len(tokenizer)}
+    config = Gemma4Config(
+        text_config=_text(tokenizer, sizes, **head, **own),
+        vision_config={
+            "hidden_size": sizes.vision_width,
+            "intermediate_size": 2 * sizes.vision_width,
+            "num_hidden_layers": sizes.vision_layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "head_dim": sizes.vision_width // 4,
+            "pooling_kernel_size": 2,
+            "patch_size": 8,
+            "position_embedding_size": 256,
+            "initializer_range": sizes.initializer_range,
+        },
+        audio_config={
+            "hidden_size": sizes.audio_width,
+            "num_hidden_layers": sizes.audio_layers,
+            "num_attention_heads": 4,
+            "subsampling_conv_channels": [128, 4],
+            "output_proj_dims": sizes.audio_width,
+            "initializer_range": sizes.initializer_range,
+        },
+        image_token_id=ids["image_token"],
+        boi_token_id=ids["boi_token"],
+        eoi_token_id=ids["eoi_token"],
+        audio_token_id=ids["audio_token"],
+        boa_token_id=ids["boa_token"],
+        eoa_token_index=ids["eoa_token"],
+        video_token_id=processor.video_token_id,
+        tie_word_embeddings=True,
+        initializer_range=sizes.initializer_range,
+    )
+    return Made(Gemma4ForConditionalGeneration, config, processor)
+
+
+def _gemma_tokens(tokenizer: Any, media: Mapping[str, str]) -> dict[str, int]:
+    """Put the tokens of a Gemma into a tokenizer; gives the ids of those of media."""
+    added = ["<start_of_turn>", "<end_of_turn>", "<bos>", "<|video|>", *media.values()]
+    tokenizer.add_special_tokens({"bos_token": "<bos>", "additional_special_tokens": added})
+    tokenizer._set_model_specific_special_tokens(dict(media))
+    return {name: tokenizer.convert_tokens_to_ids(token) for name, token in media.items()}
+
+
+def _gemma_template(video: str = "") -> str:
+    image = "<|image|>" if video else "<start_of_image>"
+    return GEMMA_TEMPLATE.replace("IMAGE", image).replace("VIDEO", video).replace("AUDIO", "<|audio|>" if video else "")
+
+
+def _llama(tokenizer: Any, sizes: TinySizes) -> Made:
+    """Text alone, so that its processor is its tokenizer, whose template takes a turn as one text."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer.chat_template = TEXT_TEMPLATE
+    tokenizer._processor_class = tokenizer.init_kwargs["processor_class"] = None  # it may come from another family
+    return Made(LlamaForCausalLM, LlamaConfig(**_text(tokenizer, sizes)), tokenizer)
+
+
+FAMILIES = {
+    "qwen2.5-omni": TinyFamily(modalities=("image", "video", "audio"), make=_qwen2_5_omni),
+    "qwen3-omni": TinyFamily(modalities=("image", "video", "audio"), make=_qwen3_omni),
+    "gemma4": TinyFamily(modalities=("image", "video", "audio"), make=_gemma4),
+    "qwen2.5-vl": TinyFamily(modalities=("image", "video"), make=_qwen2_5_vl),
+    "qwen3-vl": TinyFamily(modalities=("image", "video"), make=_qwen3_vl),
+    "gemma3": TinyFamily(modalities=("image", "video"), make=_gemma3),
+    "qwen2-audio": TinyFamily(modalities=("audio",), make=_qwen2_audio),
+    "audio-flamingo3": TinyFamily(modalities=("audio",), make=_audio_flamingo),
+    "llama": TinyFamily(modalities=(), make=_llama),
+}
 
 
 def atlas_texts(atlas: Atlas) -> Iterator[str]:
