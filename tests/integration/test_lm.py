@@ -82,7 +82,7 @@ def test_the_figures_of_a_validation_are_those_of_answers_without_their_end_toke
     for sample in atlas:
         batch = collate([encoder.encode(sample)], pad_token_id=encoder.pad_token_id)
         with torch.inference_mode():
-            same = model(batch).argmax(-1) == batch.labels_BT[batch.labels_BT != IGNORED]
+            same = model(batch).answer_logits_NV.argmax(-1) == batch.labels_BT[batch.labels_BT != IGNORED]
         right, tokens, whole = right + int(same[:-1].sum()), tokens + len(same) - 1, whole + bool(same.all())
     (found,) = (v["metrics"] for v in logged(straight, "validation") if f"step_{v['step']}" == step)
     assert found["token_accuracy"] == pytest.approx(right / tokens)

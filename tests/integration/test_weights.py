@@ -86,10 +86,11 @@ def test_what_a_published_model_speaks_with_is_left_out_without_a_word(folder, b
     assert "talker" not in out + err + caplog.text and "UNEXPECTED" not in out + err + caplog.text
 
 
-def test_a_model_of_another_type_is_refused(backbone, tmp_path):
-    other = tiny_chat.build("qwen2.5-vl", backbone, tmp_path / "vl")
-    with pytest.raises(InputError, match=r"a model of type qwen2_5_vl, not a Qwen2\.5-Omni"):
-        OmniSapiens.from_pretrained(other)
+def test_a_model_that_does_not_chat_is_refused(tmp_path):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    BertModel(BertConfig(vocab_size=16, **sizes)).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"no chat model of type 'bert' in transformers"):
+        OmniSapiens.from_pretrained(tmp_path)
 
 
 def sharded(folder):

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hba.atlas.rows import MEDIA_FIELDS, Field, Quarantined, Sample
+from hba.atlas.rows import MEDIA_FIELDS, Columns, Field, Quarantined, Sample
 from hba.atlas.source import require_audible
 from hba.batch.config import WINDOWS_ARE_FOR_HEADS, EncodeConfig, LongAudio
 from hba.batch.pool import DescriptorConfig, pooled_descriptors
@@ -652,8 +652,7 @@ class Encoder:
         return type(self.processor).__name__
 
     def _takes(self, modality: Modality) -> bool:
-        parts = {"image": "image_processor", "video": "video_processor", "audio": "feature_extractor"}
-        return getattr(self.processor, parts[modality], None) is not None
+        return takes(self.processor, modality)
 
     def _require_taken(self, media: Media, sample: Sample) -> None:
         if media.audios and not self._takes("audio"):
@@ -698,6 +697,39 @@ class Encoder:
         short, long = (self._call([message], Media([np.zeros(n, np.float32)], [], [])) for n in lengths)
         same = all(short[k].shape == long[k].shape for k in short if "feature" in k)
         return samples / SAMPLING_RATE if same else None
+
+
+def takes(processor: Any, modality: Modality) -> bool:
+    """Whether a processor has a part for that kind of medium; clips may also be shown as their frames."""
+    parts = {"image": "image_processor", "video": "video_processor", "audio": "feature_extractor"}
+    return getattr(processor, parts[modality], None) is not None
+
+
+def perceived(processor: Any) -> tuple[Modality, ...]:
+    """The modalities that reach a model: those of its processor, as far as its chat template has a place for them."""
+
+    def rendered(*media: Modality) -> str:
+        content = [{"type": kind} for kind in media] + [{"type": "text", "text": _MARK}]
+        text: str = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        return text
+
+    own = [kind for kind in MODALITIES if takes(processor, kind)]
+    placed = {kind for kind in own if rendered(kind) != rendered()}
+    if "image" in placed and "video" not in own:
+        placed.add("video")  # as its frames
+    return tuple(kind for kind in MODALITIES if kind in placed)
+
+
+def require_perceived(processor: Any, config: EncodeConfig, columns: Columns, *, where: str) -> None:
+    """Raises InputError for rows with media of a kind that the model does not take, before any of them is read."""
+    known = perceived(processor)
+    counts = {"image": columns.num_images, "video": columns.num_videos, "audio": columns.num_audios}
+    for modality in config.modalities:
+        rows = int((counts[modality] > 0).sum())
+        if rows and modality not in known:
+            noun = "audio" if modality == "audio" else f"{modality}s"
+            found = f"{type(processor).__name__} takes no {noun}, and {rows} rows have some"
+            raise InputError(found, where=where, fix=_FILTER)
 
 
 def _as_frames(messages: list[Message], media: Media) -> tuple[list[Message], Media]:

@@ -21,9 +21,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hba.atlas import Atlas
 from hba.atlas.names import hub_id_of, parse_hub_id
 from hba.batch.config import EncodeConfig
 from hba.batch.encode import TextProcessor
+from hba.batch.encode import require_perceived as require_perceived_by
 from hba.errors import InputError, nearest
 from hba.model.bam import FOLDER
 from hba.model.config import Strategy, computes_bfloat16, require_place
@@ -342,10 +344,11 @@ def backbone_class(name: str | Path) -> Any:
     written = (getattr(config, "architectures", None) or [""])[0]
     kind = config.model_type
     known = THINKERS.get(kind) or MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(kind) or written
-    if not isinstance(known, str) or not hasattr(transformers, known):
+    found_class = getattr(transformers, known, None) if isinstance(known, str) else None
+    if found_class is None or not found_class.can_generate():
         found = f"no chat model of type {kind!r} in transformers {transformers.__version__}"
         raise InputError(found, where=str(name), fix="Use a model that transformers knows; code of models is not run.")
-    return getattr(transformers, known)
+    return found_class
 
 
 def read_backbone_config(name: str | Path) -> Any:
@@ -479,7 +482,7 @@ def load_processor(name: str | Path) -> Any:
 
     try:
         processor = AutoProcessor.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         what = f"cannot load the processor ({str(error).splitlines()[0]})"
         raise InputError(what, where=str(name), fix="Use a model that comes with its processor.") from error
     if isinstance(processor, PreTrainedTokenizerBase):
@@ -488,6 +491,14 @@ def load_processor(name: str | Path) -> Any:
         fix = "Use a chat model; a base model has no template."
         raise InputError(f"{type(processor).__name__} has no chat template", where=str(name), fix=fix)
     return processor
+
+
+def require_perceived(path: str | Path, encode: EncodeConfig, atlas: Atlas) -> None:
+    """Raise InputError for rows of `atlas` with media that the model `path` does not take; nothing else is loaded."""
+    folder = resolve(path)
+    if folder is None:
+        backbone_class(path)  # an unknown model is told of before a processor that it does not come with
+    require_perceived_by(load_processor(folder or path), encode, atlas.columns, where=str(path))
 
 
 def describe(path: str | Path) -> str:

@@ -394,8 +394,10 @@ def behind_head(logits: Tensor, config: Any) -> Tensor:
     return logits if divisor is None else logits / divisor
 
 
-def lora_targets(transformer: Any) -> str:
+def lora_targets(transformer: Any) -> str | list[str]:
     """A pattern for the linear layers of the language model alone; towers have layers of the same names.
+
+    Of a model with experts their names: PEFT makes last names of a pattern there, which towers have, too.
 
     Raises InputError for a model whose language model has no layers of that kind.
     """
@@ -405,6 +407,8 @@ def lora_targets(transformer: Any) -> str:
     if not kinds:
         found = f"no linear layers below {start}"
         raise InputError(found, where=type(transformer).__name__, fix="Use model.strategy=full.")
+    if any(parameter.ndim > 2 for name, parameter in transformer.named_parameters() if name.startswith(start)):
+        return linear
     return rf"{re.escape(start)}\d+\.({'|'.join(map(re.escape, kinds))})"
 
 

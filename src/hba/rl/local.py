@@ -32,6 +32,7 @@ from hba.batch.encode import Batch, Encoder, encoder_for
 from hba.batch.prompt import FormatMix
 from hba.errors import HbaError, InputError
 from hba.model import checkpoint
+from hba.model.checkpoint import require_perceived
 from hba.model.config import ModelConfig
 from hba.model.omni import OmniSapiens, apply_strategy, language_layers
 from hba.model.process import prepare_process, start_accelerator
@@ -398,6 +399,7 @@ def train_rl(config: RlConfig, run: RunFolder) -> Progress:
     prepare_process(config.train.seed)
     train, validation = training_rows(config), validation_rows(config)
     run.record_data(data_record(config.atlas, train))
+    require_perceived(config.model.name, config.encode, train)
     checkpoint = ranks.told(latest(run.checkpoints))
     setup = _setup(config, run, ranks, train, validation, checkpoint)
     memory, progress = _memory(setup, train, checkpoint)

@@ -39,6 +39,7 @@ def train_lm(config: LmConfig, run: RunFolder) -> Progress:
     prepare_process(config.train.seed)
     train, validation = (_rows(config, split) for split in (config.train_split, config.validation_split))
     run.record_data(data_record(config.atlas, train))
+    checkpoint.require_perceived(config.model.name, config.encode, train)
     model = build_model(config, ranks.told(latest(run.checkpoints)))
     wording = FormatMix(config.formats, reasoning=config.reasoning, seed=config.train.seed)
     encoder = encoder_for(model.processor, config.encode, train.taxonomy, answers=True, wording=wording)

@@ -24,7 +24,8 @@ from hba.train.loop import Validation
 
 def exact(logits_LV: Tensor, tokens_L: Tensor, lengths_B: Tensor, banned: Sequence[int]) -> list[bool]:
     """Whether greedy decoding gives each answer whole: every token the most probable one behind those before it."""
-    logits_LV = logits_LV.float().index_fill(1, torch.tensor(list(banned), device=logits_LV.device), -torch.inf)
+    banned_ids = torch.tensor(list(banned), dtype=torch.long, device=logits_LV.device)
+    logits_LV = logits_LV.float().index_fill(1, banned_ids, -torch.inf)
     right_L = logits_LV.argmax(1) == tokens_L
     return [bool(part_L.all()) for part_L in torch.split(right_L, lengths_B.tolist())]
 

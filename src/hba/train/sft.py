@@ -23,7 +23,7 @@ from hba.evaluate.backends.heads import HeadsBackend
 from hba.evaluate.backends.interface import answerable, predict
 from hba.evaluate.metrics import score
 from hba.evaluate.predictions import Prediction
-from hba.model.checkpoint import backbone_of
+from hba.model.checkpoint import backbone_of, require_perceived
 from hba.model.heads import answer_loss
 from hba.model.omni import OmniOutput, OmniSapiens, apply_strategy
 from hba.model.process import prepare_process, start_accelerator
@@ -48,6 +48,7 @@ def train_sft(config: SftConfig, run: RunFolder) -> Progress:
     how = (train.columns, train.estimated_tokens, config.mix, config.train)
     domains = after_sft(train, planned_rows(*how), config.model.name)
     require_trained(validation, domains)
+    require_perceived(config.model.name, config.encode, train)
     model = build_model(config, ranks.told(latest(run.checkpoints)), taxonomy)
     encoder = Encoder(model.processor, config.encode, taxonomy)
     options: dict[str, Any] = {"batch_size": config.validation_batch_size, "loader": config.loader}

@@ -101,6 +101,7 @@ def open_backend(_name: str, opening: Opening) -> HeadsBackend:
     if trained is None or checkpoint.read_card(trained)["columns"] is None:
         fix = "Give a checkpoint, or the run folder of `hba train sft`; --backend hf answers in words."
         raise InputError("a backbone without trained heads: its answers would be random", where=model_name, fix=fix)
+    checkpoint.require_perceived(model_name, opening.encode, opening.atlas)
     how: dict[str, Any] = {"dtype": config.dtype, "attention": config.attention}
     model = OmniSapiens.from_pretrained(model_name, taxonomy=taxonomy, **how).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")

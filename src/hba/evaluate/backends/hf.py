@@ -104,6 +104,7 @@ def open_backend(_name: str, opening: Opening) -> ChatBackend:
         key = "extra" if config.generation.extra else "temperature=null"
         fix = "Set generation.temperature, and leave generation.extra out."
         raise InputError("a setting for servers, not for a model on this machine", where=f"generation.{key}", fix=fix)
+    checkpoint.require_perceived(opening.model, opening.encode, opening.atlas)
     how: dict[str, Any] = {"dtype": config.dtype, "attention": config.attention, "heads": False}
     model = OmniSapiens.from_pretrained(opening.model, **how).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")

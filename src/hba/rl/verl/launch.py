@@ -139,6 +139,11 @@ def _release(config: RlConfig, place: Place) -> None:
     """Lay the model out as the release is, where it is a run, a checkpoint or a bare thinker."""
     from hba.model.merge import Parts, merge_checkpoint, write_full
 
+    known = checkpoint.resolve(config.model.name)
+    base = config.model.name if known is None else checkpoint.base_of(known)
+    if not checkpoint.is_thinker(config_of_base := checkpoint.read_config(base)):
+        found = f"verl's engine takes Qwen2.5-Omni alone, and this is a model of type {config_of_base.model_type}"
+        raise InputError(found, where=config.model.name, fix="Use the local engine (leave --engine out).")
     out = Path(place.model)
     if out != place.folder / "model":
         checkpoint.fit_backbone(place.model)  # verl would draw what is missing at random, as transformers does

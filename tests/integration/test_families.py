@@ -1,0 +1,223 @@
+"""A tiny model of every family through every stage, and the table of docs/models.md: what each hears and sees."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import hba as package
+from hba import open_atlas
+from hba.batch.config import EncodeConfig
+from hba.batch.encode import IGNORED, Encoder, collate, perceived
+from hba.config import load_config
+from hba.errors import InputError
+from hba.evaluate.config import PredictConfig
+from hba.evaluate.predict import predict_run
+from hba.evaluate.predictions import read_predictions
+from hba.model import OmniSapiens, checkpoint
+from hba.model.merge import merge_checkpoint
+from hba.model.omni import language_layers
+from hba.model.tiny import FAMILIES
+from hba.rl.config import RlConfig
+from hba.rl.local import train_rl
+from hba.run import RunFolder
+from hba.storage import read_jsonl
+from hba.train.bam import train_bam
+from hba.train.config import BamConfig, LmConfig, QaConfig, SftConfig
+from hba.train.lm import train_lm
+from hba.train.qa import train_qa
+from hba.train.sft import train_sft
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import tiny_chat
+
+DOC = Path(package.__file__).parents[2] / "docs" / "models.md"
+DATASETS = ("daicwoz", "siq2", "tess")  # clips with sound and descriptors, of classes and free-form; sound alone
+LORA = ["model.strategy=lora", "model.lora_r=2", "model.dtype=float32", "encode.num_frames=2", "loader.workers=0"]
+SEEN = ["encode.min_pixels=3136", "encode.max_pixels=3136"]
+STEPS = ["train.max_steps=2", "train.batch_size=4", "train.learning_rate=1e-2", "train.log_every=1"]
+FEATURES = ["dtype=float32", "features.loader.workers=0", "features.batch_size=4", *STEPS]
+SPOKEN = ["rollout.per_prompt=2", "rollout.max_new_tokens=4", "train.max_steps=2", "train.batch_size=2"]
+STAGES = {
+    "sft": (SftConfig, train_sft, [*LORA, *SEEN, *STEPS, "validation_batch_size=4", "answer_weight=1"]),
+    "lm": (LmConfig, train_lm, [*LORA, *SEEN, *STEPS, "validation_batch_size=4"]),
+    "qa": (QaConfig, train_qa, FEATURES),
+    "bam": (BamConfig, train_bam, [*FEATURES, "datasets=[daicwoz,siq2]", "adapter_learning_rate=1e-2"]),
+    "rl": (RlConfig, train_rl, [*LORA, *SEEN, *SPOKEN, "validation_rows=2", "validation_batch_size=2"]),
+}
+REWARD = "def length(responses, **_):\n    return [float(len(text)) for text in responses]\n"
+
+
+@pytest.fixture(scope="module")
+def atlas(tmp_path_factory, mini_atlas):
+    """The first rows of three datasets."""
+    out = tmp_path_factory.mktemp("families") / "atlas"
+    shutil.copytree(mini_atlas, out, copy_function=lambda source, to: Path(to).hardlink_to(source))
+    for split, count in (("train", 2), ("validation", 1), ("test", 1)):
+        rows = [json.loads(line) for line in (out / f"{split}.jsonl").read_text().splitlines()]
+        kept = [row for key in DATASETS for row in [row for row in rows if row["dataset"] == key][:count]]
+        (out / f"{split}.jsonl").unlink()
+        (out / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    return out
+
+
+class Runs:
+    """The stages of every family, each run when it is first asked for."""
+
+    def __init__(self, folder, atlas, backbone):
+        self.folder, self.atlas, self.backbone = folder, atlas, backbone
+        (folder / "rewards.py").write_text(REWARD)
+
+    def model(self, family):
+        out = self.folder / family / "model"
+        return out if out.is_dir() else tiny_chat.build(family, self.backbone, out)
+
+    def of(self, family, stage):
+        run = self.folder / family / stage
+        if not run.is_dir():
+            kind, work, own = STAGES[stage]
+            if stage in ("qa", "bam"):
+                base = [f"base={self.of(family, 'sft')}"]
+            else:
+                seen = ", ".join(FAMILIES[family].modalities)
+                base = [f"model.name={self.of(family, 'lm') if stage == 'rl' else self.model(family)}"]
+                base.append(f"encode.modalities=[{seen}]")
+            if stage == "rl":
+                base.append(f"reward.function={self.folder / 'rewards.py'}:length")
+            config = load_config(kind, None, [f"atlas={self.atlas}", *own, *base])
+            with RunFolder.open(run, config=config, command=f"train {stage}", seed=0) as opened:
+                work(config, opened)
+        return run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, atlas, backbone):
+    return Runs(tmp_path_factory.mktemp("runs"), atlas, backbone)
+
+
+def weights(run, name):
+    return load_file(checkpoint.resolve(run) / name)
+
+
+def steps(run):
+    return [line.record for line in read_jsonl(run / "log.jsonl") if line.record["kind"] == "train"]
+
+
+def batch_of(model, family, atlas, *, answers=False, datasets=None):
+    config = EncodeConfig(num_frames=2, min_pixels=3136, max_pixels=3136, modalities=FAMILIES[family].modalities)
+    rows = open_atlas(atlas, split="train")
+    encoder = Encoder(model.processor, config, rows.taxonomy, answers=answers)
+    encoded = [encoder.encode(s) for s in rows if datasets is None or s.dataset in datasets]
+    return collate(encoded, pad_token_id=encoder.pad_token_id, taxonomy=rows.taxonomy)
+
+
+def test_the_table_of_the_docs_says_what_each_family_hears_and_sees(runs):
+    rows = re.findall(r"^\| `([\w.-]+)` \| [^|]+ \| (\w+) \| (\w+) \| (\w+) \|", DOC.read_text(), re.M)
+    assert [family for family, *_ in rows] == list(FAMILIES)
+    for family, *said in rows:
+        known = perceived(checkpoint.load_processor(runs.model(family)))
+        assert known == FAMILIES[family].modalities
+        assert [word != "no" for word in said] == [kind in known for kind in ("image", "video", "audio")], family
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_states_and_logits_are_those_of_the_whole_model_and_what_no_answer_needs_does_not_run(runs, atlas, family):
+    model = OmniSapiens.from_pretrained(runs.model(family), dtype="float32").eval()
+    batch = batch_of(model, family, atlas, answers=True)
+    plain = batch_of(model, family, atlas, datasets=("daicwoz", "tess"))
+    called = []
+    for part in (language_layers(model.transformer).layers[-1], model.transformer.get_output_embeddings()):
+        part.register_forward_hook(lambda module, *_: called.append(type(module).__name__))
+    with torch.no_grad():
+        alone = model(plain)
+        assert called == []
+        found = model(batch)
+        assert len(called) == 2
+        whole = model.transformer(**batch.inputs, use_cache=False, output_hidden_states=True)
+    mask_BT1 = batch.prompt_mask.unsqueeze(-1)
+    pooled_BH = (whole.hidden_states[-2] * mask_BT1).sum(1) / mask_BT1.sum(1)
+    torch.testing.assert_close(found.pooled_BH, pooled_BH, atol=1e-6, rtol=1e-5)
+    said_NV = whole.logits[:, :-1][batch.labels_BT[:, 1:] != IGNORED]
+    torch.testing.assert_close(found.answer_logits_NV, said_NV, atol=1e-6, rtol=1e-5)
+    kept = [i for i, sample in enumerate(batch.samples) if sample.label is not None]
+    torch.testing.assert_close(alone.logits_BC, found.logits_BC[kept], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sft(runs, family):
+    run = runs.of(family, "sft")
+    assert len(steps(run)) == 2
+    trained = weights(run, checkpoint.ADAPTER)
+    assert any(bool(tensor.any()) for name, tensor in trained.items() if "lora_B" in name)
+    assert all("layers." in name for name in trained)
+    assert not re.search("visual|vision|audio", " ".join(trained))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lm(runs, family):
+    run = runs.of(family, "lm")
+    assert any(bool(tensor.any()) for name, tensor in weights(run, checkpoint.ADAPTER).items() if "lora_B" in name)
+    assert checkpoint.read_card(checkpoint.resolve(run))["columns"] is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_qa(runs, family):
+    run = runs.of(family, "qa")
+    before = OmniSapiens.from_pretrained(runs.of(family, "sft"), dtype="float32")
+    after = OmniSapiens.from_pretrained(run, dtype="float32")
+    heads = [model.transformer.get_output_embeddings().weight for model in (before, after)]
+    assert not torch.equal(*heads) and after.own_lm_head
+    words = [model.transformer.get_input_embeddings().weight for model in (before, after)]
+    assert torch.equal(*words)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bam(runs, atlas, family):
+    before = OmniSapiens.from_pretrained(runs.of(family, "sft"), dtype="float32").eval()
+    after = OmniSapiens.from_pretrained(runs.of(family, "bam"), dtype="float32").eval()
+    assert set(after.bam.datasets) == {"daicwoz", "siq2"}
+    batch = batch_of(before, family, atlas, datasets=("tess",))
+    assert torch.equal(before.classify(batch), after.classify(batch))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rl(runs, family):
+    run, before = runs.of(family, "rl"), weights(runs.of(family, "lm"), checkpoint.ADAPTER)
+    assert checkpoint.resolve(run).name == "step_2"
+    after = weights(run, checkpoint.ADAPTER)
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in after.items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_predict_and_merge(runs, atlas, tmp_path, family):
+    config = load_config(PredictConfig, None, ["loader.workers=0", "generation.max_tokens=4", "dtype=float32"])
+    for stage, backend in (("qa", "heads"), ("rl", "hf")):
+        run, merged = runs.of(family, stage), tmp_path / "merged" / stage
+        merge_checkpoint(run, merged, dtype="float32")
+        told = []
+        for number, model in enumerate((run, merged)):
+            out = tmp_path / f"{stage}{number}"
+            options = {"atlas": str(atlas), "split": "test", "config": config, "progress": lambda _: None}
+            predict_run(str(model), out, backend=backend, **options)
+            told.append({p.id: (p.output, p.error) for p in read_predictions(out / "predictions.jsonl")})
+        assert len(told[0]) == 3 and not any(error for _, error in told[0].values())
+        assert told[0] == told[1]
+
+
+def test_what_a_family_cannot_is_refused_in_one_sentence_before_data_are_read(runs, atlas, tmp_path, monkeypatch):
+    monkeypatch.setattr("hba.batch.encode.load_media", lambda *_, **__: pytest.fail("a medium was read"))
+    monkeypatch.setattr(checkpoint, "load_backbone", lambda *_, **__: pytest.fail("the model was loaded"))
+    refused = {"llama": "TextProcessor takes no videos", "gemma3": "Gemma3Processor takes no audio"}
+    for stage in ("sft", "lm", "rl"):
+        kind, work, own = STAGES[stage]
+        for family, message in refused.items():
+            config = load_config(kind, None, [f"atlas={atlas}", *own, f"model.name={runs.model(family)}"])
+            opened = RunFolder.open(tmp_path / f"{stage}-{family}", config=config, command=stage, seed=0)
+            told = pytest.raises(InputError, match=rf"{message}, and \d+ rows have some.*encode\.modalities")
+            with opened as run, told:
+                work(config, run)
