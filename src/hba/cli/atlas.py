@@ -183,7 +183,7 @@ def prepare_command(
     from hba.atlas.info import splits_at
     from hba.batch.loader import prepare
     from hba.model import checkpoint
-    from hba.model.chat import load_processor
+    from hba.model.checkpoint import load_processor
 
     processor = load_processor(str(checkpoint.resolve(settings.model) or settings.model))
     opened = [open_atlas(atlas, split=name) for name in split or splits_at(atlas)]

@@ -95,7 +95,7 @@ def generate_tokens(
         processors.append(decided)
     elif temperature > 0:
         sampling |= {"temperature": temperature, "top_k": 0, "top_p": top_p}
-    with _evaluating(model):
+    with _evaluating(model), _last_positions(model, 1):
         tokens_BT = model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
@@ -162,12 +162,10 @@ def choice_logps(
     prompt_BT: Tensor = state.pop("input_ids")
     state |= {"use_cache": True, "position_ids": model._prepare_position_ids_for_generation(prompt_BT, dict(inputs))}
 
-    def of_last(count: int) -> dict[str, int]:
-        return {"logits_to_keep": count} if model._supports_logits_to_keep() else {}
-
     found: list[list[float]] = [[] for _ in choices]
     with _evaluating(model):
-        read = model(**model.prepare_inputs_for_generation(prompt_BT, is_first_iteration=True, **state, **of_last(1)))
+        with _last_positions(model, 1):
+            read = model(**model.prepare_inputs_for_generation(prompt_BT, is_first_iteration=True, **state))
         first_BV = read.logits[:, -1].float().log_softmax(-1)
         for number in range(max(map(len, choices), default=0)):
             answers = [of[number] if number < len(of) else [0, 0] for of in choices]
@@ -177,14 +175,27 @@ def choice_logps(
             going_on = model._update_model_kwargs_for_generation(read, dict(state), num_new_tokens=length)
             going_on["past_key_values"] = copy.deepcopy(going_on["past_key_values"])
             whole_BT = torch.cat([prompt_BT, answer_BL], 1)
-            going_on |= of_last(length)
             given = model.prepare_inputs_for_generation(whole_BT, next_sequence_length=length, **going_on)
-            logps_BLV = model(**given).logits.float().log_softmax(-1)
+            with _last_positions(model, length):
+                logps_BLV = model(**given).logits.float().log_softmax(-1)
             for row, answer in enumerate(answers):
                 if number < len(choices[row]):
                     rest = sum(float(logps_BLV[row, i, token]) for i, token in enumerate(answer[1:]))
                     found[row].append(float(first_BV[row, answer[0]]) + rest)
     return found
+
+
+@contextmanager
+def _last_positions(model: Any, count: int) -> Iterator[None]:
+    """Within, the language head is handed the states of the last `count` positions alone: of the logits of a prompt
+    those of its last token are read. Not every model takes `logits_to_keep` (Qwen2.5-Omni does not)."""
+    handle = model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, args: (args[0][:, -count:], *args[1:]) if args[0].ndim == 3 else None
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

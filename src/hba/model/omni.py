@@ -16,11 +16,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hba.batch.config import EncodeConfig
 from hba.batch.encode import IGNORED, Batch, Window, answer_ids, end_token_id
@@ -193,6 +196,7 @@ class OmniSapiens(nn.Module):
             if self.heads is not None:
                 last_layer, noted = language_layers(self.transformer).layers[-1], between.append
                 hooks.enter_context(_hooked(last_layer, lambda _, a, k: noted(_state(a, k)), with_kwargs=True))
+            hooks.enter_context(_as_they_come(self.transformer))
             answer_NV: Tensor = self.transformer(**inputs, use_cache=False).logits
         if answer_NV.ndim != 2:
             raise InputError(f"{type(self.transformer).__name__} does not use its language head", fix="Use another.")
@@ -218,7 +222,8 @@ class OmniSapiens(nn.Module):
         try:
             if recomputed:  # what is never computed is not computed again: the hook would end a checkpoint half-way
                 last_layer.gradient_checkpointing = False
-            with _hooked(last_layer, stop, with_kwargs=True), suppress(_Enough):
+            hooked, uncast = _hooked(last_layer, stop, with_kwargs=True), _as_they_come(self.transformer)
+            with hooked, uncast, suppress(_Enough):
                 self.transformer(**inputs, use_cache=False)
         finally:
             if recomputed:
@@ -380,6 +385,44 @@ def language_layers(transformer: Any) -> LanguageLayers:
         found = f"no layers of a language model beside {name}.embed_tokens"
         raise InputError(found, where=type(transformer).__name__, fix="Use another model.")
     return LanguageLayers(f"{name}." if name else "", layers)
+
+
+def recompute_layers(transformer: Any) -> None:
+    """Let the layers of a transformers model be computed again in the backward pass in place of being kept.
+
+    Those alone that hold trained parameters or lie above some: the others have no backward pass.
+    """
+    language, head = language_layers(transformer).layers, transformer.get_output_embeddings()
+    words = transformer.get_input_embeddings()
+    behind = {id(p) for p in head.parameters()} - {id(p) for p in words.parameters()}
+    for name, stack in transformer.named_modules():
+        if not isinstance(stack, nn.ModuleList) or not stack or not isinstance(stack[0], GradientCheckpointingLayer):
+            continue
+        inner = {id(p) for p in stack.parameters()} | (behind if stack is language else set())
+        owner = transformer if stack is language else transformer.get_submodule(name.rpartition(".")[0])
+        reached = any(p.requires_grad and id(p) not in inner for p in owner.parameters())
+        each: Any
+        for each in stack:
+            reached = reached or any(p.requires_grad for p in each.parameters())
+            each.gradient_checkpointing = reached
+            each._gradient_checkpointing_func = partial(torch_checkpoint, use_reentrant=False)
+
+
+@contextmanager
+def _as_they_come(transformer: Any) -> Iterator[None]:
+    """Within, LoRA layers take their inputs in the precision of autocast, where there is one: PEFT would keep a copy
+    of each in float32, from which autocast makes the same numbers again."""
+    device = torch.device(transformer.device).type
+    layers: list[Any] = []
+    if torch.is_autocast_enabled(device) and has_lora(transformer):
+        layers = [module for module in transformer.modules() if hasattr(module, "lora_A")]
+    for layer in layers:
+        layer.cast_input_dtype_enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.cast_input_dtype_enabled = True
 
 
 def behind_head(logits: Tensor, config: Any) -> Tensor:

@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hba.errors import HbaError
-from hba.model.omni import has_lora
+from hba.model.omni import has_lora, recompute_layers
 from hba.model.weights import give_precision
 
 # One model over many processes: each holds all of it, or a part of every parameter (FSDP2).
@@ -61,8 +61,9 @@ def prepare_model(
     """
     if checkpoint_activations:
         for module in model.modules():
-            if isinstance(module, PreTrainedModel) and module.supports_gradient_checkpointing:
-                module.gradient_checkpointing_enable({"use_reentrant": False})
+            if isinstance(module, PreTrainedModel):
+                recompute_layers(module)
+                break  # what it is made of are models of transformers, too
     # "Evaluation" is Accelerate's word for: device and autocast alone, without DDP.
     if not shard or not distributed.is_initialized():  # one process that was launched as many are has its one shard
         prepared: nn.Module = accelerator.prepare_model(model, evaluation_mode=True)
@@ -78,7 +79,7 @@ def prepare_model(
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
     # RL's first pass is a generation: the layers would take themselves for whole models, each for one of its own.
-    register_fsdp_forward_method(model, "generate")
+    register_fsdp_forward_method(model, "say")
     sharded: nn.Module = accelerator.prepare_model(model, evaluation_mode=True)
     give_precision(sharded)  # of the own rows alone: until now the weights were mapped from their files
     return sharded
