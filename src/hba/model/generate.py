@@ -162,10 +162,14 @@ def choice_logps(
     prompt_BT: Tensor = state.pop("input_ids")
     state |= {"use_cache": True, "position_ids": model._prepare_position_ids_for_generation(prompt_BT, dict(inputs))}
 
+    def of_last(count: int) -> dict[str, int]:  # Gemma would take its default, None, for a dimension more
+        return {"logits_to_keep": count} if model._supports_logits_to_keep() else {}
+
     found: list[list[float]] = [[] for _ in choices]
     with _evaluating(model):
         with _last_positions(model, 1):
-            read = model(**model.prepare_inputs_for_generation(prompt_BT, is_first_iteration=True, **state))
+            first = state | of_last(1)
+            read = model(**model.prepare_inputs_for_generation(prompt_BT, is_first_iteration=True, **first))
         first_BV = read.logits[:, -1].float().log_softmax(-1)
         for number in range(max(map(len, choices), default=0)):
             answers = [of[number] if number < len(of) else [0, 0] for of in choices]
@@ -174,6 +178,7 @@ def choice_logps(
             answer_BL = torch.tensor(padded, device=prompt_BT.device)
             going_on = model._update_model_kwargs_for_generation(read, dict(state), num_new_tokens=length)
             going_on["past_key_values"] = copy.deepcopy(going_on["past_key_values"])
+            going_on |= of_last(length)
             whole_BT = torch.cat([prompt_BT, answer_BL], 1)
             given = model.prepare_inputs_for_generation(whole_BT, next_sequence_length=length, **going_on)
             with _last_positions(model, length):
