@@ -44,7 +44,7 @@ def build(folder: Path) -> None:
     build_mini_atlas(folder / "atlas", size="tiny", seed=0, workers=1)
     build_tiny(folder / "tiny", atlas_texts(open_atlas(folder / "atlas", split="train")), seed=0)
     for size, widths in SIZES.items():
-        thinker = checkpoint.thinker_class()
+        thinker = checkpoint.backbone_class(folder / "tiny")
         config = thinker.config_class.from_pretrained(folder / "tiny")
         text = config.text_config
         for name, value in widths.items():

@@ -29,9 +29,9 @@ from torch.utils.flop_counter import flop_registry
 
 from hba.errors import InputError, nearest
 from hba.evaluate.config import PredictConfig
-from hba.model import chat
-from hba.model.checkpoint import read_config, resolve_dtype
+from hba.model.checkpoint import backbone_class, read_config, resolve_dtype
 from hba.model.config import ModelConfig
+from hba.model.omni import OmniSapiens, apply_strategy, recompute_layers
 from hba.model.weights import skeleton
 from hba.rl.config import RlConfig
 from hba.rl.rollout import CHUNK_VALUES
@@ -313,8 +313,8 @@ class _Bare:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.model_class = chat.model_class(name)
-        config = read_config(name, what="the model")
+        self.model_class = backbone_class(name)
+        config = read_config(name)
         wanted = self.model_class.config_class
         self.config = config if isinstance(config, wanted) else wanted.from_pretrained(name)
         self._counted: dict[tuple[Any, ...], Counted] = {}
@@ -360,7 +360,7 @@ class _Bare:
             if work.model.strategy == "heads":
                 model.requires_grad_(False)
             else:
-                chat.prepare(chat.ChatModel(model, None), work.model)
+                apply_strategy(OmniSapiens(model, None), work.model)
         if work.frozen_towers and work.model.strategy == "full":
             inside = {id(p) for p in _decoder(model).parameters()} - {id(model.get_input_embeddings().weight)}
             for parameter in model.parameters():
@@ -390,7 +390,7 @@ class _Bare:
                 _give_numbers_no_values(model, masters)
                 model.train(trains)
                 if recompute:
-                    model.gradient_checkpointing_enable({"use_reentrant": False})
+                    recompute_layers(model)
                 self._counted[key] = _computed(model, work, dtype, samples)
         return self._counted[key]
 

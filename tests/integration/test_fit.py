@@ -60,7 +60,7 @@ def test_what_is_counted_without_weights_is_what_a_real_pass_holds(backbone, mor
 
 
 def test_weights_gradients_and_optimizer_are_exact(backbone, model):
-    numbers = sum(p.numel() for p in model.thinker.parameters())
+    numbers = sum(p.numel() for p in model.transformer.parameters())
     found = fit_run(str(backbone), "lm", config(LmConfig, backbone, "model.strategy=full"), find_gpu("24"), tokens=[50])
     parts = {name: round(size * 2**30) for name, size in found.parts.items()}
     assert (parts["weights"], parts["gradients"], parts["optimizer"]) == (4 * numbers, 4 * numbers, 8 * numbers)

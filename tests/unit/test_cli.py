@@ -50,7 +50,7 @@ COMMANDS = {
     "export lmms-eval": "out! --atlas! --split --json",
     "export inspect": "out! --atlas! --split --json",
     "export wandb": "run! --project! --offline --predictions --json",
-    "tiny": "out! --atlas! --seed --json",
+    "tiny": "out! --atlas! --family --seed --json",
     "doctor": "--online --json",
 }
 GROUPS = ("", "atlas", "train", "export")

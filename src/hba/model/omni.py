@@ -381,7 +381,7 @@ def language_layers(transformer: Any) -> LanguageLayers:
     words = transformer.get_input_embeddings()
     name = next(name for name, module in transformer.named_modules() if module is words).rpartition(".")[0]
     layers = getattr(transformer.get_submodule(name), "layers", None)
-    if not isinstance(layers, nn.ModuleList) or len(layers) < 2:
+    if not isinstance(layers, nn.ModuleList):
         found = f"no layers of a language model beside {name}.embed_tokens"
         raise InputError(found, where=type(transformer).__name__, fix="Use another model.")
     return LanguageLayers(f"{name}." if name else "", layers)
