@@ -18,8 +18,16 @@ from hba.atlas.convert import convert_atlas
 from hba.errors import InputError
 from hba.evaluate.answers import read
 from hba.evaluate.metrics import mean_of, score
-from hba.export.harnesses import doc_to_messages, doc_to_text, doc_to_visual, export_inspect, export_lmms_eval
-from hba.export.rows import read_answer, task_score, write_documents
+from hba.export.harnesses import (
+    doc_to_messages,
+    doc_to_text,
+    doc_to_visual,
+    export_inspect,
+    export_lmms_eval,
+    read_answer,
+    task_score,
+    write_documents,
+)
 from hba.export.wandb_table import tables_of
 
 HERE = Path(__file__).parent

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     from hba.atlas import media
     from hba.evaluate.judge.items import Judgement
+    from hba.report.rl import RlPart
 
 MAX_QUARANTINE_ROWS = 200
 PUBLISHED_TABLE = "hba_iclr2026"
@@ -78,8 +79,8 @@ def write_report(
     return path
 
 
-def render(run: Run, atlas_root: Path | None = None, *, rl: Any = None) -> str:
-    """The page of a run as text, with the RL part of its folder (a `rl.RlPart`) if it has one; see `write_report`."""
+def render(run: Run, atlas_root: Path | None = None, *, rl: RlPart | None = None) -> str:
+    """The page of a run as text, with the RL part of its folder if it has one; see `write_report`."""
     metrics, stages = run.metrics, None
     predictions = run.predictions if run.has(PREDICTIONS) else None
     shown: dict[str, Any] = {"confused": None, "samples": None, "judged": None}
