@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import cache, partial
 from pathlib import Path, PurePosixPath
-from types import TracebackType
 from typing import IO, Any, NamedTuple, TypeVar
 
 from hba.errors import HbaError, InputError, MachineError, MediaError
@@ -267,19 +266,13 @@ def named_os_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EFBIG,
-        ):  # EFBIG: the file-size limit of a batch system
-            free = "Free some space and run the same command again; it resumes from the last whole file."
-            raise StorageError(
-                "no space left on the disk; nothing was half-written", where=str(path), fix=free
-            ) from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # EFBIG: the file-size limit of a batch system
+            what = "no space left on the disk; nothing was half-written"
+            fix = "Free some space and run the same command again; it resumes from the last whole file."
+            raise StorageError(what, where=str(path), fix=fix) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise StorageError(
-                f"cannot write ({error.strerror})", where=str(path), fix="Choose a writable folder."
-            ) from error
+            what, fix = f"cannot write ({error.strerror})", "Choose a writable folder."
+            raise StorageError(what, where=str(path), fix=fix) from error
         raise
 
 
@@ -398,7 +391,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
                     about = file.stat()
                     if about.st_nlink == 1:
                         file.chmod(about.st_mode & 0o777 | mode)
-                    _fsync(file)
+                    with file.open("rb") as handle:
+                        os.fsync(handle.fileno())
             if path.exists():
                 retired = temporary.with_suffix(".old")
                 path.rename(retired)
@@ -419,14 +413,6 @@ def _mode_of_new_files(folder: Path) -> int:
     return mode
 
 
-def _fsync(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically. NaN and infinity are refused (ValueError)."""
     with atomic_write(path) as handle:
@@ -443,9 +429,8 @@ def read_json(path: str | Path) -> Any:
         raise InputError("no such file", where=str(path), fix="Check the path.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise InputError(
-            f"not valid JSON ({error})", where=f"{path}{line}", fix="Repair or rewrite the file."
-        ) from None
+        what, fix = f"not valid JSON ({error})", "Repair or rewrite the file."
+        raise InputError(what, where=f"{path}{line}", fix=fix) from None
 
 
 def read_jsonl(
@@ -557,9 +542,7 @@ class AppendLog:
     def __enter__(self) -> AppendLog:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -570,17 +553,15 @@ def confined_path(root: Path, relative: str, *, where: str) -> Path:
     anywhere else; MediaError when the file does not exist; MachineError when storage is away.
     """
     check_relative(relative, where=where)
-    path = root / relative
+    path, restore = root / relative, "Restore the file or remove the row."
     try:
         resolved = patiently(partial(path.resolve, strict=True), where)
     except (FileNotFoundError, NotADirectoryError):
         if not root.is_dir():
             raise MachineError(f"{root} is gone", where=where, fix=f"Mount or restore it. {_AGAIN}") from None
-        raise MediaError(f"no such file: {relative}", where=where, fix="Restore the file or remove the row.") from None
+        raise MediaError(f"no such file: {relative}", where=where, fix=restore) from None
     except (OSError, RuntimeError) as error:
-        raise MediaError(
-            f"cannot open {relative} ({error})", where=where, fix="Restore the file or remove the row."
-        ) from None
+        raise MediaError(f"cannot open {relative} ({error})", where=where, fix=restore) from None
     if not resolved.is_relative_to(root) and not any(map(resolved.is_relative_to, roots_of(root))):
         raise InputError(f"{relative} is a link out of {root}", where=where, fix="Copy the file into the atlas folder.")
     return resolved
