@@ -374,16 +374,15 @@ class ShardMedia:
         self._raw = patiently(lambda: shard.open("rb", buffering=0), str(shard))
         file, size = open_shard(shard, remote), patiently(shard.stat, str(shard)).st_size
         with _damage_named(str(shard)):
-            self._pages = ShardPages(file, self._read, size, kept, None if remote is None else self._announce)
+            self._pages = ShardPages(file, self._read, size, kept, None if remote is None else self._fetch)
+
+    def _fetch(self, start: int, size: int) -> None:
+        if self._remote is not None:
+            self._remote.fetch(start, start + size)
 
     def _read(self, start: int, size: int) -> bytes:
-        if self._remote is not None:
-            self._remote.fetch(start, start + size)
+        self._fetch(start, size)
         return patiently(partial(os.pread, self._raw.fileno(), size, start), str(self._shard))
-
-    def _announce(self, start: int, size: int) -> None:
-        if self._remote is not None:
-            self._remote.fetch(start, start + size)
 
     def count(self, row: int, name: Field, *, where: str) -> int:
         """How many media a row (of the shard) has in a field. Raises MediaError naming `where` for a damaged shard."""
@@ -399,8 +398,7 @@ class ShardMedia:
             raise MediaError(IS_NULL, where=where, fix="Restore the medium, or remove the row.")
         if value.data is not None:
             return bytes(value.data)
-        if self._remote is not None:
-            self._remote.fetch(value.offset, value.offset + value.size)
+        self._fetch(value.offset, value.size)
         return Slice(self._shard, value.offset, value.size)
 
 
