@@ -291,3 +291,9 @@ def test_what_a_family_cannot_is_refused_in_one_sentence_before_data_are_read(ru
             told = pytest.raises(InputError, match=rf"{message}, and \d+ rows have some.*encode\.modalities")
             with opened as run, told:
                 work(config, run)
+
+
+def test_verl_says_which_family_it_takes(runs, atlas, tmp_path, hba):
+    given = [f"atlas={atlas}", f"model.name={runs.model('qwen2.5-vl')}", "model.strategy=full"]
+    code, _, err = hba("train", "rl", "--engine", "verl", "--run", tmp_path / "run", *given)
+    assert code == 2 and "verl's engine takes Qwen2.5-Omni alone, and this is a model of type qwen2_5_vl" in err

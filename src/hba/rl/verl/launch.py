@@ -69,8 +69,14 @@ def train_on_verl(
     """Run (or resume) it to its end; gives the number of steps. `told` hears of each, with the number in all, `said`
     what evaluations and warnings say.
 
-    Raises InputError without verl, HbaError with the end of verl's log when it fails.
+    Raises InputError for another model than a Qwen2.5-Omni and without verl, HbaError with the end of verl's log when
+    it fails.
     """
+    known = checkpoint.resolve(config.model.name)
+    model = checkpoint.read_config(config.model.name if known is None else checkpoint.base_of(known))
+    if not checkpoint.is_thinker(model):
+        found = f"verl's engine takes Qwen2.5-Omni alone, and this is a model of type {model.model_type}"
+        raise InputError(found, where=config.model.name, fix="Use the local engine (leave --engine out).")
     if find_spec("verl") is None:
         raise InputError("verl is not installed", where="--engine verl", fix=INSTALL)
     place = place_of(config, run.path)
@@ -139,11 +145,6 @@ def _release(config: RlConfig, place: Place) -> None:
     """Lay the model out as the release is, where it is a run, a checkpoint or a bare thinker."""
     from hba.model.merge import Parts, merge_checkpoint, write_full
 
-    known = checkpoint.resolve(config.model.name)
-    base = config.model.name if known is None else checkpoint.base_of(known)
-    if not checkpoint.is_thinker(config_of_base := checkpoint.read_config(base)):
-        found = f"verl's engine takes Qwen2.5-Omni alone, and this is a model of type {config_of_base.model_type}"
-        raise InputError(found, where=config.model.name, fix="Use the local engine (leave --engine out).")
     out = Path(place.model)
     if out != place.folder / "model":
         checkpoint.fit_backbone(place.model)  # verl would draw what is missing at random, as transformers does
