@@ -25,11 +25,11 @@ from hba.model.generate import media_token_ids
 from hba.model.omni import apply_strategy
 from hba.run import RunFolder, locked_folder
 from hba.storage import read_jsonl
+from hba.train import loop
 from hba.train.bam import train_bam
 from hba.train.config import BamConfig, QaConfig, SftConfig
 from hba.train.features import extract
-from hba.train.qa import train_qa
-from hba.train.scores import exact
+from hba.train.qa import exact, train_qa
 from hba.train.sft import train_sft
 
 SFT = [
@@ -240,7 +240,7 @@ def test_a_standing_cache_is_read_without_the_backbone(runs, tmp_path, mini_atla
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_backbone_goes_once_its_features_are_cached(stage, tmp_path, mini_atlas, base, monkeypatch):
     loaded, left = weakref.WeakSet(), []
-    load, run_training = OmniSapiens.from_pretrained, train_qa.__globals__["run_training"]
+    load, run_training = OmniSapiens.from_pretrained, loop.run_training
 
     def watched(*args, **options):
         model = load(*args, **options)
@@ -252,7 +252,7 @@ def test_the_backbone_goes_once_its_features_are_cached(stage, tmp_path, mini_at
         return run_training(*args)
 
     monkeypatch.setattr(OmniSapiens, "from_pretrained", watched)
-    monkeypatch.setattr(f"hba.train.{stage}.run_training", train_now)
+    monkeypatch.setattr(loop, "run_training", train_now)
     rows = ["train_split=train[:90]", "validation_split=validation[:90]", "datasets=[siq2]", "train.max_steps=1"]
     train(stage, tmp_path / "run", mini_atlas, base, f"features.folder={tmp_path / 'features'}", *rows)
     assert left == [0] and list((tmp_path / "features").rglob("*.safetensors"))

@@ -20,14 +20,14 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hba.atlas import Atlas, data_record
+from hba.atlas import Atlas
 from hba.batch.encode import Batch, Encoder, encoder_for
 from hba.batch.prompt import FormatMix
 from hba.errors import HbaError, InputError
@@ -35,13 +35,12 @@ from hba.model import checkpoint
 from hba.model.checkpoint import require_perceived
 from hba.model.config import ModelConfig
 from hba.model.omni import OmniSapiens, apply_strategy, language_layers
-from hba.model.process import prepare_process, start_accelerator
 from hba.rl.advantages import Advantage, build_advantage, informative
 from hba.rl.config import Algorithm, RlConfig
 from hba.rl.evaluation import answer_of, evaluate
 from hba.rl.evaluation_log import collapsed_tasks, summary, write_evaluation
 from hba.rl.losses import importance_weights, kl_divergence, surrogate, token_weights
-from hba.rl.prompts import PromptFeed, training_rows, validation_rows
+from hba.rl.prompts import PromptFeed, sample_of
 from hba.rl.rewards import Scorer
 from hba.rl.rollout import Draws, Key, Probabilities, Prompts, Rollouts, Sampler, probabilities, roll_out
 from hba.rl.server import build_sampler, require_small_gap
@@ -49,13 +48,9 @@ from hba.rl.telemetry import CollapseWatch, Outcome, RunLog, Updated
 from hba.run import RunFolder
 from hba.storage import read_json, write_json
 from hba.train.display import TrainingDisplay
-from hba.train.loop import build_optimizer, learning_rate_at, portable, step_seed
+from hba.train.loop import begin, build_optimizer, learning_rate_at, portable, step_seed
 from hba.train.ranks import Ranks, Turn, gathered, is_sharded, prepare_model
-from hba.train.state import STOP, Progress, Saving, latest, read_progress, restore_optimizer, save_state
-
-if TYPE_CHECKING:
-    pass  # MOVED
-
+from hba.train.state import STOP, Progress, Saving, read_progress, restore_optimizer, save_state
 
 # The update: from rollouts with advantages to new weights.
 #
@@ -395,13 +390,10 @@ def train_rl(config: RlConfig, run: RunFolder) -> Progress:
     Raises InputError for bad data, config or reward, HbaError for a failing step, StoppedError, after a checkpoint was
     written, when a signal asks a rank to stop.
     """
-    ranks = Ranks(start_accelerator(config.model.dtype))
-    prepare_process(config.train.seed)
-    train, validation = training_rows(config), validation_rows(config)
-    run.record_data(data_record(config.atlas, train))
+    of_datasets = partial(Atlas.filter, datasets=config.datasets)
+    ranks, train, validation, checkpoint = begin(config, run, config.model.dtype, of_datasets)
     require_perceived(config.model.name, config.encode, train)
-    checkpoint = ranks.told(latest(run.checkpoints))
-    setup = _setup(config, run, ranks, train, validation, checkpoint)
+    setup = _setup(config, run, ranks, train, sample_of(validation, config), checkpoint)
     memory, progress = _memory(setup, train, checkpoint)
     ranks.wait()  # for one that reads its reference for longer: a sharded policy is gathered next
     planned = -(-len(memory.feed) // config.train.accumulation)

@@ -99,17 +99,16 @@ class PromptFeed:
 
 def training_rows(config: RlConfig) -> Atlas:
     """The rows whose prompts are trained on."""
-    return _rows(config, config.train_split)
+    return open_atlas(config.atlas, split=config.train_split).filter(datasets=config.datasets)
 
 
 def validation_rows(config: RlConfig) -> Atlas:
     """The rows of the evaluations, a stratified sample where the config limits their number."""
-    atlas = _rows(config, config.validation_split)
+    return sample_of(open_atlas(config.atlas, split=config.validation_split).filter(datasets=config.datasets), config)
+
+
+def sample_of(atlas: Atlas, config: RlConfig) -> Atlas:
+    """Those of the rows `atlas` that an evaluation asks."""
     if config.validation_rows is None or config.validation_rows >= len(atlas):
         return atlas
     return atlas.select(subsample(atlas.columns, config.validation_rows, seed=config.train.seed))
-
-
-def _rows(config: RlConfig, split: str) -> Atlas:
-    atlas = open_atlas(config.atlas, split=split)
-    return atlas if config.datasets is None else atlas.filter(datasets=config.datasets)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hba.atlas import Atlas, data_record, open_atlas
+from hba.atlas import Atlas
 from hba.batch.encode import IGNORED, Batch, Encoder
 from hba.batch.loader import load_batches
 from hba.batch.sampler import Indices
@@ -31,8 +31,8 @@ from hba.model.bam import FOLDER, AdapterSpec, Bam, load_bam, save_bam
 from hba.model.generate import media_token_ids
 from hba.model.heads import DomainHeads, token_loss
 from hba.model.omni import OmniSapiens, apply_strategy, config_of
-from hba.model.process import prepare_process, start_accelerator
 from hba.run import RunFolder
+from hba.taxonomy import Taxonomy
 from hba.train.config import BamConfig, refuse_windows_of_shards
 from hba.train.features import (
     Descriptors,
@@ -47,11 +47,11 @@ from hba.train.features import (
     streamed_batches,
     training_matrix,
 )
-from hba.train.loop import Stage, Validation, planned_rows, run_training, training_plan
-from hba.train.qa import Progressed
+from hba.train.loop import Stage, Validation, begin, mean_over_tasks, planned_rows, train_stage
+from hba.train.qa import Progressed, exact, exact_matches
 from hba.train.ranks import Ranks
-from hba.train.scores import after_bam, exact, exact_matches, mean_over_tasks
-from hba.train.state import Progress, latest
+from hba.train.sft import domains_of
+from hba.train.state import Progress
 
 
 class AdaptedLogits(NamedTuple):
@@ -84,28 +84,29 @@ class AdaptedHeads(nn.Module):
 
 def train_bam(config: BamConfig, run: RunFolder, progress: Progressed = lambda done, total: None) -> Progress:
     """Run (or resume) stage 3 in `run`. Raises InputError for bad data or config, HbaError for a failing step."""
-    ranks = Ranks(start_accelerator(config.dtype))
-    prepare_process(config.train.seed)
-    opened = open_atlas(config.atlas, split=config.train_split)
-    keys = described_datasets(opened, config.datasets)
-    held_out = open_atlas(config.atlas, split=config.validation_split, taxonomy=opened.taxonomy)
-    train, validation = Rows.of(opened, keys, config), Rows.of(held_out, keys, config)
-    run.record_data(data_record(config.atlas, train.atlas))
-    base = FrozenBase(config.base, dtype=config.dtype, attention=config.attention, taxonomy=opened.taxonomy)
+    keys: list[str] = []
+
+    def described(atlas: Atlas) -> Atlas:
+        keys[:] = keys or described_datasets(atlas, config.datasets)  # of the training rows, which are opened first
+        return atlas.filter(datasets=keys)
+
+    ranks, *opened, resume = begin(config, run, config.dtype, described)
+    train, validation = (Rows(atlas, read_descriptors(atlas, config.descriptors)) for atlas in opened)
+    columns, taxonomy = train.atlas.columns, train.atlas.taxonomy
+    base = FrozenBase(config.base, dtype=config.dtype, attention=config.attention, taxonomy=taxonomy)
     if config.stage == "full":
         refuse_windows_of_shards(base.encode, config.train)
-    columns, heads = train.atlas.columns, config.stage != "adapters"
-    how = (columns, train.atlas.estimated_tokens, config.mix, config.train, columns.dataset_codes.astype(np.int64))
-    reached = {columns.datasets[code] for code in columns.dataset_codes[planned_rows(*how)]} if heads else keys
-    domains = after_bam(base.card, reached, base.taxonomy, base.folder, heads=heads)
-    resume = ranks.told(latest(run.checkpoints))
+    groups_N, heads = columns.dataset_codes.astype(np.int64), config.stage != "adapters"
+    reached: Iterable[str] = keys
+    if heads:
+        reached = {columns.datasets[code] for code in groups_N[planned_rows(train.atlas, config, groups_N)]}
+    domains = after_bam(base.card, reached, taxonomy, base.folder, heads=heads)
     bam = build_bam(config, keys, train, base, resume)
     train, validation = (rows._replace(descriptors=fitting(*rows, bam.dims)) for rows in (train, validation))
-    model = build_model(config, bam, base, resume, speaks=any(is_free_form(opened, key) for key in keys))
+    model = build_model(config, bam, base, resume, speaks=any(is_free_form(train.atlas, key) for key in keys))
     give, give_validation = (batch_source(config, base, bam, rows, progress, ranks) for rows in (train, validation))
     if config.features.cache:
         base.release()
-    plan = training_plan(*how, rank=ranks.rank, world=ranks.world)
     held_out_plan = validation.plan(config.features.batch_size)[ranks.rank :: ranks.world]
     stage: Stage[Any] = Stage(
         model=model,
@@ -115,7 +116,7 @@ def train_bam(config: BamConfig, run: RunFolder, progress: Progressed = lambda d
         save_model=lambda folder: save_checkpoint(config, model, base, domains, folder),
         learning_rates={"bam.": config.adapter_learning_rate},
     )
-    return run_training(stage, plan, config.train, ranks, run)
+    return train_stage(stage, config, run, ranks, train.atlas, groups_N)
 
 
 class Rows(NamedTuple):
@@ -124,17 +125,28 @@ class Rows(NamedTuple):
     atlas: Atlas
     descriptors: Descriptors
 
-    @classmethod
-    def of(cls, atlas: Atlas, keys: list[str], config: BamConfig) -> Rows:
-        """The rows of the datasets `keys`. Raises InputError for missing descriptors."""
-        chosen = atlas.filter(datasets=keys)
-        return cls(chosen, read_descriptors(chosen, config.descriptors))
-
     def plan(self, batch_size: int) -> list[Indices]:
         """Every row once, in batches of one dataset."""
         codes_N = self.atlas.columns.dataset_codes
         views = [np.flatnonzero(codes_N == code) for code in np.unique(codes_N)]
         return [batch for rows_M in views for batch in evaluation_plan(self.atlas, rows_M, batch_size)]
+
+
+def after_bam(
+    card: dict[str, Any], datasets: Iterable[str], taxonomy: Taxonomy, base: Path, *, heads: bool
+) -> list[str] | None:
+    """The domains of trained heads: of the checkpoint `base` with this `card`, and of `datasets` if `heads` train, too.
+
+    Raises InputError for adapters alone before a head that was never trained.
+    """
+    known: list[str] | None = card.get("domains")
+    if known is None:
+        return None
+    wanted = domains_of(taxonomy, datasets)
+    if not heads and (fresh := wanted - set(known)):
+        fix = "Leave its datasets out (datasets=[...]), use stage=adapters+heads, or train its head first (train sft)."
+        raise InputError(f"no head of {', '.join(sorted(fresh))} was trained", where=str(base), fix=fix)
+    return sorted({*known, *wanted})
 
 
 def build_bam(config: BamConfig, keys: list[str], train: Rows, base: FrozenBase, resume: Path | None) -> Bam:
@@ -147,25 +159,25 @@ def build_bam(config: BamConfig, keys: list[str], train: Rows, base: FrozenBase,
         return loaded
     torch.manual_seed(config.train.seed)
     matrices = {key: training_matrix(train.atlas, train.descriptors, key) for key in keys}
-    bam = Bam([_spec(config, key, matrices[key]) for key in keys], base.hidden_size)
+    specs = [
+        AdapterSpec(
+            dataset=key,
+            dims={modality: f_NF.shape[1] for modality, f_NF in matrices[key].items()},
+            hidden=config.hidden,
+            dropout=config.dropout,
+            modality_dropout=config.modality_dropout,
+            layer_norm=config.layer_norm,
+            descriptors=config.descriptors,
+        )
+        for key in keys
+    ]
+    bam = Bam(specs, base.hidden_size)
     for key, by_modality in matrices.items():
         for modality, f_NF in by_modality.items():
             adapter = bam.adapters(key).adapter(modality)
             if adapter is not None:
                 adapter.start(f_NF if config.standardise else None)
     return bam
-
-
-def _spec(config: BamConfig, key: str, matrix: dict[str, Tensor]) -> AdapterSpec:
-    return AdapterSpec(
-        dataset=key,
-        dims={modality: f_NF.shape[1] for modality, f_NF in matrix.items()},
-        hidden=config.hidden,
-        dropout=config.dropout,
-        modality_dropout=config.modality_dropout,
-        layer_norm=config.layer_norm,
-        descriptors=config.descriptors,
-    )
 
 
 def build_model(

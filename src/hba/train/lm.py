@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hba.atlas import Atlas, data_record, open_atlas
+from hba.atlas import Atlas
 from hba.batch.encode import IGNORED, Batch, Encoder, encoder_for
 from hba.batch.loader import load_batches
 from hba.batch.prompt import FormatMix
@@ -25,26 +25,21 @@ from hba.evaluate.backends.interface import evaluation_plan
 from hba.model import checkpoint
 from hba.model.heads import answer_loss
 from hba.model.omni import OmniOutput, OmniSapiens, apply_strategy
-from hba.model.process import prepare_process, start_accelerator
 from hba.run import RunFolder
 from hba.train.config import LmConfig
-from hba.train.loop import Stage, Validation, run_training, training_plan
+from hba.train.loop import Stage, Validation, begin, train_stage
 from hba.train.ranks import Ranks
-from hba.train.state import Progress, latest
+from hba.train.state import Progress
 
 
 def train_lm(config: LmConfig, run: RunFolder) -> Progress:
     """Run (or resume) it in `run`. Raises InputError for bad data or config, HbaError for a failing step."""
-    ranks = Ranks(start_accelerator(config.model.dtype))
-    prepare_process(config.train.seed)
-    train, validation = (_rows(config, split) for split in (config.train_split, config.validation_split))
-    run.record_data(data_record(config.atlas, train))
+    of_datasets = partial(Atlas.filter, datasets=config.datasets)
+    ranks, train, validation, resume = begin(config, run, config.model.dtype, of_datasets)
     checkpoint.require_perceived(config.model.name, config.encode, train)
-    model = build_model(config, ranks.told(latest(run.checkpoints)))
+    model = build_model(config, resume)
     wording = FormatMix(config.formats, reasoning=config.reasoning, seed=config.train.seed)
     encoder = encoder_for(model.processor, config.encode, train.taxonomy, answers=True, wording=wording)
-    how = (train.columns, train.estimated_tokens, config.mix, config.train)
-    plan = training_plan(*how, rank=ranks.rank, world=ranks.world)
     stage = Stage(
         model=model,
         loss=lm_loss,
@@ -53,7 +48,7 @@ def train_lm(config: LmConfig, run: RunFolder) -> Progress:
         save_model=partial(save_checkpoint, model, config),
         learning_rates={},
     )
-    return run_training(stage, plan, config.train, ranks, run)
+    return train_stage(stage, config, run, ranks, train)
 
 
 def lm_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -61,11 +56,6 @@ def lm_loss(model: nn.Module, batch: Batch) -> Tensor:
     output: OmniOutput = model(batch)
     assert batch.labels_BT is not None and output.answer_logits_NV is not None  # the encoder gives answers
     return answer_loss(output.answer_logits_NV, batch.labels_BT)
-
-
-def _rows(config: LmConfig, split: str) -> Atlas:
-    atlas = open_atlas(config.atlas, split=split)
-    return atlas if config.datasets is None else atlas.filter(datasets=config.datasets)
 
 
 def build_model(config: LmConfig, resume: Path | None) -> OmniSapiens:

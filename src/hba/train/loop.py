@@ -13,29 +13,27 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from hba.atlas import Atlas, data_record, open_atlas
 from hba.atlas.rows import Columns, MediaSource, Quarantined, Sample
 from hba.batch.sampler import Indices, MixConfig, epoch_rows, plan_batches
-from hba.errors import ConfigError, HbaError
+from hba.errors import ConfigError, HbaError, InputError
+from hba.model.process import prepare_process, start_accelerator
 from hba.run import RunFolder
 from hba.train.config import TrainConfig
 from hba.train.display import TrainingDisplay
 from hba.train.ranks import Ranks, Turn, gathered, prepare_model
 from hba.train.state import STOP, Progress, Saving, latest, read_progress, restore_optimizer, save_state, settle
-
-if TYPE_CHECKING:
-    from hba.train.config import TrainConfig
-
 
 # Which samples a rank trains on at which step: a pure function of (rows, mix, config, rank, number of ranks).
 #
@@ -55,14 +53,6 @@ def num_steps(plan: Plan, config: TrainConfig) -> int:
     """The optimizer steps that are run: those of the plan, or the first `max_steps`."""
     planned = len(plan.starts) - 1
     return planned if config.max_steps is None else min(planned, config.max_steps)
-
-
-def planned_rows(
-    columns: Columns, lengths_N: Indices, mix: MixConfig, config: TrainConfig, groups_N: Indices | None = None
-) -> Indices:
-    """The rows that a run trains on, over all ranks and epochs, up to its last step; repeated ones repeat."""
-    plan = training_plan(columns, lengths_N, mix, config, groups_N, rank=0, world=1)
-    return np.concatenate(plan.micro_batches[: plan.starts[num_steps(plan, config)]])
 
 
 def training_plan(
@@ -112,6 +102,61 @@ def share(batch: Indices, limit: int | None, place: int, world: int) -> list[Ind
     return [batch[start : start + size + (piece < longer)] for start, piece in zip(starts, pieces, strict=True)]
 
 
+# --- the start --------------------------------------------------------------------------------------------------------
+
+
+class StageConfig(Protocol):
+    """What the configs of all stages have."""
+
+    @property
+    def atlas(self) -> str: ...
+    @property
+    def train_split(self) -> str: ...
+    @property
+    def validation_split(self) -> str: ...
+    @property
+    def train(self) -> TrainConfig: ...
+    @property
+    def mix(self) -> MixConfig: ...
+
+
+class Start(NamedTuple):
+    """What every stage begins with: the processes, its rows, and the checkpoint at which a run resumes."""
+
+    ranks: Ranks
+    train: Atlas
+    validation: Atlas
+    resume: Path | None
+
+
+def begin(config: StageConfig, run: RunFolder, dtype: str, rows: Callable[[Atlas], Atlas]) -> Start:
+    """Join the processes of the run, seed them, and open `rows` of both splits, those of the training first.
+
+    Raises InputError for splits that cannot be opened or have no such rows, ConfigError for other data than before.
+    """
+    ranks = Ranks(start_accelerator(dtype))
+    prepare_process(config.train.seed)
+    train = rows(open_atlas(config.atlas, split=config.train_split))
+    validation = rows(open_atlas(config.atlas, split=config.validation_split, taxonomy=train.taxonomy))
+    run.record_data(data_record(config.atlas, train))
+    return Start(ranks, train, validation, ranks.told(latest(run.checkpoints)))
+
+
+def rows_of(atlas: Atlas, datasets: Iterable[str] | None, *, free_form: bool) -> Atlas:
+    """The rows with a domain, hence a head, or the `free_form` ones without, of the given datasets or of all.
+
+    Raises InputError when there are none.
+    """
+    keys = {key for key, dataset in atlas.taxonomy.datasets.items() if (dataset.domain is None) == free_form}
+    return atlas.filter(datasets=keys if datasets is None else keys & {atlas.taxonomy.dataset(k).key for k in datasets})
+
+
+def planned_rows(rows: Atlas, config: StageConfig, groups_N: Indices | None = None) -> Indices:
+    """Those of `rows` that a run trains on, over all ranks and epochs, up to its last step; repeated ones repeat."""
+    plan = training_plan(rows.columns, rows.estimated_tokens, config.mix, config.train, groups_N, rank=0, world=1)
+    return np.concatenate(plan.micro_batches[: plan.starts[num_steps(plan, config.train)]])
+
+
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
@@ -124,6 +169,20 @@ class Validation(NamedTuple):
 
     score: float | None
     metrics: dict[str, Any]
+
+
+def mean_over_tasks(scores: Mapping[str, float | None], rows: Atlas, num_read: int) -> Validation:
+    """The scores of the tasks that have one, with their mean, which chooses the best checkpoint; None if none has.
+
+    A task has no score where its metric is not defined on the rows, such as two-class sentiment of neutral ones alone.
+    `num_read` rows were answered. Raises InputError for 0.
+    """
+    if not num_read:
+        fix = "Repair the media named in quarantine.jsonl."
+        raise InputError(f"no sample of split {rows.split!r} can be read", where=str(rows.root), fix=fix)
+    known = {key: score for key, score in scores.items() if score is not None}
+    mean = sum(known.values()) / len(known) if known else None
+    return Validation(mean, {**known, "mean": mean})
 
 
 class TrainBatch(Protocol):
@@ -190,6 +249,14 @@ def shown_peak(optimizer: torch.optim.Optimizer, config: TrainConfig) -> float:
     """The peak rate that log lines follow: the config's, or where nothing trains at it the highest that there is."""
     peaks = {float(group["peak"]) for group in optimizer.param_groups}
     return config.learning_rate if config.learning_rate in peaks else max(peaks)
+
+
+def train_stage(
+    stage: Stage[B], config: StageConfig, run: RunFolder, ranks: Ranks, rows: Atlas, groups_N: Indices | None = None
+) -> Progress:
+    """`run_training` over this rank's share of the plan of `rows`; batches have one of `groups_N`, where given."""
+    how = (rows.columns, rows.estimated_tokens, config.mix, config.train, groups_N)
+    return run_training(stage, training_plan(*how, rank=ranks.rank, world=ranks.world), config.train, ranks, run)
 
 
 def run_training(stage: Stage[B], plan: Plan, config: TrainConfig, ranks: Ranks, run: RunFolder) -> Progress:

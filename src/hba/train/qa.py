@@ -8,14 +8,15 @@ decoding gives, so that validation needs no decoding either.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from hba.atlas import Atlas, data_record, open_atlas
+from hba.atlas import Atlas
 from hba.batch.encode import Encoder
 from hba.batch.sampler import Indices
 from hba.errors import InputError
@@ -23,14 +24,12 @@ from hba.evaluate.backends.interface import evaluation_plan
 from hba.model import checkpoint
 from hba.model.generate import media_token_ids
 from hba.model.heads import token_loss
-from hba.model.process import prepare_process, start_accelerator
 from hba.run import RunFolder
 from hba.train.config import FeatureConfig, QaConfig
 from hba.train.features import FeatureBatch, FrozenBase, cached_batches, features, streamed_batches
-from hba.train.loop import Stage, Validation, run_training, training_plan
+from hba.train.loop import Stage, Validation, begin, mean_over_tasks, rows_of, train_stage
 from hba.train.ranks import Ranks
-from hba.train.scores import exact, exact_matches, mean_over_tasks
-from hba.train.state import Progress, latest
+from hba.train.state import Progress
 
 Progressed = Callable[[int, int], None]
 BatchSource = Callable[[Sequence[Indices], int], Iterator[FeatureBatch]]
@@ -38,19 +37,13 @@ BatchSource = Callable[[Sequence[Indices], int], Iterator[FeatureBatch]]
 
 def train_qa(config: QaConfig, run: RunFolder, progress: Progressed = lambda done, total: None) -> Progress:
     """Run (or resume) stage 2 in `run`. Raises InputError for bad data or config, HbaError for a failing step."""
-    ranks = Ranks(start_accelerator(config.dtype))
-    prepare_process(config.train.seed)
-    train = free_form_rows(open_atlas(config.atlas, split=config.train_split), config.datasets)
-    opened = open_atlas(config.atlas, split=config.validation_split, taxonomy=train.taxonomy)
-    validation = free_form_rows(opened, config.datasets)
-    run.record_data(data_record(config.atlas, train))
+    free_form = partial(rows_of, datasets=config.datasets, free_form=True)
+    ranks, train, validation, resume = begin(config, run, config.dtype, free_form)
     base = FrozenBase(config.base, dtype=config.dtype, attention=config.attention, taxonomy=train.taxonomy)
-    lm_head = build_lm_head(base, ranks.told(latest(run.checkpoints)))
+    lm_head = build_lm_head(base, resume)
     give, give_validation = (batch_source(base, rows, config.features, progress, ranks) for rows in (train, validation))
     if config.features.cache:
         base.release()
-    how = (train.columns, train.estimated_tokens, config.mix, config.train)
-    plan = training_plan(*how, rank=ranks.rank, world=ranks.world)
     held_out = evaluation_plan(validation, torch.arange(len(validation)).numpy(), config.features.batch_size)
     own = held_out[ranks.rank :: ranks.world]
     stage = Stage(
@@ -61,7 +54,7 @@ def train_qa(config: QaConfig, run: RunFolder, progress: Progressed = lambda don
         save_model=partial(save_lm_head, base, lm_head),
         learning_rates={},
     )
-    return run_training(stage, plan, config.train, ranks, run)
+    return train_stage(stage, config, run, ranks, train)
 
 
 def qa_loss(lm_head: nn.Module, batch: FeatureBatch) -> Tensor:
@@ -77,15 +70,27 @@ def answer_tokens(batch: FeatureBatch) -> Tensor:
     return batch.tokens_L
 
 
+def exact(logits_LV: Tensor, tokens_L: Tensor, lengths_B: Tensor, banned: Sequence[int]) -> list[bool]:
+    """Whether greedy decoding gives each answer whole: every token the most probable one behind those before it."""
+    banned_ids = torch.tensor(list(banned), dtype=torch.long, device=logits_LV.device)
+    logits_LV = logits_LV.float().index_fill(1, banned_ids, -torch.inf)
+    right_L = logits_LV.argmax(1) == tokens_L
+    return [bool(part_L.all()) for part_L in torch.split(right_L, lengths_B.tolist())]
+
+
+def exact_matches(rows: Atlas, said: Iterable[tuple[str, bool]]) -> dict[str, float]:
+    """The exact match of each task: the mean over its datasets of the share of answers that are right."""
+    by_task: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    for key, right in said:
+        by_task[str(rows.taxonomy.dataset(key).task or key)][key].append(right)
+    return {
+        task: sum(sum(hits) / len(hits) for hits in keys.values()) / len(keys) for task, keys in sorted(by_task.items())
+    }
+
+
 def lm_head_dtype(lm_head: nn.Module) -> torch.dtype:
     """The precision that lm_head reads."""
     return next(lm_head.parameters()).dtype
-
-
-def free_form_rows(atlas: Atlas, datasets: tuple[str, ...] | None) -> Atlas:
-    """The rows without classes, of the given datasets or of all. Raises InputError when there are none."""
-    keys = {key for key, dataset in atlas.taxonomy.datasets.items() if dataset.domain is None}
-    return atlas.filter(datasets=keys if datasets is None else keys & {atlas.taxonomy.dataset(k).key for k in datasets})
 
 
 def build_lm_head(base: FrozenBase, resume: Path | None) -> nn.Linear:

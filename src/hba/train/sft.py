@@ -7,6 +7,7 @@ text, response tokens only: that is how a backbone with random weights learns to
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,46 +16,39 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hba.atlas import Atlas, data_record, open_atlas
+from hba.atlas import Atlas
 from hba.atlas.rows import Quarantined
 from hba.batch.encode import Batch, Encoder
 from hba.batch.loader import load_batches
+from hba.batch.sampler import Indices
+from hba.errors import InputError
 from hba.evaluate.backends.heads import HeadsBackend
 from hba.evaluate.backends.interface import answerable, predict
 from hba.evaluate.metrics import score
 from hba.evaluate.predictions import Prediction
-from hba.model.checkpoint import backbone_of, require_perceived
+from hba.model import checkpoint
 from hba.model.heads import answer_loss
 from hba.model.omni import OmniOutput, OmniSapiens, apply_strategy
-from hba.model.process import prepare_process, start_accelerator
 from hba.run import RunFolder
 from hba.taxonomy import Taxonomy
 from hba.train.config import SftConfig
-from hba.train.loop import Stage, Validation, planned_rows, run_training, training_plan
+from hba.train.loop import Stage, Validation, begin, mean_over_tasks, planned_rows, rows_of, train_stage
 from hba.train.ranks import Ranks
-from hba.train.scores import after_sft, mean_over_tasks, require_trained
-from hba.train.state import Progress, latest
+from hba.train.state import Progress
 
 
 def train_sft(config: SftConfig, run: RunFolder) -> Progress:
     """Run (or resume) stage 1 in `run`. Raises InputError for bad data or config, HbaError for a failing step."""
-    ranks = Ranks(start_accelerator(config.model.dtype))
-    prepare_process(config.train.seed)
-    train = training_rows(open_atlas(config.atlas, split=config.train_split), config)
-    taxonomy = train.taxonomy
-    held_out = open_atlas(config.atlas, split=config.validation_split, taxonomy=taxonomy)
-    validation = classification_rows(held_out, config.datasets)
-    run.record_data(data_record(config.atlas, train))
-    how = (train.columns, train.estimated_tokens, config.mix, config.train)
-    domains = after_sft(train, planned_rows(*how), config.model.name)
+    ranks, train, validation, resume = begin(config, run, config.model.dtype, partial(training_rows, config=config))
+    validation, taxonomy = rows_of(validation, config.datasets, free_form=False), train.taxonomy
+    domains = after_sft(train, planned_rows(train, config), config.model.name)
     require_trained(validation, domains)
-    require_perceived(config.model.name, config.encode, train)
-    model = build_model(config, ranks.told(latest(run.checkpoints)), taxonomy)
+    checkpoint.require_perceived(config.model.name, config.encode, train)
+    model = build_model(config, resume, taxonomy)
     encoder = Encoder(model.processor, config.encode, taxonomy)
     options: dict[str, Any] = {"batch_size": config.validation_batch_size, "loader": config.loader}
     backend = HeadsBackend(model, encoder, domains=domains, **options)
     train_encoder = Encoder(model.processor, config.encode, taxonomy, answers=config.answer_weight > 0)
-    plan = training_plan(*how, rank=ranks.rank, world=ranks.world)
     stage = Stage(
         model=model,
         loss=partial(sft_loss, answer_weight=config.answer_weight),
@@ -63,7 +57,7 @@ def train_sft(config: SftConfig, run: RunFolder) -> Progress:
         save_model=partial(save_checkpoint, model, config, domains),
         learning_rates={},
     )
-    return run_training(stage, plan, config.train, ranks, run)
+    return train_stage(stage, config, run, ranks, train)
 
 
 def sft_loss(model: nn.Module, batch: Batch, *, answer_weight: float) -> Tensor:
@@ -82,14 +76,39 @@ def sft_loss(model: nn.Module, batch: Batch, *, answer_weight: float) -> Tensor:
 def training_rows(atlas: Atlas, config: SftConfig) -> Atlas:
     """The rows that stage 1 trains on: those of a domain, and free-form ones where answers are trained as text."""
     if config.answer_weight > 0:
-        return atlas if config.datasets is None else atlas.filter(datasets=config.datasets)
-    return classification_rows(atlas, config.datasets)
+        return atlas.filter(datasets=config.datasets)
+    return rows_of(atlas, config.datasets, free_form=False)
 
 
-def classification_rows(atlas: Atlas, datasets: tuple[str, ...] | None) -> Atlas:
-    """The rows that have a domain, hence a head, of the given datasets or of all."""
-    keys = {key for key, dataset in atlas.taxonomy.datasets.items() if dataset.domain is not None}
-    return atlas.filter(datasets=keys if datasets is None else keys & {atlas.taxonomy.dataset(k).key for k in datasets})
+def after_sft(train: Atlas, rows: Indices, start: str) -> list[str] | None:
+    """The domains whose heads are trained at the end: those of `rows` of `train`, and those of the checkpoint `start`.
+
+    What another head says is noise: it is not scored. A checkpoint's card names them; None stands for all, as of the
+    checkpoints that the authors released.
+    """
+    base = checkpoint.resolve(start)
+    card: dict[str, Any] = {"columns": None} if base is None else checkpoint.read_card(base)
+    known: list[str] | None = [] if card["columns"] is None else card.get("domains")
+    if known is None:
+        return None
+    columns = train.columns
+    codes = set(columns.dataset_codes[rows].tolist())
+    return sorted({*known, *domains_of(train.taxonomy, (columns.datasets[code] for code in codes))})
+
+
+def require_trained(validation: Atlas, domains: list[str] | None) -> None:
+    """Raise InputError when no row of `validation` belongs to a domain whose head is trained: no score is had."""
+    columns = validation.columns
+    found = domains_of(validation.taxonomy, (columns.datasets[code] for code in set(columns.dataset_codes.tolist())))
+    if domains is not None and not found & set(domains):
+        what = f"its rows are of {', '.join(sorted(found))}, the trained heads of {', '.join(domains)}"
+        fix = "Give training and validation rows of one domain at least: other datasets, or other splits."
+        raise InputError(what, where=f"{validation.root}, split {validation.split}", fix=fix)
+
+
+def domains_of(taxonomy: Taxonomy, datasets: Iterable[str]) -> set[str]:
+    """The domains of the datasets that have one."""
+    return {domain for key in datasets if (domain := taxonomy.dataset(key).domain) is not None}
 
 
 def build_model(config: SftConfig, resume: Path | None, taxonomy: Taxonomy) -> OmniSapiens:
@@ -105,9 +124,9 @@ def build_model(config: SftConfig, resume: Path | None, taxonomy: Taxonomy) -> O
 
 def save_checkpoint(model: OmniSapiens, config: SftConfig, domains: list[str] | None, folder: Path) -> None:
     """Write the model of a run as a checkpoint that `OmniSapiens.from_pretrained` loads."""
-    backbone, strategy, speaks = backbone_of(config.model.name), config.model.strategy, config.answer_weight > 0
-    known: dict[str, Any] = {"encode": config.encode, "speaks": speaks, "domains": domains}
-    model.save_pretrained(folder, backbone=backbone, strategy=strategy, **known)
+    known: dict[str, Any] = {"backbone": checkpoint.backbone_of(config.model.name), "strategy": config.model.strategy}
+    speaks = config.answer_weight > 0
+    model.save_pretrained(folder, encode=config.encode, speaks=speaks, domains=domains, **known)
 
 
 def validate_heads(backend: HeadsBackend, atlas: Atlas, run: RunFolder, ranks: Ranks) -> Validation:

@@ -26,7 +26,8 @@ from hba.run import QuarantineLog
 from hba.storage import write_json
 from hba.taxonomy import PUBLISHED, published_table
 from hba.train.config import SftConfig
-from hba.train.sft import classification_rows, train_sft
+from hba.train.loop import rows_of
+from hba.train.sft import train_sft
 from hba.train.state import training_run
 
 ShowProgress: TypeAlias = Callable[[str], AbstractContextManager[Callable[[Tally], None]]]
@@ -97,7 +98,7 @@ def run_transfer(
     """
     atlas = open_atlas(config.atlas, split=config.train_split)
     keys, absent = heldout_datasets(atlas, heldout)
-    pretrain = replace(config, datasets=pretraining_datasets(classification_rows(atlas, config.datasets), keys))
+    pretrain = replace(config, datasets=pretraining_datasets(rows_of(atlas, config.datasets, free_form=False), keys))
     _train(folder / "pretrain", pretrain, command)
     for key in keys:
         epochs = LONGER_EPOCHS.get(key, 1)
@@ -122,7 +123,7 @@ def _train(run: Path, config: SftConfig, command: str) -> None:
 
 def heldout_datasets(atlas: Atlas, wanted: Sequence[str] | None) -> tuple[list[str], list[str]]:
     """The datasets to hold out, and those of the protocol that the atlas has no classification rows of."""
-    rows = classification_rows(atlas, None)
+    rows = rows_of(atlas, None, free_form=False)
     there = {rows.columns.datasets[code] for code in set(rows.columns.dataset_codes.tolist())}
     protocol = [entry["dataset"] for entry in PUBLISHED["heldout_transfer"]]
     if wanted is not None:
