@@ -27,7 +27,7 @@ from hba.atlas.rows import Quarantined, Sample
 from hba.batch.prompt import FormatMix
 from hba.batch.sampler import Indices
 from hba.environment import usable_cores
-from hba.errors import InputError, MediaError
+from hba.errors import ConfigError, InputError, MediaError
 from hba.evaluate.backends.interface import (
     Answered,
     Output,
@@ -295,6 +295,10 @@ def check_media(name: str, opening: Opening) -> None:
 
 def open_backend(name: str, opening: Opening) -> RemoteBackend:
     """The remote model. Raises InputError when the API cannot take the media of the rows, or how it is to be bound."""
+    spoken_there = opening.config.remote.provider
+    if spoken_there not in (ClientConfig().provider, name):
+        fix = f"Leave it out: --backend says which API is spoken, here {name}."
+        raise ConfigError(f"the API of {spoken_there}, not of the backend", where="remote.provider", fix=fix)
     check_media(name, opening)
     generation = opening.config.generation
     if generation.read == "likelihood" and name != "openai":
