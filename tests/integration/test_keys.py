@@ -28,7 +28,7 @@ import rl_run
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import distributed
+from torch import distributed, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hba import open_atlas
@@ -38,7 +38,8 @@ from hba.batch.encode import Encoder
 from hba.config import load_config
 from hba.embedding import Embedder
 from hba.errors import HbaError
-from hba.evaluate.backends import open_backend, vllm
+from hba.evaluate.backends import vllm
+from hba.evaluate.backends.interface import open_backend
 from hba.evaluate.config import PredictConfig
 from hba.evaluate.judge.items import Item
 from hba.evaluate.judge.run import JudgeConfig, judge_items
@@ -71,7 +72,6 @@ COMMANDS = {
 STAGES = {"sft": train_sft, "lm": train_lm, "qa": train_qa, "bam": train_bam}
 SMALL = ["train_split=train[:24]", "validation_split=validation[:6]", "train.batch_size=4"]
 PIXELS = ["encode.num_frames=2", "encode.max_pixels=3136", "loader.workers=0"]
-NOWHERE = "/nowhere/at/all"
 
 
 def leaves(config, prefix=""):
@@ -231,35 +231,29 @@ class Lab:
             own = dict(model.named_parameters())
             sights["trained"] = [name for name, parameter in own.items() if parameter.requires_grad]
             sights["weights"] = digest(model.state_dict())
-            sights["dtypes"] = sorted({str(p.dtype) for p in own.values()})
             sights["rates"] = dict(stage.learning_rates)
-            sights["modules"] = str(model)
-            sights["specs"] = [part.spec for part in model.modules() if hasattr(part, "spec")]
+            adapters = [part for part in model.modules() if hasattr(part, "spec")]
+            sights["modality dropout"] = {part.spec.modality_dropout for part in adapters}
+            inside = [part for adapter in adapters for part in adapter.modules()]
+            sights["dropout"] = {part.p for part in inside if isinstance(part, nn.Dropout)}
+            sights["norms"] = {type(part).__name__ for part in inside}
+            sights["hidden"] = {part.mlp[0].out_features for part in inside if hasattr(part, "mlp")}
+            sights["scales"] = digest([part.scale for part in inside if hasattr(part, "scale")])
             computed.clear()
             (first,) = [batch for batch in [next(stage.batches(plan.micro_batches, 0))] if len(batch)]
             sights["batch"] = digest(
                 {name: value for name, value in vars(first).items() if name not in ("samples", "quarantined")}
             )
             sights["computed"] = list(computed)
-            whole = next(
-                (
-                    m
-                    for m in [
-                        getattr(each, "thinker", None) or getattr(each, "transformer", None)
-                        for each in [model, *loaded]
-                    ]
-                    if m
-                ),
-                None,
-            )
-            if whole is not None:
-                sights["attention"] = whole.config.get_text_config()._attn_implementation
-                sights["lora"] = {name: str(c) for name, c in getattr(whole, "peft_config", {}).items()}
+            whole = [each for each in [model, *loaded] if hasattr(each, "thinker") or hasattr(each, "transformer")]
+            if whole:
+                self.note_model(sights, getattr(whole[0], "thinker", None) or whole[0].transformer)
             torch.manual_seed(0)
             sights["loss"] = float(stage.loss(model.train(), first))
             sights["batches"].clear()
             sights["scores"] = stage.validate()
-            sights["validated"] = [batch for batch in sights["batches"] if batch]
+            sights["validated"] = sorted(each for batch in sights["batches"] for each in batch)
+            sights["sizes"] = [len(batch) for batch in sights["batches"] if batch]
             return Progress()
 
         patch.setattr(loop, "run_training", step)
@@ -269,9 +263,22 @@ class Lab:
             STAGES[command](config, run)
         sights["data"] = read_json(run.environment)["data"]
         kept = sorted(Path(config.features.folder).glob("*/*/card.json")) if hasattr(config, "features") else []
-        sights["kept"] = list(map(str, kept))
-        sights["cards"] = [read_json(path) for path in kept]
+        cards = [read_json(path) for path in kept]
+        sights["kept"] = {str(path.parents[2]) for path in kept}
+        sights["precision"], sights["card sizes"] = (
+            {card[name] for card in cards} for name in ("precision", "batch_size")
+        )
         sights["config"] = config
+
+    @staticmethod
+    def note_model(sights, model):
+        """What a backbone computes in, and what its LoRA layers are."""
+        sights["dtypes"] = sorted({str(p.dtype) for p in model.parameters() if not p.requires_grad})
+        sights["attention"] = model.config.get_text_config()._attn_implementation
+        layers = [part for part in model.modules() if hasattr(part, "lora_dropout")]
+        sights["rank"] = {part.r["default"] for part in layers}
+        sights["alpha"] = {part.lora_alpha["default"] for part in layers}
+        sights["lora dropout"] = {part.lora_dropout["default"].p for part in layers if part.lora_dropout["default"]}
 
     def steps(self, patch, sights, changes, processes=""):
         """The loop itself, over a transformer of a few numbers: what supervised stages do with `train` and `mix`."""
@@ -377,28 +384,41 @@ class Lab:
     def rl(self, patch, sights, changes, served=""):
         """A run of the local engine; `served`: with the settings of a server, for which the policy itself answers."""
         config, folder = config_of("rl", changes), self.new()
-        sights |= {"drawn": [], "parts": [], "saves": [], "sections": [], "asked": [], "clipped": []}
+        sights |= {
+            "drawn": [],
+            "parts": [],
+            "saves": [],
+            "sections": [],
+            "asked": [],
+            "clipped": set(),
+            "draws": set(),
+            "rows": [],
+        }
+        sights |= {"temperatures": set(), "longest": set(), "sizes": set(), "tokens": {}}
         optimizer, saved, plan, update = local.build_optimizer, local.save_state, loop.training_plan, local.update
         handed = sights["sections"]
 
         class Sampler(rollout.PolicySampler):
             def draw(self, prompts, draws):
-                sights["drawn"].append((*draws, [len(each) for each in prompts]))
-                sights["asked"] += [
-                    ([s.id for s in each.batch.samples], each.batch.inputs["input_ids"].tolist())
-                    for each in prompts
-                    if len(each)
-                ]
+                sights["drawn"].append(draws.name)
+                sights["draws"].add(draws.per_row)
+                sights["temperatures"].add(draws.temperature)
+                sights["longest"].add(draws.max_new_tokens)
+                for batch in (each.batch for each in prompts if len(each)):
+                    if draws.name.endswith("evaluation"):
+                        sights["sizes"].add(len(batch))
+                        continue
+                    sights["asked"] += [sample.id for sample in batch.samples]
+                    shown_BT = batch.inputs["attention_mask"].bool()
+                    for sample, ids_T, shown_T in zip(batch.samples, batch.inputs["input_ids"], shown_BT, strict=True):
+                        sights["tokens"][sample.id] = ids_T[shown_T].tolist()
                 return super().draw(prompts, draws)
 
         def optimized(model, train, rates):
             made = optimizer(model, train, rates)
             sights["groups"] = [{k: v for k, v in group.items() if k != "params"} for group in made.param_groups]
-            sights["modules"] = str(model)
             sights["trained"] = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-            sights["dtypes"] = sorted({str(parameter.dtype) for parameter in model.parameters()})
-            sights["attention"] = model.transformer.config.get_text_config()._attn_implementation
-            sights["lora"] = {name: str(c) for name, c in getattr(model.transformer, "peft_config", {}).items()}
+            self.note_model(sights, model.transformer)
             return made
 
         def shown(sample, config, *more, media=encode.load_media, **options):
@@ -406,7 +426,7 @@ class Lab:
             return media(sample, config, *more, **options)
 
         def clipped(accelerator, parameters, norm, *more, clip=Accelerator.clip_grad_norm_):
-            sights["clipped"].append(norm)
+            sights["clipped"].add(norm)
             return clip(accelerator, parameters, norm, *more)
 
         def planned(columns, lengths, mix, train, *more, **options):
@@ -414,7 +434,8 @@ class Lab:
             return plan(columns, lengths, mix, train, *more, **options)
 
         def updated(setup, pieces, everyone, rate):
-            sights["parts"].append([[len(part) if part is not None else 0 for part in piece] for piece in pieces])
+            sights["parts"].append([len(piece) for piece in pieces])
+            sights["rows"].append([sum(len(part) for part in piece if part is not None) for piece in pieces])
             sights["recomputed"] = any(
                 getattr(part, "gradient_checkpointing", False) for part in setup.policy.modules()
             )
@@ -455,10 +476,11 @@ class Lab:
                 distributed.destroy_process_group()
             if (folder / "log.jsonl").is_file():
                 sights["log"] = self.log_of(folder)
+                sights["lines"] = [(line["step"], line["kind"]) for line in sights["log"]]
         sights["data"], sights["config"] = read_json(folder / "environment.json")["data"], config
-        sights["table"] = Counter(
-            (line.record["step"], line.record["group"]) for line in read_jsonl(folder / "rollouts.jsonl")
-        )
+        table = Counter((line.record["step"], line.record["group"]) for line in read_jsonl(folder / "rollouts.jsonl"))
+        sights["tabled"], sights["responses"] = {step for step, _ in table}, set(table.values())
+        sights["prompts"] = {step: sum(step == each for each, _ in table) for step, _ in table}
         sights["evaluated"] = [
             [line.record["id"] for line in read_jsonl(path)] for path in sorted((folder / "evaluations").iterdir())
         ]
@@ -655,8 +677,8 @@ SFT = ["atlas=@atlas", "model.name=@backbone", *PIXELS, *STAGE]
 LATER = ["atlas=@atlas", "base=@base", "features.loader.workers=0", "features.folder=@base/../features", *STAGE]
 WHOLE = "{cremad: 1, daicwoz: 2, siq2: 1, mosei_senti: 1, mimeqa: 1}"
 MODEL = {
-    "model.dtype=bfloat16": "dtypes", "model.attention=eager": "attention", "model.lora_r=2": "modules",
-    "model.lora_alpha=3": "lora", "model.lora_dropout=0.5": "loss",
+    "model.dtype=bfloat16": "dtypes", "model.attention=eager": "attention", "model.lora_r=2": "rank",
+    "model.lora_alpha=3": "alpha", "model.lora_dropout=0.5": "lora dropout",
 }  # fmt: skip
 SHARED = [  # look, context, changes: the sight of each
     *(
@@ -697,6 +719,7 @@ SHARED = [  # look, context, changes: the sight of each
 PREPARE = ["model=@backbone", "encode.num_frames=2", "loader.workers=0"]
 # What changes nothing in a command, and why it is a key of it.
 EXCEPTIONS = {
+    "rl": {"model.lora_dropout": "dropout is off: probabilities of the update are those of the sampling"},
     "prepare": {
         "encode.max_tokens": "prompts are not built; the section is that of the runs that it decodes for",
         "encode.system_prompt": "prompts are not built",
@@ -743,8 +766,8 @@ RL_CASES = [
             "train.save_every=1": "saves",
             "train.device_batch_size=1": "parts",
             "train.activation_checkpointing=true": "recomputed",
-            "validation_draws=2": "drawn",
-            "table_every=1": "table",
+            "validation_draws=2": "draws",
+            "table_every=1": "tabled",
         },
     ),
     (
@@ -752,10 +775,10 @@ RL_CASES = [
         RL,
         {
             "train.weight_decay=0.5": "groups",
-            "rollout.temperature=0.5": "drawn",
+            "rollout.temperature=0.5": "temperatures",
             "validation_rows=3": "evaluated",
-            "format=boxed": "asked",
-            "train.log_every=2": "log",
+            "format=boxed": "tokens",
+            "train.log_every=2": "lines",
             "freeze_towers=false": "trained",
         },
     ),
@@ -765,7 +788,7 @@ RL_CASES = [
         {
             "train.beta1=0.5": "groups",
             "train.accumulation=2": "parts",
-            "rollout.per_prompt=3": "table",
+            "rollout.per_prompt=3": "responses",
             "validation_split=validation[40%:]": "evaluated",
             "train_split=train[:50%]": "data",
         },
@@ -775,30 +798,23 @@ RL_CASES = [
         RL,
         {
             "train.beta2=0.5": "groups",
-            "train.batch_size=3": "parts",
-            "rollout.max_new_tokens=3": "drawn",
+            "train.batch_size=3": "rows",
+            "rollout.max_new_tokens=3": "longest",
             "model.attention=eager": "attention",
-            "datasets=[cremad]": "data",
         },
     ),
-    ("rl", RL, {"train.seed=1": "asked", "train.max_steps=3": "saves", "table_prompts=1": "table"}),
-    ("rl", RL, {"validation_batch_size=1": "drawn", "train.validate_every=1": "saves"}),
+    ("rl", [*RL, "table_every=1"], {"table_prompts=1": "prompts"}),
+    ("rl", RL, {"train.seed=1": "asked"}),
+    ("rl", RL, {"datasets=[cremad]": "data"}),
+    ("rl", RL, {"train.max_steps=3": "saves", "validation_batch_size=1": "sizes"}),
+    ("rl", RL, {"train.validate_every=1": "saves"}),
     ("rl", [*RL, "train.max_steps=null", "train_split=train[:4]"], {"train.epochs=2": "saves"}),
     ("rl", RL, {"train.warmup_share=0.9": "log"}),
     ("rl", [*RL, "train.max_steps=3"], {"train.final_share=0.9": "log"}),
     ("rl", RL, {"train.wandb_project=x": "error"}),
     ("rl sharded", RL, {"train.sharding=full": "sharded"}),
     ("rl", LORA, {"model.strategy=full": "trained"}),
-    (
-        "rl",
-        LORA,
-        {
-            "model.dtype=bfloat16": "dtypes",
-            "model.lora_r=2": "modules",
-            "model.lora_alpha=3": "lora",
-            "model.lora_dropout=0.5": "lora",
-        },
-    ),
+    ("rl", LORA, {"model.dtype=bfloat16": "dtypes", "model.lora_r=2": "rank", "model.lora_alpha=3": "alpha"}),
     ("rl", MIXED, {"mix.temperature=3": "asked"}),
     ("rl", MIXED, {"mix.weights={cremad: 1, siq2: 2}": "asked"}),
     ("rl", [*MIXED, "mix.epoch_size=10"], {"mix.class_balanced=true": "asked"}),
@@ -839,17 +855,10 @@ OWN = {
     "sft": [
         ("stage sft", SFT, {"atlas=@lacking": "data"}),
         ("stage sft", SFT, {"model.name=/nowhere/at/all": "error"}),
-        (
-            "stage sft",
-            SFT,
-            {
-                **MODEL,
-                "train_split=train[:50%]": "data",
-                "validation_split=validation[:50%]": "validated",
-                "validation_batch_size=2": "validated",
-            },
-        ),
+        ("stage sft", SFT, {**MODEL, "validation_split=validation[:50%]": "validated"}),
         ("stage sft", SFT, {"model.strategy=heads": "trained", "datasets=[cremad]": "data"}),
+        ("stage sft", SFT, {"train_split=train[:50%]": "data"}),
+        ("stage sft", SFT, {"validation_batch_size=2": "sizes"}),
         ("stage sft", SFT, {"answer_weight=1": "loss"}),
     ],
     "lm": [
@@ -862,10 +871,10 @@ OWN = {
                 **MODEL,
                 "train_split=train[:50%]": "data",
                 "validation_split=validation[:50%]": "validated",
-                "validation_batch_size=2": "validated",
             },
         ),
-        ("stage lm", SFT, {"model.strategy=full": "trained", "datasets=[cremad]": "data", "formats=[boxed]": "batch"}),
+        ("stage lm", SFT, {"model.strategy=full": "trained", "datasets=[cremad]": "data"}),
+        ("stage lm", SFT, {"formats=[boxed]": "batch", "validation_batch_size=2": "sizes"}),
         ("stage lm", [*SFT, "formats=[think]"], {"reasoning=Because.": "error"}),
     ],
     "qa": [
@@ -877,11 +886,11 @@ OWN = {
             {
                 "train_split=train[:60%]": "data",
                 "validation_split=validation[:60%]": "validated",
-                "dtype=bfloat16": "cards",
+                "dtype=bfloat16": "precision",
                 "features.folder=@base/../features-own": "kept",
             },
         ),
-        ("stage qa", LATER, {"datasets=[siq2]": "data", "features.batch_size=2": "cards"}),
+        ("stage qa", LATER, {"datasets=[siq2]": "data", "features.batch_size=2": "card sizes"}),
         ("stage qa", [*LATER, "features.cache=false"], {"attention=eager": "attention"}),
         ("stage qa", LATER, {"features.cache=false": "computed"}),
     ],
@@ -894,10 +903,10 @@ OWN = {
             {
                 "stage=adapters+heads": "trained",
                 "adapter_learning_rate=0.5": "rates",
-                "hidden=3": "modules",
-                "dropout=0.7": "modules",
-                "modality_dropout=0.7": "specs",
-                "standardise=false": "weights",
+                "hidden=3": "hidden",
+                "dropout=0.7": "dropout",
+                "modality_dropout=0.7": "modality dropout",
+                "standardise=false": "scales",
                 "validation_split=validation[:40%]": "validated",
             },
         ),
@@ -905,16 +914,21 @@ OWN = {
             "stage bam",
             LATER,
             {
-                "layer_norm=true": "modules",
+                "layer_norm=true": "norms",
                 "train_split=train[:40%]": "data",
-                "dtype=bfloat16": "cards",
+                "dtype=bfloat16": "precision",
                 "features.folder=@base/../features-bam": "kept",
             },
         ),
         (
             "stage bam",
             LATER,
-            {"datasets=[siq2]": "data", "features.batch_size=2": "cards", "descriptors.mode=meanstd": "batch"},
+            {"datasets=[siq2]": "data", "features.batch_size=2": "card sizes"},
+        ),
+        (
+            "stage bam",
+            LATER,
+            {"descriptors.mode=mean": "batch"},
         ),
         ("stage bam", [*LATER, "features.cache=false"], {"attention=eager": "attention"}),
         ("stage bam", LATER, {"features.cache=false": "computed"}),
