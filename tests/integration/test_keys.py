@@ -10,6 +10,7 @@ fails here.
 import asyncio
 import dataclasses
 import hashlib
+import importlib
 import io
 import json
 import operator
@@ -1033,6 +1034,20 @@ def test_the_section_of_a_command_reaches_the_code_that_is_shared(lab, case):
         own = operator.attrgetter(section)(sights["config"])
         # A backend that is named by an option writes its name into a copy.
         assert any(each is own or (section == "remote" and each == own) for each in sights["sections"]), section
+
+
+def test_every_config_is_that_of_a_command():
+    todo, reached = list(COMMANDS.values()), set()
+    while todo:
+        config = todo.pop()
+        reached.add(config)
+        hints = typing.get_type_hints(config).values()
+        todo += [t for hint in hints for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)]
+    root = Path(loop.__file__).parents[2]
+    files = [path.relative_to(root) for path in root.rglob("*.py") if " = option(" in path.read_text(encoding="utf-8")]
+    modules = [importlib.import_module(".".join(path.with_suffix("").parts)) for path in files]
+    made = {each for module in modules for each in vars(module).values() if dataclasses.is_dataclass(each)}
+    assert {each for each in made if any("doc" in field.metadata for field in dataclasses.fields(each))} <= reached
 
 
 @pytest.mark.parametrize("command", COMMANDS)
