@@ -30,7 +30,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import distributed, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hba import open_atlas
 from hba.batch import encode, loader
@@ -45,8 +45,7 @@ from hba.evaluate.config import PredictConfig
 from hba.evaluate.judge.items import Item
 from hba.evaluate.judge.run import JudgeConfig, judge_items
 from hba.evaluate.predict import EVERYTHING, open_rows
-from hba.model.chat import load_processor
-from hba.model.checkpoint import resolve
+from hba.model.checkpoint import load_processor, resolve
 from hba.model.process import start_accelerator
 from hba.remote import ChatRequest, RemoteClient, ServiceError
 from hba.rl import local, rollout
@@ -101,6 +100,13 @@ def config_of(command, changes):
 
 
 # --- what can be seen ---
+
+
+class Words(LlamaForCausalLM):
+    """A language model of a few numbers."""
+
+    def say(self):
+        """What a policy has, too."""
 
 
 OF_KEYS = """
@@ -246,9 +252,9 @@ class Lab:
                 {name: value for name, value in vars(first).items() if name not in ("samples", "quarantined")}
             )
             sights["computed"] = list(computed)
-            whole = [each for each in [model, *loaded] if hasattr(each, "thinker") or hasattr(each, "transformer")]
+            whole = [each for each in [model, *loaded] if hasattr(each, "transformer")]
             if whole:
-                self.note_model(sights, getattr(whole[0], "thinker", None) or whole[0].transformer)
+                self.note_model(sights, whole[0].transformer)
             torch.manual_seed(0)
             sights["loss"] = float(stage.loss(model.train(), first))
             sights["batches"].clear()
@@ -286,7 +292,8 @@ class Lab:
         config, folder = config_of("sft", changes), self.new()
         rows = open_atlas(self.atlas, split="train")
         torch.manual_seed(7)
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=8, n_embd=8, n_layer=1, n_head=1))
+        sizes = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+        model = Words(LlamaConfig(**sizes, num_attention_heads=1, num_key_value_heads=1, attention_dropout=0.1))
         sights |= {"parts": [], "saves": []}
 
         def loss(model, batch):
@@ -637,9 +644,9 @@ class Lab:
         batches = opened.batches(opening.atlas, torch.arange(len(opening.atlas)).numpy())
         sights["sizes"] = list(map(len, batches))
         if backend in ("heads", "hf"):
-            thinker = opened.model.thinker if backend == "heads" else opened.model.transformer
-            sights["dtypes"] = sorted({str(parameter.dtype) for parameter in thinker.parameters()})
-            sights["attention"] = thinker.config.get_text_config()._attn_implementation
+            transformer = opened.model.transformer
+            sights["dtypes"] = sorted({str(parameter.dtype) for parameter in transformer.parameters()})
+            sights["attention"] = transformer.config.get_text_config()._attn_implementation
             batches = batches[:1]
         elif backend == "openai":
             batches = batches[-6:-4]
