@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hba.atlas import Atlas
 from hba.evaluate.backends.remote import check_media
 from hba.evaluate.config import Opening
 from hba.evaluate.predict import done_elsewhere
@@ -76,8 +75,10 @@ def expected(
     `tokens` in and out are the rough ones of all of them; the mean of the records `before` takes their place.
     """
     names = Counter(datasets)
-    mean = _mean(before)
-    tokens_in, tokens_out = tokens if mean is None else (round(each * left) for each in mean)
+    known = [(r.tokens_in, r.tokens_out) for r in before if r.tokens_in is not None and r.tokens_out is not None]
+    tokens_in, tokens_out = tokens
+    if known:
+        tokens_in, tokens_out = (round(sum(each) / len(known) * left) for each in zip(*known, strict=True))
     cost, note = _cost(payee, requests, tokens_in, tokens_out)
     return Estimate(
         datasets=dict(sorted(names.items())),
@@ -86,7 +87,7 @@ def expected(
         requests_at_most=requests,
         tokens_in=tokens_in,
         tokens_out_at_most=tokens_out,
-        measured=mean is not None,
+        measured=bool(known),
         cost_usd_at_most=cost,
         note=note,
     )
@@ -99,7 +100,10 @@ def estimate(opening: Opening, folder: Path) -> Estimate:
     """
     check_media(opening.backend, opening)
     atlas = opening.atlas
-    done = done_elsewhere(folder) if _same_rows(folder, atlas) else set()
+    asked = folder / "predict.json"
+    # A pilot on some of the rows says nothing of which are done.
+    same_rows = asked.is_file() and read_json(asked)["data"]["fingerprint"] == atlas.fingerprint
+    done = done_elsewhere(folder) if same_rows else set()
     left = np.array([key not in done for key in atlas.ids], bool)
     count = int(left.sum())
     tokens = (int(_rough_tokens(opening)[left].sum()), count * opening.config.generation.max_tokens)
@@ -108,18 +112,6 @@ def estimate(opening: Opening, folder: Path) -> Estimate:
     before = read_predictions(path, atlas.taxonomy) if path.is_file() else []
     payee = Payee(opening.backend, opening.model, opening.config.remote)
     return expected(payee, datasets, left=count, requests=count, tokens=tokens, before=before)
-
-
-def _same_rows(folder: Path, atlas: Atlas) -> bool:
-    """Whether the folder's run is on these rows, and not a pilot on some of them."""
-    path = folder / "predict.json"
-    return path.is_file() and read_json(path)["data"]["fingerprint"] == atlas.fingerprint
-
-
-def _mean(records: Iterable[Asked]) -> tuple[float, float] | None:
-    """Mean tokens in and out of the records that say both; None where none does."""
-    known = [(r.tokens_in, r.tokens_out) for r in records if r.tokens_in is not None and r.tokens_out is not None]
-    return (sum(i for i, _ in known) / len(known), sum(o for _, o in known) / len(known)) if known else None
 
 
 def _rough_tokens(opening: Opening) -> np.ndarray[Any, Any]:

@@ -190,10 +190,11 @@ class _CellTable(dict[tuple[str, str, "str | None"], int]):
         layout = self.layout
         freeform = layout.freeform_code.get(dataset)
         if freeform is not None:  # not kept: free-form answers rarely repeat
-            return layout.freeform_start + 3 * freeform + _verdict(target, prediction)
+            said = NO_ANSWER if prediction is None else RIGHT if same_answer(prediction, target) else WRONG
+            return layout.freeform_start + 3 * freeform + said
         if dataset in layout.multilabel:
-            said = None if prediction is None else layout.taxonomy.canonical_label(dataset, prediction)
-            pair = Pair(dataset, layout.taxonomy.require_label(dataset, target), said)
+            guessed = None if prediction is None else layout.taxonomy.canonical_label(dataset, prediction)
+            pair = Pair(dataset, layout.taxonomy.require_label(dataset, target), guessed)
             cell = self[row] = layout.size + self.pairs.setdefault(pair, len(self.pairs))
             return cell
         truth = layout.taxonomy.global_index(dataset, target)
@@ -220,12 +221,6 @@ def _first_refused(triples: Iterable[Any], table: _CellTable) -> int:
         except (TypeError, InputError):
             return index
     raise AssertionError("encoding stopped at a row that can be encoded")
-
-
-def _verdict(target: str, answer: str | None) -> int:
-    if answer is None:
-        return NO_ANSWER
-    return RIGHT if same_answer(answer, target) else WRONG
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence, Set
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
@@ -491,9 +491,9 @@ PATIENCE_SECONDS = 120.0
 _line = msgspec.json.Decoder(Line)
 
 
-def _written(run: Path, name: str = PREDICTIONS) -> list[Path]:
-    """The run's own file of that name, if it is there, and those of its shards."""
-    return [file for file in (run / name, *sorted(run.glob(f"shards/*/{name}"))) if file.is_file()]
+def _written(run: Path) -> list[Path]:
+    """The predictions of the run and of its shards, where there are any."""
+    return [file for file in (run / PREDICTIONS, *sorted(run.glob(f"shards/*/{PREDICTIONS}"))) if file.is_file()]
 
 
 def _mended(file: Path, taxonomy: Taxonomy) -> list[Prediction]:
@@ -522,7 +522,7 @@ def _settled(run: Path, *, retry_failed: bool) -> set[str]:
 
 def _whole_lines(file: Path) -> Iterator[Line]:
     """The lines that are written to their end."""
-    with file.open("rb") as handle:
+    with suppress(FileNotFoundError), file.open("rb") as handle:  # who merges may have removed it by now
         yield from (_line.decode(line) for line in handle if line.endswith(b"\n"))
 
 
@@ -593,15 +593,12 @@ def leave_nothing(run: Path, shard: Shard) -> None:
             shutil.rmtree(run / "shards", ignore_errors=True)
 
 
-def forget_failed(path: Path, taxonomy: Taxonomy) -> int:
-    """Take the failed predictions out of a file, so that they are asked again; how many there were."""
-    if not path.is_file():
-        return 0
-    found = _mended(path, taxonomy)
+def forget_failed(path: Path, taxonomy: Taxonomy) -> None:
+    """Take the failed predictions out of a file, so that they are asked again."""
+    found = _mended(path, taxonomy) if path.is_file() else []
     kept = [prediction for prediction in found if not prediction.failed]
     if len(kept) < len(found):
         write_predictions(path, kept)
-    return len(found) - len(kept)
 
 
 def read_anew(folder: Path, atlas: Atlas, *, alone: bool) -> None:

@@ -142,8 +142,7 @@ class Run:
         if self.num_asked is None:
             return False
         missing = self.num_asked - len(answered)
-        splits = {p.split for p in self.predictions}
-        left_out = {entry.id for entry in self.quarantine or () if entry.split is None or entry.split in splits}
+        left_out = {entry.id for entry in self.left_out()}
         if missing > 0 and len(left_out) == missing:
             answered |= left_out
         elif missing > 0:  # a part; or a training in the same folder has left out other rows of the split
@@ -217,6 +216,16 @@ class Run:
             return None
         answered = {p.id for p in self.predictions} if self.predictions_path.is_file() else set()
         return tuple(entry for entry in read_quarantine(path) if entry.id not in answered)
+
+    def left_out(self, file: Path | None = None) -> list[LeftOut]:
+        """What quarantine.jsonl, or another such `file`, has of the predicted splits, and nobody has answered.
+
+        Raises InputError naming file, line and field, also for a dataset that the taxonomy does not have.
+        """
+        path = self.folder / QUARANTINE if file is None else file
+        entries = read_quarantine(path, self.taxonomy) if file is not None or path.is_file() else []
+        answered, splits = {p.id for p in self.predictions}, {p.split for p in self.predictions}
+        return [e for e in entries if e.id not in answered and (e.split is None or e.split in splits)]
 
     @cached_property
     def judgements(self) -> dict[str, Judgement] | None:

@@ -50,7 +50,7 @@ from hba.evaluate.results import (
     Unmapped,
     convert,
 )
-from hba.evaluate.runs import ASKED, QUARANTINE, LeftOut, Run, answers_sha256, open_run, read_quarantine
+from hba.evaluate.runs import ASKED, LeftOut, Run, answers_sha256, open_run
 from hba.evaluate.statistics import EXACT_MATCH, LEVEL, Clusters, bootstrap, chance, parts, units_of
 from hba.storage import write_json
 from hba.taxonomy import BUILTIN, Task, Taxonomy
@@ -99,7 +99,8 @@ def _slice(rows: Rows, failed_N: np.ndarray[Any, np.dtype[np.bool_]], *, publish
     scored = score_rows(rows, published)
     intervals = bootstrap(rows, published=published, **how)
     taxonomy, tasks, counted = rows.layout.taxonomy, {}, []
-    over = _over(rows, failed_N, published)
+    # The datasets of which too many rows failed.
+    over = {part.key for part in parts(rows, published) if failed_N[part.members_M].mean() > MAX_FAILED}
     for task in taxonomy.tasks.values():
         keys = [key for key in task.datasets if scored["datasets"].get(key, {}).get("n")]
         if not keys:
@@ -129,11 +130,6 @@ def _slice(rows: Rows, failed_N: np.ndarray[Any, np.dtype[np.bool_]], *, publish
         "mean": mean_of(counted) if few else None,
         "tasks": tasks,
     }
-
-
-def _over(rows: Rows, failed_N: np.ndarray[Any, np.dtype[np.bool_]], published: bool) -> set[str]:
-    """The datasets of which more than MAX_FAILED of the rows failed."""
-    return {part.key for part in parts(rows, published) if failed_N[part.members_M].mean() > MAX_FAILED}
 
 
 def _gaps(found: dict[str, Any]) -> dict[str, float]:
@@ -168,19 +164,19 @@ def unmapped(predictions: Sequence[Prediction], taxonomy: Taxonomy = BUILTIN) ->
             continue
         rows[prediction.dataset] += 1
         if prediction.label is None and not prediction.failed:
-            said.setdefault(prediction.dataset, Counter())[_shortened(prediction.answer or "")] += 1
-    return {key: _entry(answers, rows[key]) for key, answers in sorted(said.items())}
+            line = " ".join((prediction.answer or "").split())
+            line = line if len(line) <= LONGEST else line[: LONGEST - 1] + "…"
+            said.setdefault(prediction.dataset, Counter())[line] += 1
+    found = {}
+    for key, answers in sorted(said.items()):
+        shown = [{"answer": text, "n": count} for text, count in _ranked(answers)[:SHOWN]]
+        found[key] = {"n": answers.total(), "share": answers.total() / rows[key], "answers": shown}
+    return found
 
 
-def _entry(answers: Counter[str], rows: int) -> dict[str, Any]:
-    ranked = sorted(answers.items(), key=lambda entry: (-entry[1], entry[0]))[:SHOWN]
-    total = answers.total()
-    return {"n": total, "share": total / rows, "answers": [{"answer": text, "n": count} for text, count in ranked]}
-
-
-def _shortened(answer: str) -> str:
-    line = " ".join(answer.split())
-    return line if len(line) <= LONGEST else line[: LONGEST - 1] + "…"
+def _ranked(counts: Counter[str]) -> list[tuple[str, int]]:
+    """The most frequent first, equally frequent ones by name."""
+    return sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
 
 
 # What a field says of every predicted sample: for slices, fairness and clusters.
@@ -255,12 +251,8 @@ def calibration(predictions: Sequence[Prediction]) -> dict[str, Any] | None:
 
 def _outcome(p: Prediction, probs: Mapping[str, float]) -> tuple[float, bool, float, float]:
     """Confidence, whether it is right, Brier score and log loss of one prediction."""
-    log_loss = -math.log(max(probs.get(p.target, 0.0), _SMALLEST))
-    return probs[str(p.label)], p.label == p.target, _brier(probs, p.target), log_loss
-
-
-def _brier(probs: Mapping[str, float], target: str) -> float:
-    return sum((p - (label == target)) ** 2 for label, p in probs.items()) + (target not in probs)
+    brier = sum((share - (label == p.target)) ** 2 for label, share in probs.items()) + (p.target not in probs)
+    return probs[str(p.label)], p.label == p.target, brier, -math.log(max(probs.get(p.target, 0.0), _SMALLEST))
 
 
 def _figures(rows_4N: Floats) -> dict[str, Any]:
@@ -313,7 +305,7 @@ class ScoreOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unanswered:
+class Missing:
     """Rows without a prediction, by dataset ("" where a quarantine does not name it), and how many were asked for."""
 
     quarantined: Counter[str] = field(default_factory=Counter)
@@ -373,14 +365,14 @@ def score_predictions(
     taxonomy: Taxonomy = BUILTIN,
     read: Callable[[str], Sequence[str | None]] | None = None,
     verdicts: Verdicts | None = None,
-    unanswered: Unanswered | None = None,
+    unanswered: Missing | None = None,
 ) -> Metrics:
     """The metrics of `predictions`, whose provenance says no more than how they were computed.
 
     Scores, intervals, chance levels, breakdowns, calibration. `read` gives the values of a row field; without it only
     what the predictions themselves say is used. `verdicts` are those of a judge on the free-form rows, by id.
     """
-    options, unanswered = options or ScoreOptions(), unanswered or Unanswered()
+    options, unanswered = options or ScoreOptions(), unanswered or Missing()
     rows = rows_of(predictions, taxonomy)
     found = score_rows(rows, options.published)
     if verdicts:
@@ -389,6 +381,8 @@ def score_predictions(
     how: dict[str, Any] = {"resamples": options.resamples, "seed": options.seed, "published": options.published}
     clusters = _clusters(predictions, options.cluster, read)
     free_form = [p for p in predictions if taxonomy.dataset(p.dataset).free_form]
+    said = ([getattr(p, name) for p in free_form] for name in ("spoken", "target", "dataset", "task"))
+    errors = Counter(p.error for p in predictions if p.failed and p.error)
     levels = chance(rows, seed=options.seed, published=options.published).datasets
     levels |= majority_levels([p.target for p in free_form], [p.dataset for p in free_form])
     datasets = _datasets(predictions, found["datasets"], levels, units_of(rows, clusters), unanswered)
@@ -418,8 +412,8 @@ def score_predictions(
         breakdowns=convert(parts, dict[str, Breakdown], "breakdowns"),
         calibration=convert(calibration(predictions), Calibration | None, "calibration"),  # type: ignore[arg-type]
         unmapped=convert(unmapped(predictions, taxonomy), dict[str, Unmapped], "unmapped"),
-        free_form=_generation(free_form) if free_form else None,
-        failures=_failures(predictions),
+        free_form=generation_metrics(*said) if free_form else None,
+        failures=tuple(Failure(error=error, n=n) for error, n in _ranked(errors)[:SHOWN_FAILURES]),
         readings=_readings(predictions, scored, mean, taxonomy, published=options.published),
         rules=dict(Counter(p.rule for p in predictions if p.rule is not None).most_common()),
         figures={key: value for key, value in found["aggregate"].items() if key not in ("mean", "n", "n_invalid")},
@@ -479,7 +473,7 @@ def _datasets(
     figures: Mapping[str, Mapping[str, Any]],
     levels: Mapping[str, float | None],
     units: Mapping[str, float],
-    unanswered: Unanswered,
+    unanswered: Missing,
 ) -> dict[str, DatasetScore]:
     """Every dataset with its figures and what became of its rows, those without a prediction included."""
     failed = Counter(p.dataset for p in predictions if p.failed)
@@ -564,21 +558,11 @@ def _sum(entries: Iterable[Counts], kind: type[C]) -> C:
     return kind(**totals, finish=dict(sorted(finish.items())))
 
 
-def _failures(predictions: Sequence[Prediction]) -> tuple[Failure, ...]:
-    errors = Counter(p.error for p in predictions if p.failed and p.error)
-    ranked = sorted(errors.items(), key=lambda entry: (-entry[1], entry[0]))[:SHOWN_FAILURES]
-    return tuple(Failure(error=error, n=n) for error, n in ranked)
-
-
-def _unanswered(run: Run, quarantine: Path | None, skipped: Counter[str], atlas: Path | None) -> Unanswered:
+def _unanswered(run: Run, quarantine: Path | None, skipped: Counter[str], atlas: Path | None) -> Missing:
     """What predict.json and quarantine.jsonl say of the rows that have no prediction."""
-    path = run.folder / QUARANTINE if quarantine is None else quarantine
-    entries = read_quarantine(path, run.taxonomy) if quarantine is not None or path.is_file() else []
-    predicted, splits = {p.id for p in run.predictions}, {p.split for p in run.predictions}
-    mine = [e for e in entries if e.id not in predicted and (e.split is None or e.split in splits)]
-    left_out = Counter(e.dataset or "" for e in _asked_for(run, mine, atlas))
-    return Unanswered(
-        quarantined=left_out,
+    left_out = _asked_for(run, run.left_out(quarantine), atlas)
+    return Missing(
+        quarantined=Counter(entry.dataset or "" for entry in left_out),
         skipped=skipped,
         asked=run.asked.get("asked") or {},
         total=run.num_asked,
@@ -655,12 +639,6 @@ def _slices(
     }
     found = {name: values for name, values in found.items() if len(set(values)) > 1}
     return found | {field: read(field) for field in by if read is not None}
-
-
-def _generation(free_form: Sequence[Prediction]) -> dict[str, float]:
-    """The accuracies of the released generation evaluation."""
-    columns = ([getattr(p, name) for p in free_form] for name in ("spoken", "target", "dataset", "task"))
-    return generation_metrics(*columns)
 
 
 # --------------------------------------------------------------------------------------------------------- provenance

@@ -45,7 +45,7 @@ _DRAWS_AT_ONCE = 4_000_000
 _MAX_CODE = 2**62
 
 Interval = tuple[float, float]
-Score = Callable[[Ints], Floats]
+Scorer = Callable[[Ints], Floats]
 Clusters = Sequence[str | None]
 
 
@@ -58,7 +58,7 @@ class Part(NamedTuple):
     cells_M: Ints
     right_M: npt.NDArray[np.bool_]
     size: int
-    score: Score
+    score: Scorer
     in_task: bool
     """whether the score is the one of the dataset's task: not for free-form rows that no judge has seen"""
 
@@ -80,51 +80,37 @@ class Drawn(NamedTuple):
 
 def parts(rows: Rows, published: bool = False) -> list[Part]:
     """The datasets with rows and with a score: those of a task, by its metric, and free-form ones by exact match."""
-    return [*_classified(rows, published), *_free_form(rows), *_multilabel(rows)]
-
-
-def _classified(rows: Rows, published: bool) -> list[Part]:
-    layout, found = rows.layout, []
+    layout, tasks = rows.layout, rows.layout.taxonomy.tasks
+    found = []
     for code in rows.scored_codes():
         key = layout.classified[code]
         task = layout.taxonomy.dataset(key).task
-        if task is None or layout.taxonomy.tasks[task].judged:
+        if task is None or tasks[task].judged:
             continue
-        metric, classes = layout.taxonomy.tasks[task].metric, len(layout.indices[code])
+        metric, classes = tasks[task].metric, len(layout.indices[code])
         members_M = rows.members(code)
         cells_M = rows.local_cells(code, members_M)
         right_M = cells_M // (classes + 1) == cells_M % (classes + 1)
         score = partial(_of_confusion, classes=classes, score=primary(metric, published))
         found.append(Part(key, metric, members_M, cells_M, right_M, classes * (classes + 1), score, True))
-    return found
-
-
-def _of_confusion(counts: Ints, *, classes: int, score: Score) -> Floats:
-    return score(counts.reshape(-1, classes, classes + 1))
-
-
-def _free_form(rows: Rows) -> list[Part]:
-    layout, found = rows.layout, []
     for number, key in enumerate(layout.freeform):
         start = layout.freeform_start + 3 * number
         members_M = np.flatnonzero((rows.cells >= start) & (rows.cells < start + 3))
         if len(members_M):
             task = layout.taxonomy.dataset(key).task
             judged = key in rows.judged and task is not None
-            metric = layout.taxonomy.tasks[task].metric if judged and task else EXACT_MATCH
+            metric = tasks[task].metric if judged and task else EXACT_MATCH
             cells_M = rows.cells[members_M] - start
             found.append(Part(key, metric, members_M, cells_M, cells_M == RIGHT, 3, _share_right, judged))
-    return found
-
-
-def _multilabel(rows: Rows) -> list[Part]:
-    found = []
     for key in rows.multilabel_keys():
         members_M, cells_M, table = rows.multilabel(key)
-        size = len(table.equal_T)
-        score, right_M = table.macro_f1, table.equal_T[cells_M]
-        found.append(Part(key, MULTILABEL, members_M, cells_M, right_M, size, score, True))
+        right_M, size = table.equal_T[cells_M], len(table.equal_T)
+        found.append(Part(key, MULTILABEL, members_M, cells_M, right_M, size, table.macro_f1, True))
     return found
+
+
+def _of_confusion(counts: Ints, *, classes: int, score: Scorer) -> Floats:
+    return score(counts.reshape(-1, classes, classes + 1))
 
 
 def _share_right(counts: Ints) -> Floats:
@@ -182,12 +168,9 @@ def resample(
 
 
 def _types(columns: Sequence[tuple[Ints, int]], groups_M: Ints | None) -> tuple[Ints, Ints]:
-    """The distinct counts [T, sum E] of rows (or groups), and how many rows (groups) have each, [T]."""
-    return _row_types(columns) if groups_M is None else _group_types(columns, groups_M)
-
-
-def _row_types(columns: Sequence[tuple[Ints, int]]) -> tuple[Ints, Ints]:
-    """The distinct rows as counts [T, sum E] of one cell a column, and how many rows are each, [T]."""
+    """The distinct counts [T, sum E] of rows, one of a cell a column, or of groups, and how many have each, [T]."""
+    if groups_M is not None:
+        return _group_types(columns, groups_M)
     joint_M, reach = np.zeros_like(columns[0][0]), 1
     for cells_M, size in columns:
         if reach * size > _MAX_CODE:  # many columns: number the rows that there are, in their order
@@ -331,7 +314,11 @@ def bootstrap(
     without it all tasks count that the rows have. Raises InputError for a wrong length or fewer than 100 resamples.
     """
     found = {part.key: part for part in parts(rows, published)}
-    drawn = {key: _drawn(part, rows, clusters, resamples, seed) for key, part in found.items()}
+    drawn = {}
+    for key, part in found.items():
+        groups_M = groups_of(clusters, part.members_M, rows)
+        (counts,) = resample([(part.cells_M, part.size)], groups_M, resamples, rng_of(seed, key))
+        drawn[key] = Drawn(part.real(), part.score(counts), effective_units(groups_M, len(part.cells_M)))
     of_tasks: dict[str, dict[str, Drawn]] = {}
     for task in rows.layout.taxonomy.tasks.values():
         mine = {key: drawn[key] for key in task.datasets if key in found and found[key].in_task}
@@ -343,12 +330,6 @@ def bootstrap(
     mean = interval(*line_of(rows.layout, scored)) if scored and not missing else None
     alone = {key: interval(each.values_R, [(variance(each.values_R), each.units)]) for key, each in drawn.items()}
     return Intervals(intervals, mean, alone)
-
-
-def _drawn(part: Part, rows: Rows, clusters: Clusters | None, resamples: int, seed: int) -> Drawn:
-    groups_M = groups_of(clusters, part.members_M, rows)
-    (counts,) = resample([(part.cells_M, part.size)], groups_M, resamples, rng_of(seed, part.key))
-    return Drawn(part.real(), part.score(counts), effective_units(groups_M, len(part.cells_M)))
 
 
 def units_of(rows: Rows, clusters: Clusters | None = None) -> dict[str, float]:
@@ -458,8 +439,8 @@ class Null(NamedTuple):
 
 def exchanged(
     columns: Sequence[tuple[Ints, int]],
-    score_a: Score,
-    score_b: Score,
+    score_a: Scorer,
+    score_b: Scorer,
     groups_M: Ints | None,
     draws: int,
     rng: np.random.Generator,

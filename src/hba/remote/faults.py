@@ -119,7 +119,9 @@ def of_error(status: int, error: Mapping[str, Any], caller: Caller, headers: Map
         status = code if isinstance(code, int) and 400 <= code < 600 else 500
     said = words_of(error, caller.redact)
     what = f"HTTP {status}: {said}" if said else f"HTTP {status}"
-    if _is_empty(status, error, said):
+    codes = {str(error.get(name)).lower() for name in ("code", "type")}
+    unpaid = status in (400, 403) and _EMPTY_WORDS.search(said)
+    if status == 402 or codes & _EMPTY_CODES or unpaid:
         return ServiceError(what, where=caller.url, fix=f"The balance or quota is used up: add credit, {RESUME}")
     if status in RETRIED or (status >= 500 and status != 501 and not _CANNOT_WORDS.search(said)):
         wait = retry_after_seconds(headers)
@@ -131,11 +133,6 @@ def of_error(status: int, error: Mapping[str, Any], caller: Caller, headers: Map
         what = f"{what} (redirects are not followed)"
         return ServiceError(what, where=caller.url, fix="Give the final address with remote.base_url.")
     return RequestError(what, where=caller.url)
-
-
-def _is_empty(status: int, error: Mapping[str, Any], said: str) -> bool:
-    codes = {str(error.get(name)).lower() for name in ("code", "type")}
-    return status == 402 or bool(codes & _EMPTY_CODES) or (status in (400, 403) and bool(_EMPTY_WORDS.search(said)))
 
 
 def _fix(status: int, caller: Caller) -> str:

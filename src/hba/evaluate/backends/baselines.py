@@ -43,26 +43,20 @@ class Baseline:
         return {"model": json_sha256({key: dict(counted) for key, counted in self.counts.items()}), **seed}
 
     def batches(self, _atlas: Atlas, rows: Indices) -> Sequence[Indices]:
-        """Each row alone."""
         return one_by_one(rows)
 
     def answers(self, atlas: Atlas, batches: Sequence[Indices], done: Set[str]) -> Iterator[Result]:
-        """One after the other."""
         for sample in samples(atlas, batches, done):
             counted = self.counts[sample.dataset]
-            answer = next(iter(counted)) if self.name == "majority" else self._drawn(sample.id, counted)
-            one_label = sample.label is not None
-            probs = _probabilities(counted, uniform=self.name == "random") if one_label else None
+            if self.name == "majority":
+                answer, weights = next(iter(counted)), dict(counted)
+            else:
+                answer = random.Random(f"{self.seed}/{sample.id}").choice(sorted(counted))
+                weights = dict.fromkeys(counted, 1)
+            total = sum(weights.values())
+            probs = {label: weight / total for label, weight in weights.items()} if sample.label is not None else None
             label = atlas.taxonomy.canonical_label(sample.dataset, answer)
             yield Answered(sample, Output(text=answer, answer=answer, label=label, probs=probs))
-
-    def _drawn(self, sample_id: str, counted: Mapping[str, int]) -> str:
-        return random.Random(f"{self.seed}/{sample_id}").choice(sorted(counted))
-
-
-def _probabilities(counted: Mapping[str, int], *, uniform: bool) -> dict[str, float]:
-    total = len(counted) if uniform else sum(counted.values())
-    return {label: (1 if uniform else count) / total for label, count in counted.items()}
 
 
 def open_backend(name: str, opening: Opening) -> Baseline:

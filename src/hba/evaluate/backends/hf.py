@@ -17,9 +17,17 @@ from hba.atlas import Atlas
 from hba.batch.encode import Batch, Encoder, encoder_for
 from hba.batch.prompt import FormatMix
 from hba.batch.sampler import Indices
-from hba.errors import InputError
 from hba.evaluate.answers import opened_thinking
-from hba.evaluate.backends.interface import Output, Result, batched_answers, choices, evaluation_plan, likeliest, spoken
+from hba.evaluate.backends.interface import (
+    Output,
+    Result,
+    batched_answers,
+    choices,
+    evaluation_plan,
+    likeliest,
+    refuse_settings_of_servers,
+    spoken,
+)
 from hba.model import checkpoint
 from hba.model.generate import end_token_ids
 from hba.model.omni import OmniSapiens
@@ -42,9 +50,7 @@ class ChatBackend:
     domains = None
     meter: Meter | None = None
 
-    def __init__(
-        self, model: OmniSapiens, encoder: Encoder, config: PredictConfig, origin: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, model: OmniSapiens, encoder: Encoder, config: PredictConfig, origin: Mapping[str, Any]) -> None:
         self.model, self.encoder, self.config, self.origin = model, encoder, config, origin
         self.wording = FormatMix([config.generation.asked])
 
@@ -54,11 +60,9 @@ class ChatBackend:
         return {**self.origin, **self.config.generation.identity(), **drawn}
 
     def batches(self, atlas: Atlas, rows: Indices) -> Sequence[Indices]:
-        """Of similar length."""
         return evaluation_plan(atlas, rows, self.config.batch_size)
 
     def answers(self, atlas: Atlas, batches: Sequence[Indices], done: Set[str]) -> Iterator[Result]:
-        """A batch after the other."""
         how: dict[str, Any] = {"encoder": self.encoder, "answer": self.generate, "loader": self.config.loader}
         return batched_answers(atlas, batches, done, **how)
 
@@ -100,10 +104,7 @@ class ChatBackend:
 def open_backend(_name: str, opening: Opening) -> ChatBackend:
     """A chat model. Raises InputError when transformers does not know it, and for settings that only servers take."""
     config, taxonomy = opening.config, opening.atlas.taxonomy
-    if config.generation.temperature is None or config.generation.extra:
-        key = "extra" if config.generation.extra else "temperature=null"
-        fix = "Set generation.temperature, and leave generation.extra out."
-        raise InputError("a setting for servers, not for a model on this machine", where=f"generation.{key}", fix=fix)
+    refuse_settings_of_servers(config.generation)
     checkpoint.require_perceived(opening.model, opening.encode, opening.atlas)
     how: dict[str, Any] = {"dtype": config.dtype, "attention": config.attention, "heads": False}
     model = OmniSapiens.from_pretrained(opening.model, **how).eval()

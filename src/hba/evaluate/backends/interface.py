@@ -27,14 +27,14 @@ from hba.atlas.rows import Quarantined, Sample
 from hba.batch.config import LoaderConfig
 from hba.batch.prompt import FormatMix
 from hba.batch.sampler import Indices, plan_batches
-from hba.errors import InputError, nearest
+from hba.errors import ConfigError, InputError, nearest
 from hba.evaluate.predictions import Prediction, was_cut
 from hba.model.config import require_place
 from hba.taxonomy import Taxonomy
 
 if TYPE_CHECKING:
     from hba.batch.encode import Batch, Encoder
-    from hba.evaluate.config import Opening
+    from hba.evaluate.config import GenerationConfig, Opening
     from hba.remote.cost import Meter
 
 MODULES = {
@@ -175,28 +175,31 @@ def predict(
         yield _prediction(result) if isinstance(result, Answered) else result
 
 
+_AS_SAID = ("answer", "label", "tokens_in", "tokens_out", "error", "probs", "rule", "finish", "model", "left_out")
+
+
 def _prediction(answered: Answered) -> Prediction:
     sample, output = answered
+    said: dict[str, Any] = {name: getattr(output, name) for name in _AS_SAID}
     return Prediction(
         id=sample.id,
         dataset=sample.dataset,
         task=sample.task,
         split=sample.split,
         target=sample.target,
-        output=output.text,
-        answer=output.answer,
-        label=output.label,
-        latency_s=None if output.seconds is None else round(output.seconds, 4),
-        tokens_in=output.tokens_in,
-        tokens_out=output.tokens_out,
-        error=output.error,
-        probs=output.probs,
         modality=sample.modality_signature,
-        rule=output.rule,
-        finish=output.finish,
-        model=output.model,
-        left_out=output.left_out,
+        output=output.text,
+        latency_s=None if output.seconds is None else round(output.seconds, 4),
+        **said,
     )
+
+
+def refuse_settings_of_servers(generation: GenerationConfig) -> None:
+    """Raises ConfigError for what only a server takes, in place of a model on this machine."""
+    if generation.temperature is None or generation.extra:
+        key = "extra" if generation.extra else "temperature=null"
+        fix = "Set generation.temperature, and leave generation.extra out."
+        raise ConfigError("a setting for servers, not for a model on this machine", where=f"generation.{key}", fix=fix)
 
 
 def one_by_one(rows: Indices) -> Sequence[Indices]:

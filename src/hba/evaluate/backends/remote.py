@@ -83,7 +83,6 @@ class RemoteBackend:
         return {"model": self._opening.model, **self._settings.identity(), **media, **bound}
 
     def batches(self, _atlas: Atlas, rows: Indices) -> Sequence[Indices]:
-        """Each row alone."""
         return one_by_one(rows)
 
     def answers(self, atlas: Atlas, batches: Sequence[Indices], done: Set[str]) -> Iterator[Result]:

@@ -36,7 +36,16 @@ from hba.batch.sampler import Indices
 from hba.environment import usable_cores
 from hba.errors import ConfigError, InputError, MachineError, MediaError
 from hba.evaluate.answers import opened_thinking
-from hba.evaluate.backends.interface import Answered, Output, Result, choices, one_by_one, samples, spoken
+from hba.evaluate.backends.interface import (
+    Answered,
+    Output,
+    Result,
+    choices,
+    one_by_one,
+    refuse_settings_of_servers,
+    samples,
+    spoken,
+)
 from hba.evaluate.backends.wire import frame_rate
 from hba.model import checkpoint
 from hba.model.bam import FOLDER
@@ -106,7 +115,6 @@ class VllmBackend:
         return {**self._origin, **self._opening.config.generation.identity()}
 
     def batches(self, _atlas: Atlas, rows: Indices) -> Sequence[Indices]:
-        """Each row alone: the engine makes its own."""
         return one_by_one(rows)
 
     def answers(self, atlas: Atlas, batches: Sequence[Indices], done: Set[str]) -> Iterator[Result]:
@@ -128,7 +136,10 @@ class VllmBackend:
                     question = ready.result()
                     if not isinstance(question, Question):
                         yield question
-                    elif asked and (len(asked) == at_once or _size(asked) + question.size_bytes > MOST_BYTES):
+                    elif asked and (
+                        len(asked) == at_once
+                        or sum(one.size_bytes for one in asked.values()) + question.size_bytes > MOST_BYTES
+                    ):
                         continue
                     elif refused := self._hand_over(question, asked, atlas.taxonomy):
                         yield refused
@@ -199,10 +210,6 @@ class VllmBackend:
             "finish": said.finish_reason,
         }
         return Answered(sample, spoken(sample, text, taxonomy, **known))
-
-
-def _size(asked: Mapping[str, Question]) -> int:
-    return sum(question.size_bytes for question in asked.values())
 
 
 def _media_bytes(media: Mapping[str, Sequence[Any]]) -> int:
@@ -291,9 +298,7 @@ def open_backend(_name: str, opening: Opening) -> VllmBackend:
     InputError for a checkpoint that has to be merged first."""
     config, columns, encode = opening.config, opening.atlas.columns, opening.encode
     generation = config.generation
-    if generation.temperature is None or generation.extra:
-        fix = "Set generation.temperature, and leave generation.extra out."
-        raise ConfigError("a setting for servers, not for an engine on this machine", where="generation", fix=fix)
+    refuse_settings_of_servers(generation)
     if generation.read == "likelihood":
         fix = "Use --backend hf, or generation.constrain=labels."
         raise ConfigError("the vllm backend reads no likelihoods", where="generation.read", fix=fix)

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from hba.embedding import MINILM, Embedder
 from hba.errors import InputError
 from hba.evaluate.judge.items import FILE, Item, read_judgements
 from hba.evaluate.judge.run import free_form
+from hba.evaluate.metrics import Floats
 from hba.evaluate.runs import open_run
 from hba.evaluate.statistics import interval, listed, mean_interval, variance
 from hba.storage import read_jsonl, write_json
@@ -26,7 +26,6 @@ from hba.taxonomy import BUILTIN
 
 CANARIES = Path(__file__).with_name("canaries.jsonl")
 SHOWN = 20
-Floats = npt.NDArray[np.float64]
 
 
 def kappa(both: int, first: int, second: int, neither: int) -> float | None:

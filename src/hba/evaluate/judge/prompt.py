@@ -82,7 +82,9 @@ def code_of(item: Item, attempt: int) -> str:
 
 def quoted(text: str) -> str:
     r"""`text` as one JSON string on one line, without markup or anything invisible: all such is a \u escape."""
-    return "".join(_escape(letter) for letter in json.dumps(_shown(text), ensure_ascii=False))
+    hidden = len(text) - SHOWN_CHARACTERS
+    shown = text if hidden <= 0 else f"{text[:SHOWN_CHARACTERS]} (cut: {hidden} more characters)"
+    return "".join(_escape(letter) for letter in json.dumps(shown, ensure_ascii=False))
 
 
 def _escape(letter: str) -> str:
@@ -90,11 +92,6 @@ def _escape(letter: str) -> str:
         return letter
     units = letter.encode("utf-16-be", "surrogatepass")
     return "".join(f"\\u{units[i]:02x}{units[i + 1]:02x}" for i in range(0, len(units), 2))
-
-
-def _shown(text: str) -> str:
-    hidden = len(text) - SHOWN_CHARACTERS
-    return text if hidden <= 0 else f"{text[:SHOWN_CHARACTERS]} (cut: {hidden} more characters)"
 
 
 def request_for(
@@ -107,12 +104,7 @@ def request_for(
     extra: Mapping[str, Any] | None = None,
 ) -> ChatRequest:
     """The request that asks for the verdict on `item`; another attempt is another request."""
-    texts = {
-        "item": item.id,
-        "question": item.question,
-        "reference": item.reference,
-        "candidate": item.answer,
-    }
+    texts = {"item": item.id, "question": item.question, "reference": item.reference, "candidate": item.answer}
     data = {name: quoted(text) for name, text in texts.items()}
     message = _templates().get_template("item.jinja").render(code=code_of(item, attempt), **data)
     return ChatRequest(

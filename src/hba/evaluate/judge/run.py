@@ -365,7 +365,8 @@ def estimate_judging(
     known = known_judgements(folder, settings_of(model, config))
     todo = open_items(items, known, folder, retry_unjudged=retry_unjudged)
     requests = len(todo) * config.attempts
-    tokens_in = sum(_rough_tokens(item, config) for item in todo) * config.attempts
+    letters = (sum(len(str(message["content"])) for message in asked(item, 0, config).messages) for item in todo)
+    tokens_in = sum(each // CHARACTERS_A_TOKEN + FORMAT_TOKENS for each in letters) * config.attempts
     return expected(
         Payee(config.remote.provider, model, config.remote),
         (item.dataset for item in items),
@@ -374,8 +375,3 @@ def estimate_judging(
         tokens=(tokens_in, requests * config.max_tokens),
         before=[known[item.id] for item in items if item.id in known],
     )
-
-
-def _rough_tokens(item: Item, config: JudgeConfig) -> int:
-    messages = asked(item, 0, config).messages
-    return sum(len(str(message["content"])) for message in messages) // CHARACTERS_A_TOKEN + FORMAT_TOKENS
