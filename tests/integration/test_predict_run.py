@@ -91,7 +91,7 @@ def test_a_finished_run_that_is_run_again_builds_no_sample(hba, mini_atlas, tmp_
     command = ["predict", "majority", "--atlas", mini_atlas, "--run", tmp_path]
     assert hba(*command)[0] == 0
     built, sample = [], JsonlStore.sample
-    monkeypatch.setattr(JsonlStore, "sample", lambda store, row: built.append(store.split) or sample(store, row))
+    monkeypatch.setattr(JsonlStore, "sample", lambda store, *row: built.append(store.split) or sample(store, *row))
     before = (tmp_path / "predictions.jsonl").read_bytes()
     code, out, _ = hba(*command, "--json")
     assert code == 0 and json.loads(out)["predicted"] == len(open_atlas(mini_atlas, split="test"))
