@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hba.atlas.rows import Quarantined
+from hba.errors import MachineError
 from hba.model.process import start_accelerator
 from hba.run import RunFolder
 from hba.storage import read_jsonl
@@ -38,12 +39,16 @@ def batch_of(rows, broken):
     return Numbers(tuple(kept), torch.tensor(kept, dtype=torch.float32).reshape(-1, 1), tuple(lost))
 
 
-def train(folder, micro_batches, starts, broken=(), ranks=None, **config):
+def squares(model, batch):
+    return model(batch.x_B).square().sum()
+
+
+def train(folder, micro_batches, starts, broken=(), ranks=None, loss=squares, **config):
     torch.manual_seed(0)
     model = nn.Linear(1, 1)
     stage = Stage(
         model=model,
-        loss=lambda model, batch: model(batch.x_B).square().sum(),
+        loss=loss,
         batches=lambda plan, start: iter([batch_of(rows, broken) for rows in plan[start:]]),
         validate=lambda: Validation(0.5, {"mean": 0.5}),
         save_model=lambda folder: torch.save(model.state_dict(), folder / "model.pt"),
@@ -100,3 +105,21 @@ def test_a_step_without_a_sample_is_skipped_named_and_moves_nothing_but_the_sche
 def test_a_run_without_any_readable_sample_ends_and_says_so(tmp_path):
     _, log = train(tmp_path / "run", [[1], [2]], [0, 1, 2], broken=(1, 2))
     assert [record["kind"] for record in log] == ["skipped", "skipped", "validation"]
+
+
+def test_a_device_without_room_says_what_it_held_and_what_to_change(tmp_path):
+    def loss(model, batch):
+        return model(batch.x_B).sum() + torch.empty(1 << 56).sum()  # no machine has that
+
+    with pytest.raises(MachineError, match="no room for a micro-batch of 6 samples") as told:
+        train(tmp_path, [[1, 2, 3, 4, 5, 6]], [0, 1], loss=loss)
+    assert "samples 1, 2" in told.value.where and "train.device_batch_size=3" in told.value.fix
+    assert "train.activation_checkpointing=true" in told.value.fix and "hba fit" in told.value.fix
+
+
+def test_another_fault_of_a_loss_stays_what_it_is(tmp_path):
+    def loss(model, batch):
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        train(tmp_path, [[1, 2]], [0, 1], loss=loss)

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from hba.atlas import Atlas, data_record, open_atlas
 from hba.atlas.rows import Columns, MediaSource, Quarantined, Sample
 from hba.batch.sampler import Indices, MixConfig, epoch_rows, plan_batches
-from hba.errors import ConfigError, HbaError, InputError
+from hba.errors import ConfigError, HbaError, InputError, MachineError
 from hba.model.process import prepare_process, start_accelerator
 from hba.run import RunFolder
 from hba.train.config import TrainConfig
@@ -161,6 +161,7 @@ def planned_rows(rows: Atlas, config: StageConfig, groups_N: Indices | None = No
 
 
 _log = logging.getLogger(__name__)
+_SHOWN = 5
 
 
 class Validation(NamedTuple):
@@ -292,7 +293,10 @@ def run_training(stage: Stage[B], plan: Plan, config: TrainConfig, ranks: Ranks,
             loss, grad_norm, count = 0.0, 0.0, met.num_samples
             if count:
                 turns = ranks.turns(micro_batches, met, model, portable)
-                loss, grad_norm = _step(stage, model, optimizer, turns, count, rate, config, ranks)
+                try:
+                    loss, grad_norm = _step(stage, model, optimizer, turns, count, rate, config, ranks)
+                except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU's allocator raises nothing else
+                    raise (_no_room(turns, config, ranks) if _is_no_room(error) else error) from None
             progress = replace(
                 progress,
                 step=progress.step + 1,
@@ -366,6 +370,28 @@ def portable(batch: B) -> B:
     samples = tuple(replace(sample, source=nowhere, refused={}) for sample in batch.samples)
     copied: B = replace(batch, samples=samples)  # type: ignore[type-var]
     return copied
+
+
+def _is_no_room(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _no_room(turns: Sequence[Turn[Any]], config: TrainConfig, ranks: Ranks) -> MachineError:
+    """The error for a device that is too small for a micro-batch: what it held, and what to change."""
+    most = max((turn.batch for turn in turns), key=len)
+    tokens = getattr(most, "num_tokens", None)  # features of a frozen backbone have no tokens any more
+    lengths = "" if tokens is None else f" of up to {int(tokens.max()):,} tokens"
+    what = f"no room for a micro-batch of {len(most)} samples{lengths}"
+    if ranks.device.type == "cuda":
+        used, size = torch.cuda.max_memory_allocated(ranks.device), torch.cuda.mem_get_info(ranks.device)[1]
+        what += f" ({used / 2**30:.1f} of {size / 2**30:.1f} GiB were in use)"
+    half = max(1, len(most) // 2)
+    keys = [f"train.device_batch_size={half}"] if len(most) > 1 else ["a lower encode.max_tokens"]
+    keys += [] if config.activation_checkpointing else ["train.activation_checkpointing=true"]
+    keys += [] if config.sharding == "full" or ranks.world == 1 else ["train.sharding=full"]
+    fix = f"Use {' or '.join(keys)}; `hba fit MODEL --gpu GB` tells what fits. The last checkpoint is good."
+    ids = ", ".join([sample.id if isinstance(sample, Sample) else str(sample) for sample in most.samples][:_SHOWN])
+    return MachineError(what, where=f"{ranks.device}, samples {ids}", fix=fix)
 
 
 def _not_finite(name: str, value: float, turns: Sequence[Turn[Any]], ranks: Ranks) -> HbaError:
