@@ -245,16 +245,16 @@ class FeatureBatch:
 
     def pinned(self) -> FeatureBatch:
         """The same batch in page-locked memory, from which a GPU takes it while it computes."""
-        tokens = None if self.tokens_L is None else self.tokens_L.pin_memory()
-        named = ("class_index_B", "states_LH", "lengths_B")
-        return replace(self, tokens_L=tokens, **{name: getattr(self, name).pin_memory() for name in named})
+        return self._each(Tensor.pin_memory)
 
     def to(self, device: torch.device | str) -> FeatureBatch:
         """The same batch with its tensors on `device`."""
-        tokens = None if self.tokens_L is None else self.tokens_L.to(device, non_blocking=True)
-        named = ("class_index_B", "states_LH", "lengths_B")
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in named}
-        return replace(self, tokens_L=tokens, **moved)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> FeatureBatch:
+        named = ("class_index_B", "states_LH", "lengths_B", "tokens_L")
+        changed: dict[str, Any] = {name: change(held) for name in named if (held := getattr(self, name)) is not None}
+        return replace(self, **changed)
 
 
 class LanguageHead(nn.Linear):
@@ -619,10 +619,11 @@ def training_matrix(rows: Atlas, vectors: Descriptors, dataset: str) -> dict[str
     more than a tenth of the rows have another size.
     """
     found: dict[str, Tensor] = {}
+    own = rows.filter(datasets=[dataset]).numbers.tolist()
     for modality in SOURCES:
         parts = {
             number: vector[modality]
-            for number, vector in ((number, vectors[number]) for number in _numbers(rows, dataset))
+            for number, vector in ((number, vectors[number]) for number in own)
             if not isinstance(vector, Quarantined) and modality in vector
         }
         if not parts:
@@ -635,10 +636,6 @@ def training_matrix(rows: Atlas, vectors: Descriptors, dataset: str) -> dict[str
             raise InputError(what, where=sample.place(SOURCES[modality].field), fix=ALIKE)
         found[modality] = torch.stack([part for part in parts.values() if len(part) == size])
     return found
-
-
-def _numbers(rows: Atlas, dataset: str) -> list[int]:
-    return [int(number) for number in rows.filter(datasets=[dataset]).numbers]
 
 
 def fitting(rows: Atlas, vectors: Descriptors, dims: Mapping[str, Mapping[str, int]]) -> Descriptors:

@@ -16,11 +16,11 @@ limit, since a rank may compute features or write a model for hours, and it noti
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -162,15 +162,7 @@ BUCKET_BYTES = 64 << 20  # gradients that are added up in one exchange
 T = TypeVar("T")
 
 
-class Countable(Protocol):
-    """A micro-batch, as far as its place among the ranks goes."""
-
-    def __len__(self) -> int:
-        """Number of samples."""
-        ...
-
-
-B = TypeVar("B", bound=Countable)
+B = TypeVar("B", bound=Sized)  # a micro-batch, as far as its place among the ranks goes: how many samples it has
 
 
 class Meeting(NamedTuple):
