@@ -26,7 +26,6 @@ import numpy as np
 import numpy.typing as npt
 
 from hba.errors import InputError, TaxonomyError, nearest
-from hba.evaluate.answers import plain, same_answer
 from hba.taxonomy import BUILTIN, SENTIMENT, Taxonomy, split
 
 # Metrics of rows with several labels, from counts of distinct (true set, predicted set) pairs.
@@ -190,6 +189,8 @@ class _CellTable(dict[tuple[str, str, "str | None"], int]):
         layout = self.layout
         freeform = layout.freeform_code.get(dataset)
         if freeform is not None:  # not kept: free-form answers rarely repeat
+            from hba.evaluate.answers import same_answer  # no rule of reading is compiled where all have labels
+
             said = NO_ANSWER if prediction is None else RIGHT if same_answer(prediction, target) else WRONG
             return layout.freeform_start + 3 * freeform + said
         if dataset in layout.multilabel:
@@ -649,6 +650,8 @@ def generation_metrics(
     datasets), task/{task}/accuracy by the row's own `task`. All four have N items; without rows there is only
     total_samples. Raises InputError for lengths that differ.
     """
+    from hba.evaluate.answers import same_answer
+
     check_lengths(answers=answers, targets=targets, datasets=datasets, tasks=tasks)
     pairs = zip(answers, targets, strict=True)
     right = [answer is not None and same_answer(answer, target) for answer, target in pairs]
@@ -665,6 +668,8 @@ def generation_metrics(
 
 def majority_levels(targets: Sequence[str], datasets: Sequence[str]) -> dict[str, float]:
     """Per dataset the exact match of the best constant answer: the share of its most frequent target, in [0, 1]."""
+    from hba.evaluate.answers import plain
+
     answers: dict[str, Counter[str]] = {}
     for key, target in zip(datasets, targets, strict=True):
         answers.setdefault(key, Counter())[plain(target)] += 1

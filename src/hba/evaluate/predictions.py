@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from hba.remote.cost import Meter
 
 PREDICTIONS = "predictions.jsonl"
+JUDGEMENTS, JUDGE_SETTINGS = "judgements.jsonl", "judge.json"  # what a judge adds: see judge/items.py
 READING_VERSION = 3  # of `hba.evaluate.answers`: raised when it may read a text as another label than before
 # What servers say of an answer that was cut off at a limit of length, and of one that a filter stopped.
 CUT = frozenset({"length", "max_tokens", "max_output_tokens", "model_length", "model_context_window_exceeded"})

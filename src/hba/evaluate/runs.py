@@ -16,11 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hba.errors import InputError
-from hba.evaluate.judge.items import FILE as JUDGEMENTS
-from hba.evaluate.judge.items import SETTINGS, Judgement, read_judgements
-from hba.evaluate.judge.scores import Verdicts, read_verdicts
+from hba.evaluate.predictions import JUDGE_SETTINGS, JUDGEMENTS, Prediction, answered_by, ids_sha256, read_predictions
 from hba.evaluate.predictions import PREDICTIONS as PREDICTIONS
-from hba.evaluate.predictions import Prediction, answered_by, ids_sha256, read_predictions
 from hba.evaluate.results import FILE as METRICS
 from hba.evaluate.results import Metrics, convert, read_metrics, without_nan
 from hba.storage import json_sha256, read_json, read_jsonl
@@ -28,6 +25,8 @@ from hba.taxonomy import Taxonomy, of_folder
 
 if TYPE_CHECKING:
     from hba.atlas import Atlas
+    from hba.evaluate.judge.items import Judgement
+    from hba.evaluate.judge.scores import Verdicts
 
 QUARANTINE, LOG, ASKED = "quarantine.jsonl", "log.jsonl", "predict.json"
 
@@ -230,19 +229,25 @@ class Run:
     @cached_property
     def judgements(self) -> dict[str, Judgement] | None:
         """The judge's verdicts by id."""
-        return read_judgements(self.folder / JUDGEMENTS) if self.has(JUDGEMENTS) else None
+        if not self.has(JUDGEMENTS):
+            return None
+        from hba.evaluate.judge.items import read_judgements  # few runs are judged
+
+        return read_judgements(self.folder / JUDGEMENTS)
 
     @cached_property
     def verdicts(self) -> Verdicts:
         """The verdict on every free-form prediction; see `read_verdicts`."""
+        from hba.evaluate.judge.scores import read_verdicts
+
         return read_verdicts(self.folder, self.predictions, self.taxonomy)
 
     @cached_property
     def judge(self) -> dict[str, Any] | None:
         """Who judged, which versions answered, and what of the requests these refused; None if nobody did."""
-        if not self.has(SETTINGS) or self.judgements is None:
+        if not self.has(JUDGE_SETTINGS) or self.judgements is None:
             return None
-        return {**read_json(self.folder / SETTINGS), **answered_by(self.judgements.values())}
+        return {**read_json(self.folder / JUDGE_SETTINGS), **answered_by(self.judgements.values())}
 
     @property
     def synthetic(self) -> bool | None:

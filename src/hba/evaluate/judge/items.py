@@ -15,10 +15,10 @@ from typing import Any
 import msgspec
 
 from hba.errors import InputError
+from hba.evaluate.predictions import JUDGE_SETTINGS, JUDGEMENTS
 from hba.storage import AppendLog, json_sha256, read_json, read_jsonl, write_json
 
-FILE = "judgements.jsonl"
-SETTINGS = "judge.json"
+FILE, SETTINGS = JUDGEMENTS, JUDGE_SETTINGS
 PLACE = "base_url"  # where the judge ran may differ, what it is may not
 
 
