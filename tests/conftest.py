@@ -8,13 +8,16 @@ import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
-import hypothesis
 import pytest
 import torch
 
-# How long an example takes says how busy the machine is.
-hypothesis.settings.register_profile("hba", deadline=None)
-hypothesis.settings.load_profile("hba")
+try:
+    import hypothesis
+except ImportError:  # the environments of verl and vLLM, none of whose tests asks for it
+    pass
+else:  # how long an example takes says how busy the machine is
+    hypothesis.settings.register_profile("hba", deadline=None)
+    hypothesis.settings.load_profile("hba")
 # Tests need no hub; offline, a wrong name fails at once instead of after retries.
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
