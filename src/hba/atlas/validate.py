@@ -3,6 +3,7 @@
 Three passes: every row against schema and taxonomy (`scan`), every medium decoded (`survey`), then what only shows
 across rows and splits: leaks, descriptors of odd shapes, counts against the published ones. Nothing is repaired and
 nothing in the atlas is written. Equal data give an equal result, with any number of workers, killed in between or not.
+What a run leaves out because it cannot be read, its quarantine, is kept by `hba.run`.
 """
 
 from __future__ import annotations

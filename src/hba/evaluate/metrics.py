@@ -1,5 +1,7 @@
 """Published metrics from confusion counts, vectorised over any leading axes (datasets or bootstrap resamples).
 
+How scores are computed; every field of metrics.json, where they are written, stands in `hba.evaluate.results`.
+
 Per dataset the classes are those present in the ground truth. precision, recall, F1 per class; macro,
 support-weighted and micro averages; a prediction outside the classes is wrong. Emotion adds the weighted
 accuracy 0.5 (TP/P + TN/N) per class and its mean; sentiment adds accuracy and weighted F1 at 7, 5, 3 and 2
