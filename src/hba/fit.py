@@ -31,7 +31,7 @@ from hba.errors import InputError, nearest
 from hba.evaluate.config import PredictConfig
 from hba.model.checkpoint import backbone_class, read_config, resolve_dtype
 from hba.model.config import ModelConfig
-from hba.model.omni import OmniSapiens, apply_strategy, recompute_layers
+from hba.model.omni import OmniSapiens, apply_strategy, as_they_come, recompute_layers
 from hba.model.weights import skeleton
 from hba.rl.config import RlConfig
 from hba.rl.rollout import CHUNK_VALUES
@@ -45,7 +45,7 @@ USABLE = 0.94
 """share of a GPU's memory that tensors can have: allocators leave holes"""
 DRIVER_GIB = 0.6
 """what CUDA and its libraries keep for themselves"""
-ANSWER_TOKENS = 64  # of a supervised answer in words; most labels have two
+ANSWER_TOKENS = 16  # of a supervised answer in words; most labels have two
 TOWER_POSITIONS = 3  # of a media tower for a token of the prompt: 4 patches or 2 frames of sound make one
 
 
@@ -537,7 +537,8 @@ def _computed(model: Any, work: Work, dtype: torch.dtype, samples: int) -> Count
     with ledger, mixed, torch.set_grad_enabled(work.train is not None):
         ledger.see(ids)
         ledger.see(mask)
-        states = _decoder(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        with as_they_come(model):
+            states = _decoder(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         if work.train is None:
             head(states[:, -1]).float()
             return Counted(ledger.peak - before, ledger.flops)

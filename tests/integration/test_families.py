@@ -211,7 +211,7 @@ def test_lora_keeps_no_copy_of_its_inputs_in_float32_under_autocast(runs, atlas,
         apply_strategy(model, ModelConfig(name="x", lora_r=2, lora_dropout=0.5))
         with pytest.MonkeyPatch.context() as patch:
             if cast:
-                patch.setattr("hba.model.omni._as_they_come", lambda _: nullcontext())
+                patch.setattr("hba.model.omni.as_they_come", lambda _: nullcontext())
             batch = batch_of(model, "qwen2.5-omni", atlas, answers=True)
             found.append(steps_of(model, batch, dtype=torch.bfloat16))
     (loss, gradients, _, before), (same, again, _, after) = found

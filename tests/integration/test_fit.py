@@ -8,6 +8,7 @@ import torch
 from hba.config import load_config
 from hba.errors import InputError
 from hba.fit import _Bare, _Ledger, find_gpu, fit_run, work_of
+from hba.model.omni import as_they_come, recompute_layers
 from hba.train.config import LmConfig, SftConfig
 
 SMALL = ["atlas=x", "train.device_batch_size=3"]
@@ -24,8 +25,9 @@ def config(cls, backbone, *more):
         ("model.strategy=lora", "model.dtype=bfloat16"),
         ("model.strategy=full", "model.dtype=float32"),
         ("model.strategy=lora", "model.dtype=float32", "train.activation_checkpointing=true"),
+        ("model.strategy=lora", "model.dtype=bfloat16", "train.activation_checkpointing=true"),
     ],
-    ids=["lora", "bfloat16", "full", "recomputed"],
+    ids=["lora", "bfloat16", "full", "recomputed", "recomputed in bfloat16"],
 )
 def test_what_is_counted_without_weights_is_what_a_real_pass_holds(backbone, more):
     settings = config(LmConfig, backbone, *more)
@@ -38,7 +40,7 @@ def test_what_is_counted_without_weights_is_what_a_real_pass_holds(backbone, mor
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype).normal_(std=0.01)
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     if settings.train.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_layers(model)
     model.train()
     ids = torch.randint(0, 50, (3, work.tokens))
     there = torch.ones_like(ids)
@@ -47,7 +49,7 @@ def test_what_is_counted_without_weights_is_what_a_real_pass_holds(backbone, mor
     for tensor in (*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)):
         ledger.see(tensor)
     before = ledger.peak = ledger.now
-    with ledger, torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+    with ledger, torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16), as_they_come(model):
         head = model.get_output_embeddings()
         last = head.register_forward_pre_hook(lambda _, args: (args[0][:, -work.answers :].flatten(0, 1),))
         logits = model(input_ids=ids, attention_mask=there, use_cache=False).logits
@@ -122,3 +124,18 @@ def test_bad_input_is_told_before_anything_is_built(hba, backbone, tmp_path):
     recipe.write_text("train:\n  epochs: 1\n")
     code, _, err = hba("fit", str(backbone), "--gpu", "24", "--config", str(recipe))
     assert code == 2 and "--stage" in err
+
+
+def test_lora_in_bfloat16_is_trained_with_layers_computed_twice(hba, backbone, mini_atlas, tmp_path):
+    """The second pass over a layer takes its inputs as the first did."""
+    settings = [f"atlas={mini_atlas}", f"model.name={backbone}", "model.strategy=lora", "model.dtype=bfloat16"]
+    settings += ["train.max_steps=2", "train.validate_every=2", "loader.workers=0", "encode.max_pixels=3136"]
+    losses = []
+    for again in ("false", "true"):
+        run = tmp_path / again
+        more = [f"train.activation_checkpointing={again}", "validation_split=validation[:8]", "train.log_every=1"]
+        code, _, err = hba("train", "lm", "--run", run, *settings, *more)
+        assert code == 0, err
+        log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        losses.append([line["loss"] for line in log if "loss" in line and "step" in line])
+    assert losses[0] and losses[0] == losses[1]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -196,7 +196,7 @@ class OmniSapiens(nn.Module):
             if self.heads is not None:
                 last_layer, noted = language_layers(self.transformer).layers[-1], between.append
                 hooks.enter_context(_hooked(last_layer, lambda _, a, k: noted(_state(a, k)), with_kwargs=True))
-            hooks.enter_context(_as_they_come(self.transformer))
+            hooks.enter_context(as_they_come(self.transformer))
             answer_NV: Tensor = self.transformer(**inputs, use_cache=False).logits
         if answer_NV.ndim != 2:
             raise InputError(f"{type(self.transformer).__name__} does not use its language head", fix="Use another.")
@@ -222,7 +222,7 @@ class OmniSapiens(nn.Module):
         try:
             if recomputed:  # what is never computed is not computed again: the hook would end a checkpoint half-way
                 last_layer.gradient_checkpointing = False
-            hooked, uncast = _hooked(last_layer, stop, with_kwargs=True), _as_they_come(self.transformer)
+            hooked, uncast = _hooked(last_layer, stop, with_kwargs=True), as_they_come(self.transformer)
             with hooked, uncast, suppress(_Enough):
                 self.transformer(**inputs, use_cache=False)
         finally:
@@ -405,14 +405,20 @@ def recompute_layers(transformer: Any) -> None:
         for each in stack:
             reached = reached or any(p.requires_grad for p in each.parameters())
             each.gradient_checkpointing = reached
-            each._gradient_checkpointing_func = partial(torch_checkpoint, use_reentrant=False)
+            again = partial(_as_in_the_first_pass, each)
+            each._gradient_checkpointing_func = partial(torch_checkpoint, use_reentrant=False, context_fn=again)
+
+
+def _as_in_the_first_pass(layer: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """What a layer is computed in, in the forward pass (whose own context it has already) and again in the backward."""
+    return nullcontext(), as_they_come(layer)
 
 
 @contextmanager
-def _as_they_come(transformer: Any) -> Iterator[None]:
+def as_they_come(transformer: Any) -> Iterator[None]:
     """Within, LoRA layers take their inputs in the precision of autocast, where there is one: PEFT would keep a copy
     of each in float32, from which autocast makes the same numbers again."""
-    device = torch.device(transformer.device).type
+    device = next(transformer.parameters()).device.type
     layers: list[Any] = []
     if torch.is_autocast_enabled(device) and has_lora(transformer):
         layers = [module for module in transformer.modules() if hasattr(module, "lora_A")]
