@@ -192,6 +192,7 @@ def build_atlas(
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
     with atomic_folder(out) as making:
         for done, (entry, split) in enumerate(zip(entries, splits, strict=True), start=1):
+            progress(done, len(entries))
             name = entry.path.relative_to(folder).as_posix()
             try:
                 medium = look_at(entry.path)
@@ -204,7 +205,6 @@ def build_atlas(
             row = row_of(medium, place, key, taxonomy, question=question, transcript=entry.transcript)
             row |= {"answer": canonical[entry.label], "class_label": canonical[entry.label], "id": f"{key}/{name}"}
             rows[split].append(row | ({} if entry.group is None else {"speaker": entry.group}))
-            progress(done, len(entries))
         for split in SHARES:
             if not rows[split]:
                 what = f"no readable file is left for the split {split}"

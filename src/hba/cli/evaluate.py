@@ -24,6 +24,7 @@ from hba.cli.options import (
     warn,
     written,
 )
+from hba.cli.predict import warn_of
 from hba.errors import InputError, nearest
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def eval_command(
     with tallied("1 predict") as progress:
         how: dict[str, Any] = {"atlas": atlas, "split": split, "config": settings, "backend": backend}
         summary = predict_run(model, folder, progress=progress, selection=selection, **how)
+    warn_of(summary, model)
     judged = None if judge is None else _judged(folder, judge, judge_url)
     from hba.evaluate.leaderboard import DEFAULT_TABLES, build_leaderboard
     from hba.evaluate.score import score_run

@@ -83,18 +83,23 @@ def predict_command(
             shard=share,
             retry_failed=retry_failed,
         )
-    if summary.unnamed_heads and first:
-        warn(f"{model} does not name the domains whose heads were trained: all count, and an untrained one says noise")
-    if summary.note and first:
-        warn(f"{summary.note}. generation.format=NAME asks in another")
-    for text in summary.tally.meter.warnings() if summary.tally.meter else ():
-        warn(text)
+    warn_of(summary, model, first=first)
     # Of the processes of a launcher the one that merges speaks for all: a failure of one makes it end the others.
     speaks = share is None or share.device is None or summary.merged
     if speaks:
         answer(_record(summary, folder), _said(summary, folder, share), as_json=json, once=False)
     _finish_failed(summary, allow_failed, known=speaks)
     return finish(summary.quarantined if speaks else (), allow_quarantined, once=False)
+
+
+def warn_of(summary: PredictSummary, model: str, *, first: bool = True) -> None:
+    """What a user should know of how the rows were answered; what holds for all processes the `first` one says."""
+    if summary.unnamed_heads and first:
+        warn(f"{model} does not name the domains whose heads were trained: all count, and an untrained one says noise")
+    if summary.note and first:
+        warn(f"{summary.note}. generation.format=NAME asks in another")
+    for text in summary.tally.meter.warnings() if summary.tally.meter else ():
+        warn(text)
 
 
 def _names(listed: str | None) -> tuple[str, ...] | None:
