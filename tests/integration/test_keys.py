@@ -28,7 +28,6 @@ import pytest
 import rl_run
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import distributed, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -180,7 +179,6 @@ class Lab:
         if asked not in self.known:
             name, *arguments = look.split()
             sights = {"error": ""}
-            AcceleratorState._reset_state(reset_partial_state=True)  # a process has one precision; these have several
             with self.patch.context() as patch, redirect_stderr(io.StringIO()) as said:
                 try:
                     getattr(self, name)(patch, sights, [*map(self.filled, (*context, *changes))], *arguments)

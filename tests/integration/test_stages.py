@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from ranks import Dies
 from safetensors.torch import load_file
 
@@ -154,11 +153,7 @@ def test_the_whole_model_of_a_lora_run_trains_in_its_own_precision_and_is_loaded
 
     monkeypatch.setattr(OmniSapiens, "from_pretrained", noted)
     steps = ["train.max_steps=1", "datasets=[daicwoz]", "validation_split=validation[:40]"]
-    AcceleratorState._reset_state(reset_partial_state=True)  # the process has begun in float32
-    try:
-        train("bam", tmp_path / "run", mini_atlas, tmp_path / "lora", "stage=full", "dtype=bfloat16", *steps)
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+    train("bam", tmp_path / "run", mini_atlas, tmp_path / "lora", "stage=full", "dtype=bfloat16", *steps)
     (model,) = loaded
     kinds = {parameter.dtype for name, parameter in model.transformer.named_parameters() if "lora_" not in name}
     assert kinds == {torch.bfloat16}

@@ -107,6 +107,12 @@ def test_a_run_without_any_readable_sample_ends_and_says_so(tmp_path):
     assert [record["kind"] for record in log] == ["skipped", "skipped", "validation"]
 
 
+def test_one_process_trains_in_one_precision_and_then_in_another():
+    """As a notebook does."""
+    order = ["float32", "bfloat16", "float32"]
+    assert [start_accelerator(dtype).mixed_precision for dtype in order] == ["no", "bf16", "no"]
+
+
 def test_a_device_without_room_says_what_it_held_and_what_to_change(tmp_path):
     def loss(model, batch):
         return model(batch.x_B).sum() + torch.empty(1 << 56).sum()  # no machine has that

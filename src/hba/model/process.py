@@ -8,6 +8,7 @@ import random
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from transformers.utils import logging as transformers_logging
 
 from hba.environment import usable_cores
@@ -46,4 +47,6 @@ def start_accelerator(dtype: str) -> Accelerator:
         fix = "Launch without it and set train.sharding=full."
         raise ConfigError("the launcher shards models in a way of its own", where=launched[0], fix=fix)
     mixed = "bf16" if resolve_dtype(dtype) is torch.bfloat16 else "no"
+    # A notebook trains in one precision, then in another; accelerate keeps the first for the life of the process.
+    AcceleratorState._reset_state()
     return Accelerator(mixed_precision=mixed)
