@@ -1,8 +1,9 @@
 # make demo   train and evaluate on the synthetic mini-atlas, then write a report (installs first)
-# make test   all tests            make check  ruff and mypy          make bench  every file of benchmarks/
+# make test   all tests            make check  ruff, mypy and links   make bench  every file of benchmarks/
 # make test-verl  the tests of verl, in an environment of its own (.venv-verl)
 # make test-vllm  tests against a real vLLM on this CPU, in an environment of its own (.venv-vllm, 7 GB)
 # make harnesses  environments of lmms-eval and Inspect for their tests (1 GB; torch is shared with .venv)
+# make docs  the documentation as a site, in site/; broken links end it
 # make clean  caches and builds    make distclean  also .venv         Neither touches runs/ or data.
 #
 # PYTHON=python3.12 chooses the interpreter; WORKERS=4 the number of test processes; ARGS="..." goes to the command.
@@ -13,7 +14,7 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install browser demo test check test-verl test-vllm bench harnesses clean distclean
+.PHONY: install browser demo test check docs test-verl test-vllm bench harnesses clean distclean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -71,6 +72,15 @@ test-vllm: $(STAMP) $(VLLM)
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/unit/test_docs.py -k 'links or site' --durations=0
+
+# Some 20 packages more; the site itself loads nothing from elsewhere.
+.venv/.docs: $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints-cpu.txt -e '.[docs]'
+	@touch $@
+
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(STAMP)
 	@set -e; for file in benchmarks/*.py; do \
@@ -88,7 +98,7 @@ harnesses: $(STAMP)
 	    $$($(BIN)/python -m pip freeze | grep -E '^(torch|torchvision|transformers|numpy)=='); done
 
 clean:
-	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info
+	rm -rf build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean

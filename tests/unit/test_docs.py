@@ -12,6 +12,7 @@ from typing import get_type_hints
 
 import pytest
 import typer
+import yaml
 
 import hba
 from hba.batch.config import PrepareConfig
@@ -192,11 +193,52 @@ def test_what_a_python_block_takes_from_hba_is_there(page, code):
             assert hasattr(known[node.value.id], node.attr), ast.unparse(node)
 
 
+def generated_pages():
+    """Pages of the site that docs/site.py makes when it is built: the keys of its GENERATED."""
+    for node in ast.parse((ROOT / "docs/site.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "GENERATED":
+            return {key.value for key in node.value.keys}
+    raise AssertionError("docs/site.py has no GENERATED")
+
+
+GENERATED = generated_pages()
+
+
+def leaves(nav):
+    values = [] if isinstance(nav, str) else [value for entry in nav for value in entry.values()]
+    return [leaf for value in values for leaf in leaves(value)] or [nav]
+
+
+def test_the_site_has_every_page_in_its_navigation():
+    """A new page wants a line in mkdocs.yml, or `make docs` has no way to it."""
+    nav = leaves(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
+    assert sorted(nav) == sorted([page.name for page in (ROOT / "docs").glob("*.md")] + [*GENERATED])
+
+
+def anchors(page):
+    """What a link into the page may name: its headings, as Python-Markdown writes them, and ids of its own."""
+    text = page.read_text(encoding="utf-8")
+    prose = re.sub(r"(?ms)^```.*?^```", "", text)
+    titles = [re.sub(r"[`*]|\]\([^)]*\)|\[", "", title) for title in re.findall(r"(?m)^#+ (.+)$", prose)]
+    slugs = [re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title in titles]
+    return {*slugs, *re.findall(r'id="([^"]+)"', text)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_headings_that_are_there(page):
+    text, wrong = page.read_text(encoding="utf-8"), []
+    for link in re.findall(r"\]\(([^)\s]+#[^)\s]+|#[^)\s]+)\)", text):
+        file, _, anchor = link.partition("#")
+        if "://" not in link and file not in GENERATED:
+            wrong += [] if anchor in anchors(page.parent / file if file else page) else [link]
+    assert wrong == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_and_files_that_are_named_are_there(page):
     text = page.read_text(encoding="utf-8")
     links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
-    assert [link for link in links if link and not (page.parent / link).exists()] == []
+    assert [link for link in links if link and link not in GENERATED and not (page.parent / link).exists()] == []
     files = re.findall(r"`((?:src|tests|docs|benchmarks)/[\w/.-]+)`", text)
     assert [file for file in files if not (ROOT / file).exists()] == []
 

@@ -1,0 +1,170 @@
+"""Hooks of mkdocs: the pages of the site that stand nowhere as a file, and formulas.
+
+The home page is README.md; CONTRIBUTING.md and CHANGELOG.md are pages, too. The reference is made of the parser of the
+command line, of the configuration's dataclasses and of docstrings, so that it cannot fall behind the code. Formulas
+(fences named `math`, which GitHub renders, too) become MathML here: a browser shows them without a script. Nothing is
+fetched from a network.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import typer
+from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+from hba.batch.config import PrepareConfig
+from hba.cli import app
+from hba.config import describe
+from hba.evaluate.config import PredictConfig
+from hba.evaluate.judge.run import JudgeConfig
+from hba.rl.config import RlConfig
+from hba.train.config import BamConfig, LmConfig, QaConfig, SftConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS: dict[str, type[Any]] = {
+    "hba train sft, hba transfer, hba fit": SftConfig,
+    "hba train qa": QaConfig,
+    "hba train bam": BamConfig,
+    "hba train lm": LmConfig,
+    "hba train rl": RlConfig,
+    "hba predict, hba eval": PredictConfig,
+    "hba judge": JudgeConfig,
+    "hba atlas prepare": PrepareConfig,
+}
+# What a person calls, by the room that it is in.
+PYTHON = {
+    "Data": [
+        *("hba.atlas.open_atlas", "hba.atlas.Atlas", "hba.atlas.rows.Sample", "hba.batch.sampler.subsample"),
+        *("hba.atlas.validate.validate_atlas", "hba.atlas.convert.convert_atlas"),
+        *("hba.descriptors.pool", "hba.descriptors.sequence"),
+    ],
+    "Models": ["hba.evaluate.ask.ask", "hba.model.omni.OmniSapiens"],
+    "Results": [
+        *("hba.evaluate.runs.open_run", "hba.evaluate.runs.Run", "hba.evaluate.predictions.Prediction"),
+        *("hba.evaluate.results.read_metrics", "hba.evaluate.results.Metrics", "hba.evaluate.results.TaskScore"),
+        *("hba.evaluate.answers.read", "hba.evaluate.answers.extract", "hba.evaluate.compare.compare_predictions"),
+    ],
+    "Reinforcement learning": [
+        *("hba.rl.rewards.grpo_reward", "hba.rl.rewards.harpo_reward", "hba.rl.advantages.grpo"),
+        "hba.rl.advantages.Harpo",
+    ],
+    "Errors": ["hba.errors"],
+}
+
+
+def home() -> str:
+    """README.md, with its links as seen from docs/."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"\]\(docs/", "](", text).replace("(CONTRIBUTING.md)", "(contributing.md)")
+    return text.replace(
+        "`make docs` adds commands, configuration and Python",
+        "[commands](reference/commands.md), [configuration](reference/configuration.md), [Python](reference/python.md)",
+    )
+
+
+def commands() -> str:
+    """Every command, as `--help` has it."""
+    return "\n".join(["# Commands", "", "The same text as `hba COMMAND --help`.", "", *_command(HBA, "hba")])
+
+
+def _command(command: Any, name: str) -> Iterator[str]:
+    inner = getattr(command, "commands", {})
+    if not inner:
+        hints = get_type_hints(command.callback)
+        arguments = [_name(each) for each in command.params if not each.opts[0].startswith("-")]
+        usage = " ".join([name, *arguments, "[OPTIONS]"])
+        yield from ("", f"## {name}", "", f"```\n{usage}\n```", "", _cell(command.help or ""), "")
+        rows = [_parameter(each, hints.get(each.name)) for each in command.params if not each.hidden]
+        yield from ("| | | default | |", "|---|---|---|---|", *rows)
+        if command.epilog:
+            yield from ("", _cell(command.epilog).replace("Example: ", "Example: `", 1) + "`")
+    for key, each in inner.items():
+        yield from _command(each, f"{name} {key}")
+
+
+def _name(each: Any) -> str:
+    return each.metavar or (each.name.upper() + ("..." if each.nargs == -1 else ""))
+
+
+def _parameter(each: Any, hint: Any) -> str:
+    flags = ", ".join(f"`{flag}`" for flag in (*each.opts, *each.secondary_opts) if flag.startswith("-"))
+    words = list(hint) if isinstance(hint, type) and issubclass(hint, Enum) else []
+    kind = ", ".join(f"`{word.value}`" for word in words)
+    default = getattr(each.default, "value", each.default)
+    shown = "required" if each.required else "" if default in (None, False, (), []) else f"`{default}`"
+    return f"| {flags or f'`{_name(each)}`'} | {kind} | {_cell(shown)} | {_cell(each.help or '')} |"
+
+
+def configuration() -> str:
+    """Every key of every command, its type, default and meaning."""
+    lines = [
+        "# Configuration",
+        "",
+        "A key is written as `key=value` behind the command, or in the YAML file of `--config`. Keys without a default",
+        "must be given. `config.yaml` in a run folder has every value of the run.",
+    ]
+    for name, config in CONFIGS.items():
+        lines += ["", f"## {name}", "", "| key | type | default | |", "|---|---|---|---|"]
+        for key in describe(config):
+            default = "" if key.default is None else f"`{key.default}`"
+            lines.append(f"| `{key.key}` | `{_cell(key.type)}` | {_cell(default)} | {_cell(key.doc)} |")
+    return "\n".join(lines)
+
+
+def python() -> str:
+    """What a person calls from Python, from its docstrings."""
+    lines = ["# Python", "", "Begin with `hba.open_atlas`, `hba.Atlas`, `hba.ask` and `hba.OmniSapiens`."]
+    for title, names in PYTHON.items():
+        lines += ["", f"## {title}", *(f"\n::: {name}" for name in names)]
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    """Text that stands in a cell of a table, or in a paragraph, as it is."""
+    return re.sub(r"\s+", " ", text).replace("|", "\\|").replace("<", "&lt;") if "`" not in text else _cell_code(text)
+
+
+def _cell_code(text: str) -> str:
+    """The same where code is marked: within it a less-than sign is none of HTML."""
+    return re.sub(r"\s+", " ", text).replace("|", "\\|")
+
+
+HBA = typer.main.get_command(app)
+GENERATED: dict[str, Callable[[], str]] = {
+    "index.md": home,
+    "contributing.md": lambda: (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
+    "changelog.md": lambda: (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
+    "reference/commands.md": commands,
+    "reference/configuration.md": configuration,
+    "reference/python.md": python,
+}
+
+
+def mathml(text: str) -> str:
+    """The page with each fence of LaTeX as MathML."""
+    return re.sub(
+        r"(?ms)^```math\n(.*?)^```$",
+        lambda found: '<div style="margin: 1.5em 0">' + convert(found[1].strip(), display="block") + "</div>",
+        text,
+    )
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """mkdocs asks for this: the files of the site."""
+    for name, made in GENERATED.items():
+        files.append(File.generated(config, name, content=made()))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """mkdocs asks for this: a page before it becomes HTML. What lies outside of docs/ is named, not linked."""
+    markdown = re.sub(r"\[([^\]]*)\]\(\.\./[^)]*\)", r"\1", markdown)
+    return mathml(markdown)
