@@ -370,6 +370,8 @@ class _Bare:
     def count(self, work: Work, dtype: torch.dtype, samples: int) -> Counted:
         """What a micro-batch of so many samples takes, all layers of the language model together."""
         total = self.text_of(self.config).num_hidden_layers
+        if work.train is not None and not work.answers:
+            total -= 1  # heads alone read the state before the last layer, which then does not run
         period = _period(getattr(self.text_of(self.config), "layer_types", None) or ["same"])
         few, more = period, 2 * period
         if total <= more:

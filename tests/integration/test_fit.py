@@ -8,7 +8,7 @@ import torch
 from hba.config import load_config
 from hba.errors import InputError
 from hba.fit import _Bare, _Ledger, find_gpu, fit_run, work_of
-from hba.model.omni import as_they_come, recompute_layers
+from hba.model.omni import OmniSapiens, as_they_come, recompute_layers
 from hba.train.config import LmConfig, SftConfig
 
 SMALL = ["atlas=x", "train.device_batch_size=3"]
@@ -58,6 +58,28 @@ def test_what_is_counted_without_weights_is_what_a_real_pass_holds(backbone, mor
         del logits
     with ledger:
         loss.backward()
+    assert counted == pytest.approx(ledger.peak - before, rel=0.15)
+
+
+def test_heads_are_counted_without_the_layer_that_they_do_not_read(backbone):
+    settings = config(SftConfig, backbone, "model.strategy=lora", "model.dtype=float32")
+    work = work_of(settings, 200, str(backbone))[0]
+    bare = _Bare(str(backbone))
+    counted = bare.count(work, torch.float32, 3).bytes
+    model = bare._prepared(work, None).to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.01)
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    ledger = _Ledger()
+    for tensor in (*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)):
+        ledger.see(tensor)
+    before = ledger.peak = ledger.now
+    ids = torch.randint(0, 50, (3, work.tokens))
+    there = torch.ones_like(ids)
+    there[0, :5] = 0
+    with ledger:
+        states = OmniSapiens(model.train(), None)._penultimate({"input_ids": ids, "attention_mask": there})
+        states.mean().backward()
     assert counted == pytest.approx(ledger.peak - before, rel=0.15)
 
 
