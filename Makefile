@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints-cpu.txt
 	  echo "hba needs Python 3.11, 3.12, 3.13 or 3.14, but '$(PYTHON)' is $$($(PYTHON) -V 2>&1 | tail -n 1)." \
 	       "Fix: name one, for example 'make PYTHON=python3.12 $(or $(MAKECMDGOALS),install)'." >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints-cpu.txt -e '.[dev,descriptors,explorer]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints-cpu.txt -e '.[dev]'
 	@touch $@
 
 demo: $(STAMP)

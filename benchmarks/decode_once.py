@@ -27,8 +27,8 @@ import soundfile
 import torch
 
 from hba.atlas import Atlas, open_atlas
-from hba.batch.config import EncodeConfig, LoaderConfig
-from hba.batch.encode import Encoded, Encoder, load_media
+from hba.batch.config import EncodeConfig, LoaderConfig, load_media
+from hba.batch.encode import Encoded, Encoder
 from hba.batch.loader import open_decoded
 from hba.model.checkpoint import load_processor
 

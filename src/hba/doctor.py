@@ -24,7 +24,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from packaging.requirements import Requirement
 
-from hba.environment import DISTRIBUTION, installed_version, memory_bytes, usable_cores
+from hba.environment import (
+    DISTRIBUTION,
+    EXTRAS,
+    install_fix,
+    installed_version,
+    is_installed,
+    memory_bytes,
+    usable_cores,
+)
 from hba.model.config import computes_bfloat16
 
 if TYPE_CHECKING:
@@ -115,9 +123,11 @@ def declared(extra: str = "") -> list[Requirement]:
     lines = (metadata.requires(DISTRIBUTION) or []) if installed_version(DISTRIBUTION) else []
     found = [Requirement(line) for line in lines]
     base = [r for r in found if r.marker is None or r.marker.evaluate({"extra": ""})]
-    return (
-        base if not extra else [r for r in found if r.marker and r not in base and r.marker.evaluate({"extra": extra})]
-    )
+    if not extra:
+        return base
+    named = [r for r in found if r.marker and r not in base and r.marker.evaluate({"extra": extra})]
+    within = [each for r in named if r.name == DISTRIBUTION for inner in sorted(r.extras) for each in declared(inner)]
+    return [*within, *(r for r in named if r.name != DISTRIBUTION)]
 
 
 def extras() -> list[str]:
@@ -139,7 +149,13 @@ def unmet(requirements: Iterable[Requirement]) -> list[str]:
 
 
 def probe(name: str, package: str, look: Callable[[Any], Check]) -> Check:
-    """The check that `look` makes of an imported package, or that it does not load."""
+    """The check that `look` makes of an imported package, or that it does not load.
+
+    What a light install lacks is no fault of it.
+    """
+    if package in EXTRAS["train"] and not is_installed(package):
+        detail = "not installed: for training, and for models in this process"
+        return Check(name=name, status="missing", detail=detail, fix=install_fix("train"), required=False)
     try:
         return look(importlib.import_module(package))
     except BROKEN as error:
@@ -196,8 +212,7 @@ def check_extra(extra: str) -> Check:
     name, lacking = f"extra [{extra}]", unmet(declared(extra))
     if not lacking:
         return Check(name=name, status="ok", detail="installed", required=False)
-    fix = f"pip install '{DISTRIBUTION}[{extra}]'"
-    return Check(name=name, status="missing", detail="; ".join(lacking), fix=fix, required=False)
+    return Check(name=name, status="missing", detail="; ".join(lacking), fix=install_fix(extra), required=False)
 
 
 def _torch(torch: Any) -> Check:

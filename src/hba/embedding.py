@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hba.environment import require_extra
 from hba.errors import InputError
 from hba.storage import file_sha256
 
@@ -36,6 +37,7 @@ class Embedder:
     """
 
     def __init__(self, model: str = MINILM, *, device: str = "cpu", batch_size: int = 64, cached: int = 50_000) -> None:
+        require_extra("train", "an embedding of sentences")
         import torch
         from transformers import MODEL_MAPPING, AutoConfig, AutoTokenizer
 

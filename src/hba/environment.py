@@ -20,8 +20,11 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from hba.errors import InputError
 
 DISTRIBUTION = "human-behavior-atlas"
 PACKAGES = (
@@ -29,6 +32,8 @@ PACKAGES = (
     *("numpy", "scipy", "pyarrow", "msgspec", "av", "soundfile", "soxr", "pillow", "pydantic"),
     *("tensorboard", "wandb", "vllm", "verl", "ray", "opensmile", "mediapipe"),
 )
+EXTRAS = {"train": ("torch", "torchvision", "transformers", "peft", "accelerate", "tensorboard")}
+"""what a light install lacks, by the extra that brings it"""
 COMMAND_SECONDS = 10.0
 
 
@@ -66,6 +71,29 @@ def installed_version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported, without importing it."""
+    try:
+        return find_spec(package) is not None
+    except (ModuleNotFoundError, ValueError):  # an import that is barred, or half of one
+        return False
+
+
+def require_extra(extra: str, who: str, *, also: str = "") -> None:
+    """Raises InputError, with what to type, unless the packages of an extra (one of EXTRAS) can be imported.
+
+    `who` needs them, `also` is another way out.
+    """
+    missing = next((name for name in EXTRAS[extra] if not is_installed(name)), None)
+    if missing is not None:
+        raise InputError(f"{who} needs {missing}, which is not installed", fix=f"{install_fix(extra)}{also}.")
+
+
+def install_fix(extra: str) -> str:
+    """What to type for an extra of this package."""
+    return f"pip install '{DISTRIBUTION}[{extra}]'"
 
 
 def package_versions() -> dict[str, str]:

@@ -18,8 +18,7 @@ from hba.atlas import open_atlas
 from hba.atlas.convert import convert_to_parquet
 from hba.atlas.info import atlas_info
 from hba.atlas.validate import validate_atlas
-from hba.batch.config import EncodeConfig
-from hba.batch.encode import load_media
+from hba.batch.config import EncodeConfig, load_media
 from hba.errors import InputError, MediaError
 
 

@@ -132,7 +132,9 @@ def test_unmet_requirements_say_what_is_there() -> None:
 
 
 def test_requirements_are_those_of_the_package() -> None:
-    assert {"torch", "transformers", "av"} <= {r.name for r in declared()}
+    assert {"av", "pyarrow"} <= {r.name for r in declared()}
+    assert {"torch", "transformers"} <= {r.name for r in declared("train")} - {r.name for r in declared()}
+    assert {"torch", "opensmile", "wandb"} <= {r.name for r in declared("all")}
     assert {r.name for r in declared("wandb")} == {"wandb"}
     assert "pytest" in {r.name for r in declared("dev")}
     assert "pytest" not in {r.name for r in declared()}

@@ -1,18 +1,20 @@
 """Bytes to arrays: the one place where media of a sample are decoded.
 
 Sound is 16 kHz mono float32 (`audio`), clips are N exact frames (`video`), images are RGB, descriptors are tensors that
-were loaded without unpickling code. Content decides how a source is read, never its name. A source is served whole or
-refused with a MediaError that names the place; nothing is ever replaced by silence, black frames or zeros.
+were loaded without unpickling code, or arrays where torch is not installed (`pt`). Content decides how a source is
+read, never its name. A source is served whole or refused with a MediaError that names the place; nothing is ever
+replaced by silence, black frames or zeros.
 """
 
 from __future__ import annotations
 
+import math
 import pickle
 import struct
 import warnings
 import zipfile
 import zlib
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +22,8 @@ import numpy.typing as npt
 from hba.atlas.audio import SAMPLE_RATE, Audio, load_audio
 from hba.atlas.source import DEFAULT_LIMITS, RESTORE, Frames, Limits, Source, check_source, head, opened, read_bytes
 from hba.atlas.video import Video, load_video
-from hba.errors import MediaError
+from hba.environment import install_fix, is_installed
+from hba.errors import InputError, MediaError
 from hba.storage import machine_fault
 
 if TYPE_CHECKING:
@@ -31,12 +34,16 @@ Descriptor: TypeAlias = "Tensor | dict[str, Tensor]"
 
 _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 _NUMBERS = ("float16", "bfloat16", "float32", "float64", "uint8", "int8", "int16", "int32", "int64")
+_SAFETENSORS = {
+    **{"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "BOOL": "bool"},
+    **{"U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"},
+}
 _DAMAGED_IMAGE = (OSError, SyntaxError, ValueError, EOFError, OverflowError, struct.error, zlib.error, IndexError)
 _DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, struct.error, NotImplementedError)
 _DAMAGED_TENSOR = (
     pickle.UnpicklingError,
     *(RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error),
-    *(OverflowError, AssertionError, NotImplementedError),
+    *(OverflowError, AssertionError, NotImplementedError, zipfile.BadZipFile, zlib.error),
 )
 
 __all__ = [
@@ -121,21 +128,22 @@ def _check_jpeg(source: Source, where: str, limits: Limits) -> None:
 def load_descriptor(source: Source, *, where: str, limits: Limits = DEFAULT_LIMITS) -> Descriptor:
     """Load a `.pt` or safetensors file: a tensor, or a dict of tensors, on the CPU.
 
-    Raises MediaError naming `where` when the file is empty or damaged, holds anything but tensors (it is never
-    unpickled as code), holds NaN or infinity, or exceeds `limits`.
+    Where torch is not installed, tensors are NumPy arrays of the same shapes and values (bfloat16 as float32), and a
+    file that only torch reads is an InputError that says what to install. Raises MediaError naming `where` when it
+    is empty or damaged, holds anything but tensors (it is never unpickled as code), holds NaN or infinity, or exceeds
+    `limits`.
     """
-    import torch
-
     size = check_source(source, where=where, limits=limits)
     start = head(source, 9, where=where)
     if start[8:] == b"{" and int.from_bytes(start[:8], "little") < size:  # no .pt of any release begins like this
         return _load_safetensors(source, where, limits)
     _check_archive(source, where, limits)
+    with_torch = is_installed("torch")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about deprecated storage classes of old files
             with opened(source, where=where) as file:
-                value = torch.load(file, map_location="cpu", weights_only=True)
+                value = _torch_load(file) if with_torch else _load_without_torch(file, where)
     except _DAMAGED_TENSOR as error:
         fault = machine_fault(error, where)
         if fault is not None:
@@ -143,20 +151,49 @@ def load_descriptor(source: Source, *, where: str, limits: Limits = DEFAULT_LIMI
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         what = f"is not a plain file of tensors, or is damaged ({reason})"
         raise MediaError(what, where=where, fix="Save tensors alone with torch.save.") from None
-    if isinstance(value, torch.Tensor):
-        return _checked(value, "", where, limits)
+    checked = _checked if with_torch else _checked_array
+    if hasattr(value, "shape"):
+        return checked(value, "", where, limits)
     if isinstance(value, dict) and value and all(isinstance(k, str) for k in value):
-        return {name: _checked(tensor, f" {name!r}", where, limits) for name, tensor in value.items()}
+        return {name: checked(tensor, f" {name!r}", where, limits) for name, tensor in value.items()}
     what = f"expected a tensor or a dict of tensors, found {type(value).__name__}"
     raise MediaError(what, where=where, fix="Save a tensor, or a dict of names to tensors.")
 
 
-def _load_safetensors(source: Source, where: str, limits: Limits) -> Descriptor:
-    import safetensors
-    import safetensors.torch
+def _torch_load(file: BinaryIO) -> Any:
+    import torch
+
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _load_without_torch(file: BinaryIO, where: str) -> Any:
+    """As `_torch_load`, arrays for tensors. Raises InputError for what torch alone reads."""
+    from hba.atlas.pt import NeedsTorchError, read_arrays
 
     try:
-        value = safetensors.torch.load(read_bytes(source, where=where))
+        return read_arrays(file)
+    except NeedsTorchError as error:
+        raise InputError(f"{error}, which torch alone reads", where=where, fix=f"{install_fix('train')}.") from None
+
+
+def _load_safetensors(source: Source, where: str, limits: Limits) -> Descriptor:
+    import safetensors
+
+    with_torch = is_installed("torch")
+    try:
+        data = read_bytes(source, where=where)
+        if with_torch:
+            import safetensors.torch
+
+            value: dict[str, Any] = safetensors.torch.load(data)
+        else:
+            from hba.atlas.pt import from_bytes
+
+            stored: Any = safetensors
+            value = {
+                name: from_bytes(each["data"], _SAFETENSORS[each["dtype"]]).reshape(each["shape"])
+                for name, each in stored.deserialize(data)
+            }
     except (
         safetensors.SafetensorError,
         OSError,
@@ -173,7 +210,8 @@ def _load_safetensors(source: Source, where: str, limits: Limits) -> Descriptor:
         raise MediaError(f"is not whole safetensors ({reason})", where=where, fix=RESTORE) from None
     if not value:
         raise MediaError("holds no tensors", where=where, fix=RESTORE)
-    return {name: _checked(tensor, f" {name!r}", where, limits) for name, tensor in value.items()}
+    checked = _checked if with_torch else _checked_array
+    return {name: checked(tensor, f" {name!r}", where, limits) for name, tensor in value.items()}
 
 
 def _check_archive(source: Source, where: str, limits: Limits) -> None:
@@ -205,16 +243,34 @@ def _checked(tensor: object, name: str, where: str, limits: Limits) -> Tensor:
         kind = "quantised" if tensor.is_quantized else "nested" if tensor.is_nested else str(tensor.layout)
         what = f"tensor{name}: expected a dense tensor, found a {kind.removeprefix('torch.')} one"
         raise MediaError(what, where=where, fix="Save dense tensors alone.")
-    # Not float8, complex or bool, with which torch cannot count, or which are no features.
-    if str(tensor.dtype).removeprefix("torch.") not in _NUMBERS:
-        what = f"tensor{name} holds values of type {tensor.dtype}"
-        raise MediaError(what, where=where, fix="Save it as float32: tensor.float().")
-    if tensor.device.type != "cpu" or tensor.numel() == 0:
-        raise MediaError(f"tensor{name} is empty, shape {list(tensor.shape)}", where=where, fix=RESTORE)
-    # Strides of zero let a file of a few bytes claim any shape.
-    if tensor.numel() * tensor.element_size() > limits.max_descriptor_bytes:
-        what = f"tensor{name} claims shape {list(tensor.shape)}, more than {limits.max_descriptor_bytes:,} bytes"
-        raise MediaError(what, where=where, fix="Store fewer frames, or raise Limits.max_descriptor_bytes.")
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    cpu = tensor.device.type == "cpu"
+    _require_numbers(list(tensor.shape) if cpu else [0], dtype, tensor.element_size(), name, where, limits)
     if not bool(torch.isfinite(tensor).all()):
         raise MediaError(f"tensor{name} holds NaN or infinite values", where=where, fix="Extract the descriptor again.")
     return tensor.detach()
+
+
+def _checked_array(array: object, name: str, where: str, limits: Limits) -> Any:
+    """As `_checked`, where torch is not installed: an array of its own, in place of a view of its file."""
+    if not isinstance(array, np.ndarray):
+        what = f"entry{name}: expected a dense tensor, found {type(array).__name__}"
+        raise MediaError(what, where=where, fix="Save dense tensors alone.")
+    _require_numbers(list(array.shape), array.dtype.name, array.itemsize, name, where, limits)
+    if not np.isfinite(array).all():
+        raise MediaError(f"tensor{name} holds NaN or infinite values", where=where, fix="Extract the descriptor again.")
+    return array.copy()
+
+
+def _require_numbers(shape: list[int], dtype: str, item_bytes: int, name: str, where: str, limits: Limits) -> None:
+    """Raises MediaError for an empty tensor, one of no numbers, or one of too many."""
+    # Not float8, complex or bool, with which torch cannot count, or which are no features.
+    if dtype not in _NUMBERS:
+        what = f"tensor{name} holds values of type torch.{dtype}"
+        raise MediaError(what, where=where, fix="Save it as float32: tensor.float().")
+    if math.prod(shape) == 0:
+        raise MediaError(f"tensor{name} is empty, shape {shape}", where=where, fix=RESTORE)
+    # Strides of zero let a file of a few bytes claim any shape.
+    if math.prod(shape) * item_bytes > limits.max_descriptor_bytes:
+        what = f"tensor{name} claims shape {shape}, more than {limits.max_descriptor_bytes:,} bytes"
+        raise MediaError(what, where=where, fix="Store fewer frames, or raise Limits.max_descriptor_bytes.")

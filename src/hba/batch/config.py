@@ -6,16 +6,23 @@ torch is imported, which takes seconds.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
+import numpy as np
 from pydantic import Field
 
-from hba.atlas.source import Frames
-from hba.batch.prompt import MODALITIES, Modality
+from hba.atlas.rows import Sample
+from hba.atlas.source import Frames, require_audible
+from hba.batch.prompt import MODALITIES, Message, Modality, Wording, build_messages
 from hba.config import option
 from hba.environment import kernel_ends_children, usable_cores
-from hba.errors import ConfigError
+from hba.errors import ConfigError, MediaError
+
+if TYPE_CHECKING:
+    from hba.atlas.decoded import DecodedCache
+    from hba.atlas.media import Image, Video
 
 LongAudio: TypeAlias = Literal["refuse", "head", "windows", "published"]
 PUBLISHED_AUDIO_SECONDS = 10.0
@@ -96,3 +103,62 @@ class PrepareConfig:
     model: str = option(doc="model, checkpoint or run whose processor sets the size of frames: a folder or a hub id")
     encode: EncodeConfig = field(default_factory=EncodeConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
+
+
+# What a config lets through of a sample, for models here and on servers alike: no torch.
+
+
+def messages_of(
+    sample: Sample, config: EncodeConfig, wording: Wording, plain: Callable[[str], str] = str
+) -> list[Message]:
+    """The chat messages of a sample, media in the order of their tags. Raises MediaError for a tag without a medium."""
+    counts: dict[Modality, int] = {"image": sample.images, "video": sample.videos, "audio": sample.audios}
+    return build_messages(
+        wording.question(sample),
+        counts,
+        where=sample.where,
+        modalities=config.modalities,
+        system_prompt=config.system_prompt,
+        plain=plain,
+    )
+
+
+class Media(NamedTuple):
+    """The decoded media of a sample, of the modalities that the config lets through."""
+
+    audios: list[np.ndarray[Any, Any]]
+    images: list[Image]
+    videos: list[Video]
+
+
+def load_media(
+    sample: Sample,
+    config: EncodeConfig,
+    sampling_rate: int,
+    *,
+    windows: bool = False,
+    decoded: DecodedCache | None = None,
+) -> Media:
+    """Decode the media of a sample, long audios as `config.long_audio` says; with `windows`, those stay whole.
+
+    Sounds and clips that `decoded` keeps are taken from there. Raises MediaError for a medium that cannot be read, is
+    too long or too short.
+    """
+    wanted = config.modalities
+    audios = [a.samples for a in sample.load_audios(decoded=decoded)] if "audio" in wanted else []
+    longest = int(config.heard_seconds * sampling_rate)
+    for number, audio in enumerate(audios):
+        require_audible(len(audio) / sampling_rate, sample.place("audios"))
+        if len(audio) <= longest or (config.long_audio == "windows" and windows):
+            continue
+        if config.long_audio in ("refuse", "windows"):
+            limit = config.max_audio_seconds
+            found = f"audio of {len(audio) / sampling_rate:.1f} s, more than max_audio_seconds={limit}"
+            fix = "Raise max_audio_seconds, split the clip, or choose encode.long_audio (docs/data.md)."
+            raise MediaError(found, where=sample.place("audios"), fix=fix)
+        audios[number] = audio[:longest].copy()  # not a view, which would keep the whole
+    images = list(sample.load_images()) if "image" in wanted else []
+    videos: list[Video] = []
+    if "video" in wanted:
+        videos = sample.load_videos(config.num_frames, frames=config.frames, decoded=decoded)
+    return Media(audios, images, videos)

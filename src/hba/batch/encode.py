@@ -26,17 +26,15 @@ import torch
 from torch import Tensor
 
 from hba.atlas.rows import MEDIA_FIELDS, Columns, Field, Quarantined, Sample
-from hba.atlas.source import require_audible
-from hba.batch.config import WINDOWS_ARE_FOR_HEADS, EncodeConfig, LongAudio
+from hba.batch.config import WINDOWS_ARE_FOR_HEADS, EncodeConfig, LongAudio, Media, load_media, messages_of
 from hba.batch.pool import DescriptorConfig, pooled_descriptors
-from hba.batch.prompt import AS_WRITTEN, MODALITIES, Message, Modality, PlainText, Wording, build_messages, taught
+from hba.batch.prompt import AS_WRITTEN, MODALITIES, Message, Modality, PlainText, Wording, taught
 from hba.environment import installed_version
 from hba.errors import ConfigError, InputError, MediaError
 from hba.taxonomy import BUILTIN, Taxonomy
 
 if TYPE_CHECKING:
     from hba.atlas.decoded import DecodedCache
-    from hba.atlas.media import Image, Video
 
 SAMPLING_RATE = 16000  # of the atlas' decoded sound
 _MARK = "ANSWER"
@@ -276,62 +274,6 @@ class Batch:
             class_index_B=self.class_index_B.to(device, non_blocking=True),
             labels_BT=None if self.labels_BT is None else self.labels_BT.to(device, non_blocking=True),
         )
-
-
-def messages_of(
-    sample: Sample, config: EncodeConfig, wording: Wording, plain: Callable[[str], str] = str
-) -> list[Message]:
-    """The chat messages of a sample, media in the order of their tags. Raises MediaError for a tag without a medium."""
-    counts: dict[Modality, int] = {"image": sample.images, "video": sample.videos, "audio": sample.audios}
-    return build_messages(
-        wording.question(sample),
-        counts,
-        where=sample.where,
-        modalities=config.modalities,
-        system_prompt=config.system_prompt,
-        plain=plain,
-    )
-
-
-class Media(NamedTuple):
-    """The decoded media of a sample, of the modalities that the config lets through."""
-
-    audios: list[np.ndarray[Any, Any]]
-    images: list[Image]
-    videos: list[Video]
-
-
-def load_media(
-    sample: Sample,
-    config: EncodeConfig,
-    sampling_rate: int,
-    *,
-    windows: bool = False,
-    decoded: DecodedCache | None = None,
-) -> Media:
-    """Decode the media of a sample, long audios as `config.long_audio` says; with `windows`, those stay whole.
-
-    Sounds and clips that `decoded` keeps are taken from there. Raises MediaError for a medium that cannot be read, is
-    too long or too short.
-    """
-    wanted = config.modalities
-    audios = [a.samples for a in sample.load_audios(decoded=decoded)] if "audio" in wanted else []
-    longest = int(config.heard_seconds * sampling_rate)
-    for number, audio in enumerate(audios):
-        require_audible(len(audio) / sampling_rate, sample.place("audios"))
-        if len(audio) <= longest or (config.long_audio == "windows" and windows):
-            continue
-        if config.long_audio in ("refuse", "windows"):
-            limit = config.max_audio_seconds
-            found = f"audio of {len(audio) / sampling_rate:.1f} s, more than max_audio_seconds={limit}"
-            fix = "Raise max_audio_seconds, split the clip, or choose encode.long_audio (docs/data.md)."
-            raise MediaError(found, where=sample.place("audios"), fix=fix)
-        audios[number] = audio[:longest].copy()  # not a view, which would keep the whole
-    images = list(sample.load_images()) if "image" in wanted else []
-    videos: list[Video] = []
-    if "video" in wanted:
-        videos = sample.load_videos(config.num_frames, frames=config.frames, decoded=decoded)
-    return Media(audios, images, videos)
 
 
 class ResizeAsProcessor:

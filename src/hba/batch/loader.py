@@ -43,16 +43,8 @@ from torch import Tensor
 
 from hba.atlas import Atlas
 from hba.atlas.rows import MEDIA_FIELDS, Quarantined, Sample, out_of_memory
-from hba.batch.config import EncodeConfig, LoaderConfig
-from hba.batch.encode import (
-    SAMPLING_RATE,
-    Batch,
-    Encoded,
-    Encoder,
-    ResizeAsProcessor,
-    collate,
-    load_media,
-)
+from hba.batch.config import EncodeConfig, LoaderConfig, load_media
+from hba.batch.encode import SAMPLING_RATE, Batch, Encoded, Encoder, ResizeAsProcessor, collate
 from hba.batch.sampler import Indices
 from hba.environment import die_with_parent
 from hba.errors import HbaError, MachineError, MediaError

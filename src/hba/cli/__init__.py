@@ -29,6 +29,7 @@ from hba.cli.predict import predict_command
 from hba.cli.release import LMMS_EXAMPLE, export_app, merge_command, push_command
 from hba.cli.start import demo_command, doctor_command, explore_command, tiny_command
 from hba.cli.train import FIT_EXAMPLE, SFT_EXAMPLE, TRANSFER_EXAMPLE, fit_command, train_app, transfer_command
+from hba.environment import EXTRAS, install_fix
 from hba.errors import HbaError, InputError, StoppedError
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -89,6 +90,13 @@ def main() -> None:
     except HbaError as error:
         sys.stderr.write(f"{error}\n" if isinstance(error, StoppedError) else f"error: {error}\n")
         raise SystemExit(error.exit_code) from None
+    except ModuleNotFoundError as error:
+        # A command of a light install that needs more, where it was not asked at its start.
+        extra = next((extra for extra, names in EXTRAS.items() if str(error.name).partition(".")[0] in names), None)
+        if extra is None:
+            raise
+        sys.stderr.write(f"error: needs {error.name}, which is not installed. Fix: {install_fix(extra)}.\n")
+        raise SystemExit(InputError.exit_code) from None
     except OSError as error:
         # A file that cannot be read or written for a reason that no module foresaw: the user's disk, not a bug.
         name = error.filename2 or error.filename  # the second is where a finished file should have gone

@@ -40,8 +40,10 @@ def ask_command(
     """Ask a model about files of your own. A file that cannot be read is named, and the others go on."""
     if csv and json:
         raise InputError("--csv and --json exclude each other", where="hba ask", fix="Give one of them.")
+    from hba.evaluate.backends.interface import require_backend
     from hba.evaluate.config import PredictConfig
 
+    require_backend(model, backend)
     settings = configured(PredictConfig, None, [*served(base_url), *(key or [])])
     from hba.evaluate.ask import ask
 

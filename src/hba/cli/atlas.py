@@ -23,7 +23,7 @@ from hba.cli.options import (
     finish,
     written,
 )
-from hba.environment import usable_cores
+from hba.environment import require_extra, usable_cores
 from hba.errors import InputError
 from hba.storage import cache_folder
 
@@ -102,6 +102,8 @@ def describe_command(
     json: JsonFlag = False,
 ) -> None:
     """Extract openSMILE features, landmarks and transcripts, and name them in the rows. Resumes when killed."""
+    if root is not None:
+        require_extra("train", "hba atlas describe")
     from hba.descriptors import landmarks
     from hba.descriptors.describe import describe
     from hba.descriptors.items import Settings
@@ -176,6 +178,7 @@ def prepare_command(
     json: JsonFlag = False,
 ) -> None:
     """Decode all clips and sounds once and keep them, for runs with loader.decode_once=true. Resumes when killed."""
+    require_extra("train", "hba atlas prepare")
     from hba.batch.config import PrepareConfig
 
     settings = configured(PrepareConfig, None, overrides)

@@ -52,10 +52,12 @@ def eval_command(
     json: JsonFlag = False,
 ) -> None:
     """Predict, judge, score, report and rank in one command; the same command goes on where it stopped."""
+    from hba.evaluate.backends.interface import require_backend
     from hba.evaluate.config import PredictConfig
     from hba.evaluate.estimate import estimate
     from hba.evaluate.predict import Selection, open_rows, predict_run
 
+    require_backend(model, backend)
     settings = configured(PredictConfig, None, [*served(base_url), *(overrides or [])])
     folder = run or Path("runs/eval") / re.sub(r"[^\w.-]+", "-", model).strip("-.")
     selection = Selection(per_dataset=per_dataset)

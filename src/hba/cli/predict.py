@@ -56,9 +56,11 @@ def predict_command(
     json: JsonFlag = False,
 ) -> None:
     """Answer every sample of a split; resumes where it stopped."""
+    from hba.evaluate.backends.interface import require_backend
     from hba.evaluate.config import PredictConfig
     from hba.evaluate.predict import Selection, launched_shard, open_rows, parse_shard, predict_run
 
+    require_backend(model, backend)
     settings = configured(PredictConfig, None, [*served(base_url), *(overrides or [])])
     folder = run or _run_folder(model)
     selection = Selection(limit=limit, per_dataset=per_dataset, channels=_names(modalities), datasets=_names(datasets))

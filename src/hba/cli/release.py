@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from hba.cli.options import JsonFlag, answer, bold
+from hba.environment import require_extra
 
 LMMS_EXAMPLE = "Example: hba export lmms-eval runs/lmms --atlas runs/mini"
 WANDB_EXAMPLE = "Example: hba export wandb runs/demo/sft --project atlas --offline"
@@ -49,6 +50,7 @@ def merge_command(
     json: JsonFlag = False,
 ) -> None:
     """Fold LoRA into one full model that plain transformers and vLLM load; heads and adapters lie beside it."""
+    require_extra("train", "hba merge")
     from hba.model.checkpoint import resolve_dtype
     from hba.model.merge import merge_checkpoint, merge_released
     from hba.model.process import prepare_process
@@ -77,6 +79,7 @@ def push_command(
     json: JsonFlag = False,
 ) -> None:
     """Send a run's best model to the hub, with a card of its data, figures, intervals and limits."""
+    require_extra("train", "hba push")
     from hba.export.push import push_run
     from hba.model.process import prepare_process
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hba.cli.options import JsonFlag, Overrides, answer, bold, finish
-from hba.errors import InputError
+from hba.environment import require_extra
 from hba.storage import cache_folder
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def demo_command(
     json: JsonFlag = False,
 ) -> None:
     """Make a synthetic mini-atlas, train a tiny OmniSapiens in three stages and by RL, score and report. Resumes."""
+    require_extra("train", "hba demo")
     from hba.cli.demo import run_demo
 
     result = run_demo(run, size=size, seed=seed, overrides=overrides or [])
@@ -64,6 +65,7 @@ def tiny_command(
     json: JsonFlag = False,
 ) -> None:
     """Make a tiny backbone: the real classes of a family with small dimensions and random weights."""
+    require_extra("train", "hba tiny")
     from hba.atlas import open_atlas
     from hba.model.process import prepare_process
     from hba.model.tiny import atlas_texts, build_tiny
@@ -105,11 +107,8 @@ def explore_command(
     json: JsonFlag = False,
 ) -> None:
     """See and hear the data, the predictions and the mistakes: a local web app. Ctrl-C ends it."""
-    try:
-        from hba.explorer.server import bind, create_app, has_screen, is_loopback, open_browser, serve
-    except ImportError as error:
-        fix = "Install it: pip install 'human-behavior-atlas[explorer]'."
-        raise InputError(f"the explorer's server is not installed ({error.name})", fix=fix) from None
+    from hba.explorer.server import bind, create_app, has_screen, is_loopback, open_browser, serve
+
     bound = bind(host, port, with_token=not no_token)
     app = create_app(
         atlas=atlas,

@@ -29,6 +29,7 @@ from hba.cli.options import (
     served,
     tallied,
 )
+from hba.environment import require_extra
 from hba.errors import InputError
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ def sft_command(
     json: JsonFlag = False,
 ) -> None:
     """Stage 1: LoRA (or everything) and one classification head a domain."""
+    require_extra("train", "hba train sft")
     from hba.train.config import SftConfig
 
     settings = configured(SftConfig, config, overrides)
@@ -122,6 +124,7 @@ def lm_command(
     json: JsonFlag = False,
 ) -> None:
     """Generative SFT: any chat model learns to answer in words."""
+    require_extra("train", "hba train lm")
     from hba.train.config import LmConfig
 
     settings = configured(LmConfig, config, overrides)
@@ -153,6 +156,7 @@ def rl_command(
     json: JsonFlag = False,
 ) -> None:
     """Reinforcement learning of a model that speaks: GRPO, HARPO and their rivals."""
+    require_extra("train", "hba train rl")
     from hba.rl.config import RlConfig
 
     given = [*served(base_url), *(overrides or []), *_key("algorithm", algorithm)]
@@ -198,6 +202,7 @@ def qa_command(
     json: JsonFlag = False,
 ) -> None:
     """Stage 2: lm_head learns to answer free-form rows; backbone and heads stay as they are."""
+    require_extra("train", "hba train qa")
     from hba.train.config import QaConfig
 
     settings = configured(QaConfig, config, overrides, _key("base", base))
@@ -223,6 +228,7 @@ def bam_command(
     json: JsonFlag = False,
 ) -> None:
     """Stage 3: adapters over openSMILE and landmark descriptors, dataset by dataset."""
+    require_extra("train", "hba train bam")
     from hba.train.config import BamConfig
 
     if every and dataset:
@@ -256,6 +262,7 @@ def transfer_command(
     json: JsonFlag = False,
 ) -> None:
     """Pretrain without the held-out datasets, fine-tune on each, compare with no pretraining."""
+    require_extra("train", "hba transfer")
     from hba.train.config import SftConfig
 
     settings = configured(SftConfig, config, overrides)
@@ -301,6 +308,7 @@ def fit_command(
     json: JsonFlag = False,
 ) -> None:
     """Tell whether a run fits on a GPU, what takes the memory, and how long an epoch is. Exit code 1: it does not."""
+    require_extra("train", "hba fit")
     known = [each.value for each in FitStage]
     named = Path(config).stem.partition("_")[0] if config is not None else "sft"
     chosen = stage.value if stage is not None else named

@@ -28,6 +28,7 @@ from hba.evaluate.backends.interface import (
     answerable,
     open_backend,
     predict,
+    require_backend,
 )
 from hba.evaluate.config import PredictConfig
 from hba.evaluate.predict import EVERYTHING, open_rows
@@ -75,6 +76,7 @@ def ask(
     A file that cannot be read has an error in its replies. Raises InputError for a path that is missing, a folder
     without media, an unknown task, and a question that the model cannot be asked.
     """
+    require_backend(str(model), backend)
     paths = found_files([files] if isinstance(files, str | Path) else files)
     taxonomy = taxonomy_of(str(model))
     config = config or PredictConfig()

@@ -46,6 +46,7 @@ from hba.evaluate.backends.interface import (
     known,
     open_backend,
     predict,
+    require_backend,
 )
 from hba.evaluate.config import DEFAULT_FORMAT, Opening, PredictConfig
 from hba.evaluate.predictions import (
@@ -360,6 +361,7 @@ def open_rows(
     model: str, atlas: str, *, split: str, config: PredictConfig, backend: str | None, selection: Selection
 ) -> Opening:
     """The chosen rows, and how they reach the model. Raises InputError for a bad backend, atlas or selection."""
+    require_backend(model, backend)
     name = detect(model) if backend is None else known(backend)
     rows = selection.rows(open_atlas(atlas, split=split))
     trained_encode = None

@@ -206,7 +206,7 @@ def landmarks(source: Source, where: str) -> dict[str, Any]:
         raise MediaError("holds no landmarks", where=where, fix="Extract them with `hba atlas describe`.")
     made: dict[str, Any] = {}
     for name, points in shown.items():
-        taken = points[:MAX_POSE_FRAMES].numpy()
+        taken = np.asarray(points[:MAX_POSE_FRAMES])
         made[name] = [_points(frame) if frame[:, 2].any() else None for frame in taken]
     return {"frames": made}
 
@@ -224,7 +224,7 @@ def curves(source: Source, where: str) -> list[tuple[str, list[int], list[list[f
     tensors = loaded if isinstance(loaded, dict) else {"features": loaded}
     parts = []
     for name, tensor in tensors.items():
-        values = tensor.float().numpy()
+        values = np.asarray(tensor) if isinstance(tensor, np.ndarray) else tensor.float().numpy()
         flat = values.reshape(1, -1) if values.ndim < 2 else values.reshape(len(values), -1).T
         order = np.argsort(-flat.std(axis=1), kind="stable")[:MAX_CURVES]
         thin = max(1, flat.shape[1] // WAVE_POINTS)

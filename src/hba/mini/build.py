@@ -24,6 +24,7 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
+from hba.atlas.pt import write_arrays
 from hba.errors import HbaError, InputError, nearest
 from hba.mini import people
 from hba.mini.people import FRAMES_PER_SECOND, SAMPLE_RATE
@@ -59,20 +60,6 @@ def mp4_bytes(frames: NDArray[np.uint8]) -> bytes:
             return raw + room.to_bytes(4, "big") + b"free" + bytes(room - 8)
     found = f"{len(frames)} frames do not fit {MP4_BYTES} bytes"
     raise HbaError(found, where="mini-atlas video", fix="Draw fewer frames.")
-
-
-def pt_bytes(arrays: dict[str, NDArray[Any]]) -> bytes:
-    """A `.pt` file holding a dict of tensors; the tensors share one storage, which keeps the file small."""
-    import torch
-
-    flat = torch.from_numpy(np.concatenate([array.reshape(-1) for array in arrays.values()]))
-    tensors, start = {}, 0
-    for name, array in arrays.items():
-        tensors[name] = flat[start : start + array.size].view(array.shape)
-        start += array.size
-    target = io.BytesIO()
-    torch.save(tensors, target)
-    return target.getvalue()
 
 
 def _h264_mp4(frames: NDArray[np.uint8], quality: int) -> bytes:
@@ -213,7 +200,7 @@ def build_mini_atlas(
         with closing(_recorded(plan.clips, workers)) as recorded:
             for done, files in enumerate(recorded, 1):
                 for path, made in files.items():
-                    _write(folder / path, made if isinstance(made, bytes) else pt_bytes(made))
+                    _write(folder / path, made if isinstance(made, bytes) else write_arrays(made))
                 if progress is not None:
                     progress(done, len(plan.clips))
         _write_rows(folder, plan)
@@ -267,7 +254,7 @@ def _recorded(clips: Sequence[Clip], workers: int) -> Generator[Files, None, Non
 
 
 def _record(clip: Clip) -> Files:
-    """The clip's media as bytes and its descriptors as arrays, by path (torch stays out of the workers)."""
+    """The clip's media as bytes and its descriptors as arrays, by path."""
     sound, sight = (np.random.default_rng([*clip.key, channel]) for channel in (0, 1))
     blocks, num_frames = LENGTHS[clip.length]
     made: Files = {}

@@ -12,6 +12,9 @@ __all__ = ["OmniSapiens"]
 
 def __getattr__(name: str) -> Any:
     if name == "OmniSapiens":
+        from hba.environment import require_extra
+
+        require_extra("train", "OmniSapiens")
         from hba.model import omni
 
         return omni.OmniSapiens

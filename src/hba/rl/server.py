@@ -26,7 +26,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from hba.atlas.rows import Sample
-from hba.batch.encode import SAMPLING_RATE, Encoder, load_media, media_placeholders
+from hba.batch.config import load_media
+from hba.batch.encode import SAMPLING_RATE, Encoder, media_placeholders
 from hba.batch.prompt import MODALITIES
 from hba.errors import HbaError
 from hba.evaluate.backends.wire import decoded_parts, filled, frame_rate

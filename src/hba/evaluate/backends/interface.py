@@ -27,6 +27,7 @@ from hba.atlas.rows import Quarantined, Sample
 from hba.batch.config import LoaderConfig
 from hba.batch.prompt import FormatMix
 from hba.batch.sampler import Indices, plan_batches
+from hba.environment import require_extra
 from hba.errors import ConfigError, InputError, nearest
 from hba.evaluate.predictions import Prediction, was_cut
 from hba.model.config import require_place
@@ -137,6 +138,16 @@ def known(name: str) -> str:
     if name not in MODULES:
         raise InputError(f"no backend {name!r}", where="--backend", fix=nearest(name, MODULES))
     return name
+
+
+def require_backend(model: str, name: str | None) -> None:
+    """Raises InputError for a model in this process where torch is not installed: services and baselines need none.
+
+    None is for a backend that the model decides.
+    """
+    if name in LOCAL or (name is None and model not in WORDLESS):
+        also = ", or ask a service: --backend openai, anthropic or google"
+        require_extra("train", "a model in this process", also=also)
 
 
 def detect(model: str) -> str:

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 from hba.atlas import Atlas
 from hba.atlas.rows import Quarantined, Sample
+from hba.batch.config import messages_of
 from hba.batch.prompt import FormatMix
 from hba.batch.sampler import Indices
 from hba.environment import usable_cores
@@ -117,8 +118,6 @@ class RemoteBackend:
 
     def request(self, sample: Sample) -> ChatRequest:
         """What is sent for a sample. Raises MediaError for a medium that cannot be read."""
-        from hba.batch.encode import messages_of  # imports torch, which a run without anything left does not need
-
         parts = media_parts(sample, self._encode, video=self._opening.config.video)
         settings = self._settings
         sampled = settings.temperature != 0

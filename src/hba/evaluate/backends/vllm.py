@@ -29,8 +29,8 @@ from safetensors.torch import load_file
 from hba.atlas import Atlas
 from hba.atlas.media import SAMPLE_RATE
 from hba.atlas.rows import Sample
-from hba.batch.config import EncodeConfig
-from hba.batch.encode import end_token_id, load_media, messages_of
+from hba.batch.config import EncodeConfig, load_media, messages_of
+from hba.batch.encode import end_token_id
 from hba.batch.prompt import FormatMix, PlainText, Wording
 from hba.batch.sampler import Indices
 from hba.environment import usable_cores

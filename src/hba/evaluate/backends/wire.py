@@ -10,7 +10,7 @@ import base64
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +19,11 @@ import soundfile
 
 from hba.atlas.media import SAMPLE_RATE, Image, Video
 from hba.atlas.rows import Sample
-from hba.batch.config import EncodeConfig
+from hba.batch.config import EncodeConfig, Media, load_media
 from hba.batch.prompt import Message, Modality
 from hba.errors import MediaError
 from hba.remote.request import Message as RemoteMessage
 from hba.remote.request import Part
-
-if TYPE_CHECKING:
-    from hba.batch.encode import Media
 
 WIRE_VERSION = 1  # raised when the same sample would be sent in another form
 
@@ -35,8 +32,6 @@ Parts = Mapping[Modality, list[list[Part]]]
 
 def media_parts(sample: Sample, encode: EncodeConfig, *, video: str) -> Parts:
     """The parts of each medium by modality, in the order of the row. Raises MediaError for one that cannot be read."""
-    from hba.batch.encode import load_media  # imports torch
-
     decoded = load_media(sample, encode, SAMPLE_RATE)  # also where files are sent: what is broken is found here
     if video == "file" and decoded.videos:
         clips = [[_file(data)] for data in sample.read_videos()]

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset, Sampler
 from hba.atlas import Atlas
 from hba.atlas.media import SAMPLE_RATE, Video
 from hba.atlas.rows import Sample
-from hba.batch.encode import Media, load_media, messages_of
+from hba.batch.config import Media, load_media, messages_of
 from hba.batch.prompt import FormatMix, PlainText
 from hba.batch.sampler import Indices
 from hba.config import load_config
