@@ -212,6 +212,26 @@ def test_lora_adapters_and_heads_are_sharded_beside_a_frozen_backbone(launch, tm
     assert all(torch.allclose(ours[name], theirs[name], atol=2e-3) for name in theirs)
 
 
+@pytest.mark.parametrize(
+    ("command", "strategy"),
+    [("sft", ["model.strategy=full", "answer_weight=1"]), ("lm", LORA)],
+    ids=["heads and words, everything", "words, LoRA"],
+)
+def test_sharded_ranks_in_bfloat16_compute_what_whole_ones_do(
+    launch, tmp_path, mini_atlas, backbone, command, strategy
+):
+    """With layers computed twice: the first step's loss to the bit, the others as far as sums in another order go."""
+    config = [f"atlas={mini_atlas}", f"model.name={backbone}", *SMALL, "train.activation_checkpointing=true"]
+    config += [*strategy, "model.dtype=bfloat16", "train.max_steps=3"]
+    for name, extra in (("whole", []), ("sharded", [SHARDED])):
+        ended = launch(["train", command, "--run", tmp_path / name, *config, *extra], ranks=2)
+        assert ended.code == 0, ended.err
+    whole, sharded = (logged(tmp_path / name) for name in ("whole", "sharded"))
+    assert sharded[0]["loss"] == whole[0]["loss"]
+    assert [line["loss"] for line in sharded] == pytest.approx([line["loss"] for line in whole], rel=2e-3)
+    assert [line["grad_norm"] for line in sharded] == pytest.approx([line["grad_norm"] for line in whole], rel=1e-2)
+
+
 def test_sharded_ranks_whose_samples_dropped_a_modality_exchange_what_the_others_do(one, launch, tmp_path, mini_atlas):
     """With one sample a rank and half of all descriptors dropped, ranks differ in which adapters see any."""
     config = [f"atlas={mini_atlas}", f"base={one}", "datasets=[daicwoz,siq2]", "stage=full", "modality_dropout=0.5"]

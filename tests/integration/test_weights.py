@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -18,7 +19,9 @@ from torch.distributed.tensor import DTensor
 from transformers import BertConfig, BertModel, BertTokenizer, Qwen2_5OmniThinkerForConditionalGeneration
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from hba.atlas import open_atlas
 from hba.batch.config import EncodeConfig
+from hba.batch.encode import Encoder, collate
 from hba.batch.pool import DescriptorConfig
 from hba.embedding import Embedder
 from hba.errors import InputError
@@ -28,6 +31,7 @@ from hba.model.config import ModelConfig, computes_bfloat16
 from hba.model.omni import apply_strategy
 from hba.model.weights import INDEX, Piece, Weights, give_precision, write_weights
 from hba.train.ranks import prepare_model, whole_weights
+from hba.train.sft import sft_loss
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import tiny_chat
@@ -318,6 +322,60 @@ def test_one_process_that_was_launched_as_many_are_holds_its_one_shard(halved, g
     expected = dict(OmniSapiens.from_pretrained(halved, dtype="float32").transformer.named_parameters())
     for name, parameter in prepared.transformer.named_parameters():
         assert isinstance(parameter, DTensor) and torch.equal(parameter.full_tensor(), expected[name])
+
+
+@pytest.fixture
+def in_bfloat16():
+    AcceleratorState._reset_state(reset_partial_state=True)  # a process has one precision; this one began in float32
+    yield Accelerator(cpu=True, mixed_precision="bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def passed(backbone, mini_atlas, accelerator, **how):
+    """A training pass of everything over three rows: the model, its loss, and the bytes kept for the backward pass."""
+    torch.manual_seed(0)
+    model = OmniSapiens.from_pretrained(backbone, dtype="float32")
+    model.untie_lm_head()
+    model = prepare_model(model.train(), accelerator, **how)
+    rows = open_atlas(mini_atlas, split="train").filter(datasets=["tess"])
+    small = EncodeConfig(num_frames=2, min_pixels=3136, max_pixels=3136)
+    encoder = Encoder(model.processor, small, rows.taxonomy, answers=True)
+    batch = collate([encoder.encode(rows[i]) for i in range(3)], pad_token_id=encoder.pad_token_id)
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = sft_loss(model, batch, answer_weight=1.0)
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters() if not how["shard"]}
+    return model, loss, sum(storage.nbytes() for place, storage in kept.items() if place not in weights)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_sharded_training_in_bfloat16_keeps_no_copy_of_a_gathered_weight(
+    backbone, mini_atlas, group, in_bfloat16, recomputed
+):
+    """And the pass in which nothing is rounded that autocast would not round, with the embeddings given back."""
+    how = {"checkpoint_activations": recomputed}
+    whole, expected, with_copies = passed(backbone, mini_atlas, in_bfloat16, shard=False, **how)
+    model, loss, kept = passed(backbone, mini_atlas, in_bfloat16, shard=True, **how)
+    assert loss.item() == expected.item()
+    layers, head = model.transformer.model.layers, model.transformer.lm_head
+    inside = sum(p.numel() for p in layers.parameters() if p.ndim == 2)
+    copied = head.weight.numel() + (0 if recomputed else inside)
+    assert with_copies - kept > 0.9 * 2 * copied
+    still = {n: p for n, p in model.named_parameters() if not isinstance(p, DTensor)}
+    assert not [name for name in still if "layers." in name or "blocks." in name or "embed_tokens" in name]
+    loss.backward()
+    expected.backward()
+    for name, parameter in model.named_parameters():
+        theirs = whole.get_parameter(name).grad
+        assert (parameter.grad is None) == (theirs is None), name
+        if theirs is not None:
+            assert parameter.grad.dtype == torch.float32
+            assert torch.allclose(parameter.grad.full_tensor(), theirs, rtol=1e-2, atol=1e-5 + 1e-2 * theirs.abs().max())
 
 
 GATHERED = {

@@ -584,7 +584,8 @@ def _setup(
     shard, checkpointing = config.train.sharding == "full", config.train.activation_checkpointing
     policy = build_policy(config.model, checkpoint, freeze_towers=config.freeze_towers, mapped=shard)
     ranks.wait()  # as in the loop of the other stages: the first exchange of tensors comes next
-    model = prepare_model(policy, accelerator, shard=shard, checkpoint_activations=checkpointing)
+    # Its probabilities are made of the head's logits a piece at a time.
+    model = prepare_model(policy, accelerator, shard=shard, checkpoint_activations=checkpointing, pieces=True)
     policy.train()
     regularised = config.loss.kl_weight > 0
     encoder = encoder_for(policy.processor, config.encode, train.taxonomy, wording=FormatMix((config.format,)))

@@ -20,13 +20,14 @@ from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -45,19 +46,23 @@ from hba.model.weights import give_precision
 # Weights come from their files in parts, too: a model that will be sharded is loaded `mapped`, and each rank copies its
 # own rows, layer by layer. No process holds the model whole.
 #
-# No mixed-precision policy is set: parameters are gathered as they are stored, and autocast casts them as it does on
-# one device, so that sharding changes no number beyond the order of sums.
+# Where autocast computes in bfloat16, what it would round is gathered rounded, and nothing else is: a copy that autocast
+# makes of a gathered weight is kept until its backward pass, for all layers together. Norms, embeddings and heads stay as
+# they are stored, and gradients are added up in float32, so that sharding changes no number beyond the order of sums.
+
+_ROUNDED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # whose weights and biases autocast casts
 
 
 def prepare_model(
-    model: nn.Module, accelerator: Accelerator, *, shard: bool, checkpoint_activations: bool
+    model: nn.Module, accelerator: Accelerator, *, shard: bool, checkpoint_activations: bool, pieces: bool = False
 ) -> nn.Module:
     """`model` on this process's device, in autocast where precision is mixed; with `shard` over all processes.
 
     A model that each process holds whole is not wrapped: nothing of it waits for another process, and `Ranks` adds up
     the gradients. The optimizer is built after this: sharding replaces the parameters, and weights that were loaded as
     their files have them get their precision here. `checkpoint_activations` computes the layers of transformers models
-    again in the backward pass instead of keeping what they computed.
+    again in the backward pass instead of keeping what they computed. With `pieces` a pass asks the language head many
+    times: it is gathered once, with the rest of the model.
     """
     if checkpoint_activations:
         for module in model.modules():
@@ -74,15 +79,55 @@ def prepare_model(
                     distributed.broadcast(parameter.data, src=0)
         return prepared
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):  # transformers' name for a decoder or encoder layer
-            fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    for unit in units(model, mixed=accelerator.mixed_precision == "bf16", head=not pieces):
+        kept = {"reduce_dtype": torch.float32, "cast_forward_inputs": False}
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if unit.rounded else None, **kept)  # type: ignore[arg-type]
+        fully_shard(unit.module, mesh=mesh, mp_policy=policy)
+        if isinstance(unit.module, nn.Embedding):  # its gradient does not depend on it
+            unit.module.set_unshard_in_backward(False)  # type: ignore[operator]
+    for stack in model.modules():
+        if isinstance(stack, nn.ModuleList) and all(isinstance(layer, FSDPModule) for layer in stack):
+            for below, layer in pairwise(stack):  # by itself FSDP would fetch a norm of the same layer first
+                layer.set_modules_to_backward_prefetch([below])  # type: ignore[operator]
     # RL's first pass is a generation: the layers would take themselves for whole models, each for one of its own.
     register_fsdp_forward_method(model, "say")
     sharded: nn.Module = accelerator.prepare_model(model, evaluation_mode=True)
     give_precision(sharded)  # of the own rows alone: until now the weights were mapped from their files
     return sharded
+
+
+class Unit(NamedTuple):
+    """What is gathered together, with `rounded` in bfloat16."""
+
+    module: nn.Module
+    rounded: bool
+
+
+def units(model: nn.Module, *, mixed: bool, head: bool) -> Iterator[Unit]:
+    """The parts in which a model is gathered, inner ones first, the rest of it last.
+
+    They are the layers of all its stacks; the embeddings, and with `head` the language head, where the two are not one;
+    and in `mixed` precision, within the layers, what trains and autocast does not round, such as norms.
+    """
+    for layer in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
+        precise = [part for part in layer.modules() if not isinstance(part, _ROUNDED) and _trains_itself(part)]
+        for part in reversed(precise if mixed else []):
+            if part is not layer:
+                yield Unit(part, False)
+        yield Unit(layer, mixed and layer not in precise)
+    transformer = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if transformer is not None and transformer.get_input_embeddings() is not None:
+        words: Any = transformer.get_input_embeddings()
+        speaks: Any = transformer.get_output_embeddings()
+        if speaks is None or speaks.weight is not words.weight:
+            yield Unit(words, False)
+            if head and speaks is not None and speaks is not transformer:
+                yield Unit(speaks, mixed)
+    yield Unit(model, False)
+
+
+def _trains_itself(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
 
 
 def is_sharded(model: nn.Module) -> bool:
