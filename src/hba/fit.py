@@ -26,16 +26,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hba.errors import InputError, nearest
 from hba.evaluate.config import PredictConfig
 from hba.model.checkpoint import backbone_class, read_config, resolve_dtype
 from hba.model.config import ModelConfig
-from hba.model.omni import OmniSapiens, apply_strategy, as_they_come, recompute_layers
+from hba.model.omni import OmniSapiens, apply_strategy, as_they_come, language_layers, recompute_layers
 from hba.model.weights import skeleton
 from hba.rl.config import RlConfig
 from hba.rl.rollout import CHUNK_VALUES
 from hba.train.config import BamConfig, LmConfig, QaConfig, SftConfig, TrainConfig
+from hba.train.ranks import Unit, units
 
 Settings: TypeAlias = SftConfig | LmConfig | QaConfig | BamConfig | RlConfig | PredictConfig
 GIB = 2**30
@@ -255,7 +257,7 @@ class _Need:
             "weights": (sizes.frozen * kept.itemsize + sizes.trained * 4) / shared,
             "gradients": sizes.trained * 4 / shared,
             "optimizer": sizes.trained * 8 / shared if train is not None else 0,
-            "layers gathered from other GPUs": 0 if shared == 1 else (sizes.outside + 2 * sizes.layer) * kept.itemsize,
+            "layers gathered from other GPUs": 0 if shared == 1 else bare.gathered_bytes(work, self.dtype),
         }
         if train is None:
             self.fixed["gradients"] = 0
@@ -300,12 +302,10 @@ def _line(one: float, two: float, samples: int) -> float:
 
 
 class _Sizes(NamedTuple):
-    """Numbers of parameters; `outside` are those that lie in no layer, `layer` is the largest layer."""
+    """Numbers of parameters."""
 
     trained: int
     frozen: int
-    outside: int
-    layer: int
 
 
 class _Bare:
@@ -321,13 +321,10 @@ class _Bare:
         self._sizes: dict[tuple[Any, ...], _Sizes] = {}
         whole = skeleton(self.model_class, self.config)
         whole.tie_weights()
-        layers = _layers_of(whole)
-        inside = {id(p) for layer in layers for p in layer.parameters()}
+        language_layers(whole)  # a model without any is told of at once
         language = {id(p) for p in _decoder(whole).parameters()} | {id(whole.get_output_embeddings().weight)}
         self.tower_parameters = sum(p.numel() for p in whole.parameters() if id(p) not in language)
         self.towers = [_Tower.of(part) for part in _tower_configs(self.config, self.text_of(self.config))]
-        self.outside = sum(p.numel() for p in whole.parameters() if id(p) not in inside)
-        self.layer = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
 
     @staticmethod
     def text_of(config: Any) -> Any:
@@ -341,9 +338,29 @@ class _Bare:
             model = self._prepared(work, None)
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
             frozen = sum(p.numel() for p in model.parameters()) - trained
-            self._sizes[key] = _Sizes(trained, frozen, self.outside, self.layer)
+            self._sizes[key] = _Sizes(trained, frozen)
         found = self._sizes[key]
         return found if work.train is not None else found._replace(trained=0, frozen=found.trained + found.frozen)
+
+    def gathered_bytes(self, work: Work, dtype: torch.dtype) -> float:
+        """The most of a model split over GPUs that is whole on one of them at a time, by the units of training.
+
+        What lies in no unit of its own is there throughout; beside it the embeddings, or two layers, the next of which
+        is fetched already, with the gradients of one, or the language head with its own.
+        """
+        model = self._prepared(work, None)
+        sizes: dict[str, list[float]] = {"layer": [0.0], "words": [0.0], "rest": []}
+        for unit, own in _gathered_together(model, work, dtype):
+            whole = sum(p.numel() * (2 if unit.rounded else 4 if p.requires_grad else dtype.itemsize) for p in own)
+            summed = sum(p.numel() * (6 if unit.rounded else 4) for p in own if p.requires_grad)
+            if unit.module is model:
+                sizes["rest"].append(whole)
+            elif unit.module is model.get_input_embeddings():
+                sizes["words"].append(whole)
+            else:
+                next_one = whole if isinstance(unit.module, GradientCheckpointingLayer) else 0
+                sizes["layer"].append(whole + next_one + summed)
+        return sum(max(found) for found in (sizes["rest"], [*sizes["layer"], *sizes["words"]]))
 
     def _prepared(self, work: Work, layers: int | None) -> Any:
         """The model as the stage trains it, still without numbers, with the first `layers` of the language model."""
@@ -382,14 +399,16 @@ class _Bare:
 
     def _count(self, work: Work, dtype: torch.dtype, samples: int, layers: int) -> Counted:
         recompute = work.train is not None and work.train.activation_checkpointing
-        trains = work.train is not None
+        trains, shared = work.train is not None, work.train is not None and work.train.sharding == "full"
         asked = (work.tokens, work.answers, work.pieces, work.frozen_towers, samples, layers)
-        key = (work.model.strategy, work.model.lora_r, dtype, recompute, trains, *asked)
+        key = (work.model.strategy, work.model.lora_r, dtype, recompute, trains, shared, *asked)
         if key not in self._counted:
             model = self._prepared(work, layers)
             masters = torch.float32 if work.model.strategy == "full" else dtype
+            there = _gathered_together(model, work, dtype) if shared else ()
+            rounded = {id(p) for unit, own in there if unit.rounded for p in own}
             with FakeTensorMode():
-                _give_numbers_no_values(model, masters)
+                _give_numbers_no_values(model, masters, rounded)
                 model.train(trains)
                 if recompute:
                     recompute_layers(model)
@@ -454,12 +473,13 @@ def _decoder(model: Any) -> nn.Module:
     return owner
 
 
-def _layers_of(model: Any) -> list[nn.Module]:
-    found = getattr(_decoder(model), "layers", None)
-    if not found:
-        what = f"no layers are found in the language model of {type(model).__name__}"
-        raise InputError(what, where="MODEL", fix="Use a model that transformers' own classes build.")
-    return list(found)
+def _gathered_together(model: Any, work: Work, dtype: torch.dtype) -> Iterator[tuple[Unit, list[nn.Parameter]]]:
+    """The units of a model that is split over GPUs, each with those of its parameters that no earlier one has."""
+    seen: set[int] = set()
+    for unit in units(model, mixed=dtype is torch.bfloat16, head=not work.pieces):
+        own = [p for p in unit.module.parameters() if id(p) not in seen]
+        seen |= {id(p) for p in own}
+        yield unit, own
 
 
 def _period(kinds: Sequence[str]) -> int:
@@ -467,13 +487,15 @@ def _period(kinds: Sequence[str]) -> int:
     return next(n for n in range(1, len(kinds) + 1) if all(kinds[i] == kinds[i % n] for i in range(len(kinds))))
 
 
-def _give_numbers_no_values(model: nn.Module, masters: torch.dtype) -> None:
-    """Fake tensors in place of those on `meta`: they know a device and count as memory. Frozen ones in `masters`."""
+def _give_numbers_no_values(model: nn.Module, masters: torch.dtype, rounded: set[int]) -> None:
+    """Fake tensors in place of those on `meta`: they know a device and count as memory. Frozen ones in `masters`, those
+    of which a shard is gathered `rounded` (by id) in bfloat16."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 dtype = torch.float32 if parameter.requires_grad else masters
+                dtype = torch.bfloat16 if id(parameter) in rounded else dtype
                 fresh = made.get(id(parameter))
                 if fresh is None:
                     fresh = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), parameter.requires_grad)

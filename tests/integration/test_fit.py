@@ -99,6 +99,8 @@ def test_more_tokens_take_more_and_every_saving_saves(backbone):
     plain = total()
     assert total(tokens=400) > plain > total("train.activation_checkpointing=true")
     assert plain > total("train.sharding=full", gpus=8)
+    mixed = ("train.sharding=full", "model.dtype=bfloat16")
+    assert total(*mixed, gpus=8) < total("train.sharding=full", "model.dtype=float32", gpus=8)
     assert total("model.strategy=lora") < plain
 
 

@@ -46,9 +46,9 @@ from hba.model.weights import give_precision
 # Weights come from their files in parts, too: a model that will be sharded is loaded `mapped`, and each rank copies its
 # own rows, layer by layer. No process holds the model whole.
 #
-# Where autocast computes in bfloat16, what it would round is gathered rounded, and nothing else is: a copy that autocast
-# makes of a gathered weight is kept until its backward pass, for all layers together. Norms, embeddings and heads stay as
-# they are stored, and gradients are added up in float32, so that sharding changes no number beyond the order of sums.
+# Where autocast computes in bfloat16, what it would round is gathered rounded, and nothing else is: a copy that it
+# makes of a gathered weight is kept until its backward pass, for all layers together. Norms, embeddings and heads stay
+# as they are stored, and gradients are added up in float32, so that sharding changes no number beyond the order of sums.
 
 _ROUNDED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # whose weights and biases autocast casts
 
