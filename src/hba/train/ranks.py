@@ -48,7 +48,7 @@ from hba.model.weights import give_precision
 #
 # Where autocast computes in bfloat16, what it would round is gathered rounded, and nothing else is: a copy that it
 # makes of a gathered weight is kept until its backward pass, for all layers together. Norms, embeddings and heads stay
-# as they are stored, and gradients are added up in float32, so that sharding changes no number beyond the order of sums.
+# as they are stored, gradients are added up in float32: sharding changes no number beyond the order of sums.
 
 _ROUNDED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # whose weights and biases autocast casts
 
