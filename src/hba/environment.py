@@ -30,7 +30,7 @@ DISTRIBUTION = "human-behavior-atlas"
 PACKAGES = (
     *("torch", "torchvision", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "huggingface_hub"),
     *("numpy", "scipy", "pyarrow", "msgspec", "av", "soundfile", "soxr", "pillow", "pydantic"),
-    *("tensorboard", "wandb", "vllm", "verl", "ray", "opensmile", "mediapipe"),
+    *("bitsandbytes", "tensorboard", "wandb", "vllm", "verl", "ray", "opensmile", "mediapipe"),
 )
 EXTRAS = {"train": ("torch", "torchvision", "transformers", "peft", "accelerate", "tensorboard")}
 """what a light install lacks, by the extra that brings it"""

@@ -23,8 +23,9 @@ from hba.evaluate.predictions import read_predictions
 from hba.model import OmniSapiens, checkpoint
 from hba.model.config import ModelConfig
 from hba.model.merge import merge_checkpoint
-from hba.model.omni import apply_strategy, language_layers, recompute_layers
+from hba.model.omni import apply_strategy, recompute_layers
 from hba.model.tiny import FAMILIES
+from hba.model.weights import language_layers
 from hba.rl.config import RlConfig
 from hba.rl.local import train_rl
 from hba.run import RunFolder

@@ -12,7 +12,7 @@ from hba.batch.config import EncodeConfig, LoaderConfig
 from hba.batch.prompt import AnswerFormat
 from hba.config import option
 from hba.errors import ConfigError
-from hba.model.config import Attention, Dtype
+from hba.model.config import AsTrained, Attention, Dtype
 from hba.remote import ClientConfig
 from hba.remote.request import check_extra
 from hba.storage import json_sha256
@@ -96,6 +96,7 @@ class PredictConfig:
     batch_size: Annotated[int, Field(ge=1)] = option(16, "samples in a batch")
     dtype: Dtype = option("auto", "of the weights")
     attention: Attention = option("sdpa", "attention implementation")
+    quantization: AsTrained = option("auto", "of the backbone: none, int8, nf4; auto: as it was trained")
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     encode: EncodeConfig | None = option(None, "how samples become tokens, frames and patches")
     generation: GenerationConfig = field(default_factory=GenerationConfig)

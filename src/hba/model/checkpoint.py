@@ -28,14 +28,16 @@ from hba.batch.encode import TextProcessor
 from hba.batch.encode import require_perceived as require_perceived_by
 from hba.errors import InputError, nearest
 from hba.model.bam import FOLDER
-from hba.model.config import Strategy, computes_bfloat16, require_place
+from hba.model.config import AsTrained, Quantization, Strategy, computes_bfloat16, require_place
 from hba.model.heads import DomainHeads
 from hba.model.weights import (
     Fit,
     Weights,
     fit,
+    give_precision,
     keep_precision,
     open_tensors,
+    quantize,
     read_tensors,
     skeleton,
     some,
@@ -67,10 +69,12 @@ def new_card(
     speaks: bool = False,
     domains: list[str] | None = None,
     formats: Sequence[str] = (),
+    quantization: Quantization = "none",
 ) -> dict[str, Any]:
     """What `hba.json` says of a checkpoint.
 
-    `columns` None for one without heads; `formats` are the answer formats that it was trained in, where it speaks.
+    `columns` None for one without heads; `formats` are the answer formats that it was trained in, where it speaks;
+    `quantization` is that of the backbone that it was trained on.
     """
     return {
         "format": FORMAT,
@@ -81,7 +85,14 @@ def new_card(
         "speaks": speaks,
         "domains": domains,
         "formats": list(dict.fromkeys(formats)),
+        "quantization": quantization,
     }
+
+
+def quantization_of(card: Mapping[str, Any] | None) -> Quantization:
+    """That of the backbone on which the checkpoint with this `hba.json` was trained; None for a plain backbone."""
+    found: Quantization = "none" if card is None else card.get("quantization", "none")
+    return found
 
 
 def save_heads(heads: DomainHeads, folder: Path) -> None:
@@ -147,10 +158,12 @@ def settings_hash(folder: Path) -> str:
     return json_sha256([[f.name, file_sha256(f)] for f in files])
 
 
-def identity(name: str | Path, *, dtype: str, attention: str | None = None) -> dict[str, str]:
+def identity(
+    name: str | Path, *, dtype: str, attention: str | None = None, quantization: AsTrained = "none"
+) -> dict[str, str]:
     """What decides the words of the model `name`, by content, wherever it lies: its weights, the files that say how it
-    works, and what it computes in, `dtype` as `load` has it. A model of the hub is its name and commit. A checkpoint is
-    also called by the name of its folder.
+    works, and what it computes in, `dtype` and `quantization` as `OmniSapiens.from_pretrained` has them. A model of the
+    hub is its name and commit. A checkpoint is also called by the name of its folder.
 
     Raises InputError when there is no such model.
     """
@@ -169,6 +182,10 @@ def identity(name: str | Path, *, dtype: str, attention: str | None = None) -> d
     else:
         found["model"] = _revision(str(name))
     found["dtype"] = str(resolve_dtype(dtype)).removeprefix("torch.")
+    card = None if folder is None else read_card(folder)
+    kind = quantization_of(card) if quantization == "auto" else quantization
+    if kind != "none":
+        found["quantization"] = kind
     return found if attention is None else {**found, "attention": attention}
 
 
@@ -386,9 +403,17 @@ def fit_backbone(name: str | Path) -> Fit:
 
 
 def load_backbone(
-    name: str, *, dtype: str, attention: str, mapped: bool = False, adapter: Path | None = None
+    name: str,
+    *,
+    dtype: str,
+    attention: str,
+    mapped: bool = False,
+    adapter: Path | None = None,
+    quantization: Quantization = "none",
 ) -> Any:
     """A transformers model from a folder or the hub, with the LoRA layers of the checkpoint `adapter`.
+
+    With `quantization` the linear layers of its language model are quantised as their files have them.
 
     With `mapped` its weights are mapped from their files in the precision that they have there, which costs no memory;
     `give_precision` then makes them `dtype`. Raises InputError when the files do not hold the weights of the class, all
@@ -399,12 +424,16 @@ def load_backbone(
     first = wanted
     try:
         config = model_class.config_class.from_pretrained(name)
-        if getattr(config, "quantization_config", None) is None:
+        if getattr(config, "quantization_config", None) is not None:
+            if quantization != "none":
+                what = f"is quantised already, and would be made {quantization}"
+                raise InputError(what, where=name, fix="Use quantization=none, or the model that it was made from.")
+        else:
             bare = skeleton(model_class, config)
             stored = _fit_named(name, bare).weights
             if adapter is not None:
                 load_adapter(bare, adapter)
-            first = (stored.precision if mapped else None) or wanted
+            first = (stored.precision if mapped or quantization != "none" else None) or wanted
         options = {"dtype": first, "attn_implementation": attention, "use_safetensors": True}
         with without_load_reports():
             model, info = model_class.from_pretrained(name, **options, output_loading_info=True)
@@ -418,8 +447,12 @@ def load_backbone(
         found = f"{len(info['missing_keys'])} weights are missing: {some(sorted(info['missing_keys']))}"
         fix = "Its files are not whole: download it again."
         raise InputError(f"cannot load backbone: {found}", where=name, fix=fix)
+    if quantization != "none":
+        quantize(model, quantization, wanted)
     if first is not wanted:
         keep_precision(model, wanted)
+        if not mapped:
+            give_precision(model)
     if adapter is not None:
         load_adapter(model, adapter)
     return model

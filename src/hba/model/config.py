@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
@@ -10,11 +11,13 @@ from pydantic import Field
 
 from hba.atlas.names import hub_id_of
 from hba.config import option
-from hba.errors import InputError
+from hba.errors import ConfigError, InputError
 
 Strategy = Literal["heads", "lora", "full"]
 Dtype: TypeAlias = Literal["auto", "float32", "bfloat16"]
 Attention: TypeAlias = Literal["sdpa", "eager", "flash_attention_2"]
+Quantization: TypeAlias = Literal["none", "int8", "nf4"]
+AsTrained: TypeAlias = Literal["auto", "none", "int8", "nf4"]  # auto: what the card of the checkpoint says
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +28,17 @@ class ModelConfig:
     strategy: Strategy = option("lora", "what is trained: heads alone, LoRA and heads, or everything")
     dtype: Dtype = option("auto", "of frozen weights; auto: bfloat16 on GPUs")
     attention: Attention = option("sdpa", "attention implementation")
+    quantization: Quantization = option("none", "of the frozen linear layers of the language model: int8, nf4 (QLoRA)")
     lora_r: Annotated[int, Field(ge=1)] = option(32, "LoRA rank")
     lora_alpha: Annotated[int, Field(ge=1)] = option(64, "LoRA scale numerator")
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = option(0.05, "dropout in front of LoRA, 0..1")
+
+
+def require_quantizer(quantization: str, *, where: str) -> None:
+    """Raise ConfigError where the key `where` asks for what bitsandbytes does, and that is not installed."""
+    if quantization not in ("none", "auto") and find_spec("bitsandbytes") is None:
+        fix = "pip install 'human-behavior-atlas[quantization]'"
+        raise ConfigError(f"{quantization} needs bitsandbytes, which is not installed", where=where, fix=fix)
 
 
 def computes_bfloat16(capability: tuple[int, int] | None) -> bool:

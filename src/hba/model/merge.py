@@ -27,8 +27,20 @@ from hba.batch.config import EncodeConfig
 from hba.errors import InputError
 from hba.model import checkpoint
 from hba.model.bam import FOLDER, load_bam, save_bam
+from hba.model.config import Quantization, require_quantizer
 from hba.model.released import Release, read_release, released_adapters
-from hba.model.weights import Fit, Piece, Weights, fit, skeleton, some, tensor_piece, write_weights
+from hba.model.weights import (
+    Fit,
+    Piece,
+    Weights,
+    dequantized,
+    fit,
+    linear_names,
+    skeleton,
+    some,
+    tensor_piece,
+    write_weights,
+)
 from hba.storage import atomic_folder, write_json
 
 # The class name by which every version of vLLM finds its thinker.
@@ -43,13 +55,15 @@ class Parts:
 
     `base` is the folder or hub id whose files say which tensors there are and which lie together; `own` are those in
     the place of its own, by their names in transformers' class. `add_lora` puts LoRA layers with their weights into a
-    skeleton of the class. The processor is that of `processor`.
+    skeleton of the class. Its linear layers are rounded as in training, where that was `quantization`. The processor is
+    that of `processor`.
     """
 
     base: str
     processor: str
     own: Mapping[str, Piece] = field(default_factory=dict)
     add_lora: Callable[[Any], None] | None = None
+    quantization: Quantization = "none"
 
 
 def merge_checkpoint(path: str | Path, out: Path, *, dtype: str = "bfloat16") -> None:
@@ -109,9 +123,11 @@ def parts_of(folder: Path) -> Parts:
     if (folder / checkpoint.LM_HEAD).is_file():
         name, shape = checkpoint.language_head(base)
         own[name] = checkpoint.stored_lm_head(folder, shape).piece("weight")
-    adapted = checkpoint.read_card(folder)["strategy"] == "lora"
-    add_lora = partial(checkpoint.load_adapter, folder=folder) if adapted else None
-    return Parts(base=base, processor=str(folder), own=own, add_lora=add_lora)
+    card = checkpoint.read_card(folder)
+    add_lora = partial(checkpoint.load_adapter, folder=folder) if card["strategy"] == "lora" else None
+    kind = checkpoint.quantization_of(card)
+    require_quantizer(kind, where=str(folder))
+    return Parts(base=base, processor=str(folder), own=own, add_lora=add_lora, quantization=kind)
 
 
 def write_full(parts: Parts, folder: Path, *, dtype: torch.dtype, card: Mapping[str, Any]) -> None:
@@ -127,6 +143,11 @@ def write_full(parts: Parts, folder: Path, *, dtype: torch.dtype, card: Mapping[
     bare = skeleton(model_class, model_class.config_class.from_pretrained(parts.base))
     generation = _generation_config(parts.base, bare)
     found = fit(Weights.of(parts.base), bare)
+    rounded = set() if parts.quantization == "none" else {f"{name}.weight" for name in linear_names(bare)}
+    split = sorted(name for name in rounded if len(found.sources.get(name, ())) != 1)
+    if split:
+        what = f"weights in {parts.quantization} that the files hold in parts: {some(split)}"
+        raise InputError(what, where=parts.base, fix="Use the run as it is: its folder predicts what it learned.")
     processor = checkpoint.load_processor(parts.processor)
     if checkpoint.is_thinker(config):
         shards, tied = _thinker_shards(found, parts.own, bare.all_tied_weights_keys)
@@ -140,10 +161,13 @@ def write_full(parts: Parts, folder: Path, *, dtype: torch.dtype, card: Mapping[
             whole = _untied(whole)
         write_json(folder / "config.json", whole)
     layers = {} if parts.add_lora is None else _lora_layers(bare, found, parts.add_lora)
+    if parts.quantization != "none":
+        again = partial(_as_quantized, kind=parts.quantization)
+        shards = [[p._replace(piece=again(p.piece)) if p.own in rounded else p for p in each] for each in shards]
     write_weights(folder, [[_rounded(each.piece, layers.get(each.own), dtype) for each in shard] for shard in shards])
     generation.save_pretrained(folder)
     processor.save_pretrained(folder)
-    write_json(folder / checkpoint.CARD, {**card, "strategy": "full"})
+    write_json(folder / checkpoint.CARD, {**card, "strategy": "full", "quantization": "none"})
 
 
 def write_thinker(thinker: Any, folder: Path, *, dtype: torch.dtype) -> None:
@@ -247,10 +271,7 @@ def _rounded(piece: Piece, layer: Any, dtype: torch.dtype) -> Piece:
 
 def _folded(layer: Any, piece: Piece) -> Iterator[Tensor]:
     """The weight of a layer with its LoRA added, in float32. Raises InputError where that is not finite."""
-    weight, done = torch.empty(piece.shape), 0
-    for block in piece.blocks():
-        weight.view(-1)[done : done + block.numel()] = block.reshape(-1)
-        done += block.numel()
+    weight = _whole(piece)
     base = layer.get_base_layer()
     empty, base.weight = base.weight, nn.Parameter(weight, requires_grad=False)
     layer.merge()
@@ -259,6 +280,20 @@ def _folded(layer: Any, piece: Piece) -> Iterator[Tensor]:
     yield base.weight.data
     base.weight = empty
     layer.merged_adapters.clear()
+
+
+def _whole(piece: Piece) -> Tensor:
+    """A tensor in float32."""
+    whole, done = torch.empty(piece.shape), 0
+    for block in piece.blocks():
+        whole.view(-1)[done : done + block.numel()] = block.reshape(-1)
+        done += block.numel()
+    return whole
+
+
+def _as_quantized(piece: Piece, kind: Quantization) -> Piece:
+    """A weight as training in `kind` had it, in float32."""
+    return piece._replace(dtype=torch.float32, blocks=lambda: iter([dequantized(_whole(piece), kind)]))
 
 
 def _generation_config(base: str, bare: Any) -> Any:

@@ -30,9 +30,10 @@ from hba.batch.encode import IGNORED, Batch, Window, answer_ids, end_token_id
 from hba.errors import ConfigError, InputError
 from hba.model import checkpoint
 from hba.model.bam import FOLDER, Bam, load_bam, save_bam
-from hba.model.config import ModelConfig, Strategy
+from hba.model.config import AsTrained, ModelConfig, Quantization, Strategy, require_quantizer
 from hba.model.generate import Said, choice_logps, generate
 from hba.model.heads import DomainHeads, masked_mean
+from hba.model.weights import language_layers, linear_names
 from hba.storage import write_json
 from hba.taxonomy import BUILTIN, Taxonomy
 
@@ -65,6 +66,7 @@ class OmniSapiens(nn.Module):
         self.processor = processor
         self.bam = bam
         self.own_lm_head = False  # whether stage 2 has trained a language head of its own
+        self.quantization: Quantization = "none"  # of the linear layers of the language model
         self.speaks = False  # whether training has taught it to answer free-form rows
         self._head_is_known = False  # whether `_behind_head` has been seen to do what the model does
 
@@ -75,6 +77,7 @@ class OmniSapiens(nn.Module):
         *,
         dtype: str = "auto",
         attention: str = "sdpa",
+        quantization: AsTrained = "auto",
         taxonomy: Taxonomy = BUILTIN,
         mapped: bool = False,
         heads: bool = True,
@@ -82,13 +85,16 @@ class OmniSapiens(nn.Module):
         """A model from a hub id, a folder, a checkpoint or a run folder (its best checkpoint), adapter included.
 
         A backbone gets fresh heads; with `heads` False the model has none and answers in words alone. `dtype` is auto
-        (bfloat16 on GPUs that have it, else float32), float32 or bfloat16. With `mapped` the backbone's weights stay in
-        their files, whatever their precision, until `ranks.prepare_model` has dealt them out. Raises InputError when
+        (bfloat16 on GPUs that have it, else float32), float32 or bfloat16; `quantization` none, int8, nf4 or auto: as
+        the checkpoint was trained, none for a backbone. With `mapped` the backbone's weights stay in their files,
+        whatever their precision, until `ranks.prepare_model` has dealt them out. Raises InputError when
         there is no such model, when transformers does not know it, when its processor has no chat template, and for
         BAM adapters in a model without heads.
         """
         folder = checkpoint.resolve(path)
         card = None if folder is None else checkpoint.read_card(folder)
+        kind = checkpoint.quantization_of(card) if quantization == "auto" else quantization
+        require_quantizer(kind, where=str(path))
         if folder is not None and not heads and (folder / FOLDER).is_dir():
             fix = "Use --backend heads, or the run of the stage before."
             raise InputError("the checkpoint has BAM adapters, which a chat model ignores", where=str(folder), fix=fix)
@@ -99,8 +105,9 @@ class OmniSapiens(nn.Module):
         checkpoint.backbone_class(base)  # an unknown model is told of before a processor that it does not come with
         processor = checkpoint.load_processor(base if folder is None else folder)
         how: dict[str, Any] = {"dtype": dtype, "attention": attention, "mapped": mapped, "adapter": adapter}
-        transformer = checkpoint.load_backbone(base, **how)
+        transformer = checkpoint.load_backbone(base, quantization=kind, **how)
         model = cls(transformer, processor)
+        model.quantization = kind
         if heads and (card is None or card["columns"] is None):  # generative training leaves no heads that would fit
             model.heads = DomainHeads.for_taxonomy(model.hidden_size, taxonomy)
         elif heads and folder is not None:
@@ -146,7 +153,7 @@ class OmniSapiens(nn.Module):
         self.processor.save_pretrained(folder)
         columns = None if self.heads is None else self.heads.columns
         known: dict[str, Any] = {"columns": columns, "speaks": speaks, "domains": domains, "formats": formats}
-        card = checkpoint.new_card(backbone, strategy, encode, **known)
+        card = checkpoint.new_card(backbone, strategy, encode, quantization=self.quantization, **known)
         write_json(folder / checkpoint.CARD, card)
 
     @property
@@ -369,24 +376,6 @@ def _state(args: tuple[Any, ...], given: Mapping[str, Any]) -> Tensor:
     return state
 
 
-class LanguageLayers(NamedTuple):
-    """The layers of the language model of a transformers model; `prefix` is the name of what holds them, with a dot."""
-
-    prefix: str
-    layers: nn.ModuleList
-
-
-def language_layers(transformer: Any) -> LanguageLayers:
-    """Where the layers of the language model are: beside its embeddings. Raises InputError where they are not."""
-    words = transformer.get_input_embeddings()
-    name = next(name for name, module in transformer.named_modules() if module is words).rpartition(".")[0]
-    layers = getattr(transformer.get_submodule(name), "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        found = f"no layers of a language model beside {name}.embed_tokens"
-        raise InputError(found, where=type(transformer).__name__, fix="Use another model.")
-    return LanguageLayers(f"{name}." if name else "", layers)
-
-
 def recompute_layers(transformer: Any) -> None:
     """Let the layers of a transformers model be computed again in the backward pass in place of being kept.
 
@@ -450,12 +439,8 @@ def lora_targets(transformer: Any) -> str | list[str]:
 
     Raises InputError for a model whose language model has no layers of that kind.
     """
-    start = f"{language_layers(transformer).prefix}layers."
-    linear = [n for n, m in transformer.named_modules() if n.startswith(start) and isinstance(m, nn.Linear)]
+    linear, start = linear_names(transformer), f"{language_layers(transformer).prefix}layers."
     kinds = sorted({name.removeprefix(start).partition(".")[2] for name in linear})
-    if not kinds:
-        found = f"no linear layers below {start}"
-        raise InputError(found, where=type(transformer).__name__, fix="Use model.strategy=full.")
     if any(parameter.ndim > 2 for name, parameter in transformer.named_parameters() if name.startswith(start)):
         return linear
     return rf"{re.escape(start)}\d+\.({'|'.join(map(re.escape, kinds))})"
@@ -501,7 +486,7 @@ def apply_strategy(model: OmniSapiens, config: ModelConfig) -> OmniSapiens:
 @contextmanager
 def _precise_layers(model: nn.Module) -> Iterator[None]:
     """Within, linear layers have placeholders of float32 for weights: PEFT rounds fresh LoRA to what it finds there."""
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.is_floating_point()]
     weights = [layer.weight for layer in layers]
     for layer, weight in zip(layers, weights, strict=True):
         empty = torch.zeros(1, device=weight.device).expand(weight.shape)  # one number, whatever the shape

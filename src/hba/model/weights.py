@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from hba.errors import InputError
+from hba.model.config import Quantization
 from hba.storage import read_json, write_json
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -48,6 +49,8 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _FLOATS = ("F", "BF")
 _SHOWN = 5
 _DOWNLOAD = "Download or copy the model again."
+# PEFT imports bitsandbytes where it is installed, which warns of a kernel of the hub that it does without.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 class Stored(NamedTuple):
@@ -272,10 +275,100 @@ def give_precision(model: nn.Module) -> None:
     for part in model.modules():
         dtype = vars(part).pop("precision_to_come", None)
         if dtype is not None:
-            wanted |= {id(p): dtype for name, p in part.named_parameters() if "lora_" not in name}
+            floats = ((name, p) for name, p in part.named_parameters() if p.is_floating_point())
+            wanted |= {id(p): dtype for name, p in floats if "lora_" not in name}
             part.config.dtype = dtype
     if wanted:
         model._apply(lambda tensor: tensor.to(wanted.get(id(tensor), tensor.dtype)))  # type: ignore[no-untyped-call]
+
+
+# --- quantised -------------------------------------------------------------------------------------------------------
+#
+# The linear layers of the language model alone: they are nearly all of its weights, and what adds up over its layers
+# forgives their rounding. Embeddings and the language head share one matrix in many models and decide words directly;
+# media towers are small and see values far from zero; norms, LoRA and heads are small. All of these stay in the model's
+# precision. A layer is quantised as its file has it, whatever the model computes in, so that merging finds the same
+# numbers again.
+
+
+def quantize(transformer: Any, kind: Quantization, dtype: torch.dtype) -> None:
+    """Put the linear layers of the language model into `kind`; they compute in `dtype`. Done on the GPU, where one is.
+
+    nf4 is that of QLoRA (arXiv 2305.14314): 4 bits in blocks of 64, whose scales are quantised, too. int8 is LLM.int8()
+    (arXiv 2208.07339): a scale a row, columns of inputs above 6 in 16 bits.
+    """
+    import bitsandbytes as bnb
+
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    for name in linear_names(transformer):
+        layer = transformer.get_submodule(name)
+        sizes = (layer.in_features, layer.out_features, layer.bias is not None)
+        new: Any
+        with torch.device("meta"):
+            if kind == "nf4":
+                new = bnb.nn.Linear4bit(*sizes, compute_dtype=dtype, compress_statistics=True, quant_type="nf4")
+            else:
+                new = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=6.0)
+        new.weight = _quantized(layer.weight.detach(), kind, device)
+        if kind == "nf4":
+            new.weight.module, new.quant_state = new, new.weight.quant_state
+            new.quant_state.dtype = dtype  # what a product makes of it
+            # On CPUs with AVX512-BF16 the first pass without gradients would pack the weights for products in bfloat16,
+            # whatever the model computes in, and training would go on without gradients below.
+            new.support_avx512bf16_for_cpu = False
+        new.bias = layer.bias
+        transformer.set_submodule(name, new.requires_grad_(False))
+    setattr(transformer, "is_loaded_in_4bit" if kind == "nf4" else "is_loaded_in_8bit", True)  # PEFT looks for it
+
+
+def dequantized(weight: Tensor, kind: Quantization) -> Tensor:
+    """What `weight` [out, in] is after quantisation, in float32."""
+    import bitsandbytes as bnb
+
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    found = _quantized(weight, kind, device)
+    if kind == "nf4":
+        back: Tensor = bnb.functional.dequantize_4bit(found.data, found.quant_state)
+    else:
+        back = bnb.functional.int8_vectorwise_dequant(found.data, found.SCB)
+    return back.float().to(weight.device)
+
+
+def _quantized(weight: Tensor, kind: Quantization, device: torch.device) -> Any:
+    import bitsandbytes as bnb
+
+    if kind == "nf4":
+        how: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": True}
+        return bnb.nn.Params4bit(weight.to(device).float(), requires_grad=False, **how).to(device)
+    return bnb.nn.Int8Params(weight.to(device), requires_grad=False, has_fp16_weights=False).to(device)
+
+
+class LanguageLayers(NamedTuple):
+    """The layers of the language model of a transformers model; `prefix` is the name of what holds them, with a dot."""
+
+    prefix: str
+    layers: nn.ModuleList
+
+
+def language_layers(transformer: Any) -> LanguageLayers:
+    """Where the layers of the language model are: beside its embeddings. Raises InputError where they are not."""
+    words = transformer.get_input_embeddings()
+    name = next(name for name, module in transformer.named_modules() if module is words).rpartition(".")[0]
+    layers = getattr(transformer.get_submodule(name), "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        found = f"no layers of a language model beside {name}.embed_tokens"
+        raise InputError(found, where=type(transformer).__name__, fix="Use another model.")
+    return LanguageLayers(f"{name}." if name else "", layers)
+
+
+def linear_names(transformer: Any) -> list[str]:
+    """The linear layers of the language model. Raises InputError where it has none."""
+    start = f"{language_layers(transformer).prefix}layers."
+    found = [n for n, m in transformer.named_modules() if n.startswith(start) and isinstance(m, nn.Linear)]
+    if not found:
+        what = f"no linear layers below {start}"
+        raise InputError(what, where=type(transformer).__name__, fix="Use model.strategy=full.")
+    return found
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from hba.errors import ConfigError
 from hba.model.config import ModelConfig
 from hba.remote import ClientConfig
 from hba.rl.rewards import RewardConfig
-from hba.train.config import Count, TrainConfig
+from hba.train.config import Count, TrainConfig, refuse_quantized_training
 
 # The algorithms by name: whose advantages, and with which loss their papers go. Formulas and sources: docs/rl.md.
 
@@ -190,6 +190,7 @@ class RlConfig:
         if self.loss.importance_cap is not None and self.rollout.sampler != "server":
             what = "the policy that samples is the policy that learns: there is no mismatch to correct"
             raise ConfigError(what, where="loss.importance_cap", fix="Leave it out, or use rollout.sampler=server.")
+        refuse_quantized_training(self.model.quantization, self.model.strategy, self.train)
 
     def resolved_algorithm(self) -> Algorithm:
         """The algorithm of the run, with what `loss` changes of it; every engine runs this one."""

@@ -34,7 +34,8 @@ from hba.errors import HbaError, InputError
 from hba.model import checkpoint
 from hba.model.checkpoint import require_perceived
 from hba.model.config import ModelConfig
-from hba.model.omni import OmniSapiens, apply_strategy, language_layers
+from hba.model.omni import OmniSapiens, apply_strategy
+from hba.model.weights import language_layers
 from hba.rl.advantages import Advantage, build_advantage, informative
 from hba.rl.config import Algorithm, RlConfig
 from hba.rl.evaluation import answer_of, evaluate
@@ -277,6 +278,7 @@ def build_policy(config: ModelConfig, resume: Path | None, *, freeze_towers: boo
     dtype = "float32" if config.strategy == "full" else config.dtype
     name = config.name if resume is None else resume
     how: dict[str, Any] = {"dtype": dtype, "attention": config.attention, "mapped": mapped}
+    how["quantization"] = config.quantization
     policy = apply_strategy(OmniSapiens.from_pretrained(name, heads=False, **how), config)
     if config.strategy == "full" and freeze_towers:
         prefix = language_layers(policy.transformer).prefix

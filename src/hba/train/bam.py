@@ -33,7 +33,7 @@ from hba.model.heads import DomainHeads, token_loss
 from hba.model.omni import OmniSapiens, apply_strategy, config_of
 from hba.run import RunFolder
 from hba.taxonomy import Taxonomy
-from hba.train.config import BamConfig, refuse_windows_of_shards
+from hba.train.config import BamConfig, refuse_quantized_training, refuse_windows_of_shards
 from hba.train.features import (
     Descriptors,
     FeatureBatch,
@@ -93,8 +93,10 @@ def train_bam(config: BamConfig, run: RunFolder, progress: Progressed = lambda d
     ranks, *opened, resume = begin(config, run, config.dtype, described)
     train, validation = (Rows(atlas, read_descriptors(atlas, config.descriptors)) for atlas in opened)
     columns, taxonomy = train.atlas.columns, train.atlas.taxonomy
-    base = FrozenBase(config.base, dtype=config.dtype, attention=config.attention, taxonomy=taxonomy)
+    how: dict[str, Any] = {"dtype": config.dtype, "attention": config.attention, "quantization": config.quantization}
+    base = FrozenBase(config.base, taxonomy=taxonomy, **how)
     if config.stage == "full":
+        refuse_quantized_training(base.quantization, base.card["strategy"], config.train, where="quantization")
         refuse_windows_of_shards(base.encode, config.train)
     groups_N, heads = columns.dataset_codes.astype(np.int64), config.stage != "adapters"
     reached: Iterable[str] = keys
@@ -189,6 +191,7 @@ def build_model(
         # Weights that train keep float32 masters; the configured dtype is for those that do not.
         dtype = "float32" if strategy == "full" else config.dtype
         how: dict[str, Any] = {"attention": config.attention, "mapped": config.train.sharding == "full"}
+        how["quantization"] = base.quantization
         model = OmniSapiens.from_pretrained(name, dtype=dtype, taxonomy=base.taxonomy, **how)
         model.bam = bam
         return apply_strategy(model, config_of(model, str(name), strategy))

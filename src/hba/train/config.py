@@ -12,7 +12,7 @@ from hba.batch.pool import DescriptorConfig
 from hba.batch.sampler import MixConfig
 from hba.config import option
 from hba.errors import ConfigError
-from hba.model.config import Attention, Dtype, ModelConfig
+from hba.model.config import AsTrained, Attention, Dtype, ModelConfig
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -86,6 +86,7 @@ class SftConfig:
                 found = "windows of a sound are averaged by heads; answer_weight trains words, too"
                 raise ConfigError(found, where="encode.long_audio", fix=WINDOWS_ARE_FOR_HEADS)
             refuse_windows_of_shards(self.encode, self.train)
+        refuse_quantized_training(self.model.quantization, self.model.strategy, self.train)
 
 
 def refuse_windows_of_shards(encode: EncodeConfig, train: TrainConfig) -> None:
@@ -94,6 +95,18 @@ def refuse_windows_of_shards(encode: EncodeConfig, train: TrainConfig) -> None:
         found = "processes that share a model cannot hear different numbers of windows"
         fix = "Use train.sharding=none, or encode.long_audio=head."
         raise ConfigError(found, where="encode.long_audio", fix=fix)
+
+
+def refuse_quantized_training(
+    quantization: str, strategy: str, train: TrainConfig, *, where: str = "model.quantization"
+) -> None:
+    """Raise ConfigError where quantised weights would have to train, or to be split over the processes."""
+    if quantization != "none" and strategy == "full":
+        what = f"weights of {quantization} are frozen, and strategy full trains them"
+        raise ConfigError(what, where=where, fix="Use strategy lora, or quantization=none.")
+    if quantization != "none" and train.sharding == "full":
+        what = f"weights of {quantization} cannot be split over the processes"
+        raise ConfigError(what, where=where, fix="Use train.sharding=none, or quantization=none.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +123,7 @@ class QaConfig:
     datasets: tuple[str, ...] | None = option(None, "train on these free-form dataset keys alone")
     dtype: Dtype = option("auto", "of the frozen backbone; auto: bfloat16 on GPUs")
     attention: Attention = option("sdpa", "attention implementation")
+    quantization: AsTrained = option("auto", "of the frozen backbone: none, int8, nf4; auto: as it was trained")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +148,7 @@ class BamConfig:
     validation_split: str = option("validation", "split that chooses the best checkpoint")
     dtype: Dtype = option("auto", "of frozen weights; auto: bfloat16 on GPUs")
     attention: Attention = option("sdpa", "attention implementation")
+    quantization: AsTrained = option("auto", "of the frozen backbone: none, int8, nf4; auto: as it was trained")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,3 +171,7 @@ class LmConfig:
     reasoning: str = option(
         "{{ reasoning }}", "what stands in <think>: a jinja text over the row's fields, answer, problem, dataset, task"
     )
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for quantised weights that would have to train or to be split."""
+        refuse_quantized_training(self.model.quantization, self.model.strategy, self.train)

@@ -44,6 +44,7 @@ from hba.batch.sampler import Indices
 from hba.errors import InputError, MediaError
 from hba.evaluate.backends.interface import evaluation_plan
 from hba.model import checkpoint
+from hba.model.config import AsTrained, require_quantizer
 from hba.model.omni import OmniSapiens, behind_head
 from hba.run import locked_folder
 from hba.storage import StorageError, atomic_write, json_sha256, read_json, remove_abandoned, write_json
@@ -270,20 +271,25 @@ class LanguageHead(nn.Linear):
 class FrozenBase:
     """The checkpoint that a stage starts from, with its backbone frozen."""
 
-    def __init__(self, path: str, *, dtype: str, attention: str, taxonomy: Taxonomy) -> None:
-        """Raises InputError when `path` is a backbone without trained heads."""
+    def __init__(
+        self, path: str, *, dtype: str, attention: str, taxonomy: Taxonomy, quantization: AsTrained = "auto"
+    ) -> None:
+        """Raises InputError when `path` is a backbone without trained heads, ConfigError for a quantisation that cannot
+        be had."""
         folder = checkpoint.resolve(path)
         if folder is None:
             fix = "Give the run folder of `hba train sft`, or a checkpoint of it."
             raise InputError("has no trained heads: this stage stands on stage 1", where=path, fix=fix)
         self.path, self.folder, self.card = Path(path), folder, checkpoint.read_card(folder)
         self.dtype, self.attention, self.taxonomy = dtype, attention, taxonomy
+        self.quantization = checkpoint.quantization_of(self.card) if quantization == "auto" else quantization
+        require_quantizer(self.quantization, where="quantization")
         self.encode: EncodeConfig = checkpoint.encode_config(folder) or EncodeConfig()
 
     @cached_property
     def model(self) -> OmniSapiens:
         """The whole model in evaluation mode; nothing of it trains."""
-        how: dict[str, Any] = {"dtype": self.dtype, "attention": self.attention}
+        how: dict[str, Any] = {"dtype": self.dtype, "attention": self.attention, "quantization": self.quantization}
         model = OmniSapiens.from_pretrained(self.folder, taxonomy=self.taxonomy, **how)
         model.requires_grad_(False)
         model.bam = None  # features are those before any adapter
@@ -334,6 +340,7 @@ class FrozenBase:
         return {
             "model": self.weights,
             "precision": str(checkpoint.resolve_dtype(self.dtype)),
+            "quantization": self.quantization,
             "data": rows.fingerprint,
             "encoding": asdict(self.encode),
             "processor": checkpoint.settings_hash(self.folder),

@@ -69,6 +69,7 @@ def build_model(config: LmConfig, resume: Path | None) -> OmniSapiens:
         fix = "Merge it first (hba merge), or start from the run of the stage before."
         raise InputError("the checkpoint has a language head of its own from stage 2", where=str(folder), fix=fix)
     how: dict[str, Any] = {"attention": config.model.attention, "mapped": config.train.sharding == "full"}
+    how["quantization"] = config.model.quantization
     return apply_strategy(OmniSapiens.from_pretrained(name, dtype=dtype, heads=False, **how), config.model)
 
 

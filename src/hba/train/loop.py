@@ -28,6 +28,8 @@ from hba.atlas import Atlas, data_record, open_atlas
 from hba.atlas.rows import Columns, MediaSource, Quarantined, Sample
 from hba.batch.sampler import Indices, MixConfig, epoch_rows, plan_batches
 from hba.errors import ConfigError, HbaError, InputError, MachineError
+from hba.model import checkpoint
+from hba.model.config import ModelConfig, require_quantizer
 from hba.model.process import prepare_process, start_accelerator
 from hba.run import RunFolder
 from hba.train.config import TrainConfig
@@ -132,14 +134,33 @@ class Start(NamedTuple):
 def begin(config: StageConfig, run: RunFolder, dtype: str, rows: Callable[[Atlas], Atlas]) -> Start:
     """Join the processes of the run, seed them, and open `rows` of both splits, those of the training first.
 
-    Raises InputError for splits that cannot be opened or have no such rows, ConfigError for other data than before.
+    Raises InputError for splits that cannot be opened or have no such rows, ConfigError for other data than before and
+    for a quantisation or an optimizer that cannot be had.
     """
+    require_installed(config)
     ranks = Ranks(start_accelerator(dtype))
     prepare_process(config.train.seed)
     train = rows(open_atlas(config.atlas, split=config.train_split))
     validation = rows(open_atlas(config.atlas, split=config.validation_split, taxonomy=train.taxonomy))
     run.record_data(data_record(config.atlas, train))
     return Start(ranks, train, validation, ranks.told(latest(run.checkpoints)))
+
+
+def require_installed(config: Any) -> None:
+    """Raise ConfigError where a config asks for weights or an optimizer that cannot be had here, or for a precision
+    that the LoRA layers it starts with were not trained on. Nothing is loaded."""
+    model: ModelConfig | None = getattr(config, "model", None)
+    if model is None:
+        return
+    require_quantizer(model.quantization, where="model.quantization")
+    folder = checkpoint.resolve(model.name)
+    card = None if folder is None else checkpoint.read_card(folder)
+    has = checkpoint.quantization_of(card)
+    if card is not None and card["strategy"] == "lora" and model.strategy == "lora" and has != model.quantization:
+        kept = "unquantised weights" if has == "none" else has
+        what = f"its LoRA layers were trained on {kept}, model.quantization is {model.quantization}"
+        fix = f"Use model.quantization={has}, or fold them in first (hba merge)."
+        raise ConfigError(what, where=model.name, fix=fix)
 
 
 def rows_of(atlas: Atlas, datasets: Iterable[str] | None, *, free_form: bool) -> Atlas:

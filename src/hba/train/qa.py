@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,8 @@ def train_qa(config: QaConfig, run: RunFolder, progress: Progressed = lambda don
     """Run (or resume) stage 2 in `run`. Raises InputError for bad data or config, HbaError for a failing step."""
     free_form = partial(rows_of, datasets=config.datasets, free_form=True)
     ranks, train, validation, resume = begin(config, run, config.dtype, free_form)
-    base = FrozenBase(config.base, dtype=config.dtype, attention=config.attention, taxonomy=train.taxonomy)
+    how: dict[str, Any] = {"dtype": config.dtype, "attention": config.attention, "quantization": config.quantization}
+    base = FrozenBase(config.base, taxonomy=train.taxonomy, **how)
     lm_head = build_lm_head(base, resume)
     give, give_validation = (batch_source(base, rows, config.features, progress, ranks) for rows in (train, validation))
     if config.features.cache:

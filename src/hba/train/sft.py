@@ -118,6 +118,7 @@ def build_model(config: SftConfig, resume: Path | None, taxonomy: Taxonomy) -> O
     torch.manual_seed(config.train.seed)
     name = config.model.name if resume is None else resume
     how: dict[str, Any] = {"attention": config.model.attention, "mapped": config.train.sharding == "full"}
+    how["quantization"] = config.model.quantization
     model = OmniSapiens.from_pretrained(name, dtype=dtype, taxonomy=taxonomy, **how)
     return apply_strategy(model, config.model)
 

@@ -102,11 +102,11 @@ def open_backend(_name: str, opening: Opening) -> HeadsBackend:
         fix = "Give a checkpoint, or the run folder of `hba train sft`; --backend hf answers in words."
         raise InputError("a backbone without trained heads: its answers would be random", where=model_name, fix=fix)
     checkpoint.require_perceived(model_name, opening.encode, opening.atlas)
-    how: dict[str, Any] = {"dtype": config.dtype, "attention": config.attention}
+    how: dict[str, Any] = {"dtype": config.dtype, "attention": config.attention, "quantization": config.quantization}
     model = OmniSapiens.from_pretrained(model_name, taxonomy=taxonomy, **how).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     max_tokens = config.generation.max_tokens if model.speaks else 0
-    origin: dict[str, Any] = dict(checkpoint.identity(trained, dtype=config.dtype, attention=config.attention))
+    origin: dict[str, Any] = dict(checkpoint.identity(trained, **how))
     origin |= {"backbone": origin["model"], "model": checkpoint.trained_hash(trained)}
     if max_tokens:
         origin["max_tokens"] = max_tokens

@@ -106,12 +106,12 @@ def open_backend(_name: str, opening: Opening) -> ChatBackend:
     config, taxonomy = opening.config, opening.atlas.taxonomy
     refuse_settings_of_servers(config.generation)
     checkpoint.require_perceived(opening.model, opening.encode, opening.atlas)
-    how: dict[str, Any] = {"dtype": config.dtype, "attention": config.attention, "heads": False}
-    model = OmniSapiens.from_pretrained(opening.model, **how).eval()
+    how: dict[str, Any] = {"dtype": config.dtype, "attention": config.attention, "quantization": config.quantization}
+    model = OmniSapiens.from_pretrained(opening.model, heads=False, **how).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     wording = FormatMix([config.generation.asked])
     encoder = encoder_for(model.processor, opening.encode, taxonomy, wording=wording)
-    origin = checkpoint.identity(opening.model, dtype=config.dtype, attention=config.attention)
+    origin = checkpoint.identity(opening.model, **how)
     return ChatBackend(model, encoder, config, origin)
 
 

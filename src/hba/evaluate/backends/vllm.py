@@ -260,8 +260,11 @@ class Served(NamedTuple):
     rank: int = 0
 
 
-def served(name: str) -> Served:
-    """How vLLM gets the model, run or checkpoint `name`. Raises InputError for one that has to be merged first."""
+def served(name: str, *, whole: bool = False) -> Served:
+    """How vLLM gets the model, run or checkpoint `name`. Raises InputError for one that has to be merged first.
+
+    With `whole` LoRA that was trained on a quantised backbone is served on the backbone as it was.
+    """
     folder = checkpoint.resolve(name)
     model = name if folder is None else checkpoint.base_of(folder)
     if folder is not None:
@@ -278,6 +281,9 @@ def served(name: str) -> Served:
         raise _unmerged(name, "a language head of its own beside its backbone")
     if folder is None or checkpoint.read_card(folder)["strategy"] != "lora":
         return Served(model)
+    kind = checkpoint.quantization_of(checkpoint.read_card(folder))
+    if kind != "none" and not whole:
+        raise _unmerged(name, f"LoRA of a backbone in {kind}")
     config = read_json(folder / "adapter_config.json")
     more = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias", "target_parameters")
     odd = [key for key in (*more, "trainable_token_indices") if config.get(key)]
@@ -302,6 +308,9 @@ def open_backend(_name: str, opening: Opening) -> VllmBackend:
     if generation.read == "likelihood":
         fix = "Use --backend hf, or generation.constrain=labels."
         raise ConfigError("the vllm backend reads no likelihoods", where="generation.read", fix=fix)
+    if config.quantization not in ("auto", "none"):
+        fix = "Use --backend hf, or serve the model with vLLM's own --quantization and use --backend openai."
+        raise ConfigError("the vllm backend quantises nothing", where="quantization", fix=fix)
     for name, value in ENGINE.items():
         os.environ.setdefault(name, value)
     try:
@@ -312,7 +321,7 @@ def open_backend(_name: str, opening: Opening) -> VllmBackend:
         raise ConfigError(f"vllm cannot be imported ({error})", where="--backend vllm", fix=fix) from None
     from hba.model.checkpoint import load_processor
 
-    model = served(opening.model)
+    model = served(opening.model, whole=config.quantization == "none")
     origin = checkpoint.identity(opening.model, dtype=config.dtype)
     processor = load_processor(str(checkpoint.resolve(opening.model) or opening.model))
     most = {"audio": columns.num_audios, "image": columns.num_images, "video": columns.num_videos}
