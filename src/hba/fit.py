@@ -31,9 +31,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from hba.errors import InputError, nearest
 from hba.evaluate.config import PredictConfig
 from hba.model.checkpoint import backbone_class, read_config, resolve_dtype
-from hba.model.config import ModelConfig
-from hba.model.omni import OmniSapiens, apply_strategy, as_they_come, language_layers, recompute_layers
-from hba.model.weights import skeleton
+from hba.model.config import ModelConfig, Quantization
+from hba.model.omni import OmniSapiens, apply_strategy, as_they_come, recompute_layers
+from hba.model.weights import language_layers, linear_names, skeleton
 from hba.rl.config import RlConfig
 from hba.rl.rollout import CHUNK_VALUES
 from hba.train.config import BamConfig, LmConfig, QaConfig, SftConfig, TrainConfig
@@ -48,6 +48,7 @@ USABLE = 0.94
 DRIVER_GIB = 0.6
 """what CUDA and its libraries keep for themselves"""
 ANSWER_TOKENS = 16  # of a supervised answer in words; most labels have two
+QUANTIZED_BYTES = {"int8": 1.0, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}  # a weight: codes, scales, scales of scales
 TOWER_POSITIONS = 3  # of a media tower for a token of the prompt: 4 patches or 2 frames of sound make one
 
 
@@ -149,10 +150,10 @@ class Counted(NamedTuple):
 def work_of(config: Settings, tokens: int, model: str) -> list[Work]:
     """What `config` makes a GPU do; of RL the sampling and the update. `tokens` are those of the longest prompt."""
     if isinstance(config, PredictConfig):
-        plain = ModelConfig(name=model, strategy="heads", dtype=config.dtype, attention=config.attention)
+        plain = _frozen(config, model)
         return [Work(plain, None, config.batch_size, tokens, cached=tokens + config.generation.max_tokens)]
     if isinstance(config, QaConfig | BamConfig):
-        plain = ModelConfig(name=model, strategy="heads", dtype=config.dtype, attention=config.attention)
+        plain = _frozen(config, model)
         return [Work(plain, None, config.features.batch_size, tokens)]
     samples = config.train.device_batch_size or config.train.batch_size
     if isinstance(config, SftConfig):
@@ -164,6 +165,12 @@ def work_of(config: Settings, tokens: int, model: str) -> list[Work]:
     update = Work(config.model, config.train, samples, tokens + new, new, True, frozen_towers=config.freeze_towers)
     sampling = update._replace(train=None, samples=samples * config.rollout.per_prompt, cached=tokens + new)
     return [update, sampling._replace(tokens=tokens)] if config.rollout.sampler == "generate" else [update]
+
+
+def _frozen(config: PredictConfig | QaConfig | BamConfig, model: str) -> ModelConfig:
+    kind: Quantization = "none" if config.quantization == "auto" else config.quantization
+    how: dict[str, Any] = {"dtype": config.dtype, "attention": config.attention, "quantization": kind}
+    return ModelConfig(name=model, strategy="heads", **how)
 
 
 def fit_run(
@@ -231,6 +238,11 @@ def _changes(bare: _Bare, config: Settings, model: str, usable: float, gpus: int
     if config.model.strategy == "full":
         light = replace(saving, model=replace(config.model, strategy="lora"))
         offer("model.strategy=lora train.activation_checkpointing=true ", key, light)
+    if config.model.strategy != "full" and config.model.quantization == "none":
+        bits = replace(saving, model=replace(config.model, quantization="nf4"))
+        offer("model.quantization=nf4 train.activation_checkpointing=true ", key, bits)
+    if config.model.quantization != "none":
+        return found
     shared = replace(saving, train=replace(saving.train, sharding="full"))
     for count in (2, 4, 8, 16, 32, 64):
         if count >= gpus and len(found) < 3 and room(shared, count):
@@ -253,8 +265,11 @@ class _Need:
         sizes = bare.sizes(work)
         shared = gpus if train is not None and train.sharding == "full" else 1
         kept = torch.float32 if work.model.strategy == "full" else self.dtype  # as where all of it trains
+        small = QUANTIZED_BYTES.get(work.model.quantization)
+        spared = 0.0 if small is None else sizes.linear * (kept.itemsize - small)
         self.fixed = {
-            "weights": (sizes.frozen * kept.itemsize + sizes.trained * 4) / shared,
+            "weights": (sizes.frozen * kept.itemsize - spared + sizes.trained * 4) / shared,
+            "a quantised layer as it computes": 0 if small is None else sizes.widest * kept.itemsize,
             "gradients": sizes.trained * 4 / shared,
             "optimizer": sizes.trained * 8 / shared if train is not None else 0,
             "layers gathered from other GPUs": 0 if shared == 1 else bare.gathered_bytes(work, self.dtype),
@@ -302,10 +317,12 @@ def _line(one: float, two: float, samples: int) -> float:
 
 
 class _Sizes(NamedTuple):
-    """Numbers of parameters."""
+    """Numbers of parameters; `linear` are those that may be quantised, `widest` the largest matrix of them."""
 
     trained: int
     frozen: int
+    linear: int
+    widest: int
 
 
 class _Bare:
@@ -325,6 +342,7 @@ class _Bare:
         language = {id(p) for p in _decoder(whole).parameters()} | {id(whole.get_output_embeddings().weight)}
         self.tower_parameters = sum(p.numel() for p in whole.parameters() if id(p) not in language)
         self.towers = [_Tower.of(part) for part in _tower_configs(self.config, self.text_of(self.config))]
+        self.linear = [whole.get_submodule(name).weight.numel() for name in linear_names(whole)]
 
     @staticmethod
     def text_of(config: Any) -> Any:
@@ -338,7 +356,7 @@ class _Bare:
             model = self._prepared(work, None)
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
             frozen = sum(p.numel() for p in model.parameters()) - trained
-            self._sizes[key] = _Sizes(trained, frozen)
+            self._sizes[key] = _Sizes(trained, frozen, sum(self.linear), max(self.linear))
         found = self._sizes[key]
         return found if work.train is not None else found._replace(trained=0, frozen=found.trained + found.frozen)
 

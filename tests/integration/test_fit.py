@@ -8,9 +8,11 @@ import torch
 from hba.config import load_config
 from hba.errors import InputError
 from hba.fit import _Bare, _Ledger, find_gpu, fit_run, work_of
+from hba.model.checkpoint import load_backbone
 from hba.model.omni import OmniSapiens, as_they_come, recompute_layers
 from hba.train.config import LmConfig, SftConfig
 
+HOW = {"dtype": "float32", "attention": "sdpa"}
 SMALL = ["atlas=x", "train.device_batch_size=3"]
 
 
@@ -89,6 +91,21 @@ def test_weights_gradients_and_optimizer_are_exact(backbone, model):
     parts = {name: round(size * 2**30) for name, size in found.parts.items()}
     assert (parts["weights"], parts["gradients"], parts["optimizer"]) == (4 * numbers, 4 * numbers, 8 * numbers)
     assert found.fits and found.largest > 100 and found.changes == []
+
+
+def test_quantised_weights_take_what_they_hold(backbone):
+    for kind in ("nf4", "int8"):
+        lora = config(LmConfig, backbone, f"model.quantization={kind}", "model.dtype=float32")
+        found = fit_run(str(backbone), "lm", lora, find_gpu("24"), tokens=[50])
+        plain = config(LmConfig, backbone, "model.dtype=float32")
+        whole = fit_run(str(backbone), "lm", plain, find_gpu("24"), tokens=[50])
+        weights = [p.detach() for p in load_backbone(str(backbone), quantization=kind, **HOW).parameters()]
+        held = sum(p.nbytes for p in weights) - sum(p.nbytes for p in load_backbone(str(backbone), **HOW).parameters())
+        if kind == "nf4":
+            held += sum(p.numel() for p in weights if p.dtype is torch.uint8) * 2 / 64
+        spared = (whole.parts["weights"] - found.parts["weights"]) * 2**30
+        assert -held == pytest.approx(spared, rel=0.01)
+        assert found.parts["a quantised layer as it computes"] > 0
 
 
 def test_more_tokens_take_more_and_every_saving_saves(backbone):

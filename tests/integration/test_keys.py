@@ -270,8 +270,8 @@ class Lab:
         kept = sorted(Path(config.features.folder).glob("*/*/card.json")) if hasattr(config, "features") else []
         cards = [read_json(path) for path in kept]
         sights["kept"] = {str(path.parents[2]) for path in kept}
-        sights["precision"], sights["card sizes"] = (
-            {card[name] for card in cards} for name in ("precision", "batch_size")
+        sights["precision"], sights["card sizes"], sights["card bits"] = (
+            {card[name] for card in cards} for name in ("precision", "batch_size", "quantization")
         )
         sights["config"] = config
 
@@ -279,6 +279,7 @@ class Lab:
     def note_model(sights, model):
         """What a backbone computes in, and what its LoRA layers are."""
         sights["dtypes"] = sorted({str(p.dtype) for p in model.parameters() if not p.requires_grad})
+        sights["bits"] = {str(p.dtype) for p in model.parameters() if not p.is_floating_point()}
         sights["attention"] = model.config.get_text_config()._attn_implementation
         layers = [part for part in model.modules() if hasattr(part, "lora_dropout")]
         sights["rank"] = {part.r["default"] for part in layers}
@@ -643,7 +644,8 @@ class Lab:
         sights["sizes"] = list(map(len, batches))
         if backend in ("heads", "hf"):
             transformer = opened.model.transformer
-            sights["dtypes"] = sorted({str(parameter.dtype) for parameter in transformer.parameters()})
+            sights["dtypes"] = sorted({str(p.dtype) for p in transformer.parameters() if p.is_floating_point()})
+            sights["bits"] = {str(p.dtype) for p in transformer.parameters() if not p.is_floating_point()}
             sights["attention"] = transformer.config.get_text_config()._attn_implementation
             batches = batches[:1]
         elif backend == "openai":
@@ -684,7 +686,7 @@ LATER = ["atlas=@atlas", "base=@base", "features.loader.workers=0", "features.fo
 WHOLE = "{cremad: 1, daicwoz: 2, siq2: 1, mosei_senti: 1, mimeqa: 1}"
 MODEL = {
     "model.dtype=bfloat16": "dtypes", "model.attention=eager": "attention", "model.lora_r=2": "rank",
-    "model.lora_alpha=3": "alpha", "model.lora_dropout=0.5": "lora dropout",
+    "model.lora_alpha=3": "alpha", "model.lora_dropout=0.5": "lora dropout", "model.quantization=nf4": "bits",
 }  # fmt: skip
 SHARED = [  # look, context, changes: the sight of each
     *(
@@ -821,6 +823,7 @@ RL_CASES = [
     ("rl sharded", RL, {"train.sharding=full": "sharded"}),
     ("rl", LORA, {"model.strategy=full": "trained"}),
     ("rl", LORA, {"model.dtype=bfloat16": "dtypes", "model.lora_r=2": "rank", "model.lora_alpha=3": "alpha"}),
+    ("rl", LORA, {"model.quantization=nf4": "bits"}),
     ("rl", MIXED, {"mix.temperature=3": "asked"}),
     ("rl", MIXED, {"mix.weights={cremad: 1, siq2: 2}": "asked"}),
     ("rl", [*MIXED, "mix.epoch_size=10"], {"mix.class_balanced=true": "asked"}),
@@ -896,7 +899,11 @@ OWN = {
                 "features.folder=@base/../features-own": "kept",
             },
         ),
-        ("stage qa", LATER, {"datasets=[siq2]": "data", "features.batch_size=2": "card sizes"}),
+        (
+            "stage qa",
+            LATER,
+            {"datasets=[siq2]": "data", "features.batch_size=2": "card sizes", "quantization=nf4": "card bits"},
+        ),
         ("stage qa", [*LATER, "features.cache=false"], {"attention=eager": "attention"}),
         ("stage qa", LATER, {"features.cache=false": "computed"}),
     ],
@@ -929,7 +936,7 @@ OWN = {
         (
             "stage bam",
             LATER,
-            {"datasets=[siq2]": "data", "features.batch_size=2": "card sizes"},
+            {"datasets=[siq2]": "data", "features.batch_size=2": "card sizes", "quantization=nf4": "card bits"},
         ),
         (
             "stage bam",
@@ -963,7 +970,12 @@ OWN = {
         (
             "predict heads @base",
             ["loader.workers=0"],
-            {"batch_size=3": "sizes", "dtype=bfloat16": "dtypes", "attention=eager": "attention"},
+            {
+                "batch_size=3": "sizes",
+                "dtype=bfloat16": "dtypes",
+                "attention=eager": "attention",
+                "quantization=nf4": "bits",
+            },
         ),
         ("predict openai", ASKED, {"remote.provider=anthropic": "error"}),
         ("predict majority", [], {"fit_split=validation": "answers"}),

@@ -309,7 +309,7 @@ def open_backend(_name: str, opening: Opening) -> VllmBackend:
         fix = "Use --backend hf, or generation.constrain=labels."
         raise ConfigError("the vllm backend reads no likelihoods", where="generation.read", fix=fix)
     if config.quantization not in ("auto", "none"):
-        fix = "Use --backend hf, or serve the model with vLLM's own --quantization and use --backend openai."
+        fix = "Use --backend hf, or serve it quantised and use --backend openai."
         raise ConfigError("the vllm backend quantises nothing", where="quantization", fix=fix)
     for name, value in ENGINE.items():
         os.environ.setdefault(name, value)
