@@ -125,6 +125,7 @@ _YES_OR_NO = re.compile(
     re.IGNORECASE,
 )
 QA, MULTILABEL = "qa", "multilabel"
+CARE = "Labels of mental health are for research and no diagnosis."
 FILE = "taxonomy.yaml"
 ZERO_SHOT = "zero_shot"
 
@@ -158,7 +159,8 @@ class Dataset:
     """One dataset key. `domain` is None for free-form answers; `labels` are those that occur in it.
 
     A multilabel dataset has no domain either (there is no head for it), but labels, of which a row has any number.
-    `group` is a pattern for file names whose first parenthesis is the speaker or dialogue.
+    `group` is a pattern for file names whose first parenthesis is the speaker or dialogue. `licence` is what the
+    source's own page states.
     """
 
     key: str
@@ -168,6 +170,12 @@ class Dataset:
     task: str | None = None
     group: str | None = None
     multilabel: bool = False
+    licence: str = "unknown"
+
+    @property
+    def mental_health(self) -> bool:
+        """Whether its labels are of mental health: `CARE` is said beside them."""
+        return (self.domain or "").startswith("mental_health")
 
     @property
     def free_form(self) -> bool:
@@ -220,8 +228,8 @@ class Taxonomy:
             if domain is None or label not in self.domains[domain].labels:
                 known = self.domains[domain].labels if domain else ()
                 raise TaxonomyError(f"unknown label {label!r}", where=f"dataset {key!r}", fix=nearest(label, known))
-        language, group = entry.get("language", "en"), entry.get("group")
-        options = {"language": language, "task": task, "group": group, "multilabel": multilabel}
+        said = {name: entry[name] for name in ("language", "group", "licence") if entry.get(name) is not None}
+        options = {**said, "task": task, "multilabel": multilabel}
         return Dataset(key=key, domain=domain, labels=labels, **options)
 
     @cached_property
@@ -408,6 +416,7 @@ class _DatasetEntry(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=Tr
     labels: list[str] = []
     language: str = "en"
     group: str | None = None
+    licence: str = "unknown"
 
 
 class _Entries(msgspec.Struct, forbid_unknown_fields=True):

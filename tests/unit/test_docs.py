@@ -17,7 +17,7 @@ import yaml
 import hba
 from hba.batch.config import PrepareConfig
 from hba.cli import app
-from hba.config import describe
+from hba.config import describe, load_config
 from hba.evaluate.config import PredictConfig
 from hba.evaluate.judge.run import JudgeConfig
 from hba.rl.config import RlConfig
@@ -81,6 +81,15 @@ def test_a_call_in_a_code_block_is_one_that_hba_takes(page, words):
     assert [key for key in keys if key not in KEYS[name]] == []
     recipe = values.get("config")
     assert recipe is None or (ROOT / "src/hba/recipes" / f"{recipe}.yaml").is_file()
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "src/hba/recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_a_config_of_the_stage_that_its_name_begins_with(recipe):
+    stage = recipe.stem.partition("_")[0]
+    config = CONFIGS[f"train {'lm' if stage == 'speak' else stage}"]
+    keys = describe(config)
+    given = [f"{key.key}=x" for key in keys if (key.default is None and "." not in key.key) or key.key == "model.name"]
+    assert load_config(config, recipe, given).atlas == "x"
 
 
 def inline(text):

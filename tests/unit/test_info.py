@@ -42,6 +42,21 @@ def test_a_narrow_terminal_takes_bars_and_leaves_figures(mini_atlas: Path) -> No
     assert "text_video_audio" in result.stdout and "█" in result.stdout and "…" not in result.stdout
 
 
+def test_licences_and_what_mental_health_labels_are_for_are_said(mini_atlas: Path, tmp_path: Path) -> None:
+    """Of recordings, not of generated data; a licence that no page states is unknown."""
+    care = "for research and no diagnosis"
+    generated = CliRunner().invoke(app, ["atlas", "info", str(mini_atlas)]).stdout
+    assert care in " ".join(generated.split()) and "Open" not in generated and "GPL-3.0" not in generated
+    ptsd = {"dataset": "ptsd_in_the_wild", "answer": "ptsd", "task": "x_cls"}
+    for name, change in {"emotion": {}, "ptsd": ptsd}.items():
+        (tmp_path / name).mkdir()
+        atlas, page = write_atlas(tmp_path / name, {"test": [1.0]}, **change), tmp_path / f"{name}.html"
+        said = CliRunner().invoke(app, ["atlas", "info", str(atlas), "--out", str(page)]).stdout
+        for text in (" ".join(said.split()), page.read_text()):
+            assert ("ODbL" in text) == (name == "emotion") and ("unknown" in text.lower())
+            assert (care in text) == (name == "ptsd")
+
+
 def test_counts_are_those_of_the_rows(mini_atlas: Path) -> None:
     info = atlas_info(mini_atlas)
     assert [split.name for split in info.splits] == ["train", "validation", "test"]

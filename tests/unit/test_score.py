@@ -247,6 +247,11 @@ def test_published_figures_on_request(tmp_path: Path) -> None:
     assert published["tasks"]["EMO"]["score"] == 0.5
     assert published["tasks"]["EMO"]["ci95"] == [0.5, 0.5]
     assert published["provenance"]["scoring"]["published"] is True
+    (run / "metrics.json").unlink()
+    said = CliRunner().invoke(app, ["score", str(run), "--published"]).output
+    assert "as the released scorer has them" in " ".join(said.split())
+    assert read_json(run / "metrics.json")["tasks"]["EMO"]["score"] == 0.5
+    assert "released scorer" not in CliRunner().invoke(app, ["score", str(run)]).output
 
 
 @pytest.mark.parametrize(

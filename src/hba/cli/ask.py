@@ -76,6 +76,7 @@ def _names(listed: str | None) -> list[str] | None:
 
 def _shown(replies: list[Reply]) -> Iterator[RenderableType]:
     from hba.report.tables import Table
+    from hba.taxonomy import CARE
 
     rows = []
     for reply in replies:
@@ -84,7 +85,7 @@ def _shown(replies: list[Reply]) -> Iterator[RenderableType]:
             rows.append((reply.file, reply.task or reply.dataset or "", said, _likeliest(reply)))
     if rows:
         yield Table(title="", head=("file", "task", "answer", "probabilities"), rows=rows, align="l")
-        yield "A model's guess about how people seem, for research. It is no diagnosis."
+        yield f"A model's guess about how people seem. {CARE}"
 
 
 def _likeliest(reply: Reply) -> str:

@@ -131,13 +131,17 @@ def score_command(
     partial: Annotated[
         bool, typer.Option("--partial", help="Exit 0 although rows that the run was asked for have no prediction.")
     ] = False,
+    published: Annotated[
+        bool, typer.Option("--published", help="The released scorer's figures, its errors included: docs/flaws.md.")
+    ] = False,
     json: JsonFlag = False,
 ) -> None:
     """Compute the published metrics with 95% intervals and chance levels; writes metrics.json."""
     from hba.evaluate.predictions import MERGE
     from hba.evaluate.score import score_run
 
-    metrics = score_run(run, resamples=resamples, seed=seed, by=by or (), cluster=cluster, atlas=atlas)
+    how: dict[str, Any] = {"resamples": resamples, "seed": seed, "published": published}
+    metrics = score_run(run, **how, by=by or (), cluster=cluster, atlas=atlas)
 
     def show() -> list[Table]:
         from hba.report.tables import breakdown_tables, metrics_table, unmapped_table

@@ -28,7 +28,7 @@ from hba.model.merge import merge_checkpoint, require_free
 from hba.remote.request import proxies_checked, shown
 from hba.report import words
 from hba.storage import atomic_folder, write_json
-from hba.taxonomy import save_beside
+from hba.taxonomy import CARE, save_beside
 
 ATLAS = "Human Behavior Atlas"
 SYNTHETIC = "Human Behavior Atlas mini-atlas (synthetic)"
@@ -72,11 +72,18 @@ def model_card(run: Run, *, place: str, base_model: str, license_id: str, card: 
         warnings=words.warnings(run.metrics, stale=run.stale),
         data={**data, "path": public_name(str(data.get("path", "unknown")))},
         synthetic=synthetic,
+        care=CARE,
+        licences={} if synthetic else _licences(run),
         environment=run.environment or {},
         config=yaml.safe_load(run.config or "") or {},
         left_out=len(run.quarantine or ()),
     )
     return f"---\n{metadata.to_yaml()}\n---\n\n{body}"
+
+
+def _licences(run: Run) -> dict[str, str]:
+    known = run.taxonomy.datasets
+    return {name: known[name].licence for name in sorted(run.metrics.datasets) if name in known}
 
 
 def evaluations(metrics: Metrics, *, dataset: str | None, scope: str) -> list[EvalResult]:

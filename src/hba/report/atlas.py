@@ -22,6 +22,7 @@ from hba.report.charts import Chart, stacked
 from hba.report.tables import Cell, Row, Table
 from hba.report.words import count, plural, size, span
 from hba.storage import atomic_write
+from hba.taxonomy import CARE
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -151,8 +152,21 @@ def render_info(info: AtlasInfo) -> str:
         hours=span(together) if together else "",
         histogram=_lengths_drawn(durations.all, "Rows by duration") if durations and together else None,
         lengths=lengths,
+        licences=licences(info),
+        care=CARE if mental_health(info) else "",
         version=hba_version(),
     )
+
+
+def licences(info: AtlasInfo) -> dict[str, str]:
+    """The licence of each dataset that is there, as its source states it. Generated data have none."""
+    datasets = info.taxonomy.datasets
+    return {} if info.synthetic else {name: datasets[name].licence for name in sorted(info.totals("datasets"))}
+
+
+def mental_health(info: AtlasInfo) -> bool:
+    """Whether some of the rows have labels of mental health."""
+    return any(info.taxonomy.datasets[name].mental_health for name in info.totals("datasets"))
 
 
 def _bars(info: AtlasInfo, kind: str) -> list[dict[str, Any]]:
@@ -194,6 +208,12 @@ def show_info(info: AtlasInfo) -> Iterator[RenderableType]:
         yield Table(title=title, head=head, rows=rows, align="l" + "r" * (len(head) - 2) + "b")
     labels = [(name, ", ".join(f"{x} {n:,}" for x, n in found.items())) for name, found in info.labels().items()]
     yield Table(title="Labels", head=("dataset", "labels"), rows=labels, align="l")
+    terms = licences(info)
+    if terms:
+        notes = ["As the sources' own pages state; unknown is unknown, not free: docs/licences.md."]
+        yield Table(title="Licences", head=("dataset", "licence"), rows=list(terms.items()), align="l", warnings=notes)
+    if mental_health(info):
+        yield Text(CARE, style="bold")
     if info.durations is None:
         return
     shape = info.durations.histogram()

@@ -211,6 +211,7 @@ def metrics_table(metrics: Metrics) -> Table:
         f" of {total.rows}" if total.n_missing else ""
     )
     title += f" ({said.unusual})" if said.unusual else ""
+    title += " as the released scorer has them" if said.scoring and said.scoring.published else ""
     rows: list[Row] = []
     for key, task in metrics.tasks.items():
         reason = "" if task.score is not None else f", {not_scored(task)}"
