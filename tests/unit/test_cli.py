@@ -40,7 +40,7 @@ COMMANDS = {
     "predict": "model! overrides --atlas! --split --backend --base-url --run --modalities --datasets --limit"
     " --per-dataset --shard --retry-failed --dry-run --allow-failed --allow-quarantined --json",
     "push": "run! repo! --license! --merge --private --json",
-    "score": "run! --resamples --seed --by --cluster --atlas --partial --json",
+    "score": "run! --resamples --seed --by --cluster --atlas --partial --published --json",
     "judge": "run overrides --model --backend --base-url --atlas --calibrate --offline --out --retry-unjudged"
     " --dry-run --allow-unjudged --cache --json",
     "report": "run! --atlas --out --json",
