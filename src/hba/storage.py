@@ -8,9 +8,11 @@ waited for and then a MachineError, never a fault of the data.
 
 from __future__ import annotations
 
+import csv
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import mmap
 import os
@@ -19,7 +21,7 @@ import shutil
 import socket
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import cache, partial
 from pathlib import Path, PurePosixPath
@@ -467,6 +469,19 @@ def read_jsonl(
 def json_line(record: dict[str, Any]) -> str:
     """One record as one line of JSONL. NaN is refused (ValueError)."""
     return whole(json.dumps(record, ensure_ascii=False, allow_nan=False)) + "\n"
+
+
+FORMULA = ("=", "+", "-", "@")  # what spreadsheets read as the beginning of one
+
+
+def to_csv(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """One line a row, figures as numbers, empty where there is none. No spreadsheet takes a text for a formula."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(head)
+    for row in rows:
+        writer.writerow([f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell for cell in row])
+    return out.getvalue()
 
 
 def whole(text: str) -> str:

@@ -277,6 +277,16 @@ class Taxonomy:
         domain = about.domain
         return None if domain is None else self._lookup[domain].get(plain_label(raw))
 
+    def offered(self, dataset: str) -> tuple[str, ...]:
+        """The labels among which heads choose an answer.
+
+        All of the domain, as published; of a user's own dataset, which may be of a published domain, those that it
+        lists.
+        """
+        about = self.dataset(dataset)
+        whole = self.domains[about.domain].labels if about.domain else about.labels
+        return about.labels if about.labels and dataset in self.added.get("datasets", {}) else whole
+
     def spellings(self, dataset: str) -> Mapping[str, str]:
         """Every spelling that `canonical_label` knows of the labels of a dataset's domain, with its label."""
         domain = self.dataset(dataset).domain

@@ -1,5 +1,6 @@
 """`hba atlas build`: what people have on disk becomes an atlas that opens, trains and predicts."""
 
+import csv
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import pytest
 
 from hba import open_atlas
 from hba.atlas.build import LAYOUTS
+from hba.evaluate.predictions import read_predictions
 from hba.taxonomy import of_folder
 
 
@@ -86,6 +88,80 @@ def test_an_atlas_that_was_built_is_trained_on_predicted_and_scored(hba, tmp_pat
     code, out, err = hba("ask", tmp_path / "run", tmp_path / "in" / "bored" / "0.wav", "--dataset", "mine", "--json")
     assert code == 0, err
     assert set(json.loads(out)["answers"][0]["probs"]) == {"bored", "keen"}
+
+
+def test_files_without_labels_are_predicted_among_the_persons_own_labels(hba, tmp_path, backbone):
+    """Three emotions of the published eight; more files later are asked alone."""
+    kinds = ("angry", "happy", "sadness")
+    for number in range(15):
+        sound(tmp_path / "in" / kinds[number % 3] / f"{number}.wav", number)
+    for number in range(4):
+        sound(tmp_path / "in" / f"new{number}.wav", 40 + number)
+    arguments = ["atlas", "build", tmp_path / "in", tmp_path / "out", "--dataset", "mine"]
+    code, _, err = hba(*arguments)
+    assert code == 2 and "new0.wav" in err and "--allow-unlabelled" in err and not (tmp_path / "out").exists()
+    code, out, err = hba(*arguments, "--allow-unlabelled", "--json")
+    assert code == 0, err
+    built = json.loads(out)
+    assert built["unlabelled"] == 4 and built["splits"]["unlabelled"] == 4 and sum(built["labels"].values()) == 15
+    sample = open_atlas(tmp_path / "out", split="unlabelled")[0]
+    assert not sample.answered and "Choose from: anger, happy, sad." in sample.problem
+    assert hba("atlas", "validate", tmp_path / "out")[0] == 0
+    settings = [f"atlas={tmp_path / 'out'}", f"model.name={backbone}", "train.max_steps=1", "model.strategy=heads"]
+    settings += ["train.validate_every=1", "loader.workers=0"]
+    code, _, err = hba("train", "sft", "--run", tmp_path / "no", *settings, "train_split=unlabelled")
+    assert code == 2 and "none of the 4 rows of split 'unlabelled' has an answer" in err
+    code, _, err = hba("train", "sft", "--run", tmp_path / "run", *settings)
+    assert code == 0, err
+
+    ask = ["predict", tmp_path / "run", "--atlas", tmp_path / "out", "--split", "unlabelled", "--run", tmp_path / "new"]
+    code, out, err = hba(*ask, "loader.workers=0")
+    assert code == 0 and "4 rows have no answer" in out and "answers.csv" in out, err
+    table = list(csv.DictReader((tmp_path / "new" / "answers.csv").open(encoding="utf-8")))
+    assert [row["file"] for row in table] == [f"media/new{number}.wav" for number in range(4)]
+    assert all(row["answer"] in ("anger", "happy", "sad") and float(row["probability"]) >= 1 / 3 for row in table)
+    first = {p.id: p for p in read_predictions(tmp_path / "new" / "predictions.jsonl", of_folder(tmp_path / "out"))}
+    assert all(set(p.probs) == {"anger", "happy", "sad"} for p in first.values())
+    assert all(sum(p.probs.values()) == pytest.approx(1) and p.target is None for p in first.values())
+    code, _, err = hba("score", tmp_path / "new")
+    assert code == 2 and "none of the 4 rows has an answer" in err
+
+    file = tmp_path / "out" / "unlabelled.jsonl"
+    added = json.loads(file.read_text(encoding="utf-8").splitlines()[0]) | {"id": "later", "answer": "happy"}
+    with file.open("a", encoding="utf-8") as handle:
+        handle.write(json.dumps(added) + "\n")
+    code, out, err = hba(*ask, "loader.workers=0", "--json")
+    assert code == 0 and (json.loads(out)["predicted"], json.loads(out)["unlabelled"]) == (5, 4), err
+    second = {p.id: p for p in read_predictions(tmp_path / "new" / "predictions.jsonl", of_folder(tmp_path / "out"))}
+    assert len(second) == 5 and all(second[key] == p for key, p in first.items())
+    code, out, err = hba("score", tmp_path / "new", "--json")
+    assert code == 0, err
+    scored = json.loads(out)
+    assert scored["aggregate"]["unlabelled"] == {"mine": 4}
+    assert (scored["aggregate"]["n"], scored["aggregate"]["n_asked"]) == (1, 1)
+    assert "Without an answer, and in no score: 4 of mine." in " ".join(hba("score", tmp_path / "new")[1].split())
+    added["problem"] = "Another question?"
+    lines = file.read_text(encoding="utf-8").splitlines()
+    file.write_text("\n".join([json.dumps(added | {"id": lines[0][:0] + "mine/new0.wav"}), *lines[1:]]) + "\n")
+    code, _, err = hba(*ask)
+    assert code == 2 and "holds predictions with another data" in err
+
+
+def test_rows_without_answers_are_the_same_as_lines_and_as_shards(hba, tmp_path):
+    for number in range(6):
+        sound(tmp_path / "in" / f"{number}.wav", number)
+    arguments = ["atlas", "build", tmp_path / "in", tmp_path / "out", "--allow-unlabelled"]
+    code, _, err = hba(*arguments)
+    assert code == 2 and "what may the answers be?" in err
+    code, out, err = hba(*arguments, "--choices", "calm,keen")
+    assert code == 0 and "--split unlabelled" in out and "train sft" not in out, err
+    assert hba("atlas", "convert", tmp_path / "out", tmp_path / "shards", "--to", "parquet")[0] == 0
+    lines, shards = (open_atlas(tmp_path / name, split="unlabelled") for name in ("out", "shards"))
+    assert lines.fingerprint == shards.fingerprint and not lines.answered.any() and not shards.answered.any()
+    assert hba("atlas", "validate", tmp_path / "shards")[0] == 0
+    code, _, err = hba(*arguments[:3], tmp_path / "words", "--allow-unlabelled", "--question", "What happens?")
+    assert code == 0, err
+    assert open_atlas(tmp_path / "words", split="unlabelled")[0].problem == "<audio>What happens?"
 
 
 def corpus(name, folder):

@@ -21,7 +21,7 @@ COMMANDS = {
     "atlas info": "atlas! --split --durations --out --cache --workers --json",
     "atlas download": "repo! out! --split --revision --workers --json",
     "atlas build": "folder out --labels --file-column --label-column --group-column --transcript-column"
-    " --split-column --layout --dataset --question --seed --list --allow-broken --json",
+    " --split-column --layout --dataset --question --choices --allow-unlabelled --seed --list --allow-broken --json",
     "atlas convert": "source! out! --to! --split --shard-megabytes --workers --allow-quarantined --json",
     "atlas prepare": "atlas! overrides --split --allow-quarantined --json",
     "atlas describe": "root --split --audio --video --transcripts --frames-per-second --workers --executor --out-format"

@@ -314,7 +314,7 @@ def text_shard(folder: Path, **columns: Any) -> Path:
         ({"answer": [1, 2, 3]}, "test.parquet: column 'answer': expected string, found int64"),
         ({"audios": [["a.wav"]] * 3}, "column 'audios': expected list of binary"),
         ({"answer": ["yes", "no", "perhaps"]}, "test.parquet:3: field 'answer': unknown label 'perhaps'"),
-        ({"answer": ["yes", None, "no"]}, "test.parquet:2: field 'answer': is missing"),
+        ({"problem": ["a", None, "c"]}, "test.parquet:2: field 'problem': is missing"),
         ({"dataset": ["urfunny", "ur", "urfunny"]}, "test.parquet:2: field 'dataset': unknown dataset 'ur'"),
         ({"modality_signature": ["text", "text", "smell"]}, "test.parquet:3: field 'modality_signature': unknown"),
         ({"id": ["a", "b", "a"]}, "test.parquet:3: field 'id': 'a' is also the id of"),

@@ -93,6 +93,8 @@ BAD_ROWS: dict[str, tuple[Any, Planted]] = {
     "tags": (text_row(problem="<audio>Is it?"), {("error", "row-tags", ":2")}),
     "prompt": (text_row(problem=" "), {("error", "row-empty", ":2")}),
     "free answer": (text_row(**QA | {"answer": ""}), {("error", "row-empty", ":2")}),
+    "unlabelled": (text_row(answer=None), {("note", "row-unlabelled", ":2")}),
+    "no answer": (text_row(**QA | {"answer": ...}), {("note", "row-unlabelled", ":2")}),
     "task": (text_row(task="humour_qa"), {("warning", "task-suffix", ":2")}),
     "unlisted": (text_row(dataset="tess", answer="calm", task="emotion_cls"), {("warning", "label-unlisted", ":2")}),
     "several": (

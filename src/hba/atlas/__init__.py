@@ -8,8 +8,10 @@ and holds no decoded media. `filter` makes a view that shares everything with it
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
 from collections.abc import Iterable, Iterator
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Protocol, overload
 
@@ -18,13 +20,14 @@ import numpy.typing as npt
 
 from hba.atlas.jsonl import JsonlStore
 from hba.atlas.names import Split, find_files, hub_id_of, parse_split, read_card
-from hba.atlas.rows import SIGNATURES, Columns, MediaSource, Quarantined, Row, Said, Sample
+from hba.atlas.rows import SIGNATURES, UNLABELLED, Columns, MediaSource, Quarantined, Row, Said, Sample
 from hba.errors import InputError, nearest
 from hba.taxonomy import Taxonomy, of_folder, visible
 
 __all__ = ["Atlas", "Columns", "Quarantined", "Row", "Sample", "data_record", "open_atlas"]
 
 Rows = npt.NDArray[np.int64]
+_log = logging.getLogger(__name__)
 
 # Rough sizes of a model's input, used to put samples of similar length into one batch; only their order matters.
 _CHARS_PER_TOKEN = 3
@@ -184,6 +187,26 @@ class Atlas:
         """Whether the data was generated, as the mini-atlas is, and says nothing about people."""
         return bool(self.card.get("synthetic", False))
 
+    @cached_property
+    def answered(self) -> npt.NDArray[np.bool_]:
+        """Whether each row says what is right [N]."""
+        answered_N: npt.NDArray[np.bool_] = self.columns.label_codes != UNLABELLED
+        return answered_N
+
+    def with_answers(self) -> Atlas:
+        """A view of the rows that have an answer, which alone can be trained on; what is left out is said once.
+
+        Raises InputError when there is none."""
+        if not self.answered.any():
+            fix = "Write 'answer' in the rows; `hba predict` takes them as they are."
+            what = f"none of the {len(self):,} rows of split {self.split!r} has an answer"
+            raise InputError(what, where=str(self.root), fix=fix)
+        left_out = len(self) - int(self.answered.sum())
+        if not left_out:
+            return self
+        _tell(self.split, left_out)
+        return self._view(self._rows[self.answered])
+
     def filter(
         self,
         *,
@@ -211,6 +234,13 @@ class Atlas:
             there = f"of {', '.join(columns.datasets)} and the modalities {', '.join(columns.signatures)}"
             raise InputError(what, where=str(self.root), fix=f"Choose among the rows that it has, {there}.")
         return self._view(self._rows[keep_N])
+
+
+@cache
+def _tell(split: str, left_out: int) -> None:
+    """Once, and by one of the processes of a launcher."""
+    if os.environ.get("RANK", "0") == "0":
+        _log.warning("%d rows of split %r have no answer and are left out", left_out, split)
 
 
 def data_record(path: str, atlas: Atlas) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import numpy as np
 
 from hba.errors import InputError, MediaError, nearest
 from hba.storage import atomic_folder, atomic_write, file_sha256, json_line, remove_abandoned
-from hba.taxonomy import BUILTIN, Taxonomy, save_beside, visible
+from hba.taxonomy import BUILTIN, QA, Taxonomy, save_beside, visible
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TEXTS = (".txt",)
@@ -55,6 +55,9 @@ FREE_QUESTIONS = {
     "INT": "What does the person want, and why?",
     "NVC": "What does the person express without words?",
 }
+UNLABELLED = "unlabelled"
+"""the split of files without a label that are in no other"""
+_TAGS = re.compile(r"<(?=(?:image|video|audio)>)")
 _SHOWN = 5
 
 
@@ -67,10 +70,11 @@ class Medium(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """What is known of a file. Files of one `group` (a speaker, a dialogue) stay together in a split."""
+    """What is known of a file, of its label None where nothing is. Files of one `group` (a speaker, a dialogue) stay
+    together in a split."""
 
     path: Path
-    label: str
+    label: str | None
     group: str | None = None
     transcript: str | None = None
     split: str | None = None
@@ -78,7 +82,8 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    """What was made: rows of each split, how often each label occurs, and why files were left out."""
+    """What was made: rows of each split, how often each label occurs (`unlabelled`: files without one), and why files
+    were left out."""
 
     out: str
     dataset: str
@@ -86,6 +91,7 @@ class Built:
     domain: str
     splits: dict[str, int]
     labels: dict[str, int]
+    unlabelled: int
     groups: int | None
     unreadable: dict[str, str]
 
@@ -137,25 +143,23 @@ def row_of(
 ) -> dict[str, Any]:
     """The row that asks about a medium, which lies at `name` in its atlas, with the labels of `dataset` if it has any.
 
-    Its answer says nothing yet: it is the first label, or a dash.
+    It has no answer. Media tags in what is said or asked are text, and promise no medium.
     """
     about = taxonomy.dataset(dataset)
     labels = about.labels or (taxonomy.domains[about.domain].labels if about.domain in taxonomy.domains else ())
     asked = (
         question or QUESTIONS.get(str(about.domain)) or FREE_QUESTIONS.get(str(about.task)) or "Which of these is it?"
     )
-    said = medium.text or transcript
+    said, asked = (_TAGS.sub("< ", text or "") for text in (medium.text or transcript, asked))
     spoken = f'The speaker says: "{said}" ' if said else ""
     choose = f" Choose from: {', '.join(labels)}." if labels else ""
     row = {
         "problem": f"{''.join(f'<{kind}>' for kind in medium.kinds)}{spoken}{asked}{choose}",
-        "answer": labels[0] if labels else "-",
+        "answer": None,
         "dataset": dataset,
         "task": f"{(about.task or dataset).lower()}_{'cls' if labels else 'qa'}",
         "modality_signature": "_".join(["text", *medium.kinds]),
     }
-    if labels and not about.multilabel:
-        row["class_label"] = labels[0]
     return row | {f"{kind}s": [name] for kind in medium.kinds}
 
 
@@ -168,23 +172,28 @@ def build_atlas(
     columns: Mapping[str, str | None] | None = None,
     dataset: str | None = None,
     question: str | None = None,
+    choices: Sequence[str] = (),
+    unlabelled: bool = False,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Built:
     """Make the atlas `out` of the files in `folder`. It appears whole or not at all.
 
     `labels` is a table, `columns` names columns of it (file, label, group, transcript, split) that are called otherwise
-    than usual. `dataset` is the key that the rows get, by default the name of the folder. `seed` deals rows into splits
-    where nothing says which they belong to. Raises InputError for a folder without files, labels that do not fit the
-    files, a single label, a group in two splits, and `out` that is there.
+    than usual. `unlabelled` lets files be without a label: their rows have no answer, and a split of their own where
+    nothing says which. `choices` are the answers to choose from, by default the labels that there are; with a
+    `question` and neither, answers are in words. `dataset` is the key that the rows get, by default the name of the
+    folder. `seed` deals rows into splits where nothing says which they belong to. Raises InputError for a folder
+    without files, labels that do not fit the files, a single label, a group in two splits, and `out` that is there.
     """
     if not folder.is_dir():
         raise InputError("no such folder", where=str(folder), fix="Give the folder with the files.")
     if out.exists():
         raise InputError("is there already", where=str(out), fix="Choose another folder, or remove it.")
-    entries = list(_entries(folder, layout, labels, columns or {}))
-    _require_sound(folder, entries)
-    taxonomy, key, canonical = _labelled(_key(dataset or layout or folder.resolve().name), entries, question)
+    entries = list(_entries(folder, layout, labels, columns or {}, unlabelled=unlabelled))
+    given = sorted({entry.label for entry in entries if entry.label is not None} | set(choices))
+    _require_sound(folder, entries, given, question, choices)
+    taxonomy, key, canonical = _labelled(_key(dataset or layout or folder.resolve().name), given, question)
     splits = _split(folder, entries, seed)
     if out.parent.is_dir():
         remove_abandoned(out.parent)
@@ -203,14 +212,16 @@ def build_atlas(
             if medium.kinds:
                 bring(entry.path, making / place)
             row = row_of(medium, place, key, taxonomy, question=question, transcript=entry.transcript)
-            row |= {"answer": canonical[entry.label], "class_label": canonical[entry.label], "id": f"{key}/{name}"}
+            row["id"] = f"{key}/{name}"
+            if entry.label is not None:
+                row |= dict.fromkeys(("answer", "class_label"), canonical[entry.label])
             rows[split].append(row | ({} if entry.group is None else {"speaker": entry.group}))
-        for split in SHARES:
+        for split in dict.fromkeys([*(SHARES if any(entry.label for entry in entries) else ()), *splits]):
             if not rows[split]:
                 what = f"no readable file is left for the split {split}"
                 raise InputError(what, where=str(folder), fix="Give more files (at least three groups), or splits.")
             with atomic_write(making / f"{split}.jsonl") as handle:
-                handle.writelines(json_line(row) + "\n" for row in rows[split])
+                handle.writelines(json_line(row) for row in rows[split])
         save_beside(taxonomy, making)
     kept = [row for split in rows.values() for row in split]
     return Built(
@@ -218,8 +229,9 @@ def build_atlas(
         dataset=key,
         task=str(taxonomy.dataset(key).task),
         domain=str(taxonomy.dataset(key).domain),
-        splits={split: len(rows[split]) for split in SHARES},
-        labels=dict(Counter(row["answer"] for row in kept).most_common()),
+        splits={split: len(rows[split]) for split in (*SHARES, UNLABELLED) if rows[split]},
+        labels=dict(Counter(row["answer"] for row in kept if row["answer"] is not None).most_common()),
+        unlabelled=sum(row["answer"] is None for row in kept),
         groups=len({row["speaker"] for row in kept if "speaker" in row}) or None,
         unreadable=unreadable,
     )
@@ -233,14 +245,15 @@ def _key(name: str) -> str:
 
 
 def _entries(
-    folder: Path, layout: str | None, labels: Path | None, columns: Mapping[str, str | None]
+    folder: Path, layout: str | None, labels: Path | None, columns: Mapping[str, str | None], *, unlabelled: bool
 ) -> Iterable[Entry]:
     if layout is not None:
         if layout not in LAYOUTS:
             raise InputError(f"no layout {layout!r}", where="--layout", fix=nearest(layout, LAYOUTS))
         return LAYOUTS[layout](folder)
     table = labels or next((folder / name for name in TABLES if (folder / name).is_file()), None)
-    return of_folders(folder) if table is None else of_table(folder, table, columns)
+    how = {"unlabelled": unlabelled}
+    return of_folders(folder, **how) if table is None else of_table(folder, table, columns, **how)
 
 
 def media_below(folder: Path) -> list[Path]:
@@ -249,23 +262,30 @@ def media_below(folder: Path) -> list[Path]:
     return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
-def of_folders(folder: Path) -> Iterator[Entry]:
+def of_folders(folder: Path, *, unlabelled: bool = False) -> Iterator[Entry]:
     """`LABEL/file` or `SPLIT/LABEL/file`, as ImageFolder and AudioFolder of Hugging Face's datasets have them."""
     for path in media_below(folder):
         *inside, _ = path.relative_to(folder).parts
         split = SPLITS.get(inside[0].lower()) if len(inside) > 1 else None
-        if not inside or (split is None and len(inside) == 1 and inside[0].lower() in SPLITS):
+        alone = SPLITS.get(inside[0].lower()) if len(inside) == 1 else None
+        if not inside or alone is not None:
+            if unlabelled:
+                yield Entry(path, None, split=alone)
+                continue
             what = "lies in no folder that is named by a label"
-            fix = "Put files into one folder a label, or give a table with --labels."
+            fix = "Put files into one folder a label, give a table with --labels, or --allow-unlabelled."
             raise InputError(what, where=str(path), fix=fix)
         yield Entry(path, inside[1] if split else inside[0], split=split)
 
 
-def of_table(folder: Path, table: Path, columns: Mapping[str, str | None] | None = None) -> Iterator[Entry]:
+def of_table(
+    folder: Path, table: Path, columns: Mapping[str, str | None] | None = None, *, unlabelled: bool = False
+) -> Iterator[Entry]:
     """A row of the table a file, which it names relative to the folder. Raises InputError naming the line."""
     records = read_table(table)
     known = list(records[0])
-    chosen = {part: _column(part, (columns or {}).get(part), known, table) for part in COLUMNS}
+    needed = ("file",) if unlabelled else ("file", "label")
+    chosen = {part: _column(part, (columns or {}).get(part), known, table, needed) for part in COLUMNS}
     inside = {path.relative_to(folder).as_posix(): path for path in media_below(folder) if path != table}
     by_name: dict[str, list[Path]] = defaultdict(list)
     for name, path in inside.items():
@@ -277,7 +297,7 @@ def of_table(folder: Path, table: Path, columns: Mapping[str, str | None] | None
     for number, record in enumerate(records, start=2 if table.suffix != ".jsonl" else 1):
         value = {part: "" if column is None else _text(record.get(column)) for part, column in chosen.items()}
         paths = [inside[value["file"]]] if value["file"] in inside else by_name.get(Path(value["file"]).name, [])
-        if not value["file"] or not value["label"]:
+        if not value["file"] or not (value["label"] or unlabelled):
             part = "file" if not value["file"] else "label"
             what = f"the column {chosen[part]!r} is empty"
             raise InputError(what, where=f"{table}:{number}", fix="Fill it in, or remove the line.")
@@ -292,14 +312,18 @@ def of_table(folder: Path, table: Path, columns: Mapping[str, str | None] | None
             fix = "Use train, validation or test."
             raise InputError(f"unknown split {value['split']!r}", where=f"{table}:{number}", fix=fix)
         named.add(paths[0])
-        entries.append(Entry(paths[0], value["label"], value["group"] or None, value["transcript"] or None, split))
+        label, group, transcript = (value[part] or None for part in ("label", "group", "transcript"))
+        entries.append(Entry(paths[0], label, group, transcript, split))
     if missing:
         what = f"{len(missing)} files of the table are not there: {_some(missing)}"
         raise InputError(what, where=str(table), fix=f"Put them into {folder}, or remove their lines.")
     unnamed = [name for name, path in inside.items() if path not in named]
+    if unlabelled:
+        entries += [Entry(inside[name], None) for name in unnamed]
+        unnamed = []
     if unnamed:
         what = f"{len(unnamed)} files have no label: {_some(unnamed)}"
-        raise InputError(what, where=str(table), fix="Add a line for each, or move them away.")
+        raise InputError(what, where=str(table), fix="Add a line for each, or --allow-unlabelled.")
     return iter(entries)
 
 
@@ -327,14 +351,16 @@ def read_table(table: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _column(part: str, named: str | None, known: Sequence[str], table: Path) -> str | None:
+def _column(
+    part: str, named: str | None, known: Sequence[str], table: Path, needed: Sequence[str]
+) -> str | None:
     if named is not None:
         if named not in known:
             raise InputError(f"no column {named!r}", where=str(table), fix=nearest(named, known))
         return named
     lowered = {name.strip().lower(): name for name in known if name}
     found = next((lowered[name] for name in COLUMNS[part] if name in lowered), None)
-    if found is None and part in ("file", "label"):
+    if found is None and part in needed:
         fix = f"Name it with --{part}-column; there are {', '.join(map(repr, known))}."
         raise InputError(f"which column is the {part}?", where=str(table), fix=fix)
     return found
@@ -351,12 +377,21 @@ def _some(names: Sequence[str]) -> str:
 # --- checks, labels, splits -------------------------------------------------------------------------------------------
 
 
-def _require_sound(folder: Path, entries: Sequence[Entry]) -> None:
+def _require_sound(
+    folder: Path, entries: Sequence[Entry], labels: Sequence[str], question: str | None, choices: Sequence[str]
+) -> None:
     if not entries:
         raise InputError("no files here", where=str(folder), fix="Give a folder with clips, sounds, pictures or texts.")
-    kinds = Counter(entry.label for entry in entries)
-    if len(kinds) < 2:
-        what = f"all {len(entries)} files have the label {entries[0].label!r}"
+    offered = {choice.lower() for choice in choices}
+    strange = [label for label in labels if offered and label.lower() not in offered]
+    if strange:
+        what = f"the label {strange[0]!r} is none of the choices"
+        raise InputError(what, where=str(folder), fix=f"Add it to --choices, or correct it: {', '.join(choices)}.")
+    if not labels and question is None:
+        fix = "Name the answers with --choices happy,sad,neutral, or ask in words with --question."
+        raise InputError("no file has a label: what may the answers be?", where=str(folder), fix=fix)
+    if len(labels) == 1:
+        what = f"all {len(entries)} files have the label {labels[0]!r}"
         raise InputError(what, where=str(folder), fix="Give at least two labels: there is nothing to tell apart.")
     seen: dict[str, Path] = {}
     for path in (entry.path for entry in entries):
@@ -370,14 +405,17 @@ def _require_sound(folder: Path, entries: Sequence[Entry]) -> None:
         raise InputError(what, where=str(folder), fix="Leave one line for each.")
 
 
-def _labelled(key: str, entries: Sequence[Entry], question: str | None) -> tuple[Taxonomy, str, dict[str, str]]:
-    """The taxonomy with the new dataset, its key, and the canonical label of every label that occurs.
+def _labelled(key: str, given: Sequence[str], question: str | None) -> tuple[Taxonomy, str, dict[str, str]]:
+    """The taxonomy with the new dataset, its key, and the canonical label of every label that is `given`.
 
     Where all labels are known to one domain (happy, angry, sad: emotion), the dataset is one more of it, so that a
     model's head for it can be asked and trained on. Otherwise the labels are a domain of their own. A published
-    dataset is taken as it is.
+    dataset is taken as it is. Without labels answers are in words.
     """
-    given = sorted({entry.label for entry in entries})
+    if not given:
+        name = f"my_{key}" if key in BUILTIN.datasets else key
+        task = {"name": str(question).rstrip("?"), "metric": "llm_judge_accuracy", "datasets": [name]}
+        return BUILTIN.extended({"tasks": {name.upper(): task}, "datasets": {name: {"domain": QA}}}), name, {}
     for published, about in BUILTIN.datasets.items():
         if about.domain is None or (key in BUILTIN.datasets and key != published):
             continue
@@ -403,11 +441,16 @@ def _labelled(key: str, entries: Sequence[Entry], question: str | None) -> tuple
 
 
 def _split(folder: Path, entries: Sequence[Entry], seed: int) -> list[str]:
-    """The split of every entry: its own, or one dealt out by group so that every split has its share of each label.
+    """The split of every entry: its own, UNLABELLED for one without a label and split, or one dealt out by group so
+    that every split has its share of each label.
 
     Files of the same content are one group. Raises InputError where some have a split and others none, and where a
     group lies in two splits.
     """
+    known = [entry for entry in entries if entry.label is not None]
+    if len(known) < len(entries):
+        dealt = iter(_split(folder, known, seed)) if known else iter(())
+        return [entry.split or UNLABELLED if entry.label is None else next(dealt) for entry in entries]
     given = [entry.split for entry in entries if entry.split]
     if given and len(given) < len(entries):
         what = f"{len(entries) - len(given)} of {len(entries)} files are in no split"
@@ -455,11 +498,11 @@ def _dealt(folder: Path, entries: Sequence[Entry], groups: Sequence[str], seed: 
     order = sorted(members)
     np.random.default_rng(seed).shuffle(order)
     order.sort(key=lambda group: -len(members[group]))  # the large ones first: what is left can still even it out
-    labels = Counter(entry.label for entry in entries)
+    labels = Counter(str(entry.label) for entry in entries)
     have: dict[str, Counter[str]] = {split: Counter() for split in SHARES}
     chosen: dict[int, str] = {}
     for group in order:
-        wanted = Counter(entries[number].label for number in members[group])
+        wanted = Counter(str(entries[number].label) for number in members[group])
 
         def lacking(split: str, wanted: Counter[str] = wanted) -> float:
             gaps = (SHARES[split] * labels[label] - have[split][label] for label in wanted)

@@ -58,8 +58,8 @@ from hba.taxonomy import Taxonomy
 # arguments import pandas where it is installed, which takes longer than all the checks.
 
 
-TEXT = ("problem", "answer", "dataset", "task", "modality_signature")
-OPTIONAL = ("class_label", "id")
+TEXT = ("problem", "dataset", "task", "modality_signature")
+OPTIONAL = ("answer", "class_label", "id")
 MEDIA_PATHS = "media_paths"
 """what embedded media were called as files: a struct of field to list of paths"""
 _KINDS = {"images": "image", "videos": "video", "audios": "audio"}
@@ -146,8 +146,10 @@ def check_tables(tables: list[pa.Table], store: ParquetStore) -> Columns:
     key_N = dataset_codes_N
     for name in ("class_label", "answer", "modality_signature"):
         values, codes_N = _encoded(table[name])
-        # Free-form answers hardly ever repeat, and name no label.
-        key_N = key_N * len(values) + (np.where(free_N, 0, codes_N) if name == "answer" else codes_N)
+        if name == "answer":  # of free-form rows, which hardly ever repeat, it counts whether there is one
+            said_N = np.array([value is not None for value in values], np.int64)[codes_N]
+            codes_N = np.where(free_N, said_N, codes_N)
+        key_N = key_N * (len(values) + 1) + codes_N
     for counts_N in counts_KN:
         key_N = key_N * 3 + np.sign(counts_N) + 1
     _, examples, codes_N = np.unique(key_N, return_index=True, return_inverse=True)

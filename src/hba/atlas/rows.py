@@ -47,13 +47,15 @@ MEDIA_FIELDS: tuple[Field, ...] = ("images", "videos", "audios", "ext_video_feat
 
 
 class Row(msgspec.Struct, kw_only=True, frozen=True, gc=False):
-    """The published schema of a JSONL row; fields that are not named here are kept in `Sample.extra`."""
+    """The published schema of a JSONL row; fields that are not named here are kept in `Sample.extra`.
+
+    An `answer` that is null or left out is not known: such a row can be predicted, and nothing else."""
 
     problem: str
-    answer: str
     dataset: str
     task: str
     modality_signature: str
+    answer: str | None = None
     class_label: str | None = None
     images: tuple[str, ...] = ()
     videos: tuple[str, ...] = ()
@@ -99,14 +101,15 @@ class MediaSource(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One row of the atlas. `label` is canonical, None for free-form rows; `where` is 'file:line'."""
+    """One row of the atlas. `label` is canonical, None for free-form rows; `answer` is None where nobody knows it;
+    `where` is 'file:line'."""
 
     id: str
     split: str
     where: str
     number: int
     problem: str
-    answer: str
+    answer: str | None
     dataset: str
     task: str
     modality_signature: str
@@ -142,8 +145,17 @@ class Sample:
 
     @property
     def target(self) -> str:
-        """What a model should answer: the canonical label, or the row's free-form answer."""
-        return self.label if self.label is not None else self.answer
+        """What a model should answer: the canonical label, or the row's free-form answer.
+
+        Raises InputError for a row without an answer, which can be predicted and nothing else."""
+        if self.label is None and self.answer is None:
+            raise InputError("the row has no answer", where=self.where, fix="Write 'answer', or leave the row out.")
+        return self.label if self.label is not None else str(self.answer)
+
+    @property
+    def answered(self) -> bool:
+        """Whether the row says what is right."""
+        return self.label is not None or self.answer is not None
 
     def place(self, name: Field) -> str:
         """'file:line, field' for messages about a medium of this sample."""
@@ -247,11 +259,14 @@ Codes = npt.NDArray[np.int16]
 Counts = npt.NDArray[np.int32]
 
 NO_TASK = ""
+UNLABELLED = -2
+"""the label code of a row whose answer nobody knows: it can be predicted, and is neither trained on nor scored"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """One entry a row in every array; `label_codes` is the global class index, -1 for free-form rows."""
+    """One entry a row in every array; `label_codes` is the global class index, -1 for free-form rows, UNLABELLED for
+    rows without an answer, whatever their dataset."""
 
     datasets: tuple[str, ...]
     dataset_codes: Codes
@@ -339,7 +354,8 @@ _canonical_encoder = msgspec.json.Encoder(order="sorted", enc_hook=repr)
 
 
 class Label(NamedTuple):
-    """A row's canonical label and its global class index; None and -1 for free-form rows."""
+    """A row's canonical label and its global class index; None and -1 for free-form rows, None and UNLABELLED for rows
+    without an answer."""
 
     name: str | None
     code: int
@@ -372,7 +388,7 @@ def canonical(identity: str, said: Mapping[str, Any], extra: Mapping[str, Any]) 
     get = said.get
     names = (visible(said[name]) for name in NAME_FIELDS)
     paths = [get(name) or () for name in PATH_FIELDS]
-    text = (said["problem"], said["answer"])
+    text = (said["problem"], get("answer"))
     return _canonical_encoder.encode((identity, *text, *names, get("class_label") or None, paths, extra))
 
 
@@ -425,7 +441,7 @@ class RowChecker:
 
     def __init__(self, taxonomy: Taxonomy, *, split: str, place: Callable[[int], str]) -> None:
         self._taxonomy, self._split, self._place = taxonomy, split, place
-        self._labels: dict[tuple[str, str | None, str], Label] = {}
+        self._labels: dict[tuple[str, str | None, str | None], Label] = {}
         self._signatures: dict[tuple[str, bool, bool, bool, bool], str] = {}
         self._ids: dict[str, int] = {}
         self._codes: tuple[dict[str, int], dict[str, int]] = ({}, {})
@@ -441,7 +457,7 @@ class RowChecker:
         dataset = datasets.setdefault(row.dataset, len(datasets))
         signature = signatures.setdefault(said, len(signatures))
         counts = (len(row.images), len(row.videos), len(row.audios))
-        self._flat.extend((dataset, signature, label, len(row.problem), len(row.answer), *counts))
+        self._flat.extend((dataset, signature, label, len(row.problem), len(row.answer or ""), *counts))
 
     def meaning(self, row: Row, line: int, *, media_known: bool = True) -> tuple[str, int]:
         """Signature and label code of a row. Raises InputError for what is unknown or contradicts another field; the
@@ -509,16 +525,19 @@ def label_of(row: Row, taxonomy: Taxonomy, where: str) -> Label:
         dataset = taxonomy.dataset(row.dataset)
     except TaxonomyError as error:
         raise InputError(f"field 'dataset': {error.what}", where=where, fix=error.fix) from None
+    if row.answer is None and (dataset.domain is None or not row.class_label):
+        return Label(None, UNLABELLED)
     if dataset.free_form:
         return Label(None, -1)
+    given = row.answer or ""
     field = "class_label" if row.class_label else "answer"
     try:
-        name = taxonomy.require_label(row.dataset, row.class_label or row.answer)
+        name = taxonomy.require_label(row.dataset, row.class_label or given)
     except TaxonomyError as error:
         raise InputError(f"field {field!r}: {error.what}", where=where, fix=error.fix) from None
-    said = taxonomy.canonical_label(row.dataset, row.answer) if row.answer.strip() else name
+    said = taxonomy.canonical_label(row.dataset, given) if given.strip() else name
     if said != name:
-        what = f"field 'class_label': {name!r} contradicts the answer {row.answer!r}"
+        what = f"field 'class_label': {name!r} contradicts the answer {given!r}"
         raise InputError(what, where=where, fix="Make the two say the same label.")
     if dataset.multilabel:  # checked, but no class of any head
         return Label(None, -1)

@@ -133,6 +133,7 @@ CODES = {
     "row-id": "An id occurs more than once.",
     "row-tags": "A prompt has more media tags than the row has media.",
     "row-empty": "A prompt, or a free-form answer, is empty.",
+    "row-unlabelled": "Rows have no answer: they can be predicted, and are neither trained on nor scored.",
     "row-leak": "The same prompt with the same media lies in more than one split.",
     "media-missing": "A file is not there, is empty, or cannot be opened.",
     "media-outside": "A file is a link out of the atlas.",
@@ -312,26 +313,33 @@ class Catalogue:
         dataset = self.taxonomy.datasets.get(row.dataset)
         if dataset is None:
             return
-        if dataset.free_form and not row.answer.strip():
+        if row.answer is None and (dataset.domain is None or not row.class_label):
+            self._odd.setdefault(("row-unlabelled", place.split, row.dataset, ""), []).append(place)
+        elif dataset.free_form and not (row.answer or "").strip():
             self._report("row-empty", where, "field 'answer': is empty", "Write the answer.")
         suffix = row.task.lower().replace("-", "_").split("_")[-1]
         if suffix in _SUFFIXES["classification" if dataset.free_form else "free_form"]:
             self._odd.setdefault(("task-suffix", place.split, row.dataset, row.task), []).append(place)
         if dataset.domain is not None and dataset.labels:
-            label = self.taxonomy.canonical_label(row.dataset, row.class_label or row.answer)
+            label = self.taxonomy.canonical_label(row.dataset, row.class_label or row.answer or "")
             if label is not None and label not in dataset.labels:
                 self._odd.setdefault(("label-unlisted", place.split, row.dataset, label), []).append(place)
 
     def oddities(self) -> Iterator[Finding]:
-        """One warning a split, dataset and label (or task name) that is not as the taxonomy has it."""
+        """One warning a split, dataset and label (or task name) that is not as the taxonomy has it; one note for rows
+        without an answer."""
         for (code, _, dataset, word), places in self._odd.items():
-            if code == "label-unlisted":
+            level: Level = "warning"
+            if code == "row-unlabelled":
+                level, what = "note", f"of {dataset} have no answer: they can be predicted, and are in no score"
+                fix = "None is needed; write 'answer' where it is known."
+            elif code == "label-unlisted":
                 what = f"of {dataset} carry {word!r}, which the taxonomy does not list for it"
                 fix = "Check the source of the labels."
             else:
                 kind = "free-form answers" if self.taxonomy.dataset(dataset).free_form else "labels"
                 what, fix = f"have the task {word!r}, but {dataset} has {kind}", "Correct the task or the dataset."
-            yield at_places("warning", code, [self.where(p) for p in places], f"{len(places):,} rows {what}", fix)
+            yield at_places(level, code, [self.where(p) for p in places], f"{len(places):,} rows {what}", fix)
 
     def _note_media(self, row: Row, raw: RawRow, place: Place, *, good: bool) -> None:
         numbers: list[int] = []

@@ -94,7 +94,7 @@ def _likeliest(reply: Reply) -> str:
 
 
 def _csv(replies: list[Reply]) -> str:
-    from hba.report.tables import to_csv
+    from hba.storage import to_csv
 
     rows = []
     for reply in replies:

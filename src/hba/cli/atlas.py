@@ -236,6 +236,10 @@ def build_command(
     layout: Annotated[str | None, typer.Option(help="A corpus in its own layout; --list names them.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Key of the new dataset; the folder's name by default.")] = None,
     question: Annotated[str | None, typer.Option(help="What a row asks; by default its labels' own question.")] = None,
+    choices: Annotated[str | None, typer.Option(help="Answers to choose from, such as happy,sad,neutral.")] = None,
+    allow_unlabelled: Annotated[
+        bool, typer.Option("--allow-unlabelled", help="Files without a label become rows to predict.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Deals files into splits.")] = 0,
     known: Annotated[bool, typer.Option("--list", help="List the corpora whose layout is read.")] = False,
     allow_broken: Annotated[int, typer.Option(min=0, help="Exit 0 although up to so many files cannot be read.")] = 0,
@@ -250,25 +254,31 @@ def build_command(
         about = {name: (make.__doc__ or "").splitlines()[0] for name, make in LAYOUTS.items()}
         answer(about, "\n".join(f"{bold(name)}  {text}" for name, text in about.items()), as_json=json)
         return
+    offered = [name.strip() for name in (choices or "").split(",") if name.strip()]
     if folder is None or out is None:
         raise InputError("two folders are needed", where="hba atlas build", fix="hba atlas build FOLDER OUT")
     columns = {"file": file_column, "label": label_column, "group": group_column}
     columns |= {"transcript": transcript_column, "split": split_column}
-    how = {"labels": labels, "columns": columns, "layout": layout, "dataset": dataset, "question": question}
+    how: dict[str, Any] = {"labels": labels, "columns": columns, "layout": layout, "dataset": dataset}
+    how |= {"question": question, "choices": offered, "unlabelled": allow_unlabelled}
     with counted("files") as progress:
-        built = build_atlas(folder, out, seed=seed, progress=progress, **how)  # type: ignore[arg-type]
+        built = build_atlas(folder, out, seed=seed, progress=progress, **how)
 
     def show() -> Iterator[str]:
         rows = ", ".join(f"{split} {count:,}" for split, count in built.splits.items())
         kinds = ", ".join(f"{label} {count:,}" for label, count in built.labels.items())
         grouped = "no groups are known" if built.groups is None else f"{built.groups:,} groups, each in one split"
-        yield f"Made {bold(out)}: dataset {built.dataset} of task {built.task}, labels as domain {built.domain}."
+        domain = "answers in words" if built.domain == "None" else f"labels as domain {built.domain}"
+        yield f"Made {bold(out)}: dataset {built.dataset} of task {built.task}, {domain}."
         yield f"Rows: {rows}; {grouped}."
-        yield f"Labels: {kinds}."
+        yield from [f"Labels: {kinds}."] if kinds else []
+        if built.unlabelled:
+            yield f"Without a label: {built.unlabelled:,} files, to be predicted; no score and no training counts them."
         yield "Next:"
         yield f"  hba atlas validate {out}"
-        yield f"  hba train sft --run runs/{built.dataset} atlas={out} model.name=MODEL"
-        yield f"  hba predict MODEL --atlas {out} --run runs/{built.dataset}-predictions"
+        yield from [f"  hba train sft --run runs/{built.dataset} atlas={out} model.name=MODEL"] if kinds else []
+        split = "" if "test" in built.splits else f" --split {next(iter(built.splits))}"
+        yield f"  hba predict MODEL --atlas {out}{split} --run runs/{built.dataset}-predictions"
 
     answer(asdict(built), show, as_json=json)
     for name, reason in built.unreadable.items():

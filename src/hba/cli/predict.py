@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,14 +23,18 @@ from hba.cli.options import (
     tallied,
     tally_cost,
     warn,
+    written,
 )
 from hba.errors import InputError
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from hba.evaluate.estimate import Estimate
     from hba.evaluate.predict import PredictSummary, Shard
 
 
+SHOWN_ANSWERS = 20
 BACKENDS = "heads (a checkpoint), hf (chat models), openai (or compatible), anthropic, google, vllm, majority or random"
 
 
@@ -89,7 +94,7 @@ def predict_command(
     # Of the processes of a launcher the one that merges speaks for all: a failure of one makes it end the others.
     speaks = share is None or share.device is None or summary.merged
     if speaks:
-        answer(_record(summary, folder), _said(summary, folder, share), as_json=json, once=False)
+        answer(_record(summary, folder), lambda: _shown(summary, folder, share), as_json=json, once=False)
     _finish_failed(summary, allow_failed, known=speaks)
     return finish(summary.quarantined if speaks else (), allow_quarantined, once=False)
 
@@ -121,8 +126,25 @@ def _record(summary: PredictSummary, folder: Path) -> dict[str, object]:
         "skipped": summary.skipped,
         "quarantined": len(summary.quarantined),
         "merged": summary.merged,
+        "unlabelled": len(summary.unlabelled),
+        "answers": str(folder / "answers.csv") if summary.unlabelled else None,
         "remote": None if tally.meter is None else tally.meter.record(),
     }
+
+
+def _shown(summary: PredictSummary, folder: Path, share: Shard | None) -> Iterator[RenderableType]:
+    yield _said(summary, folder, share)
+    if summary.unlabelled:
+        from hba.evaluate.predict import said_of
+        from hba.report.tables import Table
+
+        rows = [(p.id, *said_of(p)) for p in summary.unlabelled[:SHOWN_ANSWERS]]
+        yield Table(title="", head=("row", "answer", "probability"), rows=rows, align="llr")
+        more = len(summary.unlabelled) - len(rows)
+        yield f"{len(summary.unlabelled):,} rows have no answer, and are in no score" + (
+            f"; {more:,} more are in the file." if more else "."
+        )
+        yield from written(folder / "answers.csv")
 
 
 def _said(summary: PredictSummary, folder: Path, share: Shard | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -113,7 +114,8 @@ class Opening:
     """What a backend is opened with: a model, the rows that it will answer, and the settings.
 
     `place` is where the atlas lies, for a backend that looks at another of its splits. `encode` says which media
-    reach the model, and in which form. `note` is what the user should know of the format that was chosen.
+    reach the model, and in which form. `selection` says which rows of the split `atlas` holds. `note` is what the user
+    should know of the format that was chosen.
     """
 
     model: str
@@ -123,3 +125,4 @@ class Opening:
     config: PredictConfig
     encode: EncodeConfig
     note: str | None = None
+    selection: Mapping[str, Any] | None = None

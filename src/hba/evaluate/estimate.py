@@ -18,7 +18,7 @@ import numpy as np
 
 from hba.evaluate.backends.remote import check_media
 from hba.evaluate.config import Opening
-from hba.evaluate.predict import done_elsewhere
+from hba.evaluate.predict import done_elsewhere, grown
 from hba.evaluate.predictions import PREDICTIONS, Asked, read_predictions
 from hba.remote import ClientConfig
 from hba.remote.cost import find_price
@@ -102,8 +102,10 @@ def estimate(opening: Opening, folder: Path) -> Estimate:
     atlas = opening.atlas
     asked = folder / "predict.json"
     # A pilot on some of the rows says nothing of which are done.
-    same_rows = asked.is_file() and read_json(asked)["data"]["fingerprint"] == atlas.fingerprint
-    done = done_elsewhere(folder) if same_rows else set()
+    before_it = read_json(asked) if asked.is_file() else {}
+    done = done_elsewhere(folder)
+    if (before_it.get("data") or {}).get("fingerprint") != atlas.fingerprint:
+        done = done if grown(before_it, atlas, opening.selection, done) else set()
     left = np.array([key not in done for key in atlas.ids], bool)
     count = int(left.sum())
     tokens = (int(_rough_tokens(opening)[left].sum()), count * opening.config.generation.max_tokens)

@@ -50,6 +50,7 @@ from hba.evaluate.backends.interface import (
 )
 from hba.evaluate.config import DEFAULT_FORMAT, Opening, PredictConfig
 from hba.evaluate.predictions import (
+    ANSWERS,
     PREDICTIONS,
     READING_VERSION,
     Line,
@@ -64,7 +65,7 @@ from hba.evaluate.predictions import (
 )
 from hba.remote import ServiceError
 from hba.run import FolderInUseError, QuarantineLog, locked_folder
-from hba.storage import AppendLog, read_json, write_json
+from hba.storage import AppendLog, atomic_write, read_json, to_csv, whole, write_json
 from hba.taxonomy import Taxonomy, save_beside
 
 T = TypeVar("T")
@@ -275,6 +276,7 @@ class PredictSummary(NamedTuple):
     `skipped` rows have no trained head; `merged` is False while other shards of the run have rows left, and where
     another process has put all together. `unnamed_heads` says that the rows were answered by heads of which nobody
     knows whether they were trained. `note` is what the user should know of the format in which the model was asked.
+    `unlabelled` are the predictions of rows without an answer, which are in answers.csv, too.
     """
 
     tally: Tally
@@ -284,6 +286,7 @@ class PredictSummary(NamedTuple):
     merged: bool
     unnamed_heads: bool
     note: str | None = None
+    unlabelled: Sequence[Prediction] = ()
 
 
 def predict_run(
@@ -313,13 +316,13 @@ def predict_run(
     answering = open_backend(opening.backend, opening)
     rows, taxonomy = answerable(opening.atlas, answering), opening.atlas.taxonomy
     # What is hashed is hashed before a lock is taken that every process of the run waits for.
-    settings = {**_settings(opening, split, answering, rows), "selection": asdict(selection)}
+    settings = _settings(opening, split, answering, rows)
     batches = answering.batches(opening.atlas, rows)
     own = folder if shard is None else shard.folder(folder)
     with ExitStack() as locks:
         with nullcontext() if shard is None else locked_folder(folder, PATIENCE_SECONDS):
             locks.enter_context(locked_folder(own))
-            start_predictions(folder, settings, taxonomy)
+            start_predictions(folder, settings, opening.atlas)
             save_beside(taxonomy, folder)
             read_anew(folder, opening.atlas, alone=shard is None)
         if shard is None:
@@ -336,13 +339,14 @@ def predict_run(
             with locked_folder(folder, PATIENCE_SECONDS):
                 leave_nothing(folder, shard)
     if shard is None:
-        return summary._replace(note=opening.note)
+        return summary._replace(note=opening.note, unlabelled=write_answers(folder, opening.atlas))
     wanted = {opening.atlas.ids[row] for row in rows.tolist()}
     merged = merge_when_done(folder, wanted, taxonomy, retry_failed=retry_failed)
     if not merged and (shard.device is None or shard.number == 1) and not came_late:  # all was there when it came
         merged = not (folder / "shards").is_dir() and wanted <= done_elsewhere(folder, failed=not retry_failed)
     if merged:
         summary = _whole_run(folder, len(rows), opening.atlas, answering)
+        summary = summary._replace(unlabelled=write_answers(folder, opening.atlas))
     return summary._replace(merged=merged, note=opening.note)
 
 
@@ -376,7 +380,8 @@ def open_rows(
         found = "windows of a sound are averaged by heads, and this backend answers in words"
         raise ConfigError(found, where="encode.long_audio", fix=WINDOWS_ARE_FOR_HEADS)
     config, note = _in_format(model, formats, config)
-    return Opening(model=model, backend=name, place=atlas, atlas=rows, config=config, encode=chosen, note=note)
+    about: dict[str, Any] = {"place": atlas, "atlas": rows, "note": note, "selection": asdict(selection)}
+    return Opening(model=model, backend=name, config=config, encode=chosen, **about)
 
 
 def _in_format(model: str, trained: tuple[str, ...] | None, config: PredictConfig) -> tuple[PredictConfig, str | None]:
@@ -398,6 +403,7 @@ def _in_format(model: str, trained: tuple[str, ...] | None, config: PredictConfi
 
 
 def _settings(opening: Opening, split: str, backend: Backend, rows: Indices) -> dict[str, Any]:
+    known = opening.atlas.answered[rows]
     settings = {
         "model": opening.model,
         "backend": opening.backend,
@@ -405,11 +411,14 @@ def _settings(opening: Opening, split: str, backend: Backend, rows: Indices) -> 
         "split": split,
         "data": data_record(opening.place, opening.atlas),
         "encode": asdict(opening.encode),
-        "asked": _by_dataset(opening.atlas, rows),
-        "asked_ids": ids_sha256(opening.atlas.ids[int(row)] for row in rows),
+        "asked": _by_dataset(opening.atlas, rows[known]),
+        "asked_ids": ids_sha256(opening.atlas.ids[int(row)] for row in rows[known]),
         "skipped": _by_dataset(opening.atlas, np.setdiff1d(np.arange(len(opening.atlas)), rows)),
         "reading": READING_VERSION,
+        "selection": opening.selection,
     }
+    if not known.all():
+        settings["unlabelled"] = _by_dataset(opening.atlas, rows[~known])
     plain: dict[str, Any] = json.loads(json.dumps(settings))
     return plain
 
@@ -437,7 +446,7 @@ def _append_predictions(
     tally = Tally(total=len(rows), meter=backend.meter)
 
     def count(prediction: Prediction, *, fresh: bool = False) -> None:
-        tally.add(prediction, labelled=not atlas.taxonomy.dataset(prediction.dataset).free_form, fresh=fresh)
+        tally.add(prediction, labelled=_labelled(prediction, atlas.taxonomy), fresh=fresh)
 
     with PredictionLog(own / PREDICTIONS, atlas.taxonomy, count) as log, QuarantineLog(own) as quarantine:
         done = log.done_ids() | elsewhere
@@ -475,11 +484,42 @@ def _summary(
     )
 
 
+def write_answers(folder: Path, atlas: Atlas) -> list[Prediction]:
+    """Write answers.csv, what the model says of the rows without an answer, and return these predictions.
+
+    A line names the row's first file, or its id where the row has none. No file where all rows have an answer.
+    """
+    if atlas.answered.all() or not (folder / PREDICTIONS).is_file():
+        return []
+    found = [p for p in each_prediction(folder / PREDICTIONS, atlas.taxonomy) if p.target is None]
+    wanted, files = {p.id for p in found}, {}
+    for key, row, _ in atlas.said() if found else ():
+        paths = (*row.videos, *row.audios, *row.images)
+        files[key] = paths[0] if key in wanted and paths and paths[0] != UNNAMED else key
+    head = ["file", "dataset", "answer", "probability", "text", "error", "id"]
+    found = [p for p in found if p.id in files]
+    lines = [[files[p.id], p.dataset, *said_of(p), whole(p.output or ""), p.error, p.id] for p in found]
+    with atomic_write(folder / ANSWERS) as handle:
+        handle.write(to_csv(head, lines))
+    return found
+
+
+def said_of(prediction: Prediction) -> tuple[str, str]:
+    """Answer and probability of a prediction as tables show them; what is not known is empty."""
+    answer = prediction.label or prediction.answer or ""
+    share = (prediction.probs or {}).get(answer)
+    return answer, "" if share is None else f"{share:.4f}"
+
+
+def _labelled(prediction: Prediction, taxonomy: Taxonomy) -> bool:
+    return prediction.target is not None and not taxonomy.dataset(prediction.dataset).free_form
+
+
 def _whole_run(folder: Path, total: int, atlas: Atlas, backend: Backend) -> PredictSummary:
     """The summary of a run of `total` rows whose shards are merged."""
     tally, answered = Tally(total=total, meter=backend.meter), set()
     for prediction in each_prediction(folder / PREDICTIONS, atlas.taxonomy):
-        tally.add(prediction, labelled=not atlas.taxonomy.dataset(prediction.dataset).free_form, fresh=False)
+        tally.add(prediction, labelled=_labelled(prediction, atlas.taxonomy), fresh=False)
         answered.add(prediction.id)
     return _summary(tally, answered, QuarantineLog(folder), atlas, backend)
 
@@ -632,8 +672,26 @@ def read_anew(folder: Path, atlas: Atlas, *, alone: bool) -> None:
     write_json(path, {**settings, "reading": READING_VERSION})
 
 
-def start_predictions(folder: Path, settings: dict[str, Any], taxonomy: Taxonomy) -> None:
+def grown(before: Mapping[str, Any], atlas: Atlas, selection: Mapping[str, Any] | None, known: Set[str]) -> bool:
+    """Whether `atlas` holds the rows for which predict.json says `before`, word for word, and others beside them.
+
+    Those rows are the first ones, or the ones whose ids are `known` (answered, or in quarantine). A pilot of chosen
+    rows does not grow into the whole: the selection is the same.
+    """
+    data = before.get("data") or {}
+    rows, fingerprint = data.get("rows"), data.get("fingerprint")
+    if before.get("selection") != selection or not isinstance(rows, int) or rows >= len(atlas):
+        return False
+    if atlas[:rows].fingerprint == fingerprint:
+        return True
+    there = np.flatnonzero([key in known for key in atlas.ids])
+    return len(there) == rows and atlas.select(there).fingerprint == fingerprint
+
+
+def start_predictions(folder: Path, settings: dict[str, Any], atlas: Atlas) -> None:
     """Write predict.json, or check that it says the same. Raises InputError naming what differs.
+
+    Where rows have come to those of before, and nothing else is different, the new ones are asked beside them.
 
     Where model and atlas lie may differ, their content may not, nor what the model computes in. A folder in which
     nothing was ever answered is free: whatever was tried there came to nothing, and its failures go.
@@ -645,7 +703,12 @@ def start_predictions(folder: Path, settings: dict[str, Any], taxonomy: Taxonomy
         differing = [key for key in {**now, **before} if before.get(key) != now.get(key) and key not in unsaid]
         if not differing:
             return
-        files = _written(folder)
+        taxonomy, files = atlas.taxonomy, _written(folder)
+        if differing == ["data"]:
+            known = {line.id for name in FILES for file in folder.rglob(name) for line in _whole_lines(file)}
+            if grown(read_json(path), atlas, settings["selection"], known):
+                write_json(path, settings)
+                return
         if any(not p.failed for file in files for p in _mended(file, taxonomy)):
             fix = "Choose another --run, or remove predictions.jsonl and predict.json."
             raise InputError(f"holds predictions with another {', '.join(differing)}", where=str(folder), fix=fix)

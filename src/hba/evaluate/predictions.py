@@ -26,7 +26,7 @@ from hba.taxonomy import BUILTIN, Taxonomy
 if TYPE_CHECKING:
     from hba.remote.cost import Meter
 
-PREDICTIONS = "predictions.jsonl"
+PREDICTIONS, ANSWERS = "predictions.jsonl", "answers.csv"
 JUDGEMENTS, JUDGE_SETTINGS = "judgements.jsonl", "judge.json"  # what a judge adds: see judge/items.py
 READING_VERSION = 3  # of `hba.evaluate.answers`: raised when it may read a text as another label than before
 # What servers say of an answer that was cut off at a limit of length, and of one that a filter stopped.
@@ -45,20 +45,20 @@ class Prediction:
     """What a model said about one sample.
 
     `target` and `label` are canonical labels; for a free-form row `target` is the row's answer and `label`
-    None. `label` is None if the answer could not be mapped. `error` is None unless the sample failed; with an
-    error and no output it counts as wrong. `latency_s` is in seconds, `tokens_in` and `tokens_out` are
-    counts, None if unknown. `probs` are the heads' probabilities. Rows with one `group` share a speaker or a
-    video and are resampled together. `modality` is the row's signature, such as text_audio. `rule` names the rule of
-    `answers.RULES` by which an answer in words was read. `finish` is how the answer ended, in the word of whoever gave
-    it: stop, length, content_filter, ...; None if unknown. `model` is the version that a service says has answered,
-    `left_out` what of the request it refused.
+    None. `target` is None for a row without an answer, which is in no score. `label` is None if the answer could not be
+    mapped. `error` is None unless the sample failed; with an error and no output it counts as wrong. `latency_s` is in
+    seconds, `tokens_in` and `tokens_out` are counts, None if unknown. `probs` are the heads' probabilities. Rows with
+    one `group` share a speaker or a video and are resampled together. `modality` is the row's signature, such as
+    text_audio. `rule` names the rule of `answers.RULES` by which an answer in words was read. `finish` is how the
+    answer ended, in the word of whoever gave it: stop, length, content_filter, ...; None if unknown. `model` is the
+    version that a service says has answered, `left_out` what of the request it refused.
     """
 
     id: str
     dataset: str
     task: str
     split: str
-    target: str
+    target: str | None
     output: str | None
     answer: str | None
     label: str | None
@@ -78,6 +78,13 @@ class Prediction:
     def failed(self) -> bool:
         """Whether the sample ended in an error without any output or answer."""
         return _failed(self)
+
+    @property
+    def truth(self) -> str:
+        """The target, which who scores has. Raises InputError for a row without an answer."""
+        if self.target is None:
+            raise InputError("the row has no answer to compare with", where=self.id, fix="Leave it out of the score.")
+        return self.target
 
     @property
     def spoken(self) -> str | None:
@@ -162,7 +169,7 @@ def each_prediction(path: str | Path, taxonomy: Taxonomy = BUILTIN) -> Iterator[
     path = Path(path)
     line_of: dict[str, int] = {}
     canonical: dict[tuple[str, str | None], str | None] = {}
-    spelled: set[tuple[str, str, str | None, tuple[str, ...] | None]] = set()  # words that are as the taxonomy has them
+    spelled: set[tuple[str, str | None, str | None, tuple[str, ...] | None]] = set()  # as the taxonomy has them
     for number, prediction in _lines(path):
         first = line_of.setdefault(prediction.id, number)
         if first != number:

@@ -220,12 +220,14 @@ class Aggregate(Counts):
 
     `mean` is over the scored tasks. With `other_rows` the predictions are of other rows than the run was asked
     for, though of no fewer. `readings` are by name, `rules` how many answers each rule of `answers` read; `failures`
-    are the most frequent errors of failed rows.
+    are the most frequent errors of failed rows. `unlabelled` are the rows without an answer by dataset: they are
+    predicted, and in no score.
     """
 
     mean: Score = Score()
     other_rows: bool | None = None
     n_quarantined_unassigned: int = 0
+    unlabelled: dict[str, int] = field(default_factory=dict)
     breakdowns: dict[str, Breakdown] = field(default_factory=dict)
     calibration: Calibration | None = None
     unmapped: dict[str, Unmapped] = field(default_factory=dict)
@@ -350,7 +352,7 @@ class Metrics:
 
 # Left out of the file where they say nothing: None, "" or empty.
 _OPTIONAL = frozenset(
-    {"name", "note", "finish", "other_rows", "failures", "readings", "rules", "free_form", "figures"}
+    {"name", "note", "finish", "other_rows", "failures", "readings", "rules", "free_form", "figures", "unlabelled"}
     | {f"n_{name}" for name in ("invalid", "failed", "quarantined", "skipped")}
 )
 

@@ -97,7 +97,17 @@ class Run:
 
     @cached_property
     def predictions(self) -> list[Prediction]:
-        """Every prediction. Raises InputError when there is no such file, or for a line that is not as it should be."""
+        """Every prediction of a row with an answer. Raises InputError when there is no such file, or for a line that is
+        not as it should be."""
+        return [p for p in self._every if p.target is not None]
+
+    @property
+    def unlabelled(self) -> list[Prediction]:
+        """The predictions of rows without an answer, which nothing can be compared with."""
+        return [p for p in self._every if p.target is None]
+
+    @cached_property
+    def _every(self) -> list[Prediction]:
         return read_predictions(self.predictions_path, self.taxonomy)
 
     @cached_property
@@ -169,7 +179,7 @@ class Run:
 
         data = self.asked.get("data") or {}
         place = str(place or data.get("path"))
-        split = split or self.asked.get("split") or "+".join(sorted({p.split for p in self.predictions}))
+        split = split or self.asked.get("split") or "+".join(sorted({p.split for p in self._every}))
         found = Selection(**self.asked.get("selection") or {}).rows(open_atlas(place, split=split))
         if data.get("fingerprint") not in (None, found.fingerprint):
             fix = "Say with --atlas which one it was."
@@ -213,7 +223,7 @@ class Run:
         path = self.folder / QUARANTINE
         if not path.is_file():
             return None
-        answered = {p.id for p in self.predictions} if self.predictions_path.is_file() else set()
+        answered = {p.id for p in self._every} if self.predictions_path.is_file() else set()
         return tuple(entry for entry in read_quarantine(path) if entry.id not in answered)
 
     def left_out(self, file: Path | None = None) -> list[LeftOut]:
@@ -223,7 +233,7 @@ class Run:
         """
         path = self.folder / QUARANTINE if file is None else file
         entries = read_quarantine(path, self.taxonomy) if file is not None or path.is_file() else []
-        answered, splits = {p.id for p in self.predictions}, {p.split for p in self.predictions}
+        answered, splits = {p.id for p in self._every}, {p.split for p in self._every}
         return [e for e in entries if e.id not in answered and (e.split is None or e.split in splits)]
 
     @cached_property

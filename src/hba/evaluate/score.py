@@ -251,8 +251,8 @@ def calibration(predictions: Sequence[Prediction]) -> dict[str, Any] | None:
 
 def _outcome(p: Prediction, probs: Mapping[str, float]) -> tuple[float, bool, float, float]:
     """Confidence, whether it is right, Brier score and log loss of one prediction."""
-    brier = sum((share - (label == p.target)) ** 2 for label, share in probs.items()) + (p.target not in probs)
-    return probs[str(p.label)], p.label == p.target, brier, -math.log(max(probs.get(p.target, 0.0), _SMALLEST))
+    brier = sum((share - (label == p.truth)) ** 2 for label, share in probs.items()) + (p.truth not in probs)
+    return probs[str(p.label)], p.label == p.truth, brier, -math.log(max(probs.get(p.truth, 0.0), _SMALLEST))
 
 
 def _figures(rows_4N: Floats) -> dict[str, Any]:
@@ -343,6 +343,9 @@ def score_run(
     if not predictions:
         what = f"all {skipped.total():,} rows are of heads that were not trained" if skipped else "the file is empty"
         fix = "Run `hba predict` on rows that the model can answer."
+        if opened.unlabelled:
+            what = f"none of the {len(opened.unlabelled):,} rows has an answer to compare with"
+            fix = "Their predictions are in answers.csv; write 'answer' in the rows to score them."
         raise InputError(f"no prediction to score: {what}", where=str(opened.predictions_path), fix=fix)
     metrics = score_predictions(
         predictions,
@@ -352,6 +355,8 @@ def score_run(
         verdicts=opened.verdicts,
         unanswered=_unanswered(opened, None if quarantine is None else Path(quarantine), skipped, atlas),
     )
+    unlabelled = dict(sorted(Counter(p.dataset for p in opened.unlabelled).items()))
+    metrics = replace(metrics, aggregate=replace(metrics.aggregate, unlabelled=unlabelled))
     said = _provenance(opened, metrics.provenance)
     metrics = replace(metrics, provenance=replace(said, **(provenance or {})))
     write_json(opened.folder / FILE, metrics.record())
@@ -384,7 +389,7 @@ def score_predictions(
     said = ([getattr(p, name) for p in free_form] for name in ("spoken", "target", "dataset", "task"))
     errors = Counter(p.error for p in predictions if p.failed and p.error)
     levels = chance(rows, seed=options.seed, published=options.published).datasets
-    levels |= majority_levels([p.target for p in free_form], [p.dataset for p in free_form])
+    levels |= majority_levels([p.truth for p in free_form], [p.dataset for p in free_form])
     datasets = _datasets(predictions, found["datasets"], levels, units_of(rows, clusters), unanswered)
     tasks = _tasks(taxonomy, found["tasks"], datasets)
     scored = {key: task for key, task in tasks.items() if task.score is not None}
@@ -431,7 +436,7 @@ def score_predictions(
 def rows_of(predictions: Sequence[Prediction], taxonomy: Taxonomy = BUILTIN) -> Rows:
     """Predictions as the cells that scores, intervals and comparisons are made of; no label, or no answer, is wrong."""
     answers = [p.spoken if taxonomy.dataset(p.dataset).free_form else p.label for p in predictions]
-    return encode(answers, [p.target for p in predictions], [p.dataset for p in predictions], taxonomy)
+    return encode(answers, [p.truth for p in predictions], [p.dataset for p in predictions], taxonomy)
 
 
 def _readings(
@@ -453,7 +458,7 @@ def _readings(
         p.label if p.output is None or p.probs is not None else published_label(p.dataset, p.output, taxonomy)
         for p in labelled
     ]
-    rows = encode(strict, [p.target for p in labelled], [p.dataset for p in labelled], taxonomy)
+    rows = encode(strict, [p.truth for p in labelled], [p.dataset for p in labelled], taxonomy)
     scores = {key: task["score"] for key, task in score_rows(rows, published)["tasks"].items()}
     scores = {key: score for key, score in scores.items() if key in scored}
     same = mean.score is not None and scores.keys() == scored.keys()

@@ -435,5 +435,6 @@ class AtlasIndex:
 def _record(split: str, sample: Sample, taxonomy: Taxonomy) -> tuple[Any, ...]:
     task = taxonomy.dataset(sample.dataset).task or NO_TASK
     media = (sample.images, sample.videos, sample.audios, sample.ext_video_feats, sample.ext_audio_feats)
-    words = (sample.label, sample.modality_signature, sample.problem, sample.target)
+    target = sample.target if sample.answered else "no answer is known"
+    words = (sample.label, sample.modality_signature, sample.problem, target)
     return (split, sample.number, sample.id, sample.dataset, task, *words, *media)

@@ -118,8 +118,10 @@ def _predictions(run: RunEntry) -> Iterator[tuple[Any, ...]]:
         known = taxonomy.datasets.get(dataset)
         free_form = known is None or known.domain is None
         probs = record.get("probs")
-        truth = target if free_form else taxonomy.canonical_label(dataset, target)
-        correct = None if free_form else int(label is not None and label == truth)
+        unlabelled = record.get("target") is None
+        target = "no answer is known" if unlabelled else target
+        truth = target if free_form or unlabelled else taxonomy.canonical_label(dataset, target)
+        correct = None if free_form or unlabelled else int(label is not None and label == truth)
         invalid = int(not free_form and label is None and not record.get("error"))
         yield (
             run.name, str(record.get("id")), str(record.get("split")), dataset, (known and known.task) or "no task",

@@ -36,7 +36,7 @@ def write_documents(place: str, split: str, out: Path) -> dict[str, int]:
 
     Raises InputError for an atlas without media files, and for a sample of no task.
     """
-    atlas = open_atlas(place, split=split)
+    atlas = open_atlas(place, split=split).with_answers()
     by_task: dict[str, list[dict[str, Any]]] = {}
     for document in _documents(atlas, out.resolve()):
         by_task.setdefault(document["task"], []).append(document)

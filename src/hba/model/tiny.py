@@ -564,7 +564,7 @@ def atlas_texts(atlas: Atlas) -> Iterator[str]:
     them slips.
     """
     formats = [AnswerFormat(path.stem) for path in sorted(FORMATS.glob("*.jinja"))]
-    for sample in atlas:
+    for sample in atlas.with_answers():
         for each in formats:
             yield each.prompt(sample.problem)
             yield each.response(sample.target, sample.target if each.shows_reasoning else None)

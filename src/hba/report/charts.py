@@ -413,7 +413,7 @@ def matrices(predictions: Sequence[Prediction], taxonomy: Taxonomy = BUILTIN) ->
 
     Raises TaxonomyError for an unknown dataset or a target outside its domain.
     """
-    rows = encode([p.label for p in predictions], [p.target for p in predictions],
+    rows = encode([p.label for p in predictions], [p.truth for p in predictions],
                   [p.dataset for p in predictions], taxonomy)  # fmt: skip
     counts_DCP, layout = rows.confusion(), rows.layout
     found = []

@@ -17,9 +17,9 @@ from hba.evaluate.leaderboard import Entry, Leaderboard
 from hba.evaluate.results import SCANT, convert
 from hba.evaluate.statistics import EXACT_MATCH
 from hba.report import words
-from hba.report.tables import DAGGER, Cell, Row, Table, to_csv, to_latex, to_markdown, writer_of
+from hba.report.tables import DAGGER, Cell, Row, Table, to_latex, to_markdown, writer_of
 from hba.report.words import DASH, count, figure, interval, metric_name, scant
-from hba.storage import atomic_write, read_json, write_json
+from hba.storage import atomic_write, read_json, to_csv, write_json
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType

@@ -243,7 +243,7 @@ def choose(predictions: Sequence[Prediction], taxonomy: Taxonomy = BUILTIN, num_
     labelled = [p for p in predictions if taxonomy.dataset(p.dataset).domain is not None and not p.failed]
     ranked = [p for p in labelled if p.probs]
     pool = ranked or labelled
-    targets = {p.id: taxonomy.require_label(p.dataset, p.target) for p in pool}
+    targets = {p.id: taxonomy.require_label(p.dataset, p.truth) for p in pool}
     surety = {p.id: (p.probs or {}).get(targets[p.id], 0.0) for p in pool}
     right = [p for p in pool if p.label == targets[p.id]]
     wrong = [p for p in pool if p.label != targets[p.id]]
@@ -293,7 +293,7 @@ def gather(
 
 
 def _card(prediction: Prediction, sample: Sample | None, note: str, budget: Budget, taxonomy: Taxonomy) -> Card:
-    target = taxonomy.require_label(prediction.dataset, prediction.target)
+    target = taxonomy.require_label(prediction.dataset, prediction.truth)
     notes = []
     if sample is None:
         notes += [] if note else ["The atlas has no row with this id."]

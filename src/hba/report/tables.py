@@ -7,8 +7,6 @@ uncertain is not shown without saying so.
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
 
 DAGGER = "†"
 BAR_CELLS = 16
-FORMULA = ("=", "+", "-", "@")  # what spreadsheets read as the beginning of one
 STRONG = ("bold", "green", "red")  # what is bold where a file has no colours
 W = TypeVar("W")
 
@@ -186,16 +183,6 @@ def _laid_out(cells: Iterable[Cell], plain: Callable[[str], str], strong: str) -
 
 
 WRITERS: Mapping[str, Callable[[Table], str]] = {".md": to_markdown, ".tex": to_latex}
-
-
-def to_csv(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """One line a row, figures as numbers, empty where there is none. No spreadsheet takes a text for a formula."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(head)
-    for row in rows:
-        writer.writerow([f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell for cell in row])
-    return out.getvalue()
 
 
 # --- the scores of a run ----------------------------------------------------------------------------------------------

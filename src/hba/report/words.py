@@ -104,6 +104,9 @@ def warnings(metrics: Metrics, *, stale: bool = False) -> list[str]:
         failed = f"All {total.n:,} rows failed" if every else f"{plural(total.n_failed, 'row')} failed"
         effect = "; the run has no score" if total.failed_share > MAX_FAILED else "; failed rows count as wrong"
         found.append(f"{failed}{reason}{effect}. Ask again: hba predict --retry-failed.")
+    if total.unlabelled:
+        of = ", ".join(f"{n:,} of {key}" for key, n in total.unlabelled.items())
+        found.append(f"Without an answer, and in no score: {of}.")
     if endings(total):
         found.append(f"Answers that did not end by themselves: {endings(total)}.")
     for name, reading in total.readings.items():

@@ -99,12 +99,13 @@ class PromptFeed:
 
 def training_rows(config: RlConfig) -> Atlas:
     """The rows whose prompts are trained on."""
-    return open_atlas(config.atlas, split=config.train_split).filter(datasets=config.datasets)
+    return open_atlas(config.atlas, split=config.train_split).with_answers().filter(datasets=config.datasets)
 
 
 def validation_rows(config: RlConfig) -> Atlas:
     """The rows of the evaluations, a stratified sample where the config limits their number."""
-    return sample_of(open_atlas(config.atlas, split=config.validation_split).filter(datasets=config.datasets), config)
+    found = open_atlas(config.atlas, split=config.validation_split).with_answers()
+    return sample_of(found.filter(datasets=config.datasets), config)
 
 
 def sample_of(atlas: Atlas, config: RlConfig) -> Atlas:

@@ -140,8 +140,9 @@ def begin(config: StageConfig, run: RunFolder, dtype: str, rows: Callable[[Atlas
     require_installed(config)
     ranks = Ranks(start_accelerator(dtype))
     prepare_process(config.train.seed)
-    train = rows(open_atlas(config.atlas, split=config.train_split))
-    validation = rows(open_atlas(config.atlas, split=config.validation_split, taxonomy=train.taxonomy))
+    train = rows(open_atlas(config.atlas, split=config.train_split).with_answers())
+    validation = open_atlas(config.atlas, split=config.validation_split, taxonomy=train.taxonomy).with_answers()
+    validation = rows(validation)
     run.record_data(data_record(config.atlas, train))
     return Start(ranks, train, validation, ranks.told(latest(run.checkpoints)))
 

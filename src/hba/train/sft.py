@@ -140,7 +140,7 @@ def validate_heads(backend: HeadsBackend, atlas: Atlas, run: RunFolder, ranks: R
     said: list[tuple[str | None, str, str]] = []
     for step in predict(atlas, backend.batches(atlas, own), backend):
         if isinstance(step, Prediction):
-            said.append((step.label, step.target, step.dataset))
+            said.append((step.label, step.truth, step.dataset))
         elif isinstance(step, Quarantined):
             run.quarantine.add(step)
     done = ranks.gather(said)

@@ -96,7 +96,7 @@ def run_transfer(
     `config` is that of the pretraining; fine-tuning takes it with other rows, epochs and starts. `heldout` are dataset
     keys, by default those of the paper that the atlas has. Raises InputError for one without rows.
     """
-    atlas = open_atlas(config.atlas, split=config.train_split)
+    atlas = open_atlas(config.atlas, split=config.train_split).with_answers()
     keys, absent = heldout_datasets(atlas, heldout)
     pretrain = replace(config, datasets=pretraining_datasets(rows_of(atlas, config.datasets, free_form=False), keys))
     _train(folder / "pretrain", pretrain, command)

@@ -54,7 +54,8 @@ class Baseline:
                 answer = random.Random(f"{self.seed}/{sample.id}").choice(sorted(counted))
                 weights = dict.fromkeys(counted, 1)
             total = sum(weights.values())
-            probs = {label: weight / total for label, weight in weights.items()} if sample.label is not None else None
+            domain = atlas.taxonomy.dataset(sample.dataset).domain
+            probs = {label: weight / total for label, weight in weights.items()} if domain else None
             label = atlas.taxonomy.canonical_label(sample.dataset, answer)
             yield Answered(sample, Output(text=answer, answer=answer, label=label, probs=probs))
 
@@ -78,11 +79,12 @@ def training_counts(atlas: Atlas) -> dict[str, dict[str, int]]:
     """
     found: dict[str, Counter[str]] = {}
     written: dict[tuple[str, str], Counter[str]] = {}
-    for sample in atlas:
-        label = atlas.taxonomy.canonical_label(sample.dataset, sample.answer)
-        key = label or plain(sample.answer)
+    for sample in atlas.with_answers():
+        said = str(sample.answer if sample.answer is not None else sample.label)
+        label = atlas.taxonomy.canonical_label(sample.dataset, said)
+        key = label or plain(said)
         found.setdefault(sample.dataset, Counter())[key] += 1
-        written.setdefault((sample.dataset, key), Counter())[label or sample.answer] += 1
+        written.setdefault((sample.dataset, key), Counter())[label or said] += 1
     counts = {}
     for dataset, counter in sorted(found.items()):
         ranked = sorted(counter.items(), key=lambda entry: (-entry[1], entry[0]))

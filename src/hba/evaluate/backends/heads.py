@@ -16,7 +16,7 @@ from hba.batch.config import LoaderConfig
 from hba.batch.encode import Batch, Encoder
 from hba.batch.sampler import Indices
 from hba.errors import InputError
-from hba.evaluate.backends.interface import Output, Result, batched_answers, evaluation_plan, spoken
+from hba.evaluate.backends.interface import Output, Result, batched_answers, evaluation_plan, has_classes, spoken
 from hba.model import checkpoint
 from hba.model.generate import end_token_ids
 from hba.model.omni import OmniSapiens
@@ -59,27 +59,32 @@ class HeadsBackend:
 
     def batches(self, atlas: Atlas, rows: Indices) -> Sequence[Indices]:
         """Of similar length, rows with classes before those without."""
-        labelled_N = atlas.columns.label_codes[rows] >= 0
+        labelled_N = has_classes(atlas)[rows]
         kinds = (rows[labelled_N], rows[~labelled_N])
         return [batch for kind in kinds if len(kind) for batch in evaluation_plan(atlas, kind, self.batch_size)]
 
     def answers(self, atlas: Atlas, batches: Sequence[Indices], done: Set[str]) -> Iterator[Result]:
         """Rows with classes by the heads, those without in words."""
         options: dict[str, Any] = {"encoder": self.encoder, "loader": self.loader}
-        labelled = [atlas.columns.label_codes[batch[0]] >= 0 for batch in batches]
+        classes_N = has_classes(atlas)
+        labelled = [classes_N[batch[0]] for batch in batches]
         for wanted, answer in ((True, self.classify), (False, self.speak)):
             chosen = [batch for batch, has in zip(batches, labelled, strict=True) if has == wanted]
             if chosen:
                 yield from batched_answers(atlas, chosen, done, answer=answer, **options)
 
     def classify(self, batch: Batch) -> Sequence[Output]:
-        """Softmax over the domain's classes."""
+        """Softmax over the domain's classes; of a user's own dataset over the labels that it lists."""
         taxonomy: Taxonomy = self.encoder.taxonomy
-        probabilities_BC = torch.softmax(self.model.classify(batch.to(self.model.device)), dim=-1).cpu().numpy()
+        logits_BC = self.model.classify(batch.to(self.model.device))
+        probabilities_BC = torch.softmax(logits_BC, dim=-1).cpu().numpy()
         outputs = []
-        for row_C, name in zip(probabilities_BC, batch.domain_names, strict=True):
-            domain = taxonomy.domains[str(name)]
+        for row, (row_C, name) in enumerate(zip(probabilities_BC, batch.domain_names, strict=True)):
+            domain, offered = taxonomy.domains[str(name)], taxonomy.offered(batch.samples[row].dataset)
             probs = {label: float(row_C[i]) for label, i in zip(domain.labels, domain.indices, strict=True)}
+            if len(offered) < len(probs):
+                columns = [domain.indices[domain.labels.index(label)] for label in offered]
+                probs = dict(zip(offered, torch.softmax(logits_BC[row, columns], dim=-1).tolist(), strict=True))
             best = max(probs, key=lambda label: probs[label])
             outputs.append(Output(text=best, answer=best, label=best, probs=probs, tokens_out=0))
         return outputs

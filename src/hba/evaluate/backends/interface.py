@@ -21,6 +21,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from hba.atlas import Atlas
 from hba.atlas.rows import Quarantined, Sample
@@ -165,10 +166,18 @@ def detect(model: str) -> str:
     return "hf" if folder is not None and checkpoint.read_card(folder)["columns"] is None else "heads"
 
 
+def has_classes(atlas: Atlas) -> npt.NDArray[np.bool_]:
+    """Whether each row [N] is of a dataset with classes, whether or not it says which is right."""
+    columns = atlas.columns
+    return np.array([atlas.taxonomy.dataset(key).domain is not None for key in columns.datasets], bool)[
+        columns.dataset_codes
+    ]
+
+
 def answerable(atlas: Atlas, backend: Backend) -> Indices:
     """Row numbers that `backend` can answer."""
     columns, taxonomy = atlas.columns, atlas.taxonomy
-    labelled_N = columns.label_codes >= 0
+    labelled_N = has_classes(atlas)
     if backend.domains is None:
         return np.flatnonzero(labelled_N | backend.free_form)
     known = np.array([taxonomy.dataset(key).domain in backend.domains for key in columns.datasets], dtype=bool)
@@ -197,7 +206,7 @@ def _prediction(answered: Answered) -> Prediction:
         dataset=sample.dataset,
         task=sample.task,
         split=sample.split,
-        target=sample.target,
+        target=sample.target if sample.answered else None,
         modality=sample.modality_signature,
         output=output.text,
         latency_s=None if output.seconds is None else round(output.seconds, 4),

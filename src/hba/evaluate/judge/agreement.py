@@ -144,7 +144,7 @@ def judge_offline(run: Path, *, out: Path | None = None, embedder: str = MINILM,
     """
     predictions = free_form(open_run(run))
     said = [p for p in predictions if p.spoken]
-    cosines = Embedder(embedder).similarity([p.spoken or "" for p in said], [p.target for p in said])
+    cosines = Embedder(embedder).similarity([p.spoken or "" for p in said], [p.truth for p in said])
     rows = dict.fromkeys((p.id for p in predictions), 0.0)
     rows |= {p.id: float(cosine) for p, cosine in zip(said, cosines, strict=True)}
     datasets = {}

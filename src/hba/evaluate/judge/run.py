@@ -108,7 +108,7 @@ def items_of(run: Path, atlas: str | None = None) -> list[Item]:
             dataset=p.dataset,
             task=opened.taxonomy.dataset(p.dataset).task,
             question=questions[p.split, p.id],
-            reference=p.target,
+            reference=p.truth,
             answer=p.spoken or "",
         )
         for p in predictions

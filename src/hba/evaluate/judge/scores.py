@@ -80,7 +80,7 @@ def read_verdicts(folder: Path, predictions: Sequence[Prediction], taxonomy: Tax
             found[p.id] = False
         elif judgement is None:
             found[p.id] = None
-        elif judgement.answer_sha256 != answer_sha256(p.target, p.answer or ""):
+        elif judgement.answer_sha256 != answer_sha256(p.truth, p.answer or ""):
             fix = "Remove judgements.jsonl and judge.json, and judge these answers."
             raise InputError(f"the verdict on {p.id!r} is about another answer", where=str(path), fix=fix)
         else:
