@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,3 +68,82 @@ def test_bad_input_is_told_before_anything_is_asked(hba, mini_atlas, tmp_path):
     for arguments in (["majority", "--atlas", tmp_path / "no"], ["no/such", "--atlas", mini_atlas]):
         code, out, err = hba("eval", *arguments, "--run", tmp_path / "run")
         assert (code, out) == (2, "") and "error: " in err and not (tmp_path / "run").exists()
+
+
+SUITE = """\
+atlas: {atlas}
+run: {run}
+per_dataset: 2
+set: {{encode.num_frames: 2, remote.max_concurrency: 2}}
+settings:
+  whole: {{model: m, backend: openai, base_url: "{url}"}}
+  deaf: {{model: m, backend: openai, base_url: "{url}", modalities: video}}
+  thinking: {{model: m, backend: openai, base_url: "{url}", set: {{generation.format: think}}}}
+"""
+
+
+def test_a_suite_is_one_table_of_paired_differences_and_goes_on_after_a_kill(hba, mini_atlas, tmp_path, chat_server):
+    server = chat_server(latency=0.02)
+    file = tmp_path / "suite.yaml"
+    file.write_text(SUITE.format(atlas=mini_atlas, run=tmp_path / "run", url=server.url))
+    code, out, err = hba("eval", file, "--dry-run", "--json")
+    assert code == 0 and server.stats()["requests"] == 0 and not (tmp_path / "run").exists(), err
+    ahead = json.loads(out)["ahead"]
+    assert [each["setting"] for each in ahead] == ["whole", "deaf", "thinking"]
+    assert all(each["left"] == each["rows"] > 0 and each["tokens_in"] > 0 for each in ahead)
+    command = [sys.executable, "-m", "hba", "eval", str(file)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log, end = tmp_path / "run" / "deaf" / "predictions.jsonl", time.monotonic() + 90
+    while time.monotonic() < end and (not log.is_file() or log.read_bytes().count(b"\n") < 5):
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "run" / "suite.json").exists()
+    before = server.stats()["requests"]
+    code, out, err = hba("eval", file, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert [each["left"] == 0 for each in found["ahead"]] == [True, False, False]
+    assert found["ahead"][1]["rows"] - found["ahead"][1]["left"] >= 5 and found["ahead"][0]["seconds"] == 0
+    left = sum(each["left"] for each in found["ahead"])
+    assert left <= server.stats()["requests"] - before <= left + 3  # each setting looks whether the server is there
+    assert set(found["differences"]) == {"deaf", "thinking"}
+    mean = found["differences"]["deaf"]["paired"]["mean"]
+    assert mean["difference"] == mean["b"] - mean["a"] and len(mean["ci95"]) == 2
+    ranked = {row["name"] for row in found["leaderboard"]["entries"] if not row["published"]}
+    assert ranked == {"whole", "deaf", "thinking"}
+    table = (tmp_path / "run" / "suite.md").read_text()
+    assert "minus whole" in table and table.count("| deaf |") == 1
+
+
+def test_a_suite_says_which_key_is_wrong(hba, mini_atlas, tmp_path):
+    file = tmp_path / "suite.yaml"
+    good = {"atlas": str(mini_atlas), "run": str(tmp_path / "run"), "settings": {"a": {"model": "majority"}}}
+    two = {"a": {"model": "majority"}, "b": {"model": "random"}}
+    wrong = [
+        (good, "two settings or more"),
+        (good | {"atlass": "x"}, "suite.yaml:4: unknown key 'atlass'"),
+        (good | {"settings": {"a": {"model": "majority"}, "b": {}}}, "'settings.b.model' is missing"),
+        (good | {"settings": {"a": {"model": "majority"}, "../b": {"model": "random"}}}, "no name of a folder"),
+        (good | {"settings": two, "baseline": "c"}, "no setting 'c'"),
+        (good | {"settings": two, "set": {"bath": 1}}, "'bath'"),
+    ]
+    for suite, said in wrong:
+        file.write_text("\n".join(f"{key}: {json.dumps(value)}" for key, value in suite.items()))
+        code, out, err = hba("eval", file)
+        assert (code, out) == (2, "") and said in err and not (tmp_path / "run").exists(), err
+
+
+def test_a_run_that_left_rows_out_is_not_ranked(hba, mini_atlas, tmp_path, chat_server):
+    """As by `hba leaderboard`."""
+    lines = map(json.loads, (mini_atlas / "test.jsonl").read_text(encoding="utf-8").splitlines())
+    rows = [row for row in lines if row["modality_signature"] == "text_audio"][:6]
+    for row in rows:
+        (tmp_path / "atlas" / row["audios"][0]).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(mini_atlas / row["audios"][0], tmp_path / "atlas" / row["audios"][0])
+    (tmp_path / "atlas" / "test.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (tmp_path / "atlas" / rows[0]["audios"][0]).write_bytes(b"no sound")
+    asked = ["m", "--backend", "openai", "--base-url", chat_server().url, "--atlas", tmp_path / "atlas"]
+    found, _ = evaluated(hba, tmp_path, *asked, "--allow-quarantined", "1")
+    (entry,) = (row for row in found["leaderboard"]["entries"] if not row["published"])
+    assert entry["rank"] is None and "16.7% of the samples quarantined: not ranked" in entry["notes"]

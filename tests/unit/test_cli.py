@@ -28,8 +28,8 @@ COMMANDS = {
     " --replace --allow-failed --setup --json",
     "train sft": "overrides --config --run --allow-quarantined --json",
     "ask": "model! files! --task --dataset --question --transcript --backend --base-url --set --csv --json",
-    "eval": "model! overrides --atlas! --split --backend --base-url --judge --judge-url --run --per-dataset"
-    " --allow-failed --allow-quarantined --json",
+    "eval": "model! overrides --atlas --split --backend --base-url --judge --judge-url --run --per-dataset"
+    " --dry-run --allow-failed --allow-quarantined --json",
     "fit": "model! overrides --gpu! --gpus --config --stage --atlas --tokens --json",
     "transfer": "overrides --config --run --heldout --allow-quarantined --json",
     "train qa": "overrides --config --from --run --allow-quarantined --json",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -26,10 +27,15 @@ from hba.cli.options import (
 )
 from hba.cli.predict import warn_of
 from hba.errors import InputError, nearest
+from hba.storage import write_json
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from hba.evaluate.config import Opening, PredictConfig, Setting, Suite
+    from hba.evaluate.predict import PredictSummary, Selection
+    from hba.evaluate.predictions import Tally
+    from hba.evaluate.results import Metrics
     from hba.report.tables import Table
 
 AGAINST = "vs"
@@ -37,9 +43,11 @@ EVAL_EXAMPLE = "Example: hba eval gpt-5-mini --backend openai --atlas runs/mini 
 
 
 def eval_command(
-    model: Annotated[str, typer.Argument(help="Run folder, checkpoint, Hugging Face model, or name of a remote one.")],
+    model: Annotated[
+        str, typer.Argument(help="Run folder, checkpoint, Hugging Face model, name of a remote one, or a suite.yaml.")
+    ],
     overrides: Overrides = None,
-    atlas: Annotated[str, typer.Option(help="Atlas folder or hub id.")] = ...,  # type: ignore[assignment]
+    atlas: Annotated[str | None, typer.Option(help="Atlas folder or hub id; a suite names its own.")] = None,
     split: Annotated[str, typer.Option(help="Split to evaluate on; slices such as test[:100] work.")] = "test",
     backend: Annotated[str | None, typer.Option(help="How the model answers, as in hba predict.")] = None,
     base_url: BaseUrl = None,
@@ -47,59 +55,228 @@ def eval_command(
     judge_url: Annotated[str | None, typer.Option(help="Server of the judge; OpenAI's by default.")] = None,
     run: Annotated[Path | None, typer.Option(help="Run folder; runs/eval/MODEL by default.")] = None,
     per_dataset: Annotated[int | None, typer.Option(min=1, help="At most N rows of each dataset.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop.")] = False,
     allow_failed: Annotated[int, typer.Option(min=0, help="Exit 0 although up to so many samples failed.")] = 0,
     allow_quarantined: AllowQuarantined = 0,
     json: JsonFlag = False,
 ) -> None:
     """Predict, judge, score, report and rank in one command; the same command goes on where it stopped."""
-    from hba.evaluate.backends.interface import require_backend
-    from hba.evaluate.config import PredictConfig
-    from hba.evaluate.estimate import estimate
-    from hba.evaluate.predict import Selection, open_rows, predict_run
+    from hba.evaluate.config import Setting, Suite, read_suite
 
-    require_backend(model, backend)
-    settings = configured(PredictConfig, None, [*served(base_url), *(overrides or [])])
-    folder = run or Path("runs/eval") / re.sub(r"[^\w.-]+", "-", model).strip("-.")
-    selection = Selection(per_dataset=per_dataset)
-    opened = open_rows(model, atlas, split=split, config=settings, backend=backend, selection=selection)
-    expected = estimate(opened, folder)
-    cost = expected.cost_usd_at_most
-    price = f", ${cost:,.2f} at most" if cost else ""
-    beside(f"{expected.left:,} of {expected.rows:,} rows are left to ask{price}; everything goes into {folder}")
-    with tallied("1 predict") as progress:
-        how: dict[str, Any] = {"atlas": atlas, "split": split, "config": settings, "backend": backend}
-        summary = predict_run(model, folder, progress=progress, selection=selection, **how)
-    warn_of(summary, model)
-    judged = None if judge is None else _judged(folder, judge, judge_url)
+    chosen = None
+    if Path(model).suffix in (".yaml", ".yml"):
+        if backend or base_url or split != "test":
+            fix = "Write it into the file, for the settings that it is meant for."
+            raise InputError("--backend, --base-url and --split are for one model", where="hba eval", fix=fix)
+        chosen = read_suite(Path(model))
+        atlas, judge, judge_url = atlas or chosen.atlas, judge or chosen.judge, judge_url or chosen.judge_url
+        split, per_dataset = chosen.split, per_dataset or chosen.per_dataset
+        folder = run or Path(chosen.run or Path("runs/eval") / Path(model).stem)
+        settings = chosen.settings
+    else:
+        folder = run or Path("runs/eval") / re.sub(r"[^\w.-]+", "-", model).strip("-.")
+        settings = (Setting(name=model, model=model, backend=backend, overrides=tuple(served(base_url))),)
+    if atlas is None:
+        raise InputError("which atlas?", where="--atlas", fix="Give the folder of an atlas, or its hub id.")
+    suite = Suite(
+        atlas=atlas,
+        split=split,
+        per_dataset=per_dataset,
+        judge=judge,
+        judge_url=judge_url,
+        baseline=settings[0].name if chosen is None else chosen.baseline,
+        settings=settings,
+    )
+    parts = [_opened(suite, each, folder / each.name if chosen else folder, overrides or []) for each in settings]
+    ahead = _ahead(suite, parts)
+    if dry_run:
+        return answer({"run": str(folder), "ahead": ahead}, lambda: [_ahead_table(suite, ahead)], as_json=json)
+    if chosen is None:
+        beside(f"{_in_words(ahead[0])}; everything goes into {folder}")
+    elif not json:
+        beside("\n".join([*map(_in_words, ahead), f"Everything goes into {folder}."]))
+    total = sum(each["rows"] for each in ahead)
+    with tallied("predict") as show:
+        summaries = _predicted(suite, parts, total, show)
+    judged = [None if judge is None else _judged(part.folder, judge, judge_url) for part in parts]
+    metrics, pages = [], []
+    for part in parts:
+        metrics.append(_scored(part.folder))
+        pages.append(_reported(part.folder, atlas))
     from hba.evaluate.leaderboard import DEFAULT_TABLES, build_leaderboard
-    from hba.evaluate.score import score_run
     from hba.report.comparison import LeaderboardTables, write_leaderboard
-    from hba.report.page import write_report
 
-    beside("3 score")
-    metrics = score_run(folder)
-    beside("4 report")
-    page = write_report(folder, atlas_root=Path(atlas) if Path(atlas).is_dir() else None)
-    board = build_leaderboard([folder], tables=DEFAULT_TABLES, names={folder: model}, max_quarantined=1.0)
+    names = {part.folder: part.setting.name for part in parts}
+    board = build_leaderboard(list(names), tables=DEFAULT_TABLES, names=names, allow_other_data=chosen is not None)
     write_leaderboard(board, folder / "leaderboard.html")
+    differences = _differences(suite, parts, folder) if chosen else None
 
-    def show() -> Iterator[RenderableType]:
+    def show_all() -> Iterator[RenderableType]:
         from hba.report.tables import metrics_table
 
-        yield metrics_table(metrics)
-        yield LeaderboardTables(board)
-        yield from written(page, folder / "leaderboard.html")
-        if judged is None and any(task.note and "judge" in task.note for task in metrics.tasks.values()):
+        if differences is None:
+            yield metrics_table(metrics[0])
+            yield LeaderboardTables(board)
+        else:
+            yield differences[1]
+        yield from written(*([] if chosen is None else [folder / "suite.md"]), *pages, folder / "leaderboard.html")
+        unjudged = any(task.note and "judge" in task.note for each in metrics for task in each.tasks.values())
+        if judge is None and unjudged:
             yield f"Free-form answers have no score yet: add {bold('--judge MODEL')}."
 
-    values = {"run": str(folder), "report": str(page), "metrics": metrics.record(), "judged": judged}
-    answer(values | {"leaderboard": board.record()}, show, as_json=json)
-    failed = summary.tally.failed + summary.tally.unanswered.total()
+    values: dict[str, Any] = {"run": str(folder), "leaderboard": board.record(), "ahead": ahead}
+    found = [
+        {"run": str(part.folder), "report": str(page), "metrics": each.record(), "judged": verdicts}
+        for part, page, each, verdicts in zip(parts, pages, metrics, judged, strict=True)
+    ]
+    if differences is None:
+        values |= found[0]
+    else:
+        values |= {"settings": dict(zip(names.values(), found, strict=True)), "differences": differences[0]}
+        write_json(folder / "suite.json", values)
+    answer(values, show_all, as_json=json)
+    failed = sum(each.tally.failed + each.tally.unanswered.total() for each in summaries)
     if failed > allow_failed:
         fix = "Run the same command again for those without an answer; `hba predict --retry-failed` asks the others."
         beside(f"error: {failed} samples have no answer and count as wrong. Fix: {fix}")
         raise typer.Exit(1)
-    finish(summary.quarantined, allow_quarantined)
+    finish([record for each in summaries for record in each.quarantined], allow_quarantined)
+    return None
+
+
+class _Part(NamedTuple):
+    """One model of an evaluation, in one way of asking it: where it goes, and the rows that it will answer."""
+
+    setting: Setting
+    folder: Path
+    config: PredictConfig
+    selection: Selection
+    opening: Opening
+
+
+def _opened(suite: Suite, setting: Setting, folder: Path, overrides: list[str]) -> _Part:
+    """Raises what opening rows, config and model's name raise, before anything is asked."""
+    from hba.evaluate.backends.interface import require_backend
+    from hba.evaluate.config import PredictConfig
+    from hba.evaluate.predict import Selection, open_rows
+
+    require_backend(setting.model, setting.backend)
+    config = configured(PredictConfig, None, [*setting.overrides, *overrides])
+    selection = Selection(per_dataset=suite.per_dataset, channels=setting.modalities)
+    how: dict[str, Any] = {"split": suite.split, "config": config, "backend": setting.backend, "selection": selection}
+    return _Part(setting, folder, config, selection, open_rows(setting.model, suite.atlas, **how))
+
+
+def _ahead(suite: Suite, parts: Sequence[_Part]) -> list[dict[str, Any]]:
+    """What is left of each part: rows, tokens, dollars (None: unknown) and seconds (None: nothing is measured yet)."""
+    from hba.evaluate.estimate import estimate
+
+    found = []
+    for part in parts:
+        expected = estimate(part.opening, part.folder)
+        about: dict[str, Any] = {"setting": part.setting.name, "rows": expected.rows, "left": expected.left}
+        about |= {"tokens_in": expected.tokens_in, "tokens_out_at_most": expected.tokens_out_at_most}
+        about |= {"cost_usd_at_most": expected.cost_usd_at_most, "seconds": expected.seconds, "judged": 0}
+        if suite.judge is not None:
+            from hba.evaluate.judge.run import JudgeConfig, estimate_judging, items_ahead
+
+            judging = configured(JudgeConfig, None, served(suite.judge_url))
+            items = items_ahead(part.opening.atlas, part.folder)
+            verdicts = estimate_judging(items, part.folder, model=suite.judge, config=judging) if items else None
+            if verdicts is not None:
+                costs = (expected.cost_usd_at_most, verdicts.cost_usd_at_most)
+                about["cost_usd_at_most"] = None if None in costs else sum(cost or 0.0 for cost in costs)
+                about |= {"judged": verdicts.left, "tokens_in": expected.tokens_in + verdicts.tokens_in}
+                about["tokens_out_at_most"] += verdicts.tokens_out_at_most
+        found.append(about)
+    return found
+
+
+def _in_words(ahead: dict[str, Any]) -> str:
+    cost, seconds, judged = ahead["cost_usd_at_most"], ahead["seconds"], ahead["judged"]
+    price = ", cost unknown" if cost is None else f", ${cost:,.2f} at most" if cost else ""
+    time = "" if not seconds else f", about {max(1, round(seconds / 60)):,} minutes"
+    verdicts = f", {judged:,} answers to judge" if judged else ""
+    said = (ahead["tokens_in"], ahead["tokens_out_at_most"])
+    tokens = f", {said[0]:,} tokens in and {said[1]:,} out at most" if ahead["left"] or judged else ""
+    left = f"{ahead['left']:,} of {ahead['rows']:,} rows are left to ask"
+    return f"{ahead['setting']}: {left}{verdicts}{tokens}{price}{time}"
+
+
+def _ahead_table(suite: Suite, ahead: Sequence[dict[str, Any]]) -> Table:
+    from hba.report.tables import Table
+
+    rows = []
+    for each in ahead:
+        cost = "unknown" if each["cost_usd_at_most"] is None else f"${each['cost_usd_at_most']:,.2f}"
+        time = "not measured" if each["seconds"] is None else f"{each['seconds'] / 60:,.1f} min"
+        left = f"{each['left']:,} of {each['rows']:,}"
+        tokens = (f"{each['tokens_in']:,}", f"{each['tokens_out_at_most']:,}")
+        rows.append((each["setting"], left, f"{each['judged']:,}", *tokens, cost, time))
+    head = ("setting", "rows left", "to judge", "tokens in", "out at most", "cost at most", "time")
+    return Table(title="Nothing was asked", head=head, rows=rows, tight=True)
+
+
+def _predicted(
+    suite: Suite, parts: Sequence[_Part], total: int, show: Callable[[Tally], None]
+) -> list[PredictSummary]:
+    """Predict every part, shown as one tally over all rows."""
+    from hba.evaluate.predict import predict_run
+    from hba.evaluate.predictions import Tally
+
+    whole, summaries = Tally(total=total), []
+    counts = ("done", "failed", "invalid", "quarantined", "fresh", "tokens_in", "tokens_out")
+    for part in parts:
+        before = {name: getattr(whole, name) for name in counts}
+        unanswered, finish = Counter(whole.unanswered), Counter(whole.finish)
+
+        def told(
+            tally: Tally,
+            before: dict[str, int] = before,
+            kept: tuple[Counter[str], Counter[str]] = (unanswered, finish),
+        ) -> None:
+            for name, value in before.items():
+                setattr(whole, name, value + getattr(tally, name))
+            whole.meter = tally.meter
+            whole.unanswered, whole.finish = kept[0] + tally.unanswered, kept[1] + tally.finish
+            show(whole)
+
+        about: dict[str, Any] = {"atlas": suite.atlas, "split": suite.split, "config": part.config}
+        about |= {"backend": part.setting.backend, "selection": part.selection}
+        summary = predict_run(part.setting.model, part.folder, progress=told, **about)
+        warn_of(summary, part.setting.model)
+        summaries.append(summary)
+    return summaries
+
+
+def _scored(folder: Path) -> Metrics:
+    from hba.evaluate.score import score_run
+
+    return score_run(folder)
+
+
+def _reported(folder: Path, atlas: str) -> Path:
+    from hba.report.page import write_report
+
+    return write_report(folder, atlas_root=Path(atlas) if Path(atlas).is_dir() else None)
+
+
+def _differences(suite: Suite, parts: Sequence[_Part], folder: Path) -> tuple[dict[str, Any], Table]:
+    """Every setting against the baseline, as records and as one table, which suite.md has, too."""
+    from hba.evaluate.compare import compare_runs
+    from hba.report.comparison import suite_table
+    from hba.report.tables import write_table
+
+    base = next(part.folder for part in parts if part.setting.name == suite.baseline)
+    found = {
+        part.setting.name: compare_runs(base, part.folder) for part in parts if part.setting.name != suite.baseline
+    }
+    table = suite_table([part.setting.name for part in parts], found, suite.baseline)
+    write_table(table, folder / "suite.md")
+    records = {name: each.record() for name, each in found.items()}
+    for record in records.values():
+        del record["flips"]
+    return records, table
 
 
 def _judged(folder: Path, model: str, base_url: str | None) -> dict[str, int]:
@@ -108,7 +285,7 @@ def _judged(folder: Path, model: str, base_url: str | None) -> dict[str, int]:
     from hba.storage import cache_folder
 
     settings = configured(JudgeConfig, None, [*served(base_url), f"remote.cache={cache_folder() / 'responses'}"])
-    with tallied("2 judge") as progress:
+    with tallied("judge") as progress:
         judged = judge_run(folder, model=model, config=settings, progress=progress)
     for text in judged.warnings:
         warn(text)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -11,8 +13,8 @@ from pydantic import Field
 from hba.atlas import Atlas
 from hba.batch.config import EncodeConfig, LoaderConfig
 from hba.batch.prompt import AnswerFormat
-from hba.config import option
-from hba.errors import ConfigError
+from hba.config import flat, inline_yaml, option, read_yaml
+from hba.errors import ConfigError, nearest
 from hba.model.config import AsTrained, Attention, Dtype
 from hba.remote import ClientConfig
 from hba.remote.request import check_extra
@@ -107,6 +109,89 @@ class PredictConfig:
         "frames", "how a remote model gets a clip: encode.num_frames images, or the file itself as video_url"
     )
     fit_split: str = option("train", "split that the majority and random baselines learn from")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One line of a suite: a model and how it is asked. `overrides` are KEY=VALUE of PredictConfig."""
+
+    name: str
+    model: str
+    backend: str | None = None
+    modalities: tuple[str, ...] | None = None
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """What `hba eval suite.yaml` evaluates: settings on the same rows, each compared with the `baseline`."""
+
+    atlas: str
+    split: str = "test"
+    run: str | None = None
+    per_dataset: int | None = None
+    judge: str | None = None
+    judge_url: str | None = None
+    baseline: str
+    settings: tuple[Setting, ...]
+
+
+def read_suite(path: Path) -> Suite:
+    """The suite of a YAML file. Raises ConfigError naming file, line and key."""
+    places: dict[str, str] = {}
+    data = read_yaml(path, places)
+    known = ("atlas", "split", "run", "per_dataset", "judge", "judge_url", "baseline", "set", "settings")
+
+    def checked(said: Any, name: str, kind: type[Any], key: str = "") -> Any:
+        if said is not None and (not isinstance(said, kind) or isinstance(said, bool)):
+            what = f"key {key + name!r}: expected {kind.__name__}, found {type(said).__name__}"
+            raise ConfigError(what, where=places.get(key + name, str(path)), fix="See docs/evaluate.md.")
+        return said
+
+    def only(said: Mapping[str, Any], names: Sequence[str], key: str = "") -> None:
+        for name in said:
+            if name not in names:
+                raise ConfigError(f"unknown key {key + name!r}", where=places[key + name], fix=nearest(name, names))
+
+    only(data, known)
+    kinds = dict.fromkeys(("atlas", "split", "run", "judge", "judge_url", "baseline"), str) | {"per_dataset": int}
+    plain = {name: checked(data[name], name, kind) for name, kind in kinds.items() if data.get(name) is not None}
+    shared = _overrides(checked(data.get("set"), "set", dict) or {})
+    settings = []
+    for name, said in (checked(data.get("settings"), "settings", dict) or {}).items():
+        key = f"settings.{name}."
+        if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
+            what = f"{name!r} is no name of a folder"
+            raise ConfigError(what, where=places[key[:-1]], fix="Use letters, digits, - and _.")
+        about = checked(said, name, dict, "settings.") or {}
+        only(about, ("model", "backend", "modalities", "base_url", "set"), key)
+        said = {field: checked(about.get(field), field, str, key) for field in ("model", "backend", "base_url")}
+        if not said["model"]:
+            raise ConfigError(f"required key '{key}model' is missing", where=places[key[:-1]], fix="Name a model.")
+        modalities = checked(about.get("modalities"), "modalities", str, key)
+        server = {} if said["base_url"] is None else {"remote": {"base_url": said["base_url"]}}
+        own = (*_overrides(server), *_overrides(checked(about.get("set"), "set", dict, key) or {}))
+        settings.append(
+            Setting(
+                name=name,
+                model=said["model"],
+                backend=said["backend"],
+                modalities=None if modalities is None else tuple(each.strip() for each in modalities.split(",")),
+                overrides=(*shared, *own),
+            )
+        )
+    if "atlas" not in plain or len(settings) < 2:
+        what = "a suite has an atlas, and two settings or more"
+        raise ConfigError(what, where=str(path), fix="Write atlas: PLACE, and settings: {NAME: {model: MODEL}, ...}.")
+    names = [setting.name for setting in settings]
+    baseline = plain.setdefault("baseline", names[0])
+    if baseline not in names:
+        raise ConfigError(f"no setting {baseline!r}", where=places["baseline"], fix=nearest(baseline, names))
+    return Suite(settings=tuple(settings), **plain)
+
+
+def _overrides(values: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={inline_yaml(value)}" for key, value in flat(values).items()]
 
 
 @dataclass(frozen=True, kw_only=True)

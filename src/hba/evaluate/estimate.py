@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,8 @@ FORMAT_TOKENS = 40
 class Estimate:
     """Rows by dataset, how many are left, their tokens and what they cost at most in US dollars (None: unknown).
 
-    A row is one request, but `requests_at_most` where its reply may be asked for again; tokens are of all of these.
+    `seconds` is what is left at the pace of the records before; None without any. A row is one request, but
+    `requests_at_most` where its reply may be asked for again; tokens are of all of these.
     """
 
     datasets: dict[str, int]
@@ -47,6 +48,7 @@ class Estimate:
     measured: bool
     cost_usd_at_most: float | None
     note: str
+    seconds: float | None = None
 
     def record(self) -> dict[str, Any]:
         """For --json."""
@@ -113,7 +115,10 @@ def estimate(opening: Opening, folder: Path) -> Estimate:
     path = folder / PREDICTIONS
     before = read_predictions(path, atlas.taxonomy) if path.is_file() else []
     payee = Payee(opening.backend, opening.model, opening.config.remote)
-    return expected(payee, datasets, left=count, requests=count, tokens=tokens, before=before)
+    found = expected(payee, datasets, left=count, requests=count, tokens=tokens, before=before)
+    paces = [each.latency_s for each in before if each.latency_s is not None]
+    at_once = payee.client.max_concurrency if opening.backend in PROVIDERS else 1
+    return replace(found, seconds=sum(paces) / len(paces) * count / at_once if paces else None)
 
 
 def _rough_tokens(opening: Opening) -> np.ndarray[Any, Any]:

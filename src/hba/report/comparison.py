@@ -15,7 +15,7 @@ from rich.text import Text
 from hba.evaluate.compare import MEAN, Comparison, Difference, SeedComparison, SeedDifference, Spread, Variance
 from hba.evaluate.leaderboard import Entry, Leaderboard
 from hba.evaluate.results import SCANT, convert
-from hba.evaluate.statistics import EXACT_MATCH
+from hba.evaluate.statistics import EXACT_MATCH, holm
 from hba.report import words
 from hba.report.tables import DAGGER, Cell, Row, Table, to_latex, to_markdown, writer_of
 from hba.report.words import DASH, count, figure, interval, metric_name, scant
@@ -49,6 +49,46 @@ def comparison(found: Comparison) -> Table:
         num_a=1,
         notes=[f"{NOTE} Bold: p below {LEVEL}."],
     )
+
+
+def suite_table(names: Sequence[str], found: Mapping[str, Comparison], baseline: str) -> Table:
+    """A line a setting: its mean and that of each task, and what it differs by from the `baseline`, over the rows that
+    both answered. `found` has the comparison of every other setting with it. p-values are corrected over settings."""
+    tasks = list(dict.fromkeys(key for each in found.values() for key in each.paired.tasks))
+    means = {name: each.paired.mean for name, each in found.items()}
+    tested = {name: mean.p_value for name, mean in means.items() if mean is not None and mean.p_value is not None}
+    corrected = dict(zip(tested, holm([p for p in tested.values() if p is not None]), strict=True))
+    rows: list[Row] = []
+    for name in names:
+        if name == baseline:
+            first = next(iter(found.values()))
+            mean, sides = first.paired.mean, [first.paired.tasks.get(key) for key in tasks]
+            shown = [figure(side.a) if side else DASH for side in sides]
+            rows.append((name, figure(mean.a if mean else None), DASH, "", "", *shown, count(first.failed[MEAN][0])))
+            continue
+        each, mean = found[name], means[name]
+        p_value = corrected.get(name)
+        line = (DASH, Cell(DASH), "", DASH)
+        if mean is not None:
+            p_text = DASH if p_value is None else "<0.001" if p_value < 0.001 else figure(p_value)
+            signed = DASH if mean.difference is None else f"{mean.difference:+.3f}"
+            line = (figure(mean.b), Cell(signed, _style(mean.difference, p_value)), interval(mean.ci95), p_text)
+        rows.append((name, *line, *(_signed(each.paired.tasks.get(key)) for key in tasks), count(each.failed[MEAN][1])))
+    notes = [f"Each setting against {baseline} on the rows that both answered; tasks: score (difference).", NOTE]
+    notes += [
+        f"{name}: {key} is not compared: {line.note}."
+        for name, each in found.items()
+        for key, line in each.paired.tasks.items()
+        if line.note
+    ]
+    head = ("setting", "mean", f"minus {baseline}", "95% interval", "p (Holm)", *tasks, "failed")
+    return Table(title="", head=head, rows=rows, notes=notes, tight=True)
+
+
+def _signed(line: Difference | None) -> str:
+    if line is None or line.difference is None:
+        return DASH
+    return f"{figure(line.b)} ({line.difference:+.3f})"
 
 
 def seed_comparison(found: SeedComparison) -> Table:

@@ -28,7 +28,7 @@ from hba.errors import HbaError, InputError
 from hba.evaluate.estimate import CHARACTERS_A_TOKEN, FORMAT_TOKENS, Estimate, Payee, expected
 from hba.evaluate.judge.items import Item, Judgement, JudgementLog, known_judgements
 from hba.evaluate.judge.prompt import code_of, read_verdict, request_for, rubrics_sha256
-from hba.evaluate.predictions import Prediction, Tally
+from hba.evaluate.predictions import PREDICTIONS, Prediction, Tally
 from hba.evaluate.runs import Run, open_run
 from hba.remote import (
     ChatRequest,
@@ -353,6 +353,20 @@ def _total(counts: Sequence[int | None]) -> int | None:
 # Every answer without a verdict is one request; a reply that is no verdict is asked for again, so that the bound is
 # `attempts` requests an answer, each as long as a reply may be. Judgements that the folder has, of a command that was
 # stopped, give the mean tokens of an answer, all its attempts included, in the place of the rough ones.
+
+
+def items_ahead(atlas: Atlas, folder: Path) -> list[Item]:
+    """The items that a run on these rows will have: those of its predictions, and those of the other
+    free-form rows, with their reference in the place of an answer that is not there yet."""
+    there = items_of(folder) if (folder / PREDICTIONS).is_file() else []
+    known = {item.id for item in there}
+    ahead = []
+    for key, row, _ in atlas.said():
+        about = atlas.taxonomy.dataset(row.dataset)
+        if about.free_form and row.answer is not None and key not in known:
+            said = {"question": row.problem, "reference": row.answer, "answer": row.answer}
+            ahead.append(Item(id=key, dataset=row.dataset, task=about.task, **said))
+    return [*there, *ahead]
 
 
 def estimate_judging(
