@@ -17,11 +17,13 @@ from hba.cli.ask import ASK_EXAMPLE, ask_command
 from hba.cli.atlas import atlas_app
 from hba.cli.evaluate import (
     EVAL_EXAMPLE,
+    bundle_command,
     compare_command,
     eval_command,
     leaderboard_command,
     report_command,
     score_command,
+    verify_command,
 )
 from hba.cli.judge import JUDGE_EXAMPLE, judge_command
 from hba.cli.options import say
@@ -75,6 +77,8 @@ app.command("eval", epilog=EVAL_EXAMPLE)(eval_command)
 app.command("score", epilog="Example: hba score runs/demo/sft")(score_command)
 app.command("judge", epilog=JUDGE_EXAMPLE)(judge_command)
 app.command("report", epilog="Example: hba report runs/demo/sft")(report_command)
+app.command("bundle", epilog="Example: hba bundle runs/demo/sft")(bundle_command)
+app.command("verify", epilog="Example: hba verify runs/demo/sft.zip")(verify_command)
 app.command("compare", epilog="Example: hba compare runs/sft runs/rl")(compare_command)
 app.command("leaderboard", epilog="Example: hba leaderboard runs/sft runs/rl --out board.html")(leaderboard_command)
 app.command("explore", epilog="Example: hba explore --atlas runs/demo/atlas --runs runs")(explore_command)

@@ -360,6 +360,43 @@ def report_command(
     answer({"report": str(page)}, lambda: written(page), as_json=json)
 
 
+def bundle_command(
+    run: Annotated[Path, typer.Argument(help="Scored run folder.")],
+    out: Annotated[Path | None, typer.Argument(help="File to write; RUN.zip beside the run by default.")] = None,
+    atlas: Annotated[str | None, typer.Option(help="Atlas with the prompts; the run's own by default.")] = None,
+    prompts: Annotated[bool, typer.Option(help="Pack the prompts of the rows, transcripts in them included.")] = True,
+    json: JsonFlag = False,
+) -> None:
+    """Pack what a reader needs to believe a result: predictions, metrics, verdicts, records, prompts, hashes."""
+    from hba.evaluate.bundle import pack
+
+    place = out or run.resolve().with_name(f"{run.resolve().name}.zip")
+    notes = pack(run, place, atlas=atlas, prompts=prompts)
+    for note in notes:
+        warn(note)
+    answer({"bundle": str(place), "notes": notes}, lambda: written(place), as_json=json)
+
+
+def verify_command(
+    bundle: Annotated[Path, typer.Argument(help="File that hba bundle wrote.")],
+    atlas: Annotated[str | None, typer.Option(help="Atlas, to compare the rows, too.")] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Score a bundle again. Exit code 0: its numbers follow; 1: they do not; 2: it is no bundle, or a hostile one."""
+    from dataclasses import asdict
+
+    from hba.evaluate.bundle import verify
+
+    found = verify(bundle, atlas=atlas)
+    for note in found.notes:
+        warn(note)
+    said = f"{bold(bundle)} ({found.run}): the numbers follow ({', '.join(found.checked)})."
+    answer(asdict(found), said if found.differs is None else "", as_json=json) if json or not found.differs else None
+    if found.differs is not None:
+        beside(f"error: {bundle}: the numbers do not follow. {found.differs}")
+        raise typer.Exit(1)
+
+
 def compare_command(
     runs: Annotated[
         list[Path],
@@ -425,7 +462,9 @@ def _sides(runs: list[Path]) -> tuple[list[Path], list[Path] | None]:
 
 
 def leaderboard_command(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUNS...", help="Scored run folders.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUNS...", help="Scored run folders; with --site bundles, or their folder.")
+    ],
     out: Annotated[
         list[Path] | None, typer.Option(help="File to write: .html, .md, .tex or .csv; may be repeated.")
     ] = None,
@@ -442,11 +481,20 @@ def leaderboard_command(
     allow_other_data: Annotated[
         bool, typer.Option("--allow-other-data", help="Rank runs on different data, marked as such.")
     ] = False,
+    site: Annotated[
+        Path | None, typer.Option(help="Folder of a static site to write: a page of the board, one a bundle.")
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
     """Rank scored runs by task and mean rank, beside the published results."""
     from hba.evaluate.leaderboard import DEFAULT_TABLES, build_leaderboard
 
+    if site is not None:
+        chosen = {"tables": published, "tasks": tasks, "name": name, "out": out}
+        if any(chosen.values()):
+            fix = "Leave --out, --published, --tasks and --name out."
+            raise InputError("a site shows all that the bundles say", where="--site", fix=fix)
+        return _site(runs, site, json=json, max_quarantined=max_quarantined)
     tables = DEFAULT_TABLES if published is None else [table for table in published if table != "none"]
     board = build_leaderboard(
         runs,
@@ -462,7 +510,31 @@ def leaderboard_command(
         write_leaderboard(board, path)
     for skipped in board.skipped:
         warn(f"skipped {skipped}")
-    answer(board.record(), lambda: [LeaderboardTables(board), *written(*(out or ()))], as_json=json)
+    return answer(board.record(), lambda: [LeaderboardTables(board), *written(*(out or ()))], as_json=json)
+
+
+def _site(places: list[Path], site: Path, *, json: bool, max_quarantined: float) -> None:
+    """Write the site of bundles; those whose numbers do not follow are named, and stand in no page. Exit 1 for them."""
+    from hba.evaluate.bundle import pages_of
+    from hba.report.comparison import write_site
+
+    bundles = [
+        path for place in places for path in (sorted(place.glob("*.zip")) if place.is_dir() else [place])
+    ]
+    if not bundles:
+        raise InputError("no bundles here", where=str(places[0]), fix="Give files that `hba bundle` wrote.")
+    if site.exists() and (not site.is_dir() or any(site.iterdir())):
+        raise InputError("is not empty", where=str(site), fix="Choose another folder, or remove it.")
+    with pages_of(bundles) as found:
+        if not found.runs:
+            what = f"no bundle can be shown: {'; '.join(found.refused)}"
+            raise InputError(what, where=str(places[0]), fix="Ask for others.")
+        board = write_site(found, site, max_quarantined=max_quarantined)
+    for refused in found.refused:
+        beside(f"error: {refused}")
+    answer(board.record() | {"site": str(site)}, lambda: written(site / "index.html"), as_json=json)
+    if found.refused:
+        raise typer.Exit(1)
 
 
 def _names(runs: list[Path], given: list[str]) -> dict[Path, str]:

@@ -575,6 +575,11 @@ def _unanswered(run: Run, quarantine: Path | None, skipped: Counter[str], atlas:
     )
 
 
+def left_out_of(run: Run, atlas: Path | None = None) -> list[LeftOut]:
+    """What a run left out of the rows that it was to predict."""
+    return _asked_for(run, run.left_out(), atlas)
+
+
 def _asked_for(run: Run, entries: list[LeftOut], atlas: Path | None) -> list[LeftOut]:
     """Those of `entries` that were to be predicted: a training in the same folder meets other rows of the split.
 

@@ -5,25 +5,28 @@ Bold is a difference that is significant at 5 %, after Holm's correction where i
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.text import Text
 
 from hba.evaluate.compare import MEAN, Comparison, Difference, SeedComparison, SeedDifference, Spread, Variance
-from hba.evaluate.leaderboard import Entry, Leaderboard
+from hba.evaluate.leaderboard import DEFAULT_TABLES, Entry, Leaderboard, build_leaderboard
 from hba.evaluate.results import SCANT, convert
+from hba.evaluate.runs import open_run
 from hba.evaluate.statistics import EXACT_MATCH, holm
 from hba.report import words
 from hba.report.tables import DAGGER, Cell, Row, Table, to_latex, to_markdown, writer_of
 from hba.report.words import DASH, count, figure, interval, metric_name, scant
-from hba.storage import atomic_write, read_json, to_csv, write_json
+from hba.storage import atomic_folder, atomic_write, read_json, to_csv, write_json
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
 
+    from hba.evaluate.bundle import Shown
     from hba.train.transfer import Scored, TransferResult
 
 
@@ -375,6 +378,26 @@ def write_leaderboard(board: Leaderboard, path: Path) -> None:
         handle.write(writer(board))
 
 
+def write_site(shown: Shown, site: Path, *, max_quarantined: float) -> Leaderboard:
+    """Write a static site into `site`: index.html with the board, NAME.html with the report of each bundle, and the
+    bundles themselves. Pages load nothing from elsewhere. It appears whole or not at all."""
+    from hba.report.page import render
+
+    names = {folder: name for name, folder in shown.runs.items()}
+    how: dict[str, Any] = {"tables": DEFAULT_TABLES, "allow_other_data": True, "max_quarantined": max_quarantined}
+    board = build_leaderboard(list(names), names=names, **how)
+    if site.is_dir():
+        site.rmdir()
+    with atomic_folder(site) as making:
+        for name, folder in shown.runs.items():
+            with atomic_write(making / f"{name}.html") as handle:
+                handle.write(render(open_run(folder)))
+            shutil.copyfile(shown.bundles[name], making / f"{name}.zip")
+        with atomic_write(making / "index.html") as handle:
+            handle.write(_html(board, {name: (f"{name}.html", f"{name}.zip") for name in shown.runs}))
+    return board
+
+
 def text_table(board: Leaderboard) -> Table:
     """For LaTeX and Markdown: three decimals, with the interval behind a measured score."""
     rows: list[Row] = []
@@ -407,11 +430,12 @@ def _csv(board: Leaderboard) -> str:
     return to_csv([*head, "notes"], rows)
 
 
-def _html(board: Leaderboard) -> str:
-    """A page that loads nothing."""
+def _html(board: Leaderboard, links: Mapping[str, tuple[str, str]] | None = None) -> str:
+    """A page that loads nothing; `links` are the page and the bundle of a run by its name."""
     cells = [[_score(board, entry, key, 3) for key in board.tasks] for entry in board.entries]
     rows = [(entry, _rank(entry), _row_name(entry), mine) for entry, mine in zip(board.entries, cells, strict=True)]
-    return words.page("leaderboard.html.jinja", board=board, rows=rows, notes=_marks(board), title=_title(board))
+    values: dict[str, Any] = {"board": board, "rows": rows, "notes": _marks(board), "links": links or {}}
+    return words.page("leaderboard.html.jinja", title=_title(board), **values)
 
 
 WRITERS: dict[str, Callable[[Leaderboard], str]] = {

@@ -1,0 +1,188 @@
+"""`hba bundle` and `hba verify`: the numbers of a bundle follow from it, whoever asks; hostile files are refused."""
+
+import json
+import shutil
+import stat
+import warnings
+import zipfile
+
+import pytest
+
+from hba.evaluate import bundle as module
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Where the run lies that all tests of this file share."""
+    return tmp_path_factory.mktemp("bundled")
+
+
+@pytest.fixture
+def scored(hba, mini_atlas, run, chat_server, monkeypatch):
+    """The run folder, its verdicts included, made once."""
+    if not (run / "words" / "metrics.json").is_file():
+        monkeypatch.setenv("HBA_CACHE", str(run / "cache"))
+        asked = ["m", "--backend", "openai", "--base-url", chat_server().url, "--atlas", mini_atlas]
+        judge = ["--judge", "j", "--judge-url", chat_server("judge").url, "--per-dataset", "2", "encode.num_frames=2"]
+        assert hba("eval", *asked, *judge, "--run", run / "words")[0] == 0
+    return run / "words"
+
+
+def changed(bundle, out, **files):
+    """The bundle with other contents, whose manifest says their hashes."""
+    with zipfile.ZipFile(bundle) as packed:
+        contents = {name: packed.read(name) for name in packed.namelist()}
+    for name, change in files.items():
+        name = name.replace("_", ".")
+        contents[name] = change(contents[name].decode()).encode()
+    manifest = json.loads(contents["bundle.json"])
+    for name, data in contents.items():
+        if name != "bundle.json":
+            manifest["files"][name] = {"bytes": len(data), "sha256": module._sha256(data)}
+    contents["bundle.json"] = json.dumps(manifest).encode()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, data in contents.items():
+            packed.writestr(name, data)
+    return out
+
+
+def first_line(change):
+    def applied(text):
+        first, _, rest = text.partition("\n")
+        return json.dumps(change(json.loads(first))) + "\n" + rest
+
+    return applied
+
+
+def test_the_numbers_of_a_bundle_follow_from_it_alone(hba, mini_atlas, scored, tmp_path, monkeypatch):
+    monkeypatch.setenv("SOME_API_KEY", "very-secret-word")
+    asked = json.loads((scored / "predict.json").read_text())
+    asked["note"] = f"very-secret-word {scored}/x sk-abcdefghij"
+    (scored / "predict.json").write_text(json.dumps(asked))
+    code, _, err = hba("bundle", scored, tmp_path / "a.zip")
+    assert code == 0, err
+    assert hba("bundle", scored, tmp_path / "b.zip")[0] == 0
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+    with zipfile.ZipFile(tmp_path / "a.zip") as packed:
+        packed_names, whole = set(packed.namelist()), b"".join(map(packed.read, packed.namelist()))
+    needed = {"metrics.json", "predictions.jsonl", "judgements.jsonl", "prompts.jsonl", "environment.json"}
+    assert needed <= packed_names
+    assert packed_names <= module.NAMES and b"RIFF" not in whole
+    for hidden in (b"very-secret-word", b"sk-abcdefghij", str(scored.parent).encode(), str(mini_atlas.parent).encode()):
+        assert hidden not in whole, hidden
+    monkeypatch.chdir(tmp_path)
+    code, out, err = hba("verify", "a.zip", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["differs"] is None and found["checked"] == ["hashes", "labels", "scores"]
+    code, out, err = hba("verify", "a.zip", "--atlas", mini_atlas)
+    assert code == 0 and "rows of the atlas" in out, err
+
+
+def another_score(text):
+    return text.replace('"score": 0.', '"score": 0.9', 1)
+
+
+SCORED = "when it is scored again"
+WRONG = {
+    "a score": ({"metrics_json": another_score}, SCORED),
+    "a label": ({"predictions_jsonl": first_line(lambda p: p | {"label": None, "answer": "no"})}, "its words say"),
+    "a verdict": ({"judgements_jsonl": first_line(lambda j: j | {"correct": not j["correct"]})}, SCORED),
+    "a row": ({"predictions_jsonl": lambda text: text.partition("\n")[2]}, SCORED),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_number_that_does_not_follow_is_named(hba, scored, tmp_path, name):
+    files, said = WRONG[name]
+    assert hba("bundle", scored, tmp_path / "a.zip")[0] == 0
+    code, out, err = hba("verify", changed(tmp_path / "a.zip", tmp_path / "b.zip", **files))
+    assert (code, out) == (1, "") and "do not follow" in err and said in err, (name, err)
+
+
+def test_a_file_that_is_not_the_one_packed_is_named(hba, scored, tmp_path):
+    assert hba("bundle", scored, tmp_path / "a.zip")[0] == 0
+    with zipfile.ZipFile(tmp_path / "a.zip") as packed, zipfile.ZipFile(tmp_path / "b.zip", "w") as other:
+        for name in packed.namelist():
+            other.writestr(name, packed.read(name) + (b" " if name == "metrics.json" else b""))
+    code, _, err = hba("verify", tmp_path / "b.zip")
+    assert code == 1 and "metrics.json is not the file that was packed" in err
+
+
+def entry(name="metrics.json", mode=stat.S_IFREG | 0o644):
+    found = zipfile.ZipInfo(name)
+    found.external_attr = mode << 16
+    return found
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+HOSTILE = {
+    "path": ([(entry("../metrics.json"), b"{}")], "no file of a bundle"),
+    "absolute path": ([(entry("/tmp/metrics.json"), b"{}")], "no file of a bundle"),
+    "folder": ([(entry("metrics.json/"), b"")], "no file of a bundle"),
+    "link": ([(entry(mode=stat.S_IFLNK | 0o777), b"/etc/passwd")], "is a link"),
+    "twice": ([(entry(), b"{}"), (entry(), b"{}")], "twice"),
+    "bomb": ([(entry(), b"0" * (64 << 20))], "unpacks to"),
+    "nothing": ([], "lacks bundle.json"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_zip_is_refused(hba, tmp_path, name):
+    entries, said = HOSTILE[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as packed:
+            for info, data in entries:
+                packed.writestr(info, data, zipfile.ZIP_DEFLATED)
+    before = names(tmp_path)
+    code, out, err = hba("verify", tmp_path / "a.zip")
+    assert (code, out) == (2, "") and said in err and "Traceback" not in err, err
+    assert names(tmp_path) == before
+
+
+def test_a_size_that_lies_and_what_is_no_zip_are_refused(hba, scored, tmp_path):
+    assert hba("bundle", scored, tmp_path / "a.zip")[0] == 0
+    data = (tmp_path / "a.zip").read_bytes()
+    with zipfile.ZipFile(tmp_path / "a.zip") as packed:
+        size = packed.getinfo("metrics.json").file_size
+    (tmp_path / "b.zip").write_bytes(data.replace(size.to_bytes(4, "little"), (size - 9).to_bytes(4, "little")))
+    (tmp_path / "c.zip").write_bytes(data[: len(data) // 2])
+    (tmp_path / "d.zip").write_bytes(b"")
+    for name in ("b.zip", "c.zip", "d.zip", "none.zip"):
+        code, out, err = hba("verify", tmp_path / name)
+        assert (code, out) == (2, "") and name in err, err
+
+
+def test_a_folder_of_bundles_becomes_a_site(hba, mini_atlas, scored, tmp_path):
+    (tmp_path / "in").mkdir()
+    assert hba("bundle", scored, tmp_path / "in" / "words.zip")[0] == 0
+    majority = tmp_path / "majority"
+    assert hba("predict", "majority", "--atlas", mini_atlas, "--per-dataset", "2", "--run", majority)[0] == 0
+    assert hba("score", majority)[0] == 0 and hba("bundle", majority, tmp_path / "in" / "index.zip")[0] == 0
+    code, out, err = hba("leaderboard", tmp_path / "in", "--site", tmp_path / "site", "--json")
+    assert code == 0, err
+    assert {row["name"] for row in json.loads(out)["entries"] if not row["published"]} == {"words", "index-1"}
+    files = names(tmp_path / "site")
+    assert files == ["index-1.html", "index-1.zip", "index.html", "words.html", "words.zip"]
+    page = (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
+    assert 'href="words.html"' in page and 'href="words.zip"' in page and "https://" not in page.partition("<body")[2]
+    shutil.rmtree(tmp_path / "site")
+    changed(tmp_path / "in" / "words.zip", tmp_path / "in" / "words.zip", metrics_json=another_score)
+    code, _, err = hba("leaderboard", tmp_path / "in", "--site", tmp_path / "site")
+    assert code == 1 and "words.zip: the numbers do not follow" in err
+    assert not (tmp_path / "site" / "words.html").exists()
+
+
+def test_what_is_not_scored_makes_no_bundle(hba, scored, tmp_path):
+    shutil.copytree(scored, tmp_path / "run")
+    lines = (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()
+    (tmp_path / "run" / "predictions.jsonl").write_text("\n".join(lines[1:]) + "\n")
+    code, _, err = hba("bundle", tmp_path / "run", tmp_path / "a.zip")
+    assert code == 2 and "changed since it was scored" in err
+    (tmp_path / "run" / "metrics.json").unlink()
+    code, _, err = hba("bundle", tmp_path / "run", tmp_path / "a.zip")
+    assert code == 2 and "is not scored" in err and not (tmp_path / "a.zip").exists()
