@@ -428,6 +428,8 @@ def _schema_error(message: str, where: str) -> InputError:
     found = message[: place.start()] if place else message
     found = found.replace("Expected", "expected").replace("got", "found").replace("`", "")
     found = found.replace("expected object", "expected a JSON object")
+    if field == "answer":
+        found = found.replace("str | null", "str")
     what = f"field {field!r}: {found}" if field else found
     return InputError(what, where=where, fix="Write the value with the type of the published schema.")
 

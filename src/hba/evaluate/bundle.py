@@ -111,9 +111,7 @@ def pack(run: Path, out: Path, *, atlas: str | None = None, prompts: bool = True
     return notes
 
 
-def _contents(
-    run: Run, notes: list[str], atlas: str | None, *, prompts: bool
-) -> Iterator[tuple[str, bytes | None]]:
+def _contents(run: Run, notes: list[str], atlas: str | None, *, prompts: bool) -> Iterator[tuple[str, bytes | None]]:
     folder = run.folder
     lines = (record for _, record in read_jsonl(run.predictions_path))
     yield PREDICTIONS, _lines(record | {"error": cleaned(record.get("error"))} for record in lines)
@@ -340,9 +338,7 @@ def _scored_again(folder: Path, said: Mapping[str, Any], atlas: str | None, note
     return again
 
 
-def _label_differs(
-    folder: Path, predictions: list[Prediction], checked: list[str], notes: list[str]
-) -> str | None:
+def _label_differs(folder: Path, predictions: list[Prediction], checked: list[str], notes: list[str]) -> str | None:
     """The first label that does not follow from what the model said, by the reading that this version knows."""
     taxonomy, prompts = of_folder(folder), {}
     if (folder / PROMPTS).is_file():

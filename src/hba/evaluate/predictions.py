@@ -207,6 +207,7 @@ def _prediction(raw: bytes, where: str) -> Prediction:
         missing = what.startswith("Object missing required field")
         field = what.split("`")[1] if missing else place.strip("`.").split("[")[0].split(".")[0]
         where = f"{where}, {field}" if field else where
+        what = what.replace("str | null", "str") if field == "target" else what
         fix = "Write every field; what is unknown is null." if missing else "Write the type it asks for."
         raise InputError(what, where=where, fix=fix) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

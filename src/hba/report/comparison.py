@@ -16,7 +16,7 @@ from rich.text import Text
 from hba.evaluate.compare import MEAN, Comparison, Difference, SeedComparison, SeedDifference, Spread, Variance
 from hba.evaluate.leaderboard import DEFAULT_TABLES, Entry, Leaderboard, build_leaderboard
 from hba.evaluate.results import SCANT, convert
-from hba.evaluate.runs import open_run
+from hba.evaluate.runs import Run, open_run
 from hba.evaluate.statistics import EXACT_MATCH, holm
 from hba.report import words
 from hba.report.tables import DAGGER, Cell, Row, Table, to_latex, to_markdown, writer_of
@@ -378,11 +378,11 @@ def write_leaderboard(board: Leaderboard, path: Path) -> None:
         handle.write(writer(board))
 
 
-def write_site(shown: Shown, site: Path, *, max_quarantined: float) -> Leaderboard:
-    """Write a static site into `site`: index.html with the board, NAME.html with the report of each bundle, and the
-    bundles themselves. Pages load nothing from elsewhere. It appears whole or not at all."""
-    from hba.report.page import render
-
+def write_site(
+    shown: Shown, site: Path, render: Callable[[Run], str], *, max_quarantined: float
+) -> Leaderboard:
+    """Write a static site into `site`: index.html with the board, NAME.html with the report of each bundle, as
+    `render` makes it, and the bundles themselves. Pages load nothing from elsewhere. It appears whole or not at all."""
     names = {folder: name for name, folder in shown.runs.items()}
     how: dict[str, Any] = {"tables": DEFAULT_TABLES, "allow_other_data": True, "max_quarantined": max_quarantined}
     board = build_leaderboard(list(names), names=names, **how)

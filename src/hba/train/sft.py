@@ -140,7 +140,7 @@ def validate_heads(backend: HeadsBackend, atlas: Atlas, run: RunFolder, ranks: R
     said: list[tuple[str | None, str, str]] = []
     for step in predict(atlas, backend.batches(atlas, own), backend):
         if isinstance(step, Prediction):
-            said.append((step.label, step.truth, step.dataset))
+            said.append((step.label, str(step.target), step.dataset))  # rows of a training have answers
         elif isinstance(step, Quarantined):
             run.quarantine.add(step)
     done = ranks.gather(said)
