@@ -60,6 +60,10 @@ class MediaError(InputError):
     """One medium of one sample cannot be read; its sample goes into quarantine."""
 
 
+class NoSoundTrackError(MediaError):
+    """A clip is silent because nothing was recorded: it is whole, and has no sound to be read."""
+
+
 def _rebuild(kind: type[HbaError], what: str, where: str, fix: str) -> HbaError:
     return kind(what, where=where, fix=fix)
 

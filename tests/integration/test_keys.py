@@ -64,6 +64,9 @@ from hba.train.ranks import Ranks, is_sharded
 from hba.train.sft import train_sft
 from hba.train.state import Progress
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from media_corpus import movie
+
 COMMANDS = {
     "sft": SftConfig, "lm": LmConfig, "qa": QaConfig, "bam": BamConfig, "rl": RlConfig, "predict": PredictConfig,
     "judge": JudgeConfig, "prepare": PrepareConfig,
@@ -139,6 +142,11 @@ class Lab:
         self.write_rows(
             self.lacking, "train", [row if row is not first else row | {"ext_video_feats": []} for row in rows]
         )
+        # One row of a clip alone, which has a sound track.
+        self.heard = folder / "heard"
+        named = next(row for row in rows if row["dataset"] == "cremad") | {"videos": ["clip.mp4"], "audios": []}
+        self.write_rows(self.heard, "train", [named | {"modality_signature": "text_video"}])
+        (self.heard / "clip.mp4").write_bytes(movie("mp4", "libx264", range(8), rate=8, size=(96, 64), sound="aac"))
         self.reward = rl_run.write_reward(folder)
         self.reward.write_text(self.reward.read_text() + OF_KEYS)
         self.prices = folder / "prices.yaml"
@@ -335,9 +343,10 @@ class Lab:
         log = [line.record for line in read_jsonl(folder / "log.jsonl")]
         return [{key: value for key, value in record.items() if key not in timed} for record in log]
 
-    def encoded(self, patch, sights, changes):
+    def encoded(self, patch, sights, changes, place="atlas"):
         """Rows as the model gets them, each with its media."""
-        config, rows = config_of("sft", changes), open_atlas(self.atlas, split="train").filter(datasets=["cremad"])
+        config, rows = config_of("sft", changes), open_atlas(getattr(self, place), split="train")
+        rows = rows.filter(datasets=["cremad"])
         encoder = Encoder(self.processor, config.encode, rows.taxonomy, answers=True)
         found = loader.encode_row(rows, encoder, 0)
         sights["error"] = getattr(found, "reason", "")
@@ -360,10 +369,10 @@ class Lab:
         patch.setattr(loader, "WorkerPool", Pool)
         return home
 
-    def prepare(self, patch, sights, changes):
+    def prepare(self, patch, sights, changes, place="atlas"):
         """What is kept of decoded media, and where."""
         config, home = config_of("prepare", changes), self.pooled(patch, sights)
-        rows = open_atlas(self.atlas, split="train").filter(datasets=["cremad"])
+        rows = open_atlas(getattr(self, place), split="train").filter(datasets=["cremad"])
         processor = load_processor(str(resolve(config.model) or config.model))
         decoded = loader.prepare(rows, processor, config.encode, config.loader, lambda *_: None)
         sights["left out"] = [record.reason for record in rows.quarantine]
@@ -716,6 +725,10 @@ SHARED = [  # look, context, changes: the sight of each
     ("encoded", [*SFT, "encode.min_pixels=784"], {"encode.max_pixels=784": "inputs"}),
     ("encoded", [*SFT, "encode.max_pixels=12544"], {"encode.min_pixels=12544": "inputs"}),
     ("encoded", [*SFT, "encode.max_audio_seconds=0.3"], {"encode.long_audio=head": "inputs"}),
+    ("encoded", [*SFT, "encode.num_frames=8"], {"encode.fps=1": "inputs"}),
+    ("encoded", [*SFT, "encode.min_pixels=784"], {"encode.clip_pixels=1568": "inputs"}),
+    ("encoded heard", SFT, {"encode.sound_of_clips=separate": "inputs"}),
+    ("encoded heard", [*SFT, "encode.sound_of_clips=separate"], {"encode.sound_of_clips=interleaved": "inputs"}),
     ("loaded", SFT, {"loader.cache_megabytes=0": "encoded"}),
     ("loaded", SFT, {"loader.decode_once=true": "kept"}),
     ("loaded", [*SFT, "loader.decode_once=true"], {"loader.decoded_folder=@base/../decoded": "kept"}),
@@ -997,6 +1010,9 @@ OWN = {
                 "encode.max_audio_seconds=0.3",
             )
         ),
+        ("prepare", [*PREPARE, "encode.num_frames=8"], {"encode.fps=1": "kept"}),
+        ("prepare", PREPARE, {"encode.clip_pixels=6272": "kept"}),
+        ("prepare heard", PREPARE, {"encode.sound_of_clips=separate": "kept"}),
         ("prepare", [*PREPARE, "encode.min_pixels=784"], {"encode.max_pixels=784": "kept"}),
         ("prepare", [*PREPARE, "encode.max_audio_seconds=0.3"], {"encode.long_audio=head": "kept"}),
         ("prepare", PREPARE, {"loader.decoded_folder=@base/../prepared": "folder"}),

@@ -27,6 +27,9 @@ from hba.model.process import start_accelerator
 from hba.storage import read_jsonl
 from hba.train.state import restore_optimizer
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from media_corpus import movie
+
 SMALL = [
     "model.strategy=full", "train.max_steps=6", "train.epochs=9", "train.batch_size=8", "train.validate_every=3",
     "train.log_every=1", "train.learning_rate=1e-3", "encode.num_frames=2", "encode.min_pixels=3136",
@@ -239,6 +242,25 @@ def test_sharded_ranks_whose_samples_dropped_a_modality_exchange_what_the_others
     done = launch(["train", "bam", "--run", tmp_path / "run", *config], ranks=2)
     assert done.code == 0, done.err
     assert len(logged(tmp_path / "run")) == 6
+
+
+def test_sharded_ranks_of_which_one_hears_its_clips_gather_the_same_layers(launch, tmp_path, backbone):
+    """Which clips have a sound track is known when they are opened, after the plan is made."""
+    (tmp_path / "m").mkdir()
+    lines = []
+    for number in range(8):
+        sound = "aac" if number % 2 else ""
+        film = movie("mp4", "libx264", range(10 + number, 18 + number), rate=8, size=(64, 64), sound=sound)
+        (tmp_path / f"m/{number}.mp4").write_bytes(film)
+        row = {"problem": "How?", "answer": ("anger", "happiness")[number // 2 % 2], "dataset": "cremad", "task": "t"}
+        lines.append(row | {"videos": [f"m/{number}.mp4"], "modality_signature": "text_video"})
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    heard = ["encode.sound_of_clips=separate", "train.batch_size=2", "train.max_steps=3", "model.strategy=heads"]
+    heard += ["validation_split=validation[:2]"]
+    train(launch, tmp_path / "alone", tmp_path, backbone, *heard)
+    train(launch, tmp_path / "shared", tmp_path, backbone, *heard, SHARDED, ranks=2)
+    assert_same_training(tmp_path / "shared", tmp_path / "alone")
 
 
 @pytest.mark.parametrize("strategy", [["model.strategy=full"], LORA], ids=["full", "lora"])

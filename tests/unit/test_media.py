@@ -15,6 +15,7 @@ import pytest
 import soundfile
 import torch
 
+from hba.atlas.audio import mean_of_channels
 from hba.atlas.media import (
     SAMPLE_RATE,
     Limits,
@@ -105,6 +106,17 @@ def test_channels_are_averaged(tmp_path: Path) -> None:
     both = np.stack([tone(1, 16_000), -tone(1, 16_000)], axis=1)
     soundfile.write(tmp_path / "a.wav", both, 16_000)
     assert np.abs(load_audio(tmp_path / "a.wav", where=WHERE).samples).max() < 1e-3
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 6, 7, 8, 16])
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_the_mean_of_channels_is_that_of_numpy_to_the_bit(channels: int, kind: type) -> None:
+    samples_TC = np.random.default_rng(channels).normal(0, 1e3, (999, channels)).astype(kind)
+    samples_TC[:3], samples_TC[3], samples_TC[4, 0] = -0.0, np.nan, np.inf
+    for samples_CT in (samples_TC.T, np.ascontiguousarray(samples_TC.T)):
+        found = mean_of_channels(samples_CT)
+        assert found.dtype == np.float32
+        assert found.tobytes() == samples_CT.mean(axis=0, dtype=np.float32).tobytes()
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.m4a", "a.aac", "a.mkv", "named_wrongly.wav"])

@@ -135,16 +135,17 @@ class DecodedCache:
         where: str,
         limits: Limits = DEFAULT_LIMITS,
         frames: Frames = "exact",
+        fps: float | None = None,
     ) -> Video:
         """As `media.load_video`, its frames made smaller by `resize`."""
         resize = self.resize
 
         def decode() -> Arrays:
-            clip = load_video(source, num_frames, where=where, limits=limits, frames=frames)
+            clip = load_video(source, num_frames, where=where, limits=limits, frames=frames, fps=fps)
             shown = clip.frames if resize is None else resize(clip.frames)
             return {"frames": shown, "times": clip.timestamps_seconds, "seconds": np.array([clip.duration_seconds])}
 
-        asked = {"video": asdict(limits), "num_frames": num_frames, "frames": frames}
+        asked = {"video": asdict(limits), "num_frames": num_frames, "frames": frames, "fps": fps}
         found = self._once(source, asked | {"resize": None if resize is None else resize.key}, decode)
         return Video(found["frames"], found["times"], float(found["seconds"][0]))
 

@@ -8,6 +8,7 @@ that names file and line, the field, what was expected, what was found, and a fi
 from __future__ import annotations
 
 import json
+import logging
 import re
 import traceback
 from array import array
@@ -24,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hba.atlas.source import DEFAULT_LIMITS, Limits, Source
-from hba.errors import HbaError, InputError, MachineError, MediaError, TaxonomyError, nearest
+from hba.errors import HbaError, InputError, MachineError, MediaError, NoSoundTrackError, TaxonomyError, nearest
 from hba.storage import check_relative, machine_fault
 from hba.taxonomy import Taxonomy, visible
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from hba.atlas.media import Audio, Descriptor, Frames, Image, Video
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
+_SHOWN = 3  # samples that a warning names
 
 # Rows and samples: what one line of the atlas says, before and after it is checked against the taxonomy.
 #
@@ -215,15 +218,40 @@ class Sample:
         limits: Limits = DEFAULT_LIMITS,
         frames: Frames = "exact",
         *,
+        fps: float | None = None,
         decoded: DecodedCache | None = None,
     ) -> list[Video]:
-        """Decode `num_frames` evenly spaced frames of every video, or take them from `decoded`, at the size in which
-        it keeps them. Raises MediaError naming the place."""
+        """Decode `num_frames` evenly spaced frames of every video, or `fps` a second and at most so many.
+
+        From `decoded` they come at the size in which it keeps them. Raises MediaError naming the place.
+        """
         from hba.atlas.media import load_video
 
         load = load_video if decoded is None else decoded.video
 
-        return self._loaded("videos", partial(load, num_frames=num_frames, limits=limits, frames=frames))
+        return self._loaded("videos", partial(load, num_frames=num_frames, limits=limits, frames=frames, fps=fps))
+
+    @property
+    def hears_its_videos(self) -> bool:
+        """Whether the sounds that the row names are its videos themselves, as `hba atlas build` writes rows of clips.
+
+        Raises MediaError for media that are not there.
+        """
+        return self.audios == self.videos > 0 and self._sources("audios") == self._sources("videos")
+
+    def load_sounds_of_videos(
+        self, limits: Limits = DEFAULT_LIMITS, *, decoded: DecodedCache | None = None
+    ) -> list[Audio | None]:
+        """The sound track of every video as `load_audios` gives sounds; None for a video that has none."""
+        from hba.atlas.media import load_audio
+
+        def load(source: Source, *, where: str) -> Audio | None:
+            try:
+                return (load_audio if decoded is None else decoded.audio)(source, where=where, limits=limits)
+            except NoSoundTrackError:
+                return None
+
+        return self._loaded("videos", load)
 
     def read_videos(self, limits: Limits = DEFAULT_LIMITS) -> list[bytes]:
         """The bytes of every video as it is stored, not decoded. Raises MediaError naming the place."""
@@ -247,6 +275,29 @@ class Sample:
         """The quarantine record of this sample for an error raised while its media were read."""
         name = next((f for f in (*MEDIA_FIELDS, "problem") if error.where.endswith(f", {f}")), "row")
         return Quarantined(self.id, self.split, self.dataset, error.where or self.where, name, error.what)
+
+
+class SilentClips:
+    """Says of which samples a clip has no sound track, where it was to be heard: the first by name, then how many."""
+
+    def __init__(self) -> None:
+        self._samples: set[str] = set()
+        self._said = 0
+
+    def add(self, sample: Sample) -> None:
+        """One more. The first is named at once."""
+        self._samples.add(f"{sample.split}/{sample.id}")
+        if not self._said:
+            self._said = 1
+            told = "%s: the clip has no sound track. It is seen alone, as others of its kind are."
+            _log.warning(told, sample.place("videos"))
+
+    def say(self) -> None:
+        """How many there are, unless that was said."""
+        if len(self._samples) > self._said:
+            self._said = len(self._samples)
+            some = ", ".join(sorted(self._samples)[:_SHOWN])
+            _log.warning("%d samples have clips without a sound track, which are seen alone: %s", self._said, some)
 
 
 # What a sampler needs to know of every row, as compact columns.

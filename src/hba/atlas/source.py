@@ -23,7 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
-from hba.errors import MachineError, MediaError
+from hba.errors import MachineError, MediaError, NoSoundTrackError
 from hba.storage import machine_fault, patiently
 
 if TYPE_CHECKING:
@@ -769,10 +769,10 @@ def video_track(container: InputContainer, where: str) -> VideoStream:
 def sound_track(container: InputContainer, where: str) -> AudioStream:
     """The sound: the default track, or the one of most channels, the first of several.
 
-    Raises MediaError when there is none, or when it cannot be decoded.
+    Raises NoSoundTrackError when there is none, MediaError when it cannot be decoded.
     """
     if not container.streams.audio:
-        raise MediaError("has no sound track", where=where, fix="Remove the entry, or restore the file.")
+        raise NoSoundTrackError("has no sound track", where=where, fix="Remove the entry, or restore the file.")
     return _best(container.streams.audio, lambda codec: codec.channels, where)
 
 

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
 from itertools import chain, dropwhile, pairwise
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -704,26 +703,46 @@ class Video:
         return len(self.frames) / self.duration_seconds
 
 
+def frames_at(fps: float, seconds: float, most: int) -> int:
+    """How many frames a clip of `seconds` has at `fps` frames a second: an even number, 2 at least and `most` at most.
+
+    As Qwen's own tools count: what does not make a pair is left out.
+    """
+    return max(2, min(most, int(seconds * fps + _HALF_A_TICK) // 2 * 2))
+
+
 def load_video(
-    source: Source, num_frames: int, *, where: str, limits: Limits = DEFAULT_LIMITS, frames: Frames = "exact"
+    source: Source,
+    num_frames: int,
+    *,
+    where: str,
+    limits: Limits = DEFAULT_LIMITS,
+    frames: Frames = "exact",
+    fps: float | None = None,
 ) -> Video:
     """Decode `num_frames` evenly spaced frames of the clip's video track, or the keyframes nearest to them.
 
-    Raises MediaError naming `where` when the source is empty, cut off, corrupt, without video or beyond `limits`;
-    InputError when `num_frames` is not positive.
+    With `fps`, so many a second (see `frames_at`), and `num_frames` at most. Raises MediaError naming `where` when the
+    source is empty, cut off, corrupt, without video or beyond `limits`; InputError when `num_frames` is not positive.
     """
     if num_frames < 1:
         raise InputError(f"num_frames is {num_frames}", where=where, fix="Ask for at least one frame.")
     shown: list[Shown] | None = None
+
+    def count(timeline: Timeline) -> int:
+        return num_frames if fps is None else frames_at(fps, timeline.seconds, num_frames)
+
+    def through(clip: Clip, timeline: Timeline) -> list[Shown]:
+        return decode_through(clip, timeline, count(timeline))
+
     with open_clip(source, where=where, limits=limits) as clip:
         timeline = timeline_of(clip)
         if timeline.entered:
             decode = decode_at if frames == "exact" else decode_keyframes
             # Some containers mark keyframes that are none (intra refresh): a decode from the start tells.
             with suppress(DamagedError, TimesError):
-                shown = decode(clip, timeline, timeline.centres(num_frames))
+                shown = decode(clip, timeline, timeline.centres(count(timeline)))
     if shown is None:
-        through = partial(decode_through, count=num_frames)
         known = timeline if timeline.times else None
         served, timeline = read_clip(source, through, where=where, limits=limits, timeline=known)
     else:

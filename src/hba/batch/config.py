@@ -7,12 +7,13 @@ torch is imported, which takes seconds.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from pydantic import Field
 
+from hba.atlas.rows import Field as MediaField
 from hba.atlas.rows import Sample
 from hba.atlas.source import Frames, require_audible
 from hba.batch.prompt import MODALITIES, Message, Modality, Wording, build_messages
@@ -21,10 +22,11 @@ from hba.environment import kernel_ends_children, usable_cores
 from hba.errors import ConfigError, MediaError
 
 if TYPE_CHECKING:
-    from hba.atlas.decoded import DecodedCache
+    from hba.atlas.decoded import DecodedCache, Resize
     from hba.atlas.media import Image, Video
 
 LongAudio: TypeAlias = Literal["refuse", "head", "windows", "published"]
+SoundOfClips: TypeAlias = Literal["off", "separate", "interleaved"]
 PUBLISHED_AUDIO_SECONDS = 10.0
 """where the released code cuts every sound"""
 WINDOWS_ARE_FOR_HEADS = "Use encode.long_audio=refuse or head: words are said of one sound, which windows would divide."
@@ -35,9 +37,20 @@ class EncodeConfig:
     """How a sample becomes tokens, mel frames and patches."""
 
     num_frames: Annotated[int, Field(ge=2, multiple_of=2)] = option(8, "frames taken from each video, an even number")
+    fps: Annotated[float, Field(gt=0)] | None = option(
+        None, "frames taken a second in place of a fixed number: at least 2, and num_frames at most"
+    )
     frames: Frames = option("exact", "exact frames, or nearest_keyframe: inexact, faster where keyframes are close")
     min_pixels: Annotated[int, Field(ge=784)] = option(3136, "smallest area of a frame or image after resizing")
     max_pixels: Annotated[int, Field(ge=784)] = option(50176, "largest area of a frame or image after resizing")
+    clip_pixels: Annotated[int, Field(ge=1568)] | None = option(
+        None, "area of all frames of a clip together: where it is more, the frames are made smaller"
+    )
+    sound_of_clips: SoundOfClips = option(
+        "off",
+        "what of a clip is heard whose row names no audio. off: nothing; separate: its sound track, as an audio of the "
+        "row; interleaved: its sound track among its frames (Qwen-Omni's use_audio_in_video)",
+    )
     max_audio_seconds: Annotated[float, Field(gt=0)] = option(300.0, "longest audio; what becomes of a longer one:")
     long_audio: LongAudio = option(
         "refuse",
@@ -57,6 +70,19 @@ class EncodeConfig:
         if self.max_pixels < self.min_pixels:
             what = f"encode.max_pixels is {self.max_pixels}, below encode.min_pixels of {self.min_pixels}"
             raise ConfigError(what, fix="Raise max_pixels or lower min_pixels.")
+        if self.clip_pixels is not None and self.clip_pixels < self.num_frames * self.min_pixels:
+            least = self.num_frames * self.min_pixels
+            what = f"{self.clip_pixels} pixels are fewer than num_frames * min_pixels, which is {least}"
+            fix = "Raise clip_pixels, or lower encode.num_frames or encode.min_pixels."
+            raise ConfigError(what, where="encode.clip_pixels", fix=fix)
+        if self.sound_of_clips == "interleaved" and self.long_audio == "windows":
+            found = "a sound that stands among the frames of its clip cannot be cut into windows"
+            fix = "Use encode.sound_of_clips=separate, or encode.long_audio=refuse or head."
+            raise ConfigError(found, where="encode.sound_of_clips", fix=fix)
+
+    def pixels_of(self, num_frames: int) -> int:
+        """The largest area of each frame of a clip of so many."""
+        return self.max_pixels if self.clip_pixels is None else min(self.max_pixels, self.clip_pixels // num_frames)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,15 +135,27 @@ class PrepareConfig:
 
 
 def messages_of(
-    sample: Sample, config: EncodeConfig, wording: Wording, plain: Callable[[str], str] = str
+    sample: Sample,
+    config: EncodeConfig,
+    wording: Wording,
+    plain: Callable[[str], str] = str,
+    *,
+    sounds: int | None = None,
 ) -> list[Message]:
-    """The chat messages of a sample, media in the order of their tags. Raises MediaError for a tag without a medium."""
+    """The chat messages of a sample, media in the order of their tags. Raises MediaError for a tag without a medium.
+
+    `sounds` is how many the sample has, where its clips were looked at for sound tracks. Interleaved sounds have no
+    place of their own.
+    """
+    how = sound_of_clips(sample, config)
     counts: dict[Modality, int] = {"image": sample.images, "video": sample.videos, "audio": sample.audios}
+    if how != "off":
+        counts["audio"] = sample.videos if sounds is None else sounds
     return build_messages(
         wording.question(sample),
         counts,
         where=sample.where,
-        modalities=config.modalities,
+        modalities=[kind for kind in config.modalities if kind != "audio" or how != "interleaved"],
         system_prompt=config.system_prompt,
         plain=plain,
     )
@@ -126,9 +164,30 @@ def messages_of(
 class Media(NamedTuple):
     """The decoded media of a sample, of the modalities that the config lets through."""
 
-    audios: list[np.ndarray[Any, Any]]
+    audios: list[np.ndarray[Any, Any]]  # of the row, or of its clips
     images: list[Image]
     videos: list[Video]
+    interleaved: bool = False  # whether the audios, one a video, stand among the frames
+    silent_clips: int = 0  # clips whose sound is wanted and that have no sound track
+
+
+def sound_of_clips(sample: Sample, config: EncodeConfig) -> SoundOfClips:
+    """How the sound of the clips of a sample is heard: not at all where its row names other sounds.
+
+    Sounds that are the row's clips themselves may be interleaved; without frames there is nothing to interleave.
+    Raises MediaError for media that are not there.
+    """
+    if config.sound_of_clips == "off" or not sample.videos or "audio" not in config.modalities:
+        return "off"
+    how = config.sound_of_clips if "video" in config.modalities else "separate"
+    if sample.audios and (how == "separate" or not sample.hears_its_videos):
+        return "off"
+    return how
+
+
+def heard_in(sample: Sample) -> MediaField:
+    """The field whose media a sample is heard by."""
+    return "audios" if sample.audios else "videos"
 
 
 def load_media(
@@ -138,27 +197,46 @@ def load_media(
     *,
     windows: bool = False,
     decoded: DecodedCache | None = None,
+    resize: Resize | None = None,
 ) -> Media:
     """Decode the media of a sample, long audios as `config.long_audio` says; with `windows`, those stay whole.
 
-    Sounds and clips that `decoded` keeps are taken from there. Raises MediaError for a medium that cannot be read, is
-    too long or too short.
+    Sounds and clips that `decoded` keeps are taken from there. `resize` makes the frames of clips smaller that exceed
+    `config.clip_pixels`. Raises MediaError for a medium that cannot be read, is too long or too short, and for a row of
+    several clips some of which have no sound that could stand among their frames.
     """
-    wanted = config.modalities
-    audios = [a.samples for a in sample.load_audios(decoded=decoded)] if "audio" in wanted else []
+    wanted, how = config.modalities, sound_of_clips(sample, config)
+    silent = 0
+    if how == "off":
+        audios = [a.samples for a in sample.load_audios(decoded=decoded)] if "audio" in wanted else []
+    else:
+        tracks = sample.load_sounds_of_videos(decoded=decoded)
+        audios = [track.samples for track in tracks if track is not None]
+        silent = len(tracks) - len(audios)
+        if how == "interleaved" and audios and silent:
+            found = f"{silent} of {len(tracks)} clips have no sound track to stand among their frames"
+            fix = "Use encode.sound_of_clips=separate, or give each clip a row of its own."
+            raise MediaError(found, where=sample.place("videos"), fix=fix)
     longest = int(config.heard_seconds * sampling_rate)
     for number, audio in enumerate(audios):
-        require_audible(len(audio) / sampling_rate, sample.place("audios"))
+        require_audible(len(audio) / sampling_rate, sample.place(heard_in(sample)))
         if len(audio) <= longest or (config.long_audio == "windows" and windows):
             continue
         if config.long_audio in ("refuse", "windows"):
             limit = config.max_audio_seconds
             found = f"audio of {len(audio) / sampling_rate:.1f} s, more than max_audio_seconds={limit}"
             fix = "Raise max_audio_seconds, split the clip, or choose encode.long_audio (docs/data.md)."
-            raise MediaError(found, where=sample.place("audios"), fix=fix)
+            raise MediaError(found, where=sample.place(heard_in(sample)), fix=fix)
         audios[number] = audio[:longest].copy()  # not a view, which would keep the whole
     images = list(sample.load_images()) if "image" in wanted else []
     videos: list[Video] = []
     if "video" in wanted:
-        videos = sample.load_videos(config.num_frames, frames=config.frames, decoded=decoded)
-    return Media(audios, images, videos)
+        videos = sample.load_videos(config.num_frames, frames=config.frames, fps=config.fps, decoded=decoded)
+    if config.clip_pixels is not None and resize is not None:
+        videos = [replace(video, frames=resize(video.frames)) for video in videos]
+    interleaved = how == "interleaved" and bool(audios)
+    if interleaved and len({round(video.rate_hz, 6) for video in videos}) > 1:
+        found = "clips of different frame rates in one prompt: their sound cannot stand among their frames"
+        fix = "Use encode.sound_of_clips=separate, or give each clip a row of its own."
+        raise MediaError(found, where=sample.place("videos"), fix=fix)
+    return Media(audios, images, videos, interleaved, silent)

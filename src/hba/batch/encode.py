@@ -6,8 +6,8 @@ neighbours. A sample whose medium cannot be read is not replaced, it travels in 
 
 What a processor takes (images, videos, sound), which tokens stand for media and which token ends an answer are asked of
 the processor; what one needs beyond that says its `Family`. A video goes to a model without a video processor as its
-frames, each an image. A medium that the model cannot take is an error that names the modality filter; nothing is left
-out silently, and no sound is cut.
+frames, each an image; its sound track is heard where `encode.sound_of_clips` asks for it. A medium that the model
+cannot take is an error that names the modality filter; nothing is left out silently, and no sound is cut.
 
 Shapes: B samples, T tokens, A audios, M mel frames, F mel bins, P vision patches, D patch values.
 """
@@ -25,8 +25,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hba.atlas.rows import MEDIA_FIELDS, Columns, Field, Quarantined, Sample
-from hba.batch.config import WINDOWS_ARE_FOR_HEADS, EncodeConfig, LongAudio, Media, load_media, messages_of
+from hba.atlas.rows import MEDIA_FIELDS, Columns, Field, Quarantined, Sample, SilentClips
+from hba.batch.config import (
+    WINDOWS_ARE_FOR_HEADS,
+    EncodeConfig,
+    LongAudio,
+    Media,
+    heard_in,
+    load_media,
+    messages_of,
+)
 from hba.batch.pool import DescriptorConfig, pooled_descriptors
 from hba.batch.prompt import AS_WRITTEN, MODALITIES, Message, Modality, PlainText, Wording, taught
 from hba.environment import installed_version
@@ -61,11 +69,12 @@ class Family(NamedTuple):
     sound: Callable[[Any, Sequence[np.ndarray[Any, Any]]], dict[str, Any]] = _uncut  # options that keep sound whole
     times: bool = False  # the model is told how many seconds a step of a clip's patches takes, which is exact here
     whole_clips: bool = False  # the area of a clip is that of all its frames together
+    interleaves: bool = False  # the sound of a clip may stand among its frames
 
 
 FAMILIES = {
-    "Qwen2_5OmniProcessor": Family(sound=_one_window_more, times=True),
-    "Qwen3OmniMoeProcessor": Family(times=True),
+    "Qwen2_5OmniProcessor": Family(sound=_one_window_more, times=True, interleaves=True),
+    "Qwen3OmniMoeProcessor": Family(times=True, interleaves=True),
     "Qwen3VLProcessor": Family(whole_clips=True),
 }
 
@@ -79,11 +88,15 @@ def features_of(
     spans_seconds: Sequence[float],
     *,
     pixels: Mapping[str, int],
+    clip_pixels: int | None = None,
+    interleaved: bool = False,
 ) -> dict[str, Tensor]:
     """What the model takes of one prompt, `input_ids` [1, T] and the features of its media.
 
     `clips` are frames [N, 3, H, W], each evenly spaced over its span; `pixels` are min_pixels and max_pixels, for
-    processors that resize by area: others have a size that their model needs.
+    processors that resize by area: others have a size that their model needs. `clip_pixels` is the largest area of all
+    frames of a clip together, for those that count so. `interleaved`: the sounds are those of the clips, which all have
+    one frame rate, and stand among their frames.
     """
     family, bos = FAMILIES.get(type(processor).__name__, Family()), processor.tokenizer.bos_token
     call: dict[str, Any] = {"text": [text], "return_tensors": "pt"}
@@ -106,7 +119,9 @@ def features_of(
         area = _by_area(processor.video_processor, pixels)
         if family.whole_clips:
             least, most = (max(map(len, clips)) * pixels[name] for name in ("min_pixels", "max_pixels"))
-            area = {"size": {"shortest_edge": least, "longest_edge": most}}
+            area = {"size": {"shortest_edge": least, "longest_edge": min(most, clip_pixels or most)}}
+        if interleaved:  # by the times of frames, which the processor reckons from their rate
+            options |= {"use_audio_in_video": True, "fps": len(clips[0]) / spans_seconds[0]}
         call |= {"videos": list(clips), "videos_kwargs": options | area}
     features = {name: torch.as_tensor(value) for name, value in processor(**call).items()}
     if clips and family.times:
@@ -193,6 +208,8 @@ class Encoded:
     input_ids_T: Tensor
     mels: tuple[Tensor, ...] = ()  # each [F, M]
     media: dict[str, Tensor] = field(default_factory=dict)  # patches [P, D], grids [n, 3], named as the model does
+    interleaved: bool = False  # whether its sounds stand among the frames of its clips
+    silent_clips: int = 0  # clips whose sound was wanted and that have no sound track
     per_token: dict[str, Tensor] = field(default_factory=dict)  # [T] each, such as the kinds of tokens
     answer_ids_T: Tensor | None = None  # the target and the end token, where the answer is trained as text
     descriptors: Mapping[str, Tensor] = field(default_factory=dict)  # pooled, [F] by modality, where adapters read them
@@ -279,14 +296,16 @@ class Batch:
 class ResizeAsProcessor:
     """Frames at the size that the processor gives them, by the processor's own code: what it makes of them is the same.
 
-    For processors that cut frames as Qwen2-VL does; `of` is None for others, whose frames are kept as they are.
+    For processors that cut frames as Qwen2-VL does; `of` is None for others, whose frames are kept as they are. Where
+    all frames of a clip have a budget, which a processor of this kind does not know, they are fitted to it.
     """
 
     def __init__(self, video_processor: Any, config: EncodeConfig) -> None:
-        self._processor, self._pixels = video_processor, (config.min_pixels, config.max_pixels)
+        self._processor, self._config = video_processor, config
         self._factor = video_processor.patch_size * video_processor.merge_size
         versions = {name: installed_version(name) for name in ("torch", "torchvision", "transformers")}
-        about = {"factor": self._factor, "pixels": self._pixels, "resample": int(video_processor.resample)}
+        pixels = (config.min_pixels, config.max_pixels, config.clip_pixels)
+        about = {"factor": self._factor, "pixels": pixels, "resample": int(video_processor.resample)}
         self.key: dict[str, Any] = about | versions
 
     @classmethod
@@ -305,8 +324,9 @@ class ResizeAsProcessor:
         height, width = frames.shape[1:3]
         if max(height, width) > _ODD_RATIO * min(height, width):
             return frames  # the processor refuses it
-        size = self._size(height, width)
-        if size[0] * size[1] >= height * width or self._size(*size) != size:
+        size = self._size(height, width, self._config.pixels_of(len(frames)))
+        again = self._size(*size, self._config.max_pixels)
+        if size[0] * size[1] >= height * width or (again != size and self._config.clip_pixels is None):
             return frames
         stacked = torch.stack([torch.from_numpy(frames).permute(0, 3, 1, 2)])
         height, width = size
@@ -315,10 +335,10 @@ class ResizeAsProcessor:
         )
         return np.ascontiguousarray(smaller[0].permute(0, 2, 3, 1).numpy())
 
-    def _size(self, height: int, width: int) -> tuple[int, int]:
+    def _size(self, height: int, width: int, most: int) -> tuple[int, int]:
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-        least, most = self._pixels
+        least = self._config.min_pixels
         size: tuple[int, int] = smart_resize(height, width, factor=self._factor, min_pixels=least, max_pixels=most)
         return size
 
@@ -332,7 +352,8 @@ def windows_of(media: Media, sample: Sample, longest: int) -> list[Media]:
         return [media]
     if len(media.audios) > 1:
         found = f"holds {len(media.audios)} sounds, one of them long, which cannot be heard in windows"
-        raise MediaError(found, where=sample.place("audios"), fix="Join the sounds, or use encode.long_audio=head.")
+        fix = "Join the sounds, or use encode.long_audio=head."
+        raise MediaError(found, where=sample.place(heard_in(sample)), fix=fix)
     (audio,) = media.audios
     count = -(-len(audio) // longest)
     bounds = [len(audio) * number // count for number in range(count + 1)]
@@ -346,12 +367,16 @@ def require_short(input_ids_T: Tensor, sample: Sample, config: EncodeConfig) -> 
         raise MediaError(found, where=f"{sample.where}, problem", fix="Raise max_tokens or lower max_pixels.")
 
 
-def suspect(media: Media) -> Field | None:
-    """The field whose medium a processor refuses, as far as it is known: the only one, or the one of odd shape."""
+def suspect(media: Media, heard: Field = "audios") -> Field | None:
+    """The field whose medium a processor refuses, as far as it is known: the only one, or the one of odd shape.
+
+    `heard` is the field of the audios.
+    """
     shapes = [("images", image.shape[:2]) for image in media.images]
     shapes += [("videos", video.frames.shape[1:3]) for video in media.videos]
     odd = [name for name, sides in shapes if max(sides) > _ODD_RATIO * min(sides)]
-    present = [name for name, each in zip(("audios", "images", "videos"), media, strict=True) if each]
+    fields = ((heard, media.audios), ("images", media.images), ("videos", media.videos))
+    present = [name for name, each in fields if each]
     named: list[Field] = [name for name in MEDIA_FIELDS if name in (odd or present)]
     return named[0] if len(named) == 1 else None
 
@@ -363,7 +388,7 @@ def require_finite(features: Mapping[str, Tensor], sample: Sample) -> None:
             continue
         ends = torch.stack(torch.aminmax(values))  # NaN is both; a twentieth of the time of asking each value
         if not bool(torch.isfinite(ends).all()):
-            medium: Field = "audios" if "feature" in name else "images" if sample.images else "videos"
+            medium: Field = heard_in(sample) if "feature" in name else "images" if sample.images else "videos"
             raise MediaError(f"gives {name} of NaN or infinity", where=sample.place(medium), fix="Restore the medium.")
 
 
@@ -419,6 +444,8 @@ def _inputs(encoded: Sequence[Encoded], pad_token_id: int) -> dict[str, Tensor]:
         inputs |= mel_frames(mels)
     for name in sorted({name for e in encoded for name in e.media}):
         inputs[name] = concatenated([e.media[name] for e in encoded if name in e.media])
+    if any(e.interleaved for e in encoded):  # one value a row, as `omni.interleaving_by_row` reads it
+        inputs["use_audio_in_video"] = torch.tensor([e.interleaved for e in encoded])
     for name in encoded[0].per_token if encoded else ():
         inputs[name] = per_token([e.per_token[name] for e in encoded], answers, inputs["input_ids"])
     return inputs
@@ -494,6 +521,7 @@ class Encoder:
         """
         self.processor, self.config, self.taxonomy = processor, config, taxonomy
         self.answers, self.wording, self.descriptors, self.dims = answers, wording, descriptors or {}, dims or {}
+        self.silent = SilentClips()
 
     @property
     def pad_token_id(self) -> int:
@@ -507,6 +535,14 @@ class Encoder:
         return end_token_id(self.processor)
 
     @cached_property
+    def resize(self) -> ResizeAsProcessor | None:
+        """What fits the frames of a clip to a budget of theirs, where there is one and the processor does not know it.
+
+        Raises ConfigError for a processor whose frames have one size.
+        """
+        return clip_resize(self.processor, self.config)
+
+    @cached_property
     def _plain(self) -> PlainText:
         return PlainText(self.processor)
 
@@ -518,7 +554,8 @@ class Encoder:
         take this kind of medium at all.
         """
         config, labelled = self._hearing(sample), self.taxonomy.dataset(sample.dataset).domain is not None
-        media = load_media(sample, config, SAMPLING_RATE, windows=labelled, decoded=self.decoded)
+        how: dict[str, Any] = {"windows": labelled, "decoded": self.decoded, "resize": self.resize}
+        media = load_media(sample, config, SAMPLING_RATE, **how)
         self._require_taken(media, sample)
         parts = windows_of(media, sample, int(config.heard_seconds * SAMPLING_RATE))
         first, *later = (self._perceived(sample, part) for part in parts)
@@ -538,8 +575,8 @@ class Encoder:
     def _perceived(self, sample: Sample, media: Media) -> Encoded:
         """The prompt with these media."""
         self._require_within_window(media, sample)
-        with sample.blamed(suspect(media)):
-            features = self._call(self.messages(sample), media)
+        with sample.blamed(suspect(media, heard_in(sample))):
+            features = self._call(self.messages(sample, len(media.audios)), media)
             require_finite(features, sample)
         input_ids_T = features.pop("input_ids")[0]
         features.pop("attention_mask", None)
@@ -551,11 +588,19 @@ class Encoder:
             del features["input_features"], features["feature_attention_mask"]
         per_token = {k: v[0] for k, v in features.items() if k.endswith("token_type_ids")}
         named = {k: v for k, v in features.items() if k not in per_token}
-        return Encoded(sample=sample, input_ids_T=input_ids_T, mels=mels, media=named, per_token=per_token)
+        return Encoded(
+            sample=sample,
+            input_ids_T=input_ids_T,
+            mels=mels,
+            media=named,
+            per_token=per_token,
+            interleaved=media.interleaved,
+            silent_clips=media.silent_clips,
+        )
 
-    def messages(self, sample: Sample) -> list[Message]:
-        """The chat messages of a sample, whose text is text."""
-        return messages_of(sample, self.config, self.wording, self._plain)
+    def messages(self, sample: Sample, sounds: int | None = None) -> list[Message]:
+        """The chat messages of a sample, whose text is text; `sounds` as in `messages_of`."""
+        return messages_of(sample, self.config, self.wording, self._plain, sounds=sounds)
 
     def text(self, sample: Sample) -> str:
         """The prompt as the chat template renders it, media still as single placeholders."""
@@ -572,11 +617,15 @@ class Encoder:
             [torch.from_numpy(video.frames).permute(0, 3, 1, 2) for video in media.videos],
             [video.duration_seconds for video in media.videos],
             pixels={"min_pixels": self.config.min_pixels, "max_pixels": self.config.max_pixels},
+            clip_pixels=self.config.clip_pixels,
+            interleaved=media.interleaved,
         )
 
     def _hearing(self, sample: Sample) -> EncodeConfig:
         """The config with the model's own limit of a sound, where that is shorter and sounds may be cut."""
-        config, limit = self.config, self._audio_window_seconds if sample.audios else None
+        config = self.config
+        heard = sample.audios or (sample.videos and config.sound_of_clips != "off")
+        limit = self._audio_window_seconds if heard else None
         if limit is None or config.long_audio == "refuse" or limit >= config.heard_seconds:
             return config
         kept: LongAudio = "windows" if config.long_audio == "windows" else "head"
@@ -598,7 +647,7 @@ class Encoder:
 
     def _require_taken(self, media: Media, sample: Sample) -> None:
         if media.audios and not self._takes("audio"):
-            raise InputError(f"{self._name} takes no audio", where=sample.place("audios"), fix=_FILTER)
+            raise InputError(f"{self._name} takes no audio", where=sample.place(heard_in(sample)), fix=_FILTER)
         seen: Field = "images" if media.images else "videos"
         if (media.images or media.videos) and not (self._takes("image") or self._takes("video")):
             raise InputError(f"{self._name} takes no {seen}", where=sample.place(seen), fix=_FILTER)
@@ -609,18 +658,19 @@ class Encoder:
             if limit is not None and len(audio) > limit * SAMPLING_RATE:
                 seconds = len(audio) / SAMPLING_RATE
                 found = f"audio of {seconds:.1f} s, more than the {limit:g} s that {self._name} takes"
-                raise MediaError(found, where=sample.place("audios"), fix="Split the clip, or use another model.")
+                fix = "Split the clip, or use another model."
+                raise MediaError(found, where=sample.place(heard_in(sample)), fix=fix)
 
     def _require_placed(self, input_ids_T: Tensor, media: Media, sample: Sample) -> None:
         """A chat template that does not know a kind of medium leaves it out; the model would never see it."""
-        fields: dict[Modality, Field] = {"image": "images", "video": "videos", "audio": "audios"}
+        fields: dict[Modality, Field] = {"image": "images", "video": "videos", "audio": heard_in(sample)}
         counts = {"image": len(media.images), "video": len(media.videos), "audio": len(media.audios)}
         for modality in MODALITIES:
             kind: Modality = "image" if modality == "video" and not self._takes("video") else modality
             ids = media_placeholders(self.processor, kind)
             if not counts[modality] or not ids or any(int((input_ids_T == i).sum()) for i in ids):
                 continue
-            rendered = self._rendered(self._shown(self.messages(sample), media)[0])
+            rendered = self._rendered(self._shown(self.messages(sample, len(media.audios)), media)[0])
             if any(self.processor.tokenizer.convert_ids_to_tokens(i) in rendered for i in ids):
                 found = f"is too small or too short for {self._name}, which makes no token of it"
                 raise MediaError(found, where=sample.place(fields[modality]), fix="Remove the row.")
@@ -666,12 +716,34 @@ def require_perceived(processor: Any, config: EncodeConfig, columns: Columns, *,
     """Raises InputError for rows with media of a kind that the model does not take, before any of them is read."""
     known = perceived(processor)
     counts = {"image": columns.num_images, "video": columns.num_videos, "audio": columns.num_audios}
+    name = type(processor).__name__
     for modality in config.modalities:
         rows = int((counts[modality] > 0).sum())
         if rows and modality not in known:
             noun = "audio" if modality == "audio" else f"{modality}s"
-            found = f"{type(processor).__name__} takes no {noun}, and {rows} rows have some"
-            raise InputError(found, where=where, fix=_FILTER)
+            raise InputError(f"{name} takes no {noun}, and {rows} rows have some", where=where, fix=_FILTER)
+    if config.sound_of_clips != "off" and "audio" in config.modalities and bool((columns.num_videos > 0).any()):
+        if "audio" not in known:
+            fix = "Leave encode.sound_of_clips off."
+            raise InputError(f"{name} takes no audio, so that it hears no clip", where=where, fix=fix)
+        if config.sound_of_clips == "interleaved" and not FAMILIES.get(name, Family()).interleaves:
+            fix = "Use encode.sound_of_clips=separate."
+            raise InputError(f"{name} takes no sound among the frames of a clip", where=where, fix=fix)
+    clip_resize(processor, config)
+
+
+def clip_resize(processor: Any, config: EncodeConfig) -> ResizeAsProcessor | None:
+    """What fits the frames of a clip to `config.clip_pixels`; None without that, or where the processor does it itself.
+
+    Raises ConfigError for a processor whose frames have a size of their own.
+    """
+    if config.clip_pixels is None or FAMILIES.get(type(processor).__name__, Family()).whole_clips:
+        return None
+    resize = ResizeAsProcessor.of(processor, config)
+    if resize is None and "video" in config.modalities and (takes(processor, "video") or takes(processor, "image")):
+        found = f"{type(processor).__name__} does not make the frames of a clip smaller together"
+        raise ConfigError(found, where="encode.clip_pixels", fix="Leave it out, or lower encode.num_frames.")
+    return resize
 
 
 def _as_frames(messages: list[Message], media: Media) -> tuple[list[Message], Media]:
@@ -691,7 +763,7 @@ def _as_frames(messages: list[Message], media: Media) -> tuple[list[Message], Me
                 ordered.append(next(images))
             content.append(item)
         changed.append({**message, "content": content})
-    return changed, Media(media.audios, ordered, [])
+    return changed, media._replace(images=ordered, videos=[])
 
 
 def media_placeholders(processor: Any, modality: Modality) -> list[int]:

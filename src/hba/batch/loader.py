@@ -568,6 +568,7 @@ def load_batches(
             for sample in made.quarantined:
                 atlas.refuse(sample)
             yield made.pinned() if pinned else made
+        encoder.silent.say()
 
 
 def open_decoded(
@@ -677,4 +678,6 @@ def _assemble(outcomes: Iterable[Outcome], encoder: Encoder) -> Batch:
             quarantined.append(outcome)
         else:
             encoded.append(outcome)
+            if outcome.silent_clips:
+                encoder.silent.add(outcome.sample)
     return collate(encoded, pad_token_id=encoder.pad_token_id, taxonomy=encoder.taxonomy, quarantined=quarantined)

@@ -26,12 +26,14 @@ from hba.evaluate.backends.interface import (
     Predicted,
     Unanswered,
     answerable,
+    detect,
+    known,
     open_backend,
     predict,
     require_backend,
 )
 from hba.evaluate.config import PredictConfig
-from hba.evaluate.predict import EVERYTHING, open_rows
+from hba.evaluate.predict import EVERYTHING, encoding_of, open_rows
 from hba.storage import atomic_write
 from hba.taxonomy import BUILTIN, FILE, Taxonomy, of_folder, save_beside
 
@@ -81,6 +83,10 @@ def ask(
     taxonomy = taxonomy_of(str(model))
     config = config or PredictConfig()
     media, broken = _looked_at(paths)
+    name = known(backend) if backend else detect(str(model))
+    if encoding_of(str(model), name, config).sound_of_clips != "off":
+        # The rows name clips alone, as those of its training did: how their sound is heard is for the encoding to say.
+        media = [one._replace(kinds=("video",)) if "video" in one.kinds else one for one in media]
     named = tasks is not None or datasets is not None
     keys = _datasets(taxonomy, tasks, datasets) if named else ["siq2"] if question else _one_each(taxonomy)
     rows = [(medium, key) for medium in media for key in keys]

@@ -368,20 +368,28 @@ def open_rows(
     require_backend(model, backend)
     name = detect(model) if backend is None else known(backend)
     rows = selection.rows(open_atlas(atlas, split=split))
-    trained_encode = None
     formats: tuple[str, ...] | None = None
     if name in LOCAL:
         from hba.model import checkpoint  # imports torch
 
-        trained_encode = checkpoint.encode_config(model)
         formats = checkpoint.answer_formats(model) if name not in WORDLESS else None
-    chosen = selection.media(config.encode or trained_encode or EncodeConfig())
+    chosen = selection.media(encoding_of(model, name, config))
     if chosen.long_audio == "windows" and name not in WORDLESS:
         found = "windows of a sound are averaged by heads, and this backend answers in words"
         raise ConfigError(found, where="encode.long_audio", fix=WINDOWS_ARE_FOR_HEADS)
     config, note = _in_format(model, formats, config)
     about: dict[str, Any] = {"place": atlas, "atlas": rows, "note": note, "selection": asdict(selection)}
     return Opening(model=model, backend=name, config=config, encode=chosen, **about)
+
+
+def encoding_of(model: str, backend: str, config: PredictConfig) -> EncodeConfig:
+    """How rows reach a model: as `config` says, or else as in its training, which a plain backbone does not know."""
+    trained = None
+    if config.encode is None and backend in LOCAL:
+        from hba.model import checkpoint  # imports torch
+
+        trained = checkpoint.encode_config(model)
+    return config.encode or trained or EncodeConfig()
 
 
 def _in_format(model: str, trained: tuple[str, ...] | None, config: PredictConfig) -> tuple[PredictConfig, str | None]:

@@ -359,6 +359,8 @@ def _loaded(part: Mapping[str, Any]) -> Any:
     if part["type"] == "audio":
         import soundfile
 
+        from hba.atlas.audio import mean_of_channels
+
         samples, rate = soundfile.read(part["path"], dtype="float32", always_2d=True)
-        return {"array": samples.mean(1), "sampling_rate": rate}
+        return {"array": mean_of_channels(samples.T), "sampling_rate": rate}
     return part["path"]

@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -62,6 +63,7 @@ class OmniSapiens(nn.Module):
     ) -> None:
         super().__init__()
         self.transformer: Any = transformer
+        interleaving_by_row(transformer)
         self.heads = heads
         self.processor = processor
         self.bam = bam
@@ -358,6 +360,54 @@ class OmniSapiens(nn.Module):
         delta_B1H, head = delta_BH.unsqueeze(1), self.transformer.get_output_embeddings()
         with _hooked(head, lambda _, args: (args[0] + delta_B1H.to(args[0]),)):
             yield
+
+
+def interleaving_by_row(transformer: Any) -> None:
+    """Let a model that hears clips among their frames take `use_audio_in_video` [B], a value for each row.
+
+    transformers knows one for the whole batch, and then takes rows of clips without a sound for text. Each row's
+    positions are those that it has alone.
+    """
+    of_batch = getattr(transformer, "get_rope_index", None)
+    if of_batch is None or "use_audio_in_video" not in signature(of_batch).parameters:
+        return
+
+    def of_rows(
+        input_ids: Tensor,
+        image_grid_thw: Tensor | None,
+        video_grid_thw: Tensor | None,
+        attention_mask: Tensor,
+        use_audio_in_video: Tensor | bool | None,
+        audio_seqlens: Tensor | None,
+        second_per_grids: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        if not isinstance(use_audio_in_video, Tensor):
+            grids = (image_grid_thw, video_grid_thw)
+            return of_batch(input_ids, *grids, attention_mask, use_audio_in_video, audio_seqlens, second_per_grids)  # type: ignore[no-any-return]
+        config, found = transformer.config, []
+        images = videos = audios = 0  # of the rows before
+        for row, interleaved in enumerate(use_audio_in_video.tolist()):
+            ids_1T, mask_1T = input_ids[row : row + 1], attention_mask[row : row + 1]
+            ids_T = ids_1T[mask_1T.bool()]
+            begun_T = ids_T[1:][ids_T[:-1] == config.vision_start_token_id]  # what stands first in each picture or clip
+            pictures = int((begun_T == config.image_token_id).sum())
+            clips, sounds = len(begun_T) - pictures, int((ids_T == config.audio_start_token_id).sum())
+            found.append(
+                of_batch(
+                    ids_1T,
+                    image_grid_thw[images : images + pictures] if image_grid_thw is not None and pictures else None,
+                    video_grid_thw[videos : videos + clips] if video_grid_thw is not None and clips else None,
+                    mask_1T,
+                    interleaved,
+                    None if audio_seqlens is None else audio_seqlens[audios : audios + sounds],
+                    None if second_per_grids is None else second_per_grids[videos : videos + clips],
+                )
+            )
+            images, videos, audios = images + pictures, videos + clips, audios + sounds
+        positions, deltas = zip(*found, strict=True)
+        return torch.cat(positions, 1), torch.cat(deltas)
+
+    transformer.get_rope_index = of_rows
 
 
 @contextmanager

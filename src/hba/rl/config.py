@@ -191,6 +191,9 @@ class RlConfig:
             what = "the policy that samples is the policy that learns: there is no mismatch to correct"
             raise ConfigError(what, where="loss.importance_cap", fix="Leave it out, or use rollout.sampler=server.")
         refuse_quantized_training(self.model.quantization, self.model.strategy, self.train)
+        if self.encode.sound_of_clips == "interleaved" and self.rollout.sampler == "server":
+            what, fix = "a sampling server interleaves no sound", "Use encode.sound_of_clips=separate."
+            raise ConfigError(what, where="encode.sound_of_clips", fix=fix)
 
     def resolved_algorithm(self) -> Algorithm:
         """The algorithm of the run, with what `loss` changes of it; every engine runs this one."""

@@ -117,7 +117,7 @@ def update(setup: Setup, pieces: Pieces, everyone: Sequence[Outcome], rate: floa
     for outcome in everyone:
         of_update[outcome.piece * updates // len(pieces)].append(outcome)
     parts = _parts(setup, pieces, of_update, updates)
-    met = setup.ranks.meet([len(part) for part in parts])
+    met = setup.ranks.meet(parts, inputs=lambda part: () if part.batch is None else part.batch.inputs)
     turns = [
         Turn(turn.batch.to(device), turn.weight)
         for turn in setup.ranks.turns(parts, met, setup.policy, _Part.for_another_rank)

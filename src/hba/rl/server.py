@@ -264,7 +264,7 @@ class ServerSampler:
     def request(self, sample: Sample, place: Place, draws: Draws, count: int) -> ChatRequest:
         """What is sent for `count` responses to a sample. Raises MediaError for a medium that cannot be read."""
         encode = self._encoder.config
-        media = load_media(sample, encode, SAMPLING_RATE)
+        media = load_media(sample, encode, SAMPLING_RATE, resize=self._encoder.resize)
         seed = int.from_bytes(draws.seed_of(place)[:4], "big") >> 1
         extra: dict[str, Any] = {"model": self._model, "n": count, "seed": seed, **PLAIN}
         extra |= {"logprobs": True, "return_token_ids": True, "stop_token_ids": self._ends}
@@ -276,7 +276,7 @@ class ServerSampler:
         if media.videos:
             extra["media_io_kwargs"] = {"video": {"num_frames": -1}}
         return ChatRequest(
-            messages=filled(self._encoder.messages(sample), decoded_parts(media)),
+            messages=filled(self._encoder.messages(sample, len(media.audios)), decoded_parts(media)),
             max_tokens=draws.max_new_tokens,
             temperature=draws.temperature,
             top_p=1.0,

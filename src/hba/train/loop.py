@@ -302,7 +302,8 @@ def run_training(stage: Stage[B], plan: Plan, config: TrainConfig, ranks: Ranks,
             micro_batches = list(islice(batches, plan.starts[progress.step + 1] - plan.starts[progress.step]))
             for batch in micro_batches:  # before anything that could fail: a resumed run shall know of them
                 run.quarantine.add_all(batch.quarantined)
-            met = ranks.meet([len(batch) for batch in micro_batches], saving.wish(progress.step))
+            wish = saving.wish(progress.step)
+            met = ranks.meet(micro_batches, wish, lambda batch: getattr(batch, "inputs", ()))  # features have none
             if met.wish and progress.step > saved_step:
                 save_state(run.checkpoints, progress, stage.model, optimizer, stage.save_model, ranks)
                 saved_step = progress.step

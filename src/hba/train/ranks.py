@@ -6,7 +6,8 @@ out to be unreadable. Nobody waits for it, and the gradient stays the sum over t
 - Each rank adds up its own gradients, and all ranks add up theirs once a step (`add_up_gradients`). There is no hook in
   the backward pass that needs every rank; a rank with nothing contributes nothing.
 - A sharded model (FSDP2) gathers every layer that it runs from all ranks. There a rank that has nothing while another
-  has samples runs a copy of the other's micro-batch, whose loss counts nothing (`turns`).
+  has samples runs a copy of the other's micro-batch, whose loss counts nothing; so do ranks whose micro-batches run
+  other layers, such as those of sound, which a clip may have or not (`turns`).
 
 Before a step the ranks meet once: they say how many samples each micro-batch has, and whether one of them wishes to
 save or to stop (`meet`). This and every other exchange of words goes over a group of its own (gloo): it has no time
@@ -16,7 +17,8 @@ limit, since a rank may compute features or write a model for hours, and it noti
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence, Sized
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -39,9 +41,10 @@ from hba.model.weights import give_precision
 # One model over many processes: each holds all of it, or a part of every parameter (FSDP2).
 #
 # A sharded model gathers one layer at a time while it computes. Training batches run the same layers on every rank (one
-# modality signature each), so that all ranks gather together; validation and saving do not, hence two contexts:
-# `gathered` (each rank holds everything and may run what it likes) and `whole_weights` (the first rank's parameters are
-# plain tensors, so that code which writes a checkpoint need not know of shards). Both do nothing to a whole model.
+# modality signature each, or else as many `turns`), so that all ranks gather together; validation and saving do not,
+# hence two contexts: `gathered` (each rank holds everything and may run what it likes) and `whole_weights` (the first
+# rank's parameters are plain tensors, so that code which writes a checkpoint need not know of shards). Both do nothing
+# to a whole model.
 #
 # Weights come from their files in parts, too: a model that will be sharded is loaded `mapped`, and each rank copies its
 # own rows, layer by layer. No process holds the model whole.
@@ -211,10 +214,14 @@ B = TypeVar("B", bound=Sized)  # a micro-batch, as far as its place among the ra
 
 
 class Meeting(NamedTuple):
-    """What all ranks hold of a step, [R][M] samples of rank and micro-batch, and the strongest wish of any of them."""
+    """What all ranks hold of a step, [R][M] samples of rank and micro-batch, and the strongest wish of any of them.
+
+    `kinds_RM` are equal for micro-batches that run the same layers of a model.
+    """
 
     counts_RM: list[list[int]]
     wish: int
+    kinds_RM: list[list[int]]
 
     @property
     def num_samples(self) -> int:
@@ -286,19 +293,23 @@ class Ranks:
         found: Any = held[0]
         return found  # type: ignore[no-any-return]
 
-    def meet(self, counts: Sequence[int], wish: int = 0) -> Meeting:
+    def meet(self, batches: Sequence[B], wish: int = 0, inputs: Callable[[B], Iterable[str]] = lambda _: ()) -> Meeting:
         """Tell all ranks how many samples this one's micro-batches of a step have (as many on every rank), and a wish.
 
-        Raises HbaError when a rank has ended.
+        `inputs` names what a model is given of a micro-batch, which tells what layers it runs. Raises HbaError when a
+        rank has ended.
         """
+        counts = [len(batch) for batch in batches]
+        kinds = [zlib.crc32(" ".join(sorted(inputs(batch))).encode()) for batch in batches]
         if self.world == 1:
-            return Meeting([list(counts)], wish)
-        own = torch.tensor([*counts, wish], dtype=torch.long)
+            return Meeting([counts], wish, [kinds])
+        own = torch.tensor([*counts, *kinds, wish], dtype=torch.long)
         found = [torch.empty_like(own) for _ in range(self.world)]
         with _lost_rank_named():
             distributed.all_gather(found, own, group=self._patient)
         said = [of_rank.tolist() for of_rank in found]
-        return Meeting([numbers[:-1] for numbers in said], max(numbers[-1] for numbers in said))
+        all_counts, all_kinds = ([n[at : at + len(counts)] for n in said] for at in (0, len(counts)))
+        return Meeting(all_counts, max(numbers[-1] for numbers in said), all_kinds)
 
     def turns(
         self, batches: Sequence[B], met: Meeting, model: nn.Module, portable: Callable[[B], B] = lambda batch: batch
@@ -309,14 +320,17 @@ class Ranks:
         """
         turns: list[Turn[B]] = []
         for place, batch in enumerate(batches):
-            holders = [rank for rank, counts_M in enumerate(met.counts_RM) if counts_M[place]]
-            copy: B | None = None
-            if is_sharded(model) and 0 < len(holders) < self.world:
-                copy = self.told(portable(batch) if self.rank == holders[0] else None, by=holders[0])
-            if len(batch):
-                turns.append(Turn(batch, 1.0))
-            elif copy is not None:
-                turns.append(Turn(copy, 0.0))
+            kinds = [of_M[place] for of_M in met.kinds_RM]
+            holding = [rank for rank, counts_M in enumerate(met.counts_RM) if counts_M[place]]
+            for kind in sorted({kinds[rank] for rank in holding}):
+                holders = [rank for rank in holding if kinds[rank] == kind]
+                copy: B | None = None
+                if is_sharded(model) and len(holders) < self.world:
+                    copy = self.told(portable(batch) if self.rank == holders[0] else None, by=holders[0])
+                if self.rank in holders:
+                    turns.append(Turn(batch, 1.0))
+                elif copy is not None:
+                    turns.append(Turn(copy, 0.0))
         return turns
 
     def backward(self, loss: Tensor, model: nn.Module) -> None:

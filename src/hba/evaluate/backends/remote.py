@@ -23,8 +23,8 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from hba.atlas import Atlas
-from hba.atlas.rows import Quarantined, Sample
-from hba.batch.config import messages_of
+from hba.atlas.rows import Quarantined, Sample, SilentClips
+from hba.batch.config import messages_of, sound_of_clips
 from hba.batch.prompt import FormatMix
 from hba.batch.sampler import Indices
 from hba.environment import usable_cores
@@ -53,7 +53,7 @@ from hba.remote import (
     bounded,
     settled,
 )
-from hba.remote.providers import TokenChat
+from hba.remote.providers import PROVIDERS, TokenChat
 from hba.remote.request import Message, TokenReply
 from hba.taxonomy import Taxonomy
 
@@ -69,7 +69,7 @@ class RemoteBackend:
     def __init__(self, name: str, opening: Opening) -> None:
         self.name, self._opening = name, opening
         self._settings, self._encode = opening.config.generation, opening.encode
-        self._wording = FormatMix([self._settings.asked])
+        self._wording, self._silent = FormatMix([self._settings.asked]), SilentClips()
         remote: ClientConfig = replace(opening.config.remote, provider=name)  # type: ignore[arg-type]
         weighs = self._settings.read == "likelihood"  # the cache keeps no tokens
         self._client = RemoteClient(
@@ -108,6 +108,7 @@ class RemoteBackend:
                     yield result
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+            self._silent.say()
 
     def _prepared(self, sample: Sample) -> ChatRequest | Quarantined:
         try:
@@ -119,11 +120,14 @@ class RemoteBackend:
     def request(self, sample: Sample) -> ChatRequest:
         """What is sent for a sample. Raises MediaError for a medium that cannot be read."""
         parts = media_parts(sample, self._encode, video=self._opening.config.video)
+        sounds = len(parts["audio"])
+        if sounds < sample.videos and sound_of_clips(sample, self._encode) != "off":
+            self._silent.add(sample)
         settings = self._settings
         sampled = settings.temperature != 0
         bound = _bound(self.offered(sample), settings.constrain_by)
         return ChatRequest(
-            messages=filled(messages_of(sample, self._encode, self._wording), parts),
+            messages=filled(messages_of(sample, self._encode, self._wording, sounds=sounds), parts),
             max_tokens=settings.max_tokens,
             temperature=settings.temperature,
             top_p=settings.top_p if sampled and settings.top_p < 1 else None,
@@ -279,14 +283,24 @@ def drained(source: AsyncGenerator[T, None]) -> Iterator[T]:
 
 
 def check_media(name: str, opening: Opening) -> None:
-    """Raises InputError when the API cannot take the media of the rows."""
+    """Raises InputError when the API cannot take the media of the rows, or their sound as it is asked for."""
+    encode, columns = opening.encode, opening.atlas.columns
+    heard = encode.sound_of_clips != "off" and "audio" in encode.modalities
+    if name in PROVIDERS and heard and columns.num_videos.any():
+        if encode.sound_of_clips == "interleaved":
+            what, fix = "no API takes sound among the frames of a clip", "Use encode.sound_of_clips=separate."
+            raise InputError(what, where="encode.sound_of_clips", fix=fix)
+        if opening.config.video == "file":
+            what, fix = "with video=file a clip brings its sound along", "Leave encode.sound_of_clips off."
+            raise InputError(what, where="encode.sound_of_clips", fix=fix)
     if name != "anthropic":
         return
-    refused = {"audio": opening.atlas.columns.num_audios, "video": opening.atlas.columns.num_videos}
+    sounds = columns.num_audios + columns.num_videos if heard else columns.num_audios
+    refused = {"audio": sounds, "video": columns.num_videos}
     if opening.config.video == "frames":
         del refused["video"]
     for modality, counts_N in refused.items():
-        if modality in opening.encode.modalities and counts_N.any():
+        if modality in encode.modalities and counts_N.any():
             fix = "Leave it out with --modalities video (the prompt keeps its text)."
             raise InputError(f"the anthropic API takes no {modality}, but rows have it", where="--backend", fix=fix)
 

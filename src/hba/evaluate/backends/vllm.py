@@ -23,14 +23,15 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import PIL.Image
 from safetensors.torch import load_file
 
 from hba.atlas import Atlas
 from hba.atlas.media import SAMPLE_RATE
-from hba.atlas.rows import Sample
+from hba.atlas.rows import Sample, SilentClips
 from hba.batch.config import EncodeConfig, load_media, messages_of
-from hba.batch.encode import end_token_id
+from hba.batch.encode import clip_resize, end_token_id
 from hba.batch.prompt import FormatMix, PlainText, Wording
 from hba.batch.sampler import Indices
 from hba.environment import usable_cores
@@ -107,7 +108,7 @@ class VllmBackend:
     ) -> None:
         self._opening, self._engine, self._params, self._processor = opening, engine, params, processor
         self._origin, self._adapter = origin, adapter
-        self._wording = FormatMix([opening.config.generation.asked])
+        self._wording, self._silent = FormatMix([opening.config.generation.asked]), SilentClips()
         self._threads = min(DECODERS, usable_cores())
 
     def identity(self) -> Mapping[str, Any]:
@@ -151,11 +152,12 @@ class VllmBackend:
                         yield self._answered(asked.pop(reply.request_id), reply, atlas.taxonomy)
         finally:
             pool.shutdown(cancel_futures=True)
+            self._silent.say()
 
     def _prepared(self, sample: Sample) -> Question | Result:
         try:
             with sample.blamed():
-                inputs = engine_inputs(sample, self._processor, self._opening.encode, self._wording)
+                inputs = engine_inputs(sample, self._processor, self._opening.encode, self._wording, self._silent)
             opened = "" if self._opening.config.generation.bound else opened_thinking(inputs["prompt"])
             size_bytes = _media_bytes(inputs["multi_modal_data"])
             return Question(sample=sample, inputs=inputs, size_bytes=size_bytes, opened=opened)
@@ -235,16 +237,22 @@ def _alive() -> Iterator[None]:
         raise MachineError("vLLM's engine has ended", where="--backend vllm", fix=fix) from error
 
 
-def engine_inputs(sample: Sample, processor: Any, encode: EncodeConfig, wording: Wording) -> dict[str, Any]:
-    """What vLLM takes for a sample. Raises MediaError for a medium that cannot be read, and for videos of different
-    frame rates."""
-    media = load_media(sample, encode, SAMPLE_RATE)
+def engine_inputs(
+    sample: Sample, processor: Any, encode: EncodeConfig, wording: Wording, silent: SilentClips | None = None
+) -> dict[str, Any]:
+    """What vLLM takes for a sample. A clip without a sound that was to be heard is noted in `silent`.
+
+    Raises MediaError for a medium that cannot be read, and for videos of different frame rates.
+    """
+    media = load_media(sample, encode, SAMPLE_RATE, resize=clip_resize(processor, encode))
+    if media.silent_clips and silent is not None:
+        silent.add(sample)
     given: dict[str, list[Any]] = {
         "audio": [(audio, SAMPLE_RATE) for audio in media.audios],
         "image": [PIL.Image.fromarray(image) for image in media.images],
         "video": [video.frames for video in media.videos],
     }
-    messages = messages_of(sample, encode, wording, PlainText(processor))
+    messages = messages_of(sample, encode, wording, PlainText(processor), sounds=len(media.audios))
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     inputs = {"prompt": prompt, "multi_modal_data": {name: items for name, items in given.items() if items}}
     if media.videos:  # frames alone say nothing of when they were
@@ -311,6 +319,9 @@ def open_backend(_name: str, opening: Opening) -> VllmBackend:
     if config.quantization not in ("auto", "none"):
         fix = "Use --backend hf, or serve it quantised and use --backend openai."
         raise ConfigError("the vllm backend quantises nothing", where="quantization", fix=fix)
+    if encode.sound_of_clips == "interleaved":
+        fix = "Use --backend hf or heads; a model that was not trained so hears clips with separate."
+        raise ConfigError("the vllm backend interleaves no sound", where="encode.sound_of_clips", fix=fix)
     for name, value in ENGINE.items():
         os.environ.setdefault(name, value)
     try:
@@ -324,7 +335,10 @@ def open_backend(_name: str, opening: Opening) -> VllmBackend:
     model = served(opening.model, whole=config.quantization == "none")
     origin = checkpoint.identity(opening.model, dtype=config.dtype)
     processor = load_processor(str(checkpoint.resolve(opening.model) or opening.model))
+    clip_resize(processor, encode)  # refused before the engine starts
     most = {"audio": columns.num_audios, "image": columns.num_images, "video": columns.num_videos}
+    if encode.sound_of_clips != "off":
+        most["audio"] = np.maximum(columns.num_audios, columns.num_videos)
     with _not_launched():
         engine = LLM(
             model=model.model,

@@ -36,7 +36,7 @@ def media_parts(sample: Sample, encode: EncodeConfig, *, video: str) -> Parts:
     if video == "file" and decoded.videos:
         clips = [[_file(data)] for data in sample.read_videos()]
     else:
-        clips = [_frames(clip, encode.max_pixels) for clip in decoded.videos]
+        clips = [_frames(clip, encode.pixels_of(len(clip.frames))) for clip in decoded.videos]
     return {
         "audio": [[_sound(samples)] for samples in decoded.audios],
         "image": [[_picture(image, encode.max_pixels)] for image in decoded.images],

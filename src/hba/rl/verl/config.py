@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from hba.batch.config import EncodeConfig
 from hba.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -107,6 +108,10 @@ def _algorithm(config: RlConfig) -> Algorithm:
     if algorithm.average not in AVERAGES:
         fix = f"Use one of {', '.join(AVERAGES)}, or the local engine."
         raise ConfigError("verl has no average by group", where="loss.average", fix=fix)
+    for key in ("sound_of_clips", "clip_pixels"):
+        if getattr(config.encode, key) != getattr(EncodeConfig(), key):
+            what = "verl takes clips as the rows have them"
+            raise ConfigError(what, where=f"encode.{key}", fix="Leave it out, or use the local engine.")
     if config.rollout.sampler != "generate":
         fix = "Leave rollout.sampler out: verl starts and renews its own vLLM (verl.rollout)."
         raise ConfigError("a server of the local engine", where="rollout.sampler", fix=fix)
