@@ -1,10 +1,16 @@
-"""What worker processes that survive a crash cost: start-up, handing over a sample, batches a second, one crash.
+"""What worker processes that survive a crash cost: start-up, handing over a sample, batches a second, one crash; and
+where the time of a sample goes.
 
     python benchmarks/loader.py [ATLAS MODEL]
+    python benchmarks/loader.py parts
 
 Prints lines of JSON, medians of five. ATLAS and MODEL are a mini-atlas and a tiny backbone (`hba atlas mini`,
 `hba tiny`); made in a temporary folder when they are not given. Start-up is measured from a process that holds the
 atlas, the encoder and a model, until the first answer of a new process; the alternatives to fork import and unpickle.
+
+`parts` alone: rows of a clip of ten seconds at 720p and its sound, as `decode_once.py` makes them. Processor
+milliseconds of one core and sample for each part of the loader's work, samples a second and core of all of it, decoded
+and kept, and the cores that 8 GPUs at 40 samples a second would take.
 """
 
 from __future__ import annotations
@@ -28,11 +34,13 @@ import torch
 import torch.multiprocessing
 from torch.utils.data import DataLoader
 
+from decode_once import ROWS, make_atlas, tiny
 from hba.atlas import Atlas, Sample, open_atlas
-from hba.batch.config import EncodeConfig, LoaderConfig
-from hba.batch.encode import Encoded, Encoder, collate
-from hba.batch.loader import load_batches, pack, receive, receive_header, send, unpack
+from hba.batch.config import EncodeConfig, LoaderConfig, load_media
+from hba.batch.encode import SAMPLING_RATE, Encoded, Encoder, collate
+from hba.batch.loader import load_batches, open_decoded, pack, receive, receive_header, send, unpack
 from hba.model import OmniSapiens
+from hba.model.checkpoint import load_processor
 
 TRIALS = 5
 SHAPE = (1024, 1176)  # the patches of a clip of 8 frames: 4.8 MB
@@ -197,9 +205,60 @@ def crash(atlas: Atlas, encoder: Encoder) -> float:
     return (epoch(0) - epoch(1)) * 1000
 
 
+WANTED = 40  # samples a second of 8 GPUs
+
+
+def parts() -> None:
+    """Where the time of a sample at 720p goes."""
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        atlas = make_atlas(work / "atlas")
+        processor, config = load_processor(tiny(work, atlas)), EncodeConfig()
+        decoded, kept = Encoder(processor, config), Encoder(processor, config)
+        loader = LoaderConfig(decode_once=True, decoded_folder=str(work / "kept"))
+        kept.decoded = open_decoded(processor, config, loader)
+        samples, media = list(atlas), [load_media(sample, config, SAMPLING_RATE) for sample in atlas]
+        encoded = [kept.encode(sample) for sample in samples]  # fills the cache
+        area = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels, "do_sample_frames": False}
+        clips = [[torch.from_numpy(v.frames).permute(0, 3, 1, 2) for v in one.videos] for one in media]
+        sound = {"sampling_rate": SAMPLING_RATE, "padding": "max_length", "truncation": False}
+
+        def mel(audio: np.ndarray[Any, Any]) -> Any:
+            longest = -(-(len(audio) + processor.feature_extractor.n_fft) // 160) * 160
+            return processor.feature_extractor([audio], **sound, max_length=longest, return_attention_mask=True)
+
+        ways: dict[str, Callable[[], object]] = {
+            "clip: read and decode": lambda: [one.load_videos(config.num_frames) for one in samples],
+            "clip: patches": lambda: [processor.video_processor(clip, return_tensors="pt", **area) for clip in clips],
+            "sound: read and decode": lambda: [one.load_audios() for one in samples],
+            "sound: mel frames": lambda: [mel(one.audios[0]) for one in media],
+            "media kept": lambda: [load_media(one, config, SAMPLING_RATE, decoded=kept.decoded) for one in samples],
+            "collate": lambda: collate(encoded, pad_token_id=decoded.pad_token_id),
+            "hand over": lambda: [pack(one, None) for one in encoded],
+            "whole sample, decoded": lambda: [decoded.encode(one) for one in samples],
+            "whole sample, kept": lambda: [kept.encode(one) for one in samples],
+        }
+        spent: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(TRIALS):
+            for name, way in ways.items():  # in turns: a busy machine slows all alike
+                began = time.process_time()
+                way()
+                spent[name].append(1000 * (time.process_time() - began) / ROWS)
+    cost = {name: statistics.median(times) for name, times in spent.items()}
+    for name in ways:
+        show(part=name, milliseconds=cost[name])
+    last = cost["collate"] + cost["hand over"]
+    for how in ("decoded", "kept"):
+        whole = cost[f"whole sample, {how}"] + last
+        show(loader=how, samples_per_second_and_core=1000 / whole, cores_for_40_a_second=WANTED * whole / 1000)
+
+
 def main() -> None:
     """Run everything."""
     torch.set_num_threads(1)
+    if sys.argv[1:] == ["parts"]:
+        parts()
+        return
     with tempfile.TemporaryDirectory() as temporary:
         folder, backbone = map(Path, sys.argv[1:3]) if len(sys.argv) > 2 else made(Path(temporary))
         atlas = open_atlas(folder, split="train")
@@ -215,6 +274,7 @@ def main() -> None:
             speed = median(lambda way=way, workers=workers: throughput(atlas, encoder, way, workers))
             show(measured="one pass", loader=way, workers=workers, samples_per_second=speed)
         show(measured="one deadly sample", milliseconds=median(lambda: crash(atlas, encoder)))
+    parts()
 
 
 def made(folder: Path) -> tuple[Path, Path]:
