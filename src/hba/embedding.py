@@ -1,7 +1,7 @@
 """Sentence embeddings: how near two answers are in meaning. For rewards, and for the offline judge.
 
 The model is all-MiniLM-L6-v2, as in the published rewards: mean over the tokens of the last hidden state, then unit
-length. It is taken from a folder, from the package that carries it (extra `minilm`; the weights are checked against
+length. It is taken from a folder, from the package that carries it (extra `train`; the weights are checked against
 the hash of the released file), or from the hub. A text is embedded once; batches hold texts of like length.
 """
 
@@ -53,7 +53,7 @@ class Embedder:
                 loaded = encoder.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
             self._model: Any = loaded.eval().to(device)
         except (OSError, ValueError, KeyError, InputError) as error:
-            fix = "pip install 'human-behavior-atlas[minilm]', or give a folder with the model."
+            fix = "pip install 'human-behavior-atlas[train]', or give a folder with the model."
             raise InputError(f"cannot load the sentence encoder ({error})", where=model, fix=fix) from None
         self.name = model
         self._batch_size, self._limit = batch_size, cached

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -10,8 +11,10 @@ import sys
 import zipfile
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -113,6 +116,25 @@ def test_the_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
     assert any(name.endswith("licenses/LICENSE") for name in held)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif("HBA_WHEEL" not in os.environ, reason="installs 6 GB: make test-wheel")
+def test_the_wheel_trains_in_an_empty_environment_from_another_folder(tmp_path: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "-w", str(tmp_path), str(ROOT)], check=True)
+    (wheel,) = tmp_path.glob("human_behavior_atlas-*.whl")
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "empty")], check=True)
+    programs = tmp_path / "empty" / "bin"
+    install = [str(programs / "pip"), "install", "-q", "-c", str(CONSTRAINTS), f"{wheel}[train]"]
+    subprocess.run(install, check=True)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    demo = [str(programs / "hba"), "demo", "--size", "tiny", "--json"]
+    done = subprocess.run(demo, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (folder / json.loads(done.stdout)["report"]).is_file()
+
+
 def test_every_folder_with_code_is_a_package() -> None:
     # setuptools leaves a folder without __init__.py out of the wheel; an editable install hides that.
     folders = {path.parent for path in (ROOT / "src" / "hba").rglob("*.py")}
@@ -174,6 +196,46 @@ def test_the_browser_waits_for_another_apt_and_for_nothing_else(tmp_path: Path, 
     assert calls == (["update"] if away else ["update"] * 3 + ["install"])
     assert ("No Chromium" in done.stdout) == away
     assert ("Waiting for another apt" in done.stdout) != away
+
+
+# --- what others read: the citation, the workflows, the hooks, the images ---------------------------------------------
+
+
+def read_yaml(name: str) -> dict[str, Any]:
+    return yaml.load((ROOT / name).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+
+
+def test_the_citation_is_the_paper_of_the_readme() -> None:
+    paper = read_yaml("CITATION.cff")["preferred-citation"]
+    entry = re.sub(r"\s+", " ", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert f"{{{paper['title']}}}" in entry
+    assert " and ".join(f"{each['given-names']} {each['family-names']}" for each in paper["authors"]) in entry
+    assert paper["identifiers"][0]["value"] in entry
+
+
+def test_workflows_call_the_makefile_on_every_supported_python() -> None:
+    jobs = read_yaml(".github/workflows/ci.yml")["jobs"]
+    assert tuple(jobs["test"]["strategy"]["matrix"]["python"]) == PYTHONS
+    calls = {step["run"].split()[1] for job in jobs.values() for step in job["steps"] if "make " in step.get("run", "")}
+    assert calls == {"check", "docs", "test"}
+    assert all(re.search(rf"(?m)^{call}:", (ROOT / "Makefile").read_text(encoding="utf-8")) for call in calls)
+    release = read_yaml(".github/workflows/release.yml")["jobs"]["publish"]
+    assert release["permissions"] == {"id-token": "write"} and "secrets." not in json.dumps(release)
+
+
+def test_hooks_are_what_make_check_runs() -> None:
+    (repo,) = read_yaml(".pre-commit-config.yaml")["repos"]
+    recipe = make("--dry-run", "check").stdout
+    assert repo["hooks"] and all(hook["entry"] in recipe for hook in repo["hooks"])
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cuda"])
+def test_an_image_copies_what_is_there_and_not_ignored(name: str) -> None:
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    copied = {each for line in re.findall(r"(?m)^COPY (.*) \S+$", (ROOT / name).read_text()) for each in line.split()}
+    assert copied == allowed and all((ROOT / each).exists() for each in copied)
+    version = re.search(r"ARG VERSION=(\S+)", (ROOT / name).read_text())
+    assert version is not None and f'fallback_version = "{version[1]}"' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_ci_runs_the_checks_and_the_tests_and_nothing_else() -> None:
