@@ -66,7 +66,10 @@ STAGES = {
 CASES = {
     # A batch of 5 on 8 ranks, each with at most one sample at once.
     "sft, load": Case("sft", ("train.batch_size=5", "train.device_batch_size=1"), Dies(3, LOADS, call=4), 8),
-    "sft, forward": Case("sft", ("train.batch_size=13",), Dies(5, "hba.train.sft:sft_loss", call=3), 3),
+    # Pieces of unequal numbers of samples, a sample of more than the budget alone.
+    "sft, forward": Case(
+        "sft", ("train.batch_size=13", "train.device_tokens=120"), Dies(5, "hba.train.sft:sft_loss", call=3), 3
+    ),
     "sft, exchange": Case("sft", ("train.batch_size=7", "train.accumulation=2"), Dies(6, EXCHANGE, call=4), 1),
     "sft, validate": Case("sft", ("train.batch_size=11",), Dies(2, "hba.train.sft:validate_heads", call=2), 3),
     "sft, SIGUSR1": Case(

@@ -97,7 +97,10 @@ def find_gpu(name: str) -> Gpu:
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """What a run takes of each GPU, in GiB. `parts` add up to `total`; `seconds` is for a sample, on all GPUs."""
+    """What a run takes of each GPU, in GiB. `parts` add up to `total` and are those of `samples` x `tokens`.
+
+    `largest` is how many of the longest samples have room, `setting` the key and value with which all have.
+    """
 
     model: str
     stage: str
@@ -108,6 +111,7 @@ class Fit:
     parts: dict[str, float]
     usable: float
     largest: int
+    setting: str
     samples_per_second: float
     epoch_hours: float | None
     changes: list[str]
@@ -138,6 +142,8 @@ class Work(NamedTuple):
     pieces: bool = False  # logits are made of some tokens at a time
     cached: int = 0  # tokens of keys and values that a sample has when its answer is complete
     frozen_towers: bool = True
+    copies: int = 1  # of a sample of the plan: responses to a prompt
+    counted: int = 0  # what the plan counts for a sample of the plan by `train.device_tokens`
 
 
 class Counted(NamedTuple):
@@ -145,6 +151,14 @@ class Counted(NamedTuple):
 
     bytes: float
     flops: float
+
+
+def _budgeted(config: Settings) -> TrainConfig | None:
+    """The training of which a GPU takes so many tokens at once: where that is set, and where nothing is."""
+    if isinstance(config, PredictConfig | QaConfig | BamConfig):
+        return None
+    train = config.train
+    return train if train.device_tokens is not None or train.device_batch_size is None else None
 
 
 def work_of(config: Settings, tokens: int, model: str) -> list[Work]:
@@ -155,16 +169,24 @@ def work_of(config: Settings, tokens: int, model: str) -> list[Work]:
     if isinstance(config, QaConfig | BamConfig):
         plain = _frozen(config, model)
         return [Work(plain, None, config.features.batch_size, tokens)]
-    samples = config.train.device_batch_size or config.train.batch_size
-    if isinstance(config, SftConfig):
-        answers = ANSWER_TOKENS if config.answer_weight > 0 else 0
-        return [Work(config.model, config.train, samples, tokens + answers, answers, frozen_towers=False)]
-    if isinstance(config, LmConfig):
-        return [Work(config.model, config.train, samples, tokens + ANSWER_TOKENS, ANSWER_TOKENS, frozen_towers=False)]
-    new = config.rollout.max_new_tokens
+    if not isinstance(config, RlConfig):
+        speaks = not isinstance(config, SftConfig) or config.answer_weight > 0
+        answers, samples = ANSWER_TOKENS if speaks else 0, _at_once(config.train, tokens)
+        work = Work(config.model, config.train, samples, tokens + answers, answers, frozen_towers=False)
+        return [work._replace(counted=tokens)]
+    new, copies = config.rollout.max_new_tokens, config.rollout.per_prompt
+    counted = (tokens + new) * copies
+    samples = _at_once(config.train, counted) * copies
     update = Work(config.model, config.train, samples, tokens + new, new, True, frozen_towers=config.freeze_towers)
-    sampling = update._replace(train=None, samples=samples * config.rollout.per_prompt, cached=tokens + new)
-    return [update, sampling._replace(tokens=tokens)] if config.rollout.sampler == "generate" else [update]
+    update = update._replace(copies=copies, counted=counted)
+    sampling = update._replace(train=None, tokens=tokens, cached=tokens + new)
+    return [update, sampling] if config.rollout.sampler == "generate" else [update]
+
+
+def _at_once(train: TrainConfig, counted: int) -> int:
+    """Samples of a micro-batch whose longest counts so many tokens."""
+    most = train.device_batch_size or train.batch_size
+    return most if train.device_tokens is None else max(1, min(most, train.device_tokens // counted))
 
 
 def _frozen(config: PredictConfig | QaConfig | BamConfig, model: str) -> ModelConfig:
@@ -183,76 +205,93 @@ def fit_run(
     """
     bare = _Bare(model)
     longest, mean = max(tokens), max(1, round(sum(tokens) / len(tokens)))
-    works = work_of(config, longest, model)
-    needs = [_Need(bare, work, gpus) for work in works]
+    # As many tokens in more samples have more answers; where samples are counted the longest take most.
+    lengths = sorted({longest, mean}) if _budgeted(config) else [longest]
+    needs = [_Need(bare, work, gpus) for length in lengths for work in work_of(config, length, model)]
     usable = gpu.gigabytes * USABLE - DRIVER_GIB
     tightest = max(needs, key=lambda need: need.total(need.work.samples))
-    learned = needs[0]
-    per_sample = _Need(bare, learned.work._replace(tokens=max(1, learned.work.tokens - longest + mean)), gpus).flops(1)
-    rate = gpus * gpu.tflops * 1e12 * UTILISATION / per_sample
-    largest = tightest.largest(usable * GIB) * learned.work.samples // tightest.work.samples
+    learned = work_of(config, longest, model)[0]
+    at_mean = _Need(bare, learned._replace(tokens=max(1, learned.tokens - longest + mean)), gpus)
+    rate = gpus * gpu.tflops * 1e12 * UTILISATION / at_mean.flops(1)
     parts = {name: size / GIB for name, size in tightest.parts(tightest.work.samples).items() if size}
-    fits = sum(parts.values()) <= usable
-    epochs = config.rollout.per_prompt if isinstance(config, RlConfig) else 1
+    most = _most(bare, config, model, usable, gpus, lengths)
+    counted = learned.counted if _budgeted(config) else 1
     return Fit(
         model=model,
         stage=stage,
         gpu=gpu,
         gpus=gpus,
-        samples=learned.work.samples,
-        tokens=longest,
+        samples=tightest.work.samples,
+        tokens=tightest.work.tokens,
         parts=parts,
         usable=usable,
-        largest=largest,
+        largest=most // counted,
+        setting=f"{_key(config)}={most}",
         samples_per_second=rate,
-        epoch_hours=None if rows is None else rows * epochs / rate / 3600,
-        changes=[] if fits else _changes(bare, config, model, usable, gpus, longest),
+        epoch_hours=None if rows is None else rows * learned.copies / rate / 3600,
+        changes=[] if sum(parts.values()) <= usable else _changes(bare, config, model, usable, gpus, lengths),
     )
 
 
-def _changes(bare: _Bare, config: Settings, model: str, usable: float, gpus: int, tokens: int) -> list[str]:
+def _key(config: Settings) -> str:
+    """The key that says how much a GPU takes at once."""
+    if isinstance(config, PredictConfig):
+        return "batch_size"
+    if isinstance(config, QaConfig | BamConfig):
+        return "features.batch_size"
+    return "train.device_tokens" if _budgeted(config) else "train.device_batch_size"
+
+
+def _most(bare: _Bare, config: Settings, model: str, usable: float, gpus: int, lengths: Sequence[int]) -> int:
+    """The largest value of `_key` with which samples of all `lengths` have room, 0 where one of them has none."""
+    found, full, train = [], [], _budgeted(config)
+    for work in (work for length in lengths for work in work_of(config, length, model)):
+        samples = _Need(bare, work, gpus).largest(usable * GIB) // work.copies
+        if not samples:
+            return 0
+        if train is None:
+            found.append(samples)
+        elif samples < (train.device_batch_size or train.batch_size):
+            found.append(samples * work.counted)
+        else:  # a batch has no more
+            full.append(samples * work.counted)
+    return min(found) if found else max(full)
+
+
+def _changes(bare: _Bare, config: Settings, model: str, usable: float, gpus: int, lengths: Sequence[int]) -> list[str]:
     """Settings with which it would fit, the mildest first; at most three."""
     found: list[str] = []
+    longest = work_of(config, max(lengths), model)[0]
+    asked = longest.samples // longest.copies
+    if (train := _budgeted(config)) is not None:
+        asked = train.device_tokens or asked * longest.counted
 
-    def room(changed: Settings, count: int) -> int:
-        needs = [_Need(bare, work, count) for work in work_of(changed, tokens, model)]
-        first = needs[0].work.samples
-        return min(need.largest(usable * GIB) * first // need.work.samples for need in needs)
+    def offer(words: str, changed: Settings, count: int = gpus) -> bool:
+        most = _most(bare, changed, model, usable, count, lengths)
+        if most and len(found) < 3:
+            found.append(f"{words}{_key(config)}={most}" if most < asked else words.removesuffix(" "))
+        return bool(most)
 
-    def offer(words: str, key: str, changed: Settings, count: int = gpus) -> None:
-        samples = room(changed, count)
-        if samples and len(found) < 3:
-            found.append(f"{words}{key}={samples}" if samples < _asked(changed) else words.removesuffix(" "))
-
-    if isinstance(config, PredictConfig):
-        offer("", "batch_size", config)
+    offer("", config)
+    if isinstance(config, PredictConfig | QaConfig | BamConfig):
         return found
-    if isinstance(config, QaConfig | BamConfig):
-        offer("", "features.batch_size", config)
-        return found
-    key = "train.device_batch_size"
-    offer("", key, config)
     saving = replace(config, train=replace(config.train, activation_checkpointing=True))
     if not config.train.activation_checkpointing:
-        offer("train.activation_checkpointing=true ", key, saving)
+        offer("train.activation_checkpointing=true ", saving)
     if config.model.strategy == "full":
         light = replace(saving, model=replace(config.model, strategy="lora"))
-        offer("model.strategy=lora train.activation_checkpointing=true ", key, light)
+        offer("model.strategy=lora train.activation_checkpointing=true ", light)
     if config.model.strategy != "full" and config.model.quantization == "none":
         bits = replace(saving, model=replace(config.model, quantization="nf4"))
-        offer("model.quantization=nf4 train.activation_checkpointing=true ", key, bits)
+        offer("model.quantization=nf4 train.activation_checkpointing=true ", bits)
     if config.model.quantization != "none":
         return found
     shared = replace(saving, train=replace(saving.train, sharding="full"))
     for count in (2, 4, 8, 16, 32, 64):
-        if count >= gpus and len(found) < 3 and room(shared, count):
-            offer(f"{count} GPUs with train.sharding=full train.activation_checkpointing=true ", key, shared, count)
+        words = f"{count} GPUs with train.sharding=full train.activation_checkpointing=true "
+        if count >= gpus and len(found) < 3 and offer(words, shared, count):
             break
     return found
-
-
-def _asked(config: Settings) -> int:
-    return work_of(config, 1, "")[0].samples
 
 
 class _Need:

@@ -10,6 +10,7 @@ from hba.errors import InputError
 from hba.fit import _Bare, _Ledger, find_gpu, fit_run, work_of
 from hba.model.checkpoint import load_backbone
 from hba.model.omni import OmniSapiens, as_they_come, recompute_layers
+from hba.rl.config import RlConfig
 from hba.train.config import LmConfig, SftConfig
 
 HOW = {"dtype": "float32", "attention": "sdpa"}
@@ -91,6 +92,7 @@ def test_weights_gradients_and_optimizer_are_exact(backbone, model):
     parts = {name: round(size * 2**30) for name, size in found.parts.items()}
     assert (parts["weights"], parts["gradients"], parts["optimizer"]) == (4 * numbers, 4 * numbers, 8 * numbers)
     assert found.fits and found.largest > 100 and found.changes == []
+    assert found.setting == f"train.device_batch_size={found.largest}"
 
 
 def test_quantised_weights_take_what_they_hold(backbone):
@@ -124,13 +126,41 @@ def test_more_tokens_take_more_and_every_saving_saves(backbone):
 def test_what_does_not_fit_says_what_to_type(hba, backbone):
     args = ["fit", str(backbone), "--gpu", "1", "--tokens", "3000", "train.batch_size=512"]
     code, out, _ = hba(*args)
-    assert code == 1 and "It does not fit." in out and "train.device_batch_size=" in out
+    assert code == 1 and "It does not fit." in out and "train.device_tokens=" in out
     code, out, _ = hba(*args, "--json")
     found = json.loads(out)
-    change = next(change for change in found["changes"] if change.startswith("train.device_batch_size="))
+    change = next(change for change in found["changes"] if change.startswith("train.device_tokens="))
     assert code == 1 and not found["fits"] and found["total"] > found["usable"]
     code, out, _ = hba(*args, change)
     assert code == 0 and "It fits." in out
+
+
+def test_a_budget_of_tokens_is_what_is_counted(backbone):
+    """Samples of the longest within the budget, or one; what is proposed fits, and one more does not."""
+
+    def settings(*more):
+        return load_config(LmConfig, None, [f"model.name={backbone}", "atlas=x", "train.batch_size=512", *more])
+
+    def samples(*more):
+        return work_of(settings(*more), 300, "")[0].samples
+
+    assert [samples(f"train.device_tokens={budget}") for budget in (900, 9, 10**6)] == [3, 1, 512]
+    assert samples("train.device_tokens=900", "train.device_batch_size=2") == 2
+
+    def fit(budget):
+        return fit_run(str(backbone), "lm", settings(f"train.device_tokens={budget}"), find_gpu("2"), tokens=[300])
+
+    key, _, most = fit(900).setting.partition("=")
+    found = fit(most)
+    assert key == "train.device_tokens" and found.fits and found.samples == found.largest
+    assert found.usable - found.total < found.parts["activations"] / found.samples, "there is room for one more"
+
+
+def test_all_responses_to_a_prompt_are_in_one_update(backbone):
+    sizes = ["rollout.max_new_tokens=20", "train.device_tokens=2000"]
+    settings = load_config(RlConfig, None, [f"model.name={backbone}", "atlas=x", "rollout.per_prompt=5", *sizes])
+    update, sampling = work_of(settings, 80, "")
+    assert (update.samples, update.tokens, sampling.samples) == (20, 100, 20)
 
 
 @pytest.mark.parametrize("stage", ["sft", "lm", "qa", "bam", "rl", "predict"])

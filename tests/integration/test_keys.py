@@ -328,7 +328,7 @@ class Lab:
             distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
         try:
             with RunFolder.open(folder, config=config, command="train", seed=0) as run:
-                loop.train_stage(stage, config, run, Ranks(start_accelerator("float32")), rows)
+                loop.train_stage(stage, config, run, Ranks(start_accelerator("float32")), rows, config.encode)
         finally:
             if processes:
                 distributed.destroy_process_group()
@@ -702,7 +702,7 @@ SHARED = [  # look, context, changes: the sight of each
         ("steps", STEPS, {change: sight})
         for change, sight in {
             "train.epochs=2": "log", "train.max_steps=3": "log", "train.batch_size=3": "parts",
-            "train.accumulation=2": "log", "train.device_batch_size=2": "parts",
+            "train.accumulation=2": "log", "train.device_batch_size=2": "parts", "train.device_tokens=700": "parts",
             "train.activation_checkpointing=true": "recomputed", "train.learning_rate=0.02": "weights",
             "train.warmup_share=0.9": "weights", "train.final_share=0.9": "weights",
             "train.weight_decay=0.5": "weights",
@@ -786,6 +786,7 @@ RL_CASES = [
             "train.max_grad_norm=0.5": "clipped",
             "train.save_every=1": "saves",
             "train.device_batch_size=1": "parts",
+            "train.device_tokens=400": "parts",
             "train.activation_checkpointing=true": "recomputed",
             "validation_draws=2": "draws",
             "table_every=1": "tabled",

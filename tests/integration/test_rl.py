@@ -242,12 +242,14 @@ def test_task_and_token_lengths_reach_the_harpo_reward(mini_atlas):
     assert graded[1]["similarity_score"] == 0 and graded[1]["overlong_score"] == 0
 
 
-@pytest.mark.parametrize("updates", [1, 2])
-def test_prompts_and_updates_are_the_same_on_any_number_of_processes(policy, mini_atlas, updates):
+@pytest.mark.parametrize(
+    ("updates", "limit"), [(1, {"device_batch_size": 2}), (2, {"device_batch_size": 2}), (2, {"device_tokens": 900})]
+)
+def test_prompts_and_updates_are_the_same_on_any_number_of_processes(policy, mini_atlas, updates, limit):
     """Every prompt has its place in the plan; as many micro-batches on each rank, some of which are empty."""
     atlas = open_atlas(mini_atlas, split="train[:23]")
     encoder = encoder_for(policy.processor, EncodeConfig(num_frames=2, max_pixels=3136), atlas.taxonomy)
-    train = TrainConfig(epochs=1, batch_size=5, device_batch_size=2)
+    train = TrainConfig(epochs=1, batch_size=5, **limit)
     given = (atlas, encoder, MixConfig(), train, LoaderConfig(workers=0))
     found = {}
     for world in (1, 3, 8):

@@ -1,5 +1,6 @@
 """The loop over a stage of a few numbers: what a step costs besides its micro-batches, and what it skips."""
 
+import weakref
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -43,13 +44,13 @@ def squares(model, batch):
     return model(batch.x_B).square().sum()
 
 
-def train(folder, micro_batches, starts, broken=(), ranks=None, loss=squares, **config):
+def train(folder, micro_batches, starts, broken=(), ranks=None, loss=squares, batches=None, **config):
     torch.manual_seed(0)
     model = nn.Linear(1, 1)
     stage = Stage(
         model=model,
         loss=loss,
-        batches=lambda plan, start: iter([batch_of(rows, broken) for rows in plan[start:]]),
+        batches=batches or (lambda plan, start: (batch_of(rows, broken) for rows in plan[start:])),
         validate=lambda: Validation(0.5, {"mean": 0.5}),
         save_model=lambda folder: torch.save(model.state_dict(), folder / "model.pt"),
         learning_rates={},
@@ -90,6 +91,48 @@ def test_parts_of_a_step_change_nothing(tmp_path):
     assert log[0]["loss"] == pytest.approx(other[0]["loss"])
 
 
+def test_a_micro_batch_is_read_when_the_one_before_has_been_run(tmp_path):
+    """However many a step has, no more than two are alive: one in hand, and the next."""
+    happened, alive, most = [], [], []
+
+    def noted(model, batch):
+        happened.append(f"run {batch.samples[0]}")
+        return squares(model, batch)
+
+    def read(rows):
+        happened.append(f"read {rows[0]}")
+        made = batch_of(rows, ())
+        alive.append(weakref.ref(made))
+        most.append(sum(ref() is not None for ref in alive))
+        return made
+
+    batches = lambda plan, start: (read(rows) for rows in plan[start:])  # noqa: E731
+    train(tmp_path, [[1], [2], [3], [4], [5]], [0, 5], loss=noted, batches=batches)
+    assert happened == [f"{what} {number}" for number in range(1, 6) for what in ("read", "run")]
+    assert max(most) <= 2
+
+
+def test_the_gradient_is_the_mean_over_what_could_be_read(tmp_path):
+    """How many that are is known after the last micro-batch: to the bit where none is missing, to a rounding else."""
+    plans = {"three": [[1, 2], [3]], "less": [[1, 2], [5, 3], [6]], "few": [[1, 2, 3]]}
+    logs, weights = {}, {}
+    for name, parts in plans.items():
+        model, log = train(tmp_path / name, parts, [0, len(parts)], broken=(5, 6))
+        logs[name], weights[name] = log[0], model.weight.item()
+    assert [logs[name]["samples_seen"] for name in plans] == [3, 3, 3]
+    for what in ("loss", "grad_norm"):
+        assert logs["less"][what] == pytest.approx(logs["three"][what], rel=1e-6)
+    assert weights["less"] == pytest.approx(weights["three"], rel=1e-6)
+    # As it is where the number is known beforehand.
+    torch.manual_seed(0)
+    model = nn.Linear(1, 1)
+    for rows in plans["three"]:
+        (squares(model, batch_of(rows, ())) / 3).backward()
+    assert logs["three"]["grad_norm"] == pytest.approx(
+        float(torch.stack([model.weight.grad, model.bias.grad.unsqueeze(1)]).norm()), rel=1e-7
+    )
+
+
 def test_a_step_without_a_sample_is_skipped_named_and_moves_nothing_but_the_schedule(tmp_path):
     model, log = train(tmp_path / "run", [[1], [2], [3]], [0, 1, 2, 3], broken=(2,), warmup_share=1.0)
     kinds = [(record["step"], record["kind"]) for record in log]
@@ -121,6 +164,34 @@ def test_a_device_without_room_says_what_it_held_and_what_to_change(tmp_path):
         train(tmp_path, [[1, 2, 3, 4, 5, 6]], [0, 1], loss=loss)
     assert "samples 1, 2" in told.value.where and "train.device_batch_size=3" in told.value.fix
     assert "train.activation_checkpointing=true" in told.value.fix and "hba fit" in told.value.fix
+
+
+def test_a_device_without_room_names_the_budget_of_tokens(tmp_path):
+    """The micro-batch that did not fit, not another of its step; half of what it held."""
+
+    @dataclass(frozen=True)
+    class Worded(Numbers):
+        @property
+        def num_tokens(self):
+            return torch.full((len(self),), 100)
+
+    def loss(model, batch):
+        return model(batch.x_B).sum() + (torch.empty(1 << 56).sum() if len(batch) == 4 else 0)
+
+    def told(name, parts, **config):
+        made = lambda plan, start: (Worded(*vars(batch_of(rows, ())).values()) for rows in plan[start:])  # noqa: E731
+        with pytest.raises(MachineError, match="of 4 samples of up to 100 tokens") as said:
+            train(tmp_path / name, parts, [0, len(parts)], loss=loss, batches=made, **config)
+        return said.value
+
+    parts = [[1, 2, 3, 4, 5], [6, 7, 8, 9], [10]]
+    for name, config, key in (
+        ("tokens", {"device_tokens": 450}, "train.device_tokens=200"),
+        ("neither", {}, "train.device_tokens=200"),
+        ("samples", {"device_batch_size": 5}, "train.device_batch_size=2"),
+    ):
+        error = told(name, parts, **config)
+        assert key in error.fix and error.where.endswith("samples 6, 7, 8, 9")
 
 
 def test_another_fault_of_a_loss_stays_what_it_is(tmp_path):

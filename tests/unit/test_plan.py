@@ -58,10 +58,12 @@ def plans_of(columns, lengths, config, world):
     batch_size=st.integers(1, 12),
     accumulation=st.integers(1, 5),
     limit=st.none() | st.integers(1, 5),
+    budget=st.none() | st.integers(1, 6000),
 )
-def test_steps_do_not_depend_on_processes_or_parts(rows, world, batch_size, accumulation, limit):
+def test_steps_do_not_depend_on_processes_or_parts(rows, world, batch_size, accumulation, limit, budget):
     columns, lengths = rows
-    config = TrainConfig(epochs=2, batch_size=batch_size, accumulation=accumulation, device_batch_size=limit)
+    sizes = {"device_batch_size": limit, "device_tokens": budget}
+    config = TrainConfig(epochs=2, batch_size=batch_size, accumulation=accumulation, **sizes)
     whole = TrainConfig(epochs=2, batch_size=batch_size, accumulation=accumulation)
     expected = steps(training_plan(columns, lengths, MixConfig(), whole, rank=0, world=1))
     plans = plans_of(columns, lengths, config, world)
@@ -69,7 +71,11 @@ def test_steps_do_not_depend_on_processes_or_parts(rows, world, batch_size, accu
     assert [sum(parts, Counter()) for parts in zip(*map(steps, plans), strict=True)] == expected
     for together in zip(*(plan.micro_batches for plan in plans), strict=True):
         sizes = sorted(map(len, together))
-        assert sizes[-1] and sizes[-1] - sizes[0] <= 1, "what is left over is spread evenly"
+        if budget is None:
+            assert sizes[-1] and sizes[-1] - sizes[0] <= 1, "what is left over is spread evenly"
+        else:
+            assert sizes[-1], "nobody waits for a place without samples"
+            assert all(len(part) < 2 or len(part) * lengths[part].max() <= budget for part in together)
         assert len(set(columns.signature_codes[np.concatenate(together)])) == 1
         if limit is not None:
             assert sizes[-1] <= limit
@@ -110,3 +116,34 @@ def test_shares_are_padded_little():
     assert padding_share(shares, lengths) < padding_share(strided, lengths) / 3
     tokens = [sum(int(lengths[part].sum()) for part in plan.micro_batches) for plan in plans]
     assert max(tokens) < 1.25 * min(tokens)
+
+
+@pytest.mark.parametrize("world", [1, 8])
+def test_a_budget_of_tokens_makes_pieces_of_one_size(world):
+    """Few long samples or many short ones at once: less padding, fewer passes, and no rank waits for another's."""
+    columns = columns_of({"text_audio": 4096})
+    lengths = (100 * np.random.default_rng(0).lognormal(1, 1, 4096)).astype(int)
+    most = {}
+    for name, sizes in (("samples", {"device_batch_size": 8}), ("tokens", {"device_tokens": 4000})):
+        config = TrainConfig(epochs=1, batch_size=64, **sizes)
+        plans = plans_of(columns, lengths, config, world)
+        assert len({tuple(plan.starts) for plan in plans}) == 1
+        parts = [part for plan in plans for part in plan.micro_batches if len(part)]
+        assert Counter(np.concatenate(parts).tolist()) == Counter(range(4096))
+        costs = [len(part) * int(lengths[part].max()) for part in parts]
+        most[name] = max(cost for cost, part in zip(costs, parts, strict=True) if len(part) > 1)
+        # What a step takes where the ranks of a place wait for the slowest.
+        together = zip(*(plan.micro_batches for plan in plans), strict=True)
+        waits = [max(len(part) * int(lengths[part].max(initial=0)) for part in parts) for parts in together]
+        most[f"{name} in all"] = sum(waits) * world / lengths.sum()
+    assert most["tokens"] <= 4000 < most["samples"] / 3
+    assert most["tokens in all"] < most["samples in all"]
+
+
+def test_what_a_budget_counts_may_be_another_length_than_the_order():
+    """The longest of a piece by `tokens_N` need not be its last; a sample beyond the budget is alone."""
+    columns, order = columns_of({"text": 12}), np.arange(12)
+    tokens = np.array([9, 1, 1, 1, 50, 1, 1, 1, 1, 2, 2, 9])
+    config = TrainConfig(epochs=1, batch_size=12, device_tokens=18)
+    plan = training_plan(columns, order, MixConfig(), config, tokens_N=tokens, rank=0, world=1)
+    assert [tokens[part].tolist() for part in plan.micro_batches] == [[9, 1], [1, 1], [50], [1, 1, 1, 1, 2, 2], [9]]

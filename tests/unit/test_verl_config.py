@@ -56,6 +56,7 @@ def test_what_the_actor_is_told(overrides, key, value):
         (["model.strategy=lora"], "model.strategy"),
         (["loss.average=group"], "loss.average"),
         (["loss.updates=5"], "loss.updates"),
+        (["train.device_tokens=9999"], "train.device_tokens"),
         (["train.save_every=30min"], "train.save_every"),
         (["rollout.sampler=server", "remote.base_url=http://localhost:8000/v1"], "rollout.sampler"),
     ],

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,10 @@ from pydantic import Field
 from hba.atlas.rows import Columns
 from hba.config import option
 from hba.errors import ConfigError, InputError, nearest
+
+if TYPE_CHECKING:
+    from hba.atlas import Atlas
+    from hba.batch.config import EncodeConfig
 
 Indices = npt.NDArray[np.int64]
 
@@ -57,6 +61,36 @@ def plan_batches(
         order = rng.permutation(len(batches))
         batches = [batches[i] for i in order]
     return batches
+
+
+_CHARS_PER_TOKEN, _TEMPLATE_TOKENS = 3, 64
+_PIXELS_PER_TOKEN = 28 * 28
+_FRAMES_PER_STEP = 2  # that share their tokens
+_TOKENS_PER_SECOND, _BYTES_PER_SECOND = 25, 32_000  # of sound, 16 kHz and 16 bits
+_CLIP_SECONDS = 10
+
+
+def input_tokens(rows: Atlas, encode: EncodeConfig) -> Indices:
+    """What each of `rows` is to the model, in tokens [N]; nothing is decoded, so that it is an estimate.
+
+    Pictures and clips are reckoned at their largest size, texts at three characters a token, both rather too much. A
+    sound is as long as its bytes say: too much for stereo or higher rates, too little for compressed sound; that of a
+    clip (`encode.sound_of_clips`), whose length no row says, is taken for ten seconds. By the numbers of Qwen2.5-Omni.
+    """
+    columns, kinds = rows.columns, encode.modalities
+    picture = encode.max_pixels // _PIXELS_PER_TOKEN
+    tokens_N = columns.problem_chars.astype(np.int64) // _CHARS_PER_TOKEN + _TEMPLATE_TOKENS
+    if "image" in kinds:
+        tokens_N += columns.num_images * picture
+    if "video" in kinds:
+        frame = encode.pixels_of(encode.num_frames) // _PIXELS_PER_TOKEN
+        tokens_N += columns.num_videos * (frame * encode.num_frames // _FRAMES_PER_STEP)
+    if "audio" in kinds and encode.sound_of_clips != "off":
+        tokens_N += columns.num_videos * (columns.num_audios == 0) * (_TOKENS_PER_SECOND * _CLIP_SECONDS)
+    if "audio" in kinds and columns.num_audios.any():
+        heard = int(encode.heard_seconds * _TOKENS_PER_SECOND) * columns.num_audios.astype(np.int64)
+        tokens_N += np.minimum(rows.audio_bytes * _TOKENS_PER_SECOND // _BYTES_PER_SECOND, heard)
+    return np.minimum(tokens_N, encode.max_tokens)
 
 
 def padding_share(batches: list[Indices], lengths_N: npt.NDArray[np.integer]) -> float:

@@ -324,9 +324,13 @@ def fit_command(
     lengths, rows = [tokens], None
     if atlas is not None:
         from hba.atlas import open_atlas
+        from hba.batch.config import EncodeConfig
+        from hba.batch.sampler import input_tokens
 
         opened = open_atlas(atlas, split=getattr(settings, "train_split", "test"))
-        lengths, rows = opened.estimated_tokens.tolist(), len(opened)
+        # Later stages take the encoding of the run that they stand on.
+        lengths = input_tokens(opened, getattr(settings, "encode", EncodeConfig())).tolist()
+        rows = len(opened)
     found = fit_run(model, chosen, settings, card, gpus=gpus, tokens=lengths, rows=rows)
     answer(found.record(), lambda: _fit(found), as_json=json)
     if not found.fits:
@@ -345,8 +349,6 @@ def _stage_config(stage: str) -> type[Any]:
 def _fit(found: Fit) -> Iterator[RenderableType]:
     from hba.report.tables import Table
 
-    key = {"predict": "batch_size", "qa": "features.batch_size", "bam": "features.batch_size"}
-    batch = key.get(found.stage, "train.device_batch_size")
     many = f"{found.gpus} GPUs" if found.gpus > 1 else "one GPU"
     parts = [(part, f"{size:,.1f}") for part, size in found.parts.items()]
     whole = [("together", f"{found.total:,.1f}"), ("there is room for", f"{found.usable:,.1f}")]
@@ -356,7 +358,7 @@ def _fit(found: Fit) -> Iterator[RenderableType]:
         rows=[*parts, (), *whole],
     )
     if found.fits:
-        yield f"It fits. The most at once: {bold(f'{batch}={found.largest}')}."
+        yield f"It fits. The most at once: {bold(found.setting)}."
     else:
         yield "It does not fit."
         yield from (f"  Try {bold(change)}" for change in found.changes)

@@ -117,11 +117,13 @@ def update(setup: Setup, pieces: Pieces, everyone: Sequence[Outcome], rate: floa
     for outcome in everyone:
         of_update[outcome.piece * updates // len(pieces)].append(outcome)
     parts = _parts(setup, pieces, of_update, updates)
-    met = setup.ranks.meet(parts, inputs=lambda part: () if part.batch is None else part.batch.inputs)
-    turns = [
-        Turn(turn.batch.to(device), turn.weight)
-        for turn in setup.ranks.turns(parts, met, setup.policy, _Part.for_another_rank)
-    ]
+    given = setup.ranks.turns(
+        parts,
+        setup.policy,
+        _Part.for_another_rank,
+        lambda part: () if part.batch is None else part.batch.inputs,
+    )
+    turns = [Turn(turn.batch.to(device), turn.weight) for turn in given]
     if setup.reference is not None or len(of_update) > 1:
         turns = [Turn(_looked_ahead(setup, turn.batch, old=len(of_update) > 1), turn.weight) for turn in turns]
     done = [
@@ -408,7 +410,7 @@ def train_rl(config: RlConfig, run: RunFolder) -> Progress:
             progress = _evaluate_and_save(setup, memory, progress, log)
         saved_step = progress.step
         while progress.step < total:
-            wish = ranks.meet([], saving.wish(progress.step)).wish
+            wish = ranks.meet(wish=saving.wish(progress.step)).wish
             if wish and progress.step > saved_step:
                 _save(setup, memory, progress)
                 saved_step = progress.step
@@ -618,6 +620,7 @@ def _memory(setup: Setup, train: Atlas, checkpoint: Path | None) -> tuple[Memory
         config.train,
         config.loader,
         replicates=config.rollout.per_prompt,
+        new_tokens=config.rollout.max_new_tokens,
         rank=setup.ranks.rank,
         world=setup.ranks.world,
         updates=config.loss.updates,

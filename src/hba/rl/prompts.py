@@ -18,7 +18,7 @@ from hba.atlas import Atlas, open_atlas
 from hba.batch.config import LoaderConfig
 from hba.batch.encode import Batch, Encoder
 from hba.batch.loader import load_batches
-from hba.batch.sampler import Indices, MixConfig, subsample
+from hba.batch.sampler import Indices, MixConfig, input_tokens, subsample
 from hba.rl.config import RlConfig
 from hba.rl.rollout import Place, Prompts
 from hba.train.config import TrainConfig
@@ -37,13 +37,16 @@ class PromptFeed:
         loader: LoaderConfig,
         *,
         replicates: int,
+        new_tokens: int = 0,
         rank: int,
         world: int,
         updates: int = 1,
         position: int = 0,
     ) -> None:
-        """`updates` are those of a step, which takes `train.accumulation` plan batches."""
-        whole = replace(train, accumulation=1, device_batch_size=None)
+        """`updates` are those of a step, which takes `train.accumulation` plan batches. `new_tokens` are those of the
+        longest response, which `train.device_tokens` counts with the prompt, for each of the `replicates`."""
+        whole = replace(train, accumulation=1, device_batch_size=None, device_tokens=None)
+        tokens_N = (input_tokens(atlas, encoder.config) + new_tokens) * replicates
         plan = training_plan(atlas.columns, atlas.estimated_tokens, mix, whole, rank=0, world=1)
         pieces = -(-updates // train.accumulation)
         self._rows: list[Indices] = []  # of each micro-batch
@@ -52,7 +55,7 @@ class PromptFeed:
         for number, batch in enumerate(plan.micro_batches):
             self._pieces.append([])
             for piece in np.array_split(np.arange(len(batch)), min(pieces, len(batch))):
-                parts = share(piece, train.device_batch_size, (rank + number) % world, world)
+                parts = share(piece, train, (rank + number) % world, world, tokens_N[batch[piece]])
                 self._pieces[-1].append(range(len(self._rows), len(self._rows) + len(parts)))
                 self._rows += [batch[part] for part in parts]
                 self._prompts += parts

@@ -118,7 +118,7 @@ def train_bam(config: BamConfig, run: RunFolder, progress: Progressed = lambda d
         save_model=lambda folder: save_checkpoint(config, model, base, domains, folder),
         learning_rates={"bam.": config.adapter_learning_rate},
     )
-    return train_stage(stage, config, run, ranks, train.atlas, groups_N)
+    return train_stage(stage, config, run, ranks, train.atlas, base.encode, groups_N)
 
 
 class Rows(NamedTuple):

@@ -31,6 +31,11 @@ class TrainConfig:
     device_batch_size: Count | None = option(
         None, "most samples on one device at once: a larger share of a batch runs in parts", affects_result=False
     )
+    device_tokens: Count | None = option(
+        None,
+        "most tokens on one device at once, padding included (samples x longest, as estimated from the rows)",
+        affects_result=False,
+    )
     sharding: Literal["none", "full"] = option(
         "none", "none: each device holds the model; full: it is split over the devices (FSDP2)", affects_result=False
     )

@@ -48,7 +48,7 @@ def train_lm(config: LmConfig, run: RunFolder) -> Progress:
         save_model=partial(save_checkpoint, model, config),
         learning_rates={},
     )
-    return train_stage(stage, config, run, ranks, train)
+    return train_stage(stage, config, run, ranks, train, config.encode)
 
 
 def lm_loss(model: nn.Module, batch: Batch) -> Tensor:

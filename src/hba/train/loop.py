@@ -14,6 +14,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -26,7 +27,8 @@ from torch.distributed.tensor import DTensor
 
 from hba.atlas import Atlas, data_record, open_atlas
 from hba.atlas.rows import Columns, MediaSource, Quarantined, Sample
-from hba.batch.sampler import Indices, MixConfig, epoch_rows, plan_batches
+from hba.batch.config import EncodeConfig
+from hba.batch.sampler import Indices, MixConfig, epoch_rows, input_tokens, plan_batches
 from hba.errors import ConfigError, HbaError, InputError, MachineError
 from hba.model import checkpoint
 from hba.model.config import ModelConfig, require_quantizer
@@ -34,14 +36,15 @@ from hba.model.process import prepare_process, start_accelerator
 from hba.run import RunFolder
 from hba.train.config import TrainConfig
 from hba.train.display import TrainingDisplay
-from hba.train.ranks import Ranks, Turn, gathered, prepare_model
+from hba.train.ranks import Ranks, gathered, prepare_model
 from hba.train.state import STOP, Progress, Saving, latest, read_progress, restore_optimizer, save_state, settle
 
 # Which samples a rank trains on at which step: a pure function of (rows, mix, config, rank, number of ranks).
 #
-# Invariants: the samples of an optimizer step are the same for any number of ranks and any `device_batch_size`; every
-# rank has as many micro-batches a step, and those at the same place have the same modalities. Where a batch has fewer
-# samples than there are places for, some micro-batches are empty (see `ranks`): no number of rows or ranks is refused.
+# Invariants: the samples of an optimizer step are the same for any number of ranks and any `device_batch_size` and
+# `device_tokens`; every rank has as many micro-batches a step, and those at the same place have the same modalities.
+# Where a batch has fewer samples than there are places for, some micro-batches are empty (see `ranks`): no number of
+# rows or ranks is refused. Nor is a sample of more tokens than `device_tokens`: it is a micro-batch of its own.
 
 
 class Plan(NamedTuple):
@@ -64,13 +67,14 @@ def training_plan(
     config: TrainConfig,
     groups_N: Indices | None = None,
     *,
+    tokens_N: Indices | None = None,
     rank: int,
     world: int,
 ) -> Plan:
     """This rank's share of the whole run, all epochs in a row. The batches are the same for any number of ranks.
 
     A batch has one modality signature, so that all ranks run the same layers at the same time; `groups_N` may divide
-    the rows further.
+    the rows further. `tokens_N` is what `device_tokens` counts by, where that is not `lengths_N`.
     """
     codes_N = columns.signature_codes.astype(np.int64)
     if groups_N is not None:
@@ -81,8 +85,10 @@ def training_plan(
         codes_M, size = codes_N[rows], config.batch_size
         planned = plan_batches(codes_M, lengths_N[rows], batch_size=size, seed=config.seed, epoch=epoch)
         batches += [rows[batch] for batch in planned]
-    limit = config.device_batch_size
-    shares = [share(batch, limit, (rank + number) % world, world) for number, batch in enumerate(batches)]
+    counted_N = lengths_N if tokens_N is None else tokens_N
+    shares = [
+        share(batch, config, (rank + number) % world, world, counted_N[batch]) for number, batch in enumerate(batches)
+    ]
     ends = np.cumsum([len(parts) for parts in shares])
     starts = [0, *ends[config.accumulation - 1 :: config.accumulation].tolist()]
     if starts[-1] != ends[-1]:
@@ -90,18 +96,48 @@ def training_plan(
     return Plan([part for parts in shares for part in parts], starts)
 
 
-def share(batch: Indices, limit: int | None, place: int, world: int) -> list[Indices]:
+def share(batch: Indices, config: TrainConfig, place: int, world: int, tokens_M: Indices) -> list[Indices]:
     """A rank's samples of a batch, in as many parts on every rank; a part may be empty.
 
     A batch is sorted by length. It is cut into pieces that are dealt over the ranks in its order, so that a piece is
-    padded little and ranks run pieces of similar length at the same time. A rank's `place` changes from batch to batch:
-    no rank always has the longest pieces, or always those that a remainder leaves empty.
+    padded little and ranks run pieces of similar length at the same time. Where `device_tokens` is set, pieces have
+    about as many tokens, padded ones included, and `tokens_M` are those of the samples; else about as many samples. A
+    rank's `place` changes from batch to batch: no rank always has the longest pieces, or always those that a remainder
+    leaves empty.
     """
-    parts = 1 if limit is None else -(-len(batch) // (world * limit))
-    size, longer = divmod(len(batch), parts * world)  # so many pieces, the first ones, have one sample more
-    starts = [piece * size + min(piece, longer) for piece in range(place, parts * world, world)]
-    pieces = range(place, parts * world, world)
-    return [batch[start : start + size + (piece < longer)] for start, piece in zip(starts, pieces, strict=True)]
+    limit = len(batch) if config.device_batch_size is None else config.device_batch_size
+    if config.device_tokens is None:
+        parts = -(-len(batch) // (world * limit))
+        size, longer = divmod(len(batch), parts * world)  # so many pieces, the first ones, have one sample more
+        ends = [piece * size + min(piece, longer) for piece in range(parts * world + 1)]
+    else:
+        ends = _cut(tokens_M.tolist(), config.device_tokens, limit)
+        parts = -(-(len(ends) - 1) // world)
+        if len(ends) - 1 < parts * world:  # room for more pieces, hence smaller ones
+            ends = _evened(tokens_M.tolist(), config.device_tokens, limit, parts * world)
+        ends += [len(batch)] * (parts * world + 1 - len(ends))
+    return [batch[ends[piece] : ends[piece + 1]] for piece in range(place, parts * world, world)]
+
+
+def _cut(tokens_M: Sequence[int], budget: int, limit: int) -> list[int]:
+    """Where pieces begin, with one end more: the fewest of at most `limit` samples and `budget` tokens, padded ones
+    included; a sample of more is a piece of its own."""
+    ends, longest = [0], 0
+    for place, tokens in enumerate(tokens_M):
+        count, longest = place - ends[-1] + 1, max(longest, tokens)
+        if count > 1 and (count > limit or longest * count > budget):
+            ends.append(place)
+            longest = tokens
+    return [*ends, len(tokens_M)]
+
+
+def _evened(tokens_M: Sequence[int], budget: int, limit: int, pieces: int) -> list[int]:
+    """`_cut` by the smallest budget that gives no more than `pieces`, to within a sixteenth."""
+    low, high = 0, budget
+    while high - low > high // 16 + 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_cut(tokens_M, middle, limit)) - 1 <= pieces else (middle, high)
+    return _cut(tokens_M, high, limit)
 
 
 # --- the start --------------------------------------------------------------------------------------------------------
@@ -275,11 +311,18 @@ def shown_peak(optimizer: torch.optim.Optimizer, config: TrainConfig) -> float:
 
 
 def train_stage(
-    stage: Stage[B], config: StageConfig, run: RunFolder, ranks: Ranks, rows: Atlas, groups_N: Indices | None = None
+    stage: Stage[B],
+    config: StageConfig,
+    run: RunFolder,
+    ranks: Ranks,
+    rows: Atlas,
+    encode: EncodeConfig,
+    groups_N: Indices | None = None,
 ) -> Progress:
     """`run_training` over this rank's share of the plan of `rows`; batches have one of `groups_N`, where given."""
     how = (rows.columns, rows.estimated_tokens, config.mix, config.train, groups_N)
-    return run_training(stage, training_plan(*how, rank=ranks.rank, world=ranks.world), config.train, ranks, run)
+    plan = training_plan(*how, tokens_N=input_tokens(rows, encode), rank=ranks.rank, world=ranks.world)
+    return run_training(stage, plan, config.train, ranks, run)
 
 
 def run_training(stage: Stage[B], plan: Plan, config: TrainConfig, ranks: Ranks, run: RunFolder) -> Progress:
@@ -299,11 +342,8 @@ def run_training(stage: Stage[B], plan: Plan, config: TrainConfig, ranks: Ranks,
     with saving, TrainingDisplay(run, total, progress, config, enabled=ranks.is_first) as display:
         while progress.step < total:
             started = time.perf_counter()
-            micro_batches = list(islice(batches, plan.starts[progress.step + 1] - plan.starts[progress.step]))
-            for batch in micro_batches:  # before anything that could fail: a resumed run shall know of them
-                run.quarantine.add_all(batch.quarantined)
-            wish = saving.wish(progress.step)
-            met = ranks.meet(micro_batches, wish, lambda batch: getattr(batch, "inputs", ()))  # features have none
+            step = slice(*plan.starts[progress.step : progress.step + 2])
+            met = ranks.meet(sum(map(len, plan.micro_batches[step])), saving.wish(progress.step))
             if met.wish and progress.step > saved_step:
                 save_state(run.checkpoints, progress, stage.model, optimizer, stage.save_model, ranks)
                 saved_step = progress.step
@@ -313,13 +353,8 @@ def run_training(stage: Stage[B], plan: Plan, config: TrainConfig, ranks: Ranks,
 
             rate = learning_rate_at(progress.step, total, config)
             torch.manual_seed(step_seed(config.seed, progress.step, ranks.rank))
-            loss, grad_norm, count = 0.0, 0.0, met.num_samples
-            if count:
-                turns = ranks.turns(micro_batches, met, model, portable)
-                try:
-                    loss, grad_norm = _step(stage, model, optimizer, turns, count, rate, config, ranks)
-                except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU's allocator raises nothing else
-                    raise (_no_room(turns, config, ranks) if _is_no_room(error) else error) from None
+            coming = _named(islice(batches, step.stop - step.start), run)
+            loss, grad_norm, count = _step(stage, model, optimizer, coming, met.num_samples, rate, config, ranks)
             progress = replace(
                 progress,
                 step=progress.step + 1,
@@ -344,42 +379,75 @@ def run_training(stage: Stage[B], plan: Plan, config: TrainConfig, ranks: Ranks,
     return progress
 
 
+class _Stepped(NamedTuple):
+    """What an optimizer step was: mean loss, gradient norm before clipping, and samples of all ranks."""
+
+    loss: float
+    grad_norm: float
+    samples: int
+
+
+class _Ran(NamedTuple):
+    """What is kept of a micro-batch that was run: its samples, none of a copy, and its summed loss."""
+
+    samples: Sequence[Sample]
+    loss: Tensor
+
+
+def _named(batches: Iterable[B], run: RunFolder) -> Iterator[B]:
+    """`batches`; what could not be read of one is in quarantine before anything that could fail."""
+    for batch in batches:
+        run.quarantine.add_all(batch.quarantined)
+        yield batch
+
+
 def _step(
     stage: Stage[B],
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    turns: Sequence[Turn[B]],
-    count: int,
+    batches: Iterable[B],
+    planned: int,
     rate: float,
     config: TrainConfig,
     ranks: Ranks,
-) -> tuple[float, float]:
-    """One optimizer step over `count` samples of all ranks: the mean loss, and the gradient norm before clipping.
+) -> _Stepped:
+    """One optimizer step over `batches`, each read when the one before was run; all ranks planned `planned` samples.
 
-    Raises HbaError on all ranks, before the optimizer moves, when one of the two is not finite.
+    How many can be read is known at the end: until then the gradient is that of the sum divided by `planned`, to which
+    it is set right where some are missing. Where all are, nothing moves. Raises HbaError on all ranks, before the
+    optimizer moves, when loss or gradient is not finite.
     """
     model.train()
-    losses: list[Tensor] = []
-    for turn in turns:
-        loss = stage.loss(model, turn.batch.to(ranks.device)) * turn.weight
-        ranks.backward(loss / count, model)
-        losses.append(loss.detach())
-    ranks.add_up_gradients(model)
-    norm = ranks.accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    summed = ranks.total(torch.stack(losses).sum() if losses else torch.zeros((), device=ranks.device))
-    # The one place in a step where the host waits for the device.
-    mean, grad_norm = torch.stack([summed.float() / count, norm.float()]).tolist()
-    if not math.isfinite(mean):
-        wrong = [turn for turn, loss in zip(turns, losses, strict=True) if not bool(torch.isfinite(loss))]
-        raise _not_finite("loss", mean * count, wrong, ranks)
-    if not math.isfinite(grad_norm):
-        raise _not_finite("gradient", grad_norm, turns, ranks)
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * rate
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return mean, grad_norm
+    ran: list[_Ran] = []
+    for turn in ranks.turns(batches, model, portable, lambda batch: getattr(batch, "inputs", ())):  # features have none
+        with _room(turn.batch, config, ranks):
+            loss = stage.loss(model, turn.batch.to(ranks.device)) * turn.weight
+            ranks.backward(loss / planned, model)
+        ran.append(_Ran(turn.batch.samples if turn.weight else (), loss.detach()))
+    count = ranks.meet(sum(len(each.samples) for each in ran)).num_samples
+    if not count:
+        return _Stepped(0.0, 0.0, 0)
+    with _room(None, config, ranks):
+        ranks.add_up_gradients(model)
+        for parameter in model.parameters() if count < planned else ():
+            if parameter.grad is not None:
+                parameter.grad.mul_(planned / count)
+        norm = ranks.accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        losses = [each.loss for each in ran]
+        summed = ranks.total(torch.stack(losses).sum() if losses else torch.zeros((), device=ranks.device))
+        # The one place in a step where the host waits for the device.
+        mean, grad_norm = torch.stack([summed.float() / count, norm.float()]).tolist()
+        if not math.isfinite(mean):
+            wrong = [each for each in ran if not bool(torch.isfinite(each.loss))]
+            raise _not_finite("loss", mean * count, wrong, ranks)
+        if not math.isfinite(grad_norm):
+            raise _not_finite("gradient", grad_norm, ran, ranks)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return _Stepped(mean, grad_norm, count)
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
@@ -395,31 +463,47 @@ def portable(batch: B) -> B:
     return copied
 
 
-def _is_no_room(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+@contextmanager
+def _room(batch: TrainBatch | None, config: TrainConfig, ranks: Ranks) -> Iterator[None]:
+    """Around what a device computes, of `batch` or for the optimizer. Raises MachineError where it has no room."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU's allocator raises nothing else
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise _no_room(batch, config, ranks) from None
 
 
-def _no_room(turns: Sequence[Turn[Any]], config: TrainConfig, ranks: Ranks) -> MachineError:
-    """The error for a device that is too small for a micro-batch: what it held, and what to change."""
-    most = max((turn.batch for turn in turns), key=len)
-    tokens = getattr(most, "num_tokens", None)  # features of a frozen backbone have no tokens any more
-    lengths = "" if tokens is None else f" of up to {int(tokens.max()):,} tokens"
-    what = f"no room for a micro-batch of {len(most)} samples{lengths}"
+def _no_room(batch: TrainBatch | None, config: TrainConfig, ranks: Ranks) -> MachineError:
+    """The error for a device that is too small: what it held, and what to change."""
+    what, where, keys = "no room for the step of the optimizer", "", []
+    if batch is not None:
+        tokens_B = getattr(batch, "num_tokens", None)  # features of a frozen backbone have no tokens any more
+        longest = None if tokens_B is None else int(tokens_B.max())
+        lengths = "" if longest is None else f" of up to {longest:,} tokens"
+        what = f"no room for a micro-batch of {len(batch)} samples{lengths}"
+        ids = [sample.id if isinstance(sample, Sample) else str(sample) for sample in batch.samples][:_SHOWN]
+        where = f", samples {', '.join(ids)}"
+        if len(batch) == 1:
+            keys = ["a lower encode.max_tokens"]
+        elif config.device_tokens is not None or (longest is not None and config.device_batch_size is None):
+            held = len(batch) * (longest or 0)
+            keys = [f"train.device_tokens={min(config.device_tokens or held, held or config.device_tokens or 0) // 2}"]
+        else:
+            keys = [f"train.device_batch_size={len(batch) // 2}"]
+        keys += [] if config.activation_checkpointing else ["train.activation_checkpointing=true"]
     if ranks.device.type == "cuda":
         used, size = torch.cuda.max_memory_allocated(ranks.device), torch.cuda.mem_get_info(ranks.device)[1]
         what += f" ({used / 2**30:.1f} of {size / 2**30:.1f} GiB were in use)"
-    half = max(1, len(most) // 2)
-    keys = [f"train.device_batch_size={half}"] if len(most) > 1 else ["a lower encode.max_tokens"]
-    keys += [] if config.activation_checkpointing else ["train.activation_checkpointing=true"]
     keys += [] if config.sharding == "full" or ranks.world == 1 else ["train.sharding=full"]
-    fix = f"Use {' or '.join(keys)}; `hba fit MODEL --gpu GB` tells what fits. The last checkpoint is good."
-    ids = ", ".join([sample.id if isinstance(sample, Sample) else str(sample) for sample in most.samples][:_SHOWN])
-    return MachineError(what, where=f"{ranks.device}, samples {ids}", fix=fix)
+    fix = f"Use {' or '.join(keys)}; " if keys else ""
+    fix += "`hba fit MODEL --gpu GB` tells what fits. The last checkpoint is good."
+    return MachineError(what, where=f"{ranks.device}{where}", fix=fix)
 
 
-def _not_finite(name: str, value: float, turns: Sequence[Turn[Any]], ranks: Ranks) -> HbaError:
-    """The error that names the samples of `turns` of all ranks; made by all of them together."""
-    ids = ranks.gather([sample.id for turn in turns if turn.weight for sample in turn.batch.samples])
+def _not_finite(name: str, value: float, ran: Sequence[_Ran], ranks: Ranks) -> HbaError:
+    """The error that names the samples of what `ran` on all ranks; made by all of them together."""
+    ids = ranks.gather([sample.id for each in ran for sample in each.samples])
     fix = "Look at these samples; lower the learning rate; the last checkpoint is good."
     return HbaError(f"{name} is {value}", where=f"samples {', '.join(ids)}", fix=fix)
 

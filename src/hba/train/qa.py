@@ -56,7 +56,7 @@ def train_qa(config: QaConfig, run: RunFolder, progress: Progressed = lambda don
         save_model=partial(save_lm_head, base, lm_head),
         learning_rates={},
     )
-    return train_stage(stage, config, run, ranks, train)
+    return train_stage(stage, config, run, ranks, train, base.encode)
 
 
 def qa_loss(lm_head: nn.Module, batch: FeatureBatch) -> Tensor:

@@ -9,9 +9,10 @@ out to be unreadable. Nobody waits for it, and the gradient stays the sum over t
   has samples runs a copy of the other's micro-batch, whose loss counts nothing; so do ranks whose micro-batches run
   other layers, such as those of sound, which a clip may have or not (`turns`).
 
-Before a step the ranks meet once: they say how many samples each micro-batch has, and whether one of them wishes to
-save or to stop (`meet`). This and every other exchange of words goes over a group of its own (gloo): it has no time
-limit, since a rank may compute features or write a model for hours, and it notices at once that a rank has died.
+Before a step the ranks meet (`meet`): they say how many samples they will read, and whether one of them wishes to save
+or to stop; after its last micro-batch, how many could be read. This and every other exchange of words goes over a group
+of its own (gloo): it has no time limit, since a rank may load, compute features or write a model for hours, and it
+notices at once that a rank has died.
 """
 
 from __future__ import annotations
@@ -214,19 +215,17 @@ B = TypeVar("B", bound=Sized)  # a micro-batch, as far as its place among the ra
 
 
 class Meeting(NamedTuple):
-    """What all ranks hold of a step, [R][M] samples of rank and micro-batch, and the strongest wish of any of them.
+    """What the ranks said: how many samples each of them has [R], the strongest wish of any of them, and kinds [R],
+    equal for micro-batches that run the same layers of a model."""
 
-    `kinds_RM` are equal for micro-batches that run the same layers of a model.
-    """
-
-    counts_RM: list[list[int]]
+    counts_R: list[int]
     wish: int
-    kinds_RM: list[list[int]]
+    kinds_R: list[int]
 
     @property
     def num_samples(self) -> int:
-        """Samples of the step, over all ranks."""
-        return sum(map(sum, self.counts_RM))
+        """Samples over all ranks."""
+        return sum(self.counts_R)
 
 
 @dataclass(frozen=True)
@@ -293,45 +292,49 @@ class Ranks:
         found: Any = held[0]
         return found  # type: ignore[no-any-return]
 
-    def meet(self, batches: Sequence[B], wish: int = 0, inputs: Callable[[B], Iterable[str]] = lambda _: ()) -> Meeting:
-        """Tell all ranks how many samples this one's micro-batches of a step have (as many on every rank), and a wish.
+    def meet(self, count: int = 0, wish: int = 0, kind: int = 0) -> Meeting:
+        """Tell all ranks how many samples this one has, a wish, and what kind of layers they run.
 
-        `inputs` names what a model is given of a micro-batch, which tells what layers it runs. Raises HbaError when a
-        rank has ended.
+        Raises HbaError when a rank has ended.
         """
-        counts = [len(batch) for batch in batches]
-        kinds = [zlib.crc32(" ".join(sorted(inputs(batch))).encode()) for batch in batches]
         if self.world == 1:
-            return Meeting([counts], wish, [kinds])
-        own = torch.tensor([*counts, *kinds, wish], dtype=torch.long)
+            return Meeting([count], wish, [kind])
+        own = torch.tensor([count, wish, kind], dtype=torch.long)
         found = [torch.empty_like(own) for _ in range(self.world)]
         with _lost_rank_named():
             distributed.all_gather(found, own, group=self._patient)
-        said = [of_rank.tolist() for of_rank in found]
-        all_counts, all_kinds = ([n[at : at + len(counts)] for n in said] for at in (0, len(counts)))
-        return Meeting(all_counts, max(numbers[-1] for numbers in said), all_kinds)
+        counts_R, wishes_R, kinds_R = zip(*(of_rank.tolist() for of_rank in found), strict=True)
+        return Meeting(list(counts_R), max(wishes_R), list(kinds_R))
 
     def turns(
-        self, batches: Sequence[B], met: Meeting, model: nn.Module, portable: Callable[[B], B] = lambda batch: batch
-    ) -> list[Turn[B]]:
+        self,
+        batches: Iterable[B],
+        model: nn.Module,
+        portable: Callable[[B], B] = lambda batch: batch,
+        inputs: Callable[[B], Iterable[str]] = lambda _: (),
+    ) -> Iterator[Turn[B]]:
         """What this rank runs of a step: its micro-batches that have samples, and copies where `model` is sharded.
 
-        `portable` makes of a micro-batch what can be sent to another rank.
+        `batches` are as many on every rank; each is taken when the one before has been run, and none is kept.
+        `portable` makes of a micro-batch what can be sent to another rank; `inputs` names what a model is given of it,
+        which tells what layers it runs. Raises HbaError when a rank has ended.
         """
-        turns: list[Turn[B]] = []
-        for place, batch in enumerate(batches):
-            kinds = [of_M[place] for of_M in met.kinds_RM]
-            holding = [rank for rank, counts_M in enumerate(met.counts_RM) if counts_M[place]]
-            for kind in sorted({kinds[rank] for rank in holding}):
-                holders = [rank for rank in holding if kinds[rank] == kind]
+        if not is_sharded(model):
+            yield from (Turn(batch, 1.0) for batch in batches if len(batch))
+            return
+        for batch in batches:
+            # Here ranks wait for one that is still loading: exchanges of tensors have a time limit.
+            met = self.meet(len(batch), kind=zlib.crc32(" ".join(sorted(inputs(batch))).encode()))
+            holding = [rank for rank, count in enumerate(met.counts_R) if count]
+            for kind in sorted({met.kinds_R[rank] for rank in holding}):
+                holders = [rank for rank in holding if met.kinds_R[rank] == kind]
                 copy: B | None = None
-                if is_sharded(model) and len(holders) < self.world:
+                if len(holders) < self.world:
                     copy = self.told(portable(batch) if self.rank == holders[0] else None, by=holders[0])
                 if self.rank in holders:
-                    turns.append(Turn(batch, 1.0))
+                    yield Turn(batch, 1.0)
                 elif copy is not None:
-                    turns.append(Turn(copy, 0.0))
-        return turns
+                    yield Turn(copy, 0.0)
 
     def backward(self, loss: Tensor, model: nn.Module) -> None:
         """Add this rank's gradients of `loss`. In the end the gradient is that of the sum of all ranks' losses."""

@@ -57,7 +57,7 @@ def train_sft(config: SftConfig, run: RunFolder) -> Progress:
         save_model=partial(save_checkpoint, model, config, domains),
         learning_rates={},
     )
-    return train_stage(stage, config, run, ranks, train)
+    return train_stage(stage, config, run, ranks, train, config.encode)
 
 
 def sft_loss(model: nn.Module, batch: Batch, *, answer_weight: float) -> Tensor:

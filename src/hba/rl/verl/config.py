@@ -86,9 +86,13 @@ class Sizes(NamedTuple):
 
 
 def sizes(config: RlConfig) -> Sizes:
-    """The smallest sizes that fit a full step. Raises ConfigError for several updates that it cannot be cut into."""
+    """The smallest sizes that fit a full step. Raises ConfigError for several updates that it cannot be cut into
+    and for a budget of tokens."""
     world, responses = config.verl.nodes * config.verl.gpus_per_node, config.rollout.per_prompt
     prompts, updates = prompts_of_step(config), config.loss.updates
+    if config.train.device_tokens is not None:
+        fix = "Use train.device_batch_size, or the local engine."
+        raise ConfigError("verl is told a number of prompts at once", where="train.device_tokens", fix=fix)
     even = world // math.gcd(world, responses)  # so many prompts have a number of responses that the GPUs divide
     of_update = -(-prompts // (updates * even)) * even
     if -(-prompts // of_update) != updates:

@@ -254,7 +254,7 @@ def _clip(video: Video) -> tuple[torch.Tensor, dict[str, Any]]:
 
 def step_rows(atlas: Atlas, config: RlConfig) -> list[Indices]:
     """The rows of each step of the run, all epochs: the batches of the training plan, in its order."""
-    single = replace(config.train, accumulation=1, device_batch_size=None)
+    single = replace(config.train, accumulation=1, device_batch_size=None, device_tokens=None)
     plan = training_plan(atlas.columns, atlas.estimated_tokens, config.mix, single, rank=0, world=1)
     batches, together = plan.micro_batches, config.train.accumulation
     steps = [np.concatenate(batches[i : i + together]) for i in range(0, len(batches), together)]
