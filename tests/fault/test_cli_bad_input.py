@@ -217,7 +217,7 @@ def test_a_sound_of_zero_bytes_is_left_out_by_name(tmp_path, atlas, backbone, hb
     assert len(named) == 1
     assert re.search(rf"train\.jsonl:{number}, audios: is empty \(0 bytes\)", named[0])
     (error,) = errors(err)
-    assert "1 samples were left out" in error
+    assert "1 sample was left out" in error
     assert "--allow-quarantined 1" in error
     code, out, err = hba(*command, "--json", "--allow-quarantined", 1)  # the same run, and accepted
     assert (code, json.loads(out)["quarantined"], errors(err)) == (0, 1, [])

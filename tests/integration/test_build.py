@@ -237,8 +237,8 @@ def broken(tmp_path, case):
     said = {
         "empty": "no files here",
         "one class": "have the label 'a'",
-        "files without labels": "1 files have no label",
-        "labels without files": "1 files of the table are not there: 9.wav",
+        "files without labels": "1 file has no label",
+        "labels without files": "1 file of the table is not there: 9.wav",
         "two cases": "two names that some disks take for one",
         "encoding": "is not UTF-8",
         "torn group": "1 groups lie in several splits: s0",

@@ -237,7 +237,7 @@ def test_the_command_judges_resumes_and_counts(chat_server, tmp_path, hba, monke
     arguments = ["judge", tmp_path / "run", "--model", "m", "--base-url", server.url, "remote.api_key_env=JUDGE_KEY"]
     code, out, err = hba(*arguments, "--json")
     found = json.loads(out)
-    assert code == 1 and "unjudged test/4: HTTP 400" in err and "1 answers have no verdict" in err
+    assert code == 1 and "unjudged test/4: HTTP 400" in err and "1 answer has no verdict" in err
     assert found["n"] == 30 and found["n_unjudged"] == 1 and found["usage"]["cost_usd"] is None
     assert found["datasets"]["siq2"] == {"n": 10, "n_correct": 6, "n_unjudged": 1}
     code, out, _ = hba(*arguments, "--allow-unjudged", "1")

@@ -11,7 +11,7 @@ import pytest
 
 import hba
 from hba.atlas.names import find_files, present_splits
-from hba.errors import ConfigError, HbaError, InputError, MediaError, TaxonomyError, nearest
+from hba.errors import ConfigError, HbaError, InputError, MediaError, TaxonomyError, nearest, plural
 from hba.storage import StorageError
 from hba.taxonomy import BUILTIN
 
@@ -80,3 +80,8 @@ def test_three_messages_that_newcomers_meet_say_what_to_type(tmp_path: Path) -> 
     (tmp_path / "test.jsonl").write_text("{}\n")
     with pytest.raises(InputError, match=r"no split 'validation'\. Fix: Write 'test'\. It is --split of a command, "):
         find_files(tmp_path, "validation")
+
+
+def test_a_number_agrees_with_its_noun_and_its_verb() -> None:
+    assert [plural(number, "step") for number in (0, 1, 2, 1000)] == ["0 steps", "1 step", "2 steps", "1,000 steps"]
+    assert plural(1, "medium|media", "is|are") == "1 medium is" and plural(3, "medium|media", "is|are") == "3 media are"

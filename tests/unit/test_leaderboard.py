@@ -124,7 +124,7 @@ def test_a_run_with_many_quarantined_samples_is_shown_and_not_ranked(tmp_path: P
     entries = {e.name: e for e in build_leaderboard([few, many], **options).entries}
     assert (entries["few"].rank, entries["many"].rank) == (1, None)
     assert entries["many"].notes == ("2.6% of the samples quarantined: not ranked",)
-    assert entries["few"].notes == ("1 samples quarantined",)
+    assert entries["few"].notes == ("1 sample quarantined",)
     raised = {e.name: e.rank for e in build_leaderboard([few, many], max_quarantined=0.1, **options).entries}
     assert raised["many"] == 1
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hba.errors import InputError, MediaError, nearest
+from hba.errors import InputError, MediaError, nearest, plural
 from hba.storage import atomic_folder, atomic_write, file_sha256, json_line, remove_abandoned
 from hba.taxonomy import BUILTIN, QA, Taxonomy, save_beside, visible
 
@@ -315,14 +315,14 @@ def of_table(
         label, group, transcript = (value[part] or None for part in ("label", "group", "transcript"))
         entries.append(Entry(paths[0], label, group, transcript, split))
     if missing:
-        what = f"{len(missing)} files of the table are not there: {_some(missing)}"
+        what = f"{plural(len(missing), 'file', 'of the table is|of the table are')} not there: {_some(missing)}"
         raise InputError(what, where=str(table), fix=f"Put them into {folder}, or remove their lines.")
     unnamed = [name for name, path in inside.items() if path not in named]
     if unlabelled:
         entries += [Entry(inside[name], None) for name in unnamed]
         unnamed = []
     if unnamed:
-        what = f"{len(unnamed)} files have no label: {_some(unnamed)}"
+        what = f"{plural(len(unnamed), 'file', 'has|have')} no label: {_some(unnamed)}"
         raise InputError(what, where=str(table), fix="Add a line for each, or --allow-unlabelled.")
     return iter(entries)
 

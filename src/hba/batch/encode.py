@@ -38,7 +38,7 @@ from hba.batch.config import (
 from hba.batch.pool import DescriptorConfig, pooled_descriptors
 from hba.batch.prompt import AS_WRITTEN, MODALITIES, Message, Modality, PlainText, Wording, taught
 from hba.environment import installed_version
-from hba.errors import ConfigError, InputError, MediaError
+from hba.errors import ConfigError, InputError, MediaError, plural
 from hba.taxonomy import BUILTIN, Taxonomy
 
 if TYPE_CHECKING:
@@ -721,7 +721,8 @@ def require_perceived(processor: Any, config: EncodeConfig, columns: Columns, *,
         rows = int((counts[modality] > 0).sum())
         if rows and modality not in known:
             noun = "audio" if modality == "audio" else f"{modality}s"
-            raise InputError(f"{name} takes no {noun}, and {rows} rows have some", where=where, fix=_FILTER)
+            found = f"{name} takes no {noun}, and {plural(rows, 'row', 'has|have')} some"
+            raise InputError(found, where=where, fix=_FILTER)
     if config.sound_of_clips != "off" and "audio" in config.modalities and bool((columns.num_videos > 0).any()):
         if "audio" not in known:
             fix = "Leave encode.sound_of_clips off."

@@ -24,7 +24,7 @@ from hba.cli.options import (
     written,
 )
 from hba.environment import require_extra, usable_cores
-from hba.errors import InputError
+from hba.errors import InputError, plural
 from hba.storage import cache_folder
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def convert_command(
     rows = {result.split: result.rows for result in converted}
     media = sum(part.media for result in converted for part in result.parts)
     values = {"out": str(out), "rows": rows, "media": media, "quarantined": len(unreadable)}
-    text = f"Converted {sum(rows.values()):,} rows and {media:,} media into {bold(out)}."
+    text = f"Converted {plural(sum(rows.values()), 'row')} and {plural(media, 'medium|media')} into {bold(out)}."
     answer(values, text, as_json=json)
     finish(unreadable, allow_quarantined)
 
@@ -131,7 +131,7 @@ def describe_command(
         beside(f"and {len(done.failures) - MAX_FAILURES} more in {done.failures_file}")
     if len(done.failures) > allow_failed:
         fix = f"Repair the media and run it again, or accept this with --allow-failed {len(done.failures)}."
-        beside(f"error: {len(done.failures)} media failed; everything else is done. Fix: {fix}")
+        beside(f"error: {plural(len(done.failures), 'medium|media')} failed; everything else is done. Fix: {fix}")
         raise typer.Exit(2)
     return None
 
@@ -163,8 +163,8 @@ def download_command(
         done = download_atlas(repo, out, splits=split, revision=revision, workers=workers, progress=progress)
     if done.missing:
         named = ", ".join(done.missing[:MAX_MISSING]) + (", ..." if len(done.missing) > MAX_MISSING else "")
-        beside(f"{len(done.missing)} media are named by rows and not in the dataset: {named}")
-    said = f"{done.rows:,} rows ({', '.join(done.splits)}) of {done.repo} are in {bold(out)}."
+        beside(f"{plural(len(done.missing), 'medium|media', 'is|are')} named by rows and not in the dataset: {named}")
+    said = f"{plural(done.rows, 'row')} ({', '.join(done.splits)}) of {done.repo}: in {bold(out)}."
     then = f"Commit {done.revision}. Next: hba atlas validate {bold(out)}"
     answer(done._asdict() | {"path": str(out)}, lambda: [said, then], as_json=json)
 

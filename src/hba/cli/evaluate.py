@@ -26,7 +26,7 @@ from hba.cli.options import (
     written,
 )
 from hba.cli.predict import warn_of
-from hba.errors import InputError, nearest
+from hba.errors import InputError, nearest, plural
 from hba.storage import write_json
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def _in_words(ahead: dict[str, Any]) -> str:
     verdicts = f", {judged:,} answers to judge" if judged else ""
     said = (ahead["tokens_in"], ahead["tokens_out_at_most"])
     tokens = f", {said[0]:,} tokens in and {said[1]:,} out at most" if ahead["left"] or judged else ""
-    left = f"{ahead['left']:,} of {ahead['rows']:,} rows are left to ask"
+    left = f"{ahead['left']:,} of {plural(ahead['rows'], 'row', 'is|are')} left to ask"
     return f"{ahead['setting']}: {left}{verdicts}{tokens}{price}{time}"
 
 
@@ -290,7 +290,7 @@ def _judged(folder: Path, model: str, base_url: str | None) -> dict[str, int]:
     for text in judged.warnings:
         warn(text)
     if judged.unjudged:
-        beside(f"warning: {len(judged.unjudged)} answers have no verdict: their datasets have bounds and no score.")
+        beside(f"warning: {plural(len(judged.unjudged), 'answer', 'has|have')} no verdict: bounds and no score.")
     return {"verdicts": len(judged.judgements), "unjudged": len(judged.unjudged)}
 
 

@@ -10,7 +10,7 @@ import typer
 
 from hba.cli.options import BaseUrl, JsonFlag, answer, beside, bold, configured, served, tallied, warn
 from hba.cli.predict import show_estimate
-from hba.errors import InputError
+from hba.errors import InputError, plural
 from hba.storage import cache_folder, write_json
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def judge_command(
     if len(judged.unjudged) > allow_unjudged:
         fix = "Ask again with --retry-unjudged; until then their datasets have bounds and no score."
         fix = "Run the same command again: it asks those without a reply." if judged.unanswered else fix
-        beside(f"error: {len(judged.unjudged)} answers have no verdict; all others do. Fix: {fix}")
+        beside(f"error: {plural(len(judged.unjudged), 'answer', 'has|have')} no verdict; all others do. Fix: {fix}")
         raise typer.Exit(1)
     return None
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from hba.errors import InputError, nearest
+from hba.errors import InputError, nearest, plural
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -133,7 +133,7 @@ def finish(quarantined: Sequence[dict[str, Any]], allowed: int, *, once: bool = 
         told(f"quarantined {record['id']}: {record['where']}: {record['reason']}")
     if len(quarantined) > allowed:
         fix = f"Repair the files, or accept this with --allow-quarantined {len(quarantined)}."
-        told(f"error: {len(quarantined)} samples were left out; everything else is done. Fix: {fix}")
+        told(f"error: {plural(len(quarantined), 'sample', 'was|were')} left out; everything else is done. Fix: {fix}")
         raise typer.Exit(2)
 
 

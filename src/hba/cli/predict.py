@@ -25,7 +25,7 @@ from hba.cli.options import (
     warn,
     written,
 )
-from hba.errors import InputError
+from hba.errors import InputError, plural
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -165,11 +165,13 @@ def _finish_failed(summary: PredictSummary, allowed: int, *, known: bool) -> Non
     failed, unanswered = summary.tally.failed if known else 0, summary.tally.unanswered
     if unanswered:
         fix = "Run the same command again: it asks them."
-        what = f"{unanswered.total()} rows got no answer and stay open ({_most(unanswered)}); everything else is done"
+        what = plural(unanswered.total(), "row", "got no answer and stays open|got no answer and stay open")
+        what += f" ({_most(unanswered)}); everything else is done"
         beside(f"error: {what}. Fix: {fix}")
     if failed > allowed:
         fix = f"Ask again with --retry-failed, or accept this with --allow-failed {failed}."
-        what = f"{failed} samples failed and count as wrong ({_most(summary.tally.reasons)}); everything else is done"
+        what = plural(failed, "sample", "failed and counts as wrong|failed and count as wrong")
+        what += f" ({_most(summary.tally.reasons)}); everything else is done"
         beside(f"error: {what}. Fix: {fix}")
     if failed + unanswered.total() > allowed:
         raise typer.Exit(1)
@@ -196,8 +198,8 @@ def show_estimate(expected: Estimate, verb: str, *, as_json: bool) -> None:
     """Answer `--dry-run` of `hba predict` or `hba judge` with what it would do; `verb` is what is left to do."""
     from hba.report.tables import Table
 
-    rows = [(dataset, f"{count:,} rows") for dataset, count in expected.datasets.items()]
-    rows.append((f"left to {verb}", f"{expected.left:,} of {expected.rows:,} rows"))
+    rows = [(dataset, plural(count, "row")) for dataset, count in expected.datasets.items()]
+    rows.append((f"left to {verb}", f"{expected.left:,} of {plural(expected.rows, 'row')}"))
     again, cost, once = expected.requests_at_most > expected.left, expected.cost_usd_at_most, ""
     if again:
         why = f"{expected.requests_at_most // expected.left} a row, since useless replies are asked for again"

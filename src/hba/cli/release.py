@@ -10,6 +10,7 @@ import typer
 
 from hba.cli.options import JsonFlag, answer, bold
 from hba.environment import require_extra
+from hba.errors import plural
 
 LMMS_EXAMPLE = "Example: hba export lmms-eval runs/lmms --atlas runs/mini"
 WANDB_EXAMPLE = "Example: hba export wandb runs/demo/sft --project atlas --offline"
@@ -126,7 +127,7 @@ def inspect_command(
 
 
 def _exported(counts: dict[str, int], out: Path, command: str, as_json: bool) -> None:
-    text = f"{sum(counts.values()):,} rows of {len(counts)} tasks in {bold(out)}. Run: {command}"
+    text = f"{plural(sum(counts.values()), 'row')} of {plural(len(counts), 'task')} in {bold(out)}. Run: {command}"
     answer({"out": str(out), "rows": counts, "command": command}, text, as_json=as_json)
 
 

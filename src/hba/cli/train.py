@@ -30,7 +30,7 @@ from hba.cli.options import (
     tallied,
 )
 from hba.environment import require_extra
-from hba.errors import InputError
+from hba.errors import InputError, plural
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -88,7 +88,7 @@ def _train(
         quarantined = folder.quarantine.records()
     shown = ("step", "samples_seen", "best_step", "best_score")
     result = {"run": str(run), **{name: getattr(progress, name) for name in shown}, "quarantined": len(quarantined)}
-    text = f"Trained {progress.step} steps in {bold(run)}"
+    text = f"Trained {plural(progress.step, 'step')} in {bold(run)}"
     if progress.best_score is None:
         text += "; no task of the validation has a score."
     else:
@@ -185,7 +185,7 @@ def rl_command(
         steps = train_on_verl(settings, folder, told, beside)
         quarantined = folder.quarantine.records()
     result = {"run": str(run), "step": steps, "quarantined": len(quarantined)}
-    answer(result, f"Trained {steps} steps: hba merge {run} MODEL makes the model.", as_json=json)
+    answer(result, f"Trained {plural(steps, 'step')}: hba merge {run} MODEL makes the model.", as_json=json)
     return finish(quarantined, allow_quarantined)
 
 

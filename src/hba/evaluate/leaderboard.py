@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from hba.errors import InputError, nearest
+from hba.errors import InputError, nearest, plural
 from hba.evaluate.predictions import PREDICTIONS
 from hba.evaluate.results import FILE, MAX_FAILED, SCANT, TEST, Metrics
 from hba.evaluate.runs import ASKED, open_run
@@ -252,7 +252,7 @@ def _entry(run: _Measured, max_quarantined: float) -> Entry:
     if share > max_quarantined:
         unfair.append(f"{share:.1%} of the samples quarantined: not ranked")
     elif left_out:
-        notes.append(f"{left_out:,} samples quarantined")
+        notes.append(f"{plural(left_out, 'sample')} quarantined")
     if _judge(metrics):
         notes.append(f"judge: {_judge(metrics)}")
     if said.unusual:

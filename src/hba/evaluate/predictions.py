@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
-from hba.errors import InputError, TaxonomyError
+from hba.errors import InputError, TaxonomyError, plural
 from hba.storage import AppendLog, atomic_write, json_line, json_sha256
 from hba.taxonomy import BUILTIN, Taxonomy
 
@@ -190,7 +190,7 @@ def _lines(path: Path) -> Any:
     if not path.is_file():
         shards = sorted(path.parent.glob(f"shards/*/{PREDICTIONS}"))
         if shards:
-            what = f"the predictions lie in {len(shards)} shards that are not merged"
+            what = f"the predictions lie in {plural(len(shards), 'shard', 'that is|that are')} not merged"
             raise InputError(what, where=str(path.parent / "shards"), fix=MERGE)
         raise InputError("no such file", where=str(path), fix="Run `hba predict` first, or check the path.")
     with path.open("rb") as handle:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.text import Text
 
+from hba.errors import plural
 from hba.evaluate.compare import MEAN, Comparison, Difference, SeedComparison, SeedDifference, Spread, Variance
 from hba.evaluate.leaderboard import DEFAULT_TABLES, Entry, Leaderboard, build_leaderboard
 from hba.evaluate.results import SCANT, convert
@@ -200,7 +201,7 @@ def flips_table(found: Comparison, limit: int) -> Table:
         (flip.id, flip.dataset, flip.target, flip.a or DASH, Cell(flip.b or DASH, "green" if flip.gained else "red"))
         for flip in found.flips[:limit]
     ]
-    title = f"{count(len(found.flips))} rows changed sides"
+    title = f"{plural(len(found.flips), 'row')} changed sides"
     return Table(title=title, head=("id", "dataset", "target", "A", "B"), rows=rows, align="l", tight=True)
 
 

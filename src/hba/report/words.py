@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hba.errors import plural as plural  # templates say words.plural
 from hba.evaluate.results import MAX_FAILED, Counts, Metrics, Provenance, TaskScore
 
 if TYPE_CHECKING:
@@ -49,11 +50,6 @@ def interval(ci95: tuple[float, float] | None, decimals: int = 3) -> str:
 def count(value: int | None) -> str:
     """A count with thousands separators."""
     return DASH if value is None else f"{value:,}"
-
-
-def plural(number: int, noun: str) -> str:
-    """'1 sample', '2 samples'."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def metric_name(metric: str) -> str:

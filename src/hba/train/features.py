@@ -41,7 +41,7 @@ from hba.batch.encode import IGNORED, Batch, Encoder, collate
 from hba.batch.loader import load_batches
 from hba.batch.pool import ALIKE, SOURCES, DescriptorConfig, missing, pooled_descriptors, unlike
 from hba.batch.sampler import Indices
-from hba.errors import InputError, MediaError
+from hba.errors import InputError, MediaError, plural
 from hba.evaluate.backends.interface import evaluation_plan
 from hba.model import checkpoint
 from hba.model.config import AsTrained, require_quantizer
@@ -607,7 +607,7 @@ def read_descriptors(rows: Atlas, config: DescriptorConfig) -> Descriptors:
     if lacking:
         names = ", ".join(f"{s.id} ({' and '.join(missing(s))})" for s in lacking[:NAMED])
         more = f" and {len(lacking) - NAMED} more" if len(lacking) > NAMED else ""
-        what = f"{len(lacking)} samples have a medium but no descriptor of it: {names}{more}"
+        what = f"{plural(len(lacking), 'sample', 'has|have')} a medium but no descriptor of it: {names}{more}"
         fix = "Run `hba atlas describe`, or leave such samples unchanged with --allow-missing."
         raise InputError(what, where=f"{rows.root}, {rows.split}", fix=fix)
     found: dict[int, Mapping[str, Tensor] | Quarantined] = {}

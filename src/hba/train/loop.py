@@ -29,7 +29,7 @@ from hba.atlas import Atlas, data_record, open_atlas
 from hba.atlas.rows import Columns, MediaSource, Quarantined, Sample
 from hba.batch.config import EncodeConfig
 from hba.batch.sampler import Indices, MixConfig, epoch_rows, input_tokens, plan_batches
-from hba.errors import ConfigError, HbaError, InputError, MachineError
+from hba.errors import ConfigError, HbaError, InputError, MachineError, plural
 from hba.model import checkpoint
 from hba.model.config import ModelConfig, require_quantizer
 from hba.model.process import prepare_process, start_accelerator
@@ -481,7 +481,7 @@ def _no_room(batch: TrainBatch | None, config: TrainConfig, ranks: Ranks) -> Mac
         tokens_B = getattr(batch, "num_tokens", None)  # features of a frozen backbone have no tokens any more
         longest = None if tokens_B is None else int(tokens_B.max())
         lengths = "" if longest is None else f" of up to {longest:,} tokens"
-        what = f"no room for a micro-batch of {len(batch)} samples{lengths}"
+        what = f"no room for a micro-batch of {plural(len(batch), 'sample')}{lengths}"
         ids = [sample.id if isinstance(sample, Sample) else str(sample) for sample in batch.samples][:_SHOWN]
         where = f", samples {', '.join(ids)}"
         if len(batch) == 1:
