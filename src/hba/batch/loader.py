@@ -562,12 +562,14 @@ def load_batches(
     count = sum(map(len, islice(plan, start, None)))
     outcomes = _outcomes(rows, count, atlas, encoder, config)
     pinned = torch.cuda.is_available()
-    with closing(outcomes):
-        for batch in islice(plan, start, None):
-            made = _assemble(islice(outcomes, len(batch)), encoder)
-            for sample in made.quarantined:
-                atlas.refuse(sample)
-            yield made.pinned() if pinned else made
+    try:
+        with closing(outcomes):
+            for batch in islice(plan, start, None):
+                made = _assemble(islice(outcomes, len(batch)), encoder)
+                for sample in made.quarantined:
+                    atlas.refuse(sample)
+                yield made.pinned() if pinned else made
+    finally:  # training takes the batches that it needs, and no more
         encoder.silent.say()
 
 
