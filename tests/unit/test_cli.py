@@ -28,6 +28,7 @@ COMMANDS = {
     " --replace --allow-failed --setup --json",
     "train sft": "overrides --config --run --allow-quarantined --json",
     "ask": "model! files! --task --dataset --question --transcript --backend --base-url --set --csv --json",
+    "serve": "model! --backend --host --port --no-token --max-body --max-waiting --timeout --window --set --json",
     "eval": "model! overrides --atlas --split --backend --base-url --judge --judge-url --run --per-dataset"
     " --dry-run --allow-failed --allow-quarantined --json",
     "fit": "model! overrides --gpu! --gpus --config --stage --atlas --tokens --json",

@@ -29,6 +29,7 @@ FLOORS = (
     ("rl",),
     ("report", "fit"),
     ("export", "explorer"),
+    ("serve",),
     ("__init__",),  # the front door: what `import hba` offers
     ("cli",),
     ("__main__",),

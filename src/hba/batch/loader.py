@@ -26,7 +26,7 @@ import threading
 import traceback
 import warnings
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from copy import copy
 from dataclasses import dataclass, replace
@@ -262,7 +262,7 @@ class WorkerPool:
         self._changed = threading.Condition()
         self._arrived: dict[int, Bytes] = {}
         self._held = 0
-        self._awaited: int | None = None
+        self._awaited: Collection[int] = ()
         self._memory_is_short = False
         self._workers: list[_Worker] = []
         for _ in range(workers):
@@ -294,20 +294,25 @@ class WorkerPool:
 
         Raises HbaError when worker after worker dies and no row is ever finished, MachineError when memory is short.
         """
+        return self.first((row,))[1]
+
+    def first(self, rows: Collection[int]) -> tuple[int, Outcome]:
+        """Wait for whichever of these rows is there first, and its outcome. Another thread may ask for rows meanwhile,
+        and add them to `rows`. Raises what `outcome` raises."""
         with self._changed:
-            self._awaited = row
+            self._awaited = rows
             self._changed.notify_all()
-            while row not in self._arrived and row not in self._condemned:
+            while (found := next((r for r in tuple(rows) if r in self._arrived or r in self._condemned), None)) is None:
                 if not self._tend():
                     self._changed.wait(_TICK_SECONDS)
-            self._awaited = None
-            data = self._arrived.pop(row, None)
+            self._awaited = ()
+            data = self._arrived.pop(found, None)
             if data is None:
-                return self._condemned[row]
+                return found, self._condemned[found]
             self._held -= data.nbytes
             self._changed.notify_all()
         outcome: Outcome = unpack(data, self._shared)
-        return outcome
+        return found, outcome
 
     def _read(self, worker: _Worker) -> None:
         """The life of a reader: answers in, until the worker is gone."""
@@ -335,7 +340,8 @@ class WorkerPool:
 
     def _is_full(self, worker: _Worker) -> bool:
         """Whether an answer of the worker must wait: never one that stands between the main process and its row."""
-        return self._held >= self._ahead_bytes and self._awaited not in worker.rows and not worker.ending
+        awaited = any(row in worker.rows for row in tuple(self._awaited))
+        return self._held >= self._ahead_bytes and not awaited and not worker.ending
 
     def _tend(self) -> bool:
         """Do without one worker that died or hangs, if there is one; whether there was."""

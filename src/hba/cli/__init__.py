@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from hba.cli.ask import ASK_EXAMPLE, ask_command
+from hba.cli.ask import ASK_EXAMPLE, SERVE_EXAMPLE, ask_command, serve_command
 from hba.cli.atlas import atlas_app
 from hba.cli.evaluate import (
     EVAL_EXAMPLE,
@@ -72,6 +72,7 @@ app.command("transfer", epilog=TRANSFER_EXAMPLE)(transfer_command)
 app.command("merge", epilog="Example: hba merge runs/sft models/omnisapiens")(merge_command)
 app.command("push", epilog="Example: hba push runs/sft my-org/omnisapiens --license apache-2.0")(push_command)
 app.command("ask", epilog=ASK_EXAMPLE)(ask_command)
+app.command("serve", epilog=SERVE_EXAMPLE)(serve_command)
 app.command("predict", epilog="Example: hba predict runs/demo/sft --atlas runs/demo/atlas")(predict_command)
 app.command("eval", epilog=EVAL_EXAMPLE)(eval_command)
 app.command("score", epilog="Example: hba score runs/demo/sft")(score_command)

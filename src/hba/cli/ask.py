@@ -1,7 +1,8 @@
-"""`hba ask`: from a clip, a sound, a picture, a text, or a folder of them, to an answer."""
+"""`hba ask` and `hba serve`: from a clip, a sound, a picture, a text, or a folder of them, to an answer."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hba.cli.options import BaseUrl, JsonFlag, answer, beside, configured, counted, served
+from hba.cli.options import BaseUrl, JsonFlag, answer, beside, bold, configured, counted, served
 from hba.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from hba.evaluate.ask import Reply
 
 ASK_EXAMPLE = "Example: hba ask runs/demo/sft clip.mp4"
+SERVE_EXAMPLE = "Example: hba serve runs/demo/sft --port 8378"
 SHOWN = 3  # labels whose probability a table shows
 
 
@@ -102,3 +104,58 @@ def _csv(replies: list[Reply]) -> str:
         kept = [reply.file, reply.task, reply.dataset, reply.answer]
         rows.append([*kept, "" if share is None else f"{share:.6f}", reply.text, reply.error])
     return to_csv(["file", "task", "dataset", "answer", "probability", "text", "error"], rows)
+
+
+def serve_command(
+    model: Annotated[str, typer.Argument(help="Run folder, checkpoint, or Hugging Face model.")],
+    backend: Annotated[str | None, typer.Option(help="heads or hf: how the model answers, as in hba predict.")] = None,
+    host: Annotated[str, typer.Option(help="Address to bind; 0.0.0.0 is every network's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8378,
+    no_token: Annotated[
+        bool, typer.Option("--no-token", help="Answer everybody who has an account on this machine.")
+    ] = False,
+    max_body: Annotated[int, typer.Option(min=1, help="Largest body of a request, in MB.")] = 100,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Requests under way at once; more are told to retry.")] = 256,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds for an upload, and then for its answer.")] = 120.0,
+    window: Annotated[float, typer.Option(min=0, help="Milliseconds for which a batch waits for more.")] = 5.0,
+    key: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A config value; give it again for more.")
+    ] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Answer over HTTP: /v1/chat/completions for OpenAI's client, /v1/classify for labels. Ctrl-C or SIGTERM ends it.
+
+    The token is $HBA_SERVE_TOKEN where that is set, else a new one, which is printed.
+    """
+    from hba.evaluate.config import PredictConfig
+
+    settings = configured(PredictConfig, None, key)
+    try:
+        from hba.explorer.server import bind, is_loopback
+    except ImportError as error:
+        fix = "Install it: pip install 'human-behavior-atlas[explorer]'."
+        raise InputError(f"the server is not installed ({error.name})", fix=fix) from None
+    bound = bind(host, port, with_token=not no_token)
+    from hba.evaluate.desk import Desk
+    from hba.serve import MEGABYTE, Limits, create_app, run
+    from hba.storage import cache_folder
+
+    limits = Limits(body_bytes=max_body * MEGABYTE, waiting=max_waiting, seconds=timeout)
+    desk = Desk(
+        model,
+        folder=cache_folder() / "serve",
+        backend=backend,
+        config=settings,
+        most_waiting=4 * max_waiting,
+        window_seconds=window / 1000,
+        decode_seconds=min(settings.loader.decode_timeout_seconds, timeout / 4),
+    )
+    token = None if no_token else os.environ.get("HBA_SERVE_TOKEN") or bound.token
+    app = create_app(desk, limits=limits, token=token, only_loopback=is_loopback(host))
+    url = bound.url.partition("?")[0] + "v1"
+    known = "HBA_SERVE_TOKEN" in os.environ and not no_token
+    said = {"url": url, "model": model} | ({} if known or token is None else {"token": token})
+    shown = "" if "token" not in said else f" Token: [bold]{token}[/bold]."
+    answer(said, f"Serving {bold(model)} at [bold]{url}[/bold].{shown} Ctrl-C ends it.", as_json=json)
+    sys.stdout.flush()
+    run(app, bound.socket, limits)

@@ -37,6 +37,7 @@ from hba.evaluate.predict import EVERYTHING, encoding_of, open_rows
 from hba.storage import atomic_write
 from hba.taxonomy import BUILTIN, FILE, Taxonomy, of_folder, save_beside
 
+FREE = "siq2"  # a dataset without labels, whose rows are answered in words
 FEW_ROWS = 64  # for these no worker process is started: that takes longer than to decode them
 
 
@@ -88,7 +89,7 @@ def ask(
         # The rows name clips alone, as those of its training did: how their sound is heard is for the encoding to say.
         media = [one._replace(kinds=("video",)) if "video" in one.kinds else one for one in media]
     named = tasks is not None or datasets is not None
-    keys = _datasets(taxonomy, tasks, datasets) if named else ["siq2"] if question else _one_each(taxonomy)
+    keys = datasets_of(taxonomy, tasks, datasets, question)
     rows = [(medium, key) for medium in media for key in keys]
     if len(rows) <= FEW_ROWS:
         config = replace(config, loader=replace(config.loader, workers=0))
@@ -96,12 +97,12 @@ def ask(
     for path, reason in broken.items():
         replies[path][""] = Reply(file=str(path), task="", dataset="", answer=None, error=reason)
     if rows:
-        with _atlas_of(rows, taxonomy, question, transcript) as folder:
+        with atlas_of(rows, taxonomy, question, transcript) as folder:
             steps = _answered(str(model), folder, config, backend, explicit=named or question is not None)
             for done, step in enumerate(steps, start=1):
                 about = step.sample if isinstance(step, Unanswered) else step
                 medium, key = rows[int(about.id)]
-                replies[medium.path][key] = _reply(step, medium.path, key, taxonomy)
+                replies[medium.path][key] = reply_of(step, medium.path, key, taxonomy)
                 progress(done, len(rows))
             progress(len(rows), len(rows))  # those that the model has no head for are left out
     return [replies[path][key] for path in paths for key in ("", *keys) if key in replies[path]]
@@ -133,8 +134,13 @@ def taxonomy_of(model: str) -> Taxonomy:
     return of_folder(model) if (Path(model) / FILE).is_file() else BUILTIN
 
 
-def _datasets(taxonomy: Taxonomy, tasks: Sequence[str] | None, datasets: Sequence[str] | None) -> list[str]:
-    """Dataset keys: those that are named, and of each task the one whose labels say the most."""
+def datasets_of(
+    taxonomy: Taxonomy, tasks: Sequence[str] | None, datasets: Sequence[str] | None, question: str | None
+) -> list[str]:
+    """Keys of the datasets whose rows are asked: those that are named, and of each task the one whose labels say the
+    most; where none is named one without labels for a question, else one of every task."""
+    if tasks is None and datasets is None:
+        return [FREE] if question else _one_each(taxonomy)
     keys = [taxonomy.dataset(key).key for key in datasets or ()]
     for name in tasks or ():
         if name not in taxonomy.tasks:
@@ -173,7 +179,7 @@ def _looked_at(paths: Sequence[Path]) -> tuple[list[Medium], dict[Path, str]]:
 
 
 @contextmanager
-def _atlas_of(
+def atlas_of(
     rows: Sequence[tuple[Medium, str]], taxonomy: Taxonomy, question: str | None, transcript: str | None
 ) -> Iterator[Path]:
     """A folder with the rows as an atlas; media are linked into it, or copied from another disk. Gone afterwards."""
@@ -219,7 +225,7 @@ def _answered(
     yield from predict(atlas, answering.batches(atlas, rows), answering)
 
 
-def _reply(step: Predicted, file: Path, dataset: str, taxonomy: Taxonomy) -> Reply:
+def reply_of(step: Predicted, file: Path, dataset: str, taxonomy: Taxonomy) -> Reply:
     about: dict[str, Any] = {"file": str(file), "task": taxonomy.dataset(dataset).task or "", "dataset": dataset}
     if isinstance(step, Unanswered | Quarantined):
         return Reply(**about, answer=None, error=step.reason)

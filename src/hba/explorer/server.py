@@ -104,7 +104,7 @@ class Guard:
     def _refuse(self, request: Request) -> Response | None:
         if self._only_loopback and not is_loopback(request.url.hostname or ""):
             return PlainTextResponse("This server answers to localhost alone.\n", 421)
-        if _foreign(request.headers):
+        if foreign(request.headers):
             return PlainTextResponse("A page of another site asked for this: refused.\n", 403)
         return None if self._token is None else self._check_token(request, self._token)
 
@@ -112,7 +112,7 @@ class Guard:
         # Cookies do not tell ports, of which others may have explorers. The browser's port may be that of a tunnel.
         cookie = "hba_token_" + re.sub(r"\D", "", request.headers.get("host", "").rpartition(":")[2])
         given = request.query_params.get("token")
-        if given is not None and _is_same(given, token):
+        if given is not None and is_same(given, token):
             # No redirect: a browser that comes from elsewhere would not send a strict cookie along with it.
             query = request.url.remove_query_params("token").query
             place = "/" + quote(request.scope["path"].lstrip("/\\")) + (f"?{query}" if query else "")
@@ -120,17 +120,17 @@ class Guard:
             response = HTMLResponse(entered, headers={"referrer-policy": "no-referrer"})
             response.set_cookie(cookie, token, httponly=True, samesite="strict")
             return response
-        if _is_same(request.cookies.get(cookie, ""), token):
+        if is_same(request.cookies.get(cookie, ""), token):
             return None
         return HTMLResponse(STRANGER, 403)
 
 
-def _is_same(given: str, token: str) -> bool:
+def is_same(given: str, token: str) -> bool:
     """Whether it is the token, in a time that does not depend on where it differs."""
     return hmac.compare_digest(given.encode(errors="replace"), token.encode())
 
 
-def _foreign(headers: Headers) -> bool:
+def foreign(headers: Headers) -> bool:
     """Whether another site's page sent the request. A link that a person followed is not a request of that site."""
     origin = headers.get("origin")
     if origin is not None and urlsplit(origin).netloc != headers.get("host"):

@@ -83,7 +83,7 @@ class ChatBackend:
             choices=texts if generation.constrain == "labels" else (),
         )
         ends = end_token_ids(self.model.transformer, self.model.processor)
-        opened = "" if generation.bound else self._opened(batch)
+        opened = "" if generation.bound else begun_turn(self.model.processor, batch)
         outputs = [
             spoken(sample, opened + one.text, taxonomy, tokens_out=one.tokens, finish=one.finish(ends))
             for sample, one in zip(batch.samples, said, strict=True)
@@ -94,11 +94,11 @@ class ChatBackend:
             return [likeliest(of, each) if of else words for of, each, words in rows]
         return outputs
 
-    def _opened(self, batch: Batch) -> str:
-        """What of the model's turn the chat template has begun: a tag of thinking, without which an answer that never
-        ends it reads as one that was spoken."""
-        last_T = batch.inputs["input_ids"][0, -TAG_TOKENS:]
-        return opened_thinking(self.model.processor.tokenizer.decode(last_T))
+
+def begun_turn(processor: Any, batch: Batch) -> str:
+    """What of the model's turn the chat template has begun: a tag of thinking, without which an answer that never ends
+    it reads as one that was spoken."""
+    return opened_thinking(processor.tokenizer.decode(batch.inputs["input_ids"][0, -TAG_TOKENS:]))
 
 
 def open_backend(_name: str, opening: Opening) -> ChatBackend:

@@ -192,13 +192,14 @@ def predict(
     A sample whose media cannot be read comes as its quarantine record, one that a service did not answer as it is.
     """
     for result in backend.answers(atlas, batches, done):
-        yield _prediction(result) if isinstance(result, Answered) else result
+        yield prediction_of(result) if isinstance(result, Answered) else result
 
 
 _AS_SAID = ("answer", "label", "tokens_in", "tokens_out", "error", "probs", "rule", "finish", "model", "left_out")
 
 
-def _prediction(answered: Answered) -> Prediction:
+def prediction_of(answered: Answered) -> Prediction:
+    """The prediction that says what was answered."""
     sample, output = answered
     said: dict[str, Any] = {name: getattr(output, name) for name in _AS_SAID}
     return Prediction(
