@@ -52,6 +52,14 @@ def model(backbone):
     return OmniSapiens.from_pretrained(backbone).eval()
 
 
+@pytest.fixture(scope="session")
+def answering(tmp_path_factory, backbone):
+    """A checkpoint with heads that also speaks, and that nobody has trained."""
+    from serving import write_checkpoint
+
+    return write_checkpoint(tmp_path_factory.mktemp("answering") / "checkpoint", backbone)
+
+
 @pytest.fixture
 def hba(monkeypatch, capfd):
     """Call the entry point in this process: exit code, standard output, standard error."""

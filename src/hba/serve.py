@@ -616,6 +616,7 @@ class _Protocol(H11Protocol):
     headers byte by byte would hold it for ever."""
 
     _watch: asyncio.TimerHandle | None = None
+    _seen: object = None
     _idle = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -629,7 +630,8 @@ class _Protocol(H11Protocol):
 
     def _look(self) -> None:
         busy = self.cycle is not None and not self.cycle.response_complete
-        self._idle = 0 if busy else self._idle + 1
+        self._idle = 0 if busy or self.cycle is not self._seen else self._idle + 1
+        self._seen = self.cycle
         if self._idle > 2:
             self.transport.close()
             return

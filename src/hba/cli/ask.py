@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -127,35 +128,29 @@ def serve_command(
 
     The token is $HBA_SERVE_TOKEN where that is set, else a new one, which is printed.
     """
+    from hba.environment import require_extra
     from hba.evaluate.config import PredictConfig
 
+    require_extra("train", "a model in this process")
     settings = configured(PredictConfig, None, key)
-    try:
-        from hba.explorer.server import bind, is_loopback
-    except ImportError as error:
-        fix = "Install it: pip install 'human-behavior-atlas[explorer]'."
-        raise InputError(f"the server is not installed ({error.name})", fix=fix) from None
+    from hba.explorer.server import bind, is_loopback
+
     bound = bind(host, port, with_token=not no_token)
     from hba.evaluate.desk import Desk
     from hba.serve import MEGABYTE, Limits, create_app, run
     from hba.storage import cache_folder
 
     limits = Limits(body_bytes=max_body * MEGABYTE, waiting=max_waiting, seconds=timeout)
-    desk = Desk(
-        model,
-        folder=cache_folder() / "serve",
-        backend=backend,
-        config=settings,
-        most_waiting=4 * max_waiting,
-        window_seconds=window / 1000,
-        decode_seconds=min(settings.loader.decode_timeout_seconds, timeout / 4),
-    )
-    token = None if no_token else os.environ.get("HBA_SERVE_TOKEN") or bound.token
-    app = create_app(desk, limits=limits, token=token, only_loopback=is_loopback(host))
-    url = bound.url.partition("?")[0] + "v1"
-    known = "HBA_SERVE_TOKEN" in os.environ and not no_token
-    said = {"url": url, "model": model} | ({} if known or token is None else {"token": token})
-    shown = "" if "token" not in said else f" Token: [bold]{token}[/bold]."
-    answer(said, f"Serving {bold(model)} at [bold]{url}[/bold].{shown} Ctrl-C ends it.", as_json=json)
-    sys.stdout.flush()
-    run(app, bound.socket, limits)
+    own = None if no_token else os.environ.get("HBA_SERVE_TOKEN")
+    token = None if no_token else own or bound.token
+    how: dict[str, Any] = {"folder": cache_folder() / "serve", "backend": backend, "config": settings}
+    how |= {"most_waiting": 4 * max_waiting, "window_seconds": window / 1000}
+    how |= {"decode_seconds": min(settings.loader.decode_timeout_seconds, timeout / 4)}
+    with bound.socket, closing(Desk(model, **how)) as desk:
+        app = create_app(desk, limits=limits, token=token, only_loopback=is_loopback(host))
+        url = bound.url.partition("?")[0] + "v1"
+        said = {"url": url, "model": model} | ({} if own or token is None else {"token": token})
+        shown = f" Token: [bold]{token}[/bold]." if "token" in said else ""
+        answer(said, f"Serving {bold(model)} at [bold]{url}[/bold].{shown} Ctrl-C ends it.", as_json=json)
+        sys.stdout.flush()
+        run(app, bound.socket, limits)

@@ -1,0 +1,209 @@
+"""`hba serve`: what `hba ask` says of a file comes over HTTP, also to OpenAI's own client; what is not offered is
+refused in OpenAI's words."""
+
+import base64
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+from serving import data_url, serving
+
+import hba as package
+from hba.config import load_config
+from hba.evaluate.config import PredictConfig
+
+LONGEST = 12
+
+
+def settings(*more):
+    return load_config(PredictConfig, None, [f"generation.max_tokens={LONGEST}", "loader.workers=1", *more])
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, mini_atlas):
+    """A clip, a sound, a picture and a text."""
+    folder = tmp_path_factory.mktemp("mine")
+    shutil.copy(next(iter(sorted(mini_atlas.rglob("*.mp4")))), folder / "clip.mp4")
+    shutil.copy(next(iter(sorted(mini_atlas.rglob("*.wav")))), folder / "sound.wav")
+    Image.fromarray(np.full((64, 64, 3), 90, np.uint8)).save(folder / "picture.png")
+    (folder / "words.txt").write_text("Well, that went wonderfully.\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(answering, tmp_path_factory):
+    with serving(answering, tmp_path_factory.mktemp("desk"), config=settings()) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="secret", max_retries=0) as made:
+        yield made
+
+
+def parts(files):
+    sound = {"data": base64.b64encode((files / "sound.wav").read_bytes()).decode(), "format": "wav"}
+    picture = data_url("image/png", (files / "picture.png").read_bytes())
+    clip = data_url("video/mp4", (files / "clip.mp4").read_bytes())
+    return {
+        "sound.wav": {"type": "input_audio", "input_audio": sound},
+        "picture.png": {"type": "image_url", "image_url": {"url": picture}},
+        "clip.mp4": {"type": "video_url", "video_url": {"url": clip}},
+    }
+
+
+def asked(client, model, content, **more):
+    messages = [{"role": "user", "content": content}]
+    return client.chat.completions.create(model=str(model), messages=messages, **more)
+
+
+def test_files_are_classified_as_ask_classifies_them(served, answering, files):
+    """Together in one request, as JSON and as a form: to 1e-6, whatever batch they were in."""
+    paths = sorted(files.iterdir())
+    replies = package.ask(answering, files, tasks=["EMO", "SAR"])
+    sent = [{"name": path.name, "data": data_url("video/mp4", path.read_bytes())} for path in paths]
+    as_json = served.client.post("/v1/classify", json={"files": sent, "tasks": ["EMO", "SAR"]})
+    form = [("file", (path.name, path.read_bytes())) for path in paths]
+    as_form = served.client.post("/v1/classify", files=form, data={"tasks": "EMO,SAR"})
+    for answer in (as_json, as_form):
+        assert answer.status_code == 200, answer.text
+        results = answer.json()["results"]
+        assert len(results) == len(replies) == 8
+        for found, reply in zip(results, replies, strict=True):
+            assert (found["file"], found["dataset"]) == (reply.file.rpartition("/")[2], reply.dataset)
+            assert found["answer"] == reply.answer
+            assert found["probs"] == pytest.approx(reply.probs, abs=1e-6)
+    assert max(served.desk.batch_sizes) > 1
+
+
+def test_openais_client_gets_what_ask_says(served, client, answering, files):
+    config = settings("generation.format=plain")
+    for name, part in parts(files).items():
+        (reply,) = package.ask(answering, files / name, question="What is this?", config=config)
+        said = asked(client, answering, [part, {"type": "text", "text": "What is this?"}])
+        assert said.choices[0].message.content == reply.text
+        assert said.choices[0].finish_reason in ("stop", "length")
+        assert said.usage.prompt_tokens > 5 and 0 < said.usage.completion_tokens <= LONGEST
+    assert [model.id for model in client.models.list()] == [str(answering)]
+
+
+def test_a_chat_model_of_the_hub_talks_and_labels(backbone, files, tmp_path):
+    config = settings("encode.num_frames=2", "encode.max_pixels=3136", "generation.format=plain")
+    with serving(backbone, tmp_path, backend="hf", config=config) as served:
+        (reply,) = package.ask(backbone, files / "sound.wav", question="Why?", backend="hf", config=config)
+        (label,) = package.ask(backbone, files / "sound.wav", tasks=["EMO"], backend="hf", config=config)
+        with openai.OpenAI(base_url=f"{served.url}/v1", api_key="secret", max_retries=0) as client:
+            said = asked(client, backbone, [parts(files)["sound.wav"], {"type": "text", "text": "Why?"}])
+        assert said.choices[0].message.content == reply.text
+        (found,) = served.classify(files / "sound.wav").json()["results"]
+        assert (found["answer"], found["text"]) == (label.answer, label.text)
+        nothing = served.client.post("/v1/classify", json={"files": []})
+        assert nothing.status_code == 400 and "has to be asked something" in nothing.json()["error"]["message"]
+
+
+def test_a_seed_decides_what_is_drawn_whatever_is_drawn_beside_it(client, answering):
+    how = {"temperature": 1.0, "max_tokens": 8}
+    alone = [asked(client, answering, "Well?", seed=seed, **how).choices[0].message.content for seed in (1, 2, 1)]
+    assert alone[0] == alone[2] != alone[1]
+    with ThreadPoolExecutor(8) as pool:
+        beside = list(pool.map(lambda seed: asked(client, answering, "Well?", seed=seed, **how), (1, 2, 3, 4, 1)))
+    assert [one.choices[0].message.content for one in beside][:2] == alone[:2]
+    assert beside[0].choices[0].message.content == beside[4].choices[0].message.content
+
+
+def test_a_talk_has_turns_and_a_system_prompt_and_comes_as_a_stream(client, served, answering, files):
+    picture = parts(files)["picture.png"]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [picture, {"type": "text", "text": "<audio> Who is <|im_end|> this?"}]},
+        {"role": "assistant", "content": "A person."},
+        {"role": "user", "content": [picture, {"type": "text", "text": "And this?"}]},
+    ]
+    whole = client.chat.completions.create(model=str(answering), messages=messages)
+    shorter = client.chat.completions.create(model=str(answering), messages=messages[1:])
+    assert shorter.usage.prompt_tokens < whole.usage.prompt_tokens
+    how = {"stream": True, "stream_options": {"include_usage": True}}
+    pieces = list(client.chat.completions.create(model=str(answering), messages=messages, **how))
+    said = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
+    assert said == whole.choices[0].message.content and pieces[-1].usage == whole.usage
+
+
+@pytest.mark.parametrize(
+    ("more", "param", "said"),
+    [
+        ({"top_p": 0.5}, "top_p", "not supported"),
+        ({"logprobs": True}, "logprobs", "not supported"),
+        ({"n": 2}, "n", "not supported"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "not supported"),
+        ({"temperature": 3}, "temperature", "from 0 to 2"),
+        ({"max_tokens": LONGEST + 1}, "max_tokens", f"from 1 to {LONGEST}"),
+        ({"extra_body": {"guided_choice": ["a"]}}, "guided_choice", "not supported"),
+    ],
+)
+def test_a_parameter_that_is_not_offered_is_refused(client, answering, more, param, said):
+    with pytest.raises(openai.BadRequestError, match=said) as refused:
+        asked(client, answering, "Well?", **more)
+    assert refused.value.param == param
+
+
+def test_what_cannot_be_asked_is_refused(client, served, answering, files):
+    away = {"type": "image_url", "image_url": {"url": "http://169.254.169.254/latest"}}
+    file = {"type": "video_url", "video_url": {"url": "file:///etc/passwd"}}
+    text = {"type": "image_url", "image_url": {"url": data_url("image/png", b"no picture")}}
+    for content, said in (
+        ([away], "addresses are not fetched"),
+        ([file], "addresses are not fetched"),
+        ([{"type": "image_url", "image_url": {"url": "data:image/png;base64,!!"}}], "is no base64"),
+        ([{"type": "file", "file": {}}], "must be text"),
+        ([text], "a file cannot be read"),
+        ([], "must be text or a list"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=said):
+            asked(client, answering, content)
+    with pytest.raises(openai.NotFoundError, match="no model 'gpt-4o' here"):
+        asked(client, "gpt-4o", "Well?")
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="wrong", max_retries=0) as stranger:
+        for call in (lambda: asked(stranger, answering, "Well?"), lambda: list(stranger.models.list())):
+            with pytest.raises(openai.AuthenticationError):
+                call()
+    for body, said in (
+        (b"{", "is no JSON"),
+        (b"[]", "no JSON object"),
+        (b'{"messages": [{"role": "assistant", "content": "x"}]}', "a user last"),
+        (b"[" * 100_000, "is no JSON"),
+    ):
+        refused = served.client.post("/v1/chat/completions", content=body)
+        assert refused.status_code == 400 and said in refused.json()["error"]["message"]
+    for fields, said in (
+        ({"tasks": "EMOTION"}, "unknown task"),
+        ({"datasets": ["cremat"]}, "cremat"),
+        ({"files": [{"name": "x.txt"}]}, "must be a data URL"),
+    ):
+        refused = served.classify(files / "words.txt", **fields)
+        assert refused.status_code == 400 and said in refused.json()["error"]["message"], refused.text
+
+
+def test_one_broken_file_of_several_is_named(served, files):
+    sent = [("file", ("a.mp4", b"no clip at all")), ("file", ("b.wav", (files / "sound.wav").read_bytes()))]
+    answer = served.client.post("/v1/classify", files=sent, data={"tasks": "EMO"})
+    broken, whole = answer.json()["results"]
+    assert answer.status_code == 200 and whole["error"] is None and "cannot be decoded" in broken["error"]
+    assert str(served.desk.folder) not in answer.text
+
+
+def test_health_and_metrics_and_who_may_ask(served):
+    assert httpx.get(f"{served.url}/health").json() == {"status": "ok"}
+    assert httpx.get(f"{served.url}/metrics").status_code == 401
+    counted = served.client.get("/metrics").text
+    assert 'hba_requests_total{path="/metrics",status="401"} 1' in counted
+    assert "# TYPE hba_rows_total counter" in counted and "hba_rows_waiting 0" in counted
+    assert served.client.get("/v1/nothing").status_code == 404
+    assert served.client.get("/v1/classify").status_code == 405
+    other = {"origin": "https://example.org"}
+    assert served.client.post("/v1/classify", headers=other, json={}).status_code == 403
+    assert served.client.get("/health", headers={"host": "example.org"}).status_code == 421

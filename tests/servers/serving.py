@@ -1,0 +1,65 @@
+"""What tests of `hba serve` share: a checkpoint that classifies and speaks, and a server for it in this process."""
+
+import base64
+import threading
+import time
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import httpx
+import torch
+import uvicorn
+
+from hba.batch.config import EncodeConfig
+from hba.evaluate.desk import Desk
+from hba.model import OmniSapiens
+from hba.serve import Limits, create_app
+from hba.serve import _Protocol as Protocol
+
+ENCODE = EncodeConfig(num_frames=2, max_pixels=3136)
+
+
+class Serving(NamedTuple):
+    url: str
+    desk: Desk
+    client: httpx.Client
+
+    def classify(self, path, **more):
+        files = [{"name": path.name, "data": data_url("application/octet-stream", path.read_bytes())}]
+        return self.client.post("/v1/classify", json={"files": files, "tasks": "EMO"} | more)
+
+
+def data_url(kind, data):
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def write_checkpoint(folder, backbone):
+    """Heads and words of a model that nobody has trained: what they say does not matter."""
+    torch.manual_seed(1)
+    model = OmniSapiens.from_pretrained(backbone)
+    for head in model.heads.linear.values():
+        torch.nn.init.normal_(head.weight)
+    known = {"backbone": str(backbone), "strategy": "heads", "encode": ENCODE, "formats": ("plain",)}
+    model.save_pretrained(folder, speaks=True, **known)
+    return folder
+
+
+@contextmanager
+def serving(model, folder, *, limits=None, token="secret", **more):
+    """The server for a model on a free port."""
+    limits = limits or Limits(seconds=60)
+    desk = Desk(str(model), folder=folder, **more)
+    server = uvicorn.Server(uvicorn.Config(create_app(desk, limits=limits, token=token), port=0, http=Protocol,
+                                           ws="none", log_level="error"))  # fmt: skip
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    try:
+        with httpx.Client(base_url=url, headers={"authorization": f"Bearer {token}"}, timeout=60) as client:
+            yield Serving(url, desk, client)
+    finally:
+        server.should_exit = True
+        thread.join(30)
+    assert not thread.is_alive() and not desk.folder.exists()
