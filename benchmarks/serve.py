@@ -17,7 +17,7 @@ from pathlib import Path
 
 from hba.config import load_config
 from hba.evaluate.config import PredictConfig
-from hba.evaluate.desk import Desk, Part, Question, Saying, Turn
+from hba.serve import Desk, Part, Question, Saying, Turn
 
 
 def rate(desk: Desk, requests: int, ask: str) -> float:

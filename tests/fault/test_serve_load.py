@@ -100,9 +100,7 @@ def test_two_hundred_at_once_beside_slow_cut_and_hostile_ones(answering, tmp_pat
 
 
 def test_a_decoder_that_crashes_or_hangs_costs_its_request_alone(answering, tmp_path, monkeypatch):
-    from hba.evaluate import desk
-
-    look = desk.look_at
+    look = serve.look_at
 
     def looks(path):
         text = path.read_bytes()
@@ -112,7 +110,7 @@ def test_a_decoder_that_crashes_or_hangs_costs_its_request_alone(answering, tmp_
             time.sleep(60)
         return look(path)
 
-    monkeypatch.setattr(desk, "look_at", looks)  # what a decoder in C would do; workers are forked with it
+    monkeypatch.setattr(serve, "look_at", looks)  # what a decoder in C would do; workers are forked with it
     with serving(answering, tmp_path, config=settings(), decode_seconds=1.0) as served:
         texts = ["crash", "fine", "hang", "fine"]
         with ThreadPoolExecutor(4) as pool:

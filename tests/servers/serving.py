@@ -11,9 +11,8 @@ import torch
 import uvicorn
 
 from hba.batch.config import EncodeConfig
-from hba.evaluate.desk import Desk
 from hba.model import OmniSapiens
-from hba.serve import Limits, create_app
+from hba.serve import Desk, Limits, create_app
 from hba.serve import _Protocol as Protocol
 
 ENCODE = EncodeConfig(num_frames=2, max_pixels=3136)
