@@ -245,6 +245,8 @@ class Lab:
             sights["trained"] = [name for name, parameter in own.items() if parameter.requires_grad]
             sights["weights"] = digest(model.state_dict())
             sights["rates"] = dict(stage.learning_rates)
+            built = loop.build_optimizer(model, train, stage.learning_rates)
+            sights["peaks"] = sorted({group["peak"] for group in built.param_groups})
             adapters = [part for part in model.modules() if hasattr(part, "spec")]
             sights["modality dropout"] = {part.spec.modality_dropout for part in adapters}
             inside = [part for adapter in adapters for part in adapter.modules()]
@@ -705,6 +707,7 @@ SHARED = [  # look, context, changes: the sight of each
             "train.accumulation=2": "log", "train.device_batch_size=2": "parts", "train.device_tokens=700": "parts",
             "train.activation_checkpointing=true": "recomputed", "train.learning_rate=0.02": "weights",
             "train.warmup_share=0.9": "weights", "train.final_share=0.9": "weights",
+            "train.schedule=constant": "weights", "train.warmup_steps=3": "weights",
             "train.weight_decay=0.5": "weights",
             "train.beta1=0.5": "weights", "train.beta2=0.5": "weights", "train.max_grad_norm=0.01": "weights",
             "train.validate_every=2": "log", "train.save_every=1": "saves", "train.log_every=2": "log",
@@ -714,6 +717,8 @@ SHARED = [  # look, context, changes: the sight of each
         }.items()
     ),
     ("steps processes", STEPS, {"train.sharding=full": "sharded"}),
+    ("steps", [*STEPS, "train.validate_every=1"], {"train.early_stopping=1": "log"}),
+    ("stage sft", SFT, {"train.head_learning_rate=0.5": "peaks", "train.lora_learning_rate=0.25": "peaks"}),
     *(
         ("encoded", SFT, {change: sight})
         for change, sight in {
@@ -832,6 +837,11 @@ RL_CASES = [
     ("rl", RL, {"train.validate_every=1": "saves"}),
     ("rl", [*RL, "train.max_steps=null", "train_split=train[:4]"], {"train.epochs=2": "saves"}),
     ("rl", RL, {"train.warmup_share=0.9": "log"}),
+    ("rl", RL, {"train.head_learning_rate=0.1": "error"}),
+    ("rl", [*RL, "train.warmup_share=0.9"], {"train.warmup_steps=0": "log"}),
+    ("rl", [*RL, "train.max_steps=3"], {"train.schedule=constant": "log"}),
+    ("rl", [*RL, "train.max_steps=3", "train.validate_every=1"], {"train.early_stopping=1": "saves"}),
+    ("rl", LORA, {"train.lora_learning_rate=2e-3": "groups"}),
     ("rl", [*RL, "train.max_steps=3"], {"train.final_share=0.9": "log"}),
     ("rl", RL, {"train.wandb_project=x": "error"}),
     ("rl sharded", RL, {"train.sharding=full": "sharded"}),

@@ -10,12 +10,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hba.atlas.rows import Quarantined
-from hba.errors import MachineError
+from hba.errors import ConfigError, MachineError
 from hba.model.process import start_accelerator
 from hba.run import RunFolder
 from hba.storage import read_jsonl
 from hba.train.config import TrainConfig
-from hba.train.loop import Plan, Stage, Validation, run_training
+from hba.train.loop import Plan, Stage, Validation, build_optimizer, learning_rate_at, run_training
 from hba.train.ranks import Ranks
 
 
@@ -44,18 +44,18 @@ def squares(model, batch):
     return model(batch.x_B).square().sum()
 
 
-def train(folder, micro_batches, starts, broken=(), ranks=None, loss=squares, batches=None, **config):
+def train(folder, micro_batches, starts, broken=(), ranks=None, loss=squares, batches=None, validate=None, **config):
     torch.manual_seed(0)
     model = nn.Linear(1, 1)
     stage = Stage(
         model=model,
         loss=loss,
         batches=batches or (lambda plan, start: (batch_of(rows, broken) for rows in plan[start:])),
-        validate=lambda: Validation(0.5, {"mean": 0.5}),
+        validate=validate or (lambda: Validation(0.5, {"mean": 0.5})),
         save_model=lambda folder: torch.save(model.state_dict(), folder / "model.pt"),
         learning_rates={},
     )
-    settings = TrainConfig(validate_every=100, log_every=1, **config)
+    settings = TrainConfig(**{"validate_every": 100, "log_every": 1} | config)
     plan = Plan([np.array(rows, np.int64) for rows in micro_batches], starts)
     with RunFolder.open(folder, config=settings, command="train x", seed=0) as run:
         run_training(stage, plan, settings, ranks or Ranks(start_accelerator("float32")), run)
@@ -200,3 +200,54 @@ def test_another_fault_of_a_loss_stays_what_it_is(tmp_path):
 
     with pytest.raises(RuntimeError, match="shapes do not match"):
         train(tmp_path, [[1, 2]], [0, 1], loss=loss)
+
+
+def test_the_rate_rises_and_then_goes_as_its_schedule_says():
+    def rates(**config):
+        return [learning_rate_at(step, 10, TrainConfig(final_share=0.2, **config)) for step in range(10)]
+
+    assert rates(schedule="constant", warmup_steps=4) == pytest.approx([0.25, 0.5, 0.75, *[1.0] * 7])
+    linear = rates(schedule="linear", warmup_steps=2)
+    assert linear[:3] == [0.5, 1.0, 1.0] and np.diff(linear[2:]) == pytest.approx([-0.1] * 7)
+    cosine = rates(schedule="cosine", warmup_steps=2)
+    assert cosine[:3] == linear[:3] and cosine[6] == pytest.approx(linear[6]) and cosine[4] > linear[4]
+    assert rates(warmup_steps=0)[0] == 1.0 and rates(warmup_share=0.4) == rates(warmup_steps=4)
+
+
+def test_groups_train_at_rates_of_their_own():
+    model = nn.ModuleDict({"heads": nn.Linear(2, 2), "lora_A": nn.Linear(2, 2), "bam": nn.Linear(2, 2)})
+
+    def peaks(rates=(), **config):
+        optimizer = build_optimizer(model, TrainConfig(learning_rate=1e-4, **config), dict(rates))
+        names = {id(parameter): name.partition(".")[0] for name, parameter in model.named_parameters()}
+        return {names[id(p)]: group["peak"] for group in optimizer.param_groups for p in group["params"]}
+
+    assert set(peaks().values()) == {1e-4}
+    own = peaks({"bam": 5e-3}, head_learning_rate=1e-3, lora_learning_rate=2e-4)
+    assert own == {"heads": 1e-3, "lora_A": 2e-4, "bam": 5e-3}
+    for key, what in (("head_learning_rate", "classification head"), ("lora_learning_rate", "LoRA layer")):
+        with pytest.raises(ConfigError, match=f"no {what} trains here") as told:
+            build_optimizer(nn.Linear(1, 1), TrainConfig(**{key: 1e-3}), {})
+        assert told.value.where == f"train.{key}"
+
+
+@pytest.mark.parametrize(("patience", "ends"), [(1, 6), (2, 8), (None, 14)])
+def test_a_run_ends_when_validations_are_no_better_also_when_it_is_killed_there(tmp_path, patience, ends):
+    """Validated every second step: best at 4, which 8 equals and does not better."""
+    scores = {2: 0.1, 4: 0.5, 6: 0.3, 8: 0.5, 10: 0.4, 12: 0.9, 14: 0.2}
+    validated = []
+
+    def validate():
+        validated.append(2 * (len(validated) + 1))
+        return Validation(scores[validated[-1]], {"mean": scores[validated[-1]]})
+
+    parts = [[number] for number in range(14)]
+    how = {"validate_every": 2, "early_stopping": patience, "validate": validate}
+    _, log = train(tmp_path, parts, list(range(15)), **how)
+    assert validated[-1] == ends == log[-1]["step"]
+    stops = [(line["step"], line["why"]) for line in log if line["kind"] == "stopped"]
+    assert [step for step, _ in stops] == ([] if patience is None else [ends])
+    assert all("step 4" in why for _, why in stops)
+    # Killed before it could end: nothing is trained, validated or said again.
+    _, again = train(tmp_path, parts, list(range(15)), **how)
+    assert again == log and validated[-1] == ends

@@ -43,6 +43,8 @@ def test_a_published_run_on_one_machine():
         (["loss.kl_weight=0.01", "loss.kl=k1"], "kl_loss_type", "kl"),
         (["loss.updates=4"], "ppo_mini_batch_size", 8),
         (["train.accumulation=2"], "ppo_mini_batch_size", 64),
+        (["train.schedule=constant"], "optim.lr_scheduler_type", "constant"),
+        (["train.warmup_steps=7"], "optim.lr_warmup_steps", 7),
         (["model.dtype=float32"], "fsdp_config.mixed_precision.param_dtype", "fp32"),
     ],
 )
@@ -57,6 +59,8 @@ def test_what_the_actor_is_told(overrides, key, value):
         (["loss.average=group"], "loss.average"),
         (["loss.updates=5"], "loss.updates"),
         (["train.device_tokens=9999"], "train.device_tokens"),
+        (["train.schedule=linear"], "train.schedule"),
+        (["train.early_stopping=2"], "train.early_stopping"),
         (["train.save_every=30min"], "train.save_every"),
         (["rollout.sampler=server", "remote.base_url=http://localhost:8000/v1"], "rollout.sampler"),
     ],

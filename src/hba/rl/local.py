@@ -49,7 +49,7 @@ from hba.rl.telemetry import CollapseWatch, Outcome, RunLog, Updated
 from hba.run import RunFolder
 from hba.storage import read_json, write_json
 from hba.train.display import TrainingDisplay
-from hba.train.loop import begin, build_optimizer, learning_rate_at, portable, step_seed
+from hba.train.loop import begin, build_optimizer, learning_rate_at, portable, step_seed, stopped_early
 from hba.train.ranks import Ranks, Turn, gathered, is_sharded, prepare_model
 from hba.train.state import STOP, Progress, Saving, read_progress, restore_optimizer, save_state
 
@@ -409,7 +409,7 @@ def train_rl(config: RlConfig, run: RunFolder) -> Progress:
         if checkpoint is None:
             progress = _evaluate_and_save(setup, memory, progress, log)
         saved_step = progress.step
-        while progress.step < total:
+        while progress.step < total and not stopped_early(progress, config.train):
             wish = ranks.meet(wish=saving.wish(progress.step)).wish
             if wish and progress.step > saved_step:
                 _save(setup, memory, progress)
@@ -422,6 +422,8 @@ def train_rl(config: RlConfig, run: RunFolder) -> Progress:
 
             if progress.step % config.train.validate_every == 0 or progress.step == total:
                 progress = _evaluate_and_save(setup, memory, progress, log)
+                if progress.step < total and stopped_early(progress, config.train):
+                    display.stopped_early(progress)
                 saved_step = progress.step
                 saving.saved()
     return progress

@@ -43,13 +43,22 @@ class TrainConfig:
         False, "save memory: compute layers again in the backward pass", affects_result=False
     )
     learning_rate: Rate = option(1e-4, "peak learning rate")
+    head_learning_rate: Rate | None = option(None, "peak learning rate of classification heads; as the others")
+    lora_learning_rate: Rate | None = option(None, "peak learning rate of LoRA layers; as the others")
+    schedule: Literal["cosine", "linear", "constant"] = option(
+        "cosine", "how the learning rate goes on after the warm-up: falling to final_share, or constant"
+    )
     warmup_share: Share = option(0.05, "share of the steps with a rising learning rate, 0..1")
-    final_share: Share = option(0.05, "learning rate at the end of the cosine, as a share of the peak")
+    warmup_steps: Annotated[int, Field(ge=0)] | None = option(None, "their number, in place of warmup_share")
+    final_share: Share = option(0.05, "learning rate at the end of cosine and linear, as a share of the peak")
     weight_decay: float = option(0.01, "AdamW weight decay of matrices; biases and norms have none")
     beta1: Share = option(0.9, "AdamW first-moment decay")
     beta2: Share = option(0.98, "AdamW second-moment decay")
     max_grad_norm: Rate = option(1.0, "gradients are scaled down to this norm")
     validate_every: Count = option(200, "optimizer steps between validations; each writes a checkpoint")
+    early_stopping: Count | None = option(
+        None, "end after so many validations in a row that are not better than the best; null: go on to the end"
+    )
     save_every: Count | Minutes | None = option(
         None, "checkpoints besides: every so many optimizer steps, or minutes such as 30min", affects_result=False
     )

@@ -120,6 +120,12 @@ class TrainingDisplay:
         numbers = {f"validation/{k}": v for k, v in metrics.items() if v is not None}
         self.record(record, numbers)
 
+    def stopped_early(self, progress: Progress) -> None:
+        """Record and say that no validation was better for long enough."""
+        what = f"no better validation than that of step {progress.best_step} (train.early_stopping)"
+        self.record({"step": progress.step, "kind": "stopped", "why": what}, {})
+        self.say(f"Stopped after {progress.step} of {self._total} steps: {what}.")
+
     def record(self, record: dict[str, Any], numbers: dict[str, Any]) -> None:
         """Log a line, and draw `numbers` on the boards at its step."""
         if not self._enabled:

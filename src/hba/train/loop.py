@@ -282,24 +282,47 @@ class Stage(Generic[B]):
 
 
 def learning_rate_at(step: int, total: int, config: TrainConfig) -> float:
-    """Share of the peak rate at optimizer step `step` (0-based) of `total`: linear warm-up, then a cosine."""
-    warmup = max(1, round(config.warmup_share * total))
+    """Share of the peak rate at optimizer step `step` (0-based) of `total`: linear warm-up, then `config.schedule`."""
+    warmup = max(1, round(config.warmup_share * total)) if config.warmup_steps is None else config.warmup_steps
     if step < warmup:
         return (step + 1) / warmup
+    if config.schedule == "constant":
+        return 1.0
     done = (step - warmup) / max(1, total - warmup)
-    return config.final_share + (1 - config.final_share) * 0.5 * (1 + math.cos(math.pi * done))
+    left = 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return config.final_share + (1 - config.final_share) * left
+
+
+def _peak_rate(name: str, config: TrainConfig, rates: Mapping[str, float]) -> float:
+    """The peak rate of a parameter: of its prefix in `rates`, of heads or LoRA layers, or of all."""
+    own = next((rate for prefix, rate in rates.items() if name.startswith(prefix)), None)
+    if own is None and name.startswith("heads."):
+        own = config.head_learning_rate
+    if own is None and "lora_" in name:
+        own = config.lora_learning_rate
+    return config.learning_rate if own is None else own
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig, rates: Mapping[str, float]) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; matrices decay, vectors do not. Each group keeps its `peak` rate."""
+    """AdamW over the trainable parameters; matrices decay, vectors do not. Each group keeps its `peak` rate.
+
+    Raises ConfigError where nothing trains, or nothing at a rate that is given for heads or LoRA layers.
+    """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            peak = next((rate for prefix, rate in rates.items() if name.startswith(prefix)), config.learning_rate)
+            peak = _peak_rate(name, config, rates)
             decay = config.weight_decay if parameter.ndim > 1 else 0.0
             groups.setdefault((peak, decay), []).append(parameter)
     if not groups:
         raise ConfigError("nothing to train: no parameter requires a gradient", fix="Choose another strategy.")
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for key, what, there in (
+        ("head_learning_rate", "classification head", any(name.startswith("heads.") for name in names)),
+        ("lora_learning_rate", "LoRA layer", any("lora_" in name for name in names)),
+    ):
+        if getattr(config, key) is not None and not there:
+            raise ConfigError(f"no {what} trains here", where=f"train.{key}", fix="Leave it out.")
     options = [{"params": p, "peak": peak, "lr": peak, "weight_decay": decay} for (peak, decay), p in groups.items()]
     return torch.optim.AdamW(options, betas=(config.beta1, config.beta2))
 
@@ -340,7 +363,7 @@ def run_training(stage: Stage[B], plan: Plan, config: TrainConfig, ranks: Ranks,
     batches = stage.batches(plan.micro_batches, plan.starts[progress.step])
     saving = Saving(config.save_every)
     with saving, TrainingDisplay(run, total, progress, config, enabled=ranks.is_first) as display:
-        while progress.step < total:
+        while progress.step < total and not stopped_early(progress, config):
             started = time.perf_counter()
             step = slice(*plan.starts[progress.step : progress.step + 2])
             met = ranks.meet(sum(map(len, plan.micro_batches[step])), saving.wish(progress.step))
@@ -373,10 +396,20 @@ def run_training(stage: Stage[B], plan: Plan, config: TrainConfig, ranks: Ranks,
                 if validation.score is None and ranks.is_first:
                     _log.warning("no task of the validation has a score: the last checkpoint counts as the best")
                 progress = progress.validated(validation.score)
+                if progress.step < total and stopped_early(progress, config):
+                    display.stopped_early(progress)
                 save_state(run.checkpoints, progress, stage.model, optimizer, stage.save_model, ranks)
                 saved_step = progress.step
                 saving.saved()
     return progress
+
+
+def stopped_early(progress: Progress, config: TrainConfig) -> bool:
+    """Whether the last `early_stopping` validations were none better than the best: a run that is killed right behind
+    its last validation and resumed knows it, too."""
+    if config.early_stopping is None or progress.best_step is None:
+        return False
+    return progress.step // config.validate_every - progress.best_step // config.validate_every >= config.early_stopping
 
 
 class _Stepped(NamedTuple):
