@@ -16,8 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from typer.main import get_command
 
 from hba.atlas.pt import write_arrays
+from hba.cli import app
 from hba.environment import EXTRAS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,6 +110,8 @@ def test_without_torch_an_atlas_is_opened_validated_asked_judged_scored_and_show
         ["predict", "majority", "--atlas", "atlas", "--run", "runs/majority"],
         ["score", "runs/majority", "--resamples", "100"],
         ["leaderboard", "runs/m", "runs/majority", "--out", "board.html", "--allow-other-data"],
+        ["bundle", "runs/majority", "majority.zip"],
+        ["verify", "majority.zip"],
         ["ask", "m", "atlas/README.md", "--backend", "openai", "--base-url", server.url, "--task", "EMO"],
         ["doctor"],
     ]
@@ -128,12 +132,31 @@ NEEDING = """
 train sft | train lm | train rl | train qa | train bam --all | transfer | fit x --gpu 24 | merge a b
 push a b --license x | tiny t --atlas atlas | demo | ask runs/x clip.mp4 | ask x clip.mp4 --backend hf
 predict some/model --atlas atlas --run r | predict x --atlas atlas --run r --backend vllm | eval x --atlas atlas
-atlas prepare atlas | atlas describe atlas
+atlas prepare atlas | atlas describe atlas | serve x
+"""
+# With a service, a baseline, or no model at all.
+DOING_WITHOUT = """
+atlas info | atlas validate | atlas mini | atlas build | atlas convert | atlas download | ask | eval | predict | score
+judge | report | compare | leaderboard | bundle | verify | explore | export lmms-eval | export inspect | export wandb | doctor
 """
 
 
+def words_of(listed):
+    return [words.split() for words in listed.replace("\n", "|").split("|") if words.strip()]
+
+
+def test_of_every_command_it_is_decided_whether_it_needs_torch():
+    def names(command, before=()):
+        inner = getattr(command, "commands", None)
+        return [name for key, each in (inner or {}).items() for name in names(each, (*before, key))] or [before]
+
+    told = {tuple(words) for words in words_of(DOING_WITHOUT)}
+    told |= {tuple(words)[:depth] for words in words_of(NEEDING) for depth in (1, 2)}
+    assert [name for name in names(get_command(app)) if name not in told] == []
+
+
 def test_a_command_that_needs_torch_says_in_one_sentence_what_to_install(wheel, tmp_path):
-    commands = [words.split() for words in NEEDING.replace("\n", "|").split("|") if words.strip()]
+    commands = words_of(NEEDING)
     found = run(wheel, tmp_path, DRIVER, input=json.dumps(commands))
     for words, code, err in found["told"]:
         line = r"error: .*needs torch, which is not installed\. Fix: pip install 'human-behavior-atlas\[train\]'.*\.\n"

@@ -131,7 +131,7 @@ def serve_command(
     from hba.environment import require_extra
     from hba.evaluate.config import PredictConfig
 
-    require_extra("train", "a model in this process")
+    require_extra("train", "hba serve")
     settings = configured(PredictConfig, None, key)
     from hba.explorer.server import bind, is_loopback
 
