@@ -137,7 +137,8 @@ atlas prepare atlas | atlas describe atlas | serve x
 # With a service, a baseline, or no model at all.
 DOING_WITHOUT = """
 atlas info | atlas validate | atlas mini | atlas build | atlas convert | atlas download | ask | eval | predict | score
-judge | report | compare | leaderboard | bundle | verify | explore | export lmms-eval | export inspect | export wandb | doctor
+judge | report | compare | leaderboard | bundle | verify | explore | export lmms-eval | export inspect | export wandb
+doctor
 """
 
 
