@@ -119,3 +119,52 @@ def ordinary_floats():
     """Commands flush denormal numbers for the whole process; hypothesis refuses to work then."""
     yield
     torch.set_flush_denormal(False)
+
+
+@pytest.fixture(scope="session")
+def whisper(tmp_path_factory):
+    """A Whisper whose letters are likelier than its control tokens."""
+    import torch
+    from tokenizers import AddedToken
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import (
+        GenerationConfig,
+        WhisperConfig,
+        WhisperFeatureExtractor,
+        WhisperForConditionalGeneration,
+        WhisperProcessor,
+        WhisperTokenizer,
+    )
+
+    control = (
+        *("endoftext", "startoftranscript", "en", "translate", "transcribe"),
+        *("startofprev", "nospeech", "notimestamps"),
+    )
+    folder = tmp_path_factory.mktemp("asr") / "whisper"
+    letters = {letter: number for number, letter in enumerate(sorted(ByteLevel.alphabet()))}
+    tokenizer = WhisperTokenizer(vocab=letters, merges=[])
+    tokenizer.add_tokens([AddedToken(f"<|{name}|>", special=True) for name in control])
+    tokenizer.add_tokens([AddedToken(f"<|{i * 0.02:.2f}|>", special=False) for i in range(1501)])
+    number = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in control}
+    special = {"eos_token_id": number["endoftext"], "pad_token_id": number["endoftext"]}
+    special |= {"bos_token_id": number["endoftext"], "decoder_start_token_id": number["startoftranscript"]}
+    torch.manual_seed(0)
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    sizes = {"d_model": 16, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_target_positions": 64}
+    config = WhisperConfig(vocab_size=len(tokenizer), **layers, **sizes, **special)
+    model = WhisperForConditionalGeneration(config)
+    model.model.decoder.embed_tokens.weight.data[len(letters) :] *= 0.01
+    model.generation_config = GenerationConfig(
+        **special,
+        is_multilingual=True,
+        lang_to_id={"<|en|>": number["en"]},
+        task_to_id={"transcribe": number["transcribe"], "translate": number["translate"]},
+        no_timestamps_token_id=number["notimestamps"],
+        prev_sot_token_id=number["startofprev"],
+        max_initial_timestamp_index=50,
+        alignment_heads=[[0, 0]],
+        max_length=16,
+    )
+    model.save_pretrained(folder)
+    WhisperProcessor(WhisperFeatureExtractor(feature_size=80), tokenizer).save_pretrained(folder)
+    return folder

@@ -10,6 +10,7 @@ import wave
 
 import numpy as np
 import pytest
+import soundfile
 from PIL import Image
 
 import hba as package
@@ -125,3 +126,103 @@ def test_bad_input_is_one_sentence(hba, run, files, backbone, tmp_path):
         assert (code, out) == (2, "") and said in err, err
     with pytest.raises(InputError, match="no such file"):
         package.ask(run, tmp_path / "gone.mp4")
+
+
+def tone(path, seconds):
+    samples = np.sin(np.arange(round(16_000 * seconds)) ** 1.2 * 0.01).astype(np.float32) * 0.3
+    soundfile.write(path, samples, 16_000, subtype="FLOAT")
+    return samples
+
+
+def test_windows_are_answered_as_the_files_that_they_are(hba, run, files, tmp_path):
+    samples = tone(tmp_path / "long.wav", 7.6)
+    asked = [tmp_path / "long.wav", files / "clip.mp4", files / "picture.png", "--task", "EMO"]
+    code, out, err = hba("ask", run, *asked, "--every", "2s", "--json")
+    assert code == 0, err
+    replies = json.loads(out)["answers"]
+    mine = [reply for reply in replies if reply["file"].endswith("long.wav")]
+    assert [(reply["start"], reply["end"]) for reply in mine] == [(0, 2), (2, 4), (4, 6), (6, 7.6)]
+    assert [reply["start"] for reply in replies if reply["file"].endswith("picture.png")] == [None]
+    clip = [reply for reply in replies if reply["file"].endswith("clip.mp4")]
+    assert clip[0]["start"] == 0 and all(reply["probs"] for reply in clip)
+    code, out, err = hba("ask", run, files / "clip.mp4", "--task", "EMO", "--every", "0.5", "--json")
+    short = json.loads(out)["answers"]
+    assert len(short) > len(clip) and [reply["start"] for reply in short[:3]] == [0, 0.5, 1.0], err
+    soundfile.write(tmp_path / "part.wav", samples[32_000:64_000], 16_000, subtype="FLOAT")
+    (alone,) = package.ask(run, tmp_path / "part.wav", tasks=["EMO"])
+    assert mine[1]["probs"] == pytest.approx(alone.probs, abs=1e-6)
+    assert mine[1]["probs"] != pytest.approx(mine[0]["probs"], abs=1e-6)
+    code, out, _ = hba("ask", run, tmp_path / "long.wav", "--task", "EMO", "--every", "4", "--csv")
+    assert [(row["start"], row["end"]) for row in csv.DictReader(io.StringIO(out))] == [("0.0", "4.0"), ("4.0", "7.6")]
+    code, out, _ = hba("ask", run, tmp_path / "long.wav", "--task", "EMO", "--every", "4s")
+    assert code == 0 and "4 to 7.6 s" in out
+    for wrong in ("soon", "0.1", "-3", "inf", "nan"):
+        code, out, err = hba("ask", run, tmp_path / "long.wav", f"--every={wrong}")
+        assert (code, out) == (2, "") and "--every" in err
+
+
+def test_what_is_said_is_heard_by_a_recogniser(hba, run, files, whisper, tmp_path):
+    tone(tmp_path / "a.wav", 2)
+    asked = ["ask", run, tmp_path / "a.wav", files / "picture.png", "--task", "EMO"]
+    code, out, err = hba(*asked, "--transcribe", whisper, "--json")
+    assert code == 0, err
+    sound, picture = json.loads(out)["answers"]
+    assert sound["transcript"] and picture["transcript"] is None
+    (told,) = package.ask(run, tmp_path / "a.wav", tasks=["EMO"], transcript=sound["transcript"])
+    assert sound["probs"] == pytest.approx(told.probs, abs=1e-6)
+    code, out, err = hba(*asked, "--transcribe", run)
+    assert (code, out) == (2, "") and "cannot load a recognition model" in err
+    code, out, err = hba(*asked, "--transcribe", whisper, "--transcript", "hm")
+    assert (code, out) == (2, "") and "--transcript" in err
+
+
+def test_a_media_tag_in_what_is_said_is_text(hba, run, files, tmp_path):
+    (tmp_path / "words.txt").write_text("She wrote <audio> and <video>.", encoding="utf-8")
+    said = ["--transcript", "and then <image> and <audio>", "--json"]
+    code, out, err = hba("ask", run, tmp_path / "words.txt", files / "sound.wav", "--task", "EMO", *said)
+    assert code == 0, err
+    assert all(reply["error"] is None and reply["probs"] for reply in json.loads(out)["answers"])
+    row = row_of(look_at(files / "sound.wav"), "a.wav", "cremad", BUILTIN, question=None, transcript="so <audio>")
+    assert row["problem"].startswith('<audio>The speaker says: "so < audio>"')
+
+
+def test_descriptors_of_adapters_are_extracted_on_the_fly(hba, run, files, tmp_path):
+    pytest.importorskip("opensmile", reason="opensmile is not installed")
+    import torch
+
+    from hba.batch.pool import DescriptorConfig
+    from hba.model.bam import AdapterSpec, Bam, save_bam
+    from hba.model.checkpoint import resolve
+    from hba.model.omni import OmniSapiens
+
+    shutil.copytree(resolve(str(run)), tmp_path / "adapted")
+    hidden = next(iter(OmniSapiens.from_pretrained(str(run)).heads.linear.values())).in_features
+    about = {"hidden": 8, "dropout": 0.0, "modality_dropout": 0.0, "layer_norm": True}
+    torch.manual_seed(0)
+    spec = AdapterSpec(dataset="cremad", dims={"audio": 176}, descriptors=DescriptorConfig(), **about)
+    bam = Bam([spec], hidden)
+    for parameter in bam.parameters():
+        torch.nn.init.normal_(parameter)
+    save_bam(bam, tmp_path / "adapted")
+    asked = [files / "sound.wav", "--dataset", "cremad,tess", "--json"]
+    code, out, err = hba("ask", tmp_path / "adapted", *asked)
+    assert code == 0, err
+    cremad, tess = json.loads(out)["answers"]
+    before = {reply["dataset"]: reply["probs"] for reply in json.loads(hba("ask", run, *asked)[1])["answers"]}
+    assert cremad["probs"] != pytest.approx(before["cremad"], abs=1e-4)
+    assert tess["probs"] == pytest.approx(before["tess"], abs=1e-6)
+    tone(tmp_path / "short.wav", 0.02)
+    code, out, err = hba("ask", tmp_path / "adapted", tmp_path / "short.wav", *asked)
+    found = [(reply["dataset"], reply["error"]) for reply in json.loads(out)["answers"]]
+    assert code == 2 and found[0][1].startswith("no descriptors: ") and "openSMILE" in found[0][1], err
+    assert found[2:] == [("cremad", None), ("tess", None)]
+    medium = look_at(files / "sound.wav")
+    shutil.copy(medium.path, tmp_path)
+    row = row_of(medium, "sound.wav", "cremad", BUILTIN, question=None, transcript=None)
+    (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    described = ["atlas", "describe", tmp_path, "--audio", "egemaps", "--video", "none", "--workers", "1"]
+    assert hba(*described)[0] == 0
+    predicted = ["predict", tmp_path / "adapted", "--atlas", tmp_path, "--run", tmp_path / "run", "loader.workers=0"]
+    assert hba(*predicted)[0] == 0
+    (same,) = read_predictions(tmp_path / "run" / "predictions.jsonl")
+    assert cremad["probs"] == pytest.approx(same.probs, abs=1e-6)

@@ -147,6 +147,17 @@ def test_files_without_labels_are_predicted_among_the_persons_own_labels(hba, tm
     assert code == 2 and "holds predictions with another data" in err
 
 
+def test_a_media_tag_in_a_transcript_is_text(hba, tmp_path):
+    lines = ["file,label,text"]
+    for number in range(6):
+        sound(tmp_path / "in" / f"{number}.wav", number)
+        lines.append(f'{number}.wav,{("bored", "keen")[number % 2]},"well <audio> {number}"')
+    (tmp_path / "in" / "labels.csv").write_text("\n".join(lines), encoding="utf-8")
+    assert hba("atlas", "build", tmp_path / "in", tmp_path / "out")[0] == 0
+    assert hba("atlas", "validate", tmp_path / "out")[0] == 0
+    assert all("well < audio> " in sample.problem for split in rows(tmp_path / "out").values() for sample in split)
+
+
 def test_rows_without_answers_are_the_same_as_lines_and_as_shards(hba, tmp_path):
     for number in range(6):
         sound(tmp_path / "in" / f"{number}.wav", number)
@@ -201,6 +212,14 @@ def corpus(name, folder):
             about[f"1_{number}"] = {"utterance": "Great.", "speaker": f"S{number % 3}", "sarcasm": number % 2 == 0}
         (folder / "sarcasm_data.json").write_text(json.dumps(about))
         return {"sarcasm": 3, "not sarcasm": 3}
+    if name == "mosei":
+        lines = ["video_id,clip_id,text,label,label_T,label_A,label_V,annotation,mode"]
+        for number, (mode, value) in enumerate((m, v) for m in ("train", "valid", "test") for v in (-2.6667, 0.0, 1.0)):
+            sound(folder / "Raw" / f"v{mode}" / f"{number}.mp4", number)
+            lines.append(f'v{mode},{number},"Well, fine.",{value},,,,Neutral,{mode}')
+        lines.append("gone,1,Not there.,1.0,,,,Positive,train")
+        (folder / "label.csv").write_text("\n".join(lines))
+        return {"highly negative": 3, "neutral": 3, "weakly positive": 3}
     for session in (1, 2, 3):
         turn, lines = f"Ses0{session}F_impro01", []
         for number, code in enumerate(("exc", "sad", "fru")):
@@ -220,8 +239,8 @@ def test_the_layout_of_a_corpus(hba, tmp_path, name):
     built = json.loads(out)
     assert built["labels"] == labels and sum(built["splits"].values()) == sum(labels.values())
     assert built["dataset"] == name
-    if name == "meld":
-        assert built["splits"] == {"train": 2, "validation": 2, "test": 2}
+    if name in ("meld", "mosei"):
+        assert len(set(built["splits"].values())) == 1
     assert all(rows(tmp_path / "out").values())
 
 

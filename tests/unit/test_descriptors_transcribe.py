@@ -10,20 +10,12 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from tokenizers import AddedToken
-from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
-    GenerationConfig,
     Wav2Vec2Config,
     Wav2Vec2CTCTokenizer,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2ForCTC,
     Wav2Vec2Processor,
-    WhisperConfig,
-    WhisperFeatureExtractor,
-    WhisperForConditionalGeneration,
-    WhisperProcessor,
-    WhisperTokenizer,
 )
 
 from hba.atlas.audio import Audio, load_audio
@@ -32,44 +24,9 @@ from hba.descriptors.items import Settings
 from hba.descriptors.sound import Transcriber, transcriber_id
 from hba.errors import InputError, MediaError
 
-CONTROL = ("endoftext", "startoftranscript", "en", "translate", "transcribe", "startofprev", "nospeech", "notimestamps")
-
 
 def noise(seconds: float) -> Audio:
     return Audio(np.random.default_rng(0).normal(0, 0.1, round(16_000 * seconds)).astype(np.float32))
-
-
-@pytest.fixture(scope="module")
-def whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Whisper whose letters are likelier than its control tokens."""
-    folder = tmp_path_factory.mktemp("asr") / "whisper"
-    letters = {letter: number for number, letter in enumerate(sorted(ByteLevel.alphabet()))}
-    tokenizer = WhisperTokenizer(vocab=letters, merges=[])
-    tokenizer.add_tokens([AddedToken(f"<|{name}|>", special=True) for name in CONTROL])
-    tokenizer.add_tokens([AddedToken(f"<|{i * 0.02:.2f}|>", special=False) for i in range(1501)])
-    number = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in CONTROL}
-    special = {"eos_token_id": number["endoftext"], "pad_token_id": number["endoftext"]}
-    special |= {"bos_token_id": number["endoftext"], "decoder_start_token_id": number["startoftranscript"]}
-    torch.manual_seed(0)
-    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    sizes = {"d_model": 16, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_target_positions": 64}
-    config = WhisperConfig(vocab_size=len(tokenizer), **layers, **sizes, **special)
-    model = WhisperForConditionalGeneration(config)
-    model.model.decoder.embed_tokens.weight.data[len(letters) :] *= 0.01
-    model.generation_config = GenerationConfig(
-        **special,
-        is_multilingual=True,
-        lang_to_id={"<|en|>": number["en"]},
-        task_to_id={"transcribe": number["transcribe"], "translate": number["translate"]},
-        no_timestamps_token_id=number["notimestamps"],
-        prev_sot_token_id=number["startofprev"],
-        max_initial_timestamp_index=50,
-        alignment_heads=[[0, 0]],
-        max_length=16,
-    )
-    model.save_pretrained(folder)
-    WhisperProcessor(WhisperFeatureExtractor(feature_size=80), tokenizer).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

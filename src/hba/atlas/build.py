@@ -586,9 +586,34 @@ def iemocap(folder: Path) -> Iterator[Entry]:
                 yield Entry(sounds[name], codes[code], name[:5])
 
 
+def mosei(folder: Path) -> Iterator[Entry]:
+    """CMU-MOSEI: label.csv (video_id, clip_id, text, label from -3 to 3, mode), `Raw/VIDEO/CLIP.mp4`, as MMSA has it.
+
+    The table is that of github.com/thuiar/MMSA; a label is the nearest of the seven classes that the corpus names,
+    -3 highly negative to 3 highly positive. Videos are groups; the splits are the published ones.
+    """
+    table = next(iter(sorted(folder.rglob("label.csv"))), None)
+    if table is None:
+        raise InputError("no label.csv here", where=str(folder), fix="Give the folder with label.csv and Raw.")
+    names = ("highly negative", "negative", "weakly negative", "neutral", "weakly positive", "positive")
+    clips = {(path.parent.name, path.stem): path for path in folder.rglob("*.mp4")}
+    for number, record in enumerate(read_table(table), start=2):
+        path = clips.get((str(record.get("video_id")), str(record.get("clip_id"))))
+        if path is None:  # some clips of the release are missing
+            continue
+        try:
+            value = min(max(round(float(record["label"])), -3), 3)
+            split = SPLITS[record["mode"].strip().lower()]
+        except (KeyError, TypeError, ValueError, AttributeError):
+            fix = "Write a label from -3 to 3, and train, valid or test as the mode."
+            raise InputError("no label or mode", where=f"{table}:{number}", fix=fix) from None
+        label = (*names, "highly positive")[value + 3]
+        yield Entry(path, label, record["video_id"], _text(record.get("text")) or None, split)
+
+
 LAYOUTS: Mapping[str, Callable[[Path], Iterable[Entry]]] = {
     "cremad": cremad, "ravdess": ravdess, "tess": tess, "emodb": emodb, "meld": meld, "mustard": mustard,
-    "iemocap": iemocap,
+    "iemocap": iemocap, "mosei": mosei,
 }  # fmt: skip
 """corpora whose own layout is read, by the name for --layout"""
 

@@ -32,6 +32,12 @@ def ask_command(
     dataset: Annotated[str | None, typer.Option(help="Dataset keys whose labels are offered, such as cremad.")] = None,
     question: Annotated[str | None, typer.Option(help="Ask this, in place of the task's own question.")] = None,
     transcript: Annotated[str | None, typer.Option(help="What is said in the file.")] = None,
+    transcribe: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Hear what is said with this speech recognition model.")
+    ] = None,
+    every: Annotated[
+        str | None, typer.Option(help="Ask clips and sounds in windows of so many seconds, such as 5s.")
+    ] = None,
     backend: Annotated[str | None, typer.Option(help="How the model answers, as in hba predict.")] = None,
     base_url: BaseUrl = None,
     key: Annotated[
@@ -58,6 +64,8 @@ def ask_command(
             datasets=_names(dataset),
             question=question,
             transcript=transcript,
+            transcribe=transcribe,
+            every=_seconds(every),
             backend=backend,
             config=settings,
             progress=told,
@@ -73,6 +81,15 @@ def ask_command(
         raise typer.Exit(2)
 
 
+def _seconds(text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        return float(text.strip().removesuffix("s"))
+    except ValueError:
+        raise InputError(f"no seconds: {text!r}", where="--every", fix="Write 5s, or 2.5.") from None
+
+
 def _names(listed: str | None) -> list[str] | None:
     return None if listed is None else [name.strip() for name in listed.split(",") if name.strip()]
 
@@ -81,13 +98,16 @@ def _shown(replies: list[Reply]) -> Iterator[RenderableType]:
     from hba.report.tables import Table
     from hba.taxonomy import CARE
 
-    rows = []
+    rows: list[tuple[str, ...]] = []
+    windows = any(reply.start is not None for reply in replies)
     for reply in replies:
         if reply.error is None:
             said = reply.answer if reply.answer is not None else f"no label in: {reply.text}"
-            rows.append((reply.file, reply.task or reply.dataset or "", said, _likeliest(reply)))
+            when = () if not windows else ("" if reply.start is None else f"{reply.start:g} to {reply.end:g} s",)
+            rows.append((reply.file, *when, reply.task or reply.dataset or "", said, _likeliest(reply)))
     if rows:
-        yield Table(title="", head=("file", "task", "answer", "probabilities"), rows=rows, align="l")
+        head = ("file", *(("when",) if windows else ()), "task", "answer", "probabilities")
+        yield Table(title="", head=head, rows=rows, align="l")
         yield f"A model's guess about how people seem. {CARE}"
 
 
@@ -103,8 +123,11 @@ def _csv(replies: list[Reply]) -> str:
     for reply in replies:
         share = (reply.probs or {}).get(reply.answer or "")
         kept = [reply.file, reply.task, reply.dataset, reply.answer]
-        rows.append([*kept, "" if share is None else f"{share:.6f}", reply.text, reply.error])
-    return to_csv(["file", "task", "dataset", "answer", "probability", "text", "error"], rows)
+        words = [reply.text, reply.error]
+        when = [reply.start, reply.end, reply.transcript]
+        rows.append([*kept, "" if share is None else f"{share:.6f}", *words, *when])
+    head = ["file", "task", "dataset", "answer", "probability", "text", "error", "start", "end", "transcript"]
+    return to_csv(head, rows)
 
 
 def serve_command(

@@ -1,21 +1,23 @@
 """`hba ask`: what a model makes of somebody's own clips, sounds, pictures and texts.
 
 The files become rows of an atlas that lives as long as the question, one a file and question, and are answered as
-`hba predict` answers rows: the same encoding, the same backends, the same reading of words. The rows carry an answer
-only because the schema wants one; nothing compares it with anything.
+`hba predict` answers rows: the same encoding, the same backends, the same reading of words. They have no answer.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
+import soundfile
 
 from hba.atlas.build import Medium, bring, look_at, row_of
 from hba.atlas.rows import Quarantined
@@ -34,19 +36,28 @@ from hba.evaluate.backends.interface import (
 )
 from hba.evaluate.config import PredictConfig
 from hba.evaluate.predict import EVERYTHING, encoding_of, open_rows
-from hba.storage import atomic_write
+from hba.storage import atomic_write, json_line, read_json
 from hba.taxonomy import BUILTIN, FILE, Taxonomy, of_folder, save_beside
 
+if TYPE_CHECKING:
+    from hba.atlas.video import TimedFrame
+    from hba.descriptors.sound import Transcriber
+
+MIN_WINDOW = 0.5  # seconds
+WINDOW_FRAMES = 8  # of a second of clip that a window keeps
+NO_SPEECH = "no speech was recognised"
 FREE = "siq2"  # a dataset without labels, whose rows are answered in words
 FEW_ROWS = 64  # for these no worker process is started: that takes longer than to decode them
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What a model says of a file. With an `error` it says nothing.
+    """What a model says of a file, or of a part of it. With an `error` it says nothing.
 
     `answer` is the label, or the model's words where there are no labels; `probs` gives the probability of each label
     of the dataset's domain, which only heads and `generation.read=likelihood` know. `text` is all that the model said.
+    `start` and `end` are in seconds, None where the file was not asked in windows. `transcript` is what a recogniser
+    heard, where one was asked.
     """
 
     file: str
@@ -56,6 +67,19 @@ class Reply:
     probs: dict[str, float] | None = None
     text: str | None = None
     error: str | None = None
+    start: float | None = None
+    end: float | None = None
+    transcript: str | None = None
+
+
+class Piece(NamedTuple):
+    """What is asked about: a file, or a window of it whose media lie in `files`, by image, video and audio."""
+
+    medium: Medium
+    files: Mapping[str, Path]
+    start: float | None = None
+    end: float | None = None
+    transcript: str | None = None
 
 
 def ask(
@@ -66,6 +90,8 @@ def ask(
     datasets: Sequence[str] | None = None,
     question: str | None = None,
     transcript: str | None = None,
+    transcribe: str | None = None,
+    every: float | None = None,
     backend: str | None = None,
     config: PredictConfig | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -74,38 +100,55 @@ def ask(
 
     `tasks` are keys such as EMO, `datasets` keys such as cremad, whose labels are then offered; a model with heads is
     asked about everything that it was trained for where neither is given. `question` is asked in place of a task's own;
-    alone, it is answered in words. `transcript` is what is said in the file.
+    alone, it is answered in words. `transcript` is what is said in the file; without it `transcribe`, a speech
+    recognition model, hears it. With `every` a clip or sound is asked in windows of so many seconds. Descriptors are
+    extracted for datasets that the model has adapters for.
 
     A file that cannot be read has an error in its replies. Raises InputError for a path that is missing, a folder
-    without media, an unknown task, and a question that the model cannot be asked.
+    without media, an unknown task, and a question that the model cannot be asked; HbaError where an extractor that
+    adapters need is not installed.
     """
     require_backend(str(model), backend)
+    if every is not None and not MIN_WINDOW <= every < math.inf:
+        fix = f"Give seconds, {MIN_WINDOW:g} or more, such as 5s."
+        raise InputError(f"windows of {every:g} seconds", where="--every", fix=fix)
+    if transcript is not None and (transcribe is not None or every is not None):
+        fix = "Leave --transcript out, or the other."
+        raise InputError("--transcript is said once, of whole files", where="hba ask", fix=fix)
     paths = found_files([files] if isinstance(files, str | Path) else files)
     taxonomy = taxonomy_of(str(model))
     config = config or PredictConfig()
-    media, broken = _looked_at(paths)
     name = known(backend) if backend else detect(str(model))
-    if encoding_of(str(model), name, config).sound_of_clips != "off":
-        # The rows name clips alone, as those of its training did: how their sound is heard is for the encoding to say.
-        media = [one._replace(kinds=("video",)) if "video" in one.kinds else one for one in media]
+    heard_in_clips = encoding_of(str(model), name, config).sound_of_clips != "off"
     named = tasks is not None or datasets is not None
     keys = datasets_of(taxonomy, tasks, datasets, question)
-    rows = [(medium, key) for medium in media for key in keys]
-    if len(rows) <= FEW_ROWS:
-        config = replace(config, loader=replace(config.loader, workers=0))
-    replies: dict[Path, dict[str, Reply]] = {path: {} for path in paths}
-    for path, reason in broken.items():
-        replies[path][""] = Reply(file=str(path), task="", dataset="", answer=None, error=reason)
-    if rows:
-        with atlas_of(rows, taxonomy, question, transcript) as folder:
-            steps = _answered(str(model), folder, config, backend, explicit=named or question is not None)
-            for done, step in enumerate(steps, start=1):
+    with TemporaryDirectory(prefix="hba-ask-") as place:
+        folder = Path(place).resolve()
+        pieces, broken = _pieces(paths, folder / "windows", every, transcript, transcribe)
+        if heard_in_clips:
+            # The rows name clips alone, as those of its training did: how their sound is heard is for the encoding.
+            pieces = [_silent(piece) if "video" in piece.files else piece for piece in pieces]
+        rows = [(piece, key) for piece in pieces for key in keys]
+        if len(rows) <= FEW_ROWS:
+            config = replace(config, loader=replace(config.loader, workers=0))
+        replies: dict[Path, list[tuple[float, int, Reply]]] = {path: [] for path in paths}
+        for path, reason in broken.items():
+            replies[path].append((0.0, 0, Reply(file=str(path), task="", dataset="", answer=None, error=reason)))
+        if rows:
+            _write_atlas(folder, rows, taxonomy, question)
+            failed = _describe(str(model), folder, rows)
+            explicit = named or question is not None
+            for done, step in enumerate(_answered(str(model), folder, config, backend, explicit=explicit), start=1):
                 about = step.sample if isinstance(step, Unanswered) else step
-                medium, key = rows[int(about.id)]
-                replies[medium.path][key] = reply_of(step, medium.path, key, taxonomy)
+                number = int(about.id)
+                piece, key = rows[number]
+                reply = _reply(step, piece, key, taxonomy)
+                if number in failed:
+                    reply = replace(reply, answer=None, probs=None, text=None, error=failed[number])
+                replies[piece.medium.path].append((piece.start or 0.0, keys.index(key), reply))
                 progress(done, len(rows))
             progress(len(rows), len(rows))  # those that the model has no head for are left out
-    return [replies[path][key] for path in paths for key in ("", *keys) if key in replies[path]]
+    return [reply for path in paths for *_, reply in sorted(replies[path], key=lambda each: each[:2])]
 
 
 def found_files(given: Iterable[str | Path]) -> list[Path]:
@@ -167,36 +210,193 @@ def _widest(taxonomy: Taxonomy, task: str) -> str:
     return about[-1].key
 
 
-def _looked_at(paths: Sequence[Path]) -> tuple[list[Medium], dict[Path, str]]:
-    """What each file holds, and why some cannot be read."""
-    media, broken = [], {}
+def _pieces(
+    paths: Sequence[Path], folder: Path, every: float | None, transcript: str | None, transcribe: str | None
+) -> tuple[list[Piece], dict[Path, str]]:
+    """What is asked of each file, and why some cannot be read. The media of windows are written into `folder`."""
+    pieces: list[Piece] = []
+    broken: dict[Path, str] = {}
+    recogniser = None
     for path in paths:
         try:
-            media.append(look_at(path))
+            medium = look_at(path)
+            whole = Piece(medium, dict.fromkeys(medium.kinds, path), transcript=transcript)
+            timed = every is not None and bool({"video", "audio"} & set(medium.kinds))
+            mine = list(_windows(medium, folder / str(len(pieces)), every or 0.0)) if timed else [whole]
+            for piece in mine:
+                if transcribe is not None and "audio" in piece.files:
+                    from hba.descriptors.sound import Transcriber  # imports torch and a pipeline
+
+                    recogniser = recogniser or Transcriber(transcribe)
+                    piece = piece._replace(transcript=_heard(recogniser, piece))
+                pieces.append(piece)
         except MediaError as error:
             broken[path] = error.what
-    return media, broken
+    return pieces, broken
+
+
+def _silent(piece: Piece) -> Piece:
+    """The piece with its clip alone, which holds its sound."""
+    return piece._replace(medium=piece.medium._replace(kinds=("video",)), files={"video": piece.files["video"]})
+
+
+def _heard(recogniser: Transcriber, piece: Piece) -> str | None:
+    """The words of a piece; None where nothing is said in it."""
+    from hba.atlas.audio import load_audio
+
+    where = str(piece.medium.path)
+    audio = load_audio(piece.files["audio"], where=where)
+    try:
+        return recogniser.extract(audio, where=where)
+    except MediaError as error:
+        if error.what == NO_SPEECH:
+            return None
+        raise
+
+
+def _windows(medium: Medium, folder: Path, every: float) -> Iterator[Piece]:
+    """The windows of a clip or sound, in their order; a rest of less than half a window belongs to the last.
+
+    Sounds are cut to the sample, of clips up to WINDOW_FRAMES frames a second are kept; those of one window are in
+    memory at a time.
+    """
+    from hba.atlas.audio import SAMPLE_RATE, load_audio
+    from hba.atlas.video import TimedFrame, load_video, read_frames
+
+    where = str(medium.path)
+    sound = load_audio(medium.path, where=where).samples if "audio" in medium.kinds else None
+    seconds = 0.0 if sound is None else len(sound) / SAMPLE_RATE
+    frames: Iterator[TimedFrame] = iter(())
+    if "video" in medium.kinds:
+        seconds = max(seconds, load_video(medium.path, num_frames=1, where=where).duration_seconds)
+        frames = read_frames(medium.path, where=where, frames_per_second=WINDOW_FRAMES)
+    folder.mkdir(parents=True, exist_ok=True)
+    count = max(1, math.floor(seconds / every + 0.5))
+    ahead = next(frames, None)
+    for number in range(count):
+        start, end = number * every, seconds if number == count - 1 else (number + 1) * every
+        files: dict[str, Path] = {}
+        part = None if sound is None else sound[round(start * SAMPLE_RATE) : round(end * SAMPLE_RATE)]
+        if part is not None and len(part):
+            files["audio"] = folder / f"{number}.wav"
+            soundfile.write(files["audio"], part, SAMPLE_RATE, subtype="FLOAT")
+        shown: list[TimedFrame] = []
+        while ahead is not None and (ahead.seconds < end or number == count - 1):
+            shown.append(TimedFrame(ahead.seconds - start, ahead.pixels))
+            ahead = next(frames, None)
+        if shown:
+            files["video"] = folder / f"{number}.mov"
+            _write_clip(files["video"], shown, part)
+        kinds = tuple(kind for kind in medium.kinds if kind in files)
+        if kinds:
+            yield Piece(medium._replace(kinds=kinds), files, round(start, 3), round(end, 3))
+
+
+def _write_clip(file: Path, frames: Sequence[TimedFrame], sound: npt.NDArray[np.float32] | None) -> None:
+    """A clip of `frames`, each shown from its second on, with its sound [N] where there is any."""
+    import av
+
+    from hba.atlas.audio import SAMPLE_RATE
+
+    height, width = (side - side % 2 or 2 for side in frames[0].pixels.shape[:2])
+    with av.open(str(file), "w", format="mov") as out:
+        options = {"crf": "12", "preset": "veryfast", "x264-params": "mbtree=0"}
+        stream = out.add_stream("libx264", rate=WINDOW_FRAMES, options=options)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        track = None
+        if sound is not None and len(sound):
+            track = out.add_stream("pcm_s16le", rate=SAMPLE_RATE, layout="mono")
+        for at, pixels in frames:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            frame = frame.reformat(width=width, height=height, format="yuv420p")
+            frame.pts, frame.time_base = round(at * 1000), Fraction(1, 1000)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+        if track is not None and sound is not None:
+            whole = np.round(np.clip(sound, -1, 1) * 32767).astype(np.int16)[None]
+            heard = av.AudioFrame.from_ndarray(whole, format="s16", layout="mono")
+            heard.sample_rate, heard.pts, heard.time_base = SAMPLE_RATE, 0, Fraction(1, SAMPLE_RATE)
+            out.mux(track.encode(heard))
+            out.mux(track.encode(None))
 
 
 @contextmanager
 def atlas_of(
     rows: Sequence[tuple[Medium, str]], taxonomy: Taxonomy, question: str | None, transcript: str | None
 ) -> Iterator[Path]:
-    """A folder with the rows as an atlas; media are linked into it, or copied from another disk. Gone afterwards."""
-    with TemporaryDirectory(prefix="hba-ask-") as name:
-        folder = Path(name).resolve()
-        inside: dict[Path, str] = {}
-        for medium, _ in rows:
-            if medium.kinds and medium.path not in inside:
-                inside[medium.path] = f"media/{len(inside)}{medium.path.suffix.lower()}"
-                bring(medium.path, folder / inside[medium.path])
-        with atomic_write(folder / "asked.jsonl") as handle:
-            for number, (medium, key) in enumerate(rows):
-                place = inside.get(medium.path, "")
-                row = row_of(medium, place, key, taxonomy, question=question, transcript=transcript)
-                handle.write(json.dumps(row | {"id": str(number)}, ensure_ascii=False) + "\n")
-        save_beside(taxonomy, folder)
+    """A folder with an atlas of whole files, each asked with a dataset's labels. Gone afterwards."""
+    with TemporaryDirectory(prefix="hba-ask-") as place:
+        folder = Path(place).resolve()
+        pieces = [(Piece(m, dict.fromkeys(m.kinds, m.path), transcript=transcript), key) for m, key in rows]
+        _write_atlas(folder, pieces, taxonomy, question)
         yield folder
+
+
+def _write_atlas(folder: Path, rows: Sequence[tuple[Piece, str]], taxonomy: Taxonomy, question: str | None) -> None:
+    """The rows as an atlas; media are linked into it, or copied from another disk."""
+    inside: dict[Path, str] = {}
+    with atomic_write(folder / "asked.jsonl") as handle:
+        for number, (piece, key) in enumerate(rows):
+            for path in piece.files.values():
+                if path not in inside:
+                    inside[path] = f"media/{len(inside)}{path.suffix.lower()}"
+                    bring(path, folder / inside[path])
+            row = row_of(piece.medium, "", key, taxonomy, question=question, transcript=piece.transcript)
+            row |= {f"{kind}s": [inside[path]] for kind, path in piece.files.items()}
+            handle.write(json_line(row | {"id": str(number)}))
+    save_beside(taxonomy, folder)
+
+
+def _describe(model: str, folder: Path, rows: Sequence[tuple[Piece, str]]) -> dict[int, str]:
+    """Extract the descriptors that adapters of the datasets that are asked about read; by row, why there are none.
+
+    Raises HbaError where an extractor is not installed, InputError for adapters over descriptors of nobody's here.
+    """
+    place = Path(model)
+    if not place.is_dir():
+        return {}
+    found = {path.stem: path for path in (*place.glob("bam/*.json"), *place.glob("checkpoints/*/bam/*.json"))}
+    if not found:
+        return {}
+    from hba.model import checkpoint
+
+    trained = checkpoint.resolve(model)
+    specs = [read_json(trained / "bam" / f"{key}.json") for key in sorted({key for _, key in rows} & found.keys())
+             if trained is not None and (trained / "bam" / f"{key}.json").is_file()]  # fmt: skip
+    if not specs:
+        return {}
+    from hba.descriptors.describe import describe
+    from hba.descriptors.items import Settings
+    from hba.descriptors.sound import FEATURE_SETS
+
+    sets: set[str | None] = set()
+    for spec in specs:
+        dim = spec["dims"].get("audio")
+        fitting = [name for name, about in FEATURE_SETS.items() if dim in _pooled(about.num_values)]
+        if dim is not None and not fitting:
+            what = f"the adapters of {spec['dataset']} read {dim} values of sound, which no extractor here gives"
+            raise InputError(what, where=model, fix="Predict an atlas that has these descriptors.")
+        sets |= {fitting[0]} if fitting else set()
+    video: Any = "holistic" if any("video" in spec["dims"] for spec in specs) else None
+    failed: dict[int, str] = {}
+    keys = {str(spec["dataset"]) for spec in specs}
+    for audio in sorted(sets, key=str) or [None]:
+        done = describe(folder, Settings(audio=audio, video=video), splits=["asked"], workers=1)
+        for failure in done.failures:
+            number = int(str(failure["where"]).partition(",")[0].rpartition(":")[2]) - 1
+            medium = rows[number][0].medium.path
+            for row, (piece, key) in enumerate(rows):
+                if piece.medium.path == medium and key in keys:
+                    failed[row] = f"no descriptors: {failure['reason']}"
+        video = None
+    return failed
+
+
+def _pooled(values: int) -> tuple[int, ...]:
+    """The sizes that a descriptor of so many values may have when it is pooled: as it is, mean and spread, and two
+    quantiles beside them."""
+    return (values, 2 * values, 4 * values)
 
 
 def _answered(
@@ -225,8 +425,9 @@ def _answered(
     yield from predict(atlas, answering.batches(atlas, rows), answering)
 
 
-def reply_of(step: Predicted, file: Path, dataset: str, taxonomy: Taxonomy) -> Reply:
-    about: dict[str, Any] = {"file": str(file), "task": taxonomy.dataset(dataset).task or "", "dataset": dataset}
+def _reply(step: Predicted, piece: Piece, dataset: str, taxonomy: Taxonomy) -> Reply:
+    about: dict[str, Any] = {"file": str(piece.medium.path), "task": taxonomy.dataset(dataset).task or ""}
+    about |= {"dataset": dataset, "start": piece.start, "end": piece.end, "transcript": piece.transcript}
     if isinstance(step, Unanswered | Quarantined):
         return Reply(**about, answer=None, error=step.reason)
     if step.error is not None:
