@@ -24,12 +24,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from torch.utils.flop_counter import flop_registry
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hba.errors import InputError, nearest
 from hba.evaluate.config import PredictConfig
+from hba.model import checkpoint
 from hba.model.checkpoint import backbone_class, read_config, resolve_dtype
 from hba.model.config import ModelConfig, Quantization
 from hba.model.omni import OmniSapiens, apply_strategy, as_they_come, recompute_layers
@@ -47,6 +48,8 @@ USABLE = 0.94
 """share of a GPU's memory that tensors can have: allocators leave holes"""
 DRIVER_GIB = 0.6
 """what CUDA and its libraries keep for themselves"""
+BUSY_TOKENS = 2048
+"""tokens at once with which a GPU has enough to do: more of them make a step no faster"""
 ANSWER_TOKENS = 16  # of a supervised answer in words; most labels have two
 QUANTIZED_BYTES = {"int8": 1.0, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}  # a weight: codes, scales, scales of scales
 TOWER_POSITIONS = 3  # of a media tower for a token of the prompt: 4 patches or 2 frames of sound make one
@@ -292,6 +295,71 @@ def _changes(bare: _Bare, config: Settings, model: str, usable: float, gpus: int
         if count >= gpus and len(found) < 3 and offer(words, shared, count):
             break
     return found
+
+
+class Recipe(NamedTuple):
+    """The keys that make a run fit on a GPU, and what is then taken of what there is, in GiB."""
+
+    keys: dict[str, Any]
+    total: float
+    usable: float
+
+    @property
+    def words(self) -> str:
+        """As they are typed."""
+        return " ".join(f"{key}={str(value).lower()}" for key, value in self.keys.items())
+
+
+def recipe_for(
+    model: str, config: SftConfig | LmConfig | RlConfig, gpu: Gpu, *, gpus: int, tokens: int, typed: Sequence[str] = ()
+) -> Recipe:
+    """What to set so that `config` fits on `gpus` GPUs, each of which is `gpu`, with prompts of up to `tokens`.
+
+    The mildest saving with which `BUSY_TOKENS` are computed at once, or else the one with room for most: nothing,
+    layers computed twice, on several GPUs a split model, and only where none of them has room for one sample a frozen
+    backbone in 4 bits. Keys of `typed` stay as they are. Raises InputError where nothing makes it fit.
+    """
+    place = checkpoint.resolve(model)
+    bare = _Bare(model if place is None else checkpoint.base_of(place))
+    usable, key = gpu.gigabytes * USABLE - DRIVER_GIB, _key(config)
+    work = work_of(config, tokens, model)[0]
+    counted = work.counted if key == "train.device_tokens" else 1
+    share = -(-config.train.batch_size // gpus)
+    asked = config.train.device_tokens or counted * min(work.samples // work.copies, share)
+    wanted = min(asked, max(BUSY_TOKENS, counted) if counted > 1 else -(-BUSY_TOKENS // tokens))
+    again, split = {"train.activation_checkpointing": True}, {"train.sharding": "full"}
+    ways: list[dict[str, Any]] = [{}, again] + ([again | split] if gpus > 1 else [])
+    if config.model.strategy != "full":
+        ways.append(again | {"model.quantization": "nf4"})
+    best, most = ways[0], 0
+    for way in ways:
+        way = {name: value for name, value in way.items() if name not in typed and _value(config, name) != value}
+        if most and "model.quantization" in way:
+            break
+        room = min(asked, _most(bare, _changed(config, way), model, usable, gpus, [tokens]))
+        if room > most:
+            best, most = way, room
+        if most >= wanted:
+            break
+    if not most or (key in typed and most < asked):
+        what = f"{key}={asked}, prompts of {tokens:,} tokens" if key in typed else f"a prompt of {tokens:,} tokens"
+        fix = f"Take a smaller model, fewer tokens or more GPUs; `hba fit {model} --gpu {gpu.gigabytes:g}` shows more."
+        raise InputError(f"no setting has room for {what}", where=f"--gpu {gpu.gigabytes:g}", fix=fix)
+    keys = best if most == asked else best | {key: most}
+    needs = [_Need(bare, each, gpus) for each in work_of(_changed(config, keys), tokens, model)]
+    return Recipe(keys, max(need.total(need.work.samples) for need in needs) / GIB, usable)
+
+
+def _value(config: Settings, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name)
+
+
+def _changed(config: Settings, keys: dict[str, Any]) -> Settings:
+    for key, value in keys.items():
+        section, _, name = key.partition(".")
+        config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
+    return config
 
 
 class _Need:
@@ -642,4 +710,4 @@ def _summed(loss: Callable[[Tensor], Tensor], states: Tensor, size: int) -> Tens
     parts = torch.split(states, size)
     if len(parts) == 1:
         return loss(states)
-    return torch.stack([checkpoint(loss, part, use_reentrant=False) for part in parts]).sum()
+    return torch.stack([torch_checkpoint(loss, part, use_reentrant=False) for part in parts]).sum()

@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+import yaml
 
-from hba.config import load_config
+from hba.cli.train import _fitted
+from hba.config import load_config, to_dict
 from hba.errors import InputError
-from hba.fit import _Bare, _Ledger, find_gpu, fit_run, work_of
+from hba.fit import _Bare, _Ledger, find_gpu, fit_run, recipe_for, work_of
 from hba.model.checkpoint import load_backbone
 from hba.model.omni import OmniSapiens, as_they_come, recompute_layers
 from hba.rl.config import RlConfig
@@ -210,3 +212,52 @@ def test_lora_in_bfloat16_is_trained_with_layers_computed_twice(hba, backbone, m
         log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         losses.append([line["loss"] for line in log if "loss" in line and "step" in line])
     assert losses[0] and losses[0] == losses[1]
+
+
+ASKED = ["train.device_batch_size=64"]
+
+
+def fitting(backbone, gpu, *more, tokens=1000, gpus=1, typed=()):
+    settings = load_config(SftConfig, None, [f"model.name={backbone}", "atlas=x", "train.batch_size=64", *ASKED, *more])
+    return recipe_for(str(backbone), settings, find_gpu(gpu), gpus=gpus, tokens=tokens, typed=typed)
+
+
+def test_a_recipe_takes_the_mildest_saving_that_is_enough_and_leaves_what_is_typed(backbone):
+    """The tiny model on GPUs that are tiny, too."""
+    assert fitting(backbone, "24").keys == {}
+    some = fitting(backbone, "1.2").keys
+    assert some.keys() == {"train.device_batch_size"} and 2 <= some["train.device_batch_size"] < 64
+    less = fitting(backbone, "0.66").keys
+    assert less["train.activation_checkpointing"] is True and less["train.device_batch_size"] >= 1
+    typed = fitting(backbone, "1.2", "train.activation_checkpointing=true", typed=["train.activation_checkpointing"])
+    budget = fitting(backbone, "1.2", "train.device_batch_size=null").keys["train.device_tokens"]
+    assert some["train.device_batch_size"] * 1000 <= budget < 64_000
+    assert typed.keys["train.device_batch_size"] > some["train.device_batch_size"]
+    assert fitting(backbone, "1.2").total <= fitting(backbone, "1.2").usable
+    with pytest.raises(InputError, match=r"--gpu 0\.66: .*no setting has room.*hba fit"):
+        fitting(backbone, "0.66", "train.device_batch_size=60", typed=["train.device_batch_size"])
+    with pytest.raises(InputError, match="no setting has room"):
+        fitting(backbone, "0.65", tokens=30_000)
+
+
+def test_a_run_for_a_gpu_of_a_size_says_what_it_sets_and_goes_on_without_the_option(
+    hba, backbone, mini_atlas, tmp_path
+):
+    run = tmp_path / "run"
+    settings = [f"atlas={mini_atlas}", f"model.name={backbone}", "datasets=[tess]", "loader.workers=0"]
+    settings += ["encode.num_frames=2", "encode.max_pixels=3136", "train.batch_size=64", "train.max_steps=1"]
+    settings += ["validation_split=validation[:40]"]
+    code, _, err = hba("train", "sft", "--run", run, "--gpu", "0.65", *settings, "train.device_batch_size=64")
+    assert code == 2 and "--gpu 0.65" in err and "no setting has room" in err  # typed: not lowered
+    assert not run.exists()
+    code, _, err = hba("train", "sft", "--run", run, "--gpu", "0.66", *settings)
+    assert code == 0, err
+    chosen = json.loads((run / "gpu.json").read_text())
+    words = " ".join(f"{key}={str(value).lower()}" for key, value in chosen["keys"].items())
+    assert chosen["gpu"] == "0.66" and f"--gpu 0.66: sets {words} (" in err
+    recorded = yaml.safe_load((run / "config.yaml").read_text())["train"]
+    assert recorded["device_tokens"] == chosen["keys"]["train.device_tokens"]
+    again, _ = _fitted(SftConfig, None, settings, run, None)
+    assert to_dict(again.train) == recorded
+    typed, _ = _fitted(SftConfig, None, [*settings, "train.device_batch_size=1"], run, None)
+    assert typed.train.device_batch_size == 1

@@ -5,12 +5,13 @@ A config is checked before torch is imported, which takes seconds.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
@@ -26,6 +27,7 @@ from hba.cli.options import (
     configured,
     counted,
     finish,
+    is_first,
     served,
     tallied,
 )
@@ -45,16 +47,51 @@ BAM_EXAMPLE = "Example: hba train bam --config bam_tiny --from runs/qa --dataset
 RL_EXAMPLE = "Example: hba train rl --algorithm harpo --config rl_tiny atlas=runs/mini model.name=runs/speak"
 FIT_EXAMPLE = "Example: hba fit Qwen/Qwen2.5-Omni-7B --gpu 24 --config sft"
 TRANSFER_EXAMPLE = "Example: hba transfer --config sft_tiny --run runs/transfer atlas=runs/mini model.name=runs/tiny"
+FITTED = "gpu.json"  # of a run folder: what --gpu chose
+Fitted: TypeAlias = dict[str, Any] | None
 RUN_HELP = "Run folder; an unfinished one is resumed."
 
+OnGpu = Annotated[
+    str | None,
+    typer.Option("--gpu", help="Choose what makes it fit on such a GPU (h100, rtx4090) or on so many GB: 24."),
+]
 From = Annotated[str | None, typer.Option("--from", help="Run folder or checkpoint that the stage stands on.")]
 
 train_app = typer.Typer(no_args_is_help=True, help="Train OmniSapiens, one command a stage.")
 
 
+def _fitted(kind: type[Any], config: str | None, given: list[str], run: Path, gpu: str | None) -> tuple[Any, Fitted]:
+    """The config of a run that has to fit on `gpu`, and what was chosen; a run that goes on keeps what it began with.
+
+    Keys that are typed win.
+    """
+    from hba.storage import read_json
+
+    settings = configured(kind, config, given)
+    typed = [override.partition("=")[0].strip() for override in given]
+    kept: Fitted = read_json(run / FITTED) if (run / FITTED).is_file() else None
+    if kept is None or gpu not in (None, kept["gpu"]):
+        if gpu is None:
+            return settings, None
+        from hba.atlas import open_atlas
+        from hba.fit import find_gpu, recipe_for
+
+        card, processes = find_gpu(gpu), int(os.environ.get("WORLD_SIZE", "1"))
+        longest = int(open_atlas(settings.atlas, split=settings.train_split).estimated_tokens.max())
+        found = recipe_for(settings.model.name, settings, card, gpus=processes, tokens=longest, typed=typed)
+        kept = {"gpu": gpu, "keys": found.keys}
+        if is_first():
+            chosen = f"sets {found.words}" if found.keys else "fits as it is"
+            room = f"{found.total:,.1f} of {found.usable:,.1f} GB by count, {longest:,} tokens the longest"
+            sys.stderr.write(f"--gpu {gpu}: {chosen} ({room}).\n")
+    chosen_keys = [f"{key}={str(value).lower()}" for key, value in kept["keys"].items() if key not in typed]
+    return configured(kind, config, [*chosen_keys, *given]), kept
+
+
 @contextmanager
-def _training(run: Path, settings: Any, command: str) -> Iterator[RunFolder]:
+def _training(run: Path, settings: Any, command: str, fitted: Fitted = None) -> Iterator[RunFolder]:
     """The folder of a training run, made or resumed; says which it is, and how to choose another, before it trains."""
+    from hba.storage import write_json
     from hba.train.state import training_run
 
     resumed = (run / "config.yaml").is_file()
@@ -62,6 +99,8 @@ def _training(run: Path, settings: Any, command: str) -> Iterator[RunFolder]:
         if folder.is_main:
             state = "goes on with the run in it" if resumed else "new"
             sys.stderr.write(f"Run folder: {run} ({state}; --run chooses another).\n")
+            if fitted is not None:
+                write_json(run / FITTED, fitted)
         yield folder
 
 
@@ -73,13 +112,14 @@ def _train(
     allowed: int,
     as_json: bool,
     *,
+    fitted: Fitted = None,
     features: bool = False,
     best: str = "validation mean",
     sign: int = 1,
 ) -> None:
     """Train and answer. `work` takes settings and folder, with `features` also a bar for them; `best` says what the
     best checkpoint is best in, `sign` which way."""
-    with _training(run, settings, command) as folder:
+    with _training(run, settings, command, fitted) as folder:
         if features:
             with counted("features") as told:
                 progress = work(settings, folder, told)
@@ -102,6 +142,7 @@ def sft_command(
     overrides: Overrides = None,
     config: ConfigOption = None,
     run: Annotated[Path, typer.Option(help=RUN_HELP)] = Path("runs/sft"),
+    gpu: OnGpu = None,
     allow_quarantined: AllowQuarantined = 0,
     json: JsonFlag = False,
 ) -> None:
@@ -109,10 +150,10 @@ def sft_command(
     require_extra("train", "hba train sft")
     from hba.train.config import SftConfig
 
-    settings = configured(SftConfig, config, overrides)
+    settings, fitted = _fitted(SftConfig, config, overrides or [], run, gpu)
     from hba.train.sft import train_sft
 
-    _train(train_sft, settings, run, "train sft", allow_quarantined, json)
+    _train(train_sft, settings, run, "train sft", allow_quarantined, json, fitted=fitted)
 
 
 @train_app.command("lm", epilog=LM_EXAMPLE)
@@ -120,6 +161,7 @@ def lm_command(
     overrides: Overrides = None,
     config: ConfigOption = None,
     run: Annotated[Path, typer.Option(help=RUN_HELP)] = Path("runs/lm"),
+    gpu: OnGpu = None,
     allow_quarantined: AllowQuarantined = 0,
     json: JsonFlag = False,
 ) -> None:
@@ -127,10 +169,11 @@ def lm_command(
     require_extra("train", "hba train lm")
     from hba.train.config import LmConfig
 
-    settings = configured(LmConfig, config, overrides)
+    settings, fitted = _fitted(LmConfig, config, overrides or [], run, gpu)
     from hba.train.lm import train_lm
 
-    _train(train_lm, settings, run, "train lm", allow_quarantined, json, best="validation loss", sign=-1)
+    told: dict[str, Any] = {"fitted": fitted, "best": "validation loss", "sign": -1}
+    _train(train_lm, settings, run, "train lm", allow_quarantined, json, **told)
 
 
 class Engine(StrEnum):
@@ -152,6 +195,7 @@ def rl_command(
     run: Annotated[Path, typer.Option(help=RUN_HELP)] = Path("runs/rl"),
     engine: Annotated[Engine, typer.Option(help="local: this machine; verl: Ray, FSDP and vLLM.")] = Engine.local,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="With verl: show its config and start nothing.")] = False,
+    gpu: OnGpu = None,
     allow_quarantined: AllowQuarantined = 0,
     json: JsonFlag = False,
 ) -> None:
@@ -160,7 +204,9 @@ def rl_command(
     from hba.rl.config import RlConfig
 
     given = [*served(base_url), *(overrides or []), *_key("algorithm", algorithm)]
-    settings = configured(RlConfig, config, given)
+    if gpu is not None and engine is not Engine.local:
+        raise InputError("--gpu is for the local engine", where="hba train rl", fix="Leave it out, or --engine verl.")
+    settings, fitted = _fitted(RlConfig, config, given, run, gpu)
     if dry_run and engine is not Engine.verl:
         raise InputError("--dry-run shows verl's config", where="hba train rl", fix="Add --engine verl.")
     if dry_run:
@@ -178,7 +224,8 @@ def rl_command(
     if engine is Engine.local:
         from hba.rl.local import train_rl
 
-        return _train(train_rl, settings, run, "train rl", allow_quarantined, json, best="greedy reward")
+        told_best: dict[str, Any] = {"fitted": fitted, "best": "greedy reward"}
+        return _train(train_rl, settings, run, "train rl", allow_quarantined, json, **told_best)
     from hba.rl.verl.launch import train_on_verl
 
     with _training(run, settings, "train rl --engine verl") as folder, counted("steps on verl") as told:

@@ -145,7 +145,7 @@ def _damaged(folder: Path, what: str) -> InputError:
 
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1)  # a launcher's or a scheduler's; SIGUSR1 as SLURM's --signal sends it ahead
-RECORDS = {".lock", "config.yaml", "environment.json"}
+RECORDS = {".lock", "config.yaml", "environment.json", "gpu.json"}
 
 
 @contextmanager
