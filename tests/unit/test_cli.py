@@ -26,14 +26,9 @@ COMMANDS = {
     "atlas prepare": "atlas! overrides --split --allow-quarantined --json",
     "atlas describe": "root --split --audio --video --transcripts --frames-per-second --workers --executor --out-format"
     " --replace --allow-failed --setup --json",
-<<<<<<< HEAD
-    "train sft": "overrides --config --run --allow-quarantined --json",
+    "train sft": "overrides --config --run --gpu --allow-quarantined --json",
     "ask": "model! files! --task --dataset --question --transcript --transcribe --every --backend --base-url"
     " --set --csv --json",
-=======
-    "train sft": "overrides --config --run --gpu --allow-quarantined --json",
-    "ask": "model! files! --task --dataset --question --transcript --backend --base-url --set --csv --json",
->>>>>>> dd2098e (hba train --gpu 24: micro-batch, recomputation, sharding and quantisation that fit, by count; the 7B recipes compute layers twice)
     "serve": "model! --backend --host --port --no-token --max-body --max-waiting --timeout --window --set --json",
     "eval": "model! overrides --atlas --split --backend --base-url --judge --judge-url --run --per-dataset"
     " --dry-run --allow-failed --allow-quarantined --json",
