@@ -34,11 +34,11 @@ class ModelConfig:
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = option(0.05, "dropout in front of LoRA, 0..1")
 
 
-def require_quantizer(quantization: str, *, where: str) -> None:
-    """Raise ConfigError where the key `where` asks for what bitsandbytes does, and that is not installed."""
-    if quantization not in ("none", "auto") and find_spec("bitsandbytes") is None:
+def require_bitsandbytes(asked: str, *, of_it: bool, where: str) -> None:
+    """Raise ConfigError where what is `asked` for by `where` is done by bitsandbytes, which is not installed."""
+    if of_it and find_spec("bitsandbytes") is None:
         fix = "pip install 'human-behavior-atlas[quantization]'"
-        raise ConfigError(f"{quantization} needs bitsandbytes, which is not installed", where=where, fix=fix)
+        raise ConfigError(f"{asked} needs bitsandbytes, which is not installed", where=where, fix=fix)
 
 
 def computes_bfloat16(capability: tuple[int, int] | None) -> bool:

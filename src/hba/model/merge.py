@@ -27,7 +27,7 @@ from hba.batch.config import EncodeConfig
 from hba.errors import InputError
 from hba.model import checkpoint
 from hba.model.bam import FOLDER, load_bam, save_bam
-from hba.model.config import Quantization, require_quantizer
+from hba.model.config import Quantization, require_bitsandbytes
 from hba.model.released import Release, read_release, released_adapters
 from hba.model.weights import (
     Fit,
@@ -126,7 +126,7 @@ def parts_of(folder: Path) -> Parts:
     card = checkpoint.read_card(folder)
     add_lora = partial(checkpoint.load_adapter, folder=folder) if card["strategy"] == "lora" else None
     kind = checkpoint.quantization_of(card)
-    require_quantizer(kind, where=str(folder))
+    require_bitsandbytes(kind, of_it=kind != "none", where=str(folder))
     return Parts(base=base, processor=str(folder), own=own, add_lora=add_lora, quantization=kind)
 
 

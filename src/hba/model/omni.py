@@ -31,7 +31,7 @@ from hba.batch.encode import IGNORED, Batch, Window, answer_ids, end_token_id
 from hba.errors import ConfigError, InputError
 from hba.model import checkpoint
 from hba.model.bam import FOLDER, Bam, load_bam, save_bam
-from hba.model.config import AsTrained, ModelConfig, Quantization, Strategy, require_quantizer
+from hba.model.config import AsTrained, ModelConfig, Quantization, Strategy, require_bitsandbytes
 from hba.model.generate import Said, choice_logps, generate
 from hba.model.heads import DomainHeads, masked_mean
 from hba.model.weights import language_layers, linear_names
@@ -96,7 +96,7 @@ class OmniSapiens(nn.Module):
         folder = checkpoint.resolve(path)
         card = None if folder is None else checkpoint.read_card(folder)
         kind = checkpoint.quantization_of(card) if quantization == "auto" else quantization
-        require_quantizer(kind, where=str(path))
+        require_bitsandbytes(kind, of_it=kind != "none", where=str(path))
         if folder is not None and not heads and (folder / FOLDER).is_dir():
             fix = "Use --backend heads, or the run of the stage before."
             raise InputError("the checkpoint has BAM adapters, which a chat model ignores", where=str(folder), fix=fix)

@@ -42,6 +42,9 @@ class TrainConfig:
     activation_checkpointing: bool = option(
         False, "save memory: compute layers again in the backward pass", affects_result=False
     )
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = option(
+        "adamw", "adamw, or with moments in 8 bits; paged: they move to main memory where a GPU is full"
+    )
     learning_rate: Rate = option(1e-4, "peak learning rate")
     head_learning_rate: Rate | None = option(None, "peak learning rate of classification heads; as the others")
     lora_learning_rate: Rate | None = option(None, "peak learning rate of LoRA layers; as the others")
@@ -65,6 +68,12 @@ class TrainConfig:
     log_every: Count = option(10, "optimizer steps between log lines", affects_result=False)
     seed: int = option(0, "orders the samples, starts fresh weights and dropout")
     wandb_project: str | None = option(None, "also log to this Weights & Biases project", affects_result=False)
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for moments in 8 bits that would be split over the processes."""
+        if self.optimizer != "adamw" and self.sharding == "full":
+            what = f"the moments of {self.optimizer} cannot be split over the processes"
+            raise ConfigError(what, where="train.optimizer", fix="Use train.optimizer=adamw, or sharding=none.")
 
 
 @dataclass(frozen=True, kw_only=True)

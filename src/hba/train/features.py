@@ -44,7 +44,7 @@ from hba.batch.sampler import Indices
 from hba.errors import InputError, MediaError, plural
 from hba.evaluate.backends.interface import evaluation_plan
 from hba.model import checkpoint
-from hba.model.config import AsTrained, require_quantizer
+from hba.model.config import AsTrained, require_bitsandbytes
 from hba.model.omni import OmniSapiens, behind_head
 from hba.run import locked_folder
 from hba.storage import StorageError, atomic_write, json_sha256, read_json, remove_abandoned, write_json
@@ -283,7 +283,7 @@ class FrozenBase:
         self.path, self.folder, self.card = Path(path), folder, checkpoint.read_card(folder)
         self.dtype, self.attention, self.taxonomy = dtype, attention, taxonomy
         self.quantization = checkpoint.quantization_of(self.card) if quantization == "auto" else quantization
-        require_quantizer(self.quantization, where="quantization")
+        require_bitsandbytes(self.quantization, of_it=self.quantization != "none", where="quantization")
         self.encode: EncodeConfig = checkpoint.encode_config(folder) or EncodeConfig()
 
     @cached_property

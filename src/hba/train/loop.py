@@ -31,7 +31,7 @@ from hba.batch.config import EncodeConfig
 from hba.batch.sampler import Indices, MixConfig, epoch_rows, input_tokens, plan_batches
 from hba.errors import ConfigError, HbaError, InputError, MachineError, plural
 from hba.model import checkpoint
-from hba.model.config import ModelConfig, require_quantizer
+from hba.model.config import ModelConfig, require_bitsandbytes
 from hba.model.process import prepare_process, start_accelerator
 from hba.run import RunFolder
 from hba.train.config import TrainConfig
@@ -186,10 +186,15 @@ def begin(config: StageConfig, run: RunFolder, dtype: str, rows: Callable[[Atlas
 def require_installed(config: Any) -> None:
     """Raise ConfigError where a config asks for weights or an optimizer that cannot be had here, or for a precision
     that the LoRA layers it starts with were not trained on. Nothing is loaded."""
+    optimizer = config.train.optimizer
+    require_bitsandbytes(optimizer, of_it=optimizer != "adamw", where="train.optimizer")
+    if optimizer == "paged_adamw8bit" and not torch.cuda.is_available():
+        what = "paged_adamw8bit moves moments out of a GPU's memory, and there is no GPU"
+        raise ConfigError(what, where="train.optimizer", fix="Use train.optimizer=adamw8bit.")
     model: ModelConfig | None = getattr(config, "model", None)
     if model is None:
         return
-    require_quantizer(model.quantization, where="model.quantization")
+    require_bitsandbytes(model.quantization, of_it=model.quantization != "none", where="model.quantization")
     folder = checkpoint.resolve(model.name)
     card = None if folder is None else checkpoint.read_card(folder)
     has = checkpoint.quantization_of(card)
@@ -303,7 +308,7 @@ def _peak_rate(name: str, config: TrainConfig, rates: Mapping[str, float]) -> fl
     return config.learning_rate if own is None else own
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig, rates: Mapping[str, float]) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, config: TrainConfig, rates: Mapping[str, float]) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters; matrices decay, vectors do not. Each group keeps its `peak` rate.
 
     Raises ConfigError where nothing trains, or nothing at a rate that is given for heads or LoRA layers.
@@ -324,7 +329,14 @@ def build_optimizer(model: nn.Module, config: TrainConfig, rates: Mapping[str, f
         if getattr(config, key) is not None and not there:
             raise ConfigError(f"no {what} trains here", where=f"train.{key}", fix="Leave it out.")
     options = [{"params": p, "peak": peak, "lr": peak, "weight_decay": decay} for (peak, decay), p in groups.items()]
-    return torch.optim.AdamW(options, betas=(config.beta1, config.beta2))
+    betas = (config.beta1, config.beta2)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(options, betas=betas, fused=True)
+    import bitsandbytes as bnb
+
+    of_8_bits = bnb.optim.AdamW8bit if config.optimizer == "adamw8bit" else bnb.optim.PagedAdamW8bit
+    built: torch.optim.Optimizer = of_8_bits(options, betas=betas)
+    return built
 
 
 def shown_peak(optimizer: torch.optim.Optimizer, config: TrainConfig) -> float:

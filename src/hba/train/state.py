@@ -45,6 +45,9 @@ from hba.train.ranks import Ranks, whole_weights
 # no gradient yet a first step, and read a checkpoint of which a part is missing (docs/decisions.md).
 
 
+_TABLES = {"qmap1": "dynamic", "qmap2": "udynamic"}  # of bitsandbytes, the same for all parameters, in no file
+
+
 def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, rank: int, world: int) -> None:
     """Write this rank's part of the state of `optimizer`, whose parameters are those of `model`, into `folder`."""
     sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
@@ -54,8 +57,11 @@ def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
     first_rows: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
+            if key in _TABLES:
+                continue
             first_rows[name] = _first_row(parameter)
-            tensors[f"{name}/{key}"] = _local(value).detach().cpu().contiguous()
+            held = _local(value) if isinstance(value, Tensor) else torch.tensor(value)  # bitsandbytes counts in ints
+            tensors[f"{name}/{key}"] = held.detach().cpu().contiguous()
     file = f"optimizer-{rank:05}-of-{world if sharded else 1:05}.safetensors"
     save_file(tensors, folder / file, metadata={"first_rows": json.dumps(first_rows)})
 
@@ -78,10 +84,29 @@ def restore_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Opt
                 what = f"the optimizer state is of parameters that do not train: {', '.join(strange[:5])}"
                 raise InputError(what, where=str(folder), fix=fix)
             for name, held in parts.items():
+                if not isinstance(optimizer, torch.optim.AdamW):
+                    optimizer.state[trained[name]] = _in_8_bits(name, trained[name], held[0][0], optimizer)
+                    continue
                 moments = {key: _moment(f"{name}/{key}", trained[name], held) for key in ("exp_avg", "exp_avg_sq")}
-                optimizer.state[trained[name]] = {"step": held[0][0].get_tensor(f"{name}/step"), **moments}
+                step = held[0][0].get_tensor(f"{name}/step").to(trained[name].device)
+                optimizer.state[trained[name]] = {"step": step, **moments}
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise _damaged(folder, str(error).splitlines()[0]) from error
+
+
+def _in_8_bits(name: str, parameter: nn.Parameter, file: Any, optimizer: Any) -> dict[str, Any]:
+    """The state that bitsandbytes keeps of a parameter, which is never split: small ones have moments in float32."""
+    keys = {key.removeprefix(f"{name}/") for key in file.keys() if key.startswith(f"{name}/")}  # noqa: SIM118
+    state: dict[str, Any] = {key: file.get_tensor(f"{name}/{key}").to(parameter.device) for key in keys}
+    state["step"] = int(state["step"])
+    if state["state1"].dtype is torch.uint8:
+        state |= {key: optimizer.name2qmap[table].to(parameter.device) for key, table in _TABLES.items()}
+    for moment in ("state1", "state2"):
+        if state[moment].shape != parameter.shape:
+            raise ValueError(f"{name}/{moment} is {list(state[moment].shape)}, expected {list(parameter.shape)}")
+        # A paged optimizer has memory of its own kind.
+        state[moment] = optimizer.get_state_buffer(parameter, dtype=state[moment].dtype).copy_(state[moment])
+    return state
 
 
 def _moment(key: str, parameter: nn.Parameter, held: list[tuple[Any, int]]) -> Tensor:

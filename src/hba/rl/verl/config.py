@@ -204,6 +204,9 @@ def _optimizer(config: RlConfig) -> dict[str, Any]:
             fix = "Leave it out, or use the local engine."
             raise ConfigError("verl does without it", where=f"train.{key}", fix=fix)
     warmup = {} if train.warmup_steps is None else {f"{at}.lr_warmup_steps": train.warmup_steps}
+    if train.optimizer != "adamw":
+        fix = "Leave it out, or use the local engine."
+        raise ConfigError("verl builds its own AdamW", where="train.optimizer", fix=fix)
     return {
         f"{at}.lr": train.learning_rate,
         f"{at}.betas": [train.beta1, train.beta2],
