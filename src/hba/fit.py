@@ -372,13 +372,14 @@ class _Need:
         sizes = bare.sizes(work)
         shared = gpus if train is not None and train.sharding == "full" else 1
         kept = torch.float32 if work.model.strategy == "full" else self.dtype  # as where all of it trains
+        moments = 0.0 if train is None else 8.0 if train.optimizer == "adamw" else 2 + 8 / 256  # and scales of blocks
         small = QUANTIZED_BYTES.get(work.model.quantization)
         spared = 0.0 if small is None else sizes.linear * (kept.itemsize - small)
         self.fixed = {
             "weights": (sizes.frozen * kept.itemsize - spared + sizes.trained * 4) / shared,
             "a quantised layer as it computes": 0 if small is None else sizes.widest * kept.itemsize,
             "gradients": sizes.trained * 4 / shared,
-            "optimizer": sizes.trained * 8 / shared if train is not None else 0,
+            "optimizer": sizes.trained * moments / shared,
             "layers gathered from other GPUs": 0 if shared == 1 else bare.gathered_bytes(work, self.dtype),
         }
         if train is None:
@@ -458,7 +459,7 @@ class _Bare:
 
     def sizes(self, work: Work) -> _Sizes:
         """Parameters by what is trained."""
-        key = (work.model.strategy, work.model.lora_r, work.frozen_towers)
+        key = (str(work.model), work.frozen_towers)
         if key not in self._sizes:
             model = self._prepared(work, None)
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -526,7 +527,7 @@ class _Bare:
         recompute = work.train is not None and work.train.activation_checkpointing
         trains, shared = work.train is not None, work.train is not None and work.train.sharding == "full"
         asked = (work.tokens, work.answers, work.pieces, work.frozen_towers, samples, layers)
-        key = (work.model.strategy, work.model.lora_r, dtype, recompute, trains, shared, *asked)
+        key = (str(work.model), dtype, recompute, trains, shared, *asked)
         if key not in self._counted:
             model = self._prepared(work, layers)
             masters = torch.float32 if work.model.strategy == "full" else dtype

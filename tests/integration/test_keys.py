@@ -293,6 +293,8 @@ class Lab:
         sights["attention"] = model.config.get_text_config()._attn_implementation
         layers = [part for part in model.modules() if hasattr(part, "lora_dropout")]
         sights["rank"] = {part.r["default"] for part in layers}
+        sights["layers"] = len(layers)
+        sights["dora"] = {part.use_dora["default"] for part in layers}
         sights["alpha"] = {part.lora_alpha["default"] for part in layers}
         sights["lora dropout"] = {part.lora_dropout["default"].p for part in layers if part.lora_dropout["default"]}
 
@@ -698,6 +700,8 @@ WHOLE = "{cremad: 1, daicwoz: 2, siq2: 1, mosei_senti: 1, mimeqa: 1}"
 MODEL = {
     "model.dtype=bfloat16": "dtypes", "model.attention=eager": "attention", "model.lora_r=2": "rank",
     "model.lora_alpha=3": "alpha", "model.lora_dropout=0.5": "lora dropout", "model.quantization=nf4": "bits",
+    "model.lora_targets=[q_proj,0.mlp.*]": "layers", "model.lora_rank_pattern={q_proj: 5}": "rank",
+    "model.lora_dora=true": "dora",
 }  # fmt: skip
 SHARED = [  # look, context, changes: the sight of each
     *(
@@ -708,7 +712,7 @@ SHARED = [  # look, context, changes: the sight of each
             "train.activation_checkpointing=true": "recomputed", "train.learning_rate=0.02": "weights",
             "train.warmup_share=0.9": "weights", "train.final_share=0.9": "weights",
             "train.schedule=constant": "weights", "train.warmup_steps=3": "weights",
-            "train.weight_decay=0.5": "weights",
+            "train.weight_decay=0.5": "weights", "train.optimizer=adamw8bit": "weights",
             "train.beta1=0.5": "weights", "train.beta2=0.5": "weights", "train.max_grad_norm=0.01": "weights",
             "train.validate_every=2": "log", "train.save_every=1": "saves", "train.log_every=2": "log",
             "train.seed=1": "parts", "train.wandb_project=x": "error", "mix.temperature=3": "parts",
@@ -832,6 +836,7 @@ RL_CASES = [
     ),
     ("rl", [*RL, "table_every=1"], {"table_prompts=1": "prompts"}),
     ("rl", RL, {"train.seed=1": "asked"}),
+    ("rl", RL, {"train.optimizer=adamw8bit": "groups"}),
     ("rl", RL, {"datasets=[cremad]": "data"}),
     ("rl", RL, {"train.max_steps=3": "saves", "validation_batch_size=1": "sizes"}),
     ("rl", RL, {"train.validate_every=1": "saves"}),
@@ -847,7 +852,8 @@ RL_CASES = [
     ("rl sharded", RL, {"train.sharding=full": "sharded"}),
     ("rl", LORA, {"model.strategy=full": "trained"}),
     ("rl", LORA, {"model.dtype=bfloat16": "dtypes", "model.lora_r=2": "rank", "model.lora_alpha=3": "alpha"}),
-    ("rl", LORA, {"model.quantization=nf4": "bits"}),
+    ("rl", LORA, {"model.quantization=nf4": "bits", "model.lora_targets=[q_proj]": "layers"}),
+    ("rl", LORA, {"model.lora_rank_pattern={q_proj: 5}": "rank", "model.lora_dora=true": "dora"}),
     ("rl", MIXED, {"mix.temperature=3": "asked"}),
     ("rl", MIXED, {"mix.weights={cremad: 1, siq2: 2}": "asked"}),
     ("rl", [*MIXED, "mix.epoch_size=10"], {"mix.class_balanced=true": "asked"}),

@@ -14,7 +14,9 @@ from hba.evaluate.config import PredictConfig
 from hba.evaluate.predict import Selection, predict_run
 from hba.evaluate.score import score_run
 from hba.model import OmniSapiens, checkpoint
+from hba.model.config import ModelConfig
 from hba.model.merge import merge_checkpoint
+from hba.model.omni import apply_strategy
 from hba.model.weights import linear_names
 from hba.run import RunFolder
 from hba.storage import read_json, read_jsonl
@@ -132,6 +134,9 @@ def test_a_run_of_another_precision_is_refused_before_anything_is_loaded(runs, m
     refused("strategy full trains them", [plain, "model.strategy=full", "model.quantization=nf4"])
     refused("strategy full trains them", [plain, "model.strategy=full", "model.quantization=int8"], LmConfig, train_lm)
     refused("cannot be split over the processes", [plain, "model.quantization=nf4", "train.sharding=full"])
+    if not torch.cuda.is_available():
+        refused("there is no GPU", [plain, "train.optimizer=paged_adamw8bit"])
+    refused("cannot be split over the processes", [plain, "train.optimizer=adamw8bit", "train.sharding=full"])
     refused("nf4", [plain, "model.quantization=nf3"])
     stage = [f"base={runs['nf4']}", "dtype=float32", "datasets=[daicwoz]", "stage=full", "train.sharding=full"]
     refused("cannot be split over the processes", stage, BamConfig, train_bam)
@@ -141,6 +146,8 @@ def test_without_bitsandbytes_it_is_refused_in_one_sentence(runs, mini_atlas, ba
     monkeypatch.setattr("hba.model.config.find_spec", lambda name: None)
     new = tmp_path / "new"
     asked = [f"atlas={mini_atlas}", f"model.name={backbone}", "model.quantization=nf4"]
+    code, _, said = hba("train", "sft", "--run", new, *asked[:2], "train.optimizer=adamw8bit")
+    assert code == 2 and "adamw8bit needs bitsandbytes, which is not installed" in " ".join(said.split())
     for command in (
         ["train", "sft", "--run", new, *asked],
         ["merge", runs["nf4"], new],
@@ -149,3 +156,49 @@ def test_without_bitsandbytes_it_is_refused_in_one_sentence(runs, mini_atlas, ba
         code, _, said = hba(*command)
         assert code == 2 and "nf4 needs bitsandbytes, which is not installed" in " ".join(said.split()), said
         assert not new.exists()
+
+
+def test_dora_on_some_layers_of_a_quantised_model_begins_as_the_model_and_is_merged(mini_atlas, backbone, tmp_path):
+    """Ranks by layer, targets by name, and lengths of rows that are those of the rounded weights."""
+    how = {"lora_targets": ("q_proj", "1.mlp.*"), "lora_rank_pattern": {"q_proj": 3}, "lora_dora": True}
+    for kind, dtype in (("nf4", "float32"), ("none", "bfloat16")):
+        config = ModelConfig(name=str(backbone), dtype=dtype, lora_r=4, lora_dropout=0.0, quantization=kind, **how)
+        plain = OmniSapiens.from_pretrained(backbone, dtype=dtype, quantization=kind, heads=False).eval()
+        model = OmniSapiens.from_pretrained(backbone, dtype=dtype, quantization=kind, heads=False)
+        apply_strategy(model, config).eval()
+        layers = {n: m for n, m in model.transformer.named_modules() if hasattr(m, "lora_magnitude_vector")}
+        assert {n.rpartition(".")[2] for n in layers} == {"q_proj", "gate_proj", "up_proj", "down_proj"}
+        assert {m.r["default"] for n, m in layers.items() if n.endswith("q_proj")} == {3}
+        assert all(".1.mlp" in n and m.r["default"] == 4 for n, m in layers.items() if not n.endswith("q_proj"))
+        batch = batch_of(plain, mini_atlas)
+        with torch.no_grad():
+            before, after = plain(batch).answer_logits_NV, model(batch).answer_logits_NV
+        close = 1e-4 if dtype == "float32" else 0.05
+        torch.testing.assert_close(after, before, atol=close, rtol=close)
+    asked = [f"atlas={mini_atlas}", f"model.name={backbone}", *TRAIN, "train.max_steps=2", "model.quantization=nf4"]
+    asked += ["model.lora_targets=[q_proj,1.mlp.*]", "model.lora_rank_pattern={q_proj: 3}", "model.lora_dora=true"]
+    run = trained(tmp_path / "run", SftConfig, train_sft, asked)
+    merge_checkpoint(run, tmp_path / "merged", dtype="float32")
+    ours = OmniSapiens.from_pretrained(run, dtype="float32").eval()
+    whole = OmniSapiens.from_pretrained(tmp_path / "merged", dtype="float32").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(batch).answer_logits_NV, whole(batch).answer_logits_NV, atol=1e-3, rtol=1e-3)
+    for other, words in ((["q_proj"], "LoRA on other layers"), (["v_proj", "q_proj"], "LoRA on other layers")):
+        config = load_config(SftConfig, None, [*asked, f"model.name={run}", f"model.lora_targets=[{','.join(other)}]"])
+        with pytest.raises(ConfigError, match=words):
+            apply_strategy(ours, config.model)
+    with pytest.raises(ConfigError, match=r"lora_dora=True and lora_rank_pattern=.*, the config asks for False"):
+        apply_strategy(ours, ModelConfig(name=str(run), quantization="nf4"))
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("model.lora_targets=[q_prj]", r"model\.lora_targets: no linear .* called 'q_prj'.*Did you mean 'q_proj'"),
+        ("model.lora_targets=['q_(']", r"model\.lora_targets: 'q_\(' is no regular expression"),
+        ("model.lora_rank_pattern={visual: 3}", r"model\.lora_rank_pattern: no linear layer .* called 'visual'"),
+    ],
+)
+def test_layers_that_are_not_there_are_refused_before_anything_is_loaded(mini_atlas, backbone, tmp_path, key, words):
+    with pytest.raises(ConfigError, match=words):
+        trained(tmp_path / "new", SftConfig, train_sft, [f"atlas={mini_atlas}", f"model.name={backbone}", key])

@@ -368,6 +368,12 @@ def backbone_class(name: str | Path) -> Any:
     return found_class
 
 
+def bare_backbone(name: str | Path) -> Any:
+    """The model in a folder or on the hub without its weights (`skeleton`). Raises InputError as `backbone_class`."""
+    model_class = backbone_class(name)
+    return skeleton(model_class, model_class.config_class.from_pretrained(name))
+
+
 def read_backbone_config(name: str | Path) -> Any:
     """The config of the part of a model that is loaded: all of it, but for what speaks. Raises InputError."""
     return backbone_class(name).config_class.from_pretrained(name)
@@ -387,8 +393,7 @@ class LanguageHead(NamedTuple):
 
 def language_head(name: str | Path) -> LanguageHead:
     """That of the model in a folder or on the hub, which is not loaded. Raises InputError for one with a bias."""
-    model_class = backbone_class(name)
-    bare = skeleton(model_class, model_class.config_class.from_pretrained(name))
+    bare = bare_backbone(name)
     head = bare.get_output_embeddings()
     if getattr(head, "bias", None) is not None:
         raise InputError("a language head with a bias is not trained alone", where=str(name), fix="Use another.")
@@ -398,8 +403,7 @@ def language_head(name: str | Path) -> LanguageHead:
 
 def fit_backbone(name: str | Path) -> Fit:
     """Where the files of the folder or hub model `name` hold its weights. Raises InputError as `fit` does."""
-    model_class = backbone_class(name)
-    return _fit_named(str(name), skeleton(model_class, model_class.config_class.from_pretrained(name)))
+    return _fit_named(str(name), bare_backbone(name))
 
 
 def load_backbone(

@@ -32,6 +32,13 @@ class ModelConfig:
     lora_r: Annotated[int, Field(ge=1)] = option(32, "LoRA rank")
     lora_alpha: Annotated[int, Field(ge=1)] = option(64, "LoRA scale numerator")
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = option(0.05, "dropout in front of LoRA, 0..1")
+    lora_targets: tuple[str, ...] | None = option(
+        None, "linear layers with LoRA: names in the language model or patterns (q_proj, 2[0-7].mlp.*); null: all"
+    )
+    lora_rank_pattern: dict[str, Annotated[int, Field(ge=1)]] | None = option(
+        None, "ranks of layers that have another one, by names or patterns: {q_proj: 8}"
+    )
+    lora_dora: bool = option(False, "DoRA: the length of each weight's rows trains beside LoRA")
 
 
 def require_bitsandbytes(asked: str, *, of_it: bool, where: str) -> None:

@@ -28,7 +28,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hba.batch.config import EncodeConfig
 from hba.batch.encode import IGNORED, Batch, Window, answer_ids, end_token_id
-from hba.errors import ConfigError, InputError
+from hba.errors import ConfigError, InputError, nearest
 from hba.model import checkpoint
 from hba.model.bam import FOLDER, Bam, load_bam, save_bam
 from hba.model.config import AsTrained, ModelConfig, Quantization, Strategy, require_bitsandbytes
@@ -482,18 +482,50 @@ def behind_head(logits: Tensor, config: Any) -> Tensor:
     return logits if divisor is None else logits / divisor
 
 
-def lora_targets(transformer: Any) -> str | list[str]:
+def lora_targets(transformer: Any, wanted: Sequence[str] | None = None) -> str | list[str]:
     """A pattern for the linear layers of the language model alone; towers have layers of the same names.
 
-    Of a model with experts their names: PEFT makes last names of a pattern there, which towers have, too.
+    Those of `wanted`, names or regular expressions of how the layers are called there, or all. A list of whole names
+    where a pattern would not do: of a part of the layers, and of a model with experts, of which PEFT makes last names.
 
-    Raises InputError for a model whose language model has no layers of that kind.
+    Raises InputError for a model whose language model has no layers of that kind, ConfigError for one that is wanted
+    and not there.
     """
-    linear, start = linear_names(transformer), f"{language_layers(transformer).prefix}layers."
-    kinds = sorted({name.removeprefix(start).partition(".")[2] for name in linear})
-    if any(parameter.ndim > 2 for name, parameter in transformer.named_parameters() if name.startswith(start)):
-        return linear
-    return rf"{re.escape(start)}\d+\.({'|'.join(map(re.escape, kinds))})"
+    linear, start = _linear_below_lora(transformer), f"{language_layers(transformer).prefix}layers."
+    chosen = linear
+    if wanted is not None:
+        chosen = sorted({name for each in wanted for name in _called(linear, start, each, "model.lora_targets")})
+    kinds = sorted({name.removeprefix(start).partition(".")[2] for name in chosen})
+    pattern = rf"{re.escape(start)}\d+\.({'|'.join(map(re.escape, kinds))})"
+    experts = any(parameter.ndim > 2 for name, parameter in transformer.named_parameters() if name.startswith(start))
+    whole = not experts and len(chosen) == sum(re.fullmatch(pattern, name) is not None for name in linear)
+    return pattern if whole else chosen
+
+
+def require_lora_layers(transformer: Any, config: ModelConfig) -> None:
+    """Raise ConfigError for layers that `config` names and the language model, which may be a `skeleton`, has not."""
+    linear, start = _linear_below_lora(transformer), f"{language_layers(transformer).prefix}layers."
+    for key, names in (("lora_targets", config.lora_targets), ("lora_rank_pattern", config.lora_rank_pattern)):
+        for name in names or ():
+            _called(linear, start, name, f"model.{key}")
+
+
+def _linear_below_lora(transformer: Any) -> list[str]:
+    return [name.removesuffix(".base_layer") for name in linear_names(transformer) if ".lora_" not in name]
+
+
+def _called(linear: Sequence[str], start: str, wanted: str, where: str) -> list[str]:
+    """Those of the layers `linear` whose name ends as `wanted` says, as PEFT matches ranks."""
+    try:
+        found = [name for name in linear if re.match(rf"(.*\.)?({wanted})$", name.removeprefix(start))]
+    except re.error as error:
+        what = f"{wanted!r} is no regular expression ({error})"
+        raise ConfigError(what, where=where, fix="Give a name such as q_proj.") from error
+    if not found:
+        known = sorted({name.rpartition(".")[2] for name in linear})
+        what = f"no linear layer of the language model is called {wanted!r}"
+        raise ConfigError(what, where=where, fix=f"{nearest(wanted, known)} There are: {', '.join(known)}.")
+    return found
 
 
 def apply_strategy(model: OmniSapiens, config: ModelConfig) -> OmniSapiens:
@@ -521,16 +553,29 @@ def apply_strategy(model: OmniSapiens, config: ModelConfig) -> OmniSapiens:
     else:
         from peft import LoraConfig
 
-        sizes: dict[str, Any] = {"r": config.lora_r, "lora_alpha": config.lora_alpha}
-        lora = LoraConfig(**sizes, lora_dropout=config.lora_dropout, target_modules=lora_targets(transformer))
+        require_lora_layers(transformer, config)
+        how: dict[str, Any] = {"r": config.lora_r, "lora_alpha": config.lora_alpha, "use_dora": config.lora_dora}
+        how |= {"lora_dropout": config.lora_dropout, "rank_pattern": dict(config.lora_rank_pattern or {})}
         with _precise_layers(transformer):
-            transformer.add_adapter(lora)
+            transformer.add_adapter(LoraConfig(**how, target_modules=lora_targets(transformer, config.lora_targets)))
+        if config.lora_dora:
+            _measure_rows(transformer)
     for name, parameter in transformer.named_parameters():
         parameter.requires_grad = "lora_" in name
         if parameter.requires_grad:
             # Adapters keep float32 master weights; autocast casts them in the forward pass.
             parameter.data = parameter.data.float()
     return model
+
+
+def _measure_rows(transformer: Any) -> None:
+    """Begin DoRA at the lengths that the rows of the weights have: PEFT has seen placeholders in their place."""
+    for layer in transformer.modules():
+        for name, rows in getattr(layer, "lora_magnitude_vector", {}).items():
+            lora_A, lora_B = layer.lora_A[name].weight, layer.lora_B[name].weight
+            how: dict[str, Any] = {"lora_A": lora_A, "lora_B": lora_B, "scaling": layer.scaling[name]}
+            with torch.no_grad():
+                rows.update_layer(base_layer=layer.get_base_layer(), **how)
 
 
 @contextmanager
@@ -565,6 +610,19 @@ def _continue_lora(model: Any, config: ModelConfig) -> None:
         what = f"{found}, the config asks for {config.lora_r} and {config.lora_alpha}"
         fix = f"Use {' '.join(differing)} to train them further, or fold them in first (hba merge) and begin new ones."
         raise ConfigError(what, where=config.name, fix=fix)
+    has = (adapter.use_dora, dict(adapter.rank_pattern))
+    asked = (config.lora_dora, dict(config.lora_rank_pattern or {}))
+    if has != asked:
+        what = "the model has LoRA layers with lora_dora={} and lora_rank_pattern={}".format(*has)
+        what += ", the config asks for {} and {}".format(*asked)
+        fix = "Use those of the model, or fold them in first (hba merge) and begin new ones."
+        raise ConfigError(what, where=config.name, fix=fix)
+    if config.lora_targets is not None:
+        linear, start = _linear_below_lora(model), f"{language_layers(model).prefix}layers."
+        wanted = {n for each in config.lora_targets for n in _called(linear, start, each, "model.lora_targets")}
+        if wanted != {n for n, module in model.named_modules() if isinstance(module, LoraLayer)}:
+            fix = "Leave it out to train them further, or fold them in first (hba merge) and begin new ones."
+            raise ConfigError("the model has LoRA on other layers", where="model.lora_targets", fix=fix)
     adapter.lora_dropout = config.lora_dropout
     for module in model.modules():
         if isinstance(module, LoraLayer):
@@ -576,8 +634,9 @@ def config_of(model: OmniSapiens, name: str, strategy: Strategy) -> ModelConfig:
     if strategy != "lora":
         return ModelConfig(name=name, strategy=strategy)
     adapter, *_ = model.transformer.peft_config.values()
-    sizes = {"lora_r": adapter.r, "lora_alpha": adapter.lora_alpha, "lora_dropout": adapter.lora_dropout}
-    return ModelConfig(name=name, strategy=strategy, **sizes)
+    how: dict[str, Any] = {"lora_r": adapter.r, "lora_alpha": adapter.lora_alpha, "lora_dropout": adapter.lora_dropout}
+    how |= {"lora_dora": adapter.use_dora, "lora_rank_pattern": dict(adapter.rank_pattern) or None}
+    return ModelConfig(name=name, strategy=strategy, **how)
 
 
 def has_lora(model: nn.Module) -> bool:

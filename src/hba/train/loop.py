@@ -32,6 +32,7 @@ from hba.batch.sampler import Indices, MixConfig, epoch_rows, input_tokens, plan
 from hba.errors import ConfigError, HbaError, InputError, MachineError, plural
 from hba.model import checkpoint
 from hba.model.config import ModelConfig, require_bitsandbytes
+from hba.model.omni import require_lora_layers
 from hba.model.process import prepare_process, start_accelerator
 from hba.run import RunFolder
 from hba.train.config import TrainConfig
@@ -197,6 +198,9 @@ def require_installed(config: Any) -> None:
     require_bitsandbytes(model.quantization, of_it=model.quantization != "none", where="model.quantization")
     folder = checkpoint.resolve(model.name)
     card = None if folder is None else checkpoint.read_card(folder)
+    if model.strategy == "lora" and (model.lora_targets or model.lora_rank_pattern):
+        base = model.name if folder is None else checkpoint.base_of(folder)
+        require_lora_layers(checkpoint.bare_backbone(base), model)
     has = checkpoint.quantization_of(card)
     if card is not None and card["strategy"] == "lora" and model.strategy == "lora" and has != model.quantization:
         kept = "unquantised weights" if has == "none" else has
