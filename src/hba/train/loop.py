@@ -198,6 +198,9 @@ def require_installed(config: Any) -> None:
     require_bitsandbytes(model.quantization, of_it=model.quantization != "none", where="model.quantization")
     folder = checkpoint.resolve(model.name)
     card = None if folder is None else checkpoint.read_card(folder)
+    if model.strategy == "lora" and model.lora_dora and config.train.sharding == "full":
+        what = "the lengths of rows that DoRA trains would be rounded where a model is split over the processes"
+        raise ConfigError(what, where="model.lora_dora", fix="Use train.sharding=none, or model.lora_dora=false.")
     if model.strategy == "lora" and (model.lora_targets or model.lora_rank_pattern):
         base = model.name if folder is None else checkpoint.base_of(folder)
         require_lora_layers(checkpoint.bare_backbone(base), model)
