@@ -261,6 +261,14 @@ class Desk:
             self._hand_over()
         return request.answer
 
+    def asks(
+        self, path: Path, *, task: str | None = None, question: str | None = None
+    ) -> list[tuple[str, Future[Prediction]]]:
+        """What the model answers of a file to a task or a question, by dataset. Raises what `ask` and `datasets` do."""
+        keys = self.datasets([task] if task else None, None, question)
+        name = f"medium{path.suffix}"
+        return [(key, self.ask(Question(dataset=key, name=name, question=question), {name: path})) for key in keys]
+
     def _leave(self, number: int) -> None:
         shutil.rmtree(self.folder / str(number), ignore_errors=True)
         with self._changed:

@@ -46,7 +46,7 @@ COMMANDS = {
     "judge": "run overrides --model --backend --base-url --atlas --calibrate --offline --out --retry-unjudged"
     " --dry-run --allow-unjudged --cache --json",
     "report": "run! --atlas --out --json",
-    "explore": "--atlas --runs --host --port --cache --browser --no-token --json",
+    "explore": "--atlas --runs --host --port --cache --browser --models --keep --no-token --json",
     "bundle": "run! out --atlas --prompts --json",
     "verify": "bundle! --atlas --json",
     "compare": "runs! --seeds --allow-other-data --out --flips --resamples --seed --json",

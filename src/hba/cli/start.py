@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,10 +14,13 @@ import typer
 
 from hba.cli.options import JsonFlag, Overrides, answer, bold, finish
 from hba.environment import require_extra
+from hba.errors import InputError
 from hba.storage import cache_folder
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from hba.serve import Desk
 
 
 def demo_command(
@@ -101,6 +105,12 @@ def explore_command(
     browser: Annotated[
         bool | None, typer.Option(help="Open the page in a browser; as it is, where a screen seems to be.")
     ] = None,
+    models: Annotated[
+        str | None, typer.Option(help="Models for the Try page, such as runs/sft,runs/qa: clips of your own.")
+    ] = None,
+    keep: Annotated[
+        Path | None, typer.Option(help="Folder in which the Try page keeps clips and labels, as an atlas.")
+    ] = None,
     no_token: Annotated[
         bool, typer.Option("--no-token", help="Let everybody who has an account on this machine read everything.")
     ] = False,
@@ -109,17 +119,32 @@ def explore_command(
     """See and hear the data, the predictions and the mistakes: a local web app. Ctrl-C ends it."""
     from hba.explorer.server import bind, create_app, has_screen, is_loopback, open_browser, serve
 
+    names = [name.strip() for name in (models or "").split(",") if name.strip()]
+    if keep is not None and not names:
+        raise InputError("--keep is for the Try page", where="hba explore", fix="Name --models, too.")
     bound = bind(host, port, with_token=not no_token)
-    app = create_app(
-        atlas=atlas,
-        runs=runs,
-        cache_folder=cache or cache_folder(),
-        token=bound.token,
-        only_loopback=is_loopback(host),
-    )
-    answer({"url": bound.url}, f"Open [bold]{bound.url}[/bold] (Ctrl-C ends it).", as_json=json)
-    sys.stdout.flush()
-    with TemporaryDirectory(prefix="hba-explore-") as private:
+    with TemporaryDirectory(prefix="hba-explore-") as private, ExitStack() as opened:
+        app = create_app(
+            atlas=atlas,
+            runs=runs,
+            cache_folder=cache or cache_folder(),
+            token=bound.token,
+            only_loopback=is_loopback(host),
+            models=_desks(names, opened),
+            keep=keep,
+        )
+        answer({"url": bound.url}, f"Open [bold]{bound.url}[/bold] (Ctrl-C ends it).", as_json=json)
+        sys.stdout.flush()
         if browser if browser is not None else (not json and has_screen()):
             open_browser(bound, Path(private))
         serve(bound, app)
+
+
+def _desks(names: list[str], opened: ExitStack) -> dict[str, Desk]:
+    """The models of the Try page, open until `opened` ends."""
+    if not names:
+        return {}
+    require_extra("train", "a model in this process")
+    from hba.serve import Desk
+
+    return {name: opened.enter_context(closing(Desk(name, folder=cache_folder() / "serve"))) for name in names}

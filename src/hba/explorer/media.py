@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -191,6 +192,14 @@ def _spectrogram(samples: Floats) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def kinds(source: Source, where: str) -> tuple[str, ...]:
+    """What a model can take of a file: image, video, audio. Raises MediaError for one that is no medium."""
+    from hba.atlas.build import look_at
+
+    assert isinstance(source, Path)
+    return look_at(source).kinds
 
 
 def landmarks(source: Source, where: str) -> dict[str, Any]:

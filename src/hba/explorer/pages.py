@@ -8,15 +8,22 @@ database behind them. `server` says which address gives which page.
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
+import os
 import re
+import shutil
+import tempfile
 import threading
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from functools import cache, cached_property
+from itertools import combinations
 from pathlib import Path
-from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from typing import Any, Protocol
+from urllib.parse import parse_qs, parse_qsl, urlencode, urlsplit
 
 import msgspec
 from jinja2 import Environment
@@ -26,10 +33,14 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Match
 
+from hba.atlas.build import Medium, row_of
 from hba.atlas.rows import MEDIA_FIELDS, Sample
+from hba.atlas.source import Source, head
 from hba.config import flat, inline_yaml, read_yaml
-from hba.errors import InputError, MediaError
+from hba.errors import HbaError, InputError, MediaError, nearest
 from hba.evaluate.answers import same_answer
+from hba.evaluate.ask import FREE, datasets_of
+from hba.evaluate.predictions import Prediction
 from hba.evaluate.runs import Event, Run
 from hba.explorer import media
 from hba.explorer.index import (
@@ -52,15 +63,55 @@ from hba.explorer.runs import DECISIONS, RunEntry, Runs, whole_lines
 from hba.report import words
 from hba.report.charts import Curves, Matrix, bar, bundle, curves, matrices, reliability, share_bar, waveform
 from hba.report.rl import rl_part
-from hba.storage import atomic_write
+from hba.storage import alone, atomic_write
+from hba.taxonomy import Taxonomy, save_beside
 
 HERE = Path(__file__).parent
 PAGES: tuple[tuple[str, str], ...] = (
     ("/atlas", "Atlas"), ("/runs", "Runs"), ("/predictions", "Predictions"), ("/scores", "Scores"),
     ("/compare", "Compare"), ("/rl", "RL"), ("/judge", "Judge review"), ("/quarantine", "Quarantine"),
 )  # fmt: skip
+TRY = ("/try", "Try")
 SHARED = "hba.shared"  # set in the scope of a page that is made to be saved
+_CLIP = re.compile(r"[0-9a-f]{24}")
 _THINK = re.compile(r"\s*<think>(.*?)</think>\s*(.*)", re.DOTALL | re.IGNORECASE)
+
+
+class Answering(Protocol):
+    """A model that is open; `hba.serve.Desk` is one."""
+
+    model: str
+    taxonomy: Taxonomy
+
+    def asks(
+        self, path: Path, *, task: str | None = None, question: str | None = None
+    ) -> list[tuple[str, Future[Prediction]]]:
+        """What it answers of a file, by dataset."""
+        ...
+
+
+@dataclass(frozen=True)
+class Tries:
+    """What the Try page has: models by name, a private folder for clips, and where rows are kept, if they are."""
+
+    models: Mapping[str, Answering]
+    folder: Path
+    keep: Path | None
+    said: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+    """what each model answered last, by clip and dataset"""
+
+    @property
+    def taxonomy(self) -> Taxonomy:
+        """That of the first model."""
+        return next(iter(self.models.values())).taxonomy
+
+    def clip(self, name: str) -> Path:
+        """The file of a clip, kept or not. Raises InputError for one that is not there."""
+        places = [self.folder, *([self.keep / "media"] if self.keep else [])]
+        found = [path for place in places for path in place.glob(f"{name}.*")] if _CLIP.fullmatch(name) else []
+        if not found:
+            raise InputError(f"no clip {name[:40]!r}", fix="Drop or record it again.")
+        return found[0]
 
 
 @dataclass(frozen=True)
@@ -71,6 +122,7 @@ class Explorer:
     runs: Runs
     database: Database
     decoder: Decoder
+    tries: Tries | None = None
 
     def atlas(self) -> AtlasIndex:
         """The atlas. Raises InputError when none was given."""
@@ -99,8 +151,9 @@ class Asked:
     def page(self, template: str, title: str, **values: Any) -> HTMLResponse:
         """A page of the app: the template with navigation, title and the form of the address around it."""
         path, live = self.request.url.path, SHARED not in self.request.scope
-        common = {"title": title, "navigation": PAGES, "path": path, "form": self.form, "index": self.explorer.index}
-        common |= {"here": path + self.form.link(), "live": live, "sheet": sheet()}
+        navigation = PAGES if self.explorer.tries is None else (TRY, *PAGES)
+        common = {"title": title, "navigation": navigation, "path": path, "form": self.form}
+        common |= {"index": self.explorer.index, "here": path + self.form.link(), "live": live, "sheet": sheet()}
         return HTMLResponse(self.explorer.templates.get_template(template).render(**common, **values))
 
 
@@ -124,6 +177,208 @@ def _said(row: Row) -> dict[str, Any]:
         "spoken": match.group(2).strip() if match else output,
         "probs": [{"label": k, "p": p, "bar": share_bar(p)} for k, p in ranked],
     }
+
+
+# --- try: a clip of one's own, asked and labelled ---------------------------------------------------------------------
+#
+# Clips come as bodies of their own, to a private folder that goes with the server. "Keep" puts one beside the rows of
+# an atlas, which is written whole each time: a row says who gave which label and what each model had answered. Its answer
+# is what all annotators say; where they differ it has none. A clip is named by its content.
+
+
+KEPT = "kept.jsonl"
+MOST_CLIP_BYTES = 200 << 20
+PATIENCE_SECONDS = 300.0
+_KEEPING = threading.Lock()
+Said = dict[str, dict[str, Any]]
+
+
+def tried(asked: Asked) -> Response:
+    """The page: a clip, its models, their answers, and what was kept."""
+    tries = _tries(asked.explorer)
+    tasks = [name for name in tries.taxonomy.tasks if _labels(tries.taxonomy, _of_task(tries.taxonomy, name))]
+    clip = asked.form.text("clip")
+    shown: dict[str, Any] = {"tasks": tasks, "task": asked.form.text("task") or "EMO", "models": list(tries.models), "clip": clip}
+    kind = media.media_type(head(tries.clip(clip), 16, where=clip)) if clip else ""
+    shown |= {"kind": kind, "keep": tries.keep, "kept": _kept(tries)}
+    return asked.page("try.html.jinja", "Try", **shown, **_agreement(tries))
+
+
+def _tries(explorer: Explorer) -> Tries:
+    if explorer.tries is None:
+        raise InputError("no model is open", fix="Start with `hba explore --models runs/sft`.")
+    return explorer.tries
+
+
+def _of_task(taxonomy: Taxonomy, task: str) -> str:
+    """The dataset whose labels stand for a task. Raises InputError for an unknown task."""
+    return datasets_of(taxonomy, [task], None, None)[0]
+
+
+def _labels(taxonomy: Taxonomy, dataset: str) -> tuple[str, ...]:
+    about = taxonomy.dataset(dataset)
+    return tuple(about.labels or (taxonomy.domains[about.domain].labels if about.domain else ()))
+
+
+async def put_clip(request: Request) -> Response:
+    """Take a clip, the body of the request; its name as JSON. 413 while one comes that is too long."""
+    tries = _tries(request.app.state.explorer)
+    ending = Path(request.query_params.get("name", "")).suffix.lower()
+    ending = ending if re.fullmatch(r"\.[a-z0-9]{1,6}", ending) else ".webm"
+    digest, size = hashlib.sha256(), 0
+    with tempfile.NamedTemporaryFile(dir=tries.folder, prefix="coming-") as file:
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > MOST_CLIP_BYTES:
+                return PlainTextResponse(f"The clip is larger than {MOST_CLIP_BYTES >> 20} MB.\n", 413)
+            digest.update(chunk)
+            file.write(chunk)
+        file.flush()
+        name = digest.hexdigest()[:24]
+        place = tries.folder / f"{name}{ending}"
+        if not place.exists():
+            os.link(file.name, place)
+    return JSONResponse({"clip": name})
+
+
+def clip(asked: Asked) -> Response:
+    """The bytes of a clip, by ranges."""
+    path = _tries(asked.explorer).clip(asked.request.path_params["clip"])
+    return media_response(path, asked.request.headers.get("range"), where=path.name)
+
+
+def clip_sound(asked: Asked) -> Response:
+    """Waveform and spectrogram of a clip."""
+    path = _tries(asked.explorer).clip(asked.request.path_params["clip"])
+    try:
+        return _sound(asked, path, path.name)
+    except MediaError as error:
+        return asked.page("refused.html.jinja", "Cannot be drawn", said=error.what)
+
+
+async def ask_models(request: Request) -> Response:
+    """What the chosen models answer of a clip: `clip`, `task`, `question`, `models` of a form."""
+    form = parse_qs((await _short(request)).decode("utf-8", "replace"))
+    return await run_in_threadpool(_ask_models, Asked(request), form)
+
+
+async def _short(request: Request) -> bytes:
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise InputError("the request is too long", fix="Ask in fewer words.")
+    return body
+
+
+def _ask_models(asked: Asked, form: Mapping[str, list[str]]) -> Response:
+    tries = _tries(asked.explorer)
+    name, task = _one(form, "clip"), _one(form, "task")
+    path, question = tries.clip(name), _one(form, "question") or None
+    dataset = FREE if question else _of_task(tries.taxonomy, task)
+    waiting: dict[str, Future[Prediction] | HbaError] = {}
+    for chosen in form.get("models", []):
+        if chosen not in tries.models:
+            raise InputError(f"no model {chosen!r} is open", fix=nearest(chosen, tries.models))
+        try:
+            of_task = None if question else task
+            ((_, waiting[chosen]),) = tries.models[chosen].asks(path, task=of_task, question=question)
+        except HbaError as error:
+            waiting[chosen] = error
+    shown = []
+    for chosen, answer in waiting.items():
+        try:
+            if isinstance(answer, HbaError):
+                raise answer
+            told = answer.result(PATIENCE_SECONDS)
+            row = {"output": told.output, "probs": told.probs, "answer": told.answer, "target": ""}
+            shown.append({"model": chosen, "label": told.label, "error": told.error, **_told(row)})
+        except (HbaError, TimeoutError) as error:
+            what = error.what if isinstance(error, HbaError) else "gave no answer in time"
+            shown.append({"model": chosen, "error": what})
+    known = {one["model"]: {"answer": one["label"] or one["spoken"], "probs": dict(one["ranked"])}
+             for one in shown if not one["error"]}  # fmt: skip
+    tries.said[name, dataset] = known
+    return asked.page("try_answers.html.jinja", "Answers", answers=shown, labels=_labels(tries.taxonomy, dataset),
+                      clip=name, task=task, question=question, keep=tries.keep)  # fmt: skip
+
+
+def _told(row: dict[str, Any]) -> dict[str, Any]:
+    match = _THINK.match(row["output"] or "")
+    ranked = sorted((row["probs"] or {}).items(), key=lambda pair: -pair[1])
+    return {
+        "thinking": match.group(1).strip() if match else "",
+        "spoken": match.group(2).strip() if match else row["output"] or "",
+        "probs": [{"label": label, "p": p, "bar": share_bar(p)} for label, p in ranked],
+        "ranked": ranked,
+    }
+
+
+def _one(form: Mapping[str, list[str]], name: str) -> str:
+    return form.get(name, [""])[0].strip()
+
+
+async def keep(request: Request) -> Response:
+    """Keep a clip as a row with a person's label: `clip`, `task`, `label`, `annotator` of a form."""
+    form = parse_qs((await _short(request)).decode("utf-8", "replace"))
+    return await run_in_threadpool(_keep, Asked(request), form)
+
+
+def _keep(asked: Asked, form: Mapping[str, list[str]]) -> Response:
+    tries = _tries(asked.explorer)
+    if tries.keep is None:
+        raise InputError("nothing is kept here", fix="Start with `hba explore --models runs/sft --keep FOLDER`.")
+    name, label, annotator = _one(form, "clip"), _one(form, "label"), _one(form, "annotator")[:40] or "me"
+    path, taxonomy = tries.clip(name), tries.taxonomy
+    dataset = _of_task(taxonomy, _one(form, "task"))
+    if label not in _labels(taxonomy, dataset):
+        raise InputError(f"no label {label!r} of {dataset}", fix=nearest(label, _labels(taxonomy, dataset)))
+    inside = f"media/{path.name}"
+    medium = Medium(path, asked.explorer.decoder.call(media.kinds, path, path.name))
+    row = row_of(medium, inside, dataset, taxonomy, question=None, transcript=None)
+    (tries.keep / "media").mkdir(parents=True, exist_ok=True)
+    with _KEEPING, alone(tries.keep / ".keep.lock"):
+        if not (tries.keep / inside).exists():
+            with atomic_write(tries.keep / inside, "wb") as file, path.open("rb") as source:
+                shutil.copyfileobj(source, file)
+        save_beside(taxonomy, tries.keep)
+        rows = {each["id"]: each for each in _kept(tries)}
+        before = rows.get(f"{name}-{dataset}", {})
+        labels = {**before.get("labels", {}), annotator: label}
+        agreed = label if len(set(labels.values())) == 1 else None
+        about = {"answer": agreed, "class_label": agreed, "labels": labels, "id": f"{name}-{dataset}"}
+        said = tries.said.get((name, dataset)) or before.get("said", {})
+        rows[f"{name}-{dataset}"] = {k: v for k, v in (row | about | {"said": said}).items() if v is not None}
+        with atomic_write(tries.keep / KEPT) as lines:
+            lines.writelines(json.dumps(each, ensure_ascii=False) + "\n" for each in rows.values())
+    shown = {"kept": _kept(tries), "just": f"{annotator}: {label}"}
+    return asked.page("try_kept.html.jinja", "Kept", **shown, **_agreement(tries))
+
+
+def _kept(tries: Tries) -> list[dict[str, Any]]:
+    path = tries.keep / KEPT if tries.keep else None
+    return [] if path is None or not path.is_file() else list(whole_lines(path))
+
+
+def _agreement(tries: Tries) -> dict[str, Any]:
+    """Cohen's kappa of the two annotators who share the most clips, over all labels; None where it is not defined."""
+    shared: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
+    for row in _kept(tries):
+        for pair in combinations(sorted(row.get("labels", {})), 2):
+            shared[pair].append((row["labels"][pair[0]], row["labels"][pair[1]]))
+    if not shared:
+        return {"pair": None}
+    pair, both = max(shared.items(), key=lambda each: len(each[1]))
+    return {"pair": pair, "n": len(both), "kappa": kappa_of(both)}
+
+
+def kappa_of(pairs: Sequence[tuple[str, str]]) -> float | None:
+    """Cohen's kappa, (p_o - p_e) / (1 - p_e), of two raters' labels of the same things; None where both gave one label
+    throughout."""
+    n = len(pairs)
+    first, second = Counter(a for a, _ in pairs), Counter(b for _, b in pairs)
+    expected = sum(first[label] * second[label] for label in first) / n**2
+    return None if expected == 1 else (sum(a == b for a, b in pairs) / n - expected) / (1 - expected)
 
 
 # --- the atlas and its samples ----------------------------------------------------------------------------------------
@@ -197,10 +452,7 @@ def picture(asked: Asked) -> Response:
             mime, data = decoder.call(media.playable, source, where)
             return Response(data, media_type=mime)
         if kind == "sound":
-            seconds, peaks, spectrogram = decoder.call(media.sound_pictures, source, where)
-            image = f"data:image/png;base64,{base64.b64encode(spectrogram).decode()}"
-            drawn = {"svg": waveform(peaks, seconds), "seconds": seconds, "spectrogram": image}
-            return asked.page("sound.html.jinja", "Sound", **drawn)
+            return _sound(asked, source, where)
         parts = [
             {"name": name, "shape": " x ".join(map(str, shape)), "svg": bundle(name, values)}
             for name, shape, values in decoder.call(media.curves, source, where)
@@ -210,6 +462,14 @@ def picture(asked: Asked) -> Response:
         silent = field == "videos" and "no sound track" in error.what
         said = "This clip has no sound track." if silent else str(error)
         return asked.page("refused.html.jinja", "Cannot be drawn", said=said)
+
+
+def _sound(asked: Asked, source: Source, where: str) -> Response:
+    """Waveform and spectrogram. Raises MediaError."""
+    seconds, peaks, spectrogram = asked.explorer.decoder.call(media.sound_pictures, source, where)
+    image = f"data:image/png;base64,{base64.b64encode(spectrogram).decode()}"
+    drawn = {"svg": waveform(peaks, seconds), "seconds": seconds, "spectrogram": image}
+    return asked.page("sound.html.jinja", "Sound", **drawn)
 
 
 def quarantine(asked: Asked) -> Response:

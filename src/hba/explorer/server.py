@@ -12,7 +12,7 @@ import socket
 import sys
 import tempfile
 import webbrowser
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +32,7 @@ from hba.errors import HbaError, InputError
 from hba.explorer import pages
 from hba.explorer.index import AtlasIndex, Database, index_name, located
 from hba.explorer.media import Decoder
-from hba.explorer.pages import HERE, Asked, Explorer, sheet
+from hba.explorer.pages import HERE, Answering, Asked, Explorer, Tries, sheet
 from hba.explorer.runs import Runs
 
 # What the server refuses before a page is asked: other hosts' names, other sites' requests, strangers without a token.
@@ -212,8 +212,11 @@ def create_app(
     cache_folder: Path,
     token: str | None = None,
     only_loopback: bool = True,
+    models: Mapping[str, Answering] | None = None,
+    keep: Path | None = None,
 ) -> Starlette:
     """The app over an atlas (a folder, or org/name on the hub) and a folder of runs; `cache_folder` keeps the index.
+    With `models` there is the Try page, which keeps rows in the folder `keep`.
 
     Without a `token` everybody who reaches the server may read everything. `only_loopback` answers to the names of this
     machine alone.
@@ -224,7 +227,10 @@ def create_app(
     rows = cache_folder / "explorer" / index_name(root) if root else Path(scratch.name) / "rows.sqlite"
     database = Database(rows, Path(scratch.name) / "runs.sqlite")
     index = AtlasIndex(root, database, cache_folder) if root else None
-    explorer = Explorer(index, Runs(runs, database), database, Decoder())
+    clips = Path(scratch.name) / "clips"
+    clips.mkdir()
+    tries = Tries(models, clips, keep) if models else None
+    explorer = Explorer(index, Runs(runs, database), database, Decoder(), tries)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -242,7 +248,7 @@ def create_app(
 
 def _routes() -> list[BaseRoute]:
     get: dict[str, Callable[[Asked], Response]] = {
-        "/": lambda asked: RedirectResponse("/atlas" if asked.explorer.index else "/runs"),
+        "/": lambda asked: RedirectResponse(_first(asked.explorer)),
         "/atlas": pages.atlas,
         "/atlas/progress": pages.progress,
         "/sample/{split}/{number:int}": pages.sample,
@@ -260,6 +266,9 @@ def _routes() -> list[BaseRoute]:
         "/rl": pages.rl,
         "/judge": pages.judge,
         "/snapshot": pages.snapshot,
+        "/try": pages.tried,
+        "/try/clip/{clip}": pages.clip,
+        "/try/sound/{clip}": pages.clip_sound,
         "/style.css": lambda asked: Response(sheet(), media_type="text/css"),
     }
 
@@ -269,8 +278,15 @@ def _routes() -> list[BaseRoute]:
     return [
         *(Route(path, answering(page), methods=["GET"]) for path, page in get.items()),
         Route("/judge", pages.save, methods=["POST"]),
+        Route("/try/clip", pages.put_clip, methods=["POST"]),
+        Route("/try/ask", pages.ask_models, methods=["POST"]),
+        Route("/try/keep", pages.keep, methods=["POST"]),
         Mount("/static", StaticFiles(directory=HERE / "static")),
     ]
+
+
+def _first(explorer: Explorer) -> str:
+    return "/try" if explorer.tries else "/atlas" if explorer.index else "/runs"
 
 
 def _error_page(request: Request, error: Exception) -> Response:

@@ -127,6 +127,13 @@ def running(app):
 
 
 @pytest.fixture(scope="module")
+def recording_browser():
+    """A Chromium with a camera and a microphone that are none, which it lets every page have."""
+    with chromium("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream") as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
 def serve():
     """`running`, for tests that need an app of their own."""
     return running
@@ -135,6 +142,13 @@ def serve():
 @pytest.fixture(scope="module")
 def browser():
     """Debian's Chromium. Skipped where there is none, but never on CI."""
+    with chromium() as made:
+        yield made
+
+
+@contextmanager
+def chromium(*more):
+    """A Chromium, with `more` flags."""
     from playwright.sync_api import sync_playwright
 
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -145,7 +159,7 @@ def browser():
     flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
              "--disable-component-update", "--disable-sync", "--autoplay-policy=no-user-gesture-required"]  # fmt: skip
     with sync_playwright() as player:
-        made = player.chromium.launch(executable_path=found, args=flags)
+        made = player.chromium.launch(executable_path=found, args=[*flags, *more])
         yield made
         made.close()
 
