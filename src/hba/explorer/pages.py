@@ -182,8 +182,8 @@ def _said(row: Row) -> dict[str, Any]:
 # --- try: a clip of one's own, asked and labelled ---------------------------------------------------------------------
 #
 # Clips come as bodies of their own, to a private folder that goes with the server. "Keep" puts one beside the rows of
-# an atlas, which is written whole each time: a row says who gave which label and what each model had answered. Its answer
-# is what all annotators say; where they differ it has none. A clip is named by its content.
+# an atlas, which is written whole each time: a row says who gave which label and what each model had answered. Its
+# answer is what all annotators say; where they differ it has none. A clip is named by its content.
 
 
 KEPT = "kept.jsonl"
@@ -198,9 +198,10 @@ def tried(asked: Asked) -> Response:
     tries = _tries(asked.explorer)
     tasks = [name for name in tries.taxonomy.tasks if _labels(tries.taxonomy, _of_task(tries.taxonomy, name))]
     clip = asked.form.text("clip")
-    shown: dict[str, Any] = {"tasks": tasks, "task": asked.form.text("task") or "EMO", "models": list(tries.models), "clip": clip}
+    task = asked.form.text("task") or next((name for name in tasks if name == "EMO"), tasks[0])
+    shown: dict[str, Any] = {"tasks": tasks, "task": task, "models": list(tries.models), "clip": clip}
     kind = media.media_type(head(tries.clip(clip), 16, where=clip)) if clip else ""
-    shown |= {"kind": kind, "keep": tries.keep, "kept": _kept(tries)}
+    shown |= {"kind": kind, "keep": tries.keep, "kept": _kept(tries), "just": None}
     return asked.page("try.html.jinja", "Try", **shown, **_agreement(tries))
 
 
@@ -295,7 +296,7 @@ def _ask_models(asked: Asked, form: Mapping[str, list[str]]) -> Response:
             shown.append({"model": chosen, "label": told.label, "error": told.error, **_told(row)})
         except (HbaError, TimeoutError) as error:
             what = error.what if isinstance(error, HbaError) else "gave no answer in time"
-            shown.append({"model": chosen, "error": what})
+            shown.append({"model": chosen, "label": None, "error": what})
     known = {one["model"]: {"answer": one["label"] or one["spoken"], "probs": dict(one["ranked"])}
              for one in shown if not one["error"]}  # fmt: skip
     tries.said[name, dataset] = known

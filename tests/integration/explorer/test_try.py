@@ -46,6 +46,7 @@ def test_a_recorded_clip_is_answered_labelled_and_found_after_a_reload(trying, a
     page.wait_for_selector("#preview:not([hidden])")
     page.wait_for_timeout(1500)
     page.click("#stop")
+    assert not page.is_visible("#preview")
     page.wait_for_selector(".tries-answers article:nth-of-type(2) .probs", timeout=60_000)
     page.wait_for_selector("[data-sound] svg.wave", timeout=60_000)
     page.fill("#annotator", "ann")
