@@ -2,15 +2,21 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
+from hba import open_atlas
+from hba.batch.config import EncodeConfig
+from hba.batch.encode import Encoder
+from hba.batch.loader import encode_row
+from hba.batch.sampler import input_tokens
 from hba.cli.train import _fitted
 from hba.config import load_config, to_dict
 from hba.errors import InputError
 from hba.fit import _Bare, _Ledger, find_gpu, fit_run, recipe_for, work_of
-from hba.model.checkpoint import load_backbone
+from hba.model.checkpoint import load_backbone, load_processor
 from hba.model.omni import OmniSapiens, as_they_come, recompute_layers
 from hba.rl.config import RlConfig
 from hba.train.config import LmConfig, SftConfig
@@ -180,6 +186,18 @@ def test_lengths_and_an_epoch_are_those_of_an_atlas(hba, backbone, mini_atlas):
     code, out, _ = hba("fit", str(backbone), "--gpu", "24", *recipe, "--json")
     found = json.loads(out)
     assert code == 0 and found["epoch_hours"] > 0 and found["tokens"] > 100
+
+
+def test_what_a_budget_counts_is_near_what_the_model_gets(mini_atlas, backbone):
+    """Reckoned without decoding, by the encoding: rather too much than too little."""
+    rows = open_atlas(mini_atlas, split="train")
+    _, first = np.unique(rows.columns.dataset_codes, return_index=True)
+    small = {"num_frames": 2, "max_pixels": 3136}
+    for encode in (EncodeConfig(**small), EncodeConfig(**small, modalities=("video",)), EncodeConfig(modalities=())):
+        encoder = Encoder(load_processor(str(backbone)), encode, rows.taxonomy)
+        reckoned_N = input_tokens(rows, encode)
+        found = {rows[row].dataset: (len(encode_row(rows, encoder, row).input_ids_T), reckoned_N[row]) for row in first}
+        assert all(real <= reckoned <= 2 * real + 64 for real, reckoned in found.values()), (encode, found)
 
 
 def test_bad_input_is_told_before_anything_is_built(hba, backbone, tmp_path):
