@@ -164,7 +164,7 @@ def not_comparable(metrics: Metrics, tasks: Collection[str]) -> list[str]:
     elif said.data_rows is None:
         found.append(f"does not say how many rows it was asked for (published: {PUBLISHED_ROWS:,})")
     elif said.data_rows != PUBLISHED_ROWS:
-        found.append(f"{said.data_rows:,} rows were asked for (published: {PUBLISHED_ROWS:,})")
+        found.append(f"{plural(said.data_rows, 'row', 'was|were')} asked for (published: {PUBLISHED_ROWS:,})")
     if total.other_rows:
         found.append("answered other rows than it was asked for")
     if total.n_missing:
