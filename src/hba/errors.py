@@ -80,14 +80,3 @@ def nearest(word: str, known: Iterable[str], *, prefix: str = "") -> str:
     if len(names) < 2:
         return f"{hint}Write {prefix + names[0]!r}." if names else "Leave it out: there is none."
     return f"{hint}Choose one of: {', '.join(prefix + name for name in names)}."
-
-
-def plural(number: int, noun: str, verb: str = "") -> str:
-    """A number with its noun, and with its verb where one is given: '1 sample', '2 samples', '1 sample was'.
-
-    `noun` is the singular, or both as 'medium|media'; `verb` is both as 'was|were'.
-    """
-    one, _, many = noun.partition("|")
-    said = f"{number:,} {one if number == 1 else many or one + 's'}"
-    first, _, second = verb.partition("|")
-    return f"{said} {first if number == 1 else second}" if verb else said

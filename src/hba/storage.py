@@ -484,6 +484,17 @@ def to_csv(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return out.getvalue()
 
 
+def plural(number: int, noun: str, verb: str = "") -> str:
+    """A number with its noun, and with its verb where one is given: '1 sample', '2 samples', '1 sample was'.
+
+    `noun` is the singular, or both as 'medium|media'; `verb` is both as 'was|were'.
+    """
+    one, _, many = noun.partition("|")
+    said = f"{number:,} {one if number == 1 else many or one + 's'}"
+    first, _, second = verb.partition("|")
+    return f"{said} {first if number == 1 else second}" if verb else said
+
+
 def whole(text: str) -> str:
     """`text` with half a surrogate pair, which no file and no request can carry, replaced by U+FFFD."""
     try:

@@ -11,8 +11,8 @@ import pytest
 
 import hba
 from hba.atlas.names import find_files, present_splits
-from hba.errors import ConfigError, HbaError, InputError, MediaError, TaxonomyError, nearest, plural
-from hba.storage import StorageError
+from hba.errors import ConfigError, HbaError, InputError, MediaError, TaxonomyError, nearest
+from hba.storage import StorageError, plural
 from hba.taxonomy import BUILTIN
 
 KINDS = [HbaError, InputError, ConfigError, TaxonomyError, MediaError, StorageError]

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hba.errors import InputError, MediaError, nearest, plural
-from hba.storage import atomic_folder, atomic_write, file_sha256, json_line, remove_abandoned
+from hba.errors import InputError, MediaError, nearest
+from hba.storage import atomic_folder, atomic_write, file_sha256, json_line, plural, remove_abandoned
 from hba.taxonomy import BUILTIN, QA, Taxonomy, save_beside, visible
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")

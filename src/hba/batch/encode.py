@@ -38,7 +38,8 @@ from hba.batch.config import (
 from hba.batch.pool import DescriptorConfig, pooled_descriptors
 from hba.batch.prompt import AS_WRITTEN, MODALITIES, Message, Modality, PlainText, Wording, taught
 from hba.environment import installed_version
-from hba.errors import ConfigError, InputError, MediaError, plural
+from hba.errors import ConfigError, InputError, MediaError
+from hba.storage import plural
 from hba.taxonomy import BUILTIN, Taxonomy
 
 if TYPE_CHECKING:

@@ -24,8 +24,8 @@ from hba.cli.options import (
     written,
 )
 from hba.environment import require_extra, usable_cores
-from hba.errors import InputError, plural
-from hba.storage import cache_folder
+from hba.errors import InputError
+from hba.storage import cache_folder, plural
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

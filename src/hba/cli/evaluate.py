@@ -26,8 +26,8 @@ from hba.cli.options import (
     written,
 )
 from hba.cli.predict import warn_of
-from hba.errors import InputError, nearest, plural
-from hba.storage import write_json
+from hba.errors import InputError, nearest
+from hba.storage import plural, write_json
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -10,8 +10,8 @@ import typer
 
 from hba.cli.options import BaseUrl, JsonFlag, answer, beside, bold, configured, served, tallied, warn
 from hba.cli.predict import show_estimate
-from hba.errors import InputError, plural
-from hba.storage import cache_folder, write_json
+from hba.errors import InputError
+from hba.storage import cache_folder, plural, write_json
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from hba.errors import InputError, nearest, plural
+from hba.errors import InputError, nearest
+from hba.storage import plural
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -25,7 +25,8 @@ from hba.cli.options import (
     warn,
     written,
 )
-from hba.errors import InputError, plural
+from hba.errors import InputError
+from hba.storage import plural
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

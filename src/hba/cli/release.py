@@ -10,7 +10,7 @@ import typer
 
 from hba.cli.options import JsonFlag, answer, bold
 from hba.environment import require_extra
-from hba.errors import plural
+from hba.storage import plural
 
 LMMS_EXAMPLE = "Example: hba export lmms-eval runs/lmms --atlas runs/mini"
 WANDB_EXAMPLE = "Example: hba export wandb runs/demo/sft --project atlas --offline"

@@ -32,7 +32,8 @@ from hba.cli.options import (
     tallied,
 )
 from hba.environment import require_extra
-from hba.errors import InputError, plural
+from hba.errors import InputError
+from hba.storage import plural
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

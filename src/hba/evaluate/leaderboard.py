@@ -17,10 +17,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from hba.errors import InputError, nearest, plural
+from hba.errors import InputError, nearest
 from hba.evaluate.predictions import PREDICTIONS
 from hba.evaluate.results import FILE, MAX_FAILED, SCANT, TEST, Metrics
 from hba.evaluate.runs import ASKED, open_run
+from hba.storage import plural
 from hba.taxonomy import PUBLISHED, TASKS, published_table
 
 SOURCES = {

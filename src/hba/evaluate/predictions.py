@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
-from hba.errors import InputError, TaxonomyError, plural
-from hba.storage import AppendLog, atomic_write, json_line, json_sha256
+from hba.errors import InputError, TaxonomyError
+from hba.storage import AppendLog, atomic_write, json_line, json_sha256, plural
 from hba.taxonomy import BUILTIN, Taxonomy
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hba.errors import plural as plural  # templates say words.plural
 from hba.evaluate.results import MAX_FAILED, Counts, Metrics, Provenance, TaskScore
+from hba.storage import plural as plural  # templates say words.plural
 
 if TYPE_CHECKING:
     from jinja2 import Environment

@@ -41,13 +41,13 @@ from hba.batch.encode import IGNORED, Batch, Encoder, collate
 from hba.batch.loader import load_batches
 from hba.batch.pool import ALIKE, SOURCES, DescriptorConfig, missing, pooled_descriptors, unlike
 from hba.batch.sampler import Indices
-from hba.errors import InputError, MediaError, plural
+from hba.errors import InputError, MediaError
 from hba.evaluate.backends.interface import evaluation_plan
 from hba.model import checkpoint
 from hba.model.config import AsTrained, require_bitsandbytes
 from hba.model.omni import OmniSapiens, behind_head
 from hba.run import locked_folder
-from hba.storage import StorageError, atomic_write, json_sha256, read_json, remove_abandoned, write_json
+from hba.storage import StorageError, atomic_write, json_sha256, plural, read_json, remove_abandoned, write_json
 from hba.taxonomy import Taxonomy
 from hba.train.config import FeatureConfig
 from hba.train.ranks import Ranks

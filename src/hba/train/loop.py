@@ -29,12 +29,13 @@ from hba.atlas import Atlas, data_record, open_atlas
 from hba.atlas.rows import Columns, MediaSource, Quarantined, Sample
 from hba.batch.config import EncodeConfig
 from hba.batch.sampler import Indices, MixConfig, epoch_rows, input_tokens, plan_batches
-from hba.errors import ConfigError, HbaError, InputError, MachineError, plural
+from hba.errors import ConfigError, HbaError, InputError, MachineError
 from hba.model import checkpoint
 from hba.model.config import ModelConfig, require_bitsandbytes
 from hba.model.omni import require_lora_layers
 from hba.model.process import prepare_process, start_accelerator
 from hba.run import RunFolder
+from hba.storage import plural
 from hba.train.config import TrainConfig
 from hba.train.display import TrainingDisplay
 from hba.train.ranks import Ranks, gathered, prepare_model
