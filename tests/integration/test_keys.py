@@ -38,7 +38,7 @@ from hba.batch.encode import Encoder
 from hba.config import load_config
 from hba.embedding import Embedder
 from hba.errors import HbaError
-from hba.evaluate.backends import vllm
+from hba.evaluate.backends import vllm, wire
 from hba.evaluate.backends.interface import open_backend
 from hba.evaluate.config import PredictConfig
 from hba.evaluate.judge.items import Item
@@ -220,6 +220,7 @@ class Lab:
 
         patch.setattr(loop, "training_plan", planned)
         patch.setattr(encode, "load_media", shown)
+        patch.setattr(wire, "load_media", shown)
         patch.setattr(loader, "collate", collated)
         patch.setattr(features, "assemble", assembled)
         patch.setattr(LoaderConfig, "resolved_workers", lambda config: handed.append(config) or 0)
@@ -649,7 +650,7 @@ class Lab:
         patch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=Engine, SamplingParams=dict))
         patch.setitem(sys.modules, "vllm.lora", types.SimpleNamespace())
         patch.setitem(sys.modules, "vllm.lora.request", types.SimpleNamespace(LoRARequest=None))
-        patch.setattr(vllm, "served", lambda name: vllm.Served(name))
+        patch.setattr(vllm, "served", lambda name, **_: vllm.Served(name))
         said = {"choices": [{"message": {"content": "yes"}, "finish_reason": "stop"}]}
         self.network(patch, sights, lambda request, number: httpx.Response(200, json=said))
         opened = open_backend(backend, opening)
