@@ -4,9 +4,11 @@ import copy
 import io
 import json
 import re
+import shlex
 import shutil
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -156,3 +158,31 @@ def test_what_the_demo_sets_cannot_be_overridden(tmp_path):
         with pytest.raises(ConfigError, match="the demo itself sets"):
             run_demo(tmp_path / "new", size="tiny", seed=0, overrides=[key])
     assert not (tmp_path / "new").exists()
+
+
+def typed(section):
+    """The commands of a part of the quickstart that need no model from the hub, in their order."""
+    page = Path(__file__).parents[2].joinpath("docs", "quickstart.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", page.split(f"\n## {section}\n")[1].split("\n## ")[0], re.DOTALL)
+    lines = [shlex.split(line) for block in blocks for line in block.splitlines()]
+    return [line[1:] for line in lines if not any("/Qwen" in word or word.startswith("Qwen/") for word in line)]
+
+
+def test_the_quickstart_of_a_clip_and_of_a_folder_can_be_typed(demo, mini_atlas, hba, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/demo").symlink_to(demo[0])
+    shutil.copy(next(mini_atlas.rglob("*.mp4")), "clip.mp4")
+    sounds = sorted(mini_atlas.rglob("*.wav"))
+    for number, label in enumerate(("happy", "sad") * 4):
+        Path("recordings", label).mkdir(parents=True, exist_ok=True)
+        shutil.copy(sounds[number], f"recordings/{label}/{number}.wav")
+    (ask,) = typed("Your clip")
+    code, out, err = hba(*ask)
+    assert code == 0 and "clip.mp4" in out, err
+    folder = typed("Your folder")
+    assert [line[0] for line in folder] == ["atlas", "atlas", "tiny", "train", "eval"]
+    for line in folder:
+        code, out, err = hba(*line)
+        assert code == 0, (line, out, err)
+    assert "happy" in Path("data/mine/taxonomy.yaml").read_text() and list(Path("runs").rglob("report.html"))
