@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from torch.utils.flop_counter import flop_registry
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hba.errors import InputError, nearest
+from hba.errors import ConfigError, InputError, nearest
 from hba.evaluate.config import PredictConfig
 from hba.model import checkpoint
 from hba.model.checkpoint import backbone_class, read_config, resolve_dtype
@@ -52,19 +52,23 @@ BUSY_TOKENS = 2048
 """tokens at once with which a GPU has enough to do: more of them make a step no faster"""
 ANSWER_TOKENS = 16  # of a supervised answer in words; most labels have two
 QUANTIZED_BYTES = {"int8": 1.0, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}  # a weight: codes, scales, scales of scales
+GATHERED = "layers gathered from other GPUs"
+VALIDATION = "validation_batch_size"
 TOWER_POSITIONS = 3  # of a media tower for a token of the prompt: 4 patches or 2 frames of sound make one
 
 
 class Gpu(NamedTuple):
-    """A GPU: its memory in GiB, and its bfloat16 operations a second as its maker states them (10^12, dense)."""
+    """A GPU: its memory in GiB, and its operations a second as its maker states them (10^12, dense): in bfloat16, or
+    in float32 where it has no bfloat16 and `auto` is float32."""
 
     name: str
     gigabytes: float
     tflops: float
+    bfloat16: bool = True
 
 
 GPUS = {
-    "t4": Gpu("T4", 16, 65),
+    "t4": Gpu("T4", 16, 8.1, bfloat16=False),
     "rtx4080": Gpu("RTX 4080", 16, 97),
     "l4": Gpu("L4", 24, 121),
     "a10": Gpu("A10", 24, 125),
@@ -118,6 +122,8 @@ class Fit:
     samples_per_second: float
     epoch_hours: float | None
     changes: list[str]
+    validation: int = 0  # the most samples of a validation batch that have room
+    validation_asked: int = 0  # 0: nothing is validated by the model
 
     @property
     def total(self) -> float:
@@ -126,8 +132,8 @@ class Fit:
 
     @property
     def fits(self) -> bool:
-        """Whether the micro-batch that was asked for has room."""
-        return self.total <= self.usable
+        """Whether the micro-batch and the validation batch that were asked for have room."""
+        return self.total <= self.usable and self.validation >= self.validation_asked
 
     def record(self) -> dict[str, Any]:
         """For --json."""
@@ -206,7 +212,7 @@ def fit_run(
     `tokens` are lengths of prompts: the longest must fit, speed is that of their mean. `rows` are those of an epoch.
     Raises InputError for a model that is not found or unknown, ConfigError for what cannot be trained.
     """
-    bare = _Bare(model)
+    bare = _Bare(model, gpu)
     longest, mean = max(tokens), max(1, round(sum(tokens) / len(tokens)))
     # As many tokens in more samples have more answers; where samples are counted the longest take most.
     lengths = sorted({longest, mean}) if _budgeted(config) else [longest]
@@ -219,6 +225,11 @@ def fit_run(
     parts = {name: size / GIB for name, size in tightest.parts(tightest.work.samples).items() if size}
     most = _most(bare, config, model, usable, gpus, lengths)
     counted = learned.counted if _budgeted(config) else 1
+    roomy = sum(parts.values()) <= usable
+    changes = [] if roomy else _changes(bare, config, model, usable, gpus, lengths)
+    validation, asked = _validated(bare, config, model, usable, gpus, longest)
+    if roomy and 0 < validation < asked:
+        changes = [f"validation_batch_size={validation}"]
     return Fit(
         model=model,
         stage=stage,
@@ -232,7 +243,9 @@ def fit_run(
         setting=f"{_key(config)}={most}",
         samples_per_second=rate,
         epoch_hours=None if rows is None else rows * learned.copies / rate / 3600,
-        changes=[] if sum(parts.values()) <= usable else _changes(bare, config, model, usable, gpus, lengths),
+        changes=changes,
+        validation=validation,
+        validation_asked=asked,
     )
 
 
@@ -261,6 +274,25 @@ def _most(bare: _Bare, config: Settings, model: str, usable: float, gpus: int, l
     return min(found) if found else max(full)
 
 
+def _validated(bare: _Bare, config: Settings, model: str, usable: float, gpus: int, tokens: int) -> tuple[int, int]:
+    """The most samples of a validation batch that have room beside what training holds, and how many are asked for.
+
+    A split model is whole while it is validated.
+    """
+    if isinstance(config, PredictConfig | QaConfig | BamConfig):
+        return 0, 0
+    work = work_of(config, tokens, model)[0]
+    cached = tokens + config.rollout.max_new_tokens if isinstance(config, RlConfig) else 0
+    training = _Need(bare, work, gpus)
+    passing = _Need(bare, work._replace(train=None, tokens=tokens, answers=0, cached=cached), 1)
+    held = sum(size for name, size in training.fixed.items() if name != GATHERED)
+    held += passing.fixed["weights"] if training.fixed[GATHERED] else 0
+    own = sum(passing.fixed.values())
+    one, two = (held + passing.total(samples) - own for samples in (1, 2))
+    most = 0 if one > usable * GIB else 1 + int((usable * GIB - one) / max(two - one, 1.0))
+    return most, config.validation_batch_size
+
+
 def _changes(bare: _Bare, config: Settings, model: str, usable: float, gpus: int, lengths: Sequence[int]) -> list[str]:
     """Settings with which it would fit, the mildest first; at most three."""
     found: list[str] = []
@@ -271,9 +303,14 @@ def _changes(bare: _Bare, config: Settings, model: str, usable: float, gpus: int
 
     def offer(words: str, changed: Settings, count: int = gpus) -> bool:
         most = _most(bare, changed, model, usable, count, lengths)
-        if most and len(found) < 3:
-            found.append(f"{words}{_key(config)}={most}" if most < asked else words.removesuffix(" "))
-        return bool(most)
+        validation, wished = _validated(bare, changed, model, usable, count, max(lengths))
+        if not most or (wished and not validation):
+            return False
+        if len(found) < 3:
+            small = f"{_key(config)}={most}" if most < asked else ""
+            fewer = f"{VALIDATION}={validation}" if validation < wished else ""
+            found.append(" ".join(each for each in (words.strip(), small, fewer) if each))
+        return True
 
     offer("", config)
     if isinstance(config, PredictConfig | QaConfig | BamConfig):
@@ -281,15 +318,15 @@ def _changes(bare: _Bare, config: Settings, model: str, usable: float, gpus: int
     saving = replace(config, train=replace(config.train, activation_checkpointing=True))
     if not config.train.activation_checkpointing:
         offer("train.activation_checkpointing=true ", saving)
-    if config.model.strategy == "full":
-        light = replace(saving, model=replace(config.model, strategy="lora"))
+    light = _changed(saving, {"model.strategy": "lora"})
+    if config.model.strategy == "full" and light is not None:
         offer("model.strategy=lora train.activation_checkpointing=true ", light)
-    if config.model.strategy != "full" and config.model.quantization == "none":
-        bits = replace(saving, model=replace(config.model, quantization="nf4"))
+    bits = _changed(saving, {"model.quantization": "nf4"})
+    if config.model.quantization == "none" and bits is not None:
         offer("model.quantization=nf4 train.activation_checkpointing=true ", bits)
-    if config.model.quantization != "none":
+    shared = _changed(saving, {"train.sharding": "full"})
+    if shared is None:
         return found
-    shared = replace(saving, train=replace(saving.train, sharding="full"))
     for count in (2, 4, 8, 16, 32, 64):
         words = f"{count} GPUs with train.sharding=full train.activation_checkpointing=true "
         if count >= gpus and len(found) < 3 and offer(words, shared, count):
@@ -320,7 +357,7 @@ def recipe_for(
     backbone in 4 bits. Keys of `typed` stay as they are. Raises InputError where nothing makes it fit.
     """
     place = checkpoint.resolve(model)
-    bare = _Bare(model if place is None else checkpoint.base_of(place))
+    bare = _Bare(model if place is None else checkpoint.base_of(place), gpu)
     usable, key = gpu.gigabytes * USABLE - DRIVER_GIB, _key(config)
     work = work_of(config, tokens, model)[0]
     counted = work.counted if key == "train.device_tokens" else 1
@@ -336,7 +373,9 @@ def recipe_for(
         way = {name: value for name, value in way.items() if name not in typed and _value(config, name) != value}
         if most and "model.quantization" in way:
             break
-        room = min(asked, _most(bare, _changed(config, way), model, usable, gpus, [tokens]))
+        if (changed := _changed(config, way)) is None:
+            continue
+        room = min(asked, _most(bare, changed, model, usable, gpus, [tokens]))
         if room > most:
             best, most = way, room
         if most >= wanted:
@@ -346,7 +385,16 @@ def recipe_for(
         fix = f"Take a smaller model, fewer tokens or more GPUs; `hba fit {model} --gpu {gpu.gigabytes:g}` shows more."
         raise InputError(f"no setting has room for {what}", where=f"--gpu {gpu.gigabytes:g}", fix=fix)
     keys = best if most == asked else best | {key: most}
-    needs = [_Need(bare, each, gpus) for each in work_of(_changed(config, keys), tokens, model)]
+    changed = _changed(config, keys)
+    assert changed is not None  # it has been counted
+    validation, wished = _validated(bare, changed, model, usable, gpus, tokens)
+    if validation < wished:
+        if not validation or VALIDATION in typed:
+            what = f"a validation of {wished if VALIDATION in typed else 1} x {tokens:,} tokens"
+            fix = f"Take a smaller {VALIDATION}, fewer tokens, or a larger GPU."
+            raise InputError(f"no setting has room for {what}", where=f"--gpu {gpu.gigabytes:g}", fix=fix)
+        keys = keys | {VALIDATION: validation}
+    needs = [_Need(bare, each, gpus) for each in work_of(changed, tokens, model)]
     return Recipe(keys, max(need.total(need.work.samples) for need in needs) / GIB, usable)
 
 
@@ -355,10 +403,17 @@ def _value(config: Settings, key: str) -> Any:
     return getattr(getattr(config, section), name)
 
 
-def _changed(config: Settings, keys: dict[str, Any]) -> Settings:
-    for key, value in keys.items():
-        section, _, name = key.partition(".")
-        config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
+def _changed(config: Settings, keys: dict[str, Any]) -> Settings | None:
+    """With other values, or None where a run like this cannot have them."""
+    splits = keys.get("train.sharding") == "full"
+    if splits and isinstance(config, SftConfig | LmConfig | RlConfig) and config.model.lora_dora:
+        return None
+    try:
+        for key, value in keys.items():
+            section, _, name = key.partition(".")
+            config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
+    except ConfigError:
+        return None
     return config
 
 
@@ -368,7 +423,7 @@ class _Need:
     def __init__(self, bare: _Bare, work: Work, gpus: int) -> None:
         self.bare, self.work = bare, work
         train = work.train
-        self.dtype = resolve_dtype("bfloat16" if work.model.dtype == "auto" else work.model.dtype)
+        self.dtype = resolve_dtype(bare.auto if work.model.dtype == "auto" else work.model.dtype)
         sizes = bare.sizes(work)
         shared = gpus if train is not None and train.sharding == "full" else 1
         kept = torch.float32 if work.model.strategy == "full" else self.dtype  # as where all of it trains
@@ -380,7 +435,7 @@ class _Need:
             "a quantised layer as it computes": 0 if small is None else sizes.widest * kept.itemsize,
             "gradients": sizes.trained * 4 / shared,
             "optimizer": sizes.trained * moments / shared,
-            "layers gathered from other GPUs": 0 if shared == 1 else bare.gathered_bytes(work, self.dtype),
+            GATHERED: 0 if shared == 1 else bare.gathered_bytes(work, self.dtype),
         }
         if train is None:
             self.fixed["gradients"] = 0
@@ -436,8 +491,9 @@ class _Sizes(NamedTuple):
 class _Bare:
     """A model without weights, and what it computes."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, gpu: Gpu | None = None) -> None:
         self.name = name
+        self.auto: Literal["bfloat16", "float32"] = "bfloat16" if gpu is None or gpu.bfloat16 else "float32"
         self.model_class = backbone_class(name)
         config = read_config(name)
         wanted = self.model_class.config_class
@@ -698,8 +754,9 @@ def _computed(model: Any, work: Work, dtype: torch.dtype, samples: int) -> Count
             loss = _summed(lambda part: functional.cross_entropy(head(part).float(), _targets(part)), said, size)
         else:
             loss = states.float().mean()
-    with ledger:
-        loss.backward()  # type: ignore[no-untyped-call]
+    if loss.requires_grad:  # not where heads alone train
+        with ledger:
+            loss.backward()  # type: ignore[no-untyped-call]
     return Counted(ledger.peak - before, ledger.flops)
 
 

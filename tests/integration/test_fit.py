@@ -1,6 +1,7 @@
 """`hba fit`: what it counts without weights is what a real pass holds, and what it says can be typed."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -139,7 +140,7 @@ def test_what_does_not_fit_says_what_to_type(hba, backbone):
     found = json.loads(out)
     change = next(change for change in found["changes"] if change.startswith("train.device_tokens="))
     assert code == 1 and not found["fits"] and found["total"] > found["usable"]
-    code, out, _ = hba(*args, change)
+    code, out, _ = hba(*args, *change.split())  # what is validated at once, too
     assert code == 0 and "It fits." in out
 
 
@@ -279,3 +280,38 @@ def test_a_run_for_a_gpu_of_a_size_says_what_it_sets_and_goes_on_without_the_opt
     assert to_dict(again.train) == recorded
     typed, _ = _fitted(SftConfig, None, [*settings, "train.device_batch_size=1"], run, None)
     assert typed.train.device_batch_size == 1
+
+
+def test_a_validation_batch_has_room_too(hba, backbone):
+    """It passes through the model at once whatever is trained at once."""
+    asked = ["fit", str(backbone), "--gpu", "1.2", "--tokens", "1000", "train.device_batch_size=1"]
+    code, out, _ = hba(*asked, "validation_batch_size=4000")
+    (said,) = re.findall(r"Try (validation_batch_size=\d+)", out)
+    assert code == 1 and hba(*asked, said)[0] == 0
+    keys = fitting(backbone, "1.2", "validation_batch_size=4000").keys
+    assert 1 <= keys["validation_batch_size"] < 4000
+    with pytest.raises(InputError, match=r"no setting has room for a validation of 4000 x 1,000 tokens"):
+        fitting(backbone, "1.2", "validation_batch_size=4000", typed=["validation_batch_size"])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("model.strategy=full", "train.optimizer=adamw8bit"),
+        ("model.strategy=lora", "encode.long_audio=windows"),
+        ("model.strategy=lora", "model.lora_dora=true"),
+        ("model.strategy=lora", "model.quantization=nf4"),
+        ("model.strategy=heads",),
+    ],
+)
+def test_savings_that_a_run_cannot_have_are_not_tried(hba, backbone, more):
+    typed = [key.partition("=")[0] for key in more]
+    assert "train.sharding" not in fitting(backbone, "0.66", *more, gpus=8, tokens=100, typed=typed).keys
+    code, out, err = hba("fit", str(backbone), "--gpu", "0.7", "--tokens", "3000", "train.batch_size=512", *more)
+    assert code == 1 and "It does not fit." in out and "sharding" not in out, err
+
+
+def test_a_gpu_without_bfloat16_is_counted_in_float32(backbone):
+    settings = config(LmConfig, backbone, "model.strategy=lora")
+    plain, old = (fit_run(str(backbone), "lm", settings, find_gpu(name), tokens=[200]) for name in ("l4", "t4"))
+    assert old.parts["weights"] > 1.5 * plain.parts["weights"]

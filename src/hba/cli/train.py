@@ -75,10 +75,12 @@ def _fitted(kind: type[Any], config: str | None, given: list[str], run: Path, gp
         if gpu is None:
             return settings, None
         from hba.atlas import open_atlas
+        from hba.batch.sampler import input_tokens
         from hba.fit import find_gpu, recipe_for
 
         card, processes = find_gpu(gpu), int(os.environ.get("WORLD_SIZE", "1"))
-        longest = int(open_atlas(settings.atlas, split=settings.train_split).estimated_tokens.max())
+        rows = open_atlas(settings.atlas, split=settings.train_split).with_answers().filter(datasets=settings.datasets)
+        longest = int(input_tokens(rows, settings.encode).max(initial=1))
         found = recipe_for(settings.model.name, settings, card, gpus=processes, tokens=longest, typed=typed)
         kept = {"gpu": gpu, "keys": found.keys}
         if is_first():
@@ -376,6 +378,7 @@ def fit_command(
         from hba.batch.sampler import input_tokens
 
         opened = open_atlas(atlas, split=getattr(settings, "train_split", "test"))
+        opened = opened if chosen == "predict" else opened.with_answers()
         # Later stages take the encoding of the run that they stand on.
         lengths = input_tokens(opened, getattr(settings, "encode", EncodeConfig())).tolist()
         rows = len(opened)
