@@ -702,7 +702,6 @@ MODEL = {
     "model.dtype=bfloat16": "dtypes", "model.attention=eager": "attention", "model.lora_r=2": "rank",
     "model.lora_alpha=3": "alpha", "model.lora_dropout=0.5": "lora dropout", "model.quantization=nf4": "bits",
     "model.lora_targets=[q_proj,0.mlp.*]": "layers", "model.lora_rank_pattern={q_proj: 5}": "rank",
-    "model.lora_dora=true": "dora",
 }  # fmt: skip
 SHARED = [  # look, context, changes: the sight of each
     *(
@@ -897,7 +896,7 @@ OWN = {
         ("stage sft", SFT, {"model.name=/nowhere/at/all": "error"}),
         ("stage sft", SFT, {**MODEL, "validation_split=validation[:50%]": "validated"}),
         ("stage sft", SFT, {"model.strategy=heads": "trained", "datasets=[cremad]": "data"}),
-        ("stage sft", SFT, {"train_split=train[:50%]": "data"}),
+        ("stage sft", SFT, {"train_split=train[:50%]": "data", "model.lora_dora=true": "dora"}),
         ("stage sft", SFT, {"validation_batch_size=2": "sizes"}),
         ("stage sft", SFT, {"answer_weight=1": "loss"}),
     ],
@@ -914,7 +913,11 @@ OWN = {
             },
         ),
         ("stage lm", SFT, {"model.strategy=full": "trained", "datasets=[cremad]": "data"}),
-        ("stage lm", SFT, {"formats=[boxed]": "batch", "validation_batch_size=2": "sizes"}),
+        (
+            "stage lm",
+            SFT,
+            {"formats=[boxed]": "batch", "validation_batch_size=2": "sizes", "model.lora_dora=true": "dora"},
+        ),
         ("stage lm", [*SFT, "formats=[think]"], {"reasoning=Because.": "error"}),
     ],
     "qa": [

@@ -120,6 +120,10 @@ def test_later_stages_stand_on_it_quantised(runs, mini_atlas, tmp_path):
         assert read_json(checkpoint.resolve(run) / "hba.json")["quantization"] == "nf4"
     cards = [read_json(file) for file in (runs["nf4"] / "features").rglob("card.json")]
     assert cards and {card["quantization"] for card in cards} == {"nf4"}
+    asked = [*common, "datasets=[siq2]", "quantization=none"]  # the card says what it was validated with
+    for kind, work in ((QaConfig, train_qa), (BamConfig, train_bam)):
+        run = trained(tmp_path / f"plain {kind.__name__}", kind, work, asked)
+        assert OmniSapiens.from_pretrained(run, dtype="float32").quantization == "none"
 
 
 def test_a_run_of_another_precision_is_refused_before_anything_is_loaded(runs, mini_atlas, backbone, tmp_path):
@@ -138,9 +142,13 @@ def test_a_run_of_another_precision_is_refused_before_anything_is_loaded(runs, m
         refused("there is no GPU", [plain, "train.optimizer=paged_adamw8bit"])
     refused("cannot be split over the processes", [plain, "train.optimizer=adamw8bit", "train.sharding=full"])
     refused("rows that DoRA trains would be rounded", [plain, "model.lora_dora=true", "train.sharding=full"])
+    dora = [plain, "model.lora_dora=true", "model.dtype=bfloat16"]
+    for kind in BITS:
+        refused(f"would be rounded on weights of {kind} in bfloat16", [*dora, f"model.quantization={kind}"])
     refused("nf4", [plain, "model.quantization=nf3"])
     stage = [f"base={runs['nf4']}", "dtype=float32", "datasets=[daicwoz]", "stage=full", "train.sharding=full"]
     refused("cannot be split over the processes", stage, BamConfig, train_bam)
+    refused(r"trained on nf4, quantization is none", [*stage[:-1], "quantization=none"], BamConfig, train_bam)
 
 
 def test_without_bitsandbytes_it_is_refused_in_one_sentence(runs, mini_atlas, backbone, hba, tmp_path, monkeypatch):
@@ -176,6 +184,9 @@ def test_dora_on_some_layers_of_a_quantised_model_begins_as_the_model_and_is_mer
             before, after = plain(batch).answer_logits_NV, model(batch).answer_logits_NV
         close = 1e-4 if dtype == "float32" else 0.05
         torch.testing.assert_close(after, before, atol=close, rtol=close)
+        if dtype == "bfloat16":  # as it trains: lengths that are rounded would be others than those of the start
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                assert torch.equal(model(batch).answer_logits_NV, plain(batch).answer_logits_NV)
     asked = [f"atlas={mini_atlas}", f"model.name={backbone}", *TRAIN, "train.max_steps=2", "model.quantization=nf4"]
     asked += ["model.lora_targets=[q_proj,1.mlp.*]", "model.lora_rank_pattern={q_proj: 3}", "model.lora_dora=true"]
     run = trained(tmp_path / "run", SftConfig, train_sft, asked)
@@ -184,6 +195,13 @@ def test_dora_on_some_layers_of_a_quantised_model_begins_as_the_model_and_is_mer
     whole = OmniSapiens.from_pretrained(tmp_path / "merged", dtype="float32").eval()
     with torch.no_grad():
         torch.testing.assert_close(ours(batch).answer_logits_NV, whole(batch).answer_logits_NV, atol=1e-3, rtol=1e-3)
+    later = [f"atlas={mini_atlas}", f"base={run}", "datasets=[daicwoz]", "stage=full"]
+    for more, words in (
+        (["dtype=float32", "train.sharding=full"], "would be rounded where a model is split"),
+        (["dtype=bfloat16"], "would be rounded on weights of nf4 in bfloat16"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            trained(tmp_path / more[-1], BamConfig, train_bam, [*later, *more])
     for other, words in ((["q_proj"], "LoRA on other layers"), (["v_proj", "q_proj"], "LoRA on other layers")):
         config = load_config(SftConfig, None, [*asked, f"model.name={run}", f"model.lora_targets=[{','.join(other)}]"])
         with pytest.raises(ConfigError, match=words):
@@ -198,8 +216,13 @@ def test_dora_on_some_layers_of_a_quantised_model_begins_as_the_model_and_is_mer
         ("model.lora_targets=[q_prj]", r"model\.lora_targets: no linear .* called 'q_prj'.*Did you mean 'q_proj'"),
         ("model.lora_targets=['q_(']", r"model\.lora_targets: 'q_\(' is no regular expression"),
         ("model.lora_rank_pattern={visual: 3}", r"model\.lora_rank_pattern: no linear layer .* called 'visual'"),
+        (
+            "model.lora_targets=[q_proj] & model.lora_rank_pattern={q_proj: 2,v_proj: 3}",
+            r"model\.lora_rank_pattern: no layer called 'v_proj' has LoRA by model\.lora_targets",
+        ),
     ],
 )
 def test_layers_that_are_not_there_are_refused_before_anything_is_loaded(mini_atlas, backbone, tmp_path, key, words):
     with pytest.raises(ConfigError, match=words):
-        trained(tmp_path / "new", SftConfig, train_sft, [f"atlas={mini_atlas}", f"model.name={backbone}", key])
+        asked = [f"atlas={mini_atlas}", f"model.name={backbone}", *key.split(" & ")]
+        trained(tmp_path / "new", SftConfig, train_sft, asked)

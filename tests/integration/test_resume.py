@@ -18,8 +18,8 @@ WHOLE = [
 FROZEN = ["dtype=bfloat16", "features.loader.workers=0"]
 BAM = ["datasets=[daicwoz,siq2]", *FROZEN]
 STAGES = {
-    "sft heads": ["model.strategy=heads"], "sft lora": ["model.strategy=lora"], "sft full": ["model.strategy=full"],
-    "sft nf4 dora": ["model.lora_r=64", "model.quantization=nf4", "model.lora_dora=true", "train.optimizer=adamw8bit"],
+    "sft heads": ["model.strategy=heads"], "sft dora": ["model.lora_dora=true"], "sft full": ["model.strategy=full"],
+    "sft nf4 lora": ["model.lora_r=64", "model.quantization=nf4", "train.optimizer=adamw8bit"],
     "lm lora": ["model.strategy=lora"], "lm full": ["model.strategy=full"],
     "qa lm_head": FROZEN, "bam adapters": BAM, "bam adapters+heads": ["stage=adapters+heads", *BAM],
     "bam full": ["stage=full", *BAM],

@@ -313,3 +313,12 @@ def test_a_server_and_its_url_are_given_together():
             load_config(RlConfig, None, ["atlas=a", f"rollout.server.{old}=1"])
     with pytest.raises(ConfigError, match="no mismatch to correct"):
         load_config(RlConfig, None, ["atlas=a", "loss.importance_cap=2"])
+
+
+@pytest.mark.parametrize("key", ["lora_dora=true", "lora_rank_pattern={q_proj: 3}", "quantization=nf4"])
+def test_a_policy_that_the_server_would_not_serve_is_refused(key):
+    given = ["atlas=a", "model.strategy=lora", f"model.{key}"]
+    load_config(RlConfig, None, given)
+    with pytest.raises(ConfigError, match="would serve another policy") as told:
+        load_config(RlConfig, None, [*given, "rollout.sampler=server", "remote.base_url=http://localhost:8000/v1"])
+    assert told.value.where == f"model.{key.partition('=')[0]}"

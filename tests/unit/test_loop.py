@@ -10,11 +10,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hba.atlas.rows import Quarantined
+from hba.config import load_config
 from hba.errors import ConfigError, MachineError
 from hba.model.process import start_accelerator
+from hba.rl.config import RlConfig
 from hba.run import RunFolder
 from hba.storage import read_jsonl
-from hba.train.config import TrainConfig
+from hba.train.config import BamConfig, LmConfig, QaConfig, SftConfig, TrainConfig
 from hba.train.loop import Plan, Stage, Validation, build_optimizer, learning_rate_at, run_training
 from hba.train.ranks import Ranks
 
@@ -229,6 +231,37 @@ def test_groups_train_at_rates_of_their_own():
         with pytest.raises(ConfigError, match=f"no {what} trains here") as told:
             build_optimizer(nn.Linear(1, 1), TrainConfig(**{key: 1e-3}), {})
         assert told.value.where == f"train.{key}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "trains"),
+    [
+        (SftConfig, ["model.strategy=lora"], {"head", "lora"}),
+        (SftConfig, ["model.strategy=full"], {"head"}),
+        (LmConfig, ["model.strategy=lora"], {"lora"}),
+        (LmConfig, ["model.strategy=full"], set()),
+        (RlConfig, ["model.strategy=lora"], {"lora"}),
+        (RlConfig, ["model.strategy=full"], set()),
+        (QaConfig, ["base=b"], set()),
+        (BamConfig, ["base=b", "stage=adapters"], set()),
+        (BamConfig, ["base=b", "stage=adapters+heads"], {"head"}),
+        (BamConfig, ["base=b", "stage=full"], {"head", "lora"}),
+    ],
+)
+def test_a_rate_of_what_does_not_train_is_refused_by_the_config(kind, given, trains):
+    for what in ("head", "lora"):
+        asked = ["atlas=a", *given, f"train.{what}_learning_rate=1e-3"]
+        if what in trains:
+            load_config(kind, None, asked)
+            continue
+        with pytest.raises(ConfigError, match="trains here") as told:
+            load_config(kind, None, asked)
+        assert told.value.where == f"train.{what}_learning_rate"
+
+
+def test_lora_on_no_layer_is_refused_by_the_config():
+    with pytest.raises(ConfigError, match=r"model\.lora_targets: no layer would have LoRA"):
+        load_config(SftConfig, None, ["atlas=a", "model.lora_targets=[]"])
 
 
 @pytest.mark.parametrize(("patience", "ends"), [(1, 6), (2, 8), (None, 14)])

@@ -44,7 +44,9 @@ def test_a_published_run_on_one_machine():
         (["loss.updates=4"], "ppo_mini_batch_size", 8),
         (["train.accumulation=2"], "ppo_mini_batch_size", 64),
         (["train.schedule=constant"], "optim.lr_scheduler_type", "constant"),
+        (["train.warmup_share=0.2"], "optim.lr_warmup_steps_ratio", 0.2),
         (["train.warmup_steps=7"], "optim.lr_warmup_steps", 7),
+        (["train.warmup_steps=0"], "optim.lr_warmup_steps_ratio", 0.0),  # verl takes 0 steps for none given
         (["model.dtype=float32"], "fsdp_config.mixed_precision.param_dtype", "fp32"),
     ],
 )

@@ -40,6 +40,12 @@ class ModelConfig:
     )
     lora_dora: bool = option(False, "DoRA: the length of each weight's rows trains beside LoRA")
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError for LoRA on no layer."""
+        if self.lora_targets == ():
+            fix = "Name layers such as q_proj, leave it out for all, or use model.strategy=heads."
+            raise ConfigError("no layer would have LoRA", where="model.lora_targets", fix=fix)
+
 
 def require_bitsandbytes(asked: str, *, of_it: bool, where: str) -> None:
     """Raise ConfigError where what is `asked` for by `where` is done by bitsandbytes, which is not installed."""

@@ -456,11 +456,12 @@ def _as_in_the_first_pass(layer: nn.Module) -> tuple[AbstractContextManager[None
 @contextmanager
 def as_they_come(transformer: Any) -> Iterator[None]:
     """Within, LoRA layers take their inputs in the precision of autocast, where there is one: PEFT would keep a copy
-    of each in float32, from which autocast makes the same numbers again."""
+    of each in float32, from which autocast makes the same numbers again. Not those of DoRA, which takes the lengths of
+    its rows in the precision of its input."""
     device = next(transformer.parameters()).device.type
     layers: list[Any] = []
     if torch.is_autocast_enabled(device) and has_lora(transformer):
-        layers = [module for module in transformer.modules() if hasattr(module, "lora_A")]
+        layers = [m for m in transformer.modules() if hasattr(m, "lora_A") and not any(m.use_dora.values())]
     for layer in layers:
         layer.cast_input_dtype_enabled = False
     try:
@@ -503,11 +504,16 @@ def lora_targets(transformer: Any, wanted: Sequence[str] | None = None) -> str |
 
 
 def require_lora_layers(transformer: Any, config: ModelConfig) -> None:
-    """Raise ConfigError for layers that `config` names and the language model, which may be a `skeleton`, has not."""
+    """Raise ConfigError for layers that `config` names and the language model, which may be a `skeleton`, has not, and
+    for ranks of layers without LoRA."""
     linear, start = _linear_below_lora(transformer), f"{language_layers(transformer).prefix}layers."
-    for key, names in (("lora_targets", config.lora_targets), ("lora_rank_pattern", config.lora_rank_pattern)):
-        for name in names or ():
-            _called(linear, start, name, f"model.{key}")
+    targets = set(linear)
+    if config.lora_targets is not None:
+        targets = {n for each in config.lora_targets for n in _called(linear, start, each, "model.lora_targets")}
+    for name in config.lora_rank_pattern or ():
+        if targets.isdisjoint(_called(linear, start, name, "model.lora_rank_pattern")):
+            what = f"no layer called {name!r} has LoRA by model.lora_targets"
+            raise ConfigError(what, where="model.lora_rank_pattern", fix="Leave it out, or name it in both.")
 
 
 def _linear_below_lora(transformer: Any) -> list[str]:

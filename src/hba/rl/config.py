@@ -15,7 +15,7 @@ from hba.errors import ConfigError
 from hba.model.config import ModelConfig
 from hba.remote import ClientConfig
 from hba.rl.rewards import RewardConfig
-from hba.train.config import Count, TrainConfig, refuse_quantized_training
+from hba.train.config import Count, TrainConfig, refuse_idle_rates, refuse_quantized_training
 
 # The algorithms by name: whose advantages, and with which loss their papers go. Formulas and sources: docs/rl.md.
 
@@ -191,6 +191,14 @@ class RlConfig:
             what = "the policy that samples is the policy that learns: there is no mismatch to correct"
             raise ConfigError(what, where="loss.importance_cap", fix="Leave it out, or use rollout.sampler=server.")
         refuse_quantized_training(self.model.quantization, self.model.strategy, self.train)
+        refuse_idle_rates(self.train, heads=False, lora=self.model.strategy == "lora")
+        if self.rollout.sampler == "server":
+            unserved = {"quantization": self.model.quantization != "none"}
+            if self.model.strategy == "lora":
+                unserved |= {"lora_dora": self.model.lora_dora, "lora_rank_pattern": bool(self.model.lora_rank_pattern)}
+            for key in (key for key, asked in unserved.items() if asked):
+                what = "a sampling server would serve another policy"
+                raise ConfigError(what, where=f"model.{key}", fix="Leave it out, or use rollout.sampler=generate.")
         if self.encode.sound_of_clips == "interleaved" and self.rollout.sampler == "server":
             what, fix = "a sampling server interleaves no sound", "Use encode.sound_of_clips=separate."
             raise ConfigError(what, where="encode.sound_of_clips", fix=fix)

@@ -283,7 +283,7 @@ def save_checkpoint(
         model.save_pretrained(folder, backbone=backbone, encode=base.encode, domains=domains, **known)
         return
     trained = [FOLDER, *([checkpoint.HEADS] if config.stage == "adapters+heads" else [])]
-    checkpoint.link(base.folder, folder, without=trained, domains=domains)
+    checkpoint.link(base.folder, folder, without=trained, domains=domains, quantization=base.quantization)
     save_bam(model.bam, folder)
     if config.stage == "adapters+heads":
         checkpoint.save_heads(model.heads, folder)

@@ -103,13 +103,15 @@ class SftConfig:
     answer_weight: float = option(0.0, "weight of the answer's token loss; above 0, free-form rows train too")
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for windows of sounds where words are trained, or where ranks must compute alike."""
+        """Raises ConfigError for windows of sounds where words are trained, or where ranks must compute alike, and for
+        what `refuse_quantized_training` and `refuse_idle_rates` refuse."""
         if self.encode.long_audio == "windows":
             if self.answer_weight > 0:
                 found = "windows of a sound are averaged by heads; answer_weight trains words, too"
                 raise ConfigError(found, where="encode.long_audio", fix=WINDOWS_ARE_FOR_HEADS)
             refuse_windows_of_shards(self.encode, self.train)
         refuse_quantized_training(self.model.quantization, self.model.strategy, self.train)
+        refuse_idle_rates(self.train, heads=True, lora=self.model.strategy == "lora")
 
 
 def refuse_windows_of_shards(encode: EncodeConfig, train: TrainConfig) -> None:
@@ -132,6 +134,16 @@ def refuse_quantized_training(
         raise ConfigError(what, where=where, fix="Use train.sharding=none, or quantization=none.")
 
 
+def refuse_idle_rates(train: TrainConfig, *, heads: bool, lora: bool) -> None:
+    """Raise ConfigError for a learning rate of heads or of LoRA layers where none train."""
+    for key, what, trains in (
+        ("head_learning_rate", "classification head", heads),
+        ("lora_learning_rate", "LoRA layer", lora),
+    ):
+        if getattr(train, key) is not None and not trains:
+            raise ConfigError(f"no {what} trains here", where=f"train.{key}", fix="Leave it out.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class QaConfig:
     """Everything that decides a stage-2 run."""
@@ -147,6 +159,10 @@ class QaConfig:
     dtype: Dtype = option("auto", "of the frozen backbone; auto: bfloat16 on GPUs")
     attention: Attention = option("sdpa", "attention implementation")
     quantization: AsTrained = option("auto", "of the frozen backbone: none, int8, nf4; auto: as it was trained")
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for rates of heads and LoRA, which are frozen."""
+        refuse_idle_rates(self.train, heads=False, lora=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +189,10 @@ class BamConfig:
     attention: Attention = option("sdpa", "attention implementation")
     quantization: AsTrained = option("auto", "of the frozen backbone: none, int8, nf4; auto: as it was trained")
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError for rates of what the stage leaves frozen."""
+        refuse_idle_rates(self.train, heads=self.stage != "adapters", lora=self.stage == "full")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LmConfig:
@@ -196,5 +216,6 @@ class LmConfig:
     )
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for quantised weights that would have to train or to be split."""
+        """Raises ConfigError for quantised weights that would have to train or to be split, and for idle rates."""
         refuse_quantized_training(self.model.quantization, self.model.strategy, self.train)
+        refuse_idle_rates(self.train, heads=False, lora=self.model.strategy == "lora")

@@ -31,12 +31,12 @@ from hba.batch.config import EncodeConfig
 from hba.batch.sampler import Indices, MixConfig, epoch_rows, input_tokens, plan_batches
 from hba.errors import ConfigError, HbaError, InputError, MachineError
 from hba.model import checkpoint
-from hba.model.config import ModelConfig, require_bitsandbytes
+from hba.model.config import ModelConfig, Quantization, require_bitsandbytes
 from hba.model.omni import require_lora_layers
 from hba.model.process import prepare_process, start_accelerator
 from hba.run import RunFolder
-from hba.storage import plural
-from hba.train.config import TrainConfig
+from hba.storage import plural, read_json
+from hba.train.config import BamConfig, TrainConfig, refuse_idle_rates
 from hba.train.display import TrainingDisplay
 from hba.train.ranks import Ranks, gathered, prepare_model
 from hba.train.state import STOP, Progress, Saving, latest, read_progress, restore_optimizer, save_state, settle
@@ -186,8 +186,8 @@ def begin(config: StageConfig, run: RunFolder, dtype: str, rows: Callable[[Atlas
 
 
 def require_installed(config: Any) -> None:
-    """Raise ConfigError where a config asks for weights or an optimizer that cannot be had here, or for a precision
-    that the LoRA layers it starts with were not trained on. Nothing is loaded."""
+    """Raise ConfigError where a config asks for weights or an optimizer that cannot be had here, for a precision that
+    the LoRA layers it starts with were not trained on, or for one that DoRA cannot have. Nothing is loaded."""
     optimizer = config.train.optimizer
     require_bitsandbytes(optimizer, of_it=optimizer != "adamw", where="train.optimizer")
     if optimizer == "paged_adamw8bit" and not torch.cuda.is_available():
@@ -195,22 +195,54 @@ def require_installed(config: Any) -> None:
         raise ConfigError(what, where="train.optimizer", fix="Use train.optimizer=adamw8bit.")
     model: ModelConfig | None = getattr(config, "model", None)
     if model is None:
+        if isinstance(config, BamConfig) and config.stage == "full":
+            _require_base(config)
         return
     require_bitsandbytes(model.quantization, of_it=model.quantization != "none", where="model.quantization")
     folder = checkpoint.resolve(model.name)
     card = None if folder is None else checkpoint.read_card(folder)
-    if model.strategy == "lora" and model.lora_dora and config.train.sharding == "full":
-        what = "the lengths of rows that DoRA trains would be rounded where a model is split over the processes"
-        raise ConfigError(what, where="model.lora_dora", fix="Use train.sharding=none, or model.lora_dora=false.")
+    if model.strategy == "lora" and model.lora_dora:
+        _require_lengths(config.train, model.quantization, model.dtype, where="model.lora_dora")
     if model.strategy == "lora" and (model.lora_targets or model.lora_rank_pattern):
         base = model.name if folder is None else checkpoint.base_of(folder)
         require_lora_layers(checkpoint.bare_backbone(base), model)
+    if card is not None and card["strategy"] == "lora" and model.strategy == "lora":
+        _require_same_weights(card, model.quantization, key="model.quantization", where=model.name)
+
+
+def _require_base(config: BamConfig) -> None:
+    """`require_installed` for BAM that trains all of its base, which says itself what it has LoRA of."""
+    folder = checkpoint.resolve(config.base)
+    if folder is None:
+        return  # `FrozenBase` says what it wants
+    card = checkpoint.read_card(folder)
+    refuse_idle_rates(config.train, heads=True, lora=card["strategy"] == "lora")
+    if card["strategy"] != "lora":
+        return
     has = checkpoint.quantization_of(card)
-    if card is not None and card["strategy"] == "lora" and model.strategy == "lora" and has != model.quantization:
+    kind = has if config.quantization == "auto" else config.quantization
+    _require_same_weights(card, kind, key="quantization", where=config.base)
+    if read_json(folder / "adapter_config.json").get("use_dora"):
+        _require_lengths(config.train, kind, config.dtype, where=config.base)
+
+
+def _require_same_weights(card: Mapping[str, Any], asked: Quantization, *, key: str, where: str) -> None:
+    has = checkpoint.quantization_of(card)
+    if has != asked:
         kept = "unquantised weights" if has == "none" else has
-        what = f"its LoRA layers were trained on {kept}, model.quantization is {model.quantization}"
-        fix = f"Use model.quantization={has}, or fold them in first (hba merge)."
-        raise ConfigError(what, where=model.name, fix=fix)
+        what = f"its LoRA layers were trained on {kept}, {key} is {asked}"
+        raise ConfigError(what, where=where, fix=f"Use {key}={has}, or fold them in first (hba merge).")
+
+
+def _require_lengths(train: TrainConfig, quantization: Quantization, dtype: str, *, where: str) -> None:
+    """Raise ConfigError where the lengths of rows that DoRA trains would be rounded."""
+    rounded = "the lengths of rows that DoRA trains would be rounded"
+    if train.sharding == "full":
+        what = f"{rounded} where a model is split over the processes"
+        raise ConfigError(what, where=where, fix="Use train.sharding=none, or LoRA without DoRA.")
+    if quantization != "none" and checkpoint.resolve_dtype(dtype) is torch.bfloat16:
+        what = f"{rounded} on weights of {quantization} in bfloat16"
+        raise ConfigError(what, where=where, fix="Use dtype float32, quantization=none, or LoRA without DoRA.")
 
 
 def rows_of(atlas: Atlas, datasets: Iterable[str] | None, *, free_form: bool) -> Atlas:
@@ -330,12 +362,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig, rates: Mapping[str, f
     if not groups:
         raise ConfigError("nothing to train: no parameter requires a gradient", fix="Choose another strategy.")
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    for key, what, there in (
-        ("head_learning_rate", "classification head", any(name.startswith("heads.") for name in names)),
-        ("lora_learning_rate", "LoRA layer", any("lora_" in name for name in names)),
-    ):
-        if getattr(config, key) is not None and not there:
-            raise ConfigError(f"no {what} trains here", where=f"train.{key}", fix="Leave it out.")
+    heads, lora = any(name.startswith("heads.") for name in names), any("lora_" in name for name in names)
+    refuse_idle_rates(config, heads=heads, lora=lora)
     options = [{"params": p, "peak": peak, "lr": peak, "weight_decay": decay} for (peak, decay), p in groups.items()]
     betas = (config.beta1, config.beta2)
     if config.optimizer == "adamw":

@@ -108,7 +108,7 @@ def build_lm_head(base: FrozenBase, resume: Path | None) -> nn.Linear:
 
 def save_lm_head(base: FrozenBase, lm_head: nn.Linear, folder: Path) -> None:
     """Write the base's checkpoint with this lm_head in the place of its own."""
-    checkpoint.link(base.folder, folder, without=[checkpoint.LM_HEAD], speaks=True)
+    checkpoint.link(base.folder, folder, without=[checkpoint.LM_HEAD], speaks=True, quantization=base.quantization)
     checkpoint.save_lm_head(lm_head.weight, folder)
 
 

@@ -199,11 +199,12 @@ def _optimizer(config: RlConfig) -> dict[str, Any]:
     at, train = "actor_rollout_ref.actor.optim", config.train
     if train.schedule == "linear":
         raise ConfigError("verl has no linear schedule", where="train.schedule", fix="Use cosine or constant.")
-    for key in ("early_stopping", "head_learning_rate", "lora_learning_rate"):
-        if getattr(train, key) is not None:
-            fix = "Leave it out, or use the local engine."
-            raise ConfigError("verl does without it", where=f"train.{key}", fix=fix)
-    warmup = {} if train.warmup_steps is None else {f"{at}.lr_warmup_steps": train.warmup_steps}
+    if train.early_stopping is not None:
+        fix = "Leave it out, or use the local engine."
+        raise ConfigError("verl does without it", where="train.early_stopping", fix=fix)
+    warmup: dict[str, float] = {f"{at}.lr_warmup_steps_ratio": train.warmup_share}
+    if train.warmup_steps is not None:  # verl takes 0 steps for none given, and then the ratio
+        warmup = {f"{at}.lr_warmup_steps": train.warmup_steps, f"{at}.lr_warmup_steps_ratio": 0.0}
     if train.optimizer != "adamw":
         fix = "Leave it out, or use the local engine."
         raise ConfigError("verl builds its own AdamW", where="train.optimizer", fix=fix)
@@ -213,7 +214,6 @@ def _optimizer(config: RlConfig) -> dict[str, Any]:
         f"{at}.weight_decay": train.weight_decay,
         f"{at}.clip_grad": train.max_grad_norm,
         f"{at}.lr_scheduler_type": train.schedule,
-        f"{at}.lr_warmup_steps_ratio": train.warmup_share,
         f"{at}.min_lr_ratio": train.final_share,
         f"{at}.zero_indexed_step": False,
     } | warmup
