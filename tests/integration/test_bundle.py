@@ -144,6 +144,77 @@ def test_a_hostile_zip_is_refused(hba, tmp_path, name):
     assert names(tmp_path) == before
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_what_unpacks_without_a_bound_is_refused(hba, tmp_path, method):
+    """A read of n bytes of bzip2 or LZMA may give gigabytes."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as packed:
+        packed.writestr(entry(), b"{}", method)
+    code, out, err = hba("verify", tmp_path / "a.zip")
+    assert (code, out) == (2, "") and "than by DEFLATE" in err, err
+
+
+def edited(path, value):
+    """A change of a JSON file: `value` stands at `path`, a list of keys."""
+
+    def applied(text):
+        whole = {"": json.loads(text)}
+        place, key = whole, ""
+        for name in path:
+            place, key = place[key], name
+        place[key] = value
+        return json.dumps(whole[""])
+
+    return applied
+
+
+RESAMPLES = ["provenance", "scoring", "resamples"]
+MALFORMED = {
+    "metrics": {"metrics_json": edited([], [])},
+    "aggregate": {"metrics_json": edited(["aggregate"], [])},
+    "scoring": {"metrics_json": edited(["provenance", "scoring"], [1])},
+    "nested": {"metrics_json": lambda _: "[" * 200_000},
+    "resamples in words": {"metrics_json": edited(RESAMPLES, "5")},
+    "resamples without end": {"metrics_json": edited(RESAMPLES, 10**9)},
+    "asked a list": {"predict_json": edited([], [])},
+    "asked a number": {"predict_json": edited(["asked"], 5)},
+    "asked in words": {"predict_json": edited(["asked"], {"a": "x"})},
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_records_of_another_shape_are_refused_and_the_other_bundles_shown(hba, scored, tmp_path, name):
+    assert hba("bundle", scored, tmp_path / "a.zip")[0] == 0
+    changed(tmp_path / "a.zip", tmp_path / "b.zip", **MALFORMED[name])
+    code, out, err = hba("verify", tmp_path / "b.zip")
+    assert (code, out) == (2, "") and "b.zip" in err and "Traceback" not in err, err
+    if name == "aggregate":
+        code, _, err = hba("leaderboard", tmp_path, "--site", tmp_path / "site")
+        assert code == 1 and "b.zip" in err
+        assert names(tmp_path / "site") == ["a.html", "a.zip", "index.html"]
+
+
+def test_a_field_of_the_rows_is_read_from_no_place_that_a_bundle_names(hba, mini_atlas, scored, tmp_path):
+    shutil.copytree(scored, tmp_path / "run")
+    assert hba("score", tmp_path / "run", "--cluster", "answer")[0] == 0
+    assert hba("bundle", tmp_path / "run", tmp_path / "a.zip", "--atlas", mini_atlas)[0] == 0
+    place = edited(["data", "path"], str(mini_atlas))
+    changed(tmp_path / "a.zip", tmp_path / "b.zip", predict_json=place)
+    code, out, err = hba("verify", tmp_path / "b.zip")
+    assert (code, out) == (2, "") and "groups by 'answer', which the rows say" in err and "--atlas" in err, err
+    code, _, err = hba("verify", tmp_path / "b.zip", "--atlas", mini_atlas)
+    assert code == 0, err
+
+
+def test_a_page_of_a_site_shows_nothing_of_an_atlas_of_this_machine(hba, mini_atlas, scored, tmp_path):
+    assert hba("bundle", scored, tmp_path / "a.zip", "--no-prompts")[0] == 0
+    (tmp_path / "in").mkdir()
+    changed(tmp_path / "a.zip", tmp_path / "in" / "a.zip", predict_json=edited(["data", "path"], str(mini_atlas)))
+    assert hba("leaderboard", tmp_path / "in", "--site", tmp_path / "site")[0] == 0
+    page = (tmp_path / "site" / "a.html").read_text(encoding="utf-8")
+    assert "<audio" not in page and "<video" not in page and 'class="prompt"' not in page
+    assert "A bundle has no media" in page
+
+
 def test_a_size_that_lies_and_what_is_no_zip_are_refused(hba, scored, tmp_path):
     assert hba("bundle", scored, tmp_path / "a.zip")[0] == 0
     data = (tmp_path / "a.zip").read_bytes()

@@ -463,6 +463,17 @@ def test_descriptor_with_a_wrong_checksum_is_refused() -> None:
         load_descriptor(bytes(data), where=WHERE)
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_descriptor_that_unpacks_without_a_bound_is_refused(method: int) -> None:
+    file, packed = io.BytesIO(), io.BytesIO()
+    torch.save(torch.ones(10), file)
+    with zipfile.ZipFile(file) as whole, zipfile.ZipFile(packed, "w", method) as other:
+        for name in whole.namelist():
+            other.writestr(name, whole.read(name))
+    with pytest.raises(MediaError, match="than by DEFLATE"):
+        load_descriptor(packed.getvalue(), where=WHERE)
+
+
 def test_name_of_a_descriptor_decides_nothing(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     torch.save(torch.ones(3), path)

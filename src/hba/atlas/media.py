@@ -39,6 +39,7 @@ _SAFETENSORS = {
     **{"U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"},
 }
 _DAMAGED_IMAGE = (OSError, SyntaxError, ValueError, EOFError, OverflowError, struct.error, zlib.error, IndexError)
+_BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, struct.error, NotImplementedError)
 _DAMAGED_TENSOR = (
     pickle.UnpicklingError,
@@ -222,6 +223,9 @@ def _check_archive(source: Source, where: str, limits: Limits) -> None:
                 return  # the format before torch 1.6 is not packed
             with zipfile.ZipFile(file) as archive:
                 unpacked = sum(entry.file_size for entry in archive.infolist())
+                # What one read of the others unpacks to has no bound; torch stores, and a zip program deflates.
+                if any(each.compress_type not in _BOUNDED for each in archive.infolist()):
+                    raise NotImplementedError("packed in another way than by DEFLATE")
                 # torch does not check the checksums that it writes.
                 damaged = archive.testzip() if unpacked <= limits.max_descriptor_bytes else None
     except (*_DAMAGED_ZIP, RuntimeError) as error:  # RuntimeError: claims to be encrypted

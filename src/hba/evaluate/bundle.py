@@ -39,7 +39,7 @@ from hba.evaluate.predictions import (
 )
 from hba.evaluate.results import FILE as METRICS
 from hba.evaluate.runs import ASKED, QUARANTINE, Run, open_run
-from hba.evaluate.score import left_out_of, score_run
+from hba.evaluate.score import PREDICTED, left_out_of, score_run
 from hba.storage import atomic_write, json_line, read_json, read_jsonl
 from hba.taxonomy import FILE as TAXONOMY
 from hba.taxonomy import of_folder
@@ -54,6 +54,7 @@ MOST_BYTES = 2 << 30
 """of all files of a bundle together, unpacked"""
 MOST_RATIO, SMALL_BYTES = 200, 16 << 20
 """a file above so many bytes may not be so many times as large as it is packed"""
+MOST_RESAMPLES = 100_000
 _BLOCK = 1 << 20
 _WRITTEN = (1980, 1, 1, 0, 0, 0)
 _NAME = r"[^\s\\/:\"'<>|,;()\[\]{}]"
@@ -218,6 +219,9 @@ def _entries(packed: zipfile.ZipFile, bundle: Path) -> list[zipfile.ZipInfo]:
             raise _refused(bundle, f"{entry.filename} is a link or no file")
         if entry.flag_bits & 1:
             raise _refused(bundle, f"{entry.filename} is encrypted")
+        # Of the others a read of a block may unpack to any size.
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise _refused(bundle, f"{entry.filename} is packed in another way than by DEFLATE")
         if entry.file_size > SMALL_BYTES and entry.file_size > MOST_RATIO * entry.compress_size:
             raise _refused(bundle, f"{entry.filename} unpacks to {entry.file_size:,} bytes of {entry.compress_size:,}")
         seen.add(entry.filename)
@@ -284,8 +288,27 @@ def pages_of(bundles: Sequence[Path]) -> Iterator[Shown]:
 def verify(bundle: Path, *, atlas: str | None = None) -> Verified:
     """Score a bundle again, and compare; with `atlas` also the rows with those that were asked.
 
-    Raises InputError for a file that is no bundle, or a hostile one.
+    Raises InputError for a file that is no bundle, or a hostile one, and for one whose rows only `atlas` can group.
     """
+    try:
+        return _verified(bundle, atlas)
+    except InputError:
+        raise
+    except MALFORMED as error:
+        raise malformed(bundle, error) from None
+
+
+MALFORMED = (AttributeError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError)
+"""what a reader of records raises for those of another shape than a run writes"""
+
+
+def malformed(bundle: Path, error: Exception) -> InputError:
+    """The refusal of a bundle whose records are not as a run writes them."""
+    what = f"its records are not as a run writes them ({type(error).__name__}: {str(error)[:200]})"
+    return _refused(bundle, what)
+
+
+def _verified(bundle: Path, atlas: str | None) -> Verified:
     with unpacked(bundle) as folder:
         checked: list[str] = []
         notes: list[str] = []
@@ -308,9 +331,9 @@ def verify(bundle: Path, *, atlas: str | None = None) -> Verified:
                 checked.append("rows of the atlas")
             if found is not None:
                 return done(found)
-            again = _scored_again(folder, said, atlas, notes)
+            again = _scored_again(folder, said, atlas, notes, bundle)
         except InputError as error:
-            if atlas is not None and error.where == atlas:
+            if error.where in (atlas, str(bundle)):
                 raise
             return done(f"cannot be scored again: {error.what} ({_inside(error.where, folder)})")
         checked.append("scores")
@@ -321,7 +344,10 @@ def _inside(where: str | None, folder: Path) -> str:
     return (where or "").replace(f"{folder}/", "")
 
 
-def _scored_again(folder: Path, said: Mapping[str, Any], atlas: str | None, notes: list[str]) -> dict[str, Any]:
+def _scored_again(
+    folder: Path, said: Mapping[str, Any], atlas: str | None, notes: list[str], bundle: Path
+) -> dict[str, Any]:
+    """Nothing that the bundle names is opened: rows are those of `atlas` alone."""
     scoring = (said.get("provenance") or {}).get("scoring") or {}
     clusters = scoring.get("clusters")
     field = "none" if clusters is None else str(clusters.get("field"))
@@ -330,6 +356,11 @@ def _scored_again(folder: Path, said: Mapping[str, Any], atlas: str | None, note
         notes.append(f"scores by {', '.join(by)} need the rows: name them with --atlas")
     how: dict[str, Any] = {name: scoring[name] for name in ("resamples", "seed", "published") if name in scoring}
     how["cluster"] = "auto" if field == "group" else field
+    if type(times := how.get("resamples", 0)) is not int or times > MOST_RESAMPLES:
+        raise _refused(bundle, f"its intervals are of {str(times)[:80]!r} resamples, not of {MOST_RESAMPLES:,} at most")
+    if atlas is None and field not in ("none", *PREDICTED):
+        what = f"its intervals are over groups by {field[:80]!r}, which the rows say"
+        raise InputError(what, where=str(bundle), fix="Name the rows with --atlas.")
     metrics = score_run(folder, by=by if atlas is not None else (), atlas=None if atlas is None else Path(atlas), **how)
     again = metrics.record()
     if atlas is None:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.text import Text
 
+from hba.errors import InputError
 from hba.evaluate.compare import MEAN, Comparison, Difference, SeedComparison, SeedDifference, Spread, Variance
 from hba.evaluate.leaderboard import DEFAULT_TABLES, Entry, Leaderboard, build_leaderboard
 from hba.evaluate.results import SCANT, convert
-from hba.evaluate.runs import Run, open_run
+from hba.evaluate.runs import open_run
 from hba.evaluate.statistics import EXACT_MATCH, holm
 from hba.report import words
 from hba.report.tables import DAGGER, Cell, Row, Table, to_latex, to_markdown, writer_of
@@ -378,20 +379,35 @@ def write_leaderboard(board: Leaderboard, path: Path) -> None:
         handle.write(writer(board))
 
 
-def write_site(
-    shown: Shown, site: Path, render: Callable[[Run], str], *, max_quarantined: float
-) -> Leaderboard:
-    """Write a static site into `site`: index.html with the board, NAME.html with the report of each bundle, as
-    `render` makes it, and the bundles themselves. Pages load nothing from elsewhere. It appears whole or not at all."""
-    names = {folder: name for name, folder in shown.runs.items()}
+def write_site(shown: Shown, site: Path, *, max_quarantined: float) -> Leaderboard:
+    """Write a static site into `site`: index.html with the board, NAME.html with the report of each bundle, and the
+    bundles themselves. Pages load nothing from elsewhere and show nothing that is not in a bundle. It appears whole or
+    not at all; a bundle of which no page can be made is moved to the refused ones."""
+    from hba.evaluate.bundle import MALFORMED, malformed
+    from hba.report.page import render
+
     how: dict[str, Any] = {"tables": DEFAULT_TABLES, "allow_other_data": True, "max_quarantined": max_quarantined}
+    pages: dict[str, str] = {}
+    for name, folder in list(shown.runs.items()):
+        try:
+            build_leaderboard([folder], **how)
+            pages[name] = render(open_run(folder), alone=True)
+        except (InputError, *MALFORMED) as error:
+            del shown.runs[name]
+            bundle = shown.bundles[name]
+            said = f"{bundle}: {error.what}" if isinstance(error, InputError) else str(malformed(bundle, error))
+            shown.refused.append(said)
+    if not shown.runs:
+        what = f"no bundle can be shown: {'; '.join(shown.refused)}"
+        raise InputError(what, where=str(site), fix="Ask for others.")
+    names = {folder: name for name, folder in shown.runs.items()}
     board = build_leaderboard(list(names), names=names, **how)
     if site.is_dir():
         site.rmdir()
     with atomic_folder(site) as making:
-        for name, folder in shown.runs.items():
+        for name, page in pages.items():
             with atomic_write(making / f"{name}.html") as handle:
-                handle.write(render(open_run(folder)))
+                handle.write(page)
             shutil.copyfile(shown.bundles[name], making / f"{name}.zip")
         with atomic_write(making / "index.html") as handle:
             handle.write(_html(board, {name: (f"{name}.html", f"{name}.zip") for name in shown.runs}))

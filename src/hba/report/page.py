@@ -79,17 +79,21 @@ def write_report(
     return path
 
 
-def render(run: Run, atlas_root: Path | None = None, *, rl: RlPart | None = None) -> str:
-    """The page of a run as text, with the RL part of its folder if it has one; see `write_report`."""
+def render(run: Run, atlas_root: Path | None = None, *, rl: RlPart | None = None, alone: bool = False) -> str:
+    """The page of a run as text, with the RL part of its folder if it has one; see `write_report`.
+
+    `alone`: of a run from elsewhere, whose records lead to no atlas of this machine.
+    """
     metrics, stages = run.metrics, None
     predictions = run.predictions if run.has(PREDICTIONS) else None
     shown: dict[str, Any] = {"confused": None, "samples": None, "judged": None}
     if predictions is not None:
         shown["confused"] = matrices(predictions, run.taxonomy)
         shown["samples"] = chosen = choose(predictions, run.taxonomy)
-        root = atlas_root or (Path(run.atlas_path) if run.atlas_path else None)
+        root = atlas_root or (Path(run.atlas_path) if run.atlas_path and not alone else None)
         required = atlas_root is not None
         shown["cards"], shown["note"] = gather(chosen, root, required=required, taxonomy=run.taxonomy)
+        shown["note"] = "A bundle has no media." if alone else shown["note"]
         if predictions and run.judgements:
             shown["judged"] = judged_answers(predictions, run.judgements)
     if run.has("stages.json"):
