@@ -405,9 +405,9 @@ def _value(config: Settings, key: str) -> Any:
 
 def _changed(config: Settings, keys: dict[str, Any]) -> Settings | None:
     """With other values, or None where a run like this cannot have them."""
-    splits = keys.get("train.sharding") == "full"
-    if splits and isinstance(config, SftConfig | LmConfig | RlConfig) and config.model.lora_dora:
-        return None
+    rounds = keys.get("train.sharding") == "full" or "model.quantization" in keys
+    if rounds and isinstance(config, SftConfig | LmConfig | RlConfig) and config.model.lora_dora:
+        return None  # lengths of DoRA's rows
     try:
         for key, value in keys.items():
             section, _, name = key.partition(".")

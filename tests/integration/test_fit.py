@@ -307,6 +307,8 @@ def test_a_validation_batch_has_room_too(hba, backbone):
 def test_savings_that_a_run_cannot_have_are_not_tried(hba, backbone, more):
     typed = [key.partition("=")[0] for key in more]
     assert "train.sharding" not in fitting(backbone, "0.66", *more, gpus=8, tokens=100, typed=typed).keys
+    if "model.lora_dora=true" in more:
+        assert "quantization" not in hba("fit", str(backbone), "--gpu", "0.7", "--tokens", "3000", *more)[1]
     code, out, err = hba("fit", str(backbone), "--gpu", "0.7", "--tokens", "3000", "train.batch_size=512", *more)
     assert code == 1 and "It does not fit." in out and "sharding" not in out, err
 
