@@ -35,7 +35,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol, TypeVar
 
@@ -124,6 +124,7 @@ class _Request:
     answer: Future[Prediction]
     encoded: Encoded | None = None
     ready_at: float = 0.0
+    _claiming: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def alike(self) -> tuple[object, ...]:
@@ -131,6 +132,12 @@ class _Request:
         assert self.encoded is not None
         drawn = None if self.saying is None else (self.saying.max_tokens, self.saying.temperature)
         return self.encoded.sample.modality_signature, self.classes, drawn
+
+    def claim(self) -> bool:
+        """Whether whoever calls is to answer: the first who does, and nobody once nobody waits any more."""
+        with self._claiming:
+            taken = self.answer.running() or self.answer.done()
+            return not taken and self.answer.set_running_or_notify_cancel()
 
 
 class _Pool(Protocol):
@@ -276,7 +283,7 @@ class Desk:
             self._changed.notify_all()
 
     def close(self, patience_seconds: float = 0.0) -> None:
-        """Take nothing more, answer what waits for so long, end the threads, remove the files."""
+        """Take nothing more, answer what waits for so long and what the model is at, end the threads, remove files."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -392,7 +399,7 @@ class Desk:
         most = self.config.batch_size
         with self._changed:
             while True:
-                gone = [each for each in self._ready if each.answer.cancelled()]
+                gone = [each for each in self._ready if each.answer.done()]
                 for each in gone:
                     self._ready.remove(each)
                     assert each.encoded is not None
@@ -414,7 +421,7 @@ class Desk:
 
     def _settle(self, requests: list[_Request]) -> None:
         """Answer requests together; where that fails each alone, so that none fails for its neighbour."""
-        requests = [each for each in requests if each.answer.set_running_or_notify_cancel()]
+        requests = [each for each in requests if each.claim()]
         if not requests:
             return
         try:
@@ -475,7 +482,7 @@ class Desk:
 
 
 def _fail(request: _Request, error: Exception) -> None:
-    if request.answer.set_running_or_notify_cancel():
+    if request.claim():
         request.answer.set_exception(error)
 
 
@@ -689,10 +696,16 @@ class _Gate:
                 self.bytes_held += size
                 self.received += size
                 self._require_small(came)
+                self._require_room()
                 if not message.get("more_body"):
                     ended.append(came)
                     came = -1
             return message
+
+        def let_go() -> None:
+            nonlocal came
+            self.bytes_held -= ended.pop() if ended else max(came, 0)
+            came = min(came, 0)
 
         async def noted(message: Message) -> None:
             nonlocal began
@@ -711,6 +724,7 @@ class _Gate:
             except _Refused as refused:
                 if began:
                     raise
+                let_go()  # before it is read on: what is refused leaves its room to the others
                 await self._refuse(refused, scope, receive, noted, all_came=came < 0)
             except ClientDisconnect:
                 self.answers[path, 499] += 1
@@ -721,7 +735,7 @@ class _Gate:
                 await self._refuse(_as_refusal(error), scope, receive, noted, all_came=came < 0)
         finally:
             self.under_way -= 1
-            self.bytes_held -= ended[0] if ended else max(came, 0)
+            let_go()
             self.seconds[path] += asyncio.get_running_loop().time() - started
 
     def _admit(self, request: Request) -> None:
@@ -741,6 +755,9 @@ class _Gate:
             raise _Refused(429, what, code="rate_limit_exceeded", retry=True)
         declared = request.headers.get("content-length", "0")
         self._require_small(int(declared) if declared.isdigit() and len(declared) < 20 else 0)
+        self._require_room()
+
+    def _require_room(self) -> None:
         if self.bytes_held > BODIES_AT_ONCE * self._limits.body_bytes:
             raise _Refused(503, "too many bytes are under way already", code="overloaded", retry=True)
 
@@ -891,7 +908,7 @@ class Server:
                 keys = self.desk.datasets(chosen["tasks"], chosen["datasets"], question)
             except InputError as error:
                 raise _as_refusal(error) from None
-            if not files or len(files) * len(keys) > MOST_ROWS:
+            if not 0 < len(files) * len(keys) <= MOST_ROWS:
                 what = f"{len(files)} files and {len(keys)} tasks: at least one, and at most {MOST_ROWS} answers"
                 raise _Refused(400, what, param="files", code="invalid_value")
             asks = [(name, path, key) for name, path in files for key in keys]
@@ -1133,7 +1150,7 @@ def _names(given: Any, param: str) -> list[str] | None:
         return None
     names = given.split(",") if isinstance(given, str) else given
     _require(isinstance(names, list) and all(isinstance(name, str) for name in names), param, "must be a list of keys")
-    return [name.strip() for name in names if name.strip()]
+    return [name.strip() for name in names if name.strip()] or None
 
 
 def _words(given: Any, param: str) -> str | None:

@@ -143,6 +143,22 @@ def test_more_than_may_wait_is_told_to_come_again(answering, tmp_path):
         assert served.client.post("/v1/classify", json=body("x")).status_code == 200
 
 
+def test_bodies_that_grow_together_are_refused_as_they_come(answering, tmp_path, monkeypatch):
+    """Each may begin, since none has sent anything; all of them together are more than may be held."""
+    monkeypatch.setattr(serve, "BODIES_AT_ONCE", 2)
+    with serving(answering, tmp_path, config=settings(), limits=Limits(seconds=2, body_bytes=MEGABYTE)) as served:
+        links = [connected(served.url) for _ in range(3)]
+        for link in links:
+            link.sendall(head(MEGABYTE))
+        for link in links:
+            link.sendall(b" " * (MEGABYTE - 1000))
+        found = sorted(status(link) for link in links)
+        assert found == [408, 408, 503]
+        for link in links:
+            link.close()
+        assert served.client.post("/v1/classify", json=body("x")).status_code == 200
+
+
 @pytest.fixture(scope="module")
 def process(answering, tmp_path_factory):
     """The command, in a process of its own: (url, token, process, cache)."""

@@ -121,11 +121,16 @@ def test_bad_input_is_one_sentence(hba, run, files, backbone, tmp_path):
         ([backbone, files, "--backend", "hf"], "Give --task EMO"),
         ([backbone, files], "its answers would be random"),
         ([run, files, "--csv", "--json"], "exclude each other"),
+        ([run, files, "--task", ","], "--task: ',' names nothing"),
+        (["majority", files], "the baseline majority looks at no file"),
+        ([run, files, "--backend", "random"], "the baseline random looks at no file"),
     ):
         code, out, err = hba("ask", *arguments)
         assert (code, out) == (2, "") and said in err, err
     with pytest.raises(InputError, match="no such file"):
         package.ask(run, tmp_path / "gone.mp4")
+    with pytest.raises(InputError, match="no task and no dataset is named"):
+        package.ask(run, files, tasks=[])
 
 
 def tone(path, seconds):

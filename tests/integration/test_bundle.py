@@ -257,3 +257,22 @@ def test_what_is_not_scored_makes_no_bundle(hba, scored, tmp_path):
     (tmp_path / "run" / "metrics.json").unlink()
     code, _, err = hba("bundle", tmp_path / "run", tmp_path / "a.zip")
     assert code == 2 and "is not scored" in err and not (tmp_path / "a.zip").exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "left"),
+    [
+        ("/Users/Jane Doe/data/x.mp4", "x.mp4"),
+        (r"C:\Users\Jane Doe\x.mp4", "x.mp4"),
+        ("file:///home/jane/x/y", "y"),
+        ("not read: file:///home/jane/x/y", "not read: y"),
+        ("see:/home/jane/secret/x", "see:x"),
+        ("../../jane/data/x", "x"),
+        ({"api_key": "plainsecret123", "max_tokens": 5}, {"api_key": "[key]", "max_tokens": 5}),
+        ({"api-key": "plainsecret123", "of": [{"TOKEN": "abc"}]}, {"api-key": "[key]", "of": [{"TOKEN": "[key]"}]}),
+        ("https://h:80/v1/models and/or models/speak, 3/4/5", "https://h:80/v1/models and/or models/speak, 3/4/5"),
+        ("cannot read /a/b.mp4, /a/c.mp4", "cannot read b.mp4, c.mp4"),
+    ],
+)
+def test_places_and_keys_are_taken_out_of_what_is_said(said, left):
+    assert module.cleaned(said) == left and module.cleaned(left) == left

@@ -125,6 +125,8 @@ def test_a_suite_says_which_key_is_wrong(hba, mini_atlas, tmp_path):
         (good | {"atlass": "x"}, "suite.yaml:4: unknown key 'atlass'"),
         (good | {"settings": {"a": {"model": "majority"}, "b": {}}}, "'settings.b.model' is missing"),
         (good | {"settings": {"a": {"model": "majority"}, "../b": {"model": "random"}}}, "no name of a folder"),
+        (good | {"settings": two | {"suite.md": {"model": "random"}}}, "'suite.md' is the name of a file"),
+        (good | {"settings": two | {"leaderboard.html": {"model": "random"}}}, "'leaderboard.html' is the name of"),
         (good | {"settings": two, "baseline": "c"}, "no setting 'c'"),
         (good | {"settings": two, "set": {"bath": 1}}, "'bath'"),
     ]

@@ -3,6 +3,8 @@ refused in OpenAI's words."""
 
 import base64
 import shutil
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -15,6 +17,7 @@ from serving import data_url, serving
 import hba as package
 from hba.config import load_config
 from hba.evaluate.config import PredictConfig
+from hba.serve import Desk, FullError, Question
 
 LONGEST = 12
 
@@ -194,6 +197,38 @@ def test_one_broken_file_of_several_is_named(served, files):
     broken, whole = answer.json()["results"]
     assert answer.status_code == 200 and whole["error"] is None and "cannot be decoded" in broken["error"]
     assert str(served.desk.folder) not in answer.text
+
+
+def test_an_empty_list_of_tasks_is_as_none(served, files):
+    whole = served.classify(files / "words.txt", tasks=None).json()["results"]
+    for nothing in ([""], [], ",", " "):
+        answer = served.classify(files / "words.txt", tasks=nothing)
+        assert answer.status_code == 200 and len(answer.json()["results"]) == len(whole) > 1, answer.text
+
+
+def test_a_desk_closes_while_the_model_answers(answering, files, tmp_path, monkeypatch):
+    """What the model is at is answered, what waits is told, and the threads and files go."""
+    desk = Desk(str(answering), folder=tmp_path, config=settings("batch_size=1", "loader.workers=0"))
+    begun, go_on, classify = threading.Event(), threading.Event(), desk.backend.classify
+
+    def slow(batch):
+        begun.set()
+        assert go_on.wait(30)
+        return classify(batch)
+
+    monkeypatch.setattr(desk.backend, "classify", slow)
+    question, file = Question(dataset="cremad", name="words.txt"), {"words.txt": files / "words.txt"}
+    first = desk.ask(question, file)
+    assert begun.wait(30)
+    second = desk.ask(question, file)
+    deadline = time.monotonic() + 30
+    while not desk._ready:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    threading.Timer(0.3, go_on.set).start()
+    desk.close()
+    assert first.result(30).label is not None and isinstance(second.exception(0), FullError)
+    assert not any(thread.is_alive() for thread in desk._threads) and not desk.folder.exists()
 
 
 def test_health_and_metrics_and_who_may_ask(served):

@@ -24,6 +24,7 @@ from hba.atlas.media import (
     load_image,
     load_video,
 )
+from hba.atlas.pt import read_arrays
 from hba.errors import InputError, MediaError
 
 WHERE = "train.jsonl:1, videos"
@@ -530,3 +531,24 @@ def test_clip_that_lasts_far_longer_than_declared_is_refused(tmp_path: Path) -> 
     at = data.index(b"mdhd") + 16
     with pytest.raises(MediaError, match="corrupt header: declares 4"):
         load_clip(data[:at] + bytes(4) + data[at + 4 :], where=WHERE)  # a second has no ticks
+
+
+MANY = 300_000
+
+
+@pytest.mark.parametrize(
+    ("pickled", "said"),
+    [
+        (b"})" + b"\x85" * MANY + b"Ns.", "tuple for str"),  # a key nested so deep, whose hash would end the process
+        (b")" + b"\x85" * 1000 + b".", "deeper than 64"),
+        (b"]q\x00h\x00a.", "deeper than 64"),  # a list that holds itself
+        (b"N" * 100_000 + b"(t" * 100_000 + b".", "unpack"),  # each tuple once looked through all that lies below
+    ],
+)
+def test_a_pickle_that_is_deep_or_long_is_refused_at_once(pickled, said):
+    """Levels in one another without end, and a mark that is to be found at the top of a long stack."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + pickled)
+    with pytest.raises(ValueError, match=said):
+        read_arrays(packed)

@@ -9,6 +9,7 @@ or quantised tensors) is `NeedsTorchError`, everything else that is not plain is
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import pickletools
 import struct
@@ -30,6 +31,10 @@ STORAGES = {
     **{"ByteStorage": "uint8", "CharStorage": "int8", "ShortStorage": "int16", "IntStorage": "int32"},
     **{"LongStorage": "int64", "BoolStorage": "bool"},
 }
+
+
+MOST_DEEP = 64
+"""containers in one another; a file of tensors has a few"""
 
 
 class NeedsTorchError(ValueError):
@@ -101,6 +106,7 @@ class _Walk:
                 continue
             if name == "STOP":
                 (found,) = stack
+                _require_flat(found)
                 return found
             if name in ("BINUNICODE", "SHORT_BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"):
                 stack.append(arg)
@@ -123,7 +129,8 @@ class _Walk:
                 _of(stack[-1], list).extend(items)
             elif name in ("SETITEM", "SETITEMS"):
                 items = _popped(stack, 2 if name == "SETITEM" else None)
-                _of(stack[-1], dict).update(zip(items[::2], items[1::2], strict=True))
+                keys = (_of(key, str) for key in items[::2])  # the hash of a tuple would go as deep as it does
+                _of(stack[-1], dict).update(zip(keys, items[1::2], strict=True))
             elif name == "BINPERSID":
                 stack.append(_storage(stack.pop()))
             elif name == "REDUCE":
@@ -147,9 +154,9 @@ class _Walk:
 def _popped(stack: list[Any], count: int | None) -> list[Any]:
     """The last `count` values of the stack, or those behind its last mark."""
     if count is None:
-        if not any(isinstance(each, _Mark) for each in stack):
+        at = next((place for place in range(len(stack) - 1, -1, -1) if isinstance(stack[place], _Mark)), None)
+        if at is None:
             raise ValueError("its pickle lacks a mark")
-        at = next(place for place in range(len(stack) - 1, -1, -1) if isinstance(stack[place], _Mark))
         found = stack[at + 1 :]
         del stack[at:]
         return found
@@ -158,6 +165,18 @@ def _popped(stack: list[Any], count: int | None) -> list[Any]:
         raise ValueError("its pickle takes more than there is")
     del stack[len(stack) - count :]
     return found
+
+
+def _require_flat(found: Any) -> None:
+    """Raises ValueError for containers that lie in one another without end, or deeper than MOST_DEEP."""
+    level = [found] if isinstance(found, dict | list | tuple) else []
+    for _ in range(MOST_DEEP):
+        inside = (each.values() if isinstance(each, dict) else each for each in level)
+        within = itertools.chain.from_iterable(inside)
+        level = list({id(each): each for each in within if isinstance(each, dict | list | tuple)}.values())
+        if not level:
+            return
+    raise ValueError(f"its values lie deeper than {MOST_DEEP} in one another")
 
 
 def _of(value: Any, kind: type[Any]) -> Any:

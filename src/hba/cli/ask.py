@@ -60,8 +60,8 @@ def ask_command(
         replies = ask(
             model,
             files,
-            tasks=_names(task),
-            datasets=_names(dataset),
+            tasks=_names(task, "--task"),
+            datasets=_names(dataset, "--dataset"),
             question=question,
             transcript=transcript,
             transcribe=transcribe,
@@ -90,8 +90,13 @@ def _seconds(text: str | None) -> float | None:
         raise InputError(f"no seconds: {text!r}", where="--every", fix="Write 5s, or 2.5.") from None
 
 
-def _names(listed: str | None) -> list[str] | None:
-    return None if listed is None else [name.strip() for name in listed.split(",") if name.strip()]
+def _names(listed: str | None, option: str) -> list[str] | None:
+    if listed is None:
+        return None
+    names = [name.strip() for name in listed.split(",") if name.strip()]
+    if not names:
+        raise InputError(f"{listed!r} names nothing", where=option, fix="Write keys, such as EMO,SEN, or leave it out.")
+    return names
 
 
 def _shown(replies: list[Reply]) -> Iterator[RenderableType]:

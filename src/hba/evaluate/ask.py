@@ -23,6 +23,7 @@ from hba.atlas.build import Medium, bring, look_at, row_of
 from hba.atlas.rows import Quarantined
 from hba.errors import InputError, MediaError, nearest
 from hba.evaluate.backends.interface import (
+    BASELINES,
     LOCAL,
     WORDLESS,
     Predicted,
@@ -116,9 +117,12 @@ def ask(
         fix = "Leave --transcript out, or the other."
         raise InputError("--transcript is said once, of whole files", where="hba ask", fix=fix)
     paths = found_files([files] if isinstance(files, str | Path) else files)
+    name = known(backend) if backend else detect(str(model))
+    if name in BASELINES:
+        fix = "Ask a run, a model or a service; hba predict takes baselines."
+        raise InputError(f"the baseline {name} looks at no file", where="hba ask", fix=fix)
     taxonomy = taxonomy_of(str(model))
     config = config or PredictConfig()
-    name = known(backend) if backend else detect(str(model))
     heard_in_clips = encoding_of(str(model), name, config).sound_of_clips != "off"
     named = tasks is not None or datasets is not None
     keys = datasets_of(taxonomy, tasks, datasets, question)
@@ -189,6 +193,8 @@ def datasets_of(
         if name not in taxonomy.tasks:
             raise InputError(f"unknown task {name!r}", where="--task", fix=nearest(name, taxonomy.tasks))
         keys.append(_widest(taxonomy, name))
+    if not keys:
+        raise InputError("no task and no dataset is named", fix="Name one, such as EMO, or give None for all.")
     return list(dict.fromkeys(keys))
 
 

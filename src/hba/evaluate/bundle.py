@@ -58,13 +58,14 @@ MOST_RESAMPLES = 100_000
 _BLOCK = 1 << 20
 _WRITTEN = (1980, 1, 1, 0, 0, 0)
 _NAME = r"[^\s\\/:\"'<>|,;()\[\]{}]"
-_PATH = re.compile(rf"(?<![\w:/.~])(?:~|[A-Za-z]:)?[\\/](?:{_NAME}+[\\/])+({_NAME}*)")
+_PATH = re.compile(rf"(?<![\w/.~])(?:file://[\w.-]*)?(?:~|[A-Za-z]:|\.\.?)?[\\/](?:{_NAME}+[\\/])+({_NAME}*)")
+_IS_PATH = re.compile(r"(?:file://[\w.-]*)?(?:~|[A-Za-z]:|\.\.?)?[\\/](?:[^\\/:\"<>|\n]+[\\/])+([^\\/:\"<>|\n]*)")
 _LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
 _SECRET = re.compile(
     r"\b(?:sk|pk|key|rk)-[\w*.-]{6,}|\bhf_\w{8,}|\bgh[pousr]_\w{8,}|\bAIza[\w-]{20,}|\bxox[a-z]-[\w-]{8,}"
     r"|(?i:bearer)\s+[\w.~+/-]{8,}=*"
 )
-_SECRET_NAME = re.compile(r"(?:^|_)(?:KEY|TOKEN|SECRET|PASSWORD)$")
+_SECRET_NAME = re.compile(r"(?:^|[_-]|API)(?:KEY|TOKEN|SECRET|PASSWORD)$")
 # What is of the machine that scored, and words of errors, from which paths are gone.
 _UNSAID = frozenset(("created_at", "hba_version", "command", "model", "failures"))
 
@@ -156,7 +157,8 @@ def _contents(run: Run, notes: list[str], atlas: str | None, *, prompts: bool) -
 def cleaned(value: Any) -> Any:
     """`value` (as JSON) without absolute paths, of which the last name stays, logins in addresses, and keys."""
     if isinstance(value, dict):
-        return {str(cleaned(key)): cleaned(each) for key, each in value.items()}
+        hidden = {key for key, each in value.items() if isinstance(each, str) and _SECRET_NAME.search(str(key).upper())}
+        return {str(cleaned(key)): "[key]" if key in hidden else cleaned(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [cleaned(each) for each in value]
     if not isinstance(value, str):
@@ -164,7 +166,9 @@ def cleaned(value: Any) -> Any:
     for name, secret in os.environ.items():
         if len(secret) >= 8 and _SECRET_NAME.search(name.upper()):
             value = value.replace(secret, "[key]")
-    return _SECRET.sub("[key]", _LOGIN.sub("", _PATH.sub(r"\1", value)))
+    path = _IS_PATH.fullmatch(value)
+    named = _PATH.sub(r"\1", value) if path is None else path[1]
+    return _SECRET.sub("[key]", _LOGIN.sub("", named))
 
 
 def _lines(records: Any) -> bytes:

@@ -163,6 +163,9 @@ def read_suite(path: Path) -> Suite:
         if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
             what = f"{name!r} is no name of a folder"
             raise ConfigError(what, where=places[key[:-1]], fix="Use letters, digits, - and _.")
+        if re.match(r"(?i)(suite|leaderboard)\.", name):
+            what = f"{name!r} is the name of a file that hba eval writes beside the settings"
+            raise ConfigError(what, where=places[key[:-1]], fix="Name the setting otherwise.")
         about = checked(said, name, dict, "settings.") or {}
         only(about, ("model", "backend", "modalities", "base_url", "set"), key)
         said = {field: checked(about.get(field), field, str, key) for field in ("model", "backend", "base_url")}

@@ -286,22 +286,33 @@ def _ask_models(asked: Asked, form: Mapping[str, list[str]]) -> Response:
             ((_, waiting[chosen]),) = tries.models[chosen].asks(path, task=of_task, question=question)
         except HbaError as error:
             waiting[chosen] = error
-    shown = []
+    shown: list[dict[str, Any]] = []
     for chosen, answer in waiting.items():
-        try:
-            if isinstance(answer, HbaError):
-                raise answer
-            told = answer.result(PATIENCE_SECONDS)
-            row = {"output": told.output, "probs": told.probs, "answer": told.answer, "target": ""}
-            shown.append({"model": chosen, "label": told.label, "error": told.error, **_told(row)})
-        except (HbaError, TimeoutError) as error:
-            what = error.what if isinstance(error, HbaError) else "gave no answer in time"
+        what = _what_failed(answer)
+        if isinstance(answer, HbaError) or what is not None:
             shown.append({"model": chosen, "label": None, "error": what})
+            continue
+        told = answer.result()
+        row = {"output": told.output, "probs": told.probs, "answer": told.answer, "target": ""}
+        shown.append({"model": chosen, "label": told.label, "error": told.error, **_told(row)})
     known = {one["model"]: {"answer": one["label"] or one["spoken"], "probs": dict(one["ranked"])}
              for one in shown if not one["error"]}  # fmt: skip
     tries.said[name, dataset] = known
     return asked.page("try_answers.html.jinja", "Answers", answers=shown, labels=_labels(tries.taxonomy, dataset),
                       clip=name, task=task, question=question, keep=tries.keep)  # fmt: skip
+
+
+def _what_failed(answer: Future[Prediction] | HbaError) -> str | None:
+    """What to say where there is no answer; None where there is one."""
+    try:
+        failed = answer if isinstance(answer, HbaError) else answer.exception(PATIENCE_SECONDS)
+    except TimeoutError:
+        return "gave no answer in time"
+    if failed is None:
+        return None
+    if isinstance(failed, HbaError):
+        return failed.what
+    return f"the model failed ({type(failed).__name__})"
 
 
 def _told(row: dict[str, Any]) -> dict[str, Any]:

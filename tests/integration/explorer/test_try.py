@@ -2,6 +2,7 @@
 
 import json
 import os
+from concurrent.futures import Future
 from contextlib import closing
 from pathlib import Path
 
@@ -104,6 +105,28 @@ def test_what_is_no_clip_or_no_label_is_refused(trying, mini_atlas, tmp_path):
     foreign = {"origin": "https://example.org"}
     assert httpx.post(f"{url}/try/keep", data={"clip": broken}, headers=foreign).status_code == 403
     assert not [path for path in (mine / "media").glob("*") if path.suffix == ".mp4"]
+
+
+class Full:
+    """A model whose device has no room."""
+
+    def __init__(self, taxonomy):
+        self.taxonomy = taxonomy
+
+    def asks(self, path, *, task=None, question=None):
+        answer = Future()
+        answer.set_exception(RuntimeError("out of memory at /home/jane"))
+        return [("cremad", answer)]
+
+
+def test_a_model_that_fails_leaves_the_others_their_answers(answering, serve, tmp_path, mini_atlas):
+    with closing(Desk(str(answering), folder=tmp_path / "desk")) as desk:
+        models = {"runs/full": Full(desk.taxonomy), "runs/sft": desk}
+        with serve(create_app(atlas=None, runs=None, cache_folder=tmp_path / "cache", models=models)) as url:
+            clip = sent(url, next(iter(sorted(mini_atlas.rglob("*.wav")))))
+            asked = httpx.post(f"{url}/try/ask", data={"clip": clip, "task": "SAR", "models": [*models]}, timeout=60)
+    assert asked.status_code == 200 and "not sarcasm" in asked.text
+    assert "the model failed (RuntimeError)" in asked.text and "jane" not in asked.text
 
 
 def test_kappa_is_cohens():

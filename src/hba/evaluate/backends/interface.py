@@ -52,8 +52,9 @@ MODULES = {
 
 # Over models on this machine: one of ours, merged ones included, says how its samples were encoded.
 LOCAL = ("heads", "hf", "vllm")
+BASELINES = ("majority", "random")
 # They answer without a word.
-WORDLESS = ("heads", "majority", "random")
+WORDLESS = ("heads", *BASELINES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +158,7 @@ def detect(model: str) -> str:
     Heads, which refuses what has none, for everything else: nothing is guessed. Raises InputError for a name that is
     neither a folder nor an id of the hub: a remote model needs its backend.
     """
-    if model in ("majority", "random"):
+    if model in BASELINES:
         return model
     require_place(model, also="; with --backend also the name of a remote model")
     from hba.model import checkpoint  # not before it is needed: it imports torch
