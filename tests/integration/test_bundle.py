@@ -215,6 +215,62 @@ def test_a_page_of_a_site_shows_nothing_of_an_atlas_of_this_machine(hba, mini_at
     assert "A bundle has no media" in page
 
 
+def forged(hba, scored, tmp_path, mini_atlas, change, asked=lambda record: record, *how):
+    """A bundle of the run with other predictions and another predict.json, scored as if they were its own."""
+    shutil.copytree(scored, tmp_path / "run")
+    lines = map(json.loads, (tmp_path / "run" / "predictions.jsonl").read_text().splitlines())
+    (tmp_path / "run" / "predictions.jsonl").write_text("".join(json.dumps(p) + "\n" for p in change(list(lines))))
+    (tmp_path / "run" / "predict.json").write_text(
+        json.dumps(asked(json.loads((tmp_path / "run" / "predict.json").read_text())))
+    )
+    assert hba("score", tmp_path / "run", *how)[0] == 0
+    (tmp_path / "in").mkdir()
+    assert hba("bundle", tmp_path / "run", tmp_path / "in" / "a.zip", "--atlas", mini_atlas)[0] == 0
+    return tmp_path / "in" / "a.zip"
+
+
+def test_labels_that_no_rule_has_read_are_said_to_be_taken_as_they_are_wherever_they_stand(
+    hba, mini_atlas, scored, tmp_path
+):
+    def right(lines):
+        return [p | {"rule": None, "label": p["target"] if p.get("rule") and p["label"] else p["label"]} for p in lines]
+
+    bundle = forged(hba, scored, tmp_path, mini_atlas, right, lambda record: record, "--by", "answer")
+    code, _, err = hba("verify", bundle)
+    assert code == 0 and "say no rule by which they were read" in err, err
+    assert hba("leaderboard", bundle, "--site", tmp_path / "site")[0] == 0
+    for name in ("a.html", "index.html"):
+        assert "say no rule by which they were read" in (tmp_path / "site" / name).read_text(encoding="utf-8"), name
+    page = (tmp_path / "site" / "a.html").read_text(encoding="utf-8")
+    assert "scores by answer need the rows" in page and "by answer</" not in page.replace("scores by answer", "")
+
+
+@pytest.mark.parametrize("rows_too", [False, True])
+def test_a_row_that_is_left_out_unsaid_is_missed(hba, mini_atlas, scored, tmp_path, rows_too):
+    gone = []
+
+    def without_the_first(lines):
+        gone.append(lines[0])
+        return lines[1:]
+
+    def fewer(record):
+        del record["asked_ids"]
+        record["asked"][gone[0]["dataset"]] -= 1
+        record["data"]["rows"] -= rows_too
+        return record
+
+    bundle = forged(hba, scored, tmp_path, mini_atlas, without_the_first, fewer)
+    code, _, err = hba("verify", bundle, *(["--atlas", mini_atlas] if rows_too else []))
+    assert code == 1 and ("and the atlas has" if rows_too else "were asked for, skipped") in err, err
+
+
+def test_a_label_that_has_no_probability_is_not_the_most_probable(tmp_path):
+    line = {"id": "a", "dataset": "meld_emotion", "task": "x", "split": "test", "target": "joy", "output": None}
+    forged = module.Prediction(**line, answer=None, label="joy", error=None, probs={"anger": 1.0})
+    (tmp_path / "predict.json").write_text("{}")
+    assert "not its most probable" in module._label_differs(tmp_path, [forged], [], [])
+
+
 def test_a_size_that_lies_and_what_is_no_zip_are_refused(hba, scored, tmp_path):
     assert hba("bundle", scored, tmp_path / "a.zip")[0] == 0
     data = (tmp_path / "a.zip").read_bytes()

@@ -1,5 +1,6 @@
 """`hba eval`: from a model to numbers, a page and a line of the leaderboard in one command that goes on."""
 
+import io
 import json
 import os
 import re
@@ -8,6 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+
+from rich.console import Console
+
+from hba.evaluate.compare import compare_runs
+from hba.evaluate.runs import open_run
+from hba.report.comparison import SuiteTables, suite_table
 
 
 def evaluated(hba, tmp_path, *arguments):
@@ -114,6 +121,37 @@ def test_a_suite_is_one_table_of_paired_differences_and_goes_on_after_a_kill(hba
     assert ranked == {"whole", "deaf", "thinking"}
     table = (tmp_path / "run" / "suite.md").read_text()
     assert "minus whole" in table and table.count("| deaf |") == 1
+
+
+def test_the_table_of_a_suite_gives_the_baseline_its_own_scores_and_fits_a_narrow_terminal(hba, mini_atlas, tmp_path):
+    """One setting has not answered EMO: the baseline's line is the same whichever setting stands first."""
+    for name in ("majority", "random", "uniform"):
+        model = "random" if name == "uniform" else name
+        run = tmp_path / name
+        assert hba("predict", model, "--atlas", mini_atlas, "--per-dataset", "2", "--run", run)[0] == 0
+        if name == "random":
+            lines = (run / "predictions.jsonl").read_text().splitlines()
+            kept = [line for line in lines if json.loads(line)["task"] != "emotion_cls"]
+            assert kept != lines
+            (run / "predictions.jsonl").write_text("\n".join(kept) + "\n")
+        hba("score", run, "--partial")
+    own = open_run(tmp_path / "majority").metrics
+    found = {name: compare_runs(tmp_path / "majority", tmp_path / name) for name in ("random", "uniform")}
+    table = suite_table(["majority", *found], found, "majority", own)
+    first = table.texts(table.rows[0])
+    assert first[1].text == f"{own.mean.score:.3f}"
+    assert first[table.head.index("EMO")].text == f"{own.tasks['EMO'].score:.3f}"
+    assert any(said.startswith("random: the mean is over") for said in table.warnings)
+    assert not any(said.startswith("uniform: the mean is over") for said in table.warnings)
+    assert "corrected over the settings" in " ".join(table.notes) and "mean is not" not in " ".join(table.notes)
+    console = Console(width=80, file=io.StringIO())
+    console.print(SuiteTables(table, "majority"))
+    shown = console.file.getvalue()
+    assert all(len(line) <= 80 for line in shown.splitlines())
+    for row in table.rows:
+        cells = [cell.text for cell in table.texts(row)]
+        lines = [line.split() for line in shown.splitlines() if line.strip().startswith(cells[0])]
+        assert lines and all(cell in " ".join(map(" ".join, lines)) for cell in cells), shown
 
 
 def test_a_suite_says_which_key_is_wrong(hba, mini_atlas, tmp_path):

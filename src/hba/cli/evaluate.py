@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from hba.evaluate.predict import PredictSummary, Selection
     from hba.evaluate.predictions import Tally
     from hba.evaluate.results import Metrics
+    from hba.report.comparison import SuiteTables
     from hba.report.tables import Table
 
 AGAINST = "vs"
@@ -109,7 +110,7 @@ def eval_command(
     names = {part.folder: part.setting.name for part in parts}
     board = build_leaderboard(list(names), tables=DEFAULT_TABLES, names=names, allow_other_data=chosen is not None)
     write_leaderboard(board, folder / "leaderboard.html")
-    differences = _differences(suite, parts, folder) if chosen else None
+    differences = _differences(suite, parts, folder, metrics) if chosen else None
 
     def show_all() -> Iterator[RenderableType]:
         from hba.report.tables import metrics_table
@@ -261,22 +262,25 @@ def _reported(folder: Path, atlas: str) -> Path:
     return write_report(folder, atlas_root=Path(atlas) if Path(atlas).is_dir() else None)
 
 
-def _differences(suite: Suite, parts: Sequence[_Part], folder: Path) -> tuple[dict[str, Any], Table]:
+def _differences(
+    suite: Suite, parts: Sequence[_Part], folder: Path, metrics: Sequence[Metrics]
+) -> tuple[dict[str, Any], SuiteTables]:
     """Every setting against the baseline, as records and as one table, which suite.md has, too."""
     from hba.evaluate.compare import compare_runs
-    from hba.report.comparison import suite_table
+    from hba.report.comparison import SuiteTables, suite_table
     from hba.report.tables import write_table
 
-    base = next(part.folder for part in parts if part.setting.name == suite.baseline)
+    names = [part.setting.name for part in parts]
+    base, own = parts[names.index(suite.baseline)].folder, metrics[names.index(suite.baseline)]
     found = {
         part.setting.name: compare_runs(base, part.folder) for part in parts if part.setting.name != suite.baseline
     }
-    table = suite_table([part.setting.name for part in parts], found, suite.baseline)
+    table = suite_table(names, found, suite.baseline, own)
     write_table(table, folder / "suite.md")
     records = {name: each.record() for name, each in found.items()}
     for record in records.values():
         del record["flips"]
-    return records, table
+    return records, SuiteTables(table, suite.baseline)
 
 
 def _judged(folder: Path, model: str, base_url: str | None) -> dict[str, int]:

@@ -17,6 +17,7 @@ import re
 import stat
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ from hba.evaluate.predictions import (
 from hba.evaluate.results import FILE as METRICS
 from hba.evaluate.runs import ASKED, QUARANTINE, Run, open_run
 from hba.evaluate.score import PREDICTED, left_out_of, score_run
-from hba.storage import atomic_write, json_line, read_json, read_jsonl
+from hba.storage import atomic_write, json_line, plural, read_json, read_jsonl
 from hba.taxonomy import FILE as TAXONOMY
 from hba.taxonomy import of_folder
 
@@ -264,13 +265,15 @@ class Shown(NamedTuple):
     runs: dict[str, Path]
     bundles: dict[str, Path]
     refused: list[str]
+    notes: dict[str, tuple[str, ...]]
+    """what of a bundle was not verified"""
 
 
 @contextmanager
 def pages_of(bundles: Sequence[Path]) -> Iterator[Shown]:
     """The bundles, each verified; their folders are gone afterwards."""
     with ExitStack() as stack:
-        shown = Shown({}, {}, [])
+        shown = Shown({}, {}, [], {})
         for bundle in bundles:
             try:
                 found = verify(bundle)
@@ -281,6 +284,7 @@ def pages_of(bundles: Sequence[Path]) -> Iterator[Shown]:
                 if name in shown.runs or name.lower() == "index":
                     name = f"{name}-{len(shown.runs) + 1}"
                 shown.runs[name], shown.bundles[name] = stack.enter_context(unpacked(bundle)), bundle
+                shown.notes[name] = found.notes
             except InputError as error:
                 shown.refused.append(str(error))
         yield shown
@@ -329,7 +333,7 @@ def _verified(bundle: Path, atlas: str | None) -> Verified:
         try:
             predictions = read_predictions(folder / PREDICTIONS, of_folder(folder))
             said = read_json(folder / METRICS)
-            found = _label_differs(folder, predictions, checked, notes)
+            found = _asked_differs(folder, predictions, notes) or _label_differs(folder, predictions, checked, notes)
             if found is None and atlas is not None:
                 found = _atlas_differs(folder, predictions, atlas)
                 checked.append("rows of the atlas")
@@ -379,24 +383,50 @@ def _label_differs(folder: Path, predictions: list[Prediction], checked: list[st
     if (folder / PROMPTS).is_file():
         prompts = {str(record.get("id")): str(record.get("problem")) for _, record in read_jsonl(folder / PROMPTS)}
     same = read_json(folder / ASKED).get("reading") == READING_VERSION
-    unread = 0
+    unread = unruled = 0
     for p in predictions:
-        if p.probs and p.label in p.probs and p.probs[p.label] < max(p.probs.values()):
+        if p.probs and p.label is not None and p.probs.get(p.label, -1.0) < max(p.probs.values()):
             return f"{PREDICTIONS}: {p.id} has the label {p.label!r}, which is not its most probable"
-        if p.rule is None or p.output is None:
+        if p.failed or p.output is None or (p.rule is None and p.probs):
             continue
-        if p.id not in prompts or not same:
+        if p.rule is None or p.id not in prompts or not same:
             unread += 1
+            unruled += p.rule is None
             continue
         _, answer, label = read(p.output, p.dataset, taxonomy, prompt=prompts[p.id], cut=was_cut(p.finish))
         if (answer, label) != (p.answer, p.label):
             said = (p.label or p.answer, label or answer)
             return f"{PREDICTIONS}: {p.id} is read as {said[0]!r}, and its words say {said[1]!r}"
     if unread:
-        why = "were read by another version" if prompts else "have no prompt in the bundle"
-        notes.append(f"{unread:,} answers in words {why}: their labels are taken as they are")
+        whys = [f"say no rule by which they were read ({unruled:,})"] if unruled else []
+        if unread > unruled:
+            whys.append("were read by another version" if prompts and not same else "have no prompt in the bundle")
+        counted = plural(unread, "answer in words|answers in words")
+        notes.append(f"{counted} {' or '.join(whys)}: their labels are taken as they are")
     checked.append("labels")
     return None
+
+
+def _asked_differs(folder: Path, predictions: list[Prediction], notes: list[str]) -> str | None:
+    """Whether the rows that were to be answered, and those that were not, are all that there were: who leaves out what
+    was answered wrongly has to say so."""
+    asked = read_json(folder / ASKED)
+    rows = (asked.get("data") or {}).get("rows")
+    if rows is None or asked.get("asked") is None:
+        notes.append(f"{ASKED} does not say how many rows were to be answered: some may be left out")
+        return None
+    counted = _counted(asked).total()
+    if rows != counted:
+        return f"{ASKED}: the data have {rows:,} rows, and {counted:,} were asked for, skipped or without an answer"
+    return None
+
+
+def _counted(asked: Mapping[str, Any]) -> Counter[str]:
+    """The rows of each dataset, answered or not."""
+    kinds: list[Counter[str]] = [Counter(asked.get(name) or {}) for name in ("asked", "skipped", "unlabelled")]
+    if any(type(number) is not int or number < 0 for kind in kinds for number in kind.values()):
+        raise ValueError("a count of rows is no number")
+    return sum(kinds, Counter())
 
 
 def _atlas_differs(folder: Path, predictions: list[Prediction], atlas: str) -> str | None:
@@ -407,6 +437,10 @@ def _atlas_differs(folder: Path, predictions: list[Prediction], atlas: str) -> s
     asked = read_json(folder / ASKED)
     rows = Selection(**asked.get("selection") or {}).rows(open_atlas(atlas, split=asked.get("split")))
     known = {sample.id: sample for sample in rows}
+    there = Counter(sample.dataset for sample in known.values())
+    if asked.get("asked") is not None and (counted := _counted(asked)) != there:
+        key = min(key for key in {*there, *counted} if there[key] != counted[key])
+        return f"{ASKED}: {counted[key]:,} rows of {key}, and the atlas has {there[key]:,}"
     for p in predictions:
         sample = known.get(p.id)
         if sample is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,7 +16,7 @@ from rich.text import Text
 from hba.errors import InputError
 from hba.evaluate.compare import MEAN, Comparison, Difference, SeedComparison, SeedDifference, Spread, Variance
 from hba.evaluate.leaderboard import DEFAULT_TABLES, Entry, Leaderboard, build_leaderboard
-from hba.evaluate.results import SCANT, convert
+from hba.evaluate.results import SCANT, Metrics, convert
 from hba.evaluate.runs import open_run
 from hba.evaluate.statistics import EXACT_MATCH, holm
 from hba.report import words
@@ -55,20 +55,20 @@ def comparison(found: Comparison) -> Table:
     )
 
 
-def suite_table(names: Sequence[str], found: Mapping[str, Comparison], baseline: str) -> Table:
+def suite_table(names: Sequence[str], found: Mapping[str, Comparison], baseline: str, own: Metrics) -> Table:
     """A line a setting: its mean and that of each task, and what it differs by from the `baseline`, over the rows that
-    both answered. `found` has the comparison of every other setting with it. p-values are corrected over settings."""
-    tasks = list(dict.fromkeys(key for each in found.values() for key in each.paired.tasks))
+    both answered. `found` has the comparison of every other setting with it, `own` are the scores of the baseline over
+    all its rows. p-values are those of the mean, corrected over settings."""
+    scored = [key for key, task in own.tasks.items() if task.score is not None]
+    tasks = list(dict.fromkeys([*scored, *(key for each in found.values() for key in each.paired.tasks)]))
     means = {name: each.paired.mean for name, each in found.items()}
     tested = {name: mean.p_value for name, mean in means.items() if mean is not None and mean.p_value is not None}
     corrected = dict(zip(tested, holm([p for p in tested.values() if p is not None]), strict=True))
     rows: list[Row] = []
     for name in names:
         if name == baseline:
-            first = next(iter(found.values()))
-            mean, sides = first.paired.mean, [first.paired.tasks.get(key) for key in tasks]
-            shown = [figure(side.a) if side else DASH for side in sides]
-            rows.append((name, figure(mean.a if mean else None), DASH, "", "", *shown, count(first.failed[MEAN][0])))
+            shown = [figure(own.tasks[key].score if key in own.tasks else None) for key in tasks]
+            rows.append((name, figure(own.mean.score), DASH, "", "", *shown, count(own.aggregate.n_failed)))
             continue
         each, mean = found[name], means[name]
         p_value = corrected.get(name)
@@ -78,15 +78,63 @@ def suite_table(names: Sequence[str], found: Mapping[str, Comparison], baseline:
             signed = DASH if mean.difference is None else f"{mean.difference:+.3f}"
             line = (figure(mean.b), Cell(signed, _style(mean.difference, p_value)), interval(mean.ci95), p_text)
         rows.append((name, *line, *(_signed(each.paired.tasks.get(key)) for key in tasks), count(each.failed[MEAN][1])))
-    notes = [f"Each setting against {baseline} on the rows that both answered; tasks: score (difference).", NOTE]
-    notes += [
+    said = f"Each setting against {baseline} on the rows that both answered; tasks: score (difference)."
+    notes = [
+        f"{said} {baseline} itself: over all its rows.",
+        "Intervals are of 95% by the paired bootstrap; p is that of the mean, corrected over the settings (Holm).",
+    ]
+    of = {name: sum(_in_mean(line) for line in each.paired.tasks.values()) for name, each in found.items()}
+    warnings = [
+        f"{name}: the mean is over {plural(number, 'task')}, that of {baseline} over {len(scored):,}."
+        for name, number in of.items()
+        if number != len(scored)
+    ]
+    warnings += [
+        f"{name}: {count(each.num_rows)} rows in common with {baseline}, which answered {count(own.aggregate.n)}."
+        for name, each in found.items()
+        if own.aggregate.n and each.num_rows != own.aggregate.n
+    ]
+    warnings += [
         f"{name}: {key} is not compared: {line.note}."
         for name, each in found.items()
         for key, line in each.paired.tasks.items()
         if line.note
     ]
     head = ("setting", "mean", f"minus {baseline}", "95% interval", "p (Holm)", *tasks, "failed")
-    return Table(title="", head=head, rows=rows, notes=notes, tight=True)
+    return Table(title="", head=head, rows=rows, notes=notes, warnings=warnings, tight=True)
+
+
+def _in_mean(line: Difference) -> bool:
+    return line.b is not None and line.metric != EXACT_MATCH
+
+
+@dataclass(frozen=True)
+class SuiteTables:
+    """A suite's table for the terminal: what settings differ by, and the tasks in as many tables as the width wants."""
+
+    whole: Table
+    baseline: str
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        """The tables; figures stand whole beside the name of their setting."""
+        lines = [self.whole.texts(row) for row in self.whole.rows]
+        head = ("setting", "mean", "difference", "95% interval", "p (Holm)", "failed")
+        rows: list[Row] = [(*line[:5], line[-1]) for line in lines]
+        title = f"Each setting against {self.baseline}, on the rows that both answered"
+        yield Table(title=title, head=head, rows=rows, warnings=self.whole.warnings, tight=True)
+        room = options.max_width - NAME_WIDTH - GAP
+        left, blocks = room, [list[int]()]
+        for place in range(5, len(self.whole.head) - 1):
+            size = GAP + max(len(self.whole.head[place]), *(len(line[place].text) for line in lines))
+            if size > left and blocks[-1]:
+                blocks.append([])
+                left = room
+            blocks[-1].append(place)
+            left -= size
+        for places in filter(None, blocks):
+            names = [self.whole.head[place] for place in places]
+            cells: list[Row] = [(line[0], *(line[place] for place in places)) for line in lines]
+            yield Table(title="", head=("setting", *names), rows=cells)
 
 
 def _signed(line: Difference | None) -> str:
@@ -391,7 +439,7 @@ def write_site(shown: Shown, site: Path, *, max_quarantined: float) -> Leaderboa
     for name, folder in list(shown.runs.items()):
         try:
             build_leaderboard([folder], **how)
-            pages[name] = render(open_run(folder), alone=True)
+            pages[name] = render(open_run(folder), alone=True, notes=shown.notes[name])
         except (InputError, *MALFORMED) as error:
             del shown.runs[name]
             bundle = shown.bundles[name]
@@ -402,6 +450,10 @@ def write_site(shown: Shown, site: Path, *, max_quarantined: float) -> Leaderboa
         raise InputError(what, where=str(site), fix="Ask for others.")
     names = {folder: name for name, folder in shown.runs.items()}
     board = build_leaderboard(list(names), names=names, **how)
+    for number, entry in enumerate(board.entries):
+        if not entry.published:
+            unverified = tuple(f"not verified: {note}" for note in shown.notes[entry.name])
+            board.entries[number] = replace(entry, notes=(*entry.notes, *unverified))
     if site.is_dir():
         site.rmdir()
     with atomic_folder(site) as making:

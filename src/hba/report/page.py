@@ -14,7 +14,7 @@ import re
 import wave
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import zip_longest
 from pathlib import Path
@@ -79,12 +79,23 @@ def write_report(
     return path
 
 
-def render(run: Run, atlas_root: Path | None = None, *, rl: RlPart | None = None, alone: bool = False) -> str:
+def render(
+    run: Run,
+    atlas_root: Path | None = None,
+    *,
+    rl: RlPart | None = None,
+    alone: bool = False,
+    notes: Sequence[str] = (),
+) -> str:
     """The page of a run as text, with the RL part of its folder if it has one; see `write_report`.
 
-    `alone`: of a run from elsewhere, whose records lead to no atlas of this machine.
+    `alone`: of a run from elsewhere, whose records lead to no atlas of this machine; of its scores by field it shows
+    those that follow from the predictions. `notes` say what else a reader should know.
     """
     metrics, stages = run.metrics, None
+    if alone:
+        parts = {name: part for name, part in metrics.breakdowns.items() if name in ("modality", "language")}
+        metrics = replace(metrics, aggregate=replace(metrics.aggregate, breakdowns=parts))
     predictions = run.predictions if run.has(PREDICTIONS) else None
     shown: dict[str, Any] = {"confused": None, "samples": None, "judged": None}
     if predictions is not None:
@@ -106,7 +117,7 @@ def render(run: Run, atlas_root: Path | None = None, *, rl: RlPart | None = None
         run=run,
         metrics=metrics,
         verdict=verdict(run),
-        warnings=words.warnings(metrics, stale=run.stale),
+        warnings=[*words.warnings(metrics, stale=run.stale), *(f"Not verified: {note}." for note in notes)],
         bars={
             key: bar(task, name=f"{key} {task.title}", references=published.references(key) if published else ())
             for key, task in metrics.tasks.items()
