@@ -140,13 +140,15 @@ def test_more_than_may_wait_is_told_to_come_again(answering, tmp_path):
         for link in links:  # what does not come in time is given up, and makes room
             assert status(link) == 408
             link.close()
-        assert served.client.post("/v1/classify", json=body("x")).status_code == 200
+        deadline = time.monotonic() + 10  # its place is free once the server, too, has closed
+        while served.client.post("/v1/classify", json=body("x")).status_code != 200:
+            assert time.monotonic() < deadline
 
 
 def test_bodies_that_grow_together_are_refused_as_they_come(answering, tmp_path, monkeypatch):
     """Each may begin, since none has sent anything; all of them together are more than may be held."""
     monkeypatch.setattr(serve, "BODIES_AT_ONCE", 2)
-    with serving(answering, tmp_path, config=settings(), limits=Limits(seconds=2, body_bytes=MEGABYTE)) as served:
+    with serving(answering, tmp_path, config=settings(), limits=Limits(seconds=4, body_bytes=MEGABYTE)) as served:
         links = [connected(served.url) for _ in range(3)]
         for link in links:
             link.sendall(head(MEGABYTE))
@@ -156,7 +158,9 @@ def test_bodies_that_grow_together_are_refused_as_they_come(answering, tmp_path,
         assert found == [408, 408, 503]
         for link in links:
             link.close()
-        assert served.client.post("/v1/classify", json=body("x")).status_code == 200
+        deadline = time.monotonic() + 10
+        while served.client.post("/v1/classify", json=body("x")).status_code != 200:
+            assert time.monotonic() < deadline
 
 
 @pytest.fixture(scope="module")
