@@ -521,6 +521,7 @@ def _site(places: list[Path], site: Path, *, json: bool, max_quarantined: float)
     """Write the site of bundles; those whose numbers do not follow are named, and stand in no page. Exit 1 for them."""
     from hba.evaluate.bundle import pages_of
     from hba.report.comparison import write_site
+    from hba.report.page import render
 
     bundles = [
         path for place in places for path in (sorted(place.glob("*.zip")) if place.is_dir() else [place])
@@ -530,7 +531,7 @@ def _site(places: list[Path], site: Path, *, json: bool, max_quarantined: float)
     if site.exists() and (not site.is_dir() or any(site.iterdir())):
         raise InputError("is not empty", where=str(site), fix="Choose another folder, or remove it.")
     with pages_of(bundles) as found:
-        board = write_site(found, site, max_quarantined=max_quarantined)
+        board = write_site(found, site, render, max_quarantined=max_quarantined)
     for refused in found.refused:
         beside(f"error: {refused}")
     answer(board.record() | {"site": str(site)}, lambda: written(site / "index.html"), as_json=json)

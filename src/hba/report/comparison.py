@@ -427,12 +427,11 @@ def write_leaderboard(board: Leaderboard, path: Path) -> None:
         handle.write(writer(board))
 
 
-def write_site(shown: Shown, site: Path, *, max_quarantined: float) -> Leaderboard:
+def write_site(shown: Shown, site: Path, render: Callable[..., str], *, max_quarantined: float) -> Leaderboard:
     """Write a static site into `site`: index.html with the board, NAME.html with the report of each bundle, and the
     bundles themselves. Pages load nothing from elsewhere and show nothing that is not in a bundle. It appears whole or
-    not at all; a bundle of which no page can be made is moved to the refused ones."""
+    not at all; a bundle of which no page can be made is moved to the refused ones. `render` is the report's."""
     from hba.evaluate.bundle import MALFORMED, malformed
-    from hba.report.page import render
 
     how: dict[str, Any] = {"tables": DEFAULT_TABLES, "allow_other_data": True, "max_quarantined": max_quarantined}
     pages: dict[str, str] = {}
