@@ -68,9 +68,19 @@ def digests(root: Path) -> dict[str, str]:
     return found
 
 
-def kill_after(root: Path, new_items: int, moment: float, *, everyone: bool) -> bool:
+def is_there(group: int) -> bool:
+    """Whether a process of a group lives."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def kill_after(root: Path, new_items: int, moment: float, started: list[int], *, everyone: bool) -> bool:
     """Start a run and kill it `moment` seconds after so many more items are done; False when it ended before."""
     aim, process = num_done(root) + new_items, start(root)
+    started.append(process.pid)
     while process.poll() is None and num_done(root) < aim:
         time.sleep(0.002)
     time.sleep(moment)
@@ -89,9 +99,9 @@ def test_kill_9_at_random_points(tmp_path: Path) -> None:
     undisturbed, root = make_atlas(tmp_path / "undisturbed"), make_atlas(tmp_path / "atlas")
     assert start(undisturbed).wait() == 0
     before = (root / "train.jsonl").read_bytes()
-    chance, kills = random.Random(1), 0
+    chance, kills, started = random.Random(1), 0, list[int]()
     for attempt in range(KILLS):
-        kills += kill_after(root, chance.randint(0, 12), chance.uniform(0, 0.1), everyone=attempt % 2 == 0)
+        kills += kill_after(root, chance.randint(0, 12), chance.uniform(0, 0.1), started, everyone=attempt % 2 == 0)
         assert (root / "train.jsonl").read_bytes() == before  # rows are written last
         done = {entry["output"] for entry in entries(root) if entry["state"] == "done"}
         assert done <= set(digests(root))  # what is entered as done stands whole under its name
@@ -99,6 +109,10 @@ def test_kill_9_at_random_points(tmp_path: Path) -> None:
             if not Path(name).name.startswith("."):
                 assert torch.load(root / name, weights_only=True)["features"].shape == (88,)
     assert kills >= 3
+    deadline = time.monotonic() + 60
+    while any(map(is_there, started)):  # what a worker that is still there had begun is not cleared away
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     assert start(root).wait() == 0
     assert digests(root) == digests(undisturbed)  # every file, once, and no leftovers
     assert (root / "train.jsonl").read_bytes() == (undisturbed / "train.jsonl").read_bytes()

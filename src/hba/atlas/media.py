@@ -153,7 +153,7 @@ def load_descriptor(source: Source, *, where: str, limits: Limits = DEFAULT_LIMI
         what = f"is not a plain file of tensors, or is damaged ({reason})"
         raise MediaError(what, where=where, fix="Save tensors alone with torch.save.") from None
     checked = _checked if with_torch else _checked_array
-    if hasattr(value, "shape"):
+    if not isinstance(value, dict) and hasattr(type(value), "shape"):  # the value's own raises for nested tensors
         return checked(value, "", where, limits)
     if isinstance(value, dict) and value and all(isinstance(k, str) for k in value):
         return {name: checked(tensor, f" {name!r}", where, limits) for name, tensor in value.items()}

@@ -73,6 +73,8 @@ _BINARIES = (pa.binary(), pa.large_binary(), pa.binary_view(), pa.null())
 def check_schema(schema: pa.Schema, shard: Path) -> None:
     """Raise InputError naming the column when one is missing or of another type than the published schema says."""
     for name in (*TEXT, *OPTIONAL, *MEDIA_FIELDS, "texts", MEDIA_PATHS):
+        if len(places := schema.get_all_field_indices(name)) > 1:
+            raise InputError(f"column {name!r}: is there {len(places)} times", where=str(shard), fix=FIX_SCHEMA)
         position = schema.get_field_index(name)
         if position < 0 and name in TEXT:
             raise InputError(f"column {name!r}: is missing", where=str(shard), fix=FIX_SCHEMA)
