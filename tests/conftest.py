@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -50,6 +52,19 @@ def model(backbone):
 
     torch.manual_seed(0)
     return OmniSapiens.from_pretrained(backbone).eval()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, mini_atlas):
+    """A clip, a sound, a picture and a text."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("mine")
+    shutil.copy(next(iter(sorted(mini_atlas.rglob("*.mp4")))), folder / "clip.mp4")
+    shutil.copy(next(iter(sorted(mini_atlas.rglob("*.wav")))), folder / "sound.wav")
+    Image.fromarray(np.full((64, 64, 3), 90, np.uint8)).save(folder / "picture.png")
+    (folder / "words.txt").write_text("Well, that went wonderfully.\n", encoding="utf-8")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,6 @@ import wave
 import numpy as np
 import pytest
 import soundfile
-from PIL import Image
 
 import hba as package
 from hba.atlas.build import look_at, row_of
@@ -36,17 +35,6 @@ def run(tmp_path_factory, mini_atlas, backbone):
     command = [sys.executable, "-m", "hba", "train", "sft", "--run", str(folder), *settings]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return folder
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory, mini_atlas):
-    """A clip, a sound, a picture and a text."""
-    folder = tmp_path_factory.mktemp("mine")
-    shutil.copy(next(iter(sorted(mini_atlas.rglob("*.mp4")))), folder / "clip.mp4")
-    shutil.copy(next(iter(sorted(mini_atlas.rglob("*.wav")))), folder / "sound.wav")
-    Image.fromarray(np.full((64, 64, 3), 90, np.uint8)).save(folder / "picture.png")
-    (folder / "words.txt").write_text("Well, that went wonderfully.\n", encoding="utf-8")
     return folder
 
 

@@ -2,16 +2,13 @@
 refused in OpenAI's words."""
 
 import base64
-import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
-import numpy as np
 import openai
 import pytest
-from PIL import Image
 from serving import data_url, serving
 
 import hba as package
@@ -24,17 +21,6 @@ LONGEST = 12
 
 def settings(*more):
     return load_config(PredictConfig, None, [f"generation.max_tokens={LONGEST}", "loader.workers=1", *more])
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory, mini_atlas):
-    """A clip, a sound, a picture and a text."""
-    folder = tmp_path_factory.mktemp("mine")
-    shutil.copy(next(iter(sorted(mini_atlas.rglob("*.mp4")))), folder / "clip.mp4")
-    shutil.copy(next(iter(sorted(mini_atlas.rglob("*.wav")))), folder / "sound.wav")
-    Image.fromarray(np.full((64, 64, 3), 90, np.uint8)).save(folder / "picture.png")
-    (folder / "words.txt").write_text("Well, that went wonderfully.\n", encoding="utf-8")
-    return folder
 
 
 @pytest.fixture(scope="module")
