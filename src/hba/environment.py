@@ -37,8 +37,8 @@ EXTRAS = {"train": ("torch", "torchvision", "transformers", "peft", "accelerate"
 COMMAND_SECONDS = 10.0
 
 
-def environment(*, command: str, seed: int) -> dict[str, Any]:
-    """The content of environment.json, without the data."""
+def environment(*, command: str, seed: int | None) -> dict[str, Any]:
+    """The content of environment.json, without the data; `seed` is None where no chance decides anything."""
     return {
         "hba_version": hba_version(),
         "git_commit": git_commit(),

@@ -213,8 +213,8 @@ class RunFolder:
         here = environment(command=command, seed=seed)
         if self.config.is_file():
             self._require_same(config, command, seed)
-        if self.environment.is_file():
-            self._note_resume(here)
+        if self.environment.is_file() and self.config.is_file():  # without a config it is of predictions in this folder
+            _note_resume(self.environment, here)
         else:
             write_json(self.environment, here)
         if not self.config.is_file():
@@ -242,12 +242,29 @@ class RunFolder:
             what = f"the folder holds a run with another config: {'; '.join(changed)}"
             raise ConfigError(what, where=str(self.config), fix=ELSEWHERE)
 
-    def _note_resume(self, here: dict[str, Any]) -> None:
-        """Add when the run was resumed, and what of the machine or its packages had changed since it began."""
-        recorded = read_json(self.environment)
-        changed = {fact: here[fact] for fact in MACHINE_FACTS if recorded.get(fact) != here[fact]}
-        resumed = [*recorded.get("resumed", []), {"started_at": now(), "changed": changed}]
-        write_json(self.environment, {**recorded, "resumed": resumed})
+
+def record_predicting(folder: Path, *, command: str, seed: int | None, data: Mapping[str, Any]) -> None:
+    """Write on what rows are predicted, and which, into environment.json of `folder`.
+
+    In the folder of a training, whose record stays, it is noted beside it; so is where and when predicting went on.
+    The caller holds the folder's lock.
+    """
+    path, here = folder / "environment.json", environment(command=command, seed=seed)
+    if not path.is_file():
+        return write_json(path, {**here, "data": dict(data)})
+    if (recorded := read_json(path)).get("command") == command and recorded.get("data") != data:
+        write_json(path, {**recorded, "data": dict(data)})  # rows have come since
+    return _note_resume(path, here)
+
+
+def _note_resume(path: Path, here: Mapping[str, Any]) -> None:
+    """Add when the run was resumed, by which command if by another, and what of the machine or its packages had changed
+    since it began."""
+    recorded = read_json(path)
+    changed = {fact: here[fact] for fact in MACHINE_FACTS if recorded.get(fact) != here[fact]}
+    other = {} if recorded.get("command") == here["command"] else {"command": here["command"]}
+    resumed = [*recorded.get("resumed", []), {**other, "started_at": now(), "changed": changed}]
+    write_json(path, {**recorded, "resumed": resumed})
 
 
 def wandb_run(path: Path) -> dict[str, str]:

@@ -74,7 +74,7 @@ def test_the_numbers_of_a_bundle_follow_from_it_alone(hba, mini_atlas, scored, t
     code, out, err = hba("verify", "a.zip", "--json")
     assert code == 0, err
     found = json.loads(out)
-    assert found["differs"] is None and found["checked"] == ["hashes", "labels", "scores"]
+    assert found["differs"] is None and found["checked"] == ["hashes", "environment", "labels", "scores"]
     code, out, err = hba("verify", "a.zip", "--atlas", mini_atlas)
     assert code == 0 and "rows of the atlas" in out, err
 
@@ -269,6 +269,35 @@ def test_a_label_that_has_no_probability_is_not_the_most_probable(tmp_path):
     forged = module.Prediction(**line, answer=None, label="joy", error=None, probs={"anger": 1.0})
     (tmp_path / "predict.json").write_text("{}")
     assert "not its most probable" in module._label_differs(tmp_path, [forged], [], [])
+
+
+def test_a_bundle_says_what_the_run_ran_on_and_never_what_packed_it(hba, mini_atlas, scored, tmp_path):
+    assert hba("bundle", scored, tmp_path / "a.zip")[0] == 0
+    with zipfile.ZipFile(tmp_path / "a.zip") as packed:
+        said = json.loads(packed.read("environment.json"))
+    assert said["command"] == "predict" and said["started_at"] and said["data"]["rows"] > 0
+    other = edited(["data", "fingerprint"], "of other rows")
+    code, _, err = hba("verify", changed(tmp_path / "a.zip", tmp_path / "b.zip", environment_json=other))
+    assert code == 1 and "environment.json: is of a run over other rows" in err, err
+    shutil.copytree(scored, tmp_path / "run")
+    (tmp_path / "run" / "environment.json").unlink()
+    code, _, err = hba("bundle", tmp_path / "run", tmp_path / "c.zip")
+    assert code == 0 and "does not say what it ran on" in err
+    with zipfile.ZipFile(tmp_path / "c.zip") as packed:
+        assert "environment.json" not in packed.namelist()
+    code, _, err = hba("verify", tmp_path / "c.zip")
+    assert code == 0 and "does not say what the rows were predicted on" in err, err
+
+
+def test_a_baseline_is_verified_without_a_warning(hba, mini_atlas, tmp_path):
+    """Its words are the answer, of rows with labels and of free-form ones."""
+    assert hba("predict", "majority", "--atlas", mini_atlas, "--per-dataset", "2", "--run", tmp_path / "run")[0] == 0
+    assert hba("score", tmp_path / "run")[0] == 0 and hba("bundle", tmp_path / "run", tmp_path / "a.zip")[0] == 0
+    code, _, err = hba("verify", tmp_path / "a.zip")
+    assert (code, err) == (0, "")
+    forged = first_line(lambda p: p | {"output": "who knows", "probs": None})
+    code, _, err = hba("verify", changed(tmp_path / "a.zip", tmp_path / "b.zip", predictions_jsonl=forged))
+    assert "1 answer in words says no rule by which it was read: " in err and "labels are taken as they are" in err, err
 
 
 def test_a_size_that_lies_and_what_is_no_zip_are_refused(hba, scored, tmp_path):

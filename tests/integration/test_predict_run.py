@@ -279,6 +279,30 @@ def test_shards_make_one_file_in_any_order_with_any_number(hba, mini_atlas, tmp_
     assert len((parts / "predictions.jsonl").read_text().splitlines()) == len(predictions(whole))
 
 
+def test_a_run_says_what_it_was_predicted_on_and_where_it_went_on(hba, mini_atlas, tmp_path):
+    command = ["predict", "random", "--atlas", mini_atlas, "--run", tmp_path]
+    assert hba(*command, "--shard", "1/2")[0] == 0
+    file = tmp_path / "environment.json"
+    first = read_json(file)
+    asked = read_json(tmp_path / "predict.json")
+    assert (first["command"], first["seed"], first["data"]) == ("predict", 0, asked["data"])
+    assert first["packages"]["msgspec"] and first["started_at"] and "resumed" not in first
+    file.write_text(json.dumps(first | {"cpu": "another one"}))  # the second process is on another machine
+    assert hba(*command, "--shard", "2/2")[0] == 0
+    (again,) = read_json(file)["resumed"]
+    assert again["changed"] == {"cpu": first["cpu"]} and "command" not in again
+    before = file.read_bytes()
+    assert hba(*command)[0] == 0  # nothing is left to ask
+    assert file.read_bytes() == before
+    # The record of a training stays in its folder, and the predictions are noted beside it.
+    trained = first | {"command": "train sft", "data": {"fingerprint": "of training"}}
+    (tmp_path / "trained").mkdir()
+    (tmp_path / "trained" / "environment.json").write_text(json.dumps(trained))
+    assert hba("predict", "majority", "--atlas", mini_atlas, "--limit", "3", "--run", tmp_path / "trained")[0] == 0
+    found = read_json(tmp_path / "trained" / "environment.json")
+    assert trained.items() <= found.items() and [each["command"] for each in found["resumed"]] == ["predict"]
+
+
 def test_a_run_without_shards_goes_on_from_shards(hba, mini_atlas, tmp_path):
     command = ["predict", "random", "--atlas", mini_atlas, "--run", tmp_path]
     assert hba(*command, "--shard", "1/2")[0] == 0

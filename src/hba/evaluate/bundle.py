@@ -26,7 +26,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from hba.batch.prompt import AnswerFormat
-from hba.environment import environment, hba_version
+from hba.environment import hba_version
 from hba.errors import InputError
 from hba.evaluate.answers import read
 from hba.evaluate.predictions import (
@@ -130,11 +130,10 @@ def _contents(run: Run, notes: list[str], atlas: str | None, *, prompts: bool) -
         yield TAXONOMY, (run.root / TAXONOMY).read_bytes()
     if run.config is not None:
         yield TRAINING, str(cleaned(run.config)).encode()
-    here = {**environment(command="hba bundle", seed=0), "seed": None, "started_at": None}
-    ours = here if run.environment is None else None
-    yield ENVIRONMENT, _plain(cleaned(ours or run.environment))
-    if ours:
-        notes.append("the run does not say what it ran on; the environment is that of the machine that packed it")
+    if run.environment is None:
+        notes.append("the run does not say what it ran on: it was predicted by an older version")
+    else:
+        yield ENVIRONMENT, _plain(cleaned(run.environment))
     named = str((run.asked.get("identity") or {}).get("format", "")).split(" ")[0]
     if named:
         try:
@@ -333,7 +332,8 @@ def _verified(bundle: Path, atlas: str | None) -> Verified:
         try:
             predictions = read_predictions(folder / PREDICTIONS, of_folder(folder))
             said = read_json(folder / METRICS)
-            found = _asked_differs(folder, predictions, notes) or _label_differs(folder, predictions, checked, notes)
+            found = _asked_differs(folder, notes) or _ran_differs(folder, checked, notes)
+            found = found or _label_differs(folder, predictions, checked, notes)
             if found is None and atlas is not None:
                 found = _atlas_differs(folder, predictions, atlas)
                 checked.append("rows of the atlas")
@@ -389,6 +389,8 @@ def _label_differs(folder: Path, predictions: list[Prediction], checked: list[st
             return f"{PREDICTIONS}: {p.id} has the label {p.label!r}, which is not its most probable"
         if p.failed or p.output is None or (p.rule is None and p.probs):
             continue
+        if p.rule is None and (p.answer, p.label) == (p.output, taxonomy.canonical_label(p.dataset, p.output)):
+            continue  # the words are the answer, as those of a baseline are
         if p.rule is None or p.id not in prompts or not same:
             unread += 1
             unruled += p.rule is None
@@ -398,16 +400,30 @@ def _label_differs(folder: Path, predictions: list[Prediction], checked: list[st
             said = (p.label or p.answer, label or answer)
             return f"{PREDICTIONS}: {p.id} is read as {said[0]!r}, and its words say {said[1]!r}"
     if unread:
-        whys = [f"say no rule by which they were read ({unruled:,})"] if unruled else []
-        if unread > unruled:
-            whys.append("were read by another version" if prompts and not same else "have no prompt in the bundle")
-        counted = plural(unread, "answer in words|answers in words")
-        notes.append(f"{counted} {' or '.join(whys)}: their labels are taken as they are")
+        other = "was|were read by another version" if prompts and not same else "has|have no prompt in the bundle"
+        ruleless = "says no rule by which it was read|say no rule by which they were read"
+        kinds = {ruleless: unruled, other: unread - unruled}
+        counted = [plural(count, "answer in words|answers in words", why) for why, count in kinds.items() if count]
+        notes.append(f"{' and '.join(counted)}: labels are taken as they are")
     checked.append("labels")
     return None
 
 
-def _asked_differs(folder: Path, predictions: list[Prediction], notes: list[str]) -> str | None:
+def _ran_differs(folder: Path, checked: list[str], notes: list[str]) -> str | None:
+    """Whether the record of what the rows were predicted on is of these rows."""
+    ran = read_json(folder / ENVIRONMENT) if (folder / ENVIRONMENT).is_file() else {}
+    predicted = [each for each in (ran, *ran.get("resumed", ())) if each.get("command") == "predict"]
+    if not predicted:
+        notes.append("the bundle does not say what the rows were predicted on")
+        return None
+    asked = (read_json(folder / ASKED).get("data") or {}).get("fingerprint")
+    if ran["command"] == "predict" and (said := (ran.get("data") or {}).get("fingerprint")) != asked:
+        return f"{ENVIRONMENT}: is of a run over other rows ({said}) than {ASKED} says ({asked})"
+    checked.append("environment")
+    return None
+
+
+def _asked_differs(folder: Path, notes: list[str]) -> str | None:
     """Whether the rows that were to be answered, and those that were not, are all that there were: who leaves out what
     was answered wrongly has to say so."""
     asked = read_json(folder / ASKED)

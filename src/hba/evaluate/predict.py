@@ -64,7 +64,7 @@ from hba.evaluate.predictions import (
     write_predictions,
 )
 from hba.remote import ServiceError
-from hba.run import FolderInUseError, QuarantineLog, locked_folder
+from hba.run import FolderInUseError, QuarantineLog, locked_folder, record_predicting
 from hba.storage import AppendLog, atomic_write, read_json, to_csv, whole, write_json
 from hba.taxonomy import Taxonomy, save_beside
 
@@ -302,7 +302,8 @@ def predict_run(
     shard: Shard | None = None,
     retry_failed: bool = False,
 ) -> PredictSummary:
-    """Predict a split into `folder` (predictions.jsonl, predict.json, quarantine.jsonl), going on where it stopped.
+    """Predict a split into `folder` (predictions.jsonl, predict.json, environment.json, quarantine.jsonl), going on
+    where it stopped.
 
     `backend` is a name of `hba.evaluate.backends`; None means the one that the model is made for. `shard` predicts a
     share of the rows; the last one merges (see `shards`). `retry_failed` asks again what failed before. Raises
@@ -319,12 +320,16 @@ def predict_run(
     settings = _settings(opening, split, answering, rows)
     batches = answering.batches(opening.atlas, rows)
     own = folder if shard is None else shard.folder(folder)
+    wanted = {opening.atlas.ids[row] for row in rows.tolist()}
     with ExitStack() as locks:
         with nullcontext() if shard is None else locked_folder(folder, PATIENCE_SECONDS):
             locks.enter_context(locked_folder(own))
             start_predictions(folder, settings, opening.atlas)
             save_beside(taxonomy, folder)
             read_anew(folder, opening.atlas, alone=shard is None)
+            if not wanted <= done_elsewhere(folder, failed=not retry_failed):
+                seed = settings["identity"].get("seed")
+                record_predicting(folder, command="predict", seed=seed, data=settings["data"])
         if shard is None:
             merge(folder, taxonomy)
         if retry_failed:
@@ -340,7 +345,6 @@ def predict_run(
                 leave_nothing(folder, shard)
     if shard is None:
         return summary._replace(note=opening.note, unlabelled=write_answers(folder, opening.atlas))
-    wanted = {opening.atlas.ids[row] for row in rows.tolist()}
     merged = merge_when_done(folder, wanted, taxonomy, retry_failed=retry_failed)
     if not merged and (shard.device is None or shard.number == 1) and not came_late:  # all was there when it came
         merged = not (folder / "shards").is_dir() and wanted <= done_elsewhere(folder, failed=not retry_failed)
