@@ -159,8 +159,8 @@ class Dataset:
     """One dataset key. `domain` is None for free-form answers; `labels` are those that occur in it.
 
     A multilabel dataset has no domain either (there is no head for it), but labels, of which a row has any number.
-    `group` is a pattern for file names whose first parenthesis is the speaker or dialogue. `licence` is what the
-    source's own page states.
+    `group` is a pattern for file names whose first parenthesis is the speaker or dialogue. `licence`, `users` (who may
+    use it), `source` and `consent` (of the people in it) are what the source's own page states.
     """
 
     key: str
@@ -171,6 +171,9 @@ class Dataset:
     group: str | None = None
     multilabel: bool = False
     licence: str = "unknown"
+    users: str = "unknown"
+    source: str = "unknown"
+    consent: str = "unknown"
 
     @property
     def mental_health(self) -> bool:
@@ -228,8 +231,10 @@ class Taxonomy:
             if domain is None or label not in self.domains[domain].labels:
                 known = self.domains[domain].labels if domain else ()
                 raise TaxonomyError(f"unknown label {label!r}", where=f"dataset {key!r}", fix=nearest(label, known))
-        said = {name: entry[name] for name in ("language", "group", "licence") if entry.get(name) is not None}
-        options = {**said, "task": task, "multilabel": multilabel}
+        said = {**self._raw.get("terms", {}).get(key, {}), **entry}
+        told = ("language", "group", "licence", "users", "source", "consent")
+        options = {name: said[name] for name in told if said.get(name) is not None}
+        options |= {"task": task, "multilabel": multilabel}
         return Dataset(key=key, domain=domain, labels=labels, **options)
 
     @cached_property
@@ -427,6 +432,9 @@ class _DatasetEntry(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=Tr
     language: str = "en"
     group: str | None = None
     licence: str = "unknown"
+    users: str = "unknown"
+    source: str = "unknown"
+    consent: str = "unknown"
 
 
 class _Entries(msgspec.Struct, forbid_unknown_fields=True):

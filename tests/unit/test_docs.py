@@ -257,6 +257,17 @@ def test_every_page_is_in_the_readme():
     assert [page.name for page in PAGES if page.parent.name == "docs" and f"docs/{page.name}" not in text] == []
 
 
+def test_the_page_of_licences_has_a_line_for_every_dataset_and_says_what_info_says():
+    lines = (ROOT / "docs/licences.md").read_text(encoding="utf-8").splitlines()
+    for dataset in hba.taxonomy.DATASETS.values():
+        (line,) = [line for line in lines if line.startswith("| ") and f"`{dataset.key}`" in line.split("|")[1]]
+        what, licence, users, consent = line.split("|")[2:6]
+        for column, said in ((licence, dataset.licence), (users, dataset.users), (consent, dataset.consent)):
+            assert "unknown" in column or said != "unknown", (dataset.key, column)
+        place = re.search(r"[\w.]+/[\w./-]+|arXiv:[\d.]+|[\w.]+\.edu", dataset.source)
+        assert place and place[0].removeprefix("doi:") in what, dataset.key
+
+
 def test_every_flaw_names_tests_that_are_there():
     """docs/flaws.md: one line a flaw, with the tests that would fail if we had it."""
     lines = (ROOT / "docs/flaws.md").read_text(encoding="utf-8").splitlines()

@@ -54,6 +54,8 @@ def test_licences_and_what_mental_health_labels_are_for_are_said(mini_atlas: Pat
         said = CliRunner().invoke(app, ["atlas", "info", str(atlas), "--out", str(page)]).stdout
         for text in (" ".join(said.split()), page.read_text()):
             assert ("ODbL" in text) == (name == "emotion") and ("unknown" in text.lower())
+            for said in ("CREMA-D", "actors, recorded for it", "a form is asked for"):
+                assert (said in text) == (name == "emotion")
             assert (care in text) == (name == "ptsd")
 
 

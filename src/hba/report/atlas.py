@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 MAX_FINDINGS = 200  # of one code on the page; validate.json has them all
 MAX_PER_CODE = 5  # in the terminal
 MAX_KINDS = 3
+TERMS = ("dataset", "licence", "who may use it", "consent", "source")
 TITLES = {"audios": "Sounds by length", "videos": "Clips by length"}
 STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
 
@@ -152,16 +153,17 @@ def render_info(info: AtlasInfo) -> str:
         hours=span(together) if together else "",
         histogram=_lengths_drawn(durations.all, "Rows by duration") if durations and together else None,
         lengths=lengths,
-        licences=licences(info),
+        heads=TERMS,
+        terms=terms(info),
         care=CARE if mental_health(info) else "",
         version=hba_version(),
     )
 
 
-def licences(info: AtlasInfo) -> dict[str, str]:
-    """The licence of each dataset that is there, as its source states it. Generated data have none."""
-    datasets = info.taxonomy.datasets
-    return {} if info.synthetic else {name: datasets[name].licence for name in sorted(info.totals("datasets"))}
+def terms(info: AtlasInfo) -> list[tuple[str, ...]]:
+    """Each dataset that is there with its `TERMS`, as its source states them. Generated data have none."""
+    there = [] if info.synthetic else [info.taxonomy.datasets[name] for name in sorted(info.totals("datasets"))]
+    return [(each.key, each.licence, each.users, each.consent, each.source) for each in there]
 
 
 def mental_health(info: AtlasInfo) -> bool:
@@ -208,10 +210,14 @@ def show_info(info: AtlasInfo) -> Iterator[RenderableType]:
         yield Table(title=title, head=head, rows=rows, align="l" + "r" * (len(head) - 2) + "b")
     labels = [(name, ", ".join(f"{x} {n:,}" for x, n in found.items())) for name, found in info.labels().items()]
     yield Table(title="Labels", head=("dataset", "labels"), rows=labels, align="l")
-    terms = licences(info)
-    if terms:
+    if told := terms(info):
         notes = ["As the sources' own pages state; unknown is unknown, not free: docs/licences.md."]
-        yield Table(title="Licences", head=("dataset", "licence"), rows=list(terms.items()), align="l", warnings=notes)
+        rows = [
+            (name if what == TERMS[1] else "", what, text)
+            for name, *said in told
+            for what, text in zip(TERMS[1:], said, strict=True)
+        ]
+        yield Table(title="Licences", head=("dataset", "of it", "as stated"), rows=rows, align="l", warnings=notes)
     if mental_health(info):
         yield Text(CARE, style="bold")
     if info.durations is None:
