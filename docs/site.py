@@ -81,25 +81,29 @@ def _command(command: Any, name: str) -> Iterator[str]:
         hints = get_type_hints(command.callback)
         arguments = [_name(each) for each in command.params if not each.opts[0].startswith("-")]
         usage = " ".join([name, *arguments, "[OPTIONS]"])
-        yield from ("", f"## {name}", "", f"```\n{usage}\n```", "", _cell(command.help or ""), "")
+        said, _, example = (command.help or "").partition("\n\nExample: ")
+        first, *before = [line.split(":  ")[-1].strip() for line in example.splitlines()]
+        typed = [*before, first]
+        yield from ("", f"## {name}", "", "\n\n".join(_cell(part) for part in said.split("\n\n")), "")
+        yield from ("```bash", *typed, "```", "", f"`{usage}`", "")
         rows = [_parameter(each, hints.get(each.name)) for each in command.params if not each.hidden]
         yield from ("| | | default | |", "|---|---|---|---|", *rows)
-        if command.epilog:
-            yield from ("", _cell(command.epilog).replace("Example: ", "Example: `", 1) + "`")
     for key, each in inner.items():
         yield from _command(each, f"{name} {key}")
 
 
 def _name(each: Any) -> str:
-    return each.metavar or (each.name.upper() + ("..." if each.nargs == -1 else ""))
+    return (each.metavar or each.name.upper()) + ("..." if each.nargs == -1 and "..." not in each.metavar else "")
 
 
 def _parameter(each: Any, hint: Any) -> str:
     flags = ", ".join(f"`{flag}`" for flag in (*each.opts, *each.secondary_opts) if flag.startswith("-"))
     words = list(hint) if isinstance(hint, type) and issubclass(hint, Enum) else []
-    kind = ", ".join(f"`{word.value}`" for word in words)
+    kind = ", ".join(f"`{word.value}`" for word in words) or (f"`{each.metavar}`" if flags and each.metavar else "")
     default = getattr(each.default, "value", each.default)
-    shown = "required" if each.required else "" if default in (None, False, (), []) else f"`{default}`"
+    empty = default is None or default is False or default in ((), [], "")
+    shown = "required" if each.required else "" if empty else f"`{default}`"
+    shown = each.show_default if isinstance(each.show_default, str) else shown
     return f"| {flags or f'`{_name(each)}`'} | {kind} | {_cell(shown)} | {_cell(each.help or '')} |"
 
 

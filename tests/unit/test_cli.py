@@ -88,6 +88,7 @@ def test_help_has_an_example_that_calls_the_command(name):
     result = CliRunner().invoke(app, [*name.split(), "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
     assert result.exit_code == 0
     assert f"Example: hba {name}".strip() in " ".join(result.stdout.split())
+    assert result.stdout.index("Example: hba") < result.stdout.index("Options ─")  # what to type stands above the rest
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -172,7 +173,7 @@ def test_wrong_usage_exits_with_2_and_names_what_is_wrong(hba, arguments, named)
 def test_no_command_shows_the_help(hba):
     code, out, err = hba()
     assert code == 2
-    assert "Commands" in out + err
+    assert "Start here" in out + err and "Example: hba demo" in " ".join((out + err).split())
 
 
 def test_ctrl_c_says_how_to_go_on(hba, monkeypatch):

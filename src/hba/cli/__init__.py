@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import sys
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import typer
 
@@ -26,24 +26,44 @@ from hba.cli.evaluate import (
     verify_command,
 )
 from hba.cli.judge import JUDGE_EXAMPLE, judge_command
-from hba.cli.options import say
+from hba.cli.options import Commands, say
 from hba.cli.predict import predict_command
 from hba.cli.release import LMMS_EXAMPLE, export_app, merge_command, push_command
 from hba.cli.start import demo_command, doctor_command, explore_command, tiny_command
-from hba.cli.train import FIT_EXAMPLE, SFT_EXAMPLE, TRANSFER_EXAMPLE, fit_command, train_app, transfer_command
+from hba.cli.train import FIRST, FIT_EXAMPLE, SFT_EXAMPLE, TRANSFER_EXAMPLE, fit_command, train_app, transfer_command
 from hba.environment import EXTRAS, install_fix
 from hba.errors import HbaError, InputError, StoppedError
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 
+# Under `hba` alone: what to type next.
+BEGIN = """Example: hba demo                       all steps on made-up data, in minutes
+Or:      hba ask MODEL clip.mp4         labels for a file of yours
+Or:      hba eval MODEL --atlas ATLAS   score a model
+Help:    hba COMMAND --help             an example and the options of a command"""
+
+
+class Root(Commands):
+    """`hba`: its commands by what a person wants to do."""
+
+    PANELS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "Start here": ("demo", "ask", "eval", "explore", "doctor"),
+        "Data": ("atlas",),
+        "Train a model": ("train", "fit", "merge", "transfer", "tiny"),
+        "Evaluate, step by step": ("predict", "judge", "score", "report", "compare", "leaderboard"),
+        "Share": ("serve", "push", "bundle", "verify", "export"),
+    }
+
+
 app = typer.Typer(
     name="hba",
+    cls=Root,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Open the Human Behavior Atlas, train OmniSapiens on it, evaluate any model, read the results.",
-    epilog="Example: hba demo",
+    help="Open the Human Behavior Atlas, train OmniSapiens on it, evaluate any model.",
+    epilog=BEGIN,
 )
 
 
@@ -66,7 +86,7 @@ def _root(
 
 app.command("demo", epilog="Example: hba demo --run runs/demo")(demo_command)
 app.add_typer(atlas_app, name="atlas", epilog="Example: hba atlas mini runs/mini")
-app.add_typer(train_app, name="train", epilog=SFT_EXAMPLE)
+app.add_typer(train_app, name="train", epilog=SFT_EXAMPLE + FIRST)
 app.command("fit", epilog=FIT_EXAMPLE)(fit_command)
 app.command("transfer", epilog=TRANSFER_EXAMPLE)(transfer_command)
 app.command("merge", epilog="Example: hba merge runs/sft models/omnisapiens")(merge_command)

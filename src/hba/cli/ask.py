@@ -12,7 +12,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hba.cli.options import BaseUrl, JsonFlag, answer, beside, bold, configured, counted, served
+from hba.cli.options import (
+    MODEL_HELP,
+    QUESTION,
+    SERVER,
+    Backend,
+    BaseUrl,
+    Host,
+    JsonFlag,
+    Port,
+    SetKey,
+    answer,
+    beside,
+    bold,
+    configured,
+    counted,
+    served,
+)
 from hba.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,27 +42,52 @@ SHOWN = 3  # labels whose probability a table shows
 
 
 def ask_command(
-    model: Annotated[str, typer.Argument(help="Run folder, checkpoint, Hugging Face model, or name of a remote one.")],
-    files: Annotated[list[Path], typer.Argument(help="Clips, sounds, pictures, texts, or folders of them.")],
-    task: Annotated[str | None, typer.Option(help="Task keys such as EMO,SEN; by default all that heads know.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="Dataset keys whose labels are offered, such as cremad.")] = None,
-    question: Annotated[str | None, typer.Option(help="Ask this, in place of the task's own question.")] = None,
-    transcript: Annotated[str | None, typer.Option(help="What is said in the file.")] = None,
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    files: Annotated[list[Path], typer.Argument(help="Clips, sounds, pictures or texts, or folders of them.")],
+    task: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASKS",
+            help="Ask about these tasks, such as EMO,SEN.",
+            show_default="all that the model has heads for",
+            rich_help_panel=QUESTION,
+        ),
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATASETS", help="Offer the labels of these datasets, such as cremad.", rich_help_panel=QUESTION
+        ),
+    ] = None,
+    question: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Ask this in place of the task's question.", rich_help_panel=QUESTION),
+    ] = None,
+    transcript: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="The words spoken in the file.", rich_help_panel=QUESTION)
+    ] = None,
     transcribe: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Hear what is said with this speech recognition model.")
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="Find the spoken words with this speech recognition model.", rich_help_panel=QUESTION
+        ),
     ] = None,
     every: Annotated[
-        str | None, typer.Option(help="Ask clips and sounds in windows of so many seconds, such as 5s.")
+        str | None,
+        typer.Option(
+            metavar="SECONDS", help="Ask about each window of a clip or sound, such as 5s.", rich_help_panel=QUESTION
+        ),
     ] = None,
-    backend: Annotated[str | None, typer.Option(help="How the model answers, as in hba predict.")] = None,
+    backend: Backend = None,
     base_url: BaseUrl = None,
-    key: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A config value; give it again for more.")
-    ] = None,
+    key: SetKey = None,
     csv: Annotated[bool, typer.Option("--csv", help="Print the answers as CSV.")] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Ask a model about files of your own. A file that cannot be read is named, and the others go on."""
+    """Ask a model about your own files.
+
+    A file that cannot be read is named; the others are answered.
+    """
     if csv and json:
         raise InputError("--csv and --json exclude each other", where="hba ask", fix="Give one of them.")
     from hba.evaluate.backends.interface import require_backend
@@ -137,24 +178,32 @@ def _csv(replies: list[Reply]) -> str:
 
 def serve_command(
     model: Annotated[str, typer.Argument(help="Run folder, checkpoint, or Hugging Face model.")],
-    backend: Annotated[str | None, typer.Option(help="heads or hf: how the model answers, as in hba predict.")] = None,
-    host: Annotated[str, typer.Option(help="Address to bind; 0.0.0.0 is every network's.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8378,
-    no_token: Annotated[
-        bool, typer.Option("--no-token", help="Answer everybody who has an account on this machine.")
-    ] = False,
-    max_body: Annotated[int, typer.Option(min=1, help="Largest body of a request, in MB.")] = 100,
-    max_waiting: Annotated[int, typer.Option(min=1, help="Requests under way at once; more are told to retry.")] = 256,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds for an upload, and then for its answer.")] = 120.0,
-    window: Annotated[float, typer.Option(min=0, help="Milliseconds for which a batch waits for more.")] = 5.0,
-    key: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A config value; give it again for more.")
+    backend: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="How to ask it: heads or hf.", show_default="as MODEL was trained"),
     ] = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8378,
+    no_token: Annotated[
+        bool, typer.Option("--no-token", help="Answer every user of this machine, without a token.")
+    ] = False,
+    max_body: Annotated[int, typer.Option(min=1, help="Largest request, in MB.", rich_help_panel=SERVER)] = 100,
+    max_waiting: Annotated[
+        int, typer.Option(min=1, help="Requests at once; more are told to retry.", rich_help_panel=SERVER)
+    ] = 256,
+    timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds for an upload, and again for its answer.", rich_help_panel=SERVER)
+    ] = 120.0,
+    window: Annotated[
+        float, typer.Option(min=0, help="Milliseconds that a batch waits for more requests.", rich_help_panel=SERVER)
+    ] = 5.0,
+    key: SetKey = None,
     json: JsonFlag = False,
 ) -> None:
-    """Answer over HTTP: /v1/chat/completions for OpenAI's client, /v1/classify for labels. Ctrl-C or SIGTERM ends it.
+    """Answer over HTTP: chat for OpenAI's client, and labels with probabilities.
 
-    The token is $HBA_SERVE_TOKEN where that is set, else a new one, which is printed.
+    /v1/chat/completions is for OpenAI's client, /v1/classify for labels. The token is $HBA_SERVE_TOKEN if you set it;
+    else a new one is made and printed. Ctrl-C or SIGTERM ends the server.
     """
     from hba.environment import require_extra
     from hba.evaluate.config import PredictConfig

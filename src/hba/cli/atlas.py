@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
 from hba.cli.options import (
+    ATLAS_HELP,
+    ROWS_HELP,
     AllowQuarantined,
+    Commands,
     JsonFlag,
-    Overrides,
     Splits,
     Workers,
     answer,
@@ -21,6 +23,7 @@ from hba.cli.options import (
     configured,
     counted,
     finish,
+    keys_such_as,
     written,
 )
 from hba.environment import require_extra, usable_cores
@@ -37,8 +40,20 @@ DOWNLOAD_EXAMPLE = "Example: hba atlas download HumanBehaviorAtlas/human_behavio
 PREPARE_EXAMPLE = "Example: hba atlas prepare data/hba model=Qwen/Qwen2.5-Omni-7B encode.num_frames=8"
 MAX_FAILURES = 20
 MAX_MISSING = 5
+COLUMNS, ROW, EXTRACTED = "The table of labels", "The rows", "What to extract"
 
-atlas_app = typer.Typer(no_args_is_help=True, help="Make, open and check atlases.")
+
+class AtlasCommands(Commands):
+    """`hba atlas`, in the order in which a person needs them."""
+
+    PANELS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "Get an atlas": ("mini", "download", "build"),
+        "Look at it": ("info", "validate"),
+        "Change it": ("convert", "describe", "prepare"),
+    }
+
+
+atlas_app = typer.Typer(cls=AtlasCommands, no_args_is_help=True, help="Make, download and check atlases.")
 
 
 class Form(StrEnum):
@@ -51,15 +66,18 @@ class Form(StrEnum):
 @atlas_app.command("convert", epilog="Example: hba atlas convert runs/mini runs/mini-parquet --to parquet")
 def convert_command(
     source: Annotated[Path, typer.Argument(metavar="IN", help="Atlas folder, or one file of rows.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make; an unfinished conversion goes on.")],
-    to: Annotated[Form, typer.Option(help="Shards with embedded media, or lines with media files.")] = ...,  # type: ignore[assignment]
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],
+    to: Annotated[Form, typer.Option(help="parquet: media in shards. jsonl: media as files.")] = ...,  # type: ignore[assignment]
     split: Splits = None,
-    shard_megabytes: Annotated[int, typer.Option(min=1, help="Media in one shard.")] = 512,
+    shard_megabytes: Annotated[int, typer.Option(min=1, help="MB of media in one shard.")] = 512,
     workers: Workers = usable_cores(),
     allow_quarantined: AllowQuarantined = 0,
     json: JsonFlag = False,
 ) -> None:
-    """Convert an atlas into another form, every medium checked; resumes where it stopped."""
+    """Convert an atlas to parquet shards, or back to files.
+
+    Every sound, clip and picture is checked. Run it again to resume.
+    """
     from hba.atlas.convert import convert_atlas
 
     with counted("convert") as progress:
@@ -83,25 +101,66 @@ def convert_command(
 
 @atlas_app.command("describe", epilog=DESCRIBE_EXAMPLE)
 def describe_command(
-    root: Annotated[Path | None, typer.Argument(help="Folder of a JSONL atlas.")] = None,
-    split: Annotated[list[str] | None, typer.Option(help="A split; repeat for several. All when left out.")] = None,
-    audio: Annotated[str, typer.Option(help="compare (6,373 values), compare-lld, egemaps or none.")] = "compare",
-    video: Annotated[str, typer.Option(help="holistic (MediaPipe pose, face and hands) or none.")] = "holistic",
+    root: Annotated[Path | None, typer.Argument(metavar="ATLAS", help="Folder of a JSONL atlas.")] = None,
+    split: Splits = None,
+    audio: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="openSMILE features: compare (6,373 values), compare-lld, egemaps or none.",
+            rich_help_panel=EXTRACTED,
+        ),
+    ] = "compare",
+    video: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="MediaPipe landmarks: holistic (pose, face and hands) or none.",
+            rich_help_panel=EXTRACTED,
+        ),
+    ] = "holistic",
     transcripts: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Also transcribe rows without texts, with this model.")
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Transcribe rows without texts with this speech recognition model.",
+            show_default="none",
+            rich_help_panel=EXTRACTED,
+        ),
     ] = None,
     frames_per_second: Annotated[
-        float | None, typer.Option(help="Look for landmarks in so many frames a second; in every one when left out.")
+        float | None,
+        typer.Option(
+            metavar="N",
+            help="Look for landmarks in N frames a second.",
+            show_default="every frame",
+            rich_help_panel=EXTRACTED,
+        ),
     ] = None,
     workers: Workers = usable_cores(),
-    executor: Annotated[str, typer.Option(help="processes (this machine) or ray (a cluster).")] = "processes",
-    out_format: Annotated[str, typer.Option(help="pt (as published) or safetensors.")] = "pt",
-    replace: Annotated[bool, typer.Option("--replace", help="Also where rows name other descriptors.")] = False,
-    allow_failed: Annotated[int, typer.Option(min=0, help="Exit 0 although up to so many media failed.")] = 0,
-    setup: Annotated[bool, typer.Option("--setup", help="First install MediaPipe in its own environment.")] = False,
+    executor: Annotated[
+        str, typer.Option(metavar="NAME", help="Where to run: processes (this machine) or ray (a cluster).")
+    ] = "processes",
+    out_format: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help="Form of the files: pt (as published) or safetensors.", rich_help_panel=EXTRACTED
+        ),
+    ] = "pt",
+    replace: Annotated[
+        bool,
+        typer.Option("--replace", help="Also extract for rows that name other descriptors.", rich_help_panel=EXTRACTED),
+    ] = False,
+    allow_failed: Annotated[int, typer.Option(min=0, help="Accept up to N media that failed (else exit code 2).")] = 0,
+    setup: Annotated[
+        bool, typer.Option("--setup", help="First install MediaPipe into an environment of its own.")
+    ] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Extract openSMILE features, landmarks and transcripts, and name them in the rows. Resumes when killed."""
+    """Extract descriptors (openSMILE, MediaPipe) and transcripts.
+
+    The rows then name the new files. Run it again to resume.
+    """
     if root is not None:
         require_extra("train", "hba atlas describe")
     from hba.descriptors import landmarks
@@ -150,13 +209,18 @@ def _described(done: Summary) -> Iterator[str]:
 @atlas_app.command("download", epilog=DOWNLOAD_EXAMPLE)
 def download_command(
     repo: Annotated[str, typer.Argument(help="Dataset on the hub: org/name, or org/name@revision.")],
-    out: Annotated[Path, typer.Argument(help="New folder, or one that an earlier call began.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
     split: Splits = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit; main by default.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Files at a time.")] = 8,
+    revision: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Branch, tag or commit.", show_default="main")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Number of files at a time.")] = 8,
     json: JsonFlag = False,
 ) -> None:
-    """Download an atlas: its rows, its media, its tars unpacked. Run it again to resume."""
+    """Download an atlas from the Hugging Face hub and unpack it.
+
+    Run it again to resume. Next: hba atlas validate OUT.
+    """
     from hba.atlas.hub import download_atlas
 
     with counted("download") as progress:
@@ -171,13 +235,16 @@ def download_command(
 
 @atlas_app.command("prepare", epilog=PREPARE_EXAMPLE)
 def prepare_command(
-    atlas: Annotated[str, typer.Argument(help="Atlas folder, or hub id of a release.")],
-    overrides: Overrides = None,
+    atlas: Annotated[str, typer.Argument(help=ATLAS_HELP)],
+    overrides: Annotated[list[str] | None, keys_such_as("encode.num_frames=8")] = None,
     split: Splits = None,
     allow_quarantined: AllowQuarantined = 0,
     json: JsonFlag = False,
 ) -> None:
-    """Decode all clips and sounds once and keep them, for runs with loader.decode_once=true. Resumes when killed."""
+    """Decode all clips and sounds once, so that training reads them faster.
+
+    Runs with loader.decode_once=true use them. Run it again to resume.
+    """
     require_extra("train", "hba atlas prepare")
     from hba.batch.config import PrepareConfig
 
@@ -204,12 +271,17 @@ def prepare_command(
 @atlas_app.command("mini", epilog="Example: hba atlas mini runs/mini --size small --seed 0")
 def mini_command(
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
-    size: Annotated[str, typer.Option(help="tiny (seconds, for a look) or small (what the demo trains on).")] = "small",
-    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+    size: Annotated[
+        str, typer.Option(metavar="NAME", help="tiny (made in seconds) or small (what the demo trains on).")
+    ] = "small",
+    seed: Annotated[int, typer.Option(metavar="N", help="The same seed gives the same bytes.")] = 0,
     workers: Workers = usable_cores(),
     json: JsonFlag = False,
 ) -> None:
-    """Make a synthetic mini-atlas: real audio, video and descriptor files with learnable labels."""
+    """Make a small synthetic atlas to try things on.
+
+    It has sounds, clips, texts and descriptors, and labels that a model can learn.
+    """
     from dataclasses import asdict
 
     from hba.mini import build_mini_atlas
@@ -227,25 +299,66 @@ BUILD_EXAMPLE = "Example: hba atlas build recordings/ data/mine --labels labels.
 def build_command(
     folder: Annotated[Path | None, typer.Argument(help="Folder with clips, sounds, pictures or texts.")] = None,
     out: Annotated[Path | None, typer.Argument(help="Folder to make.")] = None,
-    labels: Annotated[Path | None, typer.Option(help="A CSV, TSV or JSONL table: a line a file.")] = None,
-    file_column: Annotated[str | None, typer.Option(help="Column of file names.")] = None,
-    label_column: Annotated[str | None, typer.Option(help="Column of labels.")] = None,
-    group_column: Annotated[str | None, typer.Option(help="Column of speakers: each stays in one split.")] = None,
-    transcript_column: Annotated[str | None, typer.Option(help="Column of what is said.")] = None,
-    split_column: Annotated[str | None, typer.Option(help="Column of splits.")] = None,
-    layout: Annotated[str | None, typer.Option(help="A corpus in its own layout; --list names them.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="Key of the new dataset; the folder's name by default.")] = None,
-    question: Annotated[str | None, typer.Option(help="What a row asks; by default its labels' own question.")] = None,
-    choices: Annotated[str | None, typer.Option(help="Answers to choose from, such as happy,sad,neutral.")] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Table of labels, one line a file: CSV, TSV or JSONL.",
+            show_default="labels are the names of folders",
+            rich_help_panel=COLUMNS,
+        ),
+    ] = None,
+    file_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Column of file names.", rich_help_panel=COLUMNS)
+    ] = None,
+    label_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Column of labels.", rich_help_panel=COLUMNS)
+    ] = None,
+    group_column: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Column of speakers; each stays in one split.", rich_help_panel=COLUMNS),
+    ] = None,
+    transcript_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Column of spoken words.", rich_help_panel=COLUMNS)
+    ] = None,
+    split_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Column of splits.", rich_help_panel=COLUMNS)
+    ] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Read a known corpus in its own layout, such as cremad; see --list."),
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Key of the new dataset.", show_default="the folder's name", rich_help_panel=ROW
+        ),
+    ] = None,
+    question: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT", help="Question of every row.", show_default="made of the labels", rich_help_panel=ROW
+        ),
+    ] = None,
+    choices: Annotated[
+        str | None,
+        typer.Option(metavar="LABELS", help="Answers to choose from, such as happy,sad,neutral.", rich_help_panel=ROW),
+    ] = None,
     allow_unlabelled: Annotated[
-        bool, typer.Option("--allow-unlabelled", help="Files without a label become rows to predict.")
+        bool,
+        typer.Option("--allow-unlabelled", help="Keep files without a label, as rows to predict.", rich_help_panel=ROW),
     ] = False,
-    seed: Annotated[int, typer.Option(help="Deals files into splits.")] = 0,
-    known: Annotated[bool, typer.Option("--list", help="List the corpora whose layout is read.")] = False,
-    allow_broken: Annotated[int, typer.Option(min=0, help="Exit 0 although up to so many files cannot be read.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed that deals files into splits.", rich_help_panel=ROW)] = 0,
+    known: Annotated[bool, typer.Option("--list", help="List the corpora that --layout knows.")] = False,
+    allow_broken: Annotated[
+        int, typer.Option(min=0, help="Accept up to N files that cannot be read (else exit code 2).")
+    ] = 0,
     json: JsonFlag = False,
 ) -> None:
-    """Make an atlas of files on disk: folders named by labels, a table of labels, or a corpus in its own layout."""
+    """Make an atlas of your own files.
+
+    Labels come from a table, from the names of folders, or from the layout of a known corpus.
+    """
     from dataclasses import asdict
 
     from hba.atlas.build import LAYOUTS, build_atlas
@@ -289,18 +402,22 @@ def build_command(
 
 @atlas_app.command("validate", epilog="Example: hba atlas validate runs/mini --out runs/validate")
 def validate_command(
-    atlas: Annotated[Path, typer.Argument(help="Atlas folder, one file of rows, or org/name on the hub.")],
+    atlas: Annotated[Path, typer.Argument(help=ROWS_HELP)],
     split: Splits = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for validate.json, validate.html and the log that resumes.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Folder for validate.html and validate.json; makes it resume."),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Read headers of media; decode nothing.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Read only the headers of media; decode nothing.")] = False,
     release: Annotated[bool, typer.Option("--release", help="Expect the counts of the published release.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Check again what an earlier run found good.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Check again what was found good before.")] = False,
     workers: Workers = usable_cores(),
     json: JsonFlag = False,
 ) -> None:
-    """Check every row, every medium and the separation of the splits; exit 1 when something is wrong."""
+    """Check every row and medium, and that nothing is in two splits.
+
+    Exit code 1: something is wrong.
+    """
     from hba.atlas.validate import validate_atlas
 
     how: dict[str, Any] = {"splits": split, "quick": quick, "release": release, "fresh": fresh, "workers": workers}
@@ -323,17 +440,18 @@ def validate_command(
 
 @atlas_app.command("info", epilog="Example: hba atlas info runs/mini --durations --out runs/mini.html")
 def info_command(
-    atlas: Annotated[Path, typer.Argument(help="Atlas folder, one file of rows, or org/name on the hub.")],
+    atlas: Annotated[Path, typer.Argument(help=ROWS_HELP)],
     split: Splits = None,
-    durations: Annotated[
-        bool, typer.Option("--durations", help="Also read the headers of all sounds and clips.")
-    ] = False,
-    out: Annotated[Path | None, typer.Option(help="HTML page to write.")] = None,
-    cache: Annotated[Path | None, typer.Option(help="Where headers are kept; else $HBA_CACHE or ~/.cache/hba.")] = None,
+    durations: Annotated[bool, typer.Option("--durations", help="Also say how long sounds and clips last.")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="HTML page to write.")] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where durations are kept.", show_default="$HBA_CACHE or ~/.cache/hba"),
+    ] = None,
     workers: Workers = usable_cores(),
     json: JsonFlag = False,
 ) -> None:
-    """Count rows by dataset, task, label, modality and split; with --durations, how long they last."""
+    """Count rows by dataset, task, label, modality and split."""
     from hba.atlas.info import atlas_info
 
     if durations:

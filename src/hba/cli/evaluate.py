@@ -11,15 +11,25 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from hba.cli.options import (
+    ALLOW_FAILED_HELP,
+    ATLAS_HELP,
+    MODEL_HELP,
+    PLACE,
+    PREDICTED_HELP,
+    ROWS,
+    SCORED_HELP,
+    SLICES,
     AllowQuarantined,
+    Backend,
     BaseUrl,
     JsonFlag,
-    Overrides,
+    PerDataset,
     answer,
     beside,
     bold,
     configured,
     finish,
+    keys_such_as,
     served,
     tallied,
     warn,
@@ -44,24 +54,42 @@ EVAL_EXAMPLE = "Example: hba eval gpt-5-mini --backend openai --atlas runs/mini 
 
 
 def eval_command(
-    model: Annotated[
-        str, typer.Argument(help="Run folder, checkpoint, Hugging Face model, name of a remote one, or a suite.yaml.")
-    ],
-    overrides: Overrides = None,
-    atlas: Annotated[str | None, typer.Option(help="Atlas folder or hub id; a suite names its own.")] = None,
-    split: Annotated[str, typer.Option(help="Split to evaluate on; slices such as test[:100] work.")] = "test",
-    backend: Annotated[str | None, typer.Option(help="How the model answers, as in hba predict.")] = None,
+    model: Annotated[str, typer.Argument(help=f"{MODEL_HELP} Or a suite.yaml with several.")],
+    overrides: Annotated[list[str] | None, keys_such_as("generation.max_tokens=64")] = None,
+    atlas: Annotated[
+        str | None, typer.Option(metavar="ATLAS", help=ATLAS_HELP, show_default="required, or the suite's")
+    ] = None,
+    split: Annotated[str, typer.Option(metavar="SPLIT", help=f"Split to answer. {SLICES}")] = "test",
+    backend: Backend = None,
     base_url: BaseUrl = None,
-    judge: Annotated[str | None, typer.Option(help="The model that judges free-form answers; none by default.")] = None,
-    judge_url: Annotated[str | None, typer.Option(help="Server of the judge; OpenAI's by default.")] = None,
-    run: Annotated[Path | None, typer.Option(help="Run folder; runs/eval/MODEL by default.")] = None,
-    per_dataset: Annotated[int | None, typer.Option(min=1, help="At most N rows of each dataset.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop.")] = False,
-    allow_failed: Annotated[int, typer.Option(min=0, help="Exit 0 although up to so many samples failed.")] = 0,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Model that judges free-form answers.",
+            show_default="none",
+            rich_help_panel="The judge",
+        ),
+    ] = None,
+    judge_url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL", help="Address of the judge's server.", show_default="OpenAI", rich_help_panel="The judge"
+        ),
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Run folder to write.", show_default="runs/eval/MODEL")
+    ] = None,
+    per_dataset: PerDataset = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count rows, tokens and cost; ask nothing.")] = False,
+    allow_failed: Annotated[int, typer.Option(min=0, help=ALLOW_FAILED_HELP)] = 0,
     allow_quarantined: AllowQuarantined = 0,
     json: JsonFlag = False,
 ) -> None:
-    """Predict, judge, score, report and rank in one command; the same command goes on where it stopped."""
+    """Evaluate a model: predict, judge, score, report and rank in one command.
+
+    Run it again to resume.
+    """
     from hba.evaluate.config import Setting, Suite, read_suite
 
     chosen = None
@@ -218,9 +246,7 @@ def _ahead_table(suite: Suite, ahead: Sequence[dict[str, Any]]) -> Table:
     return Table(title="Nothing was asked", head=head, rows=rows, tight=True)
 
 
-def _predicted(
-    suite: Suite, parts: Sequence[_Part], total: int, show: Callable[[Tally], None]
-) -> list[PredictSummary]:
+def _predicted(suite: Suite, parts: Sequence[_Part], total: int, show: Callable[[Tally], None]) -> list[PredictSummary]:
     """Predict every part, shown as one tally over all rows."""
     from hba.evaluate.predict import predict_run
     from hba.evaluate.predictions import Tally
@@ -299,25 +325,34 @@ def _judged(folder: Path, model: str, base_url: str | None) -> dict[str, int]:
 
 
 def score_command(
-    run: Annotated[Path, typer.Argument(help="Run folder with predictions.jsonl.")],
+    run: Annotated[Path, typer.Argument(help=PREDICTED_HELP)],
     resamples: Annotated[int, typer.Option(min=100, help="Bootstrap resamples for the intervals.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the bootstrap.")] = 0,
     by: Annotated[
-        list[str] | None, typer.Option(help="Break scores down by this field; give it again for more.")
+        list[str] | None,
+        typer.Option(metavar="FIELD", help="Also score each value of this field of the rows. Repeat for more."),
     ] = None,
     cluster: Annotated[
-        str, typer.Option(help="Field whose equal values are drawn together: auto, none, or a field of the rows.")
+        str,
+        typer.Option(
+            metavar="FIELD", help="Resample rows with the same value together: auto, none, or a field of the rows."
+        ),
     ] = "auto",
-    atlas: Annotated[Path | None, typer.Option(help="Atlas with the row fields; the run's own by default.")] = None,
+    atlas: Annotated[
+        Path | None, typer.Option(metavar="ATLAS", help="Atlas that has these fields.", show_default="the run's own")
+    ] = None,
     partial: Annotated[
-        bool, typer.Option("--partial", help="Exit 0 although rows that the run was asked for have no prediction.")
+        bool, typer.Option("--partial", help="Accept rows without a prediction (else exit code 1).")
     ] = False,
     published: Annotated[
-        bool, typer.Option("--published", help="The released scorer's figures, its errors included: docs/flaws.md.")
+        bool, typer.Option("--published", help="Score as the released code does, with its errors: docs/flaws.md.")
     ] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Compute the published metrics with 95% intervals and chance levels; writes metrics.json."""
+    """Score predictions: the published metrics, 95% intervals and chance.
+
+    Writes metrics.json. Next: hba report RUN.
+    """
     from hba.evaluate.predictions import MERGE
     from hba.evaluate.score import score_run
 
@@ -352,12 +387,16 @@ def score_command(
 
 
 def report_command(
-    run: Annotated[Path, typer.Argument(help="Run folder with metrics.json.")],
-    atlas: Annotated[Path | None, typer.Option(help="Atlas folder, for samples that play in the page.")] = None,
-    out: Annotated[Path | None, typer.Option(help="File to write; RUN/report.html by default.")] = None,
+    run: Annotated[Path, typer.Argument(help=SCORED_HELP)],
+    atlas: Annotated[
+        Path | None, typer.Option(metavar="ATLAS", help="Atlas folder whose samples play in the page.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File to write.", show_default="RUN/report.html")
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Write one self-contained HTML page: scores, confusion, curves, samples, provenance."""
+    """Write one HTML page of a run: scores, mistakes, curves and samples."""
     from hba.report.page import write_report
 
     page = write_report(run, atlas_root=atlas, out=out)
@@ -365,13 +404,18 @@ def report_command(
 
 
 def bundle_command(
-    run: Annotated[Path, typer.Argument(help="Scored run folder.")],
-    out: Annotated[Path | None, typer.Argument(help="File to write; RUN.zip beside the run by default.")] = None,
-    atlas: Annotated[str | None, typer.Option(help="Atlas with the prompts; the run's own by default.")] = None,
-    prompts: Annotated[bool, typer.Option(help="Pack the prompts of the rows, transcripts in them included.")] = True,
+    run: Annotated[Path, typer.Argument(help=SCORED_HELP)],
+    out: Annotated[Path | None, typer.Argument(help="File to write.", show_default="RUN.zip")] = None,
+    atlas: Annotated[
+        str | None, typer.Option(metavar="ATLAS", help="Atlas that has the prompts.", show_default="the run's own")
+    ] = None,
+    prompts: Annotated[bool, typer.Option(help="Pack the prompts, with the transcripts in them.")] = True,
     json: JsonFlag = False,
 ) -> None:
-    """Pack what a reader needs to believe a result: predictions, metrics, verdicts, records, prompts, hashes."""
+    """Pack a scored run into one file with which others can check its numbers.
+
+    In it: predictions, metrics, the judge's verdicts, records, prompts and hashes. Next: hba verify RUN.zip.
+    """
     from hba.evaluate.bundle import pack
 
     place = out or run.resolve().with_name(f"{run.resolve().name}.zip")
@@ -383,10 +427,13 @@ def bundle_command(
 
 def verify_command(
     bundle: Annotated[Path, typer.Argument(help="File that hba bundle wrote.")],
-    atlas: Annotated[str | None, typer.Option(help="Atlas, to compare the rows, too.")] = None,
+    atlas: Annotated[str | None, typer.Option(metavar="ATLAS", help="Also compare the rows with this atlas.")] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Score a bundle again. Exit code 0: its numbers follow; 1: they do not; 2: it is no bundle, or a hostile one."""
+    """Score a bundle again and compare with the numbers in it.
+
+    Exit code 0: the numbers follow. 1: they do not. 2: the file is no bundle, or is unsafe to open.
+    """
     from dataclasses import asdict
 
     from hba.evaluate.bundle import verify
@@ -405,22 +452,28 @@ def compare_command(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RUNS... [vs RUNS...]", help="Run folders with predictions.jsonl, or seeds of A vs those of B."
+            metavar="RUNS... [vs RUNS...]",
+            help="Run folders with predictions: A B, or several seeds of A vs several of B.",
         ),
     ],
     seeds: Annotated[
-        bool, typer.Option("--seeds", help="The runs are one model with other seeds or prompts: show their spread.")
+        bool, typer.Option("--seeds", help="The runs are one model with several seeds or prompts: show their spread.")
     ] = False,
     allow_other_data: Annotated[
-        bool, typer.Option("--allow-other-data", help="Compare the common rows of runs on different data.")
+        bool, typer.Option("--allow-other-data", help="Compare the rows that both have, of runs on different data.")
     ] = False,
-    out: Annotated[list[Path] | None, typer.Option(help="File to write: .md or .tex; may be repeated.")] = None,
-    flips: Annotated[int, typer.Option(min=0, help="Print so many of the samples that changed sides.")] = 0,
-    resamples: Annotated[int, typer.Option(min=100, help="Bootstrap resamples.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    out: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="File to write: .md or .tex. Repeat for more.")
+    ] = None,
+    flips: Annotated[int, typer.Option(min=0, help="Print N of the rows that became right or wrong.")] = 0,
+    resamples: Annotated[int, typer.Option(min=100, help="Bootstrap resamples for the intervals.")] = 2000,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the bootstrap.")] = 0,
     json: JsonFlag = False,
 ) -> None:
-    """Test B against A over the same samples (A B), seeds against seeds (A... vs B...), or show a spread (--seeds)."""
+    """Tell whether run B is better than run A on the same rows.
+
+    A B compares two runs, A1 A2 vs B1 B2 several seeds of each; --seeds shows the spread of one model's runs.
+    """
     from hba.evaluate.compare import Comparison, compare_runs, compare_seeds, run_variance
     from hba.report.comparison import comparison, flips_table, seed_comparison, variance
     from hba.report.tables import WRITERS, write_table, writer_of
@@ -467,30 +520,51 @@ def _sides(runs: list[Path]) -> tuple[list[Path], list[Path] | None]:
 
 def leaderboard_command(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUNS...", help="Scored run folders; with --site bundles, or their folder.")
+        list[Path],
+        typer.Argument(metavar="RUNS...", help="Scored run folders. With --site: bundles, or folders of them."),
     ],
     out: Annotated[
-        list[Path] | None, typer.Option(help="File to write: .html, .md, .tex or .csv; may be repeated.")
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="File to write: .html, .md, .tex or .csv. Repeat for more.", rich_help_panel=PLACE
+        ),
     ] = None,
     published: Annotated[
-        list[str] | None, typer.Option(help="Published table to show, none for no table; may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="TABLE", help="Published table to show, or none. Repeat for more.", rich_help_panel=ROWS),
     ] = None,
-    tasks: Annotated[str, typer.Option(help="Tasks to rank by, such as EMO,SEN; those that all runs have.")] = "",
+    tasks: Annotated[
+        str,
+        typer.Option(
+            metavar="TASKS",
+            help="Tasks to rank by, such as EMO,SEN.",
+            show_default="those of every run",
+            rich_help_panel=ROWS,
+        ),
+    ] = "",
     name: Annotated[
-        list[str] | None, typer.Option(help="What a run is called: RUN=NAME, or NAME of the only run; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            metavar="RUN=NAME",
+            help="Name of a run in the table; NAME alone for a single run. Repeat for more.",
+            rich_help_panel=ROWS,
+        ),
     ] = None,
     max_quarantined: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of samples that a ranked run may have left out.")
+        float,
+        typer.Option(min=0, max=1, help="Rank a run only if it left out at most this share.", rich_help_panel=ROWS),
     ] = 0.01,
     allow_other_data: Annotated[
-        bool, typer.Option("--allow-other-data", help="Rank runs on different data, marked as such.")
+        bool,
+        typer.Option("--allow-other-data", help="Also rank runs on different data, marked.", rich_help_panel=ROWS),
     ] = False,
     site: Annotated[
-        Path | None, typer.Option(help="Folder of a static site to write: a page of the board, one a bundle.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Write a static site of bundles into this folder.", rich_help_panel=PLACE),
     ] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Rank scored runs by task and mean rank, beside the published results."""
+    """Rank scored runs by task and by mean rank, beside the published results."""
     from hba.evaluate.leaderboard import DEFAULT_TABLES, build_leaderboard
 
     if site is not None:
@@ -523,9 +597,7 @@ def _site(places: list[Path], site: Path, *, json: bool, max_quarantined: float)
     from hba.report.comparison import write_site
     from hba.report.page import render
 
-    bundles = [
-        path for place in places for path in (sorted(place.glob("*.zip")) if place.is_dir() else [place])
-    ]
+    bundles = [path for place in places for path in (sorted(place.glob("*.zip")) if place.is_dir() else [place])]
     if not bundles:
         raise InputError("no bundles here", where=str(places[0]), fix="Give files that `hba bundle` wrote.")
     if site.exists() and (not site.is_dir() or any(site.iterdir())):

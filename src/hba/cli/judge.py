@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hba.cli.options import BaseUrl, JsonFlag, answer, beside, bold, configured, served, tallied, warn
+from hba.cli.options import (
+    PREDICTED_HELP,
+    BaseUrl,
+    JsonFlag,
+    answer,
+    beside,
+    bold,
+    configured,
+    keys_such_as,
+    served,
+    tallied,
+    warn,
+)
 from hba.cli.predict import show_estimate
 from hba.errors import InputError
 from hba.storage import cache_folder, plural, write_json
@@ -24,32 +36,56 @@ CANARIES = "canaries"
 
 
 def judge_command(
-    run: Annotated[Path | None, typer.Argument(help="Run folder with predictions.jsonl.")] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Config values, such as remote.max_concurrency=64.")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="The model that judges.")] = None,
+    run: Annotated[Path | None, typer.Argument(help=PREDICTED_HELP)] = None,
+    overrides: Annotated[list[str] | None, keys_such_as("remote.max_concurrency=64")] = None,
+    model: Annotated[str | None, typer.Option(metavar="MODEL", help="The model that judges.")] = None,
     backend: Annotated[
-        str, typer.Option("--backend", "--provider", help="API: openai (any compatible server), anthropic or google.")
+        str,
+        typer.Option(
+            "--backend",
+            "--provider",
+            metavar="NAME",
+            help="How to ask it: openai (or any compatible server), anthropic or google.",
+            rich_help_panel="The model",
+        ),
     ] = "openai",
     base_url: BaseUrl = None,
-    atlas: Annotated[str | None, typer.Option(help="Atlas with the questions; the predicted one by default.")] = None,
+    atlas: Annotated[
+        str | None, typer.Option(metavar="ATLAS", help="Atlas that has the questions.", show_default="the run's own")
+    ] = None,
     calibrate: Annotated[
         Path | None,
-        typer.Option(help="Labelled items or judgements to compare with; 'canaries' for the bundled injections."),
+        typer.Option(
+            metavar="FILE",
+            help="Compare the judge with these labels or judgements, or test it with 'canaries'.",
+            rich_help_panel="How good is the judge?",
+        ),
     ] = None,
-    offline: Annotated[bool, typer.Option(help="Embedding similarity without a judge; not comparable.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder for the results; RUN by default.")] = None,
-    retry_unjudged: Annotated[bool, typer.Option(help="Ask again for answers recorded as unjudged.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count requests, tokens and cost, and stop.")] = False,
-    allow_unjudged: Annotated[int, typer.Option(min=0, help="Exit 0 although so many answers have no verdict.")] = 0,
-    cache: Annotated[bool, typer.Option(help="Keep replies in the user's cache and take them from there.")] = True,
+    offline: Annotated[
+        bool,
+        typer.Option(
+            "--offline",
+            help="Ask no judge: similarity of texts, no score to compare.",
+            rich_help_panel="How good is the judge?",
+        ),
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Folder for the results.", show_default="RUN")
+    ] = None,
+    retry_unjudged: Annotated[
+        bool, typer.Option("--retry-unjudged", help="Ask again where the judge gave no verdict.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count requests, tokens and cost; ask nothing.")] = False,
+    allow_unjudged: Annotated[
+        int, typer.Option(min=0, help="Accept up to N answers without a verdict (else exit code 1).")
+    ] = 0,
+    cache: Annotated[bool, typer.Option(help="Keep replies in your cache and reuse them.")] = True,
     json: JsonFlag = False,
 ) -> None:
-    """Judge the free-form answers of a run with a language model; resumes where it stopped.
+    """Judge free-form answers with a language model.
 
-    Keys come from the environment (OPENAI_API_KEY, ANTHROPIC_API_KEY; for another server the variable that
-    remote.api_key_env names).
+    Set OPENAI_API_KEY, ANTHROPIC_API_KEY or GEMINI_API_KEY first; for another server, the variable that
+    remote.api_key_env names. Run it again to resume. Next: hba score RUN.
     """
     if run is not None and "=" in str(run):  # an override that came first, as there is no RUN
         run, overrides = None, [str(run), *(overrides or [])]

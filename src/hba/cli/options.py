@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 import typer
+from typer.core import TyperGroup
 
 from hba.errors import InputError, nearest
 from hba.storage import plural
@@ -26,24 +27,95 @@ T = TypeVar("T")
 Show = Callable[[], Iterable["RenderableType"]]
 OnProgress = Callable[[int, int], None]
 
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Config values, such as train.epochs=2.")
-]
+MODEL_HELP = "Run folder, checkpoint, Hugging Face model, or name of a remote model."
+ATLAS_HELP = "Atlas: a folder, or org/name on the hub."
+ROWS_HELP = "Atlas: a folder, one file of rows, or org/name on the hub."
+SCORED_HELP = "Run folder that hba score has scored."
+PREDICTED_HELP = "Run folder with predictions."
+SLICES = "Slices work: test[:100]."
+ALLOW_FAILED_HELP = "Accept up to N rows that failed (else exit code 1)."
+# Panels of help: the options of a long command by what they are about.
+ROWS, MODEL, QUESTION, SERVER, PLACE = "Which rows", "The model", "The question", "Limits", "Where to"
+
+
+def keys_such_as(example: str) -> Any:
+    """The argument of config values, with one that this command knows as the example."""
+    return typer.Argument(metavar="KEY=VALUE", help=f"Config values, such as {example}.", show_default=False)
+
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Overrides = Annotated[list[str] | None, keys_such_as("train.epochs=2")]
 ConfigOption = Annotated[
-    str | None, typer.Option("--config", help="A YAML file, or the name of a bundled recipe such as sft or sft_tiny.")
+    str | None, typer.Option("--config", metavar="RECIPE", help="Recipe, such as sft_tiny, or a YAML file.")
 ]
 AllowQuarantined = Annotated[
-    int, typer.Option("--allow-quarantined", min=0, help="Exit 0 although up to so many samples were left out.")
+    int,
+    typer.Option("--allow-quarantined", min=0, help="Accept up to N samples that cannot be read (else exit code 2)."),
 ]
 BaseUrl = Annotated[
     str | None,
-    typer.Option("--base-url", help="Server of a remote model, such as http://localhost:8000/v1 (remote.base_url)."),
+    typer.Option(
+        "--base-url",
+        metavar="URL",
+        help="Address of a model server, such as http://localhost:8000/v1.",
+        rich_help_panel=MODEL,
+    ),
 ]
+Backend = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="How to ask it: heads, hf, vllm, openai, anthropic, google, majority or random.",
+        show_default="heads or hf, as MODEL was trained",
+        rich_help_panel=MODEL,
+    ),
+]
+SetKey = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Config value, such as generation.max_tokens=64. Repeat for more.",
+        rich_help_panel=MODEL,
+    ),
+]
+PerDataset = Annotated[int | None, typer.Option(min=1, help="At most N rows of each dataset.", rich_help_panel=ROWS)]
+Host = Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on; 0.0.0.0 lets the network in.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")]
 Splits = Annotated[
-    list[str] | None, typer.Option("--split", help="A split; repeat the option for more. All by default.")
+    list[str] | None,
+    typer.Option("--split", metavar="SPLIT", help="Only this split. Repeat for more.", show_default="all"),
 ]
-Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
+Workers = Annotated[int, typer.Option(min=1, help="Number of processes.", show_default="one a core")]
+
+
+class Commands(TyperGroup):
+    """A group whose help suits 80 columns and newcomers: what to type stands above the options, not below them, and
+    kinds of values take little room. `PANELS` says in which order its commands are shown."""
+
+    PANELS: ClassVar[dict[str, tuple[str, ...]]] = {}
+
+    def __init__(self, **attrs: Any) -> None:
+        super().__init__(**attrs)
+        for each in (self, *self.commands.values()):
+            if each.epilog:
+                whole = [" ".join(part.split()) for part in (each.help or "").split("\n\n")]
+                each.short_help, each.help, each.epilog = whole[0], "\n\n".join([*whole, each.epilog]), None
+            for param in each.params:
+                if getattr(param, "is_flag", False):
+                    param.metavar = ""
+                elif param.param_type_name == "argument":
+                    param.metavar = param.metavar or (param.name or "").upper()
+                elif getattr(param, "min", None) is not None:
+                    param.metavar = "N"
+        for panel, names in self.PANELS.items():
+            for name in names:
+                self.commands[name].rich_help_panel = panel  # type: ignore[attr-defined]
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The names in the order of the panels."""
+        return [name for names in self.PANELS.values() for name in names] or super().list_commands(ctx)
+
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 

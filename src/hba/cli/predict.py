@@ -10,15 +10,22 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hba.cli.options import (
+    ALLOW_FAILED_HELP,
+    ATLAS_HELP,
+    MODEL_HELP,
+    ROWS,
+    SLICES,
     AllowQuarantined,
+    Backend,
     BaseUrl,
     JsonFlag,
-    Overrides,
+    PerDataset,
     answer,
     beside,
     bold,
     configured,
     finish,
+    keys_such_as,
     served,
     tallied,
     tally_cost,
@@ -36,32 +43,46 @@ if TYPE_CHECKING:
 
 
 SHOWN_ANSWERS = 20
-BACKENDS = "heads (a checkpoint), hf (chat models), openai (or compatible), anthropic, google, vllm, majority or random"
 
 
 def predict_command(
-    model: Annotated[str, typer.Argument(help="Run folder, checkpoint, Hugging Face model, or name of a remote one.")],
-    overrides: Overrides = None,
-    atlas: Annotated[str, typer.Option(help="Atlas folder or hub id.")] = ...,  # type: ignore[assignment]
-    split: Annotated[str, typer.Option(help="Split to predict; slices such as test[:100] work.")] = "test",
-    backend: Annotated[str | None, typer.Option(help=f"How the model answers: {BACKENDS}.")] = None,
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    overrides: Annotated[list[str] | None, keys_such_as("generation.max_tokens=64")] = None,
+    atlas: Annotated[str, typer.Option(metavar="ATLAS", help=ATLAS_HELP)] = ...,  # type: ignore[assignment]
+    split: Annotated[str, typer.Option(metavar="SPLIT", help=f"Split to answer. {SLICES}")] = "test",
+    backend: Backend = None,
     base_url: BaseUrl = None,
-    run: Annotated[Path | None, typer.Option(help="Run folder to write; the model's own by default.")] = None,
+    run: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Run folder to write.", show_default="the model's own")
+    ] = None,
     modalities: Annotated[
         str | None,
-        typer.Option(help="Media that reach the model beside its text: audio, video or both; text for none."),
+        typer.Option(
+            metavar="KINDS",
+            help="Give the model only these media: audio, video or audio,video; text for none.",
+            rich_help_panel=ROWS,
+        ),
     ] = None,
-    datasets: Annotated[str | None, typer.Option(help="Dataset keys to predict alone, such as tess,mmsd.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Predict the first N rows only.")] = None,
-    per_dataset: Annotated[int | None, typer.Option(min=1, help="At most N rows of each dataset.")] = None,
-    shard: Annotated[str | None, typer.Option(help="Share i/N of the rows; launchers set it.")] = None,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Ask again what failed before.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count rows, tokens and cost, and stop.")] = False,
-    allow_failed: Annotated[int, typer.Option(min=0, help="Exit 0 although up to so many samples failed.")] = 0,
+    datasets: Annotated[
+        str | None,
+        typer.Option(metavar="DATASETS", help="Only these datasets, such as tess,mmsd.", rich_help_panel=ROWS),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N rows.", rich_help_panel=ROWS)] = None,
+    per_dataset: PerDataset = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(metavar="i/N", help="Only part i of N. torchrun and Slurm set it.", rich_help_panel=ROWS),
+    ] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Ask the rows that failed again.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count rows, tokens and cost; ask nothing.")] = False,
+    allow_failed: Annotated[int, typer.Option(min=0, help=ALLOW_FAILED_HELP)] = 0,
     allow_quarantined: AllowQuarantined = 0,
     json: JsonFlag = False,
 ) -> None:
-    """Answer every sample of a split; resumes where it stopped."""
+    """Answer every row of a split with a model.
+
+    Writes predictions.jsonl. Run it again to resume. Next: hba score RUN.
+    """
     from hba.evaluate.backends.interface import require_backend
     from hba.evaluate.config import PredictConfig
     from hba.evaluate.predict import Selection, launched_shard, open_rows, parse_shard, predict_run

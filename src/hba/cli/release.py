@@ -8,13 +8,14 @@ from typing import Annotated
 
 import typer
 
-from hba.cli.options import JsonFlag, answer, bold
+from hba.cli.options import SCORED_HELP, SLICES, Commands, JsonFlag, answer, bold
 from hba.environment import require_extra
 from hba.storage import plural
 
 LMMS_EXAMPLE = "Example: hba export lmms-eval runs/lmms --atlas runs/mini"
 WANDB_EXAMPLE = "Example: hba export wandb runs/demo/sft --project atlas --offline"
 INSPECT_EXAMPLE = "Example: hba export inspect runs/inspect --atlas runs/mini"
+RELEASED = "What the authors released"
 
 
 class Precision(StrEnum):
@@ -34,23 +35,42 @@ class Pooling(StrEnum):
 
 
 def merge_command(
-    run: Annotated[Path, typer.Argument(help="Run folder (its best checkpoint), checkpoint, or released state dict.")],
+    run: Annotated[
+        Path, typer.Argument(help="Run folder (its best checkpoint), checkpoint, or file that the authors released.")
+    ],
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
     dtype: Annotated[Precision, typer.Option(help="Precision of the weights.")] = Precision.bfloat16,
     backbone: Annotated[
-        str | None, typer.Option(help="RUN is a checkpoint that the authors released, on this backbone.")
+        str | None,
+        typer.Option(metavar="MODEL", help="RUN is a released checkpoint of this backbone.", rich_help_panel=RELEASED),
     ] = None,
     onto: Annotated[
-        str | None, typer.Option(help="RUN holds adapters that the authors released: put them on this checkpoint.")
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="RUN holds released adapters: put them on this model.", rich_help_panel=RELEASED
+        ),
     ] = None,
-    adapters_of: Annotated[str | None, typer.Option(help="Dataset of released adapters.")] = None,
-    pooling: Annotated[Pooling, typer.Option(help="How released adapters pool descriptors.")] = Pooling.meanstd,
+    adapters_of: Annotated[
+        str | None,
+        typer.Option(metavar="DATASET", help="With --onto: dataset of the adapters.", rich_help_panel=RELEASED),
+    ] = None,
+    pooling: Annotated[
+        Pooling,
+        typer.Option(
+            metavar="NAME",
+            help="With --onto: how they pool descriptors: none, mean, meanstd or meanstdp25p75.",
+            rich_help_panel=RELEASED,
+        ),
+    ] = Pooling.meanstd,
     lora_alpha: Annotated[
-        int, typer.Option(min=1, help="With --backbone: LoRA scale numerator, 64 as published.")
+        int, typer.Option(min=1, help="With --backbone: its lora_alpha.", rich_help_panel=RELEASED)
     ] = 64,
     json: JsonFlag = False,
 ) -> None:
-    """Fold LoRA into one full model that plain transformers and vLLM load; heads and adapters lie beside it."""
+    """Make one full model of a trained run, which transformers and vLLM load.
+
+    LoRA is folded in; heads and adapters lie beside it.
+    """
     require_extra("train", "hba merge")
     from hba.model.checkpoint import resolve_dtype
     from hba.model.merge import merge_checkpoint, merge_released
@@ -72,14 +92,19 @@ def merge_command(
 
 
 def push_command(
-    run: Annotated[Path, typer.Argument(help="Scored run folder.")],
-    repo: Annotated[str, typer.Argument(help="Model on the hub (org/name), or a new folder (./, / or file://).")],
-    license_id: Annotated[str, typer.Option("--license", help="Licence of the weights, such as apache-2.0.")] = ...,  # type: ignore[assignment]
-    merge: Annotated[bool, typer.Option("--merge", help="Fold LoRA in first.")] = False,
-    private: Annotated[bool, typer.Option("--private", help="A new model on the hub is private.")] = False,
+    run: Annotated[Path, typer.Argument(help=SCORED_HELP)],
+    repo: Annotated[str, typer.Argument(help="Model on the hub, org/name, or a new folder (./, / or file://).")],
+    license_id: Annotated[
+        str, typer.Option("--license", metavar="NAME", help="Licence of the weights, such as apache-2.0.")
+    ] = ...,  # type: ignore[assignment]
+    merge: Annotated[bool, typer.Option("--merge", help="Fold LoRA in first, as hba merge does.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make a new model on the hub private.")] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Send a run's best model to the hub, with a card of its data, figures, intervals and limits."""
+    """Send a run's best model to the Hugging Face hub, with a model card.
+
+    The card tells data, scores, intervals and limits.
+    """
     require_extra("train", "hba push")
     from hba.export.push import push_run
     from hba.model.process import prepare_process
@@ -92,11 +117,13 @@ def push_command(
 # `hba export`: the benchmark as tasks of other harnesses, and results as a table of others' trackers.
 
 
-export_app = typer.Typer(no_args_is_help=True, help="The atlas as tasks of lmms-eval or Inspect, results for W&B.")
+export_app = typer.Typer(
+    cls=Commands, no_args_is_help=True, help="Write an atlas or results for lmms-eval, Inspect or Weights & Biases."
+)
 
-Out = Annotated[Path, typer.Argument(help="Folder to write.")]
-AtlasOption = Annotated[str, typer.Option(help="Atlas folder with media files.")]
-Split = Annotated[str, typer.Option(help="Split to export; slices such as test[:100] work.")]
+Out = Annotated[Path, typer.Argument(help="Folder to make.")]
+AtlasOption = Annotated[str, typer.Option(metavar="ATLAS", help="Atlas: a folder with media as files.")]
+Split = Annotated[str, typer.Option(metavar="SPLIT", help=f"Split to write. {SLICES}")]
 
 
 @export_app.command("lmms-eval", epilog=LMMS_EXAMPLE)
@@ -106,7 +133,7 @@ def lmms_eval_command(
     split: Split = "test",
     json: JsonFlag = False,
 ) -> None:
-    """Write lmms-eval task definitions that ask, read and score as hba does."""
+    """Write tasks for lmms-eval that ask, read and score as hba does."""
     from hba.export.harnesses import export_lmms_eval
 
     command = f"python -m lmms_eval --include_path {out} --tasks hba --model MODEL"
@@ -120,7 +147,7 @@ def inspect_command(
     split: Split = "test",
     json: JsonFlag = False,
 ) -> None:
-    """Write Inspect tasks that ask, read and score as hba does."""
+    """Write tasks for Inspect that ask, read and score as hba does."""
     from hba.export.harnesses import export_inspect
 
     _exported(export_inspect(atlas, split, out), out, f"cd {out} && inspect eval hba_tasks.py --model MODEL", json)
@@ -133,15 +160,15 @@ def _exported(counts: dict[str, int], out: Path, command: str, as_json: bool) ->
 
 @export_app.command("wandb", epilog=WANDB_EXAMPLE)
 def wandb_command(
-    run: Annotated[Path, typer.Argument(help="Scored run folder.")],
-    project: Annotated[str, typer.Option(help="W&B project.")] = ...,  # type: ignore[assignment]
+    run: Annotated[Path, typer.Argument(help=SCORED_HELP)],
+    project: Annotated[str, typer.Option(metavar="NAME", help="Project at W&B.")] = ...,  # type: ignore[assignment]
     offline: Annotated[
-        bool, typer.Option("--offline", help="Write into the run folder; `wandb sync` sends it.")
+        bool, typer.Option("--offline", help="Write into the run folder; send it later with wandb sync.")
     ] = False,
-    predictions: Annotated[bool, typer.Option("--predictions", help="Also log every prediction.")] = False,
+    predictions: Annotated[bool, typer.Option("--predictions", help="Also send every prediction.")] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Log a scored run to Weights & Biases as tables of tasks and datasets."""
+    """Send the scores of a run to Weights & Biases, as tables."""
     from hba.export.wandb_table import log_tables
 
     place = log_tables(run, project=project, offline=offline, predictions=predictions)

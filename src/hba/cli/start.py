@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hba.cli.options import JsonFlag, Overrides, answer, bold, finish
+from hba.cli.options import ATLAS_HELP, Host, JsonFlag, Overrides, Port, answer, bold, finish
 from hba.environment import require_extra
 from hba.errors import InputError
 from hba.storage import cache_folder
@@ -22,15 +22,20 @@ if TYPE_CHECKING:
 
     from hba.serve import Desk
 
+TRY = "The Try page"
+
 
 def demo_command(
     overrides: Overrides = None,
-    run: Annotated[Path, typer.Option(help="Folder for everything that the demo makes.")] = Path("runs/demo"),
-    size: Annotated[str, typer.Option(help="Size of the mini-atlas: tiny or small.")] = "small",
-    seed: Annotated[int, typer.Option(help="Seed of data, weights and order.")] = 0,
+    run: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder for all that it makes.")] = Path("runs/demo"),
+    size: Annotated[str, typer.Option(metavar="NAME", help="Size of its data: tiny or small.")] = "small",
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of data, weights and order.")] = 0,
     json: JsonFlag = False,
 ) -> None:
-    """Make a synthetic mini-atlas, train a tiny OmniSapiens in three stages and by RL, score and report. Resumes."""
+    """Show every step on made-up data: train a tiny OmniSapiens, score it, report.
+
+    It takes minutes on a laptop without a GPU. Run it again to resume.
+    """
     require_extra("train", "hba demo")
     from hba.cli.demo import run_demo
 
@@ -63,12 +68,17 @@ def demo_command(
 
 def tiny_command(
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
-    atlas: Annotated[str, typer.Option(help="Atlas that trains the tokenizer.")] = ...,  # type: ignore[assignment]
-    family: Annotated[str, typer.Option(help="Whose classes: gemma4, ...: docs/models.md.")] = "qwen2.5-omni",
-    seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
+    atlas: Annotated[str, typer.Option(metavar="ATLAS", help="Atlas whose texts train its tokenizer.")] = ...,  # type: ignore[assignment]
+    family: Annotated[
+        str, typer.Option(metavar="NAME", help="Family of models, such as gemma4; docs/models.md lists them.")
+    ] = "qwen2.5-omni",
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the weights.")] = 0,
     json: JsonFlag = False,
 ) -> None:
-    """Make a tiny backbone: the real classes of a family with small dimensions and random weights."""
+    """Make a tiny backbone to try training on a laptop.
+
+    It has the classes of the real family, small layers, and random weights.
+    """
     require_extra("train", "hba tiny")
     from hba.atlas import open_atlas
     from hba.model.process import prepare_process
@@ -83,7 +93,10 @@ def doctor_command(
     online: Annotated[bool, typer.Option("--online", help="Also try to reach the Hugging Face hub.")] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Say what this machine can run and what is missing."""
+    """Say what this machine can run and what is missing.
+
+    Exit code 1: something that hba needs is missing.
+    """
     from hba.doctor import checks_table, diagnose, to_json
 
     checks = diagnose(online=online)
@@ -93,30 +106,40 @@ def doctor_command(
 
 
 def explore_command(
-    atlas: Annotated[
-        Path | None, typer.Option(help="Atlas folder, or org/name on the hub; none shows runs alone.")
-    ] = None,
-    runs: Annotated[Path, typer.Option(help="Folder below which run folders are looked for.")] = Path("runs"),
-    host: Annotated[str, typer.Option(help="Address to bind; 0.0.0.0 is every network's.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8377,
+    atlas: Annotated[Path | None, typer.Option(metavar="ATLAS", help=ATLAS_HELP, show_default="runs alone")] = None,
+    runs: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder in which to look for run folders.")] = Path(
+        "runs"
+    ),
+    host: Host = "127.0.0.1",
+    port: Port = 8377,
     cache: Annotated[
-        Path | None, typer.Option(help="Where the index is kept; else $HBA_CACHE or ~/.cache/hba.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where the index is kept.", show_default="$HBA_CACHE or ~/.cache/hba"),
     ] = None,
     browser: Annotated[
-        bool | None, typer.Option(help="Open the page in a browser; as it is, where a screen seems to be.")
+        bool | None, typer.Option(help="Open the page in a browser.", show_default="if there is a screen")
     ] = None,
     models: Annotated[
-        str | None, typer.Option(help="Models for the Try page, such as runs/sft,runs/qa: clips of your own.")
+        str | None,
+        typer.Option(
+            metavar="MODELS", help="Models to try on your own clips, such as runs/sft,runs/qa.", rich_help_panel=TRY
+        ),
     ] = None,
     keep: Annotated[
-        Path | None, typer.Option(help="Folder in which the Try page keeps clips and labels, as an atlas.")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Keep the clips and your labels in this folder, as an atlas.", rich_help_panel=TRY
+        ),
     ] = None,
     no_token: Annotated[
-        bool, typer.Option("--no-token", help="Let everybody who has an account on this machine read everything.")
+        bool, typer.Option("--no-token", help="Answer every user of this machine, without a token.")
     ] = False,
     json: JsonFlag = False,
 ) -> None:
-    """See and hear the data, the predictions and the mistakes: a local web app. Ctrl-C ends it."""
+    """See and hear data, predictions and mistakes in your browser.
+
+    Ctrl-C ends it.
+    """
     from hba.explorer.server import bind, create_app, has_screen, is_loopback, open_browser, serve
 
     names = [name.strip() for name in (models or "").split(",") if name.strip()]

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeAlias
 
 import typer
 
 from hba.cli.options import (
     AllowQuarantined,
     BaseUrl,
+    Commands,
     ConfigOption,
     JsonFlag,
     Overrides,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from hba.run import RunFolder
 
 SFT_EXAMPLE = "Example: hba train sft --config sft_tiny --run runs/sft atlas=runs/mini model.name=runs/tiny"
+FIRST = "\nBefore:  hba atlas mini runs/mini\nand:     hba tiny runs/tiny --atlas runs/mini"
 LM_EXAMPLE = "Example: hba train lm --config lm_tiny --run runs/lm atlas=runs/mini model.name=runs/tiny"
 QA_EXAMPLE = "Example: hba train qa --config qa_tiny --from runs/sft --run runs/qa atlas=runs/mini"
 BAM_EXAMPLE = "Example: hba train bam --config bam_tiny --from runs/qa --dataset daicwoz --run runs/bam atlas=runs/mini"
@@ -50,15 +52,29 @@ FIT_EXAMPLE = "Example: hba fit Qwen/Qwen2.5-Omni-7B --gpu 24 --config sft"
 TRANSFER_EXAMPLE = "Example: hba transfer --config sft_tiny --run runs/transfer atlas=runs/mini model.name=runs/tiny"
 FITTED = "gpu.json"  # of a run folder: what --gpu chose
 Fitted: TypeAlias = dict[str, Any] | None
-RUN_HELP = "Run folder; an unfinished one is resumed."
+RunOption = typer.Option(metavar="FOLDER", help="Run folder to write, or to resume.")
 
 OnGpu = Annotated[
     str | None,
-    typer.Option("--gpu", help="Choose what makes it fit on such a GPU (h100, rtx4090) or on so many GB: 24."),
+    typer.Option(
+        "--gpu", metavar="GPU", help="Choose settings that fit on this GPU, such as h100, or on these GB: 24."
+    ),
 ]
-From = Annotated[str | None, typer.Option("--from", help="Run folder or checkpoint that the stage stands on.")]
+From = Annotated[
+    str | None, typer.Option("--from", metavar="RUN", help="Run folder or checkpoint of the stage before.")
+]
 
-train_app = typer.Typer(no_args_is_help=True, help="Train OmniSapiens, one command a stage.")
+
+class Stages(Commands):
+    """`hba train`, in the order of the stages."""
+
+    PANELS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "OmniSapiens, in three stages": ("sft", "qa", "bam"),
+        "A model that answers in words": ("lm", "rl"),
+    }
+
+
+train_app = typer.Typer(cls=Stages, no_args_is_help=True, help="Train OmniSapiens or another chat model.")
 
 
 def _fitted(kind: type[Any], config: str | None, given: list[str], run: Path, gpu: str | None) -> tuple[Any, Fitted]:
@@ -140,16 +156,19 @@ def _train(
     finish(quarantined, allowed)
 
 
-@train_app.command("sft", epilog=SFT_EXAMPLE)
+@train_app.command("sft", epilog=SFT_EXAMPLE + FIRST)
 def sft_command(
     overrides: Overrides = None,
     config: ConfigOption = None,
-    run: Annotated[Path, typer.Option(help=RUN_HELP)] = Path("runs/sft"),
+    run: Annotated[Path, RunOption] = Path("runs/sft"),
     gpu: OnGpu = None,
     allow_quarantined: AllowQuarantined = 0,
     json: JsonFlag = False,
 ) -> None:
-    """Stage 1: LoRA (or everything) and one classification head a domain."""
+    """Stage 1: train LoRA (or all weights) and one head for each domain of labels.
+
+    Run it again to resume. Next: hba predict RUN --atlas ATLAS, or stage 2, hba train qa.
+    """
     require_extra("train", "hba train sft")
     from hba.train.config import SftConfig
 
@@ -159,16 +178,19 @@ def sft_command(
     _train(train_sft, settings, run, "train sft", allow_quarantined, json, fitted=fitted)
 
 
-@train_app.command("lm", epilog=LM_EXAMPLE)
+@train_app.command("lm", epilog=LM_EXAMPLE + FIRST)
 def lm_command(
     overrides: Overrides = None,
     config: ConfigOption = None,
-    run: Annotated[Path, typer.Option(help=RUN_HELP)] = Path("runs/lm"),
+    run: Annotated[Path, RunOption] = Path("runs/lm"),
     gpu: OnGpu = None,
     allow_quarantined: AllowQuarantined = 0,
     json: JsonFlag = False,
 ) -> None:
-    """Generative SFT: any chat model learns to answer in words."""
+    """Teach any chat model to answer in words.
+
+    Run it again to resume. Next: hba predict RUN --atlas ATLAS, or hba train rl.
+    """
     require_extra("train", "hba train lm")
     from hba.train.config import LmConfig
 
@@ -192,17 +214,24 @@ def rl_command(
     config: ConfigOption = None,
     algorithm: Annotated[
         str | None,
-        typer.Option(help="grpo, harpo, dr_grpo, rloo, reinforce_pp, gpg, ema_grpo, dapo, gspo: docs/rl.md."),
+        typer.Option(
+            metavar="NAME",
+            help="grpo, harpo, dr_grpo, rloo, reinforce_pp, gpg, ema_grpo, dapo or gspo.",
+            show_default="the recipe's",
+        ),
     ] = None,
     base_url: BaseUrl = None,
-    run: Annotated[Path, typer.Option(help=RUN_HELP)] = Path("runs/rl"),
-    engine: Annotated[Engine, typer.Option(help="local: this machine; verl: Ray, FSDP and vLLM.")] = Engine.local,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="With verl: show its config and start nothing.")] = False,
+    run: Annotated[Path, RunOption] = Path("runs/rl"),
+    engine: Annotated[Engine, typer.Option(help="local: this machine. verl: a cluster, by Ray.")] = Engine.local,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the config for verl; start nothing.")] = False,
     gpu: OnGpu = None,
     allow_quarantined: AllowQuarantined = 0,
     json: JsonFlag = False,
 ) -> None:
-    """Reinforcement learning of a model that speaks: GRPO, HARPO and their rivals."""
+    """Train a model that answers in words by reinforcement learning.
+
+    The algorithms are explained in docs/rl.md. Run it again to resume. Next: hba predict RUN --atlas ATLAS.
+    """
     require_extra("train", "hba train rl")
     from hba.rl.config import RlConfig
 
@@ -247,11 +276,14 @@ def qa_command(
     overrides: Overrides = None,
     config: ConfigOption = None,
     base: From = None,
-    run: Annotated[Path, typer.Option(help=RUN_HELP)] = Path("runs/qa"),
+    run: Annotated[Path, RunOption] = Path("runs/qa"),
     allow_quarantined: AllowQuarantined = 0,
     json: JsonFlag = False,
 ) -> None:
-    """Stage 2: lm_head learns to answer free-form rows; backbone and heads stay as they are."""
+    """Stage 2: train the output layer to answer free-form rows.
+
+    Backbone and heads stay as they are. Run it again to resume. Next: hba train bam.
+    """
     require_extra("train", "hba train qa")
     from hba.train.config import QaConfig
 
@@ -267,17 +299,22 @@ def bam_command(
     config: ConfigOption = None,
     base: From = None,
     dataset: Annotated[
-        list[str] | None, typer.Option(help="Dataset that gets adapters; give it again for more.")
+        list[str] | None, typer.Option(metavar="DATASET", help="Train adapters for this dataset. Repeat for more.")
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="Adapt every dataset that has descriptors.")] = False,
-    allow_missing: Annotated[
-        bool, typer.Option("--allow-missing", help="Leave samples whose descriptors are missing unchanged.")
+    every: Annotated[
+        bool, typer.Option("--all", help="Train adapters for every dataset that has descriptors.")
     ] = False,
-    run: Annotated[Path, typer.Option(help=RUN_HELP)] = Path("runs/bam"),
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Accept rows without descriptors; they get no adapter.")
+    ] = False,
+    run: Annotated[Path, RunOption] = Path("runs/bam"),
     allow_quarantined: AllowQuarantined = 0,
     json: JsonFlag = False,
 ) -> None:
-    """Stage 3: adapters over openSMILE and landmark descriptors, dataset by dataset."""
+    """Stage 3: train adapters (BAM) that read descriptors, dataset by dataset.
+
+    Run it again to resume. Next: hba predict RUN --atlas ATLAS. Descriptors come from hba atlas describe.
+    """
     require_extra("train", "hba train bam")
     from hba.train.config import BamConfig
 
@@ -302,16 +339,22 @@ def _key(name: str, value: object) -> list[str]:
 def transfer_command(
     overrides: Overrides = None,
     config: ConfigOption = None,
-    run: Annotated[Path, typer.Option(help="Folder of all runs; an unfinished one is resumed.")] = Path(
+    run: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of all its runs, to write or to resume.")] = Path(
         "runs/transfer"
     ),
     heldout: Annotated[
-        list[str] | None, typer.Option(help="Dataset to hold out; repeat it. Those of the paper by default.")
+        list[str] | None,
+        typer.Option(
+            metavar="DATASET", help="Dataset to hold out. Repeat for more.", show_default="those of the paper"
+        ),
     ] = None,
     allow_quarantined: AllowQuarantined = 0,
     json: JsonFlag = False,
 ) -> None:
-    """Pretrain without the held-out datasets, fine-tune on each, compare with no pretraining."""
+    """Measure what pretraining gives to datasets that were held out of it.
+
+    It pretrains without them, fine-tunes on each, and compares with no pretraining. Run it again to resume.
+    """
     require_extra("train", "hba transfer")
     from hba.train.config import SftConfig
 
@@ -345,19 +388,31 @@ class FitStage(StrEnum):
 
 
 def fit_command(
-    model: Annotated[str, typer.Argument(help="Backbone: a hub id or a folder. Its config is read, no weights.")],
+    model: Annotated[str, typer.Argument(help="Backbone: a folder, or org/name on the hub. No weights are read.")],
     overrides: Overrides = None,
-    gpu: Annotated[str, typer.Option(help="A GPU such as h100 or rtx4090, or its memory in GB: 24.")] = ...,  # type: ignore[assignment]
-    gpus: Annotated[int, typer.Option(min=1, help="How many of them.")] = 1,
+    gpu: Annotated[
+        str, typer.Option(metavar="GPU", help="GPU, such as h100 or rtx4090, or its memory in GB: 24.")
+    ] = ...,  # type: ignore[assignment]
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 1,
     config: ConfigOption = None,
     stage: Annotated[
-        FitStage | None, typer.Option(help="What is to run; by default what the name of --config begins with, or sft.")
+        FitStage | None,
+        typer.Option(
+            metavar="STAGE",
+            help="What is to run: sft, lm, qa, bam, rl or predict.",
+            show_default="as --config is named, or sft",
+        ),
     ] = None,
-    atlas: Annotated[str | None, typer.Option(help="Atlas whose rows give lengths and the time of an epoch.")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Without --atlas: tokens of a prompt, media included.")] = 1024,
+    atlas: Annotated[
+        str | None, typer.Option(metavar="ATLAS", help="Take lengths from this atlas, and tell the hours of an epoch.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Without --atlas: tokens of a row, media included.")] = 1024,
     json: JsonFlag = False,
 ) -> None:
-    """Tell whether a run fits on a GPU, what takes the memory, and how long an epoch is. Exit code 1: it does not."""
+    """Tell whether a run fits on a GPU, and how long an epoch takes.
+
+    It also says what takes the memory, and what to change. Exit code 1: the run does not fit.
+    """
     require_extra("train", "hba fit")
     known = [each.value for each in FitStage]
     named = Path(config).stem.partition("_")[0] if config is not None else "sft"
