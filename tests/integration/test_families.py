@@ -1,6 +1,7 @@
 """A tiny model of every family through every stage, and the table of docs/models.md: what each hears and sees."""
 
 import json
+import math
 import re
 import shutil
 import sys
@@ -53,6 +54,7 @@ STAGES = {
     "bam": (BamConfig, train_bam, [*FEATURES, "datasets=[daicwoz,siq2]", "adapter_learning_rate=1e-2"]),
     "rl": (RlConfig, train_rl, [*LORA, *SEEN, *SPOKEN, "validation_rows=2", "validation_batch_size=2"]),
 }
+BITS = {"nf4": torch.uint8, "int8": torch.int8}
 REWARD = "def length(responses, **_):\n    return [float(len(text)) for text in responses]\n"
 
 
@@ -80,19 +82,19 @@ class Runs:
         out = self.folder / family / "model"
         return out if out.is_dir() else tiny_chat.build(family, self.backbone, out)
 
-    def of(self, family, stage):
-        run = self.folder / family / stage
+    def of(self, family, stage, *more):
+        run = self.folder / family / " ".join((stage, *more))
         if not run.is_dir():
             kind, work, own = STAGES[stage]
             if stage in ("qa", "bam"):
                 base = [f"base={self.of(family, 'sft')}"]
             else:
                 seen = ", ".join(FAMILIES[family].modalities)
-                base = [f"model.name={self.of(family, 'lm') if stage == 'rl' else self.model(family)}"]
+                base = [f"model.name={self.of(family, 'lm', *more) if stage == 'rl' else self.model(family)}"]
                 base.append(f"encode.modalities=[{seen}]")
             if stage == "rl":
                 base.append(f"reward.function={self.folder / 'rewards.py'}:length")
-            config = load_config(kind, None, [f"atlas={self.atlas}", *own, *base])
+            config = load_config(kind, None, [f"atlas={self.atlas}", *own, *base, *more])
             with RunFolder.open(run, config=config, command=f"train {stage}", seed=0) as opened:
                 work(config, opened)
         return run
@@ -278,6 +280,61 @@ def test_predict_and_merge(runs, atlas, tmp_path, family):
             told.append({p.id: (p.output, p.error) for p in read_predictions(out / "predictions.jsonl")})
         assert len(told[0]) == 3 and not any(error for _, error in told[0].values())
         assert told[0] == told[1]
+
+
+def quantised_step(runs, atlas, family, kind, batch=None):
+    """A model of that kind after one step in bfloat16, which every trained weight has reached, and its batch."""
+    how = {"quantization": kind, "dtype": "bfloat16"}
+    model = OmniSapiens.from_pretrained(runs.model(family), **how)
+    apply_strategy(model, ModelConfig(name=str(runs.model(family)), lora_r=2, lora_dropout=0.0, **how))
+    batch = batch or batch_of(model, family, atlas, answers=True)
+    small = [n for n, p in model.transformer.named_parameters() if p.dtype is BITS[kind] and n.endswith("weight")]
+    start = f"{language_layers(model.transformer).prefix}layers."
+    assert small and all(name.startswith(start) for name in small)
+    loss, gradients, _, _ = steps_of(model, batch, dtype=torch.bfloat16)
+    assert math.isfinite(loss) and gradients.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients.values())
+    assert any("lora_B" in name and bool(gradient.any()) for name, gradient in gradients.items())
+    torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2).step()
+    return model, batch
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_quantised_a_family_trains_predicts_and_is_merged(runs, atlas, tmp_path, family):
+    model, batch = quantised_step(runs, atlas, family, "nf4")
+    seen = ", ".join(FAMILIES[family].modalities)
+    encode = load_config(EncodeConfig, None, [f"modalities=[{seen}]"])
+    model.save_pretrained(tmp_path / "run", backbone=str(runs.model(family)), strategy="lora", encode=encode)
+    merge_checkpoint(tmp_path / "run", tmp_path / "merged", dtype="float32")
+    ours, merged = (OmniSapiens.from_pretrained(tmp_path / n, dtype="float32").eval() for n in ("run", "merged"))
+    assert (ours.quantization, merged.quantization) == ("nf4", "none")
+    with torch.no_grad():
+        found, expected = ours(batch), merged(batch)
+    torch.testing.assert_close(found.answer_logits_NV, expected.answer_logits_NV, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(found.logits_BC, expected.logits_BC, atol=1e-3, rtol=1e-3)
+    assert ours.generate(batch, max_new_tokens=2) == merged.generate(batch, max_new_tokens=2)
+    model, _ = quantised_step(runs, atlas, family, "int8", batch)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = model.eval()(batch)  # merged, it is another model: int8 rounds inputs of layers, too
+    assert bool(found.pooled_BH.isfinite().all() and found.answer_logits_NV.isfinite().all())
+
+
+def test_reinforcement_learning_in_four_bits(runs, atlas, tmp_path):
+    rounded = ["model.quantization=nf4"]
+    before = runs.of("qwen2.5-omni", "lm", *rounded)
+    run = runs.of("qwen2.5-omni", "rl", *rounded)
+    trained = load_file(run / "checkpoints" / "step_2" / checkpoint.ADAPTER)
+    assert any(not torch.equal(tensor, weights(before, checkpoint.ADAPTER)[name]) for name, tensor in trained.items())
+    assert checkpoint.quantization_of(checkpoint.read_card(checkpoint.resolve(run))) == "nf4"
+    merge_checkpoint(run, tmp_path / "merged", dtype="float32")
+    told = []
+    for number, model in enumerate((run, tmp_path / "merged")):
+        options = ["loader.workers=0", "generation.max_tokens=4", "dtype=float32"]
+        how = {"config": load_config(PredictConfig, None, options), "progress": lambda _: None}
+        out = tmp_path / str(number)
+        predict_run(str(model), out, atlas=str(atlas), split="test", backend="hf", **how)
+        told.append({p.id: (p.output, p.error) for p in read_predictions(out / "predictions.jsonl")})
+    assert len(told[0]) == 3 and told[0] == told[1] and not any(error for _, error in told[0].values())
 
 
 def test_what_a_family_cannot_is_refused_in_one_sentence_before_data_are_read(runs, atlas, tmp_path, monkeypatch):
