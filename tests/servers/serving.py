@@ -4,7 +4,7 @@ import base64
 import threading
 import time
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import httpx
 import torch
@@ -16,12 +16,14 @@ from hba.serve import Desk, Limits, create_app
 from hba.serve import _Protocol as Protocol
 
 ENCODE = EncodeConfig(num_frames=2, max_pixels=3136)
+PATIENCE = 300  # seconds for what comes at once on an idle machine
 
 
 class Serving(NamedTuple):
     url: str
     desk: Desk
     client: httpx.Client
+    gate: Any  # the app; its limits are read for each request
 
     def classify(self, path, **more):
         files = [{"name": path.name, "data": data_url("application/octet-stream", path.read_bytes())}]
@@ -46,19 +48,21 @@ def write_checkpoint(folder, backbone):
 @contextmanager
 def serving(model, folder, *, limits=None, token="secret", **more):
     """The server for a model on a free port."""
-    limits = limits or Limits(seconds=60)
+    limits = limits or Limits(seconds=PATIENCE)
     desk = Desk(str(model), folder=folder, **more)
-    server = uvicorn.Server(uvicorn.Config(create_app(desk, limits=limits, token=token), port=0, http=Protocol,
-                                           ws="none", log_level="error"))  # fmt: skip
+    app = create_app(desk, limits=limits, token=token)
+    # An idle connection is kept for longer than a busy machine takes from one request of a test to the next.
+    how = {"http": Protocol, "ws": "none", "log_level": "error", "timeout_keep_alive": PATIENCE}
+    server = uvicorn.Server(uvicorn.Config(app, port=0, **how))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.01)
     url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     try:
-        with httpx.Client(base_url=url, headers={"authorization": f"Bearer {token}"}, timeout=60) as client:
-            yield Serving(url, desk, client)
+        with httpx.Client(base_url=url, headers={"authorization": f"Bearer {token}"}, timeout=PATIENCE) as client:
+            yield Serving(url, desk, client, app)
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(PATIENCE)
     assert not thread.is_alive() and not desk.folder.exists()

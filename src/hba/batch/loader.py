@@ -21,6 +21,7 @@ import pickle
 import resource
 import signal
 import socket
+import stat
 import struct
 import threading
 import traceback
@@ -511,6 +512,20 @@ def _settle(parent: int) -> None:
     faulthandler.disable()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
+    _let_go_of_connections()
+
+
+def _let_go_of_connections() -> None:
+    """Connections of the main process, ports that it listens at included, become /dev/null: as long as a child has a
+    copy of one, whoever is at its other end does not see that it was closed."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in [int(each.name) for each in Path("/proc/self/fd").iterdir()]:
+        with suppress(OSError):  # it was that of the listing
+            if stat.S_ISSOCK(os.fstat(fd).st_mode):
+                with socket.socket(fileno=os.dup(fd)) as copied:
+                    if copied.family in (socket.AF_INET, socket.AF_INET6):
+                        os.dup2(null, fd)
+    os.close(null)
 
 
 def _portable(error: Exception) -> Exception:
