@@ -19,8 +19,8 @@ from hba.errors import HbaError, InputError
 from hba.evaluate.score import score_run
 from hba.export.push import push_run
 from hba.model import OmniSapiens, checkpoint
+from hba.model.checkpoint import hub_checkpoint
 from hba.model.config import ModelConfig
-from hba.model.hub_model import hub_checkpoint
 from hba.model.omni import apply_strategy
 from hba.storage import write_json
 from hba.taxonomy import DATASETS, of_folder

@@ -483,7 +483,7 @@ import sys
 sys.modules["socksio"] = None
 from hba.errors import InputError
 from hba.atlas import open_atlas
-from hba.model.hub_model import hub_checkpoint
+from hba.model.checkpoint import hub_checkpoint
 for ask in (lambda: open_atlas("some/atlas", split="test"), lambda: hub_checkpoint("some/model", None, "hba.json")):
     try:
         ask()

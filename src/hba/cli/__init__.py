@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar
 
 import typer
 
-from hba.cli.ask import ASK_EXAMPLE, SERVE_EXAMPLE, ask_command, serve_command
+from hba.cli.ask import ASK_EXAMPLE, ask_command
 from hba.cli.atlas import atlas_app
 from hba.cli.evaluate import (
     EVAL_EXAMPLE,
@@ -29,6 +29,7 @@ from hba.cli.judge import JUDGE_EXAMPLE, judge_command
 from hba.cli.options import Commands, say
 from hba.cli.predict import predict_command
 from hba.cli.release import LMMS_EXAMPLE, export_app, merge_command, push_command
+from hba.cli.serve import SERVE_EXAMPLE, serve_command
 from hba.cli.start import demo_command, doctor_command, explore_command, tiny_command
 from hba.cli.train import FIRST, FIT_EXAMPLE, SFT_EXAMPLE, TRANSFER_EXAMPLE, fit_command, train_app, transfer_command
 from hba.environment import EXTRAS, install_fix

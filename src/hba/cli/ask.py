@@ -1,30 +1,24 @@
-"""`hba ask` and `hba serve`: from a clip, a sound, a picture, a text, or a folder of them, to an answer."""
+"""`hba ask`: from a clip, a sound, a picture, a text, or a folder of them, to an answer."""
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hba.cli.options import (
     MODEL_HELP,
     QUESTION,
-    SERVER,
     Backend,
     BaseUrl,
-    Host,
     JsonFlag,
-    Port,
     SetKey,
     answer,
     beside,
-    bold,
     configured,
     counted,
     served,
@@ -37,7 +31,6 @@ if TYPE_CHECKING:
     from hba.evaluate.ask import Reply
 
 ASK_EXAMPLE = "Example: hba ask runs/demo/sft clip.mp4"
-SERVE_EXAMPLE = "Example: hba serve runs/demo/sft --port 8378"
 SHOWN = 3  # labels whose probability a table shows
 
 
@@ -174,59 +167,3 @@ def _csv(replies: list[Reply]) -> str:
         rows.append([*kept, "" if share is None else f"{share:.6f}", *words, *when])
     head = ["file", "task", "dataset", "answer", "probability", "text", "error", "start", "end", "transcript"]
     return to_csv(head, rows)
-
-
-def serve_command(
-    model: Annotated[str, typer.Argument(help="Run folder, checkpoint, or Hugging Face model.")],
-    backend: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="How to ask it: heads or hf.", show_default="as MODEL was trained"),
-    ] = None,
-    host: Host = "127.0.0.1",
-    port: Port = 8378,
-    no_token: Annotated[
-        bool, typer.Option("--no-token", help="Answer every user of this machine, without a token.")
-    ] = False,
-    max_body: Annotated[int, typer.Option(min=1, help="Largest request, in MB.", rich_help_panel=SERVER)] = 100,
-    max_waiting: Annotated[
-        int, typer.Option(min=1, help="Requests at once; more are told to retry.", rich_help_panel=SERVER)
-    ] = 256,
-    timeout: Annotated[
-        float, typer.Option(min=1, help="Seconds for an upload, and again for its answer.", rich_help_panel=SERVER)
-    ] = 120.0,
-    window: Annotated[
-        float, typer.Option(min=0, help="Milliseconds that a batch waits for more requests.", rich_help_panel=SERVER)
-    ] = 5.0,
-    key: SetKey = None,
-    json: JsonFlag = False,
-) -> None:
-    """Answer over HTTP: chat for OpenAI's client, and labels with probabilities.
-
-    /v1/chat/completions is for OpenAI's client, /v1/classify for labels. The token is $HBA_SERVE_TOKEN if you set it;
-    else a new one is made and printed. Ctrl-C or SIGTERM ends the server.
-    """
-    from hba.environment import require_extra
-    from hba.evaluate.config import PredictConfig
-
-    require_extra("train", "hba serve")
-    settings = configured(PredictConfig, None, key)
-    from hba.explorer.server import bind, is_loopback
-
-    bound = bind(host, port, with_token=not no_token)
-    from hba.serve import MEGABYTE, Desk, Limits, create_app, run
-    from hba.storage import cache_folder
-
-    limits = Limits(body_bytes=max_body * MEGABYTE, waiting=max_waiting, seconds=timeout)
-    own = None if no_token else os.environ.get("HBA_SERVE_TOKEN")
-    token = None if no_token else own or bound.token
-    how: dict[str, Any] = {"folder": cache_folder() / "serve", "backend": backend, "config": settings}
-    how |= {"most_waiting": 4 * max_waiting, "window_seconds": window / 1000}
-    how |= {"decode_seconds": min(settings.loader.decode_timeout_seconds, timeout / 4)}
-    with bound.socket, closing(Desk(model, **how)) as desk:
-        app = create_app(desk, limits=limits, token=token, only_loopback=is_loopback(host))
-        url = bound.url.partition("?")[0] + "v1"
-        said = {"url": url, "model": model} | ({} if own or token is None else {"token": token})
-        shown = f" Token: [bold]{token}[/bold]." if "token" in said else ""
-        answer(said, f"Serving {bold(model)} at [bold]{url}[/bold].{shown} Ctrl-C ends it.", as_json=json)
-        sys.stdout.flush()
-        run(app, bound.socket, limits)

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -234,8 +235,6 @@ def resolve(path: str | Path) -> Path | None:
     require_place(path)
     folder = Path(path)
     if not folder.is_dir():
-        from hba.model.hub_model import hub_checkpoint  # the hub's client is not needed for what lies here
-
         return hub_checkpoint(*parse_hub_id(str(path)), CARD)
     if (folder / CARD).is_file():
         return folder
@@ -246,6 +245,41 @@ def resolve(path: str | Path) -> Path | None:
         fix = "Give a checkpoint, a run folder with a finished validation, or a Hugging Face model."
         raise InputError("no checkpoint here", where=str(folder), fix=fix)
     return None
+
+
+# What of a repository is fetched; nothing of it is executed.
+_FETCHED = ("*.json", "*.jinja", "*.safetensors", "*.txt", "*.yaml")
+
+
+@cache
+def hub_checkpoint(repo: str, revision: str | None, card: str) -> Path | None:
+    """The checkpoint `repo`, as `hba push` sends it, in the hub's cache, downloaded first; None for one without `card`.
+
+    Resolved to a commit once a process; everything after is of that commit. None also for a repository that is not
+    there or not shown, which whoever loads it as a backbone reports. Raises InputError when the hub cannot be reached
+    or the download breaks off: a checkpoint that is taken for a backbone would answer with heads that nothing has
+    trained. What is in the cache already decides without it, and so it does offline (HF_HUB_OFFLINE=1).
+    """
+    # Imported here: the hub's client is not needed for what lies on this machine.
+    import httpx
+    from huggingface_hub import constants, errors, hf_hub_download, snapshot_download, try_to_load_from_cache
+
+    from hba.remote.request import proxies_checked, shown
+
+    try:
+        with proxies_checked():
+            found = Path(hf_hub_download(repo, card, revision=revision))
+            return Path(snapshot_download(repo, revision=found.parent.name, allow_patterns=list(_FETCHED)))
+    except (errors.RemoteEntryNotFoundError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
+        return None
+    except (errors.HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        # The card of a checkpoint is fetched first: a cache that has files and no card holds a backbone.
+        in_cache = isinstance(try_to_load_from_cache(repo, "config.json", revision=revision), str)
+        if isinstance(error, errors.LocalEntryNotFoundError) and (constants.HF_HUB_OFFLINE or in_cache):
+            return None
+        what = f"no such folder on this machine, and the hub at {shown(constants.ENDPOINT)} gives no answer"
+        fix = "Check name and network, then run it again; with HF_HUB_OFFLINE=1 what was downloaded before is used."
+        raise InputError(what, where=repo, fix=fix) from None
 
 
 def read_card(folder: Path) -> dict[str, Any]:

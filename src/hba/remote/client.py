@@ -14,14 +14,13 @@ not followed, so that a key reaches no other host.
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import os
 import random
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, replace
 from hashlib import sha256
 from itertools import count, islice
@@ -47,7 +46,7 @@ from hba.remote.request import (
     UnansweredError,
     proxies_checked,
 )
-from hba.storage import AppendLog, named_os_errors, whole
+from hba.storage import AppendLog, Lock, named_os_errors, whole
 
 # How many requests are under way: a limit that follows what the server bears, and a stream of bounded work.
 #
@@ -198,7 +197,7 @@ class ResponseCache:
     def close(self) -> None:
         """Flush to the disk and give the segment free."""
         self._log.close()
-        os.close(self._lock)
+        self._lock.close()
 
     def __enter__(self) -> ResponseCache:
         return self
@@ -207,17 +206,14 @@ class ResponseCache:
         self.close()
 
 
-def _own_segment(folder: Path) -> tuple[int, Path]:
-    """The first segment that no process has locked, with the descriptor that holds its lock."""
+def _own_segment(folder: Path) -> tuple[Lock, Path]:
+    """The first segment that no process has locked, with its lock."""
     for number in count():
         segment = folder / f"segment-{number}.jsonl"
         with named_os_errors(segment):
-            descriptor = os.open(segment, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return descriptor, segment
-        except BlockingIOError:
-            os.close(descriptor)
+            segment.touch(0o600)
+        with suppress(BlockingIOError):
+            return Lock(segment, patience_seconds=0.0), segment
     raise AssertionError("there is always another number")
 
 
