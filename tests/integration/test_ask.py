@@ -149,6 +149,17 @@ def test_windows_are_answered_as_the_files_that_they_are(hba, run, files, tmp_pa
     assert [(row["start"], row["end"]) for row in csv.DictReader(io.StringIO(out))] == [("0.0", "4.0"), ("4.0", "7.6")]
     code, out, _ = hba("ask", run, tmp_path / "long.wav", "--task", "EMO", "--every", "4s")
     assert code == 0 and "4 to 7.6 s" in out
+    page = tmp_path / "curve.html"
+    code, out, err = hba("ask", run, tmp_path / "long.wav", "--task", "EMO", "--every", "4s", "--out", page, "--json")
+    assert code == 0 and json.loads(out)["page"] == str(page), err
+    written, windows = page.read_text(encoding="utf-8"), json.loads(out)["answers"]
+    first, last = (window["probs"] for window in windows)
+    likeliest = max(first, key=lambda label: 4 * first[label] + 3.6 * last[label])
+    course = f"{first[likeliest]:.3g} at 0 s to {last[likeliest]:.3g} at 7.6 s"
+    assert f"{likeliest} over time: {likeliest}, {course}" in written
+    assert "4 to 7.6 s" in written and str(tmp_path) not in written
+    code, out, err = hba("ask", run, tmp_path / "long.wav", "--out", tmp_path / "curve.png")
+    assert (code, out) == (2, "") and "no page is written as '.png'" in err
     for wrong in ("soon", "0.1", "-3", "inf", "nan"):
         code, out, err = hba("ask", run, tmp_path / "long.wav", f"--every={wrong}")
         assert (code, out) == (2, "") and "--every" in err

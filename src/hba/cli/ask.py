@@ -22,6 +22,7 @@ from hba.cli.options import (
     configured,
     counted,
     served,
+    written,
 )
 from hba.errors import InputError
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from hba.evaluate.ask import Reply
 
 ASK_EXAMPLE = "Example: hba ask runs/demo/sft clip.mp4"
-SHOWN = 3  # labels whose probability a table shows
 
 
 def ask_command(
@@ -75,6 +75,9 @@ def ask_command(
     base_url: BaseUrl = None,
     key: SetKey = None,
     csv: Annotated[bool, typer.Option("--csv", help="Print the answers as CSV.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write: an .html page with the curves that --every gives.")
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
     """Ask a model about your own files.
@@ -83,6 +86,8 @@ def ask_command(
     """
     if csv and json:
         raise InputError("--csv and --json exclude each other", where="hba ask", fix="Give one of them.")
+    if out is not None and out.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"no page is written as {out.suffix or out.name!r}", where="--out", fix="Name a file.html.")
     from hba.evaluate.backends.interface import require_backend
     from hba.evaluate.config import PredictConfig
 
@@ -104,10 +109,16 @@ def ask_command(
             config=settings,
             progress=told,
         )
+    if out is not None:
+        from hba.report.page import write_asked
+
+        write_asked(replies, out, model=model)
+    pages = [] if out is None else [out]
     if csv:
         sys.stdout.write(_csv(replies))
     else:
-        answer({"answers": [asdict(reply) for reply in replies]}, lambda: _shown(replies), as_json=json)
+        values = {"answers": [asdict(reply) for reply in replies]} | ({} if out is None else {"page": str(out)})
+        answer(values, lambda: [*_shown(replies), *written(*pages)], as_json=json)
     failed = {reply.file: reply.error for reply in replies if reply.error is not None}
     for file, reason in failed.items():
         beside(f"error: {file}: {reason}")
@@ -134,6 +145,7 @@ def _names(listed: str | None, option: str) -> list[str] | None:
 
 
 def _shown(replies: list[Reply]) -> Iterator[RenderableType]:
+    from hba.report import words
     from hba.report.tables import Table
     from hba.taxonomy import CARE
 
@@ -142,17 +154,12 @@ def _shown(replies: list[Reply]) -> Iterator[RenderableType]:
     for reply in replies:
         if reply.error is None:
             said = reply.answer if reply.answer is not None else f"no label in: {reply.text}"
-            when = () if not windows else ("" if reply.start is None else f"{reply.start:g} to {reply.end:g} s",)
-            rows.append((reply.file, *when, reply.task or reply.dataset or "", said, _likeliest(reply)))
+            when = (words.when(reply.start, reply.end),) if windows else ()
+            rows.append((reply.file, *when, reply.task or reply.dataset or "", said, words.likeliest(reply.probs)))
     if rows:
         head = ("file", *(("when",) if windows else ()), "task", "answer", "probabilities")
         yield Table(title="", head=head, rows=rows, align="l")
         yield f"A model's guess about how people seem. {CARE}"
-
-
-def _likeliest(reply: Reply) -> str:
-    probs = sorted((reply.probs or {}).items(), key=lambda pair: -pair[1])
-    return ", ".join(f"{label} {share:.2f}" for label, share in probs[:SHOWN])
 
 
 def _csv(replies: list[Reply]) -> str:

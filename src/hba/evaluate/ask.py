@@ -228,7 +228,7 @@ def _pieces(
             medium = look_at(path)
             whole = Piece(medium, dict.fromkeys(medium.kinds, path), transcript=transcript)
             timed = every is not None and bool({"video", "audio"} & set(medium.kinds))
-            mine = list(_windows(medium, folder / str(len(pieces)), every or 0.0)) if timed else [whole]
+            mine = list(windows_of(medium, folder / str(len(pieces)), every or 0.0)) if timed else [whole]
             for piece in mine:
                 if transcribe is not None and "audio" in piece.files:
                     from hba.descriptors.sound import Transcriber  # imports torch and a pipeline
@@ -260,7 +260,7 @@ def _heard(recogniser: Transcriber, piece: Piece) -> str | None:
         raise
 
 
-def _windows(medium: Medium, folder: Path, every: float) -> Iterator[Piece]:
+def windows_of(medium: Medium, folder: Path, every: float) -> Iterator[Piece]:
     """The windows of a clip or sound, in their order; a rest of less than half a window belongs to the last.
 
     Sounds are cut to the sample, of clips up to WINDOW_FRAMES frames a second are kept; those of one window are in
@@ -312,7 +312,7 @@ def _write_clip(file: Path, frames: Sequence[TimedFrame], sound: npt.NDArray[np.
         stream.codec_context.time_base = Fraction(1, 1000)
         track = None
         if sound is not None and len(sound):
-            track = out.add_stream("pcm_s16le", rate=SAMPLE_RATE, layout="mono")
+            track = out.add_stream("pcm_f32le", rate=SAMPLE_RATE, layout="mono")
         for at, pixels in frames:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
             frame = frame.reformat(width=width, height=height, format="yuv420p")
@@ -320,8 +320,7 @@ def _write_clip(file: Path, frames: Sequence[TimedFrame], sound: npt.NDArray[np.
             out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
         if track is not None and sound is not None:
-            whole = np.round(np.clip(sound, -1, 1) * 32767).astype(np.int16)[None]
-            heard = av.AudioFrame.from_ndarray(whole, format="s16", layout="mono")
+            heard = av.AudioFrame.from_ndarray(np.ascontiguousarray(sound)[None], format="flt", layout="mono")
             heard.sample_rate, heard.pts, heard.time_base = SAMPLE_RATE, 0, Fraction(1, SAMPLE_RATE)
             out.mux(track.encode(heard))
             out.mux(track.encode(None))

@@ -10,9 +10,10 @@ from __future__ import annotations
 import io
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -209,7 +210,59 @@ def landmarks(source: Source, where: str) -> dict[str, Any]:
     from hba.atlas.media import load_descriptor
 
     loaded = load_descriptor(source, where=where)
-    parts = loaded if isinstance(loaded, dict) else {}
+    return _landmarks(loaded if isinstance(loaded, dict) else {}, where)
+
+
+LANDMARK_RATE = 15.0  # frames a second
+
+
+def found_landmarks(source: Source, where: str) -> dict[str, Any]:
+    """`landmarks` of a clip, by MediaPipe.
+
+    Raises MediaError where nobody is seen in it, HbaError where MediaPipe is not set up."""
+    from hba.atlas.video import read_frames
+    from hba.descriptors.landmarks import Holistic
+
+    holistic = Holistic()
+    try:
+        frames = read_frames(source, where=where, frames_per_second=LANDMARK_RATE)
+        pixels = (frame.pixels for frame in islice(frames, MAX_POSE_FRAMES))
+        return _landmarks(holistic.extract(pixels, where=where), where)
+    finally:
+        holistic.close()
+
+
+class Part(NamedTuple):
+    """Seconds `start` to `end` of a clip or sound, cut out into `path`."""
+
+    start: float
+    end: float
+    path: Path
+
+
+MOST_WINDOWS = 60
+
+
+def windows(source: Source, where: str, *, folder: Path, every: float) -> list[Part]:
+    """The windows of a clip or sound as `hba ask --every` cuts them, written into `folder`; none of a picture.
+
+    Raises MediaError for a file that cannot be read, InputError for more than MOST_WINDOWS."""
+    from hba.atlas.build import look_at
+    from hba.evaluate.ask import windows_of
+
+    assert isinstance(source, Path)
+    medium, found = look_at(source), list[Part]()
+    if not {"video", "audio"} & set(medium.kinds):
+        return []
+    for piece in windows_of(medium, folder, every):
+        if len(found) == MOST_WINDOWS:
+            what = f"has more than {MOST_WINDOWS} windows of {every:g} seconds"
+            raise InputError(what, where=where, fix="Take longer windows, or `hba ask --every`.")
+        found.append(Part(piece.start or 0.0, piece.end or 0.0, piece.files.get("video") or piece.files["audio"]))
+    return found
+
+
+def _landmarks(parts: Mapping[str, Any], where: str) -> dict[str, Any]:
     shown = {name: parts[name] for name in ("pose", "face", "left_hand", "right_hand") if name in parts}
     if not shown:
         raise MediaError("holds no landmarks", where=where, fix="Extract them with `hba atlas describe`.")

@@ -19,7 +19,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,7 +39,7 @@ from hba.atlas.source import Source, head
 from hba.config import flat, inline_yaml, read_yaml
 from hba.errors import HbaError, InputError, MediaError, nearest
 from hba.evaluate.answers import same_answer
-from hba.evaluate.ask import FREE, datasets_of
+from hba.evaluate.ask import FREE, MIN_WINDOW, Reply, datasets_of
 from hba.evaluate.predictions import Prediction
 from hba.evaluate.runs import Event, Run
 from hba.explorer import media
@@ -61,7 +61,7 @@ from hba.explorer.index import (
 from hba.explorer.media import Decoder, media_response, source_of
 from hba.explorer.runs import DECISIONS, RunEntry, Runs, whole_lines
 from hba.report import words
-from hba.report.charts import Curves, Matrix, bar, bundle, curves, matrices, reliability, share_bar, waveform
+from hba.report.charts import Curves, Matrix, bar, bundle, curves, matrices, over_time, reliability, share_bar, waveform
 from hba.report.rl import rl_part
 from hba.storage import alone, atomic_write
 from hba.taxonomy import Taxonomy, save_beside
@@ -222,7 +222,8 @@ def _labels(taxonomy: Taxonomy, dataset: str) -> tuple[str, ...]:
 
 
 async def put_clip(request: Request) -> Response:
-    """Take a clip, the body of the request; its name as JSON. 413 while one comes that is too long."""
+    """Take a clip, the body of the request; its name as JSON, and who has labelled it for the `task` of the query. 413
+    while one comes that is too long."""
     tries = _tries(request.app.state.explorer)
     ending = Path(request.query_params.get("name", "")).suffix.lower()
     ending = ending if re.fullmatch(r"\.[a-z0-9]{1,6}", ending) else ".webm"
@@ -239,7 +240,10 @@ async def put_clip(request: Request) -> Response:
         place = tries.folder / f"{name}{ending}"
         if not place.exists():
             os.link(file.name, place)
-    return JSONResponse({"clip": name})
+    task = request.query_params.get("task")
+    row = f"{name}-{_of_task(tries.taxonomy, task)}" if task else ""
+    labels: dict[str, str] = next((each.get("labels", {}) for each in _kept(tries) if each["id"] == row), {})
+    return JSONResponse({"clip": name, "labels": labels})
 
 
 def clip(asked: Asked) -> Response:
@@ -255,6 +259,68 @@ def clip_sound(asked: Asked) -> Response:
         return _sound(asked, path, path.name)
     except MediaError as error:
         return asked.page("refused.html.jinja", "Cannot be drawn", said=error.what)
+
+
+def clip_landmarks(asked: Asked) -> Response:
+    """Landmarks of the person in a clip, as JSON; a sentence where there are none, or MediaPipe is not set up."""
+    path = _tries(asked.explorer).clip(asked.request.path_params["clip"])
+    try:
+        return JSONResponse(asked.explorer.decoder.call(media.found_landmarks, path, path.name))
+    except HbaError as error:
+        said = f"No landmarks: {error.what}." + ("" if isinstance(error, MediaError) else f" {error.fix}")
+        return asked.page("refused.html.jinja", "No landmarks", said=said)
+
+
+async def ask_over_time(request: Request) -> Response:
+    """What the chosen models answer of the windows of a clip: the form of `ask_models`, and `every` in seconds."""
+    form = parse_qs((await _short(request)).decode("utf-8", "replace"))
+    return await run_in_threadpool(_ask_over_time, Asked(request), form)
+
+
+def _ask_over_time(asked: Asked, form: Mapping[str, list[str]]) -> Response:
+    tries = _tries(asked.explorer)
+    path, seconds = tries.clip(_one(form, "clip")), _one(form, "every")
+    every = float(seconds) if re.fullmatch(r"\d{1,4}(\.\d{1,3})?", seconds) else 0.0
+    if every < MIN_WINDOW:
+        raise InputError(f"windows of {seconds[:20] or 'no'} seconds", fix=f"Give seconds, {MIN_WINDOW:g} or more.")
+    said = []
+    with tempfile.TemporaryDirectory(dir=tries.folder, prefix="windows-") as place:
+        cut = partial(media.windows, folder=Path(place), every=every)
+        parts = asked.explorer.decoder.call(cut, path, path.name)
+        if not parts:
+            raise InputError("a picture has no time", fix="Ask a clip or a sound over time.")
+        waiting = [(chosen, [_asked_of(tries, form, chosen, part.path) for part in parts]) for chosen in _chosen(form)]
+        for chosen, answers in waiting:
+            replies = [_reply_of(path.name, part, answer) for part, answer in zip(parts, answers, strict=True)]
+            said.append((chosen, replies, over_time(replies)))
+    return asked.page("try_curve.html.jinja", "Over time", said=said)
+
+
+def _reply_of(file: str, part: media.Part, answer: Future[Prediction] | HbaError) -> Reply:
+    about: dict[str, Any] = {"file": file, "task": "", "dataset": "", "start": part.start, "end": part.end}
+    failed = _what_failed(answer)
+    if failed is not None or isinstance(answer, HbaError):
+        return Reply(**about, answer=None, error=failed)
+    told = answer.result()
+    answered = told.label if told.label is not None else told.answer
+    return Reply(**about, answer=answered, probs=told.probs, text=told.output, error=told.error)
+
+
+def _chosen(form: Mapping[str, list[str]]) -> list[str]:
+    return form.get("models", [])
+
+
+def _asked_of(tries: Tries, form: Mapping[str, list[str]], chosen: str, path: Path) -> Future[Prediction] | HbaError:
+    """What a model answers of a file, or why it is not asked. Raises InputError for a model that is not open."""
+    if chosen not in tries.models:
+        raise InputError(f"no model {chosen!r} is open", fix=nearest(chosen, tries.models))
+    question = _one(form, "question") or None
+    task = None if question else _one(form, "task")
+    try:
+        ((_, answer),) = tries.models[chosen].asks(path, task=task, question=question)
+    except HbaError as error:
+        return error
+    return answer
 
 
 async def ask_models(request: Request) -> Response:
@@ -277,15 +343,7 @@ def _ask_models(asked: Asked, form: Mapping[str, list[str]]) -> Response:
     name, task = _one(form, "clip"), _one(form, "task")
     path, question = tries.clip(name), _one(form, "question") or None
     dataset = FREE if question else _of_task(tries.taxonomy, task)
-    waiting: dict[str, Future[Prediction] | HbaError] = {}
-    for chosen in form.get("models", []):
-        if chosen not in tries.models:
-            raise InputError(f"no model {chosen!r} is open", fix=nearest(chosen, tries.models))
-        try:
-            of_task = None if question else task
-            ((_, waiting[chosen]),) = tries.models[chosen].asks(path, task=of_task, question=question)
-        except HbaError as error:
-            waiting[chosen] = error
+    waiting = {chosen: _asked_of(tries, form, chosen, path) for chosen in _chosen(form)}
     shown: list[dict[str, Any]] = []
     for chosen, answer in waiting.items():
         what = _what_failed(answer)

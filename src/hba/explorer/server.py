@@ -269,6 +269,7 @@ def _routes() -> list[BaseRoute]:
         "/try": pages.tried,
         "/try/clip/{clip}": pages.clip,
         "/try/sound/{clip}": pages.clip_sound,
+        "/try/landmarks/{clip}": pages.clip_landmarks,
         "/style.css": lambda asked: Response(sheet(), media_type="text/css"),
     }
 
@@ -280,6 +281,7 @@ def _routes() -> list[BaseRoute]:
         Route("/judge", pages.save, methods=["POST"]),
         Route("/try/clip", pages.put_clip, methods=["POST"]),
         Route("/try/ask", pages.ask_models, methods=["POST"]),
+        Route("/try/curve", pages.ask_over_time, methods=["POST"]),
         Route("/try/keep", pages.keep, methods=["POST"]),
         Mount("/static", StaticFiles(directory=HERE / "static")),
     ]

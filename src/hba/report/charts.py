@@ -8,11 +8,12 @@ text is escaped where `_element` writes it. Nothing here reads files or depends 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate, pairwise
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -22,6 +23,9 @@ from hba.evaluate.predictions import Prediction
 from hba.evaluate.results import Calibrated, TaskScore
 from hba.evaluate.runs import Event
 from hba.taxonomy import BUILTIN, TASKS, Taxonomy
+
+if TYPE_CHECKING:
+    from hba.evaluate.ask import Reply
 
 Points = Sequence[tuple[float, float]]
 
@@ -138,29 +142,32 @@ def line_chart(
     series: Sequence[Series],
     axis: Axis,
     *,
-    last_step: int,
+    last_step: float,
     label: str = "over training steps",
     small: bool = False,
     note: str = "",
+    unit: str = "step",
 ) -> Chart:
-    """Lines over the steps 0 to `last_step`; `label` goes on where the title ends, to say the chart in words.
+    """Lines over the steps 0 to `last_step`, or over another `unit`; `label` goes on where the title ends, to say the
+    chart in words.
 
     A `small` chart names only the first and the last step, and its lines have no legend.
     """
     height = 120 if small else 230
     x_axis = nice_axis(0.0, float(last_step), count=5, tight=True)
     if small:
-        x_axis = replace(x_axis, ticks=(0.0, x_axis.high), text=lambda value: f"{value:,.0f}")
+        end = f"{x_axis.high:,.0f}" if unit == "step" else f"{x_axis.high:.3g} {unit}"
+        x_axis = replace(x_axis, ticks=(0.0, x_axis.high), text=lambda value: end if value else "0")
     top, bottom = 8, height - 26
     parts = _grid(axis, [(x_axis.share(tick), x_axis.text(tick)) for tick in x_axis.ticks], top, bottom)
     if not small:
-        parts.append(_element("text", "step", class_="step", x=-8, y=bottom + 18))
+        parts.append(_element("text", unit, class_="step", x=-8, y=bottom + 18))
     for line in series:
         places = [(x_axis.share(x), _height(axis.share(y), top, bottom), x, y) for x, y in thin(line.points)]
         parts.append(_stretched(line.style, " ".join(f"{round(1000 * x, 1)},{y}" for x, y, *_ in places), height))
         if line.style == "marked":
             parts += [_dot(x, y, f"step {step:g}: {axis.text(value)}") for x, y, step, value in places]
-    course = "; ".join(f"{line.name}, {_course(line.points)}" for line in series)
+    course = "; ".join(f"{line.name}, {_course(line.points, unit)}" for line in series)
     svg = _drawing("lines", f"{title} {label}: {course}", height, parts)
     return Chart(title, note, svg, tuple(series) if len(series) > 1 and not small else ())
 
@@ -183,9 +190,37 @@ def _dot(share: float, y: float, tip: str) -> Markup:
     return _element("circle", _element("title", tip), class_="dot", cx=_percent(share), cy=y, r=3)
 
 
-def _course(points: Points) -> str:
+def _course(points: Points, unit: str) -> str:
     (first, start), (last, end) = points[0], points[-1]
-    return f"{start:.3g} at step {first:g} to {end:.3g} at step {last:g}"
+    when = (f"step {first:g}", f"step {last:g}") if unit == "step" else (f"{first:g} {unit}", f"{last:g} {unit}")
+    return f"{start:.3g} at {when[0]} to {end:.3g} at {when[1]}"
+
+
+# --- answers over the time of a clip ----------------------------------------------------------------------------------
+
+
+MOST_CURVES = 6
+
+
+def over_time(replies: Sequence[Reply]) -> list[Chart]:
+    """A small chart a label, of the replies of one file to one task: its probability, flat over each window, from 0 to
+    the end of the last, the most probable on average first, at most MOST_CURVES.
+
+    None where no window was asked, and where there are no probabilities.
+    """
+    known = [(each.start, each.end, each.probs) for each in replies if each.probs and each.end is not None]
+    windows = [(start or 0.0, end, probs) for start, end, probs in known]
+    whole = sum(end - start for start, end, _ in windows)
+    means: defaultdict[str, float] = defaultdict(float)
+    for start, end, probs in windows:
+        for label, p in probs.items():
+            means[label] += p * (end - start) / whole
+    charts = []
+    for label, mean in sorted(means.items(), key=lambda pair: -pair[1])[:MOST_CURVES]:
+        points = [(at, probs.get(label, 0.0)) for start, end, probs in windows for at in (start, end)]
+        how: dict[str, Any] = {"label": "over time", "note": f"{mean:.2f}", "small": True, "unit": "s"}
+        charts.append(line_chart(label, [Series(label, points)], SMALL_UNIT_AXIS, last_step=windows[-1][1], **how))
+    return charts
 
 
 def thin(points: Points, limit: int = MAX_POINTS) -> list[tuple[float, float]]:

@@ -27,20 +27,22 @@ from PIL import Image
 from hba.atlas import open_atlas
 from hba.atlas.rows import Field, Sample
 from hba.atlas.source import DEFAULT_LIMITS, Source, check_source, head, open_container, video_track
+from hba.environment import hba_version
 from hba.errors import InputError, MediaError
 from hba.evaluate.predictions import Prediction
 from hba.evaluate.results import Metrics
 from hba.evaluate.runs import PREDICTIONS, Run, open_run
 from hba.report import words
-from hba.report.charts import Reference, bar, curves, matrices, reliability
+from hba.report.charts import Reference, bar, curves, matrices, over_time, reliability
 from hba.storage import atomic_write
-from hba.taxonomy import BUILTIN, Taxonomy, published_table
+from hba.taxonomy import BUILTIN, CARE, Taxonomy, published_table
 
 if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.frame import VideoFrame
 
     from hba.atlas import media
+    from hba.evaluate.ask import Reply
     from hba.evaluate.judge.items import Judgement
     from hba.report.rl import RlPart
 
@@ -77,6 +79,19 @@ def write_report(
     with atomic_write(path) as handle:
         handle.write(html)
     return path
+
+
+def write_asked(replies: Sequence[Reply], path: Path, *, model: str) -> None:
+    """Write what a model said of files as a page, with a curve a label where windows were asked."""
+    files: dict[str, dict[str, list[Reply]]] = defaultdict(lambda: defaultdict(list))
+    for reply in replies:
+        files[reply.file][reply.task or reply.dataset].append(reply)
+    about = {"model": Path(model).name, "care": CARE, "version": hba_version(), "over_time": over_time}
+    said = [(Path(file).name, list(parts.items())) for file, parts in files.items()]
+    timed = any(each.start is not None for each in replies)
+    html = words.page("asked.html.jinja", files=said, timed=timed, **about)
+    with atomic_write(path) as handle:
+        handle.write(html)
 
 
 def render(

@@ -133,6 +133,20 @@ def shortened(text: str, longest: int = 120) -> str:
     return line if len(line) <= longest else line[: longest - 1] + "…"
 
 
+def when(start: float | None, end: float | None) -> str:
+    """A window as '5 to 10 s'; nothing where there is none."""
+    return "" if start is None or end is None else f"{start:.4g} to {end:.4g} s"
+
+
+SHOWN_LABELS = 3
+
+
+def likeliest(probs: Mapping[str, float] | None) -> str:
+    """The most probable labels, such as 'happy 0.81, sad 0.11'."""
+    ranked = sorted((probs or {}).items(), key=lambda pair: -pair[1])
+    return ", ".join(f"{label} {share:.2f}" for label, share in ranked[:SHOWN_LABELS])
+
+
 def span(seconds: float) -> str:
     """A length in the unit that suits it: '0.5 s', '12 s', '3 min', '2 h'."""
     if seconds < 60:

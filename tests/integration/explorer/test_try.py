@@ -1,19 +1,28 @@
 """The Try page: a clip is recorded in a real browser, answered as `hba ask` answers it, labelled, and found again."""
 
+import hashlib
 import json
 import os
+import sys
 from concurrent.futures import Future
 from contextlib import closing
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
+import soundfile
 
 import hba as package
 from hba import open_atlas
+from hba.descriptors.landmarks import environment_folder
 from hba.explorer.pages import KEPT, kappa_of
 from hba.explorer.server import create_app
+from hba.report import words
+from hba.report.charts import over_time
 from hba.serve import Desk
+from hba.storage import write_json
+from hba.taxonomy import BUILTIN
 
 SHOTS = os.environ.get("HBA_SCREENSHOTS")
 
@@ -76,6 +85,102 @@ def test_a_recorded_clip_is_answered_labelled_and_found_after_a_reload(trying, a
     (reply,) = package.ask(answering, medium, tasks=["EMO"])
     assert sample.extra["said"]["runs/sft"]["answer"] == reply.answer
     assert sample.extra["said"]["runs/sft"]["probs"] == pytest.approx(reply.probs, abs=1e-6)
+
+
+def test_several_clips_wait_in_a_queue_and_are_labelled_by_keys_alone(
+    answering, serve, recording_browser, mini_atlas, tmp_path
+):
+    sounds = sorted(mini_atlas.rglob("*.wav"))[:2]
+    (tmp_path / "notes.md").write_text("no medium")
+    with closing(Desk(str(answering), folder=tmp_path / "desk")) as desk:
+        models, mine = {"runs/sft": desk}, tmp_path / "mine"
+        app = create_app(atlas=None, runs=None, cache_folder=tmp_path / "cache", models=models, keep=mine)
+        with serve(app) as url:
+            context = recording_browser.new_context(viewport={"width": 1280, "height": 900})
+            page = context.new_page()
+            faults = []
+            page.on("pageerror", lambda error: faults.append(str(error)))
+            page.goto(url)
+            page.set_input_files("#file", [*sounds, tmp_path / "notes.md"])
+            page.wait_for_selector("text=clip 1 of 2")
+            page.wait_for_selector(".tries-labels", timeout=60_000)
+            page.click("#curve")
+            page.wait_for_selector(".over-time figure svg.lines", timeout=60_000)
+            page.wait_for_selector("#player .over-time .head", state="attached")
+            page.focus("#ask")
+            page.keyboard.press("1")
+            page.wait_for_selector("text=clip 2 of 2")
+            page.locator("#state", has_text="Answered.").wait_for(timeout=60_000)
+            assert page.locator("#player .over-time").count() == 0  # it was of the clip before
+            page.keyboard.press("2")
+            page.wait_for_selector("text=That was the last clip.")
+            assert page.locator("#kept tbody tr").count() == 2
+            # Chosen again, the first is passed over: this annotator has labelled it.
+            page.set_input_files("#file", [])
+            page.locator("#state", has_text="No files.").wait_for()
+            page.set_input_files("#file", sounds)
+            page.locator("#state", has_text="Answered.").wait_for(timeout=60_000)
+            assert page.input_value("#clip") == hashlib.sha256(sounds[1].read_bytes()).hexdigest()[:24]
+            context.close()
+    assert not faults
+    assert [row["labels"] for row in map(json.loads, (mine / KEPT).read_text().splitlines())] == [
+        {"me": "anger"},
+        {"me": "disgust"},
+    ]
+
+
+def test_windows_on_the_page_are_those_of_ask(trying, answering, tmp_path):
+    url, _ = trying
+    clip = tmp_path / "talk.wav"
+    tone = np.sin(np.arange(3 * 16000) / 20) * np.linspace(0.01, 0.9, 3 * 16000)
+    soundfile.write(clip, tone, 16000)
+    form = {"clip": sent(url, clip), "task": "EMO", "models": ["runs/sft"]}
+    said = httpx.post(f"{url}/try/curve", data=form | {"every": "1"}, timeout=60)
+    assert said.status_code == 200, said.text
+    replies = package.ask(answering, clip, tasks=["EMO"], every=1)
+    assert len(replies) == 3 and replies[0].probs != replies[2].probs
+    for reply in replies:
+        assert words.when(reply.start, reply.end) in said.text and words.likeliest(reply.probs) in said.text
+    first = over_time(replies)[0]
+    assert str(first.svg) in said.text and "at 3 s" in first.svg
+    for every, what in (("0.1", "windows of 0.1 seconds"), ("nan", "windows of nan"), ("", "windows of no seconds")):
+        assert what in httpx.post(f"{url}/try/curve", data=form | {"every": every}).text
+    long = tmp_path / "long.wav"
+    soundfile.write(long, np.zeros(31 * 16000), 16000)
+    refused = httpx.post(f"{url}/try/curve", data=form | {"clip": sent(url, long), "every": "0.5"}, timeout=60)
+    assert refused.status_code == 404 and "more than 60 windows of 0.5 seconds" in refused.text
+
+
+SEEING = """\
+import struct, sys
+print("0.10.21", flush=True)
+while head := sys.stdin.buffer.read(8):
+    height, width = struct.unpack("<II", head)
+    if height:
+        sys.stdin.buffer.read(height * width * 3)
+        sys.stdout.buffer.write(struct.pack("<f", 0.5) * 1629)
+        sys.stdout.buffer.flush()
+"""
+
+
+def test_landmarks_are_found_for_a_clip_or_what_is_missing_is_named(serve, mini_atlas, tmp_path, monkeypatch):
+    monkeypatch.setenv("HBA_CACHE", str(tmp_path / "cache"))
+    app = create_app(atlas=None, runs=None, cache_folder=tmp_path / "rows", models={"runs/full": Full(BUILTIN)})
+    with serve(app) as url:
+        clip = sent(url, next(iter(sorted(mini_atlas.rglob("*.mp4")))))
+        said = httpx.get(f"{url}/try/landmarks/{clip}", timeout=60).text
+        assert "not set up" in said and "hba atlas describe --setup" in said
+        python = environment_folder() / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        (tmp_path / "seeing.py").write_text(SEEING)
+        python.write_text(f"#!/bin/sh\nexec {sys.executable} {tmp_path / 'seeing.py'}\n")
+        python.chmod(0o755)
+        write_json(environment_folder() / "hba.json", {"mediapipe": "0.10.21"})
+        frames = httpx.get(f"{url}/try/landmarks/{clip}", timeout=60).json()["frames"]
+    assert {name: len(points[0]) for name, points in frames.items()} == {
+        "pose": 33, "face": 468, "left_hand": 21, "right_hand": 21
+    }  # fmt: skip
+    assert frames["pose"][0][0] == [0.5, 0.5]
 
 
 def test_two_who_differ_leave_a_row_without_an_answer(trying, mini_atlas):

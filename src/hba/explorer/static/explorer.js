@@ -63,6 +63,9 @@ async function followPose(canvas) {
   const toggle = figure.querySelector("[data-pose]");
   const answer = await fetch(canvas.dataset.landmarks);
   if (!answer.ok || !answer.headers.get("content-type").startsWith("application/json")) {
+    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+    const said = figure.querySelector("[data-pose-said]"), why = page.querySelector(".empty, .note, main p");
+    if (said) said.textContent = why?.textContent.trim() ?? "No landmarks.";
     canvas.remove();
     return;
   }

@@ -1,8 +1,11 @@
-// The Try page: a clip is dropped, chosen or recorded, goes to this server alone, is asked about and labelled.
+// The Try page: clips are dropped, chosen or recorded, go to this server alone, are asked about and labelled, one by one.
 
 const at = (id) => document.getElementById(id);
 const say = (text) => { at("state").textContent = text; };
 let recorder = null;
+let queue = []; // files that wait
+let total = 0; // of the queue when it was filled
+const annotatorNow = () => at("annotator")?.value.trim() || localStorage.getItem("hba-annotator") || "me";
 
 async function posted(address, body) {
   const answer = await fetch(address, { method: "POST", body });
@@ -23,26 +26,92 @@ function show(clip, kind) {
     player.controls = true;
     player.setAttribute("aria-label", "The clip");
   }
-  at("player").replaceChildren(player);
-  at("sound").replaceChildren();
+  at("player").replaceChildren(player.tagName === "VIDEO" ? staged(player, clip) : player);
   if (player.tagName !== "IMG") draw(clip);
+}
+
+// A clip with a place for landmarks over it, which are found when somebody wants to see them.
+function staged(player, clip) {
+  const stage = document.createElement("div");
+  stage.innerHTML = `<div class="stage"></div><p><label class="inline"><input type="checkbox" data-pose> Landmarks over the clip</label> <span class="muted small" data-pose-said></span></p>`;
+  stage.firstElementChild.append(player);
+  const toggle = stage.querySelector("[data-pose]"), said = stage.querySelector("[data-pose-said]");
+  toggle.addEventListener("change", async () => {
+    said.textContent = "Looking for a person…";
+    const canvas = document.createElement("canvas");
+    canvas.className = "pose";
+    canvas.dataset.landmarks = `/try/landmarks/${clip}`;
+    stage.firstElementChild.append(canvas);
+    await followPose(canvas);
+    if (canvas.isConnected) said.textContent = "";
+    else { toggle.checked = false; toggle.disabled = true; }
+  }, { once: true });
+  return stage;
 }
 
 async function draw(clip) {
   try {
     const answer = await fetch(`/try/sound/${clip}`);
     if (!answer.ok || at("clip").value !== clip) return;
-    at("sound").innerHTML = await answer.text();
-    const sound = at("sound").querySelector("[data-sound]");
-    if (sound) at("player").append(sound); // beside its player, whose playhead follows
-    if (sound) start(at("player"));
+    beside(await answer.text(), "heard");
   } catch { /* without a picture of its sound a clip is still a clip */ }
 }
 
-async function take(blob, name) {
+// Put a picture under the player, whose time a playhead in it follows.
+function beside(html, kind) {
+  const box = document.createElement("div");
+  box.className = kind;
+  box.innerHTML = html;
+  at("player").querySelector(`:scope > .${kind}`)?.remove();
+  at("player").append(box);
+  start(at("player"));
+}
+
+async function curve() {
+  const clip = at("clip").value;
+  if (!clip) return say("Choose, drop or record a clip first.");
+  say("The models are asked window by window…");
+  try {
+    const html = await posted("/try/curve", new URLSearchParams(new FormData(at("asking"))));
+    if (at("clip").value !== clip) return;
+    beside(html, "over-time");
+    say("Answered over time.");
+  } catch (error) { say(error.message); }
+}
+
+// The queue: what is no medium is left out, what this annotator has labelled for the task is passed over.
+function takeAll(files) {
+  const media = [...files].filter((file) => /^(video|audio|image)\//.test(file.type));
+  if (!media.length) return say(files.length ? "None of these files is a clip, a sound or a picture." : "No files.");
+  media.sort((a, b) => (a.webkitRelativePath || a.name).localeCompare(b.webkitRelativePath || b.name));
+  [queue, total] = [media, media.length];
+  next();
+}
+
+function next() {
+  const file = queue.shift();
+  at("queue").hidden = total < 2;
+  at("left").textContent = `clip ${total - queue.length} of ${total}`;
+  at("next").disabled = !queue.length;
+  return file && take(file, file.name, total > 1);
+}
+
+async function inside(entry) {
+  if (entry.isFile) return [await new Promise((done, failed) => entry.file(done, failed))];
+  const reader = entry.createReader(), found = [];
+  for (;;) { // a reader gives at most a hundred at a time
+    const some = await new Promise((done, failed) => reader.readEntries(done, failed));
+    if (!some.length) return found;
+    for (const one of some) if (!one.name.startsWith(".")) found.push(...await inside(one));
+  }
+}
+
+async function take(blob, name, queued = false) {
   say("Sending to this machine…");
   try {
-    const { clip } = JSON.parse(await posted(`/try/clip?name=${encodeURIComponent(name)}`, blob));
+    const about = `name=${encodeURIComponent(name)}&task=${encodeURIComponent(at("task").value)}`;
+    const { clip, labels } = JSON.parse(await posted(`/try/clip?${about}`, blob));
+    if (queued && queue.length && annotatorNow() in labels) return next();
     show(clip, blob.type || "video");
     history.replaceState(null, "", `/try?clip=${clip}&task=${encodeURIComponent(at("task").value)}`);
     say("Ready.");
@@ -67,7 +136,8 @@ async function keep(label) {
   const said = { clip: form.dataset.clip, task: form.dataset.task, label, annotator: at("annotator").value };
   try {
     at("kept").innerHTML = await posted("/try/keep", new URLSearchParams(said));
-    say(`Kept as ${label}. Drop or record the next clip.`);
+    if (queue.length) await next();
+    else say(`Kept as ${label}. ${total > 1 ? "That was the last clip." : "Drop or record the next clip."}`);
   } catch (error) { say(error.message); }
 }
 
@@ -99,12 +169,15 @@ async function record(video) {
 at("camera").addEventListener("click", () => record(true));
 at("microphone").addEventListener("click", () => record(false));
 at("stop").addEventListener("click", () => recorder?.stop());
-at("file").addEventListener("change", () => at("file").files[0] && take(at("file").files[0], at("file").files[0].name));
+for (const name of ["file", "folder"]) at(name).addEventListener("change", () => takeAll(at(name).files));
+at("next").addEventListener("click", next);
+at("curve").addEventListener("click", curve);
 at("drop").addEventListener("dragover", (event) => event.preventDefault());
-at("drop").addEventListener("drop", (event) => {
+at("drop").addEventListener("drop", async (event) => {
   event.preventDefault();
-  const file = event.dataTransfer.files[0];
-  if (file) take(file, file.name);
+  const files = [...event.dataTransfer.files];
+  const entries = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry?.()).filter(Boolean);
+  takeAll(entries.length ? (await Promise.all(entries.map(inside))).flat() : files);
 });
 at("asking").addEventListener("submit", (event) => { event.preventDefault(); ask(); });
 at("answers").addEventListener("click", (event) => {
@@ -113,6 +186,7 @@ at("answers").addEventListener("click", (event) => {
 });
 document.addEventListener("keydown", (event) => {
   if (event.target.matches("input:not([type=checkbox]), select, textarea") || event.ctrlKey || event.metaKey) return;
+  if (event.key === "n" && queue.length) return next();
   const button = at("answers").querySelector(`[data-digit="${CSS.escape(event.key)}"]`);
   if (button) keep(button.dataset.label);
 });
