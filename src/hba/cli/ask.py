@@ -76,7 +76,7 @@ def ask_command(
     key: SetKey = None,
     csv: Annotated[bool, typer.Option("--csv", help="Print the answers as CSV.")] = False,
     out: Annotated[
-        Path | None, typer.Option(help="File to write: an .html page with the curves that --every gives.")
+        Path | None, typer.Option(metavar="FILE", help="Page to write, .html, with curves over time for --every.")
     ] = None,
     json: JsonFlag = False,
 ) -> None:
