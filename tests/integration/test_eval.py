@@ -26,6 +26,8 @@ def evaluated(hba, tmp_path, *arguments):
 def test_a_baseline_gets_numbers_a_page_and_a_line(hba, mini_atlas, tmp_path):
     found, err = evaluated(hba, tmp_path, "majority", "--atlas", mini_atlas)
     assert "rows are left to ask" in err and found["judged"] is None
+    assert "time unknown until its first rows are answered" in err and "minute for" in err
+    assert "at the pace of the first 8" in err and found["ahead"][0]["seconds"] > 0
     assert found["metrics"]["tasks"]["EMO"]["score"] is not None
     assert (tmp_path / "run" / "report.html").is_file() and (tmp_path / "run" / "leaderboard.html").is_file()
     assert "majority" in json.dumps(found["leaderboard"])
@@ -40,8 +42,10 @@ def test_a_remote_model_is_judged_in_the_same_command(hba, mini_atlas, tmp_path,
     server, judge = chat_server(), chat_server("judge")
     asked = ["m", "--backend", "openai", "--base-url", server.url, "--judge", "j", "--judge-url", judge.url]
     few = ["--atlas", mini_atlas, "--per-dataset", "2", "encode.num_frames=2"]
-    found, _ = evaluated(hba, tmp_path, *asked, *few)
+    found, err = evaluated(hba, tmp_path, *asked, *few)
     assert found["judged"]["verdicts"] > 0 and found["judged"]["unjudged"] == 0
+    done, total = re.search(r"judge m\b.*?(\d+)/(\d+)", err).groups()  # one bar over rows and verdicts
+    assert int(done) == int(total) == found["ahead"][0]["rows"] + found["judged"]["verdicts"]
     assert found["metrics"]["tasks"]["SOC"]["score"] is not None
     before = server.stats()["requests"]
     again, err = evaluated(hba, tmp_path, *asked, *few)

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
@@ -124,10 +125,13 @@ def eval_command(
         beside(f"{_in_words(ahead[0])}; everything goes into {folder}")
     elif not json:
         beside("\n".join([*map(_in_words, ahead), f"Everything goes into {folder}."]))
-    total = sum(each["rows"] for each in ahead)
-    with tallied("predict") as show:
-        summaries = _predicted(suite, parts, total, show)
-    judged = [None if judge is None else _judged(part.folder, judge, judge_url) for part in parts]
+    with tallied("eval") as show:
+        progress = _Progress(sum(each["rows"] + each["judged"] for each in ahead), show)
+        summaries = [_predicted(suite, part, each, progress) for part, each in zip(parts, ahead, strict=True)]
+        judged = [
+            None if judge is None else _judged(part, each, judge, judge_url, progress)
+            for part, each in zip(parts, ahead, strict=True)
+        ]
     metrics, pages = [], []
     for part in parts:
         metrics.append(_scored(part.folder))
@@ -224,7 +228,8 @@ def _ahead(suite: Suite, parts: Sequence[_Part]) -> list[dict[str, Any]]:
 def _in_words(ahead: dict[str, Any]) -> str:
     cost, seconds, judged = ahead["cost_usd_at_most"], ahead["seconds"], ahead["judged"]
     price = ", cost unknown" if cost is None else f", ${cost:,.2f} at most" if cost else ""
-    time = "" if not seconds else f", about {max(1, round(seconds / 60)):,} minutes"
+    time = "" if not seconds else f", {_minutes(seconds)}"
+    time = ", time unknown until its first rows are answered" if ahead["left"] and seconds is None else time
     verdicts = f", {judged:,} answers to judge" if judged else ""
     said = (ahead["tokens_in"], ahead["tokens_out_at_most"])
     tokens = f", {said[0]:,} tokens in and {said[1]:,} out at most" if ahead["left"] or judged else ""
@@ -246,34 +251,62 @@ def _ahead_table(suite: Suite, ahead: Sequence[dict[str, Any]]) -> Table:
     return Table(title="Nothing was asked", head=head, rows=rows, tight=True)
 
 
-def _predicted(suite: Suite, parts: Sequence[_Part], total: int, show: Callable[[Tally], None]) -> list[PredictSummary]:
-    """Predict every part, shown as one tally over all rows."""
-    from hba.evaluate.predict import predict_run
-    from hba.evaluate.predictions import Tally
+MEASURED_ROWS = 8
 
-    whole, summaries = Tally(total=total), []
-    counts = ("done", "failed", "invalid", "quarantined", "fresh", "tokens_in", "tokens_out")
-    for part in parts:
-        before = {name: getattr(whole, name) for name in counts}
-        unanswered, finish = Counter(whole.unanswered), Counter(whole.finish)
 
-        def told(
-            tally: Tally,
-            before: dict[str, int] = before,
-            kept: tuple[Counter[str], Counter[str]] = (unanswered, finish),
-        ) -> None:
-            for name, value in before.items():
-                setattr(whole, name, value + getattr(tally, name))
+class _Progress:
+    """What a whole evaluation has done, of all settings and of the judge, as one tally and one bar."""
+
+    COUNTS = ("done", "failed", "invalid", "quarantined", "fresh", "tokens_in", "tokens_out")
+
+    def __init__(self, total: int, show: Callable[[Tally, str], None]) -> None:
+        from hba.evaluate.predictions import Tally
+
+        self._whole, self._show = Tally(total=total), show
+
+    def part(self, name: str, *, expected: int) -> Callable[[Tally], None]:
+        """What to tell of a part, whose own tally begins at nothing; `expected` of it are in the total already."""
+        whole, others = self._whole, self._whole.total - expected
+        before = {count: getattr(whole, count) for count in self.COUNTS}
+        kept = Counter(whole.unanswered), Counter(whole.finish)
+
+        def told(tally: Tally) -> None:
+            for count, value in before.items():
+                setattr(whole, count, value + getattr(tally, count))
+            whole.total = others + tally.total
             whole.meter = tally.meter
             whole.unanswered, whole.finish = kept[0] + tally.unanswered, kept[1] + tally.finish
-            show(whole)
+            self._show(whole, name)
 
-        about: dict[str, Any] = {"atlas": suite.atlas, "split": suite.split, "config": part.config}
-        about |= {"backend": part.setting.backend, "selection": part.selection}
-        summary = predict_run(part.setting.model, part.folder, progress=told, **about)
-        warn_of(summary, part.setting.model)
-        summaries.append(summary)
-    return summaries
+        return told
+
+
+def _predicted(suite: Suite, part: _Part, ahead: dict[str, Any], progress: _Progress) -> PredictSummary:
+    """Predict a part. Where no earlier record says how long it takes, its first rows do."""
+    from hba.evaluate.predict import predict_run
+
+    name = part.setting.name
+    tell = progress.part(f"predict {name}", expected=ahead["rows"])
+    began: float | None = None
+
+    def told(tally: Tally) -> None:
+        nonlocal began
+        began = monotonic() if began is None else began  # the model is loaded
+        if ahead["seconds"] is None and tally.fresh >= MEASURED_ROWS:
+            seconds = ahead["seconds"] = (monotonic() - began) / tally.fresh * ahead["left"]
+            rows = plural(ahead["left"], "row")
+            beside(f"{name}: {_minutes(seconds)} for {rows}, at the pace of the first {tally.fresh}")
+        tell(tally)
+
+    about: dict[str, Any] = {"atlas": suite.atlas, "split": suite.split, "config": part.config}
+    about |= {"backend": part.setting.backend, "selection": part.selection}
+    summary = predict_run(part.setting.model, part.folder, progress=told, **about)
+    warn_of(summary, part.setting.model)
+    return summary
+
+
+def _minutes(seconds: float) -> str:
+    return "less than a minute" if seconds < 45 else f"about {plural(max(1, round(seconds / 60)), 'minute')}"
 
 
 def _scored(folder: Path) -> Metrics:
@@ -309,14 +342,16 @@ def _differences(
     return records, SuiteTables(table, suite.baseline)
 
 
-def _judged(folder: Path, model: str, base_url: str | None) -> dict[str, int]:
+def _judged(
+    part: _Part, ahead: dict[str, Any], model: str, base_url: str | None, progress: _Progress
+) -> dict[str, int]:
     """Counts of verdicts on the free-form answers of a run."""
     from hba.evaluate.judge.run import JudgeConfig, judge_run
     from hba.storage import cache_folder
 
     settings = configured(JudgeConfig, None, [*served(base_url), f"remote.cache={cache_folder() / 'responses'}"])
-    with tallied("judge") as progress:
-        judged = judge_run(folder, model=model, config=settings, progress=progress)
+    tell = progress.part(f"judge {part.setting.name}", expected=ahead["judged"])
+    judged = judge_run(part.folder, model=model, config=settings, progress=tell)
     for text in judged.warnings:
         warn(text)
     if judged.unjudged:

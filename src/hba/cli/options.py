@@ -226,8 +226,9 @@ def counted(description: str) -> Iterator[OnProgress]:
 
 
 @contextmanager
-def tallied(description: str, *, shown: bool = True) -> Iterator[Callable[[Tally], None]]:
-    """A bar of predictions with their failures, cost, speed and time left; call the yielded function with a tally."""
+def tallied(description: str, *, shown: bool = True) -> Iterator[Callable[..., None]]:
+    """A bar of predictions with their failures, cost, speed and time left; call the yielded function with a tally, and
+    where what is done has a name of its own, with that."""
     from rich import progress
     from rich.console import Console
     from rich.text import Text
@@ -251,11 +252,11 @@ def tallied(description: str, *, shown: bool = True) -> Iterator[Callable[[Tally
     with progress.Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
         task = None
 
-        def show(tally: Tally) -> None:
+        def show(tally: Tally, named: str = description) -> None:
             nonlocal task
             if task is None:  # what an earlier session did is no part of this one's speed
                 task = bar.add_task(description, total=tally.total, completed=tally.done - tally.fresh, tally=tally)
-            bar.update(task, completed=tally.done, total=tally.total)
+            bar.update(task, completed=tally.done, total=tally.total, description=named)
 
         yield show
 
