@@ -368,7 +368,8 @@ def _translated(cls: type[Any], error: ValidationError, places: Mapping[str, str
     where = _place(key, places)
     doc = next((f"{known.key} ({known.type}): {known.doc}." for known in describe(cls) if known.key == key), "")
     if first["type"].startswith("missing"):
-        return ConfigError(f"required key {key!r} is missing", where=where, fix=f"Set it. {doc}".strip())
+        fix = f"Add {_written(key, where)}VALUE. {doc}".strip()
+        return ConfigError(f"required key {key!r} is missing", where=where, fix=fix)
     if first["type"] == "value_error":
         return ConfigError(f"key {key!r}: {first['ctx']['error']}", where=where, fix=doc)
     messages = dict.fromkeys(detail["msg"] for detail in details if _key(cls, detail["loc"]) == key)
@@ -376,8 +377,7 @@ def _translated(cls: type[Any], error: ValidationError, places: Mapping[str, str
     expected = expected.replace("a valid array", "a list")
     if first["type"] == "tuple_type" and isinstance(first["input"], (str, int, float)):
         listed = inline_yaml([first["input"]])
-        written = f"{key}=" if where.startswith(COMMAND_LINE) else f"{key.rpartition('.')[2]}: "
-        doc = f"Write {written}{listed}. {doc}"
+        doc = f"Write {_written(key, where)}{listed}. {doc}"
     choices = [detail for detail in details if detail["type"] == "literal_error" and _key(cls, detail["loc"]) == key]
     if choices and isinstance(first["input"], str):
         names = re.findall(r"'([^']*)'", str(choices[0]["ctx"]["expected"]))
@@ -396,6 +396,11 @@ def _key(cls: type[Any], loc: Sequence[int | str]) -> str:
         names.append(str(part))
         current = fields[str(part)].section
     return ".".join(names)
+
+
+def _written(key: str, where: str) -> str:
+    """How a key is begun where it stands: `key=` on the command line, `name: ` in a file."""
+    return f"{key}=" if where.startswith(COMMAND_LINE) else f"{key.rpartition('.')[2]}: "
 
 
 def _found(value: Any) -> str:

@@ -163,7 +163,7 @@ def test_rows_without_answers_are_the_same_as_lines_and_as_shards(hba, tmp_path)
         sound(tmp_path / "in" / f"{number}.wav", number)
     arguments = ["atlas", "build", tmp_path / "in", tmp_path / "out", "--allow-unlabelled"]
     code, _, err = hba(*arguments)
-    assert code == 2 and "what may the answers be?" in err
+    assert code == 2 and "no answers are named" in err
     code, out, err = hba(*arguments, "--choices", "calm,keen")
     assert code == 0 and "--split unlabelled" in out and "train sft" not in out, err
     assert hba("atlas", "convert", tmp_path / "out", tmp_path / "shards", "--to", "parquet")[0] == 0
@@ -258,10 +258,10 @@ def broken(tmp_path, case):
         "one class": "have the label 'a'",
         "files without labels": "1 file has no label",
         "labels without files": "1 file of the table is not there: 9.wav",
-        "two cases": "two names that some disks take for one",
+        "two cases": "are the same name on some disks",
         "encoding": "is not UTF-8",
-        "torn group": "1 groups lie in several splits: s0",
-        "no label column": "which column is the label?",
+        "torn group": "1 group lies in several splits: s0",
+        "no label column": "no column is known as the label",
         "unknown column": "no column 'mood'",
         "loose file": "lies in no folder that is named by a label",
         "there": "is there already",

@@ -261,7 +261,7 @@ def test_adapters_are_served_by_version(tmp_path, mini_atlas, backbone, reward, 
 
 def test_a_server_that_keeps_its_weights_is_noticed(tmp_path, mini_atlas, backbone, reward, served):
     with misbehaving(served, stale=True):
-        with pytest.raises(HbaError, match="answers as before"):
+        with pytest.raises(HbaError, match="still answers with the old weights"):
             train(tmp_path / "full", from_server(mini_atlas, backbone, reward, served))
         post(served, "/restart", {})
         lora = ["model.strategy=lora", "model.lora_r=4", "train.learning_rate=5e-2", "rollout.max_gap=0.01"]
@@ -280,7 +280,7 @@ def test_what_the_server_denies_to_the_first_process_ends_all_of_them_with_the_r
         ended = launch(command, ranks=2)
     post(served, "/restart", {})
     assert ended.code == 1
-    assert all("answers as before" in text for text in ended.err), ended.err
+    assert all("still answers with the old weights" in text for text in ended.err), ended.err
 
 
 def test_importance_weights_scale_the_gradient(tmp_path, mini_atlas, backbone, reward, served):

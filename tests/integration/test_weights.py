@@ -64,7 +64,7 @@ def as_published(tensors):
 CHANGES = {
     r"1 of the \d+ weights of Qwen2_5OmniThinkerFor\w+ are missing: model.layers.1.mlp.up_proj.weight": without(LAYER),
     r"\d\d weights are not known to \w+: encoder\.\w+\.": lambda s: {f"encoder.{k}": t for k, t in s.items()},
-    r"1 weights are not known to \w+: model.layers.0.extra": lambda s: s | {"model.layers.0.extra": torch.zeros(2)},
+    r"1 weight is not known to \w+: model.layers.0.extra": lambda s: s | {"model.layers.0.extra": torch.zeros(2)},
     r"model.layers.1.mlp.up_proj.weight is \[3, 64\], expected \[128, 64\]": lambda s: s | {LAYER: torch.zeros(3, 64)},
     r"up_proj.weight is I32, expected floating-point": lambda s: s | {LAYER: torch.zeros(128, 64, dtype=torch.int32)},
 }
@@ -187,9 +187,9 @@ def wider(tensors):
 
 ADAPTER = "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"
 DAMAGE = [
-    (checkpoint.ADAPTER, without(ADAPTER), r"1 weights of the adapter are missing: model.layers.0.mlp.up_proj.lora_B"),
+    (checkpoint.ADAPTER, without(ADAPTER), r"1 weight of the adapter is missing: model.layers.0.mlp.up_proj.lora_B"),
     (checkpoint.ADAPTER, renamed, r"\d+ weights of the adapter are missing: model.layers.2"),
-    (checkpoint.ADAPTER, lambda s: s | {"x.lora_A.weight": torch.zeros(2)}, "adapter are unknown: x.lora_A"),
+    (checkpoint.ADAPTER, lambda s: s | {"x.lora_A.weight": torch.zeros(2)}, "adapter is unknown: x.lora_A"),
     (checkpoint.ADAPTER, wider, r"lora_A.weight is \[8, 64\], expected \[4, 64\]"),
     (checkpoint.LM_HEAD, lambda s: {"weight": s["weight"][:5]}, r"cannot load the lm_head: .*found .*\[5, 64\]"),
     (checkpoint.LM_HEAD, lambda s: {"other": s["weight"]}, r"cannot load the lm_head: expected weight"),

@@ -22,6 +22,7 @@ from hba.atlas.jsonl import JsonlStore
 from hba.atlas.names import Split, find_files, hub_id_of, parse_split, read_card
 from hba.atlas.rows import SIGNATURES, UNLABELLED, Columns, MediaSource, Quarantined, Row, Said, Sample
 from hba.errors import InputError, nearest
+from hba.storage import plural
 from hba.taxonomy import Taxonomy, of_folder, visible
 
 __all__ = ["Atlas", "Columns", "Quarantined", "Row", "Sample", "data_record", "open_atlas"]
@@ -128,7 +129,7 @@ class Atlas:
         return self._view(self._rows[rows])
 
     def __repr__(self) -> str:
-        return f"Atlas({str(self.root)!r}, split={self.split!r}, {len(self)} rows)"
+        return f"Atlas({str(self.root)!r}, split={self.split!r}, {plural(len(self), 'row')})"
 
     @property
     def numbers(self) -> Rows:
@@ -232,7 +233,7 @@ class Atlas:
         if not keep_N.any():
             what = f"no row of split {self.split!r} is left by the filter"
             there = f"of {', '.join(columns.datasets)} and the modalities {', '.join(columns.signatures)}"
-            raise InputError(what, where=str(self.root), fix=f"Choose among the rows that it has, {there}.")
+            raise InputError(what, where=str(self.root), fix=f"Choose from what it has: {there}.")
         return self._view(self._rows[keep_N])
 
 

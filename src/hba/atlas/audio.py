@@ -177,7 +177,7 @@ def _sndfile_blocks(source: Source, where: str, limits: Limits) -> Iterator[Samp
         with opened(source, where=where) as raw, soundfile.SoundFile(raw) as file:
             _check_rate(file.samplerate, file.channels, where)
             if file.subtype == "GSM610":  # the byte behind an odd number of them is taken for another block
-                raise MediaError("holds GSM, which another decoder counts right", where=where, fix=CONVERT)
+                raise MediaError("holds GSM sound, whose length is not read right here", where=where, fix=CONVERT)
             known_length = file.frames < 1 << 60
             _check_seconds(file.frames / file.samplerate if known_length else 0.0, where, limits)
             resampler, frames = _resampler(file.samplerate), 0

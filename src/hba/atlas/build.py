@@ -362,7 +362,7 @@ def _column(
     found = next((lowered[name] for name in COLUMNS[part] if name in lowered), None)
     if found is None and part in needed:
         fix = f"Name it with --{part}-column; there are {', '.join(map(repr, known))}."
-        raise InputError(f"which column is the {part}?", where=str(table), fix=fix)
+        raise InputError(f"no column is known as the {part}", where=str(table), fix=fix)
     return found
 
 
@@ -389,7 +389,7 @@ def _require_sound(
         raise InputError(what, where=str(folder), fix=f"Add it to --choices, or correct it: {', '.join(choices)}.")
     if not labels and question is None:
         fix = "Name the answers with --choices happy,sad,neutral, or ask in words with --question."
-        raise InputError("no file has a label: what may the answers be?", where=str(folder), fix=fix)
+        raise InputError("no file has a label, and no answers are named", where=str(folder), fix=fix)
     if len(labels) == 1:
         what = f"all {len(entries)} files have the label {labels[0]!r}"
         raise InputError(what, where=str(folder), fix="Give at least two labels: there is nothing to tell apart.")
@@ -397,11 +397,11 @@ def _require_sound(
     for path in (entry.path for entry in entries):
         other = seen.setdefault(path.relative_to(folder).as_posix().casefold(), path)
         if other != path:
-            what = f"two names that some disks take for one: {other.name} and {path.name}"
+            what = f"{other.name} and {path.name} are the same name on some disks"
             raise InputError(what, where=str(path.parent), fix="Rename one of them.")
     twice = [path for path, count in Counter(entry.path for entry in entries).items() if count > 1]
     if twice:
-        what = f"{len(twice)} files are named twice: {_some([path.name for path in twice])}"
+        what = f"{plural(len(twice), 'file', 'is|are')} named twice: {_some([path.name for path in twice])}"
         raise InputError(what, where=str(folder), fix="Leave one line for each.")
 
 
@@ -462,7 +462,8 @@ def _split(folder: Path, entries: Sequence[Entry], seed: int) -> list[str]:
             places[group].add(str(entry.split))
         torn = [group for group, splits in places.items() if len(splits) > 1]
         if torn:
-            what = f"{len(torn)} groups lie in several splits: {_some([group.partition(':')[2] for group in torn])}"
+            named = _some([group.partition(":")[2] for group in torn])
+            what = f"{plural(len(torn), 'group', 'lies|lie')} in several splits: {named}"
             fix = "Keep a speaker (and copies of a file) in one split, or leave the splits out."
             raise InputError(what, where=str(folder), fix=fix)
         return [str(entry.split) for entry in entries]
@@ -493,7 +494,7 @@ def _dealt(folder: Path, entries: Sequence[Entry], groups: Sequence[str], seed: 
     for number, group in enumerate(groups):
         members[group].append(number)
     if len(members) < len(SHARES):
-        what = f"{len(members)} groups are too few for train, validation and test"
+        what = f"{plural(len(members), 'group', 'is|are')} too few for train, validation and test"
         raise InputError(what, where=str(folder), fix="Give files of three speakers or more, or a column of splits.")
     order = sorted(members)
     np.random.default_rng(seed).shuffle(order)

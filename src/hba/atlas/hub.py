@@ -217,7 +217,7 @@ MAX_HEADER_BYTES = 16 << 20
 _KEPT_BYTES = 1 << 16
 _BLOCK = 512
 _FIX_DAMAGED = "Delete it and download it again."
-_FIX_REFUSED = "Do not use this archive; tell those who published it."
+_FIX_REFUSED = "Do not use this archive, and tell those who published it."
 
 
 class _Counted:

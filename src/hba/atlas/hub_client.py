@@ -262,14 +262,14 @@ def _explained(error: BaseException, where: str, repo: str, *, known: bool) -> H
         fix = f"Accept the terms at {page}, then run `hf auth login` with a token of that account."
         return InputError("the dataset asks for its terms to be accepted", where=where, fix=fix)
     if status in (401, 404):
-        what = f"neither a path on this machine nor a dataset that the hub shows you (status {status})"
+        what = f"is no path on this machine and no dataset that you may see on the hub (status {status})"
         fix = "Check the path or the name; if the dataset is private, run `hf auth login`."
         return InputError(what, where=where, fix=fix)
     if status is not None:
         return failed(f"the hub answered with status {status}", where=where, fix=f"Wait a little. {_FIX_AGAIN}")
     if isinstance(error, OfflineModeIsEnabled):
         fix = "Unset HF_HUB_OFFLINE, or check the path."
-        return InputError("is not on this machine, and the hub may not be asked", where=where, fix=fix)
+        return InputError("is not on this machine, and HF_HUB_OFFLINE forbids the hub", where=where, fix=fix)
     if isinstance(error, httpx.HTTPError):
         fix = f"Check the path and the network. {_FIX_AGAIN} With HF_HUB_OFFLINE=1 what was downloaded before is used."
         what = f"is not on this machine, and the hub at {shown(constants.ENDPOINT)} cannot be reached"

@@ -194,7 +194,7 @@ class Sample:
             said = [type(error).__name__, *str(error).strip().splitlines()[:1]]
             at = traceback.extract_tb(error.__traceback__)[-1]
             what = f"cannot be encoded ({': '.join(said)[:240]}; {Path(at.filename).name}:{at.lineno})"
-            raise MediaError(what, where=where, fix="Look at the row; mend it, or remove it.") from error
+            raise MediaError(what, where=where, fix="Repair the row, or remove it.") from error
 
     def _loaded(self, name: Field, load: Callable[..., T]) -> list[T]:
         """`load` of every medium of a field. Decoders are imported by who wants one: rows are opened without them."""

@@ -24,7 +24,7 @@ from hba.atlas.names import SplitFiles, find_files, parse_split, present_splits
 from hba.atlas.rows import MEDIA_FIELDS, Columns, Field, Row, RowChecker, check_fields, decode_row
 from hba.atlas.source import PLACES, Slice, Source
 from hba.errors import InputError, MediaError
-from hba.storage import check_relative, machine_fault
+from hba.storage import check_relative, machine_fault, plural
 from hba.taxonomy import PUBLISHED, Taxonomy, of_folder
 
 if TYPE_CHECKING:
@@ -339,7 +339,7 @@ class Catalogue:
             else:
                 kind = "free-form answers" if self.taxonomy.dataset(dataset).free_form else "labels"
                 what, fix = f"have the task {word!r}, but {dataset} has {kind}", "Correct the task or the dataset."
-            yield at_places(level, code, [self.where(p) for p in places], f"{len(places):,} rows {what}", fix)
+            yield at_places(level, code, [self.where(p) for p in places], f"{plural(len(places), 'row')} {what}", fix)
 
     def _note_media(self, row: Row, raw: RawRow, place: Place, *, good: bool) -> None:
         numbers: list[int] = []

@@ -191,7 +191,7 @@ class Clip(NamedTuple):
         # A point (x, y) of the stored frame is shown at (a x + c y, b x + d y), y pointing down.
         across, along = abs(a) + abs(d), abs(b) + abs(c)
         if min(across, along) > 0.02 * max(across, along):
-            raise MediaError("is turned by no quarter of a circle", where=self.where, fix=CONVERT)
+            raise MediaError("is rotated by another angle than 90, 180 or 270 degrees", where=self.where, fix=CONVERT)
         if along > across:
             pixels_HWC = pixels_HWC.transpose(1, 0, 2)
             a, d = c, b

@@ -29,7 +29,7 @@ LongAudio: TypeAlias = Literal["refuse", "head", "windows", "published"]
 SoundOfClips: TypeAlias = Literal["off", "separate", "interleaved"]
 PUBLISHED_AUDIO_SECONDS = 10.0
 """where the released code cuts every sound"""
-WINDOWS_ARE_FOR_HEADS = "Use encode.long_audio=refuse or head: words are said of one sound, which windows would divide."
+WINDOWS_ARE_FOR_HEADS = "Use encode.long_audio=refuse or encode.long_audio=head."
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -364,7 +364,7 @@ def windows_of(media: Media, sample: Sample, longest: int) -> list[Media]:
 def require_short(input_ids_T: Tensor, sample: Sample, config: EncodeConfig) -> None:
     """Raises MediaError for a prompt of more than `max_tokens` tokens."""
     if len(input_ids_T) > config.max_tokens:
-        found = f"the prompt has {len(input_ids_T)} tokens, more than max_tokens={config.max_tokens}"
+        found = f"the prompt has {plural(len(input_ids_T), 'token')}, more than max_tokens={config.max_tokens}"
         raise MediaError(found, where=f"{sample.where}, problem", fix="Raise max_tokens or lower max_pixels.")
 
 

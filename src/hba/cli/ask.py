@@ -132,7 +132,7 @@ def _seconds(text: str | None) -> float | None:
     try:
         return float(text.strip().removesuffix("s"))
     except ValueError:
-        raise InputError(f"no seconds: {text!r}", where="--every", fix="Write 5s, or 2.5.") from None
+        raise InputError(f"{text!r} is no number of seconds", where="--every", fix="Write 5s, or 2.5.") from None
 
 
 def _names(listed: str | None, option: str) -> list[str] | None:

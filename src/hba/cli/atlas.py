@@ -189,7 +189,7 @@ def describe_command(
     if len(done.failures) > MAX_FAILURES:
         beside(f"and {len(done.failures) - MAX_FAILURES} more in {done.failures_file}")
     if len(done.failures) > allow_failed:
-        fix = f"Repair the media and run it again, or accept this with --allow-failed {len(done.failures)}."
+        fix = f"Repair the media and run it again, or accept this: --allow-failed {len(done.failures)}."
         beside(f"error: {plural(len(done.failures), 'medium|media')} failed; everything else is done. Fix: {fix}")
         raise typer.Exit(2)
     return None
@@ -369,7 +369,7 @@ def build_command(
         return
     offered = [name.strip() for name in (choices or "").split(",") if name.strip()]
     if folder is None or out is None:
-        raise InputError("two folders are needed", where="hba atlas build", fix="hba atlas build FOLDER OUT")
+        raise InputError("two folders are needed", where="hba atlas build", fix="Write hba atlas build FOLDER OUT.")
     columns = {"file": file_column, "label": label_column, "group": group_column}
     columns |= {"transcript": transcript_column, "split": split_column}
     how: dict[str, Any] = {"labels": labels, "columns": columns, "layout": layout, "dataset": dataset}
@@ -380,13 +380,15 @@ def build_command(
     def show() -> Iterator[str]:
         rows = ", ".join(f"{split} {count:,}" for split, count in built.splits.items())
         kinds = ", ".join(f"{label} {count:,}" for label, count in built.labels.items())
-        grouped = "no groups are known" if built.groups is None else f"{built.groups:,} groups, each in one split"
+        groups = built.groups
+        grouped = "no groups are known" if groups is None else f"{plural(groups, 'group')}, each in one split"
         domain = "answers in words" if built.domain == "None" else f"labels as domain {built.domain}"
         yield f"Made {bold(out)}: dataset {built.dataset} of task {built.task}, {domain}."
         yield f"Rows: {rows}; {grouped}."
         yield from [f"Labels: {kinds}."] if kinds else []
         if built.unlabelled:
-            yield f"Without a label: {built.unlabelled:,} files, to be predicted; no score and no training counts them."
+            files = plural(built.unlabelled, "file")
+            yield f"Without a label: {files}, to predict; training and scores leave them out."
         yield "Next:"
         yield f"  hba atlas validate {out}"
         yield from [f"  hba train sft --run runs/{built.dataset} atlas={out} model.name=MODEL"] if kinds else []

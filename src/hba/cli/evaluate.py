@@ -96,7 +96,7 @@ def eval_command(
     chosen = None
     if Path(model).suffix in (".yaml", ".yml"):
         if backend or base_url or split != "test":
-            fix = "Write it into the file, for the settings that it is meant for."
+            fix = "Leave it out here, and write it into the suite, below the settings that need it."
             raise InputError("--backend, --base-url and --split are for one model", where="hba eval", fix=fix)
         chosen = read_suite(Path(model))
         atlas, judge, judge_url = atlas or chosen.atlas, judge or chosen.judge, judge_url or chosen.judge_url
@@ -107,7 +107,7 @@ def eval_command(
         folder = run or Path("runs/eval") / re.sub(r"[^\w.-]+", "-", model).strip("-.")
         settings = (Setting(name=model, model=model, backend=backend, overrides=tuple(served(base_url))),)
     if atlas is None:
-        raise InputError("which atlas?", where="--atlas", fix="Give the folder of an atlas, or its hub id.")
+        raise InputError("no atlas is named", where="hba eval", fix="Add --atlas FOLDER, or --atlas org/name.")
     suite = Suite(
         atlas=atlas,
         split=split,
@@ -170,8 +170,9 @@ def eval_command(
     answer(values, show_all, as_json=json)
     failed = sum(each.tally.failed + each.tally.unanswered.total() for each in summaries)
     if failed > allow_failed:
-        fix = "Run the same command again for those without an answer; `hba predict --retry-failed` asks the others."
-        beside(f"error: {failed} samples have no answer and count as wrong. Fix: {fix}")
+        fix = "Run the same command again; `hba predict --retry-failed` also asks those that failed."
+        said = plural(failed, "sample", "has no answer and counts as wrong|have no answer and count as wrong")
+        beside(f"error: {said}. Fix: {fix}")
         raise typer.Exit(1)
     finish([record for each in summaries for record in each.quarantined], allow_quarantined)
     return None
@@ -230,7 +231,7 @@ def _in_words(ahead: dict[str, Any]) -> str:
     price = ", cost unknown" if cost is None else f", ${cost:,.2f} at most" if cost else ""
     time = "" if not seconds else f", {_minutes(seconds)}"
     time = ", time unknown until its first rows are answered" if ahead["left"] and seconds is None else time
-    verdicts = f", {judged:,} answers to judge" if judged else ""
+    verdicts = f", {plural(judged, 'answer')} to judge" if judged else ""
     said = (ahead["tokens_in"], ahead["tokens_out_at_most"])
     tokens = f", {said[0]:,} tokens in and {said[1]:,} out at most" if ahead["left"] or judged else ""
     left = f"{ahead['left']:,} of {plural(ahead['rows'], 'row', 'is|are')} left to ask"
@@ -526,8 +527,8 @@ def compare_command(
     elif len(a) + len(b or ()) == 2:
         found, table_of = compare_runs(*a, *(b or ()), **how), comparison
     else:
-        fix = "Give A and B, several runs of either as A... vs B..., or say with --seeds that all are one model."
-        raise InputError(f"{len(runs)} runs to compare, expected 2", fix=fix)
+        fix = "Write hba compare A B, or hba compare A1 A2 vs B1 B2; or add --seeds if all are one model."
+        raise InputError(f"{plural(len(runs), 'run')} to compare, expected 2", fix=fix)
     table = table_of(found)
     for path in out or ():
         write_table(table, path)

@@ -90,7 +90,8 @@ def judge_command(
     if run is not None and "=" in str(run):  # an override that came first, as there is no RUN
         run, overrides = None, [str(run), *(overrides or [])]
     if dry_run and (offline or (calibrate is not None and run is not None)):
-        raise InputError("no model would be asked, so that there is nothing to count", where="--dry-run")
+        fix = "Leave --dry-run out."
+        raise InputError("nothing is asked here, so nothing can be counted", where="--dry-run", fix=fix)
     if offline:
         return _offline(_required(run, "RUN"), out, json)
     if calibrate is not None and run is not None:
@@ -130,7 +131,7 @@ def judge_command(
 
 def _required(value: Any, name: str) -> Any:
     if value is None:
-        raise InputError("is missing", where=name, fix=JUDGE_EXAMPLE)
+        raise InputError("is missing", where=name, fix=JUDGE_EXAMPLE.replace("Example:", "Write for example"))
     return value
 
 
@@ -156,7 +157,8 @@ def _shown(result: dict[str, Any]) -> Iterator[RenderableType]:
     yield Table(title="Judgements", head=("dataset", "judged correct", "of", "unjudged"), rows=rows)
     usage = result["usage"]
     cost = "unknown (no price for this model)" if usage["cost_usd"] is None else f"${usage['cost_usd']:.4f}"
-    yield f"{usage['requests']} requests, {usage['cached']} replies from the cache, cost {cost}."
+    asked, cached = plural(usage["requests"], "request"), plural(usage["cached"], "reply|replies")
+    yield f"{asked}, {cached} from the cache, cost {cost}."
     yield f"Verdicts are in {bold(result['judgements'])}; `hba score` uses them."
 
 

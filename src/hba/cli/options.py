@@ -205,7 +205,7 @@ def finish(quarantined: Sequence[dict[str, Any]], allowed: int, *, once: bool = 
     for record in quarantined:
         told(f"quarantined {record['id']}: {record['where']}: {record['reason']}")
     if len(quarantined) > allowed:
-        fix = f"Repair the files, or accept this with --allow-quarantined {len(quarantined)}."
+        fix = f"Repair the files, or accept this: --allow-quarantined {len(quarantined)}."
         told(f"error: {plural(len(quarantined), 'sample', 'was|were')} left out; everything else is done. Fix: {fix}")
         raise typer.Exit(2)
 

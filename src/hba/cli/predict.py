@@ -124,9 +124,9 @@ def predict_command(
 def warn_of(summary: PredictSummary, model: str, *, first: bool = True) -> None:
     """What a user should know of how the rows were answered; what holds for all processes the `first` one says."""
     if summary.unnamed_heads and first:
-        warn(f"{model} does not name the domains whose heads were trained: all count, and an untrained one says noise")
+        warn(f"{model} does not say which heads were trained: all are used, and an untrained one answers at random")
     if summary.note and first:
-        warn(f"{summary.note}. generation.format=NAME asks in another")
+        warn(f"{summary.note}. Choose another with generation.format=NAME")
     for text in summary.tally.meter.warnings() if summary.tally.meter else ():
         warn(text)
 
@@ -163,22 +163,24 @@ def _shown(summary: PredictSummary, folder: Path, share: Shard | None) -> Iterat
         rows = [(p.id, *said_of(p)) for p in summary.unlabelled[:SHOWN_ANSWERS]]
         yield Table(title="", head=("row", "answer", "probability"), rows=rows, align="llr")
         more = len(summary.unlabelled) - len(rows)
-        yield f"{len(summary.unlabelled):,} rows have no answer, and are in no score" + (
-            f"; {more:,} more are in the file." if more else "."
-        )
+        verbs = "has no answer, and is in no score|have no answer, and are in no score"
+        rest = f"; {plural(more, 'more is|more are')} in the file." if more else "."
+        yield plural(len(summary.unlabelled), "row", verbs) + rest
         yield from written(folder / "answers.csv")
 
 
 def _said(summary: PredictSummary, folder: Path, share: Shard | None) -> str:
     tally = summary.tally
-    facts = [f"{summary.predicted:,} predictions in {bold(folder)}"]
-    facts += [f"{summary.skipped:,} rows left out that the model is not trained to answer"] if summary.skipped else []
-    facts += [f"{tally.invalid:,} answers mean no label and count as wrong"] if tally.invalid else []
-    facts += [f"{tally.n_cut:,} were cut off at generation.max_tokens"] if tally.n_cut else []
-    facts += [f"{tally.n_filtered:,} were stopped by a filter"] if tally.n_filtered else []
+    facts = [f"{plural(summary.predicted, 'prediction')} in {bold(folder)}"]
+    skipped = plural(summary.skipped, "row")
+    verbs = "means no label and counts as wrong|mean no label and count as wrong"
+    facts += [f"{skipped} left out that the model is not trained to answer"] if summary.skipped else []
+    facts += [plural(tally.invalid, "answer", verbs)] if tally.invalid else []
+    facts += [plural(tally.n_cut, "answer", "was|were") + " cut off at generation.max_tokens"] if tally.n_cut else []
+    facts += [plural(tally.n_filtered, "answer", "was|were") + " stopped by a filter"] if tally.n_filtered else []
     of = "" if share is None else f" of one of {share.count} processes"
     facts += [] if tally.meter is None else [f"{tally_cost(tally.meter)} in this session{of}"]
-    facts += [] if summary.merged else ["other shards are not done: whichever ends last merges all"]
+    facts += [] if summary.merged else ["other shards are not done yet: the last one merges all"]
     return "; ".join(facts) + "."
 
 

@@ -111,7 +111,7 @@ def push_command(
 
     prepare_process(seed=0)
     done = push_run(run, repo, license_id=license_id, merge=merge, private=private)
-    answer(done._asdict(), f"Sent {done.files} files to {bold(done.place)}.", as_json=json)
+    answer(done._asdict(), f"Sent {plural(done.files, 'file')} to {bold(done.place)}.", as_json=json)
 
 
 # `hba export`: the benchmark as tasks of other harnesses, and results as a table of others' trackers.

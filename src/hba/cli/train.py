@@ -237,7 +237,7 @@ def rl_command(
 
     given = [*served(base_url), *(overrides or []), *_key("algorithm", algorithm)]
     if gpu is not None and engine is not Engine.local:
-        raise InputError("--gpu is for the local engine", where="hba train rl", fix="Leave it out, or --engine verl.")
+        raise InputError("--gpu is for the local engine", where="hba train rl", fix="Leave out --gpu or --engine verl.")
     settings, fitted = _fitted(RlConfig, config, given, run, gpu)
     if dry_run and engine is not Engine.verl:
         raise InputError("--dry-run shows verl's config", where="hba train rl", fix="Add --engine verl.")

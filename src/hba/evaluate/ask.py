@@ -112,10 +112,10 @@ def ask(
     require_backend(str(model), backend)
     if every is not None and not MIN_WINDOW <= every < math.inf:
         fix = f"Give seconds, {MIN_WINDOW:g} or more, such as 5s."
-        raise InputError(f"windows of {every:g} seconds", where="--every", fix=fix)
+        raise InputError(f"{every:g} seconds are no length of a window", where="--every", fix=fix)
     if transcript is not None and (transcribe is not None or every is not None):
-        fix = "Leave --transcript out, or the other."
-        raise InputError("--transcript is said once, of whole files", where="hba ask", fix=fix)
+        fix = "Leave --transcript out, or --every and --transcribe."
+        raise InputError("--transcript is the text of a whole file", where="hba ask", fix=fix)
     paths = found_files([files] if isinstance(files, str | Path) else files)
     name = known(backend) if backend else detect(str(model))
     if name in BASELINES:

@@ -102,7 +102,7 @@ def match(runs: Sequence[Run], *, allow_other_data: bool = False) -> Matched:
     for key in common:
         rows = {(table[key].dataset, table[key].target) for table in tables}
         if len(rows) > 1:
-            what = f"sample {key!r} is another row in another run: {sorted(rows)}"
+            what = f"sample {key!r} is not the same row in all runs: {sorted(rows)}"
             raise InputError(what, where=runs[0].name, fix="Compare runs on the same split of the same data.")
     if not common:
         names = ", ".join(run.name for run in runs)

@@ -131,7 +131,8 @@ def groups_of(clusters: Clusters | None, members_M: Ints, rows: Rows) -> Ints | 
     if clusters is None:
         return None
     if len(clusters) != len(rows.cells):
-        raise InputError(f"{len(clusters)} group keys for {len(rows.cells)} rows", fix="Give one key or None a row.")
+        fix = "Give one key, or None, for each row."
+        raise InputError(f"{len(clusters)} group keys for {len(rows.cells)} rows", fix=fix)
     numbers: dict[Any, int] = {}
     keys = ((row, None) if clusters[row] is None else clusters[row] for row in members_M.tolist())
     groups = np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)

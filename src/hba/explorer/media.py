@@ -136,7 +136,7 @@ class Decoder:
             raise MediaError("crashes its decoder", where=where, fix=RESTORE) from None
         except TimeoutError:
             self._drop(pool)
-            what = f"takes its decoder more than {PATIENCE_SECONDS:.0f} seconds"
+            what = f"is not decoded within {PATIENCE_SECONDS:.0f} seconds"
             raise MediaError(what, where=where, fix=RESTORE) from None
 
     def _drop(self, pool: ProcessPoolExecutor) -> None:

@@ -44,7 +44,7 @@ from hba.model.weights import (
     some,
     without_load_reports,
 )
-from hba.storage import file_sha256, json_sha256, read_json, write_json
+from hba.storage import file_sha256, json_sha256, plural, read_json, write_json
 
 FORMAT = 1
 CARD = "hba.json"
@@ -482,7 +482,7 @@ def load_backbone(
         fix = "Install it, or use model.attention=sdpa."
         raise InputError(f"{attention} is not installed ({str(error).splitlines()[0]})", where=name, fix=fix) from error
     if info["missing_keys"]:
-        found = f"{len(info['missing_keys'])} weights are missing: {some(sorted(info['missing_keys']))}"
+        found = f"{plural(len(info['missing_keys']), 'weight', 'is|are')} missing: {some(sorted(info['missing_keys']))}"
         fix = "Its files are not whole: download it again."
         raise InputError(f"cannot load backbone: {found}", where=name, fix=fix)
     if quantization != "none":
@@ -535,7 +535,8 @@ def load_adapter(model: Any, folder: Path) -> None:
         raise InputError(f"cannot load the adapter ({said})", where=str(file), fix=OTHER_BACKBONE) from error
     for what, names in (("missing", info.missing_keys), ("unknown", info.unexpected_keys)):
         if names:
-            found = f"{len(names)} weights of the adapter are {what}: {some(sorted(map(_unnamed, names)))}"
+            many = plural(len(names), "weight of the adapter|weights of the adapter", "is|are")
+            found = f"{many} {what}: {some(sorted(map(_unnamed, names)))}"
             raise InputError(found, where=str(file), fix=OTHER_BACKBONE)
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from hba.errors import InputError
 from hba.model.config import Quantization
-from hba.storage import read_json, write_json
+from hba.storage import plural, read_json, write_json
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Parts of a published Qwen-Omni that its thinker does without: they speak.
@@ -249,7 +249,7 @@ def _require_all(
     if missing:
         found.append(f"{len(missing)} of the {total} weights of {class_name} are missing: {some(missing)}")
     if foreign:
-        found.append(f"{len(foreign)} weights are not known to {class_name}: {some(foreign)}")
+        found.append(f"{plural(len(foreign), 'weight', 'is|are')} not known to {class_name}: {some(foreign)}")
     if wrong:
         found.append(f"weights that do not fit {class_name}: {some(wrong)}")
     fix = "Check that it is the model meant, of this size; if it is, its files are not whole: download it again."

@@ -396,7 +396,7 @@ class RemoteClient:
         if fault.wait_seconds is not None:
             if fault.wait_seconds > self.config.longest_wait_seconds:
                 what = f"the server asks to wait {fault.wait_seconds:.0f} s ({fault})"
-                raise ServiceError(what, where=self._url, fix=f"Wait so long, {RESUME}")
+                raise ServiceError(what, where=self._url, fix=f"Wait that long, {RESUME}")
             self.limit.pause(fault.wait_seconds)
         if attempts < most:
             self.meter.trouble = f"attempt {attempts + 1} of {most} ({fault})"
@@ -410,7 +410,7 @@ class RemoteClient:
         if self._silent >= SILENT_AFTER:
             seconds = f"{self.config.timeout_seconds:g} s"
             what = f"none of {SILENT_AFTER} requests was answered within {seconds}"
-            fix = f"See to the server, or give it longer with remote.timeout_seconds, {RESUME}"
+            fix = f"Check the server, or wait longer (remote.timeout_seconds=600), {RESUME}"
             raise ServiceError(what, where=self._url, fix=fix)
 
     def _count_failure(self, what: str, url: str) -> None:
@@ -425,7 +425,7 @@ class RemoteClient:
             said = f"{many} requests in a row were refused, the last: {what}"
         else:
             said = f"every one of {many} requests failed, the last: {what}"
-        fix = f"See to the server, model or settings, {RESUME} If these rows alone fail, raise remote.stop_after."
+        fix = f"Check server, model and settings, {RESUME} If only these rows fail, raise remote.stop_after."
         raise ServiceError(said, where=url, fix=fix)
 
     async def _attempt(self, prepared: _Prepared) -> Any:

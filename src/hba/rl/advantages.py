@@ -53,7 +53,7 @@ def grouped(rewards: npt.ArrayLike, groups: Names) -> Groups:
     """
     rewards_N = np.asarray(rewards, np.float64)
     if len(groups) != len(rewards_N):
-        raise InputError(f"{len(rewards_N)} rewards, but {len(groups)} groups", fix="Give one group a rollout.")
+        raise InputError(f"{len(rewards_N)} rewards, but {len(groups)} groups", fix="Give one group for each reward.")
     if not np.isfinite(rewards_N).all():
         first = int(np.flatnonzero(~np.isfinite(rewards_N))[0])
         raise InputError(f"reward {first} is {rewards_N[first]}", where="advantages", fix="Give finite rewards.")
@@ -78,7 +78,7 @@ def codes(names: Names) -> tuple[Ints, int]:
 def rows_of(tasks: Names, count: int) -> dict[str, Ints]:
     """The rollouts of each task, by its name."""
     if len(tasks) != count:
-        raise InputError(f"{count} rewards, but {len(tasks)} tasks", fix="Give one task a rollout.")
+        raise InputError(f"{count} rewards, but {len(tasks)} tasks", fix="Give one task for each reward.")
     codes_N, number = codes(tasks)
     names = {int(code): str(name) for code, name in zip(codes_N, tasks, strict=True)}
     return {names[code]: np.flatnonzero(codes_N == code) for code in range(number)}

@@ -280,7 +280,7 @@ def _same_length(responses: Sequence[str], **others: Sequence[object] | None) ->
     for name, values in others.items():
         if values is not None and len(values) != len(responses):
             what = f"{len(responses)} responses, but {len(values)} {name}"
-            raise InputError(what, fix="Give one of each a response.")
+            raise InputError(what, fix="Give one for each response.")
 
 
 # A function of the user's own, named `module:function` or `file.py:function`: a reward, or advantages.
@@ -328,7 +328,7 @@ class _Guarded:
         except (HbaError, KeyboardInterrupt):
             raise
         except BaseException as error:  # asyncio's CancelledError is no Exception, nor is sys.exit()'s
-            fix = "Mend it; the last checkpoint stands, and the same command goes on from there."
+            fix = "Repair it, then run the same command again: it goes on from the last checkpoint."
             raise HbaError(raised(error), where=self._where, fix=fix) from error
 
 

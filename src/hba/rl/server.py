@@ -138,7 +138,7 @@ class ServedWeights:
         except (RequestError, ServiceError) as error:
             raise _refused(error, FULL_START) from None
         if before is not None and before == await self._probe():
-            what = f"the server answers as before it was given the weights of {folder.name}"
+            what = f"the server still answers with the old weights, after it was given {folder.name}"
             fix = "Use one server, not a proxy before several; start it anew, and run the same command again."
             raise HbaError(what, where=self._client.config.base_url or "", fix=fix)
         self._checksum = checksum
@@ -179,7 +179,7 @@ def _refused(error: HbaError, start: str) -> HbaError:
 T = TypeVar("T")
 # What a server would otherwise take from the model's generation config.
 PLAIN = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-RESUME = "The last checkpoint stands: see to the server, then run the same command again."
+RESUME = "The last checkpoint stands. Check the server, then run the same command again."
 
 
 class _Question(NamedTuple):

@@ -18,6 +18,7 @@ from rich.progress import Progress as Bar
 from hba.config import read_yaml
 from hba.errors import ConfigError
 from hba.run import RunFolder, wandb_run
+from hba.storage import plural
 from hba.train.state import Progress
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ class TrainingDisplay:
         """Record and say that no validation was better for long enough."""
         what = f"no better validation than that of step {progress.best_step} (train.early_stopping)"
         self.record({"step": progress.step, "kind": "stopped", "why": what}, {})
-        self.say(f"Stopped after {progress.step} of {self._total} steps: {what}.")
+        self.say(f"Stopped after {progress.step} of {plural(self._total, 'step')}: {what}.")
 
     def record(self, record: dict[str, Any], numbers: dict[str, Any]) -> None:
         """Log a line, and draw `numbers` on the boards at its step."""

@@ -279,7 +279,7 @@ class FrozenBase:
         folder = checkpoint.resolve(path)
         if folder is None:
             fix = "Give the run folder of `hba train sft`, or a checkpoint of it."
-            raise InputError("has no trained heads: this stage stands on stage 1", where=path, fix=fix)
+            raise InputError("has no trained heads, which this stage needs", where=path, fix=fix)
         self.path, self.folder, self.card = Path(path), folder, checkpoint.read_card(folder)
         self.dtype, self.attention, self.taxonomy = dtype, attention, taxonomy
         self.quantization = checkpoint.quantization_of(self.card) if quantization == "auto" else quantization

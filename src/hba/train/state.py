@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor
 
 from hba.errors import InputError, StoppedError
 from hba.run import RunFolder
-from hba.storage import atomic_folder, read_json, remove_abandoned, write_json
+from hba.storage import atomic_folder, plural, read_json, remove_abandoned, write_json
 from hba.train.ranks import Ranks, whole_weights
 
 # The optimizer's state as safetensors, one file a rank, restored on any number of ranks. Nothing is pickled.
@@ -306,7 +306,8 @@ class Saving:
     def stopped(self, progress: Progress, total: int) -> StoppedError:
         """The error with which all ranks end, after the checkpoint of `progress` was written."""
         by = "a signal to another process" if self._stopped_by is None else self._stopped_by.name
-        kept = f"its checkpoint is written ({progress.step} of {total} steps)" if progress.step else "no step was done"
+        done = f"{progress.step} of {plural(total, 'step')}"
+        kept = f"its checkpoint is written ({done})" if progress.step else "no step was done"
         return StoppedError(f"stopped by {by}; {kept}", fix="Run the same command again to go on.")
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -104,7 +104,7 @@ def open_backend(_name: str, opening: Opening) -> HeadsBackend:
     model_name, config, taxonomy = opening.model, opening.config, opening.atlas.taxonomy
     trained = checkpoint.resolve(model_name)
     if trained is None or checkpoint.read_card(trained)["columns"] is None:
-        fix = "Give a checkpoint, or the run folder of `hba train sft`; --backend hf answers in words."
+        fix = "Give the run folder of `hba train sft`, or add --backend hf for answers in words."
         raise InputError("a backbone without trained heads: its answers would be random", where=model_name, fix=fix)
     checkpoint.require_perceived(model_name, opening.encode, opening.atlas)
     how: dict[str, Any] = {"dtype": config.dtype, "attention": config.attention, "quantization": config.quantization}

@@ -202,7 +202,7 @@ def _all_equal(judgements: Sequence[Judgement]) -> list[str]:
     if len(verdicts) < SAME_FROM or len(set(verdicts)) > 1:
         return []
     word = "correct" if verdicts[0] else "incorrect"
-    return [f"all {len(verdicts)} verdicts are {word!r}: a judge that says one thing judges nothing; read some reasons"]
+    return [f"all {len(verdicts)} verdicts are {word!r}. Such a judge may judge nothing: read some of its reasons"]
 
 
 def settings_of(model: str, config: JudgeConfig) -> dict[str, Any]:

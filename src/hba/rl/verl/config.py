@@ -92,7 +92,7 @@ def sizes(config: RlConfig) -> Sizes:
     prompts, updates = prompts_of_step(config), config.loss.updates
     if config.train.device_tokens is not None:
         fix = "Use train.device_batch_size, or the local engine."
-        raise ConfigError("verl is told a number of prompts at once", where="train.device_tokens", fix=fix)
+        raise ConfigError("verl counts prompts, not tokens", where="train.device_tokens", fix=fix)
     even = world // math.gcd(world, responses)  # so many prompts have a number of responses that the GPUs divide
     of_update = -(-prompts // (updates * even)) * even
     if -(-prompts // of_update) != updates:
@@ -201,7 +201,7 @@ def _optimizer(config: RlConfig) -> dict[str, Any]:
         raise ConfigError("verl has no linear schedule", where="train.schedule", fix="Use cosine or constant.")
     if train.early_stopping is not None:
         fix = "Leave it out, or use the local engine."
-        raise ConfigError("verl does without it", where="train.early_stopping", fix=fix)
+        raise ConfigError("verl has no early stopping", where="train.early_stopping", fix=fix)
     warmup: dict[str, float] = {f"{at}.lr_warmup_steps_ratio": train.warmup_share}
     if train.warmup_steps is not None:  # verl takes 0 steps for none given, and then the ratio
         warmup = {f"{at}.lr_warmup_steps": train.warmup_steps, f"{at}.lr_warmup_steps_ratio": 0.0}
