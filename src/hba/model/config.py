@@ -81,4 +81,4 @@ def require_place(name: str | Path, *, also: str = "") -> None:
     `also` is what else would be accepted where it is asked for.
     """
     if not Path(name).is_dir() and hub_id_of(name) is None:
-        raise InputError("no such folder", where=str(name), fix=f"Check the path. Accepted: {ACCEPTED}{also}.")
+        raise InputError("no such folder", where=str(name), fix=f"Give {ACCEPTED}{also}.")
