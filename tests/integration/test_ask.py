@@ -7,6 +7,10 @@ import shutil
 import subprocess
 import sys
 import wave
+from email import message_from_bytes
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -178,6 +182,60 @@ def test_what_is_said_is_heard_by_a_recogniser(hba, run, files, whisper, tmp_pat
     assert (code, out) == (2, "") and "cannot load a recognition model" in err
     code, out, err = hba(*asked, "--transcribe", whisper, "--transcript", "hm")
     assert (code, out) == (2, "") and "--transcript" in err
+
+
+class Ears(BaseHTTPRequestHandler):
+    """/v1/audio/transcriptions, which is busy for the first request and says how many seconds it has heard."""
+
+    heard: ClassVar[list] = []
+
+    def do_GET(self):
+        self.send_error(404)
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["content-length"]))
+        form = message_from_bytes(b"content-type: " + self.headers["content-type"].encode() + b"\r\n\r\n" + body)
+        parts = {part.get_param("name", header="content-disposition"): part for part in form.get_payload()}
+        sound, rate = soundfile.read(io.BytesIO(parts["file"].get_payload(decode=True)), dtype="float32")
+        model = parts["model"].get_payload()
+        self.heard.append((self.path, model, self.headers["authorization"], sound))
+        status, said = (503, {}) if len(self.heard) == 1 else (200, {"text": f" {len(sound) / rate:g} seconds\n"})
+        if model == "deaf":
+            status, said = 400, {"error": {"message": "no such sound"}}
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(said).encode())
+
+    def log_message(self, *_):
+        pass
+
+
+def test_what_is_said_is_heard_by_a_service(hba, run, files, tmp_path, monkeypatch):
+    samples = tone(tmp_path / "a.wav", 2)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-for-openai-alone")
+    monkeypatch.setattr(Ears, "heard", [])
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Ears)
+    Thread(target=server.serve_forever, daemon=True).start()
+    service = ["--transcribe-url", f"http://127.0.0.1:{server.server_port}/v1", "--json"]
+    asked = ["ask", run, tmp_path / "a.wav", files / "picture.png", "--task", "EMO"]
+    code, out, err = hba(*asked, "--transcribe", "openai:whisper-1", *service)
+    assert code == 0, err
+    sound, picture = json.loads(out)["answers"]
+    assert (sound["transcript"], picture["transcript"]) == ("2 seconds", None)
+    (told,) = package.ask(run, tmp_path / "a.wav", tasks=["EMO"], transcript="2 seconds")
+    assert sound["probs"] == pytest.approx(told.probs, abs=1e-6)
+    (path, model, key, first), second = Ears.heard
+    assert (path, model, key) == ("/v1/audio/transcriptions", "whisper-1", None)
+    assert first == pytest.approx(samples, abs=1e-4) and (second[3] == first).all()
+    code, out, err = hba(*asked, "--transcribe", "openai:deaf", *service)
+    assert code == 2 and "cannot be transcribed" in err and "no such sound" in err
+    assert [reply["error"] is None for reply in json.loads(out)["answers"]] == [False, True]
+    code, out, err = hba(*asked, "--transcribe", "somebody/whisper", *service)
+    assert (code, out) == (2, "") and "--transcribe-url" in err
+    server.shutdown()
+    server.server_close()
+    code, out, err = hba(*asked, "--transcribe", "openai:whisper-1", *service)
+    assert (code, out) == (1, "") and "sk-for" not in err and str(server.server_port) in err
 
 
 def test_a_media_tag_in_what_is_said_is_text(hba, run, files, tmp_path):

@@ -62,8 +62,14 @@ def ask_command(
     transcribe: Annotated[
         str | None,
         typer.Option(
-            metavar="MODEL", help="Find the spoken words with this speech recognition model.", rich_help_panel=QUESTION
+            metavar="MODEL",
+            help="Find the spoken words with this speech recognition model, or a service's: openai:whisper-1.",
+            rich_help_panel=QUESTION,
         ),
+    ] = None,
+    transcribe_url: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Server of --transcribe openai:NAME.", rich_help_panel=QUESTION),
     ] = None,
     every: Annotated[
         str | None,
@@ -104,6 +110,7 @@ def ask_command(
             question=question,
             transcript=transcript,
             transcribe=transcribe,
+            transcribe_url=transcribe_url,
             every=_seconds(every),
             backend=backend,
             config=settings,

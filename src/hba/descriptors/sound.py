@@ -7,11 +7,16 @@ Saved as {'features'}, as published: [D] for functionals, [T, D] for a sequence 
 
 from __future__ import annotations
 
+import asyncio
+import io
 import warnings
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import soundfile
 
 from hba.atlas.audio import Audio
 from hba.environment import installed_version
@@ -155,3 +160,55 @@ class Transcriber:
         if not text:
             raise MediaError("no speech was recognised", where=where, fix="Write its transcript by hand, or leave it.")
         return text
+
+    def close(self) -> None:
+        """Nothing is left open."""
+
+
+REMOTE = "openai:"
+"""before the name of a recogniser that a service has"""
+PART_SECONDS = 600  # services take files of up to 25 MB: 13 minutes
+
+
+class RemoteTranscriber:
+    """A recogniser of a service that speaks OpenAI's API, such as whisper-1, by `hba.remote`. Close it.
+
+    Raises ConfigError for a key that is not in the environment.
+    """
+
+    def __init__(self, model: str, base_url: str | None = None) -> None:
+        from hba.remote import ClientConfig, RemoteClient  # httpx, which descriptors of files need not
+
+        self._client = RemoteClient(model, ClientConfig(base_url=base_url))
+        # A loop in a thread of its own: a notebook has one at work in its own.
+        self._thread, self._loop = ThreadPoolExecutor(1), asyncio.Runner()
+        self._run(self._client.__aenter__())
+
+    def extract(self, audio: Audio, *, where: str) -> str:
+        """The words that are heard, of long sounds in parts of ten minutes. Raises MediaError where there are none and
+        where the service refuses this sound, ServiceError and UnansweredError where it is the service."""
+        from hba.remote import RequestError, UnansweredError
+
+        step, words = PART_SECONDS * audio.sample_rate, list[str]()
+        for start in range(0, len(audio.samples), step):
+            file = io.BytesIO()
+            part = np.clip(audio.samples[start : start + step], -1, 1)
+            soundfile.write(file, part, audio.sample_rate, format="FLAC", subtype="PCM_16")
+            try:
+                words += self._run(self._client.hear(file.getvalue(), name="sound.flac")).split()
+            except UnansweredError:
+                raise
+            except RequestError as error:
+                raise MediaError(f"cannot be transcribed ({error.what})", where=where, fix="Leave it out.") from None
+        if not words:
+            raise MediaError("no speech was recognised", where=where, fix="Write its transcript by hand, or leave it.")
+        return " ".join(words)
+
+    def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return self._thread.submit(self._loop.run, work).result()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._run(self._client.__aexit__())
+        self._thread.submit(self._loop.close).result()
+        self._thread.shutdown()

@@ -42,7 +42,7 @@ from hba.taxonomy import BUILTIN, FILE, Taxonomy, of_folder, save_beside
 
 if TYPE_CHECKING:
     from hba.atlas.video import TimedFrame
-    from hba.descriptors.sound import Transcriber
+    from hba.descriptors.sound import RemoteTranscriber, Transcriber
 
 MIN_WINDOW = 0.5  # seconds
 WINDOW_FRAMES = 8  # of a second of clip that a window keeps
@@ -92,6 +92,7 @@ def ask(
     question: str | None = None,
     transcript: str | None = None,
     transcribe: str | None = None,
+    transcribe_url: str | None = None,
     every: float | None = None,
     backend: str | None = None,
     config: PredictConfig | None = None,
@@ -102,8 +103,9 @@ def ask(
     `tasks` are keys such as EMO, `datasets` keys such as cremad, whose labels are then offered; a model with heads is
     asked about everything that it was trained for where neither is given. `question` is asked in place of a task's own;
     alone, it is answered in words. `transcript` is what is said in the file; without it `transcribe`, a speech
-    recognition model, hears it. With `every` a clip or sound is asked in windows of so many seconds. Descriptors are
-    extracted for datasets that the model has adapters for.
+    recognition model, hears it: one of Hugging Face, or `openai:NAME` of the service at `transcribe_url`. With `every`
+    a clip or sound is asked in windows of so many seconds. Descriptors are extracted for datasets that the model has
+    adapters for.
 
     A file that cannot be read has an error in its replies. Raises InputError for a path that is missing, a folder
     without media, an unknown task, and a question that the model cannot be asked; HbaError where an extractor that
@@ -128,7 +130,8 @@ def ask(
     keys = datasets_of(taxonomy, tasks, datasets, question)
     with TemporaryDirectory(prefix="hba-ask-") as place:
         folder = Path(place).resolve()
-        pieces, broken = _pieces(paths, folder / "windows", every, transcript, transcribe)
+        with _recogniser(transcribe, transcribe_url) as hear:
+            pieces, broken = _pieces(paths, folder / "windows", every, transcript, hear)
         if heard_in_clips:
             # The rows name clips alone, as those of its training did: how their sound is heard is for the encoding.
             pieces = [_silent(piece) if "video" in piece.files else piece for piece in pieces]
@@ -217,12 +220,11 @@ def _widest(taxonomy: Taxonomy, task: str) -> str:
 
 
 def _pieces(
-    paths: Sequence[Path], folder: Path, every: float | None, transcript: str | None, transcribe: str | None
+    paths: Sequence[Path], folder: Path, every: float | None, transcript: str | None, hear: Hear | None
 ) -> tuple[list[Piece], dict[Path, str]]:
     """What is asked of each file, and why some cannot be read. The media of windows are written into `folder`."""
     pieces: list[Piece] = []
     broken: dict[Path, str] = {}
-    recogniser = None
     for path in paths:
         try:
             medium = look_at(path)
@@ -230,11 +232,8 @@ def _pieces(
             timed = every is not None and bool({"video", "audio"} & set(medium.kinds))
             mine = list(windows_of(medium, folder / str(len(pieces)), every or 0.0)) if timed else [whole]
             for piece in mine:
-                if transcribe is not None and "audio" in piece.files:
-                    from hba.descriptors.sound import Transcriber  # imports torch and a pipeline
-
-                    recogniser = recogniser or Transcriber(transcribe)
-                    piece = piece._replace(transcript=_heard(recogniser, piece))
+                if hear is not None and "audio" in piece.files:
+                    piece = piece._replace(transcript=hear(piece))
                 pieces.append(piece)
         except MediaError as error:
             broken[path] = error.what
@@ -246,7 +245,36 @@ def _silent(piece: Piece) -> Piece:
     return piece._replace(medium=piece.medium._replace(kinds=("video",)), files={"video": piece.files["video"]})
 
 
-def _heard(recogniser: Transcriber, piece: Piece) -> str | None:
+Hear = Callable[[Piece], str | None]
+
+
+@contextmanager
+def _recogniser(model: str | None, base_url: str | None) -> Iterator[Hear | None]:
+    """What hears a piece, opened for the first one; None without a model."""
+    if base_url is not None and not (model or "").startswith("openai:"):
+        fix = "Name the service's model, such as --transcribe openai:whisper-1."
+        raise InputError("is for a recogniser of a service", where="--transcribe-url", fix=fix)
+    if model is None:
+        yield None
+        return
+    opened: list[Transcriber | RemoteTranscriber] = []
+
+    def hear(piece: Piece) -> str | None:
+        from hba.descriptors.sound import REMOTE, RemoteTranscriber, Transcriber  # the latter imports torch
+
+        if not opened:
+            service = model.startswith(REMOTE)
+            opened.append(RemoteTranscriber(model.removeprefix(REMOTE), base_url) if service else Transcriber(model))
+        return _heard(opened[0], piece)
+
+    try:
+        yield hear
+    finally:
+        for each in opened:
+            each.close()
+
+
+def _heard(recogniser: Transcriber | RemoteTranscriber, piece: Piece) -> str | None:
     """The words of a piece; None where nothing is said in it."""
     from hba.atlas.audio import load_audio
 

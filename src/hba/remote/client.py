@@ -255,6 +255,7 @@ class _Prepared(NamedTuple):
     encoded: bytes = b""
     key: str = ""
     needed: tuple[str, ...] = ()  # what must not be left out of the body
+    kind: str = "application/json"
 
 
 class RemoteClient:
@@ -329,6 +330,16 @@ class RemoteClient:
         """
         url = self._base.removesuffix("/v1") + path
         return await self._until_answered(_Prepared(method, url, body, None, b"" if body is None else _encoded(body)))
+
+    async def hear(self, sound: bytes, *, name: str) -> str:
+        """What is said in a sound, the bytes of a file called `name`: /audio/transcriptions of OpenAI's API, which vLLM
+        and speech servers have, too. Raises as `complete` does."""
+        url = self._url.replace("/chat/completions", "/audio/transcriptions")
+        said = {"model": self.model, "response_format": "json"}
+        form = httpx.Request("POST", url, data=said, files={"file": (name, sound)})
+        kind = form.headers["content-type"]
+        heard: str = await self._until_answered(_Prepared("POST", url, {}, _words, form.read(), kind=kind))
+        return heard
 
     def _prepare(self, request: ChatRequest) -> _Prepared:
         official = self._base == self._provider.base_url
@@ -462,7 +473,7 @@ class RemoteClient:
             overloaded = True
             try:
                 # httpx bounds the time between two bytes, this the whole of an attempt: slow bytes end, too.
-                exchange = self._exchange(prepared.method, prepared.url, encoded)
+                exchange = self._exchange(prepared.method, prepared.url, encoded, kind=prepared.kind)
                 response = await asyncio.wait_for(exchange, self.config.timeout_seconds)
                 overloaded = response.status == 429 or response.status >= 500
             except (TimeoutError, httpx.TimeoutException):
@@ -475,11 +486,13 @@ class RemoteClient:
                 self.limit.report(overloaded=overloaded)
             return response, sent, gone
 
-    async def _exchange(self, method: str, url: str, content: bytes, seconds: float | None = None) -> Response:
+    async def _exchange(
+        self, method: str, url: str, content: bytes, seconds: float | None = None, kind: str = "application/json"
+    ) -> Response:
         if self._http is None:
             raise RuntimeError("use the client in `async with`")
         patience = self._http.timeout if seconds is None else httpx.Timeout(seconds)
-        headers = {"content-type": "application/json"}
+        headers = {"content-type": kind}
         if self._secret is not None:
             headers |= self._provider.headers(self._secret, self._base)
         stream = self._http.stream(method, url, content=content or None, headers=headers, timeout=patience)
@@ -519,6 +532,13 @@ class RemoteClient:
         if self._secret:
             text = text.replace(self._secret, "[key]")
         return re.sub(r"\b(?:sk|pk|key)-[\w*.-]{6,}", "[key]", text)
+
+
+def _words(data: Any) -> str:
+    """Of a transcription."""
+    if not isinstance(data["text"], str):
+        raise TypeError
+    return whole(data["text"])
 
 
 def _encoded(body: Mapping[str, Any]) -> bytes:
