@@ -82,7 +82,7 @@ def ask_command(
     key: SetKey = None,
     csv: Annotated[bool, typer.Option("--csv", help="Print the answers as CSV.")] = False,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Page to write, .html, with curves over time for --every.")
+        Path | None, typer.Option(metavar="FILE", help="With --every: page of curves over time to write, .html.")
     ] = None,
     json: JsonFlag = False,
 ) -> None:

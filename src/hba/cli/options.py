@@ -65,7 +65,7 @@ Backend = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="How to ask it: heads, hf, vllm, openai, anthropic, google, majority or random.",
+        help="How to ask it: heads, hf, vllm, openai, anthropic or google.",
         show_default="heads or hf, as MODEL was trained",
         rich_help_panel=MODEL,
     ),

@@ -46,7 +46,7 @@ SHOWN_ANSWERS = 20
 
 
 def predict_command(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    model: Annotated[str, typer.Argument(help=f"{MODEL_HELP} Or a baseline: majority, random.")],
     overrides: Annotated[list[str] | None, keys_such_as("generation.max_tokens=64")] = None,
     atlas: Annotated[str, typer.Option(metavar="ATLAS", help=ATLAS_HELP)] = ...,  # type: ignore[assignment]
     split: Annotated[str, typer.Option(metavar="SPLIT", help=f"Split to answer. {SLICES}")] = "test",
