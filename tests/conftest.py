@@ -17,8 +17,10 @@ try:
     import hypothesis
 except ImportError:  # the environments of verl and vLLM, none of whose tests asks for it
     pass
-else:  # how long an example takes says how busy the machine is
-    hypothesis.settings.register_profile("hba", deadline=None)
+else:  # how long an example takes says how busy the machine is; the same examples every time, so that a fault is the
+    # change's and not the day's (`pytest --hypothesis-profile default` looks for new ones)
+    unhurried = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+    hypothesis.settings.register_profile("hba", derandomize=True, **unhurried)
     hypothesis.settings.load_profile("hba")
 # Tests need no hub; offline, a wrong name fails at once instead of after retries.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -95,7 +97,7 @@ def hba(monkeypatch, capfd):
 def chat_server():
     """Start chat servers of tests/servers/chat.py: `chat_server(brain="echo", seed=0, **faults)`.
 
-    Each has `.url` (with /v1), `.stats()` and `.process`.
+    Each has `.url` (with /v1), `.stats()`, `.hold(answers)`, `.release()` and `.process`.
     """
     servers = []
 
@@ -105,7 +107,9 @@ def chat_server():
         process = subprocess.Popen([sys.executable, str(script), *options], stdout=subprocess.PIPE, text=True)
         servers.append(process)
         root = f"http://127.0.0.1:{int(process.stdout.readline())}"
-        return SimpleNamespace(url=f"{root}/v1", process=process, stats=lambda: _get(f"{root}/stats"))
+        asked = {"stats": lambda: _get(f"{root}/stats"), "release": lambda: _get(f"{root}/release")}
+        asked["hold"] = lambda answers: _get(f"{root}/hold/{answers}")
+        return SimpleNamespace(url=f"{root}/v1", process=process, **asked)
 
     yield start
     for process in servers:
@@ -125,7 +129,7 @@ def launch():
 
 def _get(url):
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(url, timeout=10) as response:
+    with opener.open(url, timeout=120) as response:
         return json.load(response)
 
 

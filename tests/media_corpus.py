@@ -456,7 +456,7 @@ def by_ffmpeg(data: bytes, suffix: str, *arguments: str) -> bytes:
         source, made = Path(folder, "source"), Path(folder, f"made.{suffix}")
         source.write_bytes(data)
         command = ["ffmpeg", "-v", "error", "-i", str(source), *arguments, str(made)]
-        subprocess.run(command, check=True, capture_output=True, timeout=60)
+        subprocess.run(command, check=True, capture_output=True, timeout=600)
         return made.read_bytes()
 
 
@@ -696,7 +696,7 @@ def _ffmpeg(data: bytes, *arguments: str) -> bytes:
         path = Path(folder, "medium")
         path.write_bytes(data)
         command = ["ffmpeg", "-v", "quiet", "-i", str(path), *arguments, "-"]
-        return subprocess.run(command, capture_output=True, timeout=60, check=False).stdout
+        return subprocess.run(command, capture_output=True, timeout=600, check=False).stdout
 
 
 def seconds_by_ffmpeg(data: bytes) -> float:

@@ -46,7 +46,7 @@ runpy.run_path({str(script)!r}, run_name="__main__")
 """
     command = [sys.executable, "-c", code, *options, "--json"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, env=environment)
     assert done.returncode in (0, 1) and done.stdout, done.stderr
     return done.returncode, json.loads(done.stdout.splitlines()[-1])
 

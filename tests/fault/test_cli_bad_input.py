@@ -504,7 +504,7 @@ def test_a_checkpoint_beyond_the_file_size_limit(tmp_path, mini_atlas, backbone,
     arguments = sft(run, mini_atlas, backbone, "datasets=[tess]")
     code = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (400_000, 400_000)); from hba.cli import main; main()"
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    check_full(subprocess.run(command, capture_output=True, text=True, timeout=300), run)
+    check_full(subprocess.run(command, capture_output=True, text=True, timeout=900), run)
     assert not list((run / "checkpoints").iterdir())
     assert hba(*arguments)[0] == 0
 
@@ -530,7 +530,7 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(tmp_path, trained, mini_
         exit $code
     """
     unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script]
-    check_full(subprocess.run(unshare, capture_output=True, text=True, timeout=300), tmp_path / "kept")
+    check_full(subprocess.run(unshare, capture_output=True, text=True, timeout=900), tmp_path / "kept")
     kept = tmp_path / "kept" / "checkpoints"
     assert [path.name for path in kept.iterdir() if path.is_dir()] == ["step_2"]
     whole, old = (load_file(Path(folder) / "model.safetensors") for folder in (kept / "step_2", step))

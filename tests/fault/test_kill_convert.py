@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from holding import held, release
 
 from hba.atlas import open_atlas
 from hba.atlas.convert import convert_atlas
@@ -52,9 +53,11 @@ def test_killed_and_resumed_equals_uninterrupted(atlas, tmp_path, to):
     command += ["--workers", "2"]
     pattern = "*.parquet" if to == "parquet" else ".convert/*.json"
     finished = {}
+    in_the_middle = held(tmp_path, f"{out}/{'convert.json' if to == 'parquet' else 'train.jsonl'}")  # which come last
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     for parts in (1, 5):
-        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 120
+        process = subprocess.Popen(list(map(str, command)), env=in_the_middle, **quiet)
+        deadline = time.monotonic() + 600
         while len(list(out.glob(pattern))) < parts:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.005)
@@ -72,13 +75,14 @@ def test_killed_and_resumed_equals_uninterrupted(atlas, tmp_path, to):
 
 def test_two_conversions_into_one_folder(atlas, tmp_path):
     command = [sys.executable, "-m", "hba", "atlas", "convert", str(atlas), str(tmp_path / "out"), "--to", "parquet"]
-    first = subprocess.Popen([*command, "--shard-megabytes", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    command += ["--shard-megabytes", "1"]
+    there = held(tmp_path, f"{tmp_path / 'out'}/convert.json")  # which comes last
+    first = subprocess.Popen(command, env=there, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 600
     while not list(Path(tmp_path / "out").glob("*.parquet")):
         assert first.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
-    os.kill(first.pid, signal.SIGSTOP)  # so that it is there for sure
-    second = subprocess.run([*command, "--shard-megabytes", "1"], capture_output=True, text=True)
-    os.kill(first.pid, signal.SIGCONT)
+    second = subprocess.run(command, capture_output=True, text=True)
+    release(tmp_path)
     assert first.wait() == 0
     assert second.returncode == 1 and "another process converts into this folder" in second.stderr

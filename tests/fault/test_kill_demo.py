@@ -6,16 +6,12 @@ from times, every probability, every logged loss.
 """
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
-import time
-from contextlib import suppress
 from itertools import chain
 
 import pytest
+from ranks import Killed
 
 STEPS = ["train.max_steps=12", "train.validate_every=3", "train.log_every=1", "train.batch_size=8"]
 STEPS += ["qa.train.max_steps=6", "qa.train.validate_every=3", "qa.train.log_every=1"]
@@ -24,7 +20,7 @@ STEPS += ["speak.train.max_steps=2", "rl.train.max_steps=1", "rl.validation_rows
 STEPS += ["speak.validation_split=validation[:8]"]
 RUNS = ("sft", "qa", "bam")
 SEED = 20
-ROUND_SECONDS = 300
+ROUND_SECONDS = 1200
 
 # What is there when a phase has begun, and up to how many seconds later the kill comes.
 PHASES = {
@@ -39,41 +35,26 @@ PHASES = {
 }
 
 
-def command(folder):
-    return [sys.executable, "-m", "hba", "demo", "--run", str(folder), "--size", "tiny", *STEPS]
+def demo(launch, folder, killed=None):
+    """How the demo in a folder ended."""
+    return launch(["demo", "--run", folder, "--size", "tiny", *STEPS], ranks=1, killed=killed, timeout=ROUND_SECONDS)
 
 
-def there(folder, pattern):
-    with suppress(FileNotFoundError):  # a folder that vanished while it was searched
-        return any(folder.glob(pattern))
-
-
-def kill_in(folder, pattern, delay):
+def kill_in(launch, folder, pattern, delay):
     """Start the demo, kill its process group `delay` seconds after `pattern` is there; False if it ended before."""
-    log = folder.with_suffix(".err")
-    with log.open("wb") as err:
-        process = subprocess.Popen(command(folder), stdout=err, stderr=err, start_new_session=True)
-    deadline = time.monotonic() + ROUND_SECONDS
-    while process.poll() is None and not there(folder, pattern) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    time.sleep(delay)
-    if process.poll() is not None:
-        assert process.returncode == 0, log.read_text()
-        return False
-    os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert time.monotonic() < deadline, log.read_text()
-    return True
+    ended = demo(launch, folder, Killed(str(folder), pattern, delay))
+    assert ended.code in (0, -signal.SIGKILL), ended.err
+    return ended.code != 0
 
 
 def lines(folder, name):
     return {run: [json.loads(line) for line in (folder / run / name).read_text().splitlines()] for run in RUNS}
 
 
-def finished(folder):
+def finished(launch, folder):
     """Run the demo to its end; everything that must not depend on interruptions."""
-    done = subprocess.run(command(folder), capture_output=True, text=True, timeout=ROUND_SECONDS)
-    assert done.returncode == 0, done.stderr
+    done = demo(launch, folder)
+    assert done.code == 0, done.err
     metrics = {run: json.loads((folder / run / "metrics.json").read_text()) for run in RUNS}
     for each in metrics.values():
         del each["provenance"]["created_at"]
@@ -96,14 +77,14 @@ def _lasting(path):
 
 
 @pytest.mark.slow
-def test_a_demo_that_is_killed_again_and_again_ends_in_the_same_metrics(tmp_path):
+def test_a_demo_that_is_killed_again_and_again_ends_in_the_same_metrics(launch, tmp_path):
     rng = random.Random(SEED)
     folder = tmp_path / "killed"
     folder.mkdir()
-    kills = sum(kill_in(folder, pattern, rng.uniform(0, longest)) for pattern, longest in PHASES.values())
+    kills = sum(kill_in(launch, folder, pattern, rng.uniform(0, longest)) for pattern, longest in PHASES.values())
     assert kills >= 6, f"{kills} of {len(PHASES)} rounds were killed; the others had ended before"
-    killed = finished(folder)
-    straight = finished(tmp_path / "straight")
+    killed = finished(launch, folder)
+    straight = finished(launch, tmp_path / "straight")
     assert straight["log"][-1]["step"] == 12  # of the last stage
     for part, value in straight.items():
         assert killed[part] == value, part

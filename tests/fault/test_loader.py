@@ -1,5 +1,6 @@
 """Workers that crash, hang and fail: the bad sample is named, the epoch goes on, no batch is lost, doubled or moved."""
 
+import gc
 import multiprocessing
 import os
 import re
@@ -71,6 +72,11 @@ def numbers(batch):
     return [sample.number for sample in batch.samples]
 
 
+def loaders():
+    """The workers of loaders that are there."""
+    return [child for child in multiprocessing.active_children() if child.name == "hba-loader"]
+
+
 def equal(one, other):
     return (
         [s.id for s in one.samples] == [s.id for s in other.samples]
@@ -129,7 +135,7 @@ def test_workers_are_ahead_by_bytes_whatever_the_size_of_a_batch(atlas, tmp_path
     config = LoaderConfig(workers=2, prefetch_megabytes=16, cache_megabytes=0)
     batches = load_batches(atlas, Large(log), plan, config)
     next(batches)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while (ahead := len(log.read_text().split()) - size) < 16:
         assert time.monotonic() < deadline, ahead
         time.sleep(0.02)
@@ -140,13 +146,14 @@ def test_workers_are_ahead_by_bytes_whatever_the_size_of_a_batch(atlas, tmp_path
 
 def test_nothing_is_left_behind(atlas, tmp_path):
     assert atlas[0].id  # the atlas opens its file
+    gc.collect()  # what others left
     before = set(Path("/proc/self/fd").iterdir())
     stream = load_batches(atlas, TinyEncoder(tmp_path / "log"), PLAN, LoaderConfig(workers=2))
     next(stream)
-    assert len(multiprocessing.active_children()) == 2
+    assert len(loaders()) == 2
     stream.close()
-    assert not multiprocessing.active_children()
-    assert set(Path("/proc/self/fd").iterdir()) == before
+    assert not loaders()
+    assert set(Path("/proc/self/fd").iterdir()) <= before
 
 
 # --- samples that take their worker along ----------------------------------------------------------------------------
@@ -166,8 +173,8 @@ ENDS = {
     "exit": (lambda: os._exit(3), "decoding ends its process: exit code 3"),
     "clean exit": (lambda: os._exit(0), "decoding ends its process: exit code 0"),
     "sys.exit": (lambda: sys.exit(4), "decoding ends its process: exit code 4"),
-    "hang": (lambda: time.sleep(1000), "decoding takes longer than 0.5 s"),
-    "hang with the interpreter locked": (_catastrophic_regex, "decoding takes longer than 0.5 s"),
+    "hang": (lambda: time.sleep(1000), "decoding takes longer than 1.5 s"),
+    "hang with the interpreter locked": (_catastrophic_regex, "decoding takes longer than 1.5 s"),
 }
 
 
@@ -175,7 +182,7 @@ ENDS = {
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_sample_that_ends_its_worker_is_quarantined(batches, atlas, name, workers):
     end, reason = ENDS[name]
-    seconds = 0.5 if "hang" in name else 60.0
+    seconds = 1.5 if "hang" in name else 600.0  # a fork counts, too, and this process may be large
     whole, _ = batches(plan=PLAN * 2, workers=0)
     found, calls = batches(
         lambda sample: end() if sample.number == VICTIM else None,
@@ -216,7 +223,7 @@ def test_a_sample_whose_worker_is_killed_once_is_served(batches, tmp_path):
 def test_workers_that_die_whatever_they_decode_end_the_run(batches):
     with pytest.raises(HbaError, match=r"20 worker processes failed and no sample was finished; last: .*SIGSEGV"):
         batches(lambda sample: _kill(signal.SIGSEGV))
-    assert not multiprocessing.active_children()
+    assert not loaders()
 
 
 # --- errors that are not the medium's --------------------------------------------------------------------------------
@@ -256,7 +263,7 @@ def test_other_errors_end_the_run_when_their_batch_comes(atlas, tmp_path, name):
         next(stream)
     assert str(caught.value) == message
     assert fail.__name__ in str(caught.value.__cause__)  # the traceback of the worker
-    assert not multiprocessing.active_children()
+    assert not loaders()
 
 
 BAD_SETTINGS = ["workers=-2", "prefetch_megabytes=-1", "cache_megabytes=-1", "decode_timeout_seconds=0"]
@@ -297,12 +304,12 @@ def test_workers_die_with_their_parent(mini_atlas, tmp_path):
     script.write_text(ORPHANS)
     (tmp_path / "pids").mkdir()
     parent = subprocess.Popen([sys.executable, script, mini_atlas, tmp_path / "pids"])
-    _wait_until(lambda: len(list((tmp_path / "pids").iterdir())) == 2 or parent.poll() is not None, seconds=60)
+    _wait_until(lambda: len(list((tmp_path / "pids").iterdir())) == 2 or parent.poll() is not None, seconds=600)
     workers = [path.name for path in (tmp_path / "pids").iterdir()]
     assert len(workers) == 2 and all(Path("/proc", pid).exists() for pid in workers)
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
-    _wait_until(lambda: not any(_alive(pid) for pid in workers), seconds=5)
+    _wait_until(lambda: not any(_alive(pid) for pid in workers), seconds=300)
 
 
 def _alive(pid):

@@ -199,7 +199,7 @@ def test_memory_that_is_short_is_no_fault_of_a_medium(tmp_path):
     for kind, suffix in (("image", "png"), ("descriptor", "pt")):
         command = [sys.executable, "-c", textwrap.dedent(LITTLE_MEMORY), kind]
         media = [str(tmp_path / f"{size}.{suffix}") for size in ("small", "large")]
-        done = subprocess.run([*command, *media], capture_output=True, text=True, timeout=120, check=True)
+        done = subprocess.run([*command, *media], capture_output=True, text=True, timeout=600, check=True)
         assert done.stdout.startswith(("machine row 2: memory is short", "memory")), (kind, done.stdout, done.stderr)
 
 
@@ -267,9 +267,9 @@ def test_time_that_a_row_waits_for_storage_does_not_count_as_decoding(atlas):
     def slow(sample):
         if sample.number == VICTIM:
             with storage.CLOCK.waiting():
-                time.sleep(1.2)
+                time.sleep(4)
 
-    assert numbers(load(atlas, slow, decode_timeout_seconds=0.3)) == list(range(16))
+    assert numbers(load(atlas, slow, decode_timeout_seconds=1.5)) == list(range(16))
 
 
 def test_a_read_that_never_ends_stops_the_run(atlas):
@@ -311,7 +311,7 @@ def test_a_folder_that_may_not_be_read_is_no_fault_of_its_files(tmp_path):
     (folder / "closed").chmod(0)
     try:
         code = textwrap.dedent(AS_NOBODY).format(path=sys.path)
-        done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=120)
+        done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=600)
     finally:
         (folder / "closed").chmod(0o755)
     assert "train.jsonl:1, audios: cannot be read (Permission denied). Fix: Give yourself the right" in done.stdout
@@ -412,7 +412,7 @@ def test_workers_end_with_a_killed_command_without_the_kernels_help(tmp_path, el
 
     left = []
     try:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 900
         while not list(tmp_path.rglob("*.wav")):  # both work, and hold the ends of each other's pipes
             assert main.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
@@ -421,7 +421,7 @@ def test_workers_end_with_a_killed_command_without_the_kernels_help(tmp_path, el
     finally:
         main.kill()
         main.wait()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while left := [pid for pid in left if Path(f"/proc/{pid}").exists()]:
         assert time.monotonic() < deadline, left
         time.sleep(0.1)

@@ -210,7 +210,7 @@ class _Handler(BaseHTTPRequestHandler):
         if cut is not None:
             if fault.stall is not None:
                 self.hub.reached.set()
-                fault.stall.wait(60)
+                fault.stall.wait(600)
             self.close_connection = True
             self.connection.close()
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import av
 import numpy as np
@@ -173,17 +174,26 @@ def test_prepare_says_when_the_bound_is_reached(clips, backbone, tmp_path, hba):
 
 def test_prepare_killed_in_the_middle_goes_on(clips, backbone, processor, tmp_path, hba):
     plain, kept = batches(clips, processor), tmp_path / "kept"
-    encode, loader = EncodeConfig(num_frames=4), LoaderConfig(workers=1, decoded_folder=str(kept))
-    told = (open_atlas(clips, split="train"), processor, encode, loader, lambda done, total: None)
-    process = multiprocessing.get_context("fork").Process(target=prepare, args=told)
+    # Nothing is prepared ahead, and after its third row the process goes on with none.
+    loader = LoaderConfig(workers=1, prefetch_megabytes=0, decoded_folder=str(kept))
+    encode, context = EncodeConfig(num_frames=4), multiprocessing.get_context("fork")
+    there, workers = context.Event(), context.SimpleQueue()
+
+    def until_the_third(done, total):
+        if done >= 3:
+            workers.put([child.pid for child in multiprocessing.active_children()])
+            there.set()
+            signal.pause()
+
+    told = (open_atlas(clips, split="train"), processor, encode, loader, until_the_third)
+    process = context.Process(target=prepare, args=told)
     process.start()
-    deadline = time.monotonic() + 60
-    while not (kept / "index").is_file():
-        assert process.is_alive() and time.monotonic() < deadline
-        time.sleep(0.001)
+    assert there.wait(600)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    time.sleep(0.3)  # its worker is killed by the kernel
+    for worker in workers.get():  # the kernel kills it
+        while Path(f"/proc/{worker}").exists() and "Z" not in Path(f"/proc/{worker}/stat").read_text().rsplit(")")[1]:
+            time.sleep(0.01)
     before = len(open_decoded(processor, encode, loader))
     assert 1 <= before < 2 * ROWS - 1
     with (kept / "index").open("ab") as index, (kept / "segment-1").open("ab") as segment:

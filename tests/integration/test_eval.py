@@ -53,17 +53,26 @@ def test_a_remote_model_is_judged_in_the_same_command(hba, mini_atlas, tmp_path,
     assert again["metrics"]["tasks"] == found["metrics"]["tasks"]
 
 
-def test_killed_it_goes_on_to_the_same_numbers(hba, mini_atlas, tmp_path, chat_server):
-    server = chat_server(latency=0.02)
-    few = ["--atlas", str(mini_atlas), "--per-dataset", "4", "encode.num_frames=2", "remote.max_concurrency=2"]
-    asked = ["m", "--backend", "openai", "--base-url", server.url, *few]
-    command = [sys.executable, "-m", "hba", "eval", *asked, "--run", str(tmp_path / "run")]
+def kill_after(command, log, lines):
+    """Kill a command once its log has so many lines."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    log, end = tmp_path / "run" / "predictions.jsonl", time.monotonic() + 90
-    while time.monotonic() < end and (not log.is_file() or log.read_bytes().count(b"\n") < 5):
+    end = time.monotonic() + 600
+    while not log.is_file() or log.read_bytes().count(b"\n") < lines:
+        assert process.poll() is None and time.monotonic() < end
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def test_killed_it_goes_on_to_the_same_numbers(hba, mini_atlas, tmp_path, chat_server):
+    server = chat_server()
+    few = ["--atlas", str(mini_atlas), "--per-dataset", "4", "encode.num_frames=2", "remote.max_concurrency=2"]
+    asked = ["m", "--backend", "openai", "--base-url", server.url, *few]
+    command = [sys.executable, "-m", "hba", "eval", *asked, "--run", str(tmp_path / "run")]
+    server.hold(8)  # more are not answered: it is in the middle when it is killed
+    log = tmp_path / "run" / "predictions.jsonl"
+    kill_after(command, log, 5)
+    server.release()
     kept = log.read_bytes().count(b"\n")
     assert kept >= 5 and not (tmp_path / "run" / "metrics.json").exists()
     found, err = evaluated(hba, tmp_path, *asked)
@@ -94,7 +103,7 @@ settings:
 
 
 def test_a_suite_is_one_table_of_paired_differences_and_goes_on_after_a_kill(hba, mini_atlas, tmp_path, chat_server):
-    server = chat_server(latency=0.02)
+    server = chat_server()
     file = tmp_path / "suite.yaml"
     file.write_text(SUITE.format(atlas=mini_atlas, run=tmp_path / "run", url=server.url))
     code, out, err = hba("eval", file, "--dry-run", "--json")
@@ -103,12 +112,9 @@ def test_a_suite_is_one_table_of_paired_differences_and_goes_on_after_a_kill(hba
     assert [each["setting"] for each in ahead] == ["whole", "deaf", "thinking"]
     assert all(each["left"] == each["rows"] > 0 and each["tokens_in"] > 0 for each in ahead)
     command = [sys.executable, "-m", "hba", "eval", str(file)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    log, end = tmp_path / "run" / "deaf" / "predictions.jsonl", time.monotonic() + 90
-    while time.monotonic() < end and (not log.is_file() or log.read_bytes().count(b"\n") < 5):
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    server.hold(ahead[0]["rows"] + 7)  # in the middle of the second setting no more is answered
+    kill_after(command, tmp_path / "run" / "deaf" / "predictions.jsonl", 5)
+    server.release()
     assert not (tmp_path / "run" / "suite.json").exists()
     before = server.stats()["requests"]
     code, out, err = hba("eval", file, "--json")

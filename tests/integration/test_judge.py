@@ -16,7 +16,7 @@ FAULTS = {"429": 0.04, "500": 0.04, "hang": 0.01, "drop": 0.03, "cut": 0.02, "ma
           "strange": 0.02, "slow_seconds": 0.1, "hang_seconds": 5.0, "retry_after": "0.05"}  # fmt: skip
 
 
-def config(server, provider="openai", *, timeout=3.0, **changes):
+def config(server, provider="openai", *, timeout=120.0, **changes):
     client = ClientConfig(base_url=server.url, provider=provider, first_backoff_seconds=0.01, timeout_seconds=timeout)
     return JudgeConfig(remote=client, **changes)
 
@@ -35,7 +35,7 @@ def expected(run):
 def test_every_answer_gets_its_own_verdict_through_every_fault(chat_server, tmp_path, provider):
     make_run(tmp_path, 300)
     server = chat_server("judge", seed=3, **FAULTS)
-    judged = judge(tmp_path / "run", config(server, provider))
+    judged = judge(tmp_path / "run", config(server, provider, timeout=3.0))
     assert {j.id: j.correct for j in judged.judgements} == expected(tmp_path / "run")
     assert {j.model for j in judged.judgements} == {"m"}
     lines = (tmp_path / "run" / "judgements.jsonl").read_text().splitlines()
@@ -47,7 +47,7 @@ def test_every_answer_gets_its_own_verdict_through_every_fault(chat_server, tmp_
 def test_a_misled_judge_gives_no_verdict_and_nothing_is_guessed(chat_server, tmp_path):
     make_run(tmp_path, 19)
     server = chat_server("misled")
-    judged = judge(tmp_path / "run", config(server, timeout=60.0))  # a request asked twice would be counted twice
+    judged = judge(tmp_path / "run", config(server))
     assert len(judged.unjudged) == len(judged.judgements) == 19
     assert all("no verdict in 3 replies" in j.error and j.attempts == 3 for j in judged.judgements)
     assert server.stats()["requests"] == 3 * 19
@@ -57,7 +57,7 @@ def test_a_judge_without_a_verdict_on_its_first_answers_stops_and_leaves_the_fol
     make_run(tmp_path, 300)
     run, server = tmp_path / "run", chat_server("misled")
     with pytest.raises(HbaError, match=r"no verdict on the first 20 answers: no verdict in 3 replies \(the last: .*'"):
-        judge(run, config(server, timeout=60.0))
+        judge(run, config(server))
     kept = read_judgements(run / "judgements.jsonl").values()
     assert len(kept) == 20 and all(j.correct is None and len(j.replies) == 3 for j in kept)
     assert server.stats()["requests"] < 300

@@ -570,7 +570,8 @@ class Lab:
             sights["timeouts"] = request.extensions["timeout"]
             active += 1
             sights["most"] = max(active, sights["most"])
-            await sleep(0.001)
+            for _ in range(100):  # rounds of the loop, in which the others come as far
+                await sleep(0)
             active -= 1
             return answer(request, len(sights["sent"]))
 

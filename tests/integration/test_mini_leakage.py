@@ -144,7 +144,9 @@ def probe(atlas, dataset, channels, *, extra=None):
     predicted = model.fit(table["train"], labels["train"]).predict(table["test"])
     right = (predicted == labels["test"]).mean()
     rng = np.random.default_rng(0)
-    shuffled = np.array([(predicted == rng.permutation(labels["test"])).mean() for _ in range(4000)])
+    names, coded = np.unique(np.concatenate([labels["test"], predicted]), return_inverse=True)
+    truth, said = np.split(coded.astype(np.min_scalar_type(len(names))), 2)
+    shuffled = (np.array([rng.permutation(truth) for _ in range(4000)]) == said).mean(1)
     z = (right - shuffled.mean()) / max(shuffled.std(), 1e-9)
     return right, (shuffled >= right - 1e-12).mean(), z
 
@@ -204,9 +206,12 @@ def test_words_and_voice_together_tell_sarcasm(atlas):
 
 @pytest.mark.parametrize("leak", ["order", "size", "name"])
 def test_the_probe_would_find_a_planted_leak(atlas, leak):
+    codes = {}
+    for row in atlas["train"]:
+        codes.setdefault(row["dataset"], set()).add(row["label"])
+
     def planted(row):
-        codes = sorted({other["label"] for other in atlas["train"] if other["dataset"] == row["dataset"]})
-        hint = codes.index(row["label"]) + 1
+        hint = sorted(codes[row["dataset"]]).index(row["label"]) + 1
         return {"order": {"place": hint / 10}, "size": {"size audios": 5000 + hint}, "name": {"name audios 0": hint}}[
             leak
         ]

@@ -8,8 +8,6 @@ import signal
 import ssl
 import subprocess
 import sys
-import time
-from dataclasses import replace
 
 import pytest
 
@@ -30,8 +28,8 @@ FAULTS = {"429": 0.03, "500": 0.03, "503": 0.02, "hang": 0.01, "drop": 0.03, "cu
 SECRET = "sk-test-0123456789abcdef"
 
 
-def config(server, **changes):
-    return ClientConfig(base_url=server.url, first_backoff_seconds=0.01, timeout_seconds=2.0, **changes)
+def config(server, *, timeout=120.0, **changes):
+    return ClientConfig(base_url=server.url, first_backoff_seconds=0.01, timeout_seconds=timeout, **changes)
 
 
 def ask(text, **changes):
@@ -59,7 +57,7 @@ def run(settings, texts, width=64, model="m"):
 def test_every_request_is_answered_through_every_fault(chat_server, provider):
     server = chat_server(seed=4, **FAULTS)
     texts = [f"question {i}" for i in range(400)]
-    replies, client = run(config(server, provider=provider), texts)
+    replies, client = run(config(server, provider=provider, timeout=2.0), texts)
     assert {text: reply.text for text, reply in replies.items()} == {text: text for text in texts}
     assert client.meter.replies == 400 and client.meter.failed == 0
     assert client.meter.tokens_out == 5 * 400 and client.meter.cost_usd is None  # unknown: no price for this server
@@ -90,8 +88,8 @@ def test_a_wait_that_is_too_long_stops_the_command(chat_server):
 
 def test_bytes_that_drip_end_with_the_attempt(chat_server):
     """Each byte comes in time, the whole does not."""
-    server = chat_server(**{"slow": 1.0, "slow_seconds": 4.0, "most_faults": 1})
-    replies, client = run(config(server), ["a"])
+    server = chat_server(**{"slow": 1.0, "slow_seconds": 60.0, "most_faults": 1})
+    replies, client = run(config(server, timeout=5.0), ["a"])
     assert replies["a"].text == "a" and client.meter.retries == {"timeout": 1}
 
 
@@ -103,8 +101,9 @@ def test_an_endless_reply_is_cut_off(chat_server, monkeypatch):
 
 
 def test_concurrency_grows_to_the_limit_and_no_further(chat_server):
-    server = chat_server(latency=0.2)
-    _, client = run(config(server, max_concurrency=12), [f"q{i}" for i in range(90)])
+    # Each round is answered when all of it is there: 4 at first, then twice as many, then as many as may be.
+    server = chat_server(together=[4, 12, 24, 36, 48])
+    _, client = run(config(server, max_concurrency=12), [f"q{i}" for i in range(48)])
     assert server.stats()["peak"] == 12 and client.limit.limit == 12
 
 
@@ -152,37 +151,36 @@ async def tls_server(folder):
 def test_a_server_that_never_answers_is_not_waited_for_row_by_row(chat_server):
     server = chat_server(hang=1.0, hang_seconds=60.0, most_faults=99)
     with pytest.raises(ServiceError, match=r"none of 8 requests was answered within 0\.2 s.*remote\.timeout_seconds"):
-        run(replace(config(server), timeout_seconds=0.2), [f"question {i}" for i in range(40)])
+        run(config(server, timeout=0.2), [f"question {i}" for i in range(40)])
     assert server.stats()["requests"] < 20
 
 
 def refused(url, **changes):
-    """What is said of a server before a run, and after how many seconds."""
+    """What is said of a server before the first request of a run, without another try."""
+    client = RemoteClient("m", ClientConfig(base_url=url, **changes))
 
     async def go():
-        async with RemoteClient("m", ClientConfig(base_url=url, **changes)) as client:
+        async with client:
             await client.complete(ask("a"))
 
-    started = time.monotonic()
     with pytest.raises(ServiceError) as error:
         asyncio.run(go())
-    return str(error.value), time.monotonic() - started
+    assert client.meter.requests == 0 and not client.meter.retries
+    return str(error.value)
 
 
 def test_a_wrong_port_is_said_to_refuse_at_once(chat_server):
     server = chat_server()
     server.process.kill()
     server.process.wait()
-    said, seconds = refused(server.url)
+    said = refused(server.url)
     assert "nothing listens there: the connection was refused" in said and "port of remote.base_url" in said
-    assert seconds < 5
 
 
 def test_http_in_place_of_https_is_named(chat_server):
     server = chat_server()
-    said, seconds = refused(server.url.replace("http://", "https://"))
+    said = refused(server.url.replace("http://", "https://"))
     assert "the server speaks http, not https" in said and f"Fix: remote.base_url={server.url}" in said
-    assert seconds < 10
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
@@ -190,7 +188,7 @@ def test_https_in_place_of_http_and_a_certificate_of_ones_own_are_named(tmp_path
     async def go():
         async with await tls_server(tmp_path) as served:
             place = f"127.0.0.1:{served.sockets[0].getsockname()[1]}/v1"
-            return [(await asyncio.to_thread(refused, f"{scheme}://{place}"))[0] for scheme in ("http", "https")]
+            return [await asyncio.to_thread(refused, f"{scheme}://{place}") for scheme in ("http", "https")]
 
     plain, encrypted = asyncio.run(go())
     assert "the server speaks https, not http" in plain and "Fix: remote.base_url=https://127.0.0.1" in plain
@@ -198,12 +196,12 @@ def test_https_in_place_of_http_and_a_certificate_of_ones_own_are_named(tmp_path
 
 
 def test_an_unknown_host_is_named():
-    assert "no connection: unknown host" in refused("http://nobody.invalid/v1")[0]
+    assert "no connection: unknown host" in refused("http://nobody.invalid/v1")
 
 
 def test_a_401_says_whether_a_key_was_sent(chat_server, monkeypatch):
     server = chat_server(needs_key=True)
-    said, _ = refused(server.url)
+    said = refused(server.url)
     assert "HTTP 401: You did not provide an API key (no key was sent)" in said and "remote.api_key_env=MY_KEY" in said
     assert server.stats()["requests"] == 0
     monkeypatch.setenv("OWN_KEY", SECRET)
@@ -375,7 +373,7 @@ def test_azure_is_asked_at_its_address_with_its_header(chat_server, monkeypatch)
 
 def test_what_was_answered_is_not_asked_again_in_another_process(chat_server, tmp_path):
     server = chat_server(seed=4, **FAULTS)
-    settings = config(server, cache=tmp_path / "cache")
+    settings = config(server, cache=tmp_path / "cache", timeout=2.0)
     texts = [f"question {i}" for i in range(50)]
     first, _ = run(settings, texts)
     asked = server.stats()["requests"]
@@ -496,7 +494,7 @@ def test_the_hub_behind_a_socks_proxy_without_its_package_says_what_to_install(t
     away = {"ALL_PROXY": "socks5://me:hunter2@127.0.0.1:1", "HF_ENDPOINT": "http://hub.invalid", "HF_HUB_OFFLINE": "0"}
     environment = os.environ | away | {"HF_HOME": str(tmp_path)}
     command = [sys.executable, "-c", ASK_THE_HUB]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     said = done.stdout.splitlines()
     assert len(said) == 2 and all("pip install 'httpx[socks]'" in line for line in said), done.stderr
     assert "hunter2" not in done.stdout + done.stderr

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from rl_run import PHASES, as_prompts, die_in, logged, result, settings, train, without_times, write_reward
+from rl_run import PHASES, arguments, as_prompts, die_in, logged, result, settings, train, without_times, write_reward
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -342,11 +342,11 @@ def test_a_policy_opens_again_and_the_next_stage_may_start_from_it(straight):
 
 
 @pytest.mark.slow
-def test_killed_in_every_phase_of_a_step_it_ends_the_same(straight, tmp_path, mini_atlas, backbone, reward):
-    run, config = tmp_path / "run", settings(mini_atlas, backbone, reward)
+def test_killed_in_every_phase_of_a_step_it_ends_the_same(straight, launch, tmp_path, mini_atlas, backbone, reward):
+    run, told = tmp_path / "run", (mini_atlas, backbone, reward)
     for owner, name, when in PHASES:
-        die_in(owner, name, when, run, config)
-    assert train(run, config).step == 4
+        die_in(launch, owner, name, when, run, arguments(*told))
+    assert train(run, settings(*told)).step == 4
     assert result(run) == result(straight)
 
 

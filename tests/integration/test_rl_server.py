@@ -17,7 +17,7 @@ import pytest
 import soundfile
 import torch
 from accelerate import Accelerator
-from rl_run import SMALL, as_prompts, die_in, logged, result, settings, train, write_reward
+from rl_run import SMALL, arguments, as_prompts, die_in, logged, result, train, write_reward
 
 from hba import open_atlas
 from hba.batch.config import EncodeConfig
@@ -196,8 +196,12 @@ def test_replies_on_which_nothing_can_be_trained_are_refused(served, prompts, tm
 FEW = ["rollout.per_prompt=2", "rollout.max_new_tokens=4", "validation_rows=3", "rollout.sampler=server"]
 
 
-def from_server(atlas, model, reward, url, *changes):
-    return settings(atlas, model, reward, *FEW, f"remote.base_url={url}", *changes)
+def told(atlas, model, reward, url, *changes):
+    return arguments(atlas, model, reward, *FEW, f"remote.base_url={url}", *changes)
+
+
+def from_server(*what):
+    return load_config(RlConfig, None, told(*what))
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +238,7 @@ PHASES = [
 
 @pytest.mark.slow
 def test_when_the_server_or_the_run_dies_the_run_goes_on_to_the_same_end(
-    straight, tmp_path, mini_atlas, backbone, reward, served
+    straight, launch, tmp_path, mini_atlas, backbone, reward, served
 ):
     run, gone = tmp_path / "run", r"no response to sample \S+: no reply.*run the same command again"
     with serving(backbone) as url, misbehaving(url, busy=1, die=10), pytest.raises(HbaError, match=gone):
@@ -242,7 +246,7 @@ def test_when_the_server_or_the_run_dies_the_run_goes_on_to_the_same_end(
     assert logged(run, "evaluation"), "it had begun"
     config = from_server(mini_atlas, backbone, reward, served)  # another port
     for owner, name, when in PHASES:
-        die_in(owner, name, when, run, config)
+        die_in(launch, owner, name, when, run, told(mini_atlas, backbone, reward, served))
     assert train(run, config).step == 4
     assert result(run) == result(straight)
     assert not (run / "served").exists()

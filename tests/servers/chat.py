@@ -13,9 +13,12 @@ every answer. A body that contains `refuse` gets a 400.
 More of a script: `models` (a listing for GET; without it a 404), `needs_key` (401 without one), `takes_no` (parameters
 refused as OpenAI does), `bare` (others refused as pydantic does), `balance` (answers before 402; `broke` says it as
 that service does), `say` ([words in the body, status, error or reply as JSON], the first that fits), `close_after`
-(answers before everything is refused with 503).
+(answers before everything is refused with 503), `together` (numbers of requests: those up to each are answered once
+so many have come).
 
-GET /stats gives {"requests", "answered", "distinct", "peak", "faults", "early": requests within a Retry-After}.
+After GET /hold/N, once N requests in all are answered, others wait until GET /release, so that a test that kills its
+client in the middle finds it there. GET /stats gives {"requests", "answered", "distinct", "peak", "faults", "early":
+requests within a Retry-After}.
 """
 
 import argparse
@@ -24,6 +27,7 @@ import json
 import random
 import time
 from collections import Counter
+from contextlib import suppress
 from hashlib import sha256
 
 from brains import BRAINS
@@ -65,8 +69,9 @@ class Server:
         self.active = self.peak = self.early = self.connections = 0
         self.closed_until = 0.0
         self.listed, self.targets = [], Counter()
+        self.arrived, self.num_answered, self.most, self.changed = 0, 0, None, asyncio.Condition()
         settings = {"retry_after", "hang_seconds", "slow_seconds", "latency", "refuse", "most_faults", "models", "say"}
-        settings |= {"needs_key", "takes_no", "bare", "balance", "broke", "close_after"}
+        settings |= {"needs_key", "takes_no", "bare", "balance", "broke", "close_after", "together"}
         unknown = set(script) - {*FAULTS, *settings}
         assert not unknown, unknown
 
@@ -92,6 +97,10 @@ class Server:
                 if target == "/stats":
                     await send(writer, 200, json.dumps(self.stats()).encode())
                     continue
+                if target == "/release" or target.startswith("/hold/"):
+                    self.most = None if target == "/release" else int(target.rpartition("/")[2])
+                    await send(writer, 200, b"{}")
+                    continue
                 if not body:
                     self.listed.append(target)
                     await self.list(target, headers, writer)
@@ -99,7 +108,7 @@ class Server:
                 self.active += 1
                 self.peak = max(self.peak, self.active)
                 try:
-                    keep = await self.answer(target, headers, body, writer)
+                    keep = await self.answer(target, headers, body, reader, writer)
                 finally:
                     self.active -= 1
                 if not keep:
@@ -132,27 +141,41 @@ class Server:
         for name in script.get("bare", ()):
             if name in asked:
                 return 422, {"detail": [{"loc": ["body", name], "msg": "Extra inputs are not permitted"}]}
-        if sum(self.answered.values()) >= script.get("balance", 1 << 60):
+        if self.num_answered >= script.get("balance", 1 << 60):
             return BROKE[script.get("broke", "deepseek")]
-        if sum(self.answered.values()) >= script.get("close_after", 1 << 60):
+        if self.num_answered >= script.get("close_after", 1 << 60):
             return 503, {"error": {"message": "we are away"}}
         for words, status, said in script.get("say", ()):
             if words.encode() in body:
                 return status, said
         return None
 
-    async def answer(self, target, headers, body, writer):
+    async def turn(self, reader):
+        """Wait until the script and /hold let one more request be answered."""
+        async with self.changed:
+            self.arrived += 1
+            self.changed.notify_all()
+            number = self.arrived
+            needed = next((total for total in self.script.get("together", ()) if number <= total), number)
+            await self.changed.wait_for(lambda: self.arrived >= needed)
+        while self.most is not None and self.num_answered >= self.most:
+            if reader.at_eof() or reader.exception():
+                raise ConnectionError("its client has gone")
+            await asyncio.sleep(0.01)
+
+    async def answer(self, target, headers, body, reader, writer):
         """Answer one request; False when the connection is to be closed."""
         digest = sha256(body).hexdigest()
         self.targets[target] += 1
         self.early += time.monotonic() < self.closed_until
         fault = self.fault(digest)
         self.faults[fault or "none"] += 1
+        await self.turn(reader)
         await asyncio.sleep(self.script.get("latency", 0.0))
         if (refused := self.refusal(headers, body)) is not None:
             status, said = refused
             await send(writer, status, json.dumps(said).encode())
-            self.answered[digest] += status == 200 and "error" not in said
+            self.count(digest, status == 200 and "error" not in said)
             return True
         if self.script.get("refuse") and self.script["refuse"].encode() in body:
             await send(writer, 400, b'{"error": {"message": "this is refused", "type": "invalid_request_error"}}')
@@ -168,8 +191,9 @@ class Server:
                 self.closed_until = time.monotonic() + float(extra["retry-after"])
             await send(writer, int(fault), b'{"error": {"message": "try later"}}', extra)
             return True
-        if fault == "hang":
-            await asyncio.sleep(self.script.get("hang_seconds", 30.0))
+        if fault == "hang":  # until its client has gone, which closes the connection
+            with suppress(TimeoutError):
+                await asyncio.wait_for(reader.read(1), self.script.get("hang_seconds", 30.0))
             return False
         if fault == "drop":
             return False
@@ -189,15 +213,18 @@ class Server:
             await send(writer, 200, said, seconds=self.script.get("slow_seconds", 0.2))
         else:
             await send(writer, 200, said)
-        if fault in (None, "slow"):
-            self.answered[digest] += 1
+        self.count(digest, fault in (None, "slow"))
         return True
+
+    def count(self, digest, is_answer):
+        self.answered[digest] += is_answer
+        self.num_answered += is_answer
 
     def stats(self):
         return {
             "requests": sum(self.seen.values()),
             "distinct": len(self.seen),
-            "answered": sum(self.answered.values()),
+            "answered": self.num_answered,
             "answered_twice": sum(n > 1 for n in self.answered.values()),
             "peak": self.peak,
             "connections": self.connections,

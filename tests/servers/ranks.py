@@ -3,7 +3,8 @@
 A process that has imported everything waits for orders and forks the ranks of each: their environment is a launcher's
 (RANK, WORLD_SIZE, MASTER_ADDR, ...), they call `hba.cli.main`, and they speak to each other over gloo. What a launcher
 would do when a rank dies is left out on purpose: the others have to notice by themselves. A rank can be made to signal
-itself, with SIGKILL or another, in a chosen phase: before or after a call of a function.
+itself, with SIGKILL or another, in a chosen phase: before or after a call of a function. A command of one process can
+be killed with all that it has started, some time after a file is there.
 
     launch = RankLauncher()
     ended = launch(["train", "sft", "--run", run, ...], ranks=8, dies=Dies(3, "hba.train.loop:_step", "before", call=2))
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +33,7 @@ PRELOADED = (
     "torch.distributed.fsdp", "torch._dynamo", "hba.cli", "hba.train.sft", "hba.train.lm", "hba.train.qa",
     "hba.train.bam", "hba.train.transfer", "hba.rl.local", "hba.evaluate.predict", "hba.evaluate.score",
 )  # fmt: skip
-GRACE_SECONDS = 120.0  # for the others, once a rank has failed
+GRACE_SECONDS = 300.0  # for the others, once a rank has failed
 
 
 class Dies(NamedTuple):
@@ -45,6 +47,14 @@ class Dies(NamedTuple):
     when: str = "before"
     call: int = 1
     signal: str = "SIGKILL"
+
+
+class Killed(NamedTuple):
+    """The process group of a command of one rank is killed so many seconds after `folder` has a path like `pattern`."""
+
+    folder: str
+    pattern: str
+    seconds: float
 
 
 class Ended(NamedTuple):
@@ -69,7 +79,9 @@ class RankLauncher:
     def __init__(self) -> None:
         self._process: subprocess.Popen | None = None
 
-    def __call__(self, arguments, *, ranks=8, dies=None, timeout=240.0, grace=GRACE_SECONDS, environment=None) -> Ended:
+    def __call__(
+        self, arguments, *, ranks=8, dies=None, killed=None, timeout=900.0, grace=GRACE_SECONDS, environment=None
+    ) -> Ended:
         """Run `hba ARGUMENTS` on so many ranks. AssertionError when they have not ended by themselves in time: all
         within `timeout` seconds, the others within `grace` once one has failed."""
         with tempfile.TemporaryDirectory() as folder:
@@ -77,6 +89,7 @@ class RankLauncher:
                 "arguments": [str(argument) for argument in arguments],
                 "ranks": ranks,
                 "dies": None if dies is None else dies._asdict(),
+                "killed": None if killed is None else killed._asdict(),
                 "folder": folder,
                 "environment": environment or {},
                 "timeout": timeout,
@@ -127,6 +140,7 @@ def _run(order):
     pids = [_fork(order, rank, port) for rank in range(order["ranks"])]
     codes: dict[int, int] = {}
     cpu, deadline, hung = 0.0, started + order["timeout"], []
+    killed, due = order["killed"], None
     while len(codes) < len(pids):
         for rank, pid in enumerate(pids):
             if rank in codes:
@@ -141,9 +155,21 @@ def _run(order):
             hung = [rank for rank in range(len(pids)) if rank not in codes]
             for rank in hung:
                 os.kill(pids[rank], signal.SIGKILL)
-        select.select([], [], [], 0.02)
+        if killed is not None and due is None and is_there(**killed):
+            due = time.monotonic() + killed["seconds"]
+        if due is not None and time.monotonic() >= due and not codes:
+            with suppress(ProcessLookupError):  # it has no group of its own yet
+                os.killpg(pids[0], signal.SIGKILL)
+        select.select([], [], [], 0.02 if killed is None else 0.005)
     ordered = [codes[rank] for rank in range(len(pids))]
     return {"codes": ordered, "hung": hung, "seconds": time.monotonic() - started, "cpu_seconds": cpu}
+
+
+def is_there(folder, pattern, **_) -> bool:
+    try:
+        return any(Path(folder).glob(pattern))
+    except FileNotFoundError:  # a folder that vanished while it was searched
+        return False
 
 
 def _fork(order, rank, port) -> int:
@@ -152,6 +178,8 @@ def _fork(order, rank, port) -> int:
         return pid
     code = 70
     try:
+        if order["killed"] is not None:
+            os.setsid()
         for descriptor, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(f"{order['folder']}/{rank}.{name}", os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -1,15 +1,10 @@
 """RL runs on the tiny model, and their death in a chosen phase, for tests of the loop and of who samples for it."""
 
-import importlib
-import os
-import pickle
 import signal
-import subprocess
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import torch
+from ranks import Dies
 from safetensors.torch import load_file
 
 from hba.config import load_config
@@ -50,9 +45,13 @@ def write_reward(folder):
     return path
 
 
+def arguments(atlas, model, reward, *changes):
+    """The settings of a command."""
+    return [f"atlas={atlas}", f"model.name={model}", f"reward.function={reward}:letters", *SMALL, *changes]
+
+
 def settings(atlas, model, reward, *changes):
-    given = [f"atlas={atlas}", f"model.name={model}", f"reward.function={reward}:letters", *SMALL]
-    return load_config(RlConfig, None, [*given, *changes])
+    return load_config(RlConfig, None, arguments(atlas, model, reward, *changes))
 
 
 def train(path, config):
@@ -99,35 +98,10 @@ PHASES = [
 ]
 
 
-def die_in(owner, name, when, path, config):
-    """Run in a process that kills itself in the named phase of the first step that it makes.
-
-    A process of its own, not a fork: torch refuses backward passes in a child of whoever has made some on threads.
-    """
-    place = (owner.__name__, None) if isinstance(owner, ModuleType) else (owner.__module__, owner.__qualname__)
-    told = pickle.dumps((*place, name, when, path, config))
-    env = os.environ | {"PYTHONPATH": PATHS}
-    ended = subprocess.run([sys.executable, __file__], input=told, env=env, check=False)
-    assert ended.returncode == -signal.SIGKILL, (name, ended.returncode)
-
-
-PATHS = os.pathsep.join(map(str, (Path(local.__file__).parents[2], Path(__file__).parent)))
-
-
-def _die(module, owner, name, when, path, config):
-    holder = importlib.import_module(module)
-    holder = holder if owner is None else getattr(holder, owner)
-    whole = getattr(holder, name)
-
-    def fatal(*args, **options):
-        if when == "after":
-            whole(*args, **options)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    setattr(holder, name, fatal)
-    train(path, config)
-
-
-
-if __name__ == "__main__":
-    _die(*pickle.load(sys.stdin.buffer))
+def die_in(launch, owner, name, when, path, given):
+    """Run `hba train rl` with the settings `given` in a process that kills itself in the named phase of the first step
+    that it makes. A process of the launcher: one that has made backward passes on threads cannot fork one that does."""
+    place = owner.__name__ if isinstance(owner, ModuleType) else f"{owner.__module__}:{owner.__qualname__}"
+    function = f"{place}{':' if isinstance(owner, ModuleType) else '.'}{name}"
+    ended = launch(["train", "rl", "--run", path, *given], ranks=1, dies=Dies(0, function, when))
+    assert ended.codes == [-signal.SIGKILL], (name, ended.codes, ended.err)

@@ -74,7 +74,7 @@ def commands(command, path=()):
 
 
 def python(*arguments):
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=900)
 
 
 def test_commands_and_flags_are_those_of_the_table():
@@ -140,15 +140,17 @@ print(*sorted({{"torch", "transformers"}} & set(sys.modules)))
 
 
 def test_help_is_there_at_once():
-    """CPU seconds, since the wall clock of a test machine measures its neighbours; alone it takes 0.2."""
+    """CPU seconds beside those that typer and rich take to be there, whatever the machine; twice as many are usual."""
+    framework = "import typer.main, rich.console, rich.markdown, rich.panel, rich.table"
 
-    def seconds():
+    def seconds(*arguments):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert python("-m", "hba", "--help").returncode == 0
+        assert python(*arguments).returncode == 0
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert min(seconds() for _ in range(3)) < 0.5
+    taken = [(seconds("-m", "hba", "--help"), seconds("-c", framework)) for _ in range(3)]
+    assert min(help for help, _ in taken) < 4 * min(alone for _, alone in taken)
 
 
 @pytest.mark.parametrize(

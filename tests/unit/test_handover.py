@@ -1,5 +1,6 @@
 """What a worker hands over arrives as it was: every type, shape and layout of tensor, and shared objects by name."""
 
+import gc
 import pickle
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -80,7 +81,8 @@ def test_an_answer_that_is_torn_off_is_none():
 
 
 def test_what_cannot_be_pickled_is_an_error_and_leaks_no_descriptor():
+    gc.collect()  # what others left
     before = set(Path("/proc/self/fd").iterdir())
     with pytest.raises((AttributeError, TypeError, pickle.PicklingError)):  # the last one since Python 3.14
         pack({"tensor": torch.zeros(3), "function": lambda: 0}, None)
-    assert set(Path("/proc/self/fd").iterdir()) == before
+    assert set(Path("/proc/self/fd").iterdir()) <= before

@@ -136,9 +136,11 @@ def test_counting_100000_rows_takes_about_a_second(tmp_path: Path) -> None:
     row = {"problem": "Is it a joke?", "answer": "yes", "dataset": "urfunny", "task": "humour_cls"}
     text = json.dumps(row | {"modality_signature": "text"}) + "\n"
     (tmp_path / "train.jsonl").write_text(text * 100_000)
-    started = time.perf_counter()
+    began = time.process_time()  # of this process alone, however busy the machine is
+    assert [json.loads(line)["task"] for line in (tmp_path / "train.jsonl").open()] == ["humour_cls"] * 100_000
+    read = time.process_time()
     assert atlas_info(tmp_path).rows == 100_000
-    assert time.perf_counter() - started < 8, "far beyond the second that it takes on an idle machine"
+    assert time.process_time() - read < 20 * (read - began), "far beyond what it takes to decode the lines"
 
 
 def test_the_page_stands_alone_and_escapes(tmp_path: Path) -> None:
@@ -161,11 +163,11 @@ def test_the_page_stands_alone_and_escapes(tmp_path: Path) -> None:
 def test_command(mini_atlas: Path, tmp_path: Path) -> None:
     page = tmp_path / "info.html"
     command = [sys.executable, "-m", "hba", "atlas", "info", str(mini_atlas), "--out", str(page)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=True)
     assert "237 rows: train 152, validation 34, test 51" in done.stdout
     assert "mmpsy_depression" in done.stdout
     assert "emotion recognition" in page.read_text()
-    listed = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=120, check=True)
+    listed = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=900, check=True)
     assert json.loads(listed.stdout)["rows"] == 237
 
 

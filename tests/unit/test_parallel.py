@@ -19,8 +19,8 @@ from hba.parallel import Died, each
 CRASH = "__import__('os').kill(__import__('os').getpid(), {})"
 
 
-def run(items: list[str], workers: int = 1, seconds: float = 60.0) -> dict[str, object]:
-    done = list(each(eval, items, workers=workers, patience=lambda _: seconds))
+def run(items: list[str], workers: int = 1, hangs: str = "") -> dict[str, object]:
+    done = list(each(eval, items, workers=workers, patience=lambda item: 1.0 if item == hangs else 600.0))
     assert sorted(item for item, _ in done) == sorted(items), "every item comes back exactly once"
     return dict(done)
 
@@ -49,11 +49,8 @@ def test_what_an_item_raises_or_leaves_with_is_its_result() -> None:
 
 
 def test_an_item_that_hangs_is_given_up() -> None:
-    hang = "__import__('time').sleep(600)"
-    started = time.monotonic()
-    found = run([hang, "1"], seconds=1.0)
-    assert found == {hang: Died("took more than 1 s"), "1": 1}
-    assert time.monotonic() - started < 60
+    hang = "__import__('time').sleep(3600)"
+    assert run([hang, "1"], hangs=hang) == {hang: Died("took more than 1 s"), "1": 1}
 
 
 def test_items_are_drawn_as_they_are_needed() -> None:
@@ -80,7 +77,7 @@ def test_a_process_that_cannot_start_is_an_error(tmp_path: Path) -> None:
         "try: list(each(abs, [1], workers=1, patience=lambda _: 60.0))\n"
         "except HbaError as error: print(error)\n"
     )
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=900, check=True)
     assert "could not start: it ended (exit code 7)" in done.stdout
 
 
@@ -95,7 +92,7 @@ def test_workers_end_with_the_one_that_started_them(tmp_path: Path) -> None:
         "    list(each(eval, items, workers=2, patience=lambda _: 60.0))\n"
     )
     parent = subprocess.Popen([sys.executable, str(script), str(pids)])
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline and (not pids.is_file() or len(set(pids.read_text().split())) < 2):
         time.sleep(0.05)
     parent.kill()
@@ -126,16 +123,15 @@ def test_more_workers_than_items(workers: int) -> None:
 def hangs(item: bytes) -> int:
     """The first item makes its process hang; 100 MB that are on their way to it fill every buffer."""
     if item == b"hang":
-        time.sleep(600)
+        time.sleep(3600)
     return len(item)
 
 
 def test_patience_is_kept_while_a_large_item_is_on_its_way_to_a_process_that_hangs() -> None:
     large = bytes(50_000_000)
-    started = time.monotonic()
-    found = [result for _, result in each(hangs, [b"hang", large, b"12"], workers=1, patience=lambda _: 1.0)]
+    patience = lambda item: 1.0 if item == b"hang" else 600.0  # noqa: E731
+    found = [result for _, result in each(hangs, [b"hang", large, b"12"], workers=1, patience=patience)]
     assert found == [Died("took more than 1 s"), 50_000_000, 2]
-    assert time.monotonic() - started < 60
 
 
 def waits(seconds: float) -> str:
@@ -145,7 +141,7 @@ def waits(seconds: float) -> str:
 
 
 def test_time_that_an_item_waits_for_storage_does_not_count() -> None:
-    assert list(each(waits, [2.5], workers=1, patience=lambda _: 0.5)) == [(2.5, "done")]
+    assert list(each(waits, [5.0], workers=1, patience=lambda _: 2.5)) == [(5.0, "done")]
 
 
 def reads(path: str) -> bytes:

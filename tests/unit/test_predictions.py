@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -163,8 +164,9 @@ def test_three_kills_lose_and_double_nothing(tmp_path: Path) -> None:
         with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE) as writer:
             assert writer.stdout is not None and writer.stdout.readline() == b"ready\n"
             target = (path.stat().st_size if path.exists() else 0) + 300_000
-            while path.stat().st_size < target and writer.poll() is None:
-                pass
+            while not path.exists() or path.stat().st_size < target:
+                assert writer.poll() is None
+                time.sleep(0.001)
             writer.kill()
         with PredictionLog(path) as log:
             done = log.done_ids()

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ def limited(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
     """Run `code` in `folder` in a process whose files may not grow beyond 64 KiB."""
     head = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))\n"
     return subprocess.run(
-        [sys.executable, "-c", head + textwrap.dedent(code)], cwd=folder, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", head + textwrap.dedent(code)], cwd=folder, capture_output=True, text=True, timeout=900
     )
 
 
@@ -54,7 +55,7 @@ def on_a_full_disk(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
     script.write_text(textwrap.dedent(code))
     mounted = f"mount -t tmpfs -o size=64k none '{folder}' && cd '{folder}' && '{sys.executable}' '{script}'"
     unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mounted]
-    return subprocess.run(unshare, capture_output=True, text=True, timeout=60)
+    return subprocess.run(unshare, capture_output=True, text=True, timeout=900)
 
 
 def names(folder: Path) -> list[str]:
@@ -245,6 +246,7 @@ def test_five_kills_in_the_middle_of_writing_leave_whole_lines(tmp_path: Path) -
         with subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)]) as writer:
             while not path.exists() or path.stat().st_size < target:
                 assert writer.poll() is None
+                time.sleep(0.001)
             writer.kill()
     AppendLog(path).close()
     numbers = [line.record["i"] for line in read_jsonl(path)]

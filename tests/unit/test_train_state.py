@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import threading
-import time
 
 import pytest
 
@@ -26,16 +25,20 @@ def test_what_is_neither_is_refused(given):
         load_config(TrainConfig, None, [f"save_every={value}"])
 
 
-def test_a_checkpoint_is_due_by_steps_or_by_time_since_the_last():
+def test_a_checkpoint_is_due_by_steps_or_by_time_since_the_last(monkeypatch):
     with Saving(None) as never:
         assert [never.wish(step) for step in range(1, 5)] == [NOTHING] * 4
     with Saving(2) as by_steps:
         assert [by_steps.wish(step) for step in range(1, 5)] == [NOTHING, SAVE, NOTHING, SAVE]
-    with Saving("0.002min") as by_time:
+    now = 100.0
+    monkeypatch.setattr("hba.train.state.time.monotonic", lambda: now)
+    with Saving("0.5min") as by_time:
+        now += 29
         assert by_time.wish(1) == NOTHING
-        time.sleep(0.15)
+        now += 1
         assert by_time.wish(2) == SAVE
         by_time.saved()
+        now += 29
         assert by_time.wish(3) == NOTHING
 
 

@@ -291,14 +291,37 @@ def test_planted_faults_are_found_and_nothing_else(faulty: tuple[Path, Planted],
     assert all(f["level"] in LEVELS and f["message"] and f["fix"] for f in said["findings"])
 
 
+# With one sound a check never ends, so that it is at work when it is killed.
+NEVER_OPENED = """
+import pathlib, soundfile, time
+never = pathlib.Path({!r}).read_bytes()
+opened = soundfile.SoundFile.__init__
+def wait(self, file, *rest, **options):
+    start = file.read(4096)
+    file.seek(0)
+    while start and never.startswith(start):
+        time.sleep(1)
+    opened(self, file, *rest, **options)
+soundfile.SoundFile.__init__ = wait
+"""
+
+
 def test_a_killed_check_resumes_and_ends_with_the_same(
     faulty: tuple[Path, Planted], checked: Checked, tmp_path: Path
 ) -> None:
     command = [sys.executable, "-m", "hba", "atlas", "validate", str(faulty[0]), "--out", str(tmp_path), "--json"]
     log = tmp_path / "media.jsonl"
-    process = subprocess.Popen([*command, "--workers", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and (not log.is_file() or log.read_bytes().count(b"\n") < 30):
+    site = tmp_path / "site"
+    site.mkdir()
+    last = [row["audios"][0] for row in read_rows(faulty[0])["test"] if row["audios"]][-1]
+    (site / "sitecustomize.py").write_text(NEVER_OPENED.format(str(faulty[0] / last)))
+    process = subprocess.Popen(
+        [*command, "--workers", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))},
+    )  # fmt: skip
+    deadline = time.monotonic() + 900
+    while not log.is_file() or log.read_bytes().count(b"\n") < 30:
+        assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -306,7 +329,7 @@ def test_a_killed_check_resumes_and_ends_with_the_same(
     whole = (checked.out / "media.jsonl").read_bytes().count(b"\n")
     assert 30 <= len(lines) < whole, "killed in the middle"
     log.write_bytes(b"".join(lines)[:-20])  # a torn last line
-    done = subprocess.run([*command, "--workers", "1"], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run([*command, "--workers", "1"], capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 1, done.stderr
     assert (tmp_path / "validate.json").read_bytes() == (checked.out / "validate.json").read_bytes()
     assert json.loads(done.stdout) == json.loads((tmp_path / "validate.json").read_text())
@@ -359,7 +382,7 @@ def test_a_decoder_that_crashes_is_a_finding(mini_atlas: Path, tmp_path: Path) -
     )
     done = subprocess.run(
         [sys.executable, "-m", "hba", "atlas", "validate", str(atlas), "--workers", "1", "--json"],
-        capture_output=True, text=True, timeout=300, check=False, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True, timeout=900, check=False, env=os.environ | {"PYTHONPATH": str(tmp_path)},
     )  # fmt: skip
     said = json.loads(done.stdout)
     assert done.returncode == 1

@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from real_vllm import CPU, VLLM
-from rl_run import as_prompts, die_in, logged, settings, train, write_reward
+from rl_run import arguments, as_prompts, die_in, logged, train, write_reward
 
 from hba import open_atlas
 from hba.batch.config import EncodeConfig
@@ -87,9 +87,13 @@ def lora(served, tmp_path_factory):
         yield url
 
 
-def from_server(atlas, model, reward, url, *changes):
+def told(atlas, model, reward, url, *changes):
     server = ["rollout.sampler=server", f"remote.base_url={url}", "remote.max_attempts=2"]
-    return settings(atlas, model, reward, *server, "rollout.max_new_tokens=12", *changes)
+    return arguments(atlas, model, reward, *server, "rollout.max_new_tokens=12", *changes)
+
+
+def from_server(*what):
+    return load_config(RlConfig, None, told(*what))
 
 
 def test_answers_and_probabilities_are_those_of_the_policy(served, full, mini_atlas, tmp_path):
@@ -117,10 +121,10 @@ def test_answers_and_probabilities_are_those_of_the_policy(served, full, mini_at
     torch.testing.assert_close(found.logps_BL, drawn.sampler_logps_BL, atol=5e-5, rtol=0)
 
 
-def test_whole_weights_are_renewed_and_a_killed_run_goes_on(served, full, mini_atlas, reward, tmp_path):
-    config = from_server(mini_atlas, served, reward, full)
-    die_in(torch.optim.AdamW, "step", "after", tmp_path / "run", config)
-    assert train(tmp_path / "run", config).step == 4
+def test_whole_weights_are_renewed_and_a_killed_run_goes_on(served, full, launch, mini_atlas, reward, tmp_path):
+    what = (mini_atlas, served, reward, full)
+    die_in(launch, torch.optim.AdamW, "step", "after", tmp_path / "run", told(*what))
+    assert train(tmp_path / "run", from_server(*what)).step == 4
     records = logged(tmp_path / "run", "rl")
     assert [record["step"] for record in records] == [1, 2, 3, 4]
     assert all(record["sampler_gap"] < 1e-5 for record in records)
@@ -128,11 +132,11 @@ def test_whole_weights_are_renewed_and_a_killed_run_goes_on(served, full, mini_a
     assert not (tmp_path / "run" / "served").exists()
 
 
-def test_adapters_are_renewed(served, lora, mini_atlas, reward, tmp_path):
+def test_adapters_are_renewed(served, lora, launch, mini_atlas, reward, tmp_path):
     changes = ["model.strategy=lora", "model.lora_r=4", "train.learning_rate=2e-2", "loss.importance_cap=2"]
-    config = from_server(mini_atlas, served, reward, lora, *changes, "algorithm=harpo", "train.max_steps=3")
-    die_in(local, "roll_out", "after", tmp_path / "run", config)
-    assert train(tmp_path / "run", config).step == 3
+    what = (mini_atlas, served, reward, lora, *changes, "algorithm=harpo", "train.max_steps=3")
+    die_in(launch, local, "roll_out", "after", tmp_path / "run", told(*what))
+    assert train(tmp_path / "run", from_server(*what)).step == 3
     records = logged(tmp_path / "run", "rl")
     assert all(record["sampler_gap"] < 1e-5 for record in records) and len(records) == 3
     assert all(record["importance"] == pytest.approx(1, abs=1e-4) for record in records)

@@ -19,6 +19,7 @@ from hba.evaluate.judge.items import Judgement, answer_sha256
 from hba.evaluate.score import score_run
 from hba.explorer.server import create_app
 
+PATIENCE = 600_000  # milliseconds, for a machine that is busy
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 
 
@@ -29,7 +30,7 @@ class Served(NamedTuple):
     app: object
 
     def get(self, address, **more):
-        return httpx.get(self.url + address, timeout=60, **more)
+        return httpx.get(self.url + address, timeout=600, **more)
 
 
 def predictions(atlas, wrong):
@@ -120,10 +121,10 @@ def running(app):
     while not server.started:
         time.sleep(0.02)
     if app.state.explorer.index is not None:
-        app.state.explorer.index.wait(120)
+        app.state.explorer.index.wait(900)
     yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     server.should_exit = True
-    thread.join(20)
+    thread.join(600)
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +160,15 @@ def chromium(*more):
     flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
              "--disable-component-update", "--disable-sync", "--autoplay-policy=no-user-gesture-required"]  # fmt: skip
     with sync_playwright() as player:
-        made = player.chromium.launch(executable_path=found, args=[*flags, *more])
+        made = player.chromium.launch(executable_path=found, args=[*flags, *more], timeout=PATIENCE)
+        whole = made.new_context
+
+        def new_context(**options):
+            context = whole(**options)
+            context.set_default_timeout(PATIENCE)
+            return context
+
+        made.new_context = new_context
         yield made
         made.close()
 

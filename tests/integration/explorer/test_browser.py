@@ -21,7 +21,7 @@ def rows_with(atlas, field):
     return next(sample.number for sample in open_atlas(atlas, split="test") if getattr(sample, field))
 
 
-def until(page, condition, seconds=30):
+def until(page, condition, seconds=600):
     """Wait for a condition in the page; its own policy forbids what waits inside it."""
     deadline = time.monotonic() + seconds
     while not page.evaluate(condition):
@@ -60,12 +60,12 @@ def test_clips_and_sounds_play(served, page, field, tag):
 def test_sound_and_landmarks_are_drawn(served, page):
     number = next(s.number for s in open_atlas(served.atlas, split="test") if s.ext_video_feats and s.audios)
     page.goto(f"{served.url}/sample/test/{number}")
-    page.wait_for_selector("[data-sound] svg.wave", timeout=60_000)
+    page.wait_for_selector("[data-sound] svg.wave", timeout=600_000)
     assert page.eval_on_selector("img.spectrogram", "picture => picture.naturalWidth") == 800
-    page.wait_for_selector("canvas[data-ready]", state="attached", timeout=60_000)
+    page.wait_for_selector("canvas[data-ready]", state="attached", timeout=600_000)
     inked = "c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(value => value)"
     until(page, f"({inked})(document.querySelector('canvas'))")
-    page.wait_for_selector("svg.curve", timeout=60_000)
+    page.wait_for_selector("svg.curve", timeout=600_000)
 
 
 def test_a_confusion_cell_opens_exactly_its_samples(served, page):

@@ -49,8 +49,8 @@ def test_media_come_out_of_shards_as_out_of_files(served, serve, tmp_path):
     app = create_app(atlas=tmp_path / "shards", runs=None, cache_folder=tmp_path / "cache")
     with serve(app) as url:
         address = f"/media/test/{row.number}/audios/0"
-        assert httpx.get(url + address).content == served.get(address).content
-        part = httpx.get(url + address, headers={"range": "bytes=3-8"})
+        assert httpx.get(url + address, timeout=600).content == served.get(address).content
+        part = httpx.get(url + address, headers={"range": "bytes=3-8"}, timeout=600)
         assert part.content == served.get(address).content[3:9]
 
 
@@ -69,11 +69,11 @@ def test_a_dataset_on_the_hub_is_shown_as_it_was_at_the_start(served, serve, hub
         with serve(app) as url:
             hub.add("org/mini", tmp_path / "later")
             asked = len(hub.requests)
-            assert row.id in httpx.get(url + f"/atlas?split=test&dataset={row.dataset}").text
+            assert row.id in httpx.get(url + f"/atlas?split=test&dataset={row.dataset}", timeout=600).text
             assert hub.fetched(asked) == []
-            assert httpx.get(url + address).content == served.get(address).content
+            assert httpx.get(url + address, timeout=600).content == served.get(address).content
             assert bool(hub.fetched(asked)) == asks
-            assert row.id in httpx.get(url + f"/sample/test/{row.number}").text
+            assert row.id in httpx.get(url + f"/sample/test/{row.number}", timeout=600).text
     assert len(list((tmp_path / "cache" / "explorer").glob("*.sqlite"))) == 1
 
 
@@ -99,7 +99,7 @@ def test_forged_names_are_refused(served, address):
     # Not through httpx's own URL, which would tidy '..' away before it is sent.
     target = address.encode()
     url = request.url.copy_with(raw_path=target)
-    with httpx.Client(timeout=60) as client:
+    with httpx.Client(timeout=600) as client:
         answer = client.send(httpx.Request("GET", url, extensions={"target": target}))
     assert answer.status_code == 404
     assert "root:" not in answer.text and "def create_app" not in answer.text
@@ -115,7 +115,7 @@ def test_a_medium_that_leads_outside_is_not_served(serve, tmp_path):
     (atlas / "test.jsonl").write_text(json.dumps(row) + "\n")
     app = create_app(atlas=atlas, runs=None, cache_folder=tmp_path / "cache")
     with serve(app) as url:
-        answer = httpx.get(url + "/media/test/0/audios/0")
+        answer = httpx.get(url + "/media/test/0/audios/0", timeout=600)
     assert answer.status_code != 200 and b"RIFF" not in answer.content
 
 
@@ -139,7 +139,7 @@ def test_another_site_cannot_save_a_verdict(served):
     before = (served.runs / "a" / "human_verdicts.jsonl").exists()
     form = {"run": "a", "id": "test/0", "decision": "right"}
     for headers in ({"origin": "http://evil.example"}, {"sec-fetch-site": "cross-site"}):
-        assert httpx.post(served.url + "/judge", data=form, headers=headers).status_code == 403
+        assert httpx.post(served.url + "/judge", data=form, headers=headers, timeout=600).status_code == 403
     assert (served.runs / "a" / "human_verdicts.jsonl").exists() == before
 
 
@@ -149,7 +149,7 @@ def test_another_site_cannot_save_a_verdict(served):
      ({"run": "a", "id": "test/0", "decision": "maybe"}, 404), ({"run": "a", "id": "x" * 20_000}, 413)],
 )  # fmt: skip
 def test_forged_verdicts_are_refused(served, form, status):
-    assert httpx.post(served.url + "/judge", data=form).status_code == status
+    assert httpx.post(served.url + "/judge", data=form, timeout=600).status_code == status
 
 
 @pytest.fixture(scope="module")
@@ -168,19 +168,19 @@ def test_without_the_token_nothing_is_given_by_any_route(served, guarded):
     assert {"/atlas", "/media/test/0/audios/0", "/judge", "/static"} <= set(addresses)
     for address in (*addresses, "/static/explorer.js", "/nowhere"):
         for more in ({}, {"params": {"token": "wrong"}}, {"headers": {"cookie": "hba_token_0=secret; token=secret"}}):
-            answer = httpx.get(url + address, **more)
+            answer = httpx.get(url + address, **more, timeout=600)
             assert answer.status_code == 403 and "hba explore</code> printed" in answer.text, address
             assert "secret" not in answer.text and "set-cookie" not in answer.headers
     form = {"run": "a", "id": "test/0", "decision": "right"}
-    assert httpx.post(url + "/judge", data=form).status_code == 403
+    assert httpx.post(url + "/judge", data=form, timeout=600).status_code == 403
     upgrade = {"connection": "upgrade", "upgrade": "websocket", "sec-websocket-version": "13", "sec-websocket-key": "a"}
-    assert httpx.get(url + "/atlas", headers=upgrade).status_code == 403
+    assert httpx.get(url + "/atlas", headers=upgrade, timeout=600).status_code == 403
 
 
 def test_the_token_comes_once_and_stays_in_a_cookie_of_its_port(guarded):
     url, _ = guarded
     port = url.rpartition(":")[2]
-    with httpx.Client(base_url=url) as client:
+    with httpx.Client(base_url=url, timeout=600) as client:
         first = client.get("/runs?run=a&token=secret")
         assert first.status_code == 200 and 'url=/runs?run=a"' in first.text and "secret" not in first.text
         assert first.headers["referrer-policy"] == "no-referrer"
@@ -198,7 +198,7 @@ def test_names_other_than_this_machines_are_for_servers_beyond_loopback(served, 
     for only_loopback, status in ((True, 421), (False, 200)):
         about = {"token": "secret", "only_loopback": only_loopback}
         with serve(create_app(atlas=None, runs=served.runs, cache_folder=tmp_path, **about)) as url:
-            assert httpx.get(url + "/runs", headers=headers).status_code == status
+            assert httpx.get(url + "/runs", headers=headers, timeout=600).status_code == status
 
 
 @contextmanager
@@ -209,7 +209,7 @@ def explore(atlas, cache, *more, env=None):
     with said.open("w") as out:
         process = subprocess.Popen([*map(str, command), *more], stdout=out, stderr=out, env=env)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 900
         while not (found := re.search(r"http://\S+", said.read_text())):
             assert process.poll() is None and time.monotonic() < deadline, said.read_text()
             time.sleep(0.05)
@@ -228,13 +228,13 @@ def test_the_command_prints_a_token_opens_it_unseen_and_logs_it_nowhere(served, 
     with explore(served.atlas, tmp_path / "cache", "--browser", env=env) as (process, address, said):
         url, _, token = address.partition("/?token=")
         assert len(token) >= 32
-        with httpx.Client(base_url=url, timeout=60) as client:
+        with httpx.Client(base_url=url, timeout=600) as client:
             assert client.get("/atlas").status_code == 403
             assert client.get(f"/?token={token}").status_code == 200
             assert client.get("/atlas").status_code == 200
             assert client.get("/run?run=none").status_code == 404
         assert said.read_text().count(token) == 1
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while not Path(f"{seen}.html").is_file() or token not in Path(f"{seen}.html").read_text():
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -242,13 +242,13 @@ def test_the_command_prints_a_token_opens_it_unseen_and_logs_it_nowhere(served, 
         page = Path(Path(f"{seen}.url").read_text().strip().removeprefix("file://"))
         assert page.stat().st_mode & 0o077 == 0 and page.parent.stat().st_mode & 0o077 == 0
         process.send_signal(signal.SIGINT)
-        process.wait(60)
+        process.wait(600)
     assert not page.exists() and said.read_text().count(token) == 1
 
 
 def test_no_token_is_for_loopback_alone(served, tmp_path):
     with explore(served.atlas, tmp_path / "cache", "--no-token") as (_, address, _):
-        assert "token" not in address and httpx.get(address + "atlas", timeout=60).status_code == 200
+        assert "token" not in address and httpx.get(address + "atlas", timeout=600).status_code == 200
     with pytest.raises(InputError, match="SSH tunnel"):
         bind("0.0.0.0", 0, with_token=False)
 
@@ -260,15 +260,15 @@ def test_two_explorers_share_an_index_and_one_that_is_killed_leaves_it_to_the_ot
     (atlas / "test.jsonl").write_text((json.dumps(row) + "\n") * rows)
 
     def counts(url):
-        return int(re.search(r"([\d,]+) samples", httpx.get(url + "atlas", timeout=60).text)[1].replace(",", ""))
+        return int(re.search(r"([\d,]+) samples", httpx.get(url + "atlas", timeout=600).text)[1].replace(",", ""))
 
     with explore(atlas, cache, "--no-token") as first, explore(atlas, cache, "--no-token") as second:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 900
         while not counts(second[1]) > 0:  # both see it grow
             assert time.monotonic() < deadline
         assert counts(first[1]) > 0
         first[0].kill()
-        while counts(second[1]) < rows or "Reading the atlas" in httpx.get(second[1] + "atlas", timeout=60).text:
+        while counts(second[1]) < rows or "Reading the atlas" in httpx.get(second[1] + "atlas", timeout=600).text:
             assert time.monotonic() < deadline, second[2].read_text()
             time.sleep(0.1)
         with explore(atlas, cache, "--no-token") as third:
@@ -339,7 +339,7 @@ def test_an_index_is_used_again_and_follows_the_rows(serve, tmp_path):
         (atlas / "test.jsonl").write_text(line * rows) if rows == 4 else None
         app = create_app(atlas=atlas, runs=None, cache_folder=tmp_path / "cache")
         with serve(app) as url:
-            assert f"{rows} samples" in httpx.get(url + "/atlas").text
+            assert f"{rows} samples" in httpx.get(url + "/atlas", timeout=600).text
     assert len(list((tmp_path / "cache" / "explorer").glob("*.sqlite"))) == 2
     assert all(Path(p).stat().st_mode & 0o077 == 0 for p in (tmp_path / "cache" / "explorer").glob("*.sqlite"))
 
@@ -364,6 +364,6 @@ def test_a_part_of_the_rows_is_named_wherever_its_scores_stand(served, serve, tm
     (broken / "metrics.json").write_text('{"tasks": []}')
     said = f"19 of {len(lines)} rows"
     with serve(create_app(atlas=served.atlas, runs=tmp_path / "runs", cache_folder=tmp_path / "cache")) as url:
-        listed = httpx.get(f"{url}/runs", timeout=60).text
+        listed = httpx.get(f"{url}/runs", timeout=600).text
         assert said in listed and "is missing" in listed  # of one run alone, and the others are shown
-        assert f"Only {said} were answered" in httpx.get(f"{url}/scores?run=half", timeout=60).text
+        assert f"Only {said} were answered" in httpx.get(f"{url}/scores?run=half", timeout=600).text

@@ -257,4 +257,4 @@ def _dump(path: Path, profile: Path) -> str:
         "--virtual-time-budget=8000",
     ]
     command = [str(CHROMIUM), *flags, f"--user-data-dir={profile / 'profile'}", "--dump-dom", path.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, check=True).stdout
