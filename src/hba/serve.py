@@ -33,10 +33,11 @@ import tempfile
 import threading
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol, TypeVar
 
@@ -51,6 +52,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from torch import Tensor
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from hba.atlas import open_atlas
@@ -70,9 +72,9 @@ from hba.evaluate.config import PredictConfig
 from hba.evaluate.predict import EVERYTHING, open_rows
 from hba.evaluate.predictions import Prediction
 from hba.explorer.server import foreign, is_loopback, is_same
-from hba.model.generate import end_token_ids
+from hba.model.generate import Ranked, end_token_ids
 from hba.model.process import prepare_process
-from hba.storage import atomic_write, begun, remove_abandoned
+from hba.storage import begun, remove_abandoned
 
 _log = logging.getLogger(__name__)
 ASKED = "asked.json"
@@ -106,11 +108,34 @@ class Question(msgspec.Struct, frozen=True):
 
 
 class Saying(NamedTuple):
-    """How an answer to a talk is drawn. The same seed draws the same answer, whatever is answered beside it."""
+    """How an answer to a talk is drawn. The same seed draws the same answer, whatever is answered beside it.
+
+    It ends before the first of the texts `stop`. With `alternatives` the log-probabilities of its tokens are kept, and
+    those of so many others at each place.
+    """
 
     max_tokens: int
     temperature: float = 0.0
     seed: int = 0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    alternatives: int | None = None
+
+
+class Hearing:
+    """Who hears an answer while it is said, and what is known of its tokens once it is."""
+
+    def __init__(self, tell: Callable[[str], None] | None = None) -> None:
+        """`tell` is called with each piece of the answer, in the thread that has the model."""
+        self.told, self.gone = "", False
+        self.ranked: tuple[Ranked, ...] = ()
+        self.tell = tell
+
+    def hear(self, text: str) -> None:
+        """What has been said so far."""
+        if self.tell is not None and len(text) > len(self.told) and text.startswith(self.told):
+            self.tell(text[len(self.told) :])
+            self.told = text
 
 
 class FullError(MachineError):
@@ -123,6 +148,7 @@ class _Request:
     classes: bool  # whether labels answer it
     saying: Saying | None
     coming: set[int]  # numbers of those that were asked together with it, itself too, until they are ready
+    hearing: Hearing = field(default_factory=Hearing)
     answer: Future[Prediction] = field(default_factory=Future)
     encoded: Encoded | None = None
     ready_at: float = 0.0
@@ -132,7 +158,7 @@ class _Request:
     def alike(self) -> tuple[object, ...]:
         """What requests of one batch have in common."""
         assert self.encoded is not None
-        drawn = None if self.saying is None else (self.saying.max_tokens, self.saying.temperature)
+        drawn = None if self.saying is None else (self.saying.temperature, self.saying.top_p)
         return self.encoded.sample.modality_signature, self.classes, drawn
 
     def claim(self) -> bool:
@@ -158,7 +184,7 @@ class Desk:
         backend: str | None = None,
         config: PredictConfig | None = None,
         most_waiting: int = 256,
-        window_seconds: float = 0.005,
+        window_seconds: float = 0.05,
         decode_seconds: float | None = None,
     ) -> None:
         """`folder` is where files lie until they are decoded; what a killed process left there is removed. A batch has
@@ -248,13 +274,17 @@ class Desk:
         The future raises MediaError for a file that cannot be read, InputError for one that the model does not take,
         MachineError for what the machine lacks. Raises FullError when too many wait, or the desk is closing.
         """
-        return self.ask_together([(question, files or {})], saying)[0]
+        return self.ask_together([(question, files or {})], [saying])[0]
 
     def ask_together(
-        self, asked: Sequence[tuple[Question, Mapping[str, Path]]], saying: Saying | None = None
+        self,
+        asked: Sequence[tuple[Question, Mapping[str, Path]]],
+        sayings: Sequence[Saying | None] = (),
+        hearings: Sequence[Hearing] = (),
     ) -> list[Future[Prediction]]:
         """`ask` for questions of one person, who waits for all of the answers: the model is given those that are alike
-        in one batch, as far as it goes. Where one cannot be asked none is."""
+        in one batch, as far as it goes. Where one cannot be asked none is. `sayings` and `hearings` are one a question,
+        or none."""
         coming: set[int] = set()
         with self._changed:
             waiting = len(self._requests)
@@ -262,9 +292,9 @@ class Desk:
                 what = "the server is stopping" if self._closing else f"{waiting} requests wait already"
                 raise FullError(what, where=self.model, fix="Ask again later.")
             requests = {}
-            for question, _ in asked:
+            for (question, _), saying, hearing in zip_longest(asked, sayings, hearings):
                 classes = self.taxonomy.dataset(question.dataset).domain is not None
-                requests[next(self._numbers)] = _Request(question, classes, saying, coming)
+                requests[next(self._numbers)] = _Request(question, classes, saying, coming, hearing or Hearing())
             coming.update(requests)
             self._requests |= requests
         try:
@@ -315,7 +345,7 @@ class Desk:
 
     def _hand_over(self) -> None:
         """Give decoders what waits, as long as little is ready. The lock is held."""
-        most = 2 * max(1, self._workers)
+        most = 4 * max(1, self._workers)
         while self._asked and self._pool is not None and len(self._decoding) < most and not self._holds_much():
             number = self._asked.popleft()
             request = self._requests.get(number)
@@ -464,10 +494,9 @@ class Desk:
         encoded = [request.encoded for request in requests if request.encoded is not None]
         encoder = self.backend.encoder
         batch = collate(encoded, pad_token_id=encoder.pad_token_id, taxonomy=self.taxonomy)
-        sayings = [request.saying for request in requests if request.saying is not None]
         outputs: Sequence[Output]
-        if sayings:
-            outputs = self._said(batch, sayings)
+        if requests[0].saying is not None:
+            outputs = self._said(batch, requests)
         elif isinstance(self.backend, ChatBackend):
             outputs = self.backend.generate(batch)
         elif requests[0].classes:
@@ -481,20 +510,66 @@ class Desk:
         answered = zip(batch.samples, outputs, tokens, strict=True)
         return [prediction_of(Answered(each, replace(output, tokens_in=n))) for each, output, n in answered]
 
-    def _said(self, batch: Batch, sayings: Sequence[Saying]) -> list[Output]:
+    def _said(self, batch: Batch, requests: Sequence[_Request]) -> list[Output]:
         """What the model says next in each talk."""
-        model, temperature, longest = self.backend.model, sayings[0].temperature, sayings[0].max_tokens
-        uniforms_BL = None
-        if temperature > 0:
-            drawn = (torch.Generator().manual_seed(saying.seed) for saying in sayings)
-            uniforms_BL = torch.stack([torch.rand(longest, generator=each, dtype=torch.float64) for each in drawn])
+        model = self.backend.model
+        sayings = [request.saying for request in requests if request.saying is not None]
+        temperature, longest = sayings[0].temperature, max(saying.max_tokens for saying in sayings)
+        uniforms_BL = torch.zeros(len(sayings), longest, dtype=torch.float64)
+        for row, saying in enumerate(sayings):
+            drawn = torch.Generator().manual_seed(saying.seed)
+            uniforms_BL[row, : saying.max_tokens] = torch.rand(saying.max_tokens, generator=drawn, dtype=torch.float64)
         batch = batch.to(model.device)
-        said = model.say(batch, max_new_tokens=longest, temperature=temperature, uniforms_BL=uniforms_BL)
-        ends, opened = end_token_ids(model.transformer, model.processor), begun_turn(model.processor, batch)
-        return [
-            spoken(sample, opened + one.text, self.taxonomy, tokens_out=one.tokens, finish=one.finish(ends))
-            for sample, one in zip(batch.samples, said, strict=True)
-        ]
+        talking = _Talking(requests, model.processor.tokenizer, begun_turn(model.processor, batch))
+        wanted = [saying.alternatives for saying in sayings if saying.alternatives is not None]
+        how: dict[str, Any] = {"top_p": sayings[0].top_p, "alternatives": max(wanted, default=None)}
+        how |= {"uniforms_BL": uniforms_BL if temperature > 0 else None, "over": talking.over}
+        said = model.say(batch, max_new_tokens=longest, temperature=temperature, **how)
+        ends = end_token_ids(model.transformer, model.processor)
+        outputs = []
+        for request, saying, sample, one in zip(requests, sayings, batch.samples, said, strict=True):
+            text, stopped = _until(one.text, saying.stop)
+            finish = "stop" if stopped else one.finish(ends)
+            known: dict[str, Any] = {"tokens_out": one.tokens, "finish": finish}
+            outputs.append(spoken(sample, talking.opened + text, self.taxonomy, **known))
+            shown = one.ranked[:-1] if one.finish(ends) == "stop" else one.ranked
+            request.hearing.ranked = tuple(each[: 1 + (saying.alternatives or 0)] for each in shown)
+            request.hearing.hear(talking.opened + text)
+        return outputs
+
+
+class _Talking:
+    """Follows talks token by token: whoever listens is told, and an answer ends where its own limits say."""
+
+    def __init__(self, requests: Sequence[_Request], tokenizer: Any, opened: str) -> None:
+        """`opened` is what of each answer the prompt has begun."""
+        self._requests, self._tokenizer, self.opened = requests, tokenizer, opened
+
+    def over(self, ids_BL: Tensor) -> Tensor:
+        """Which rows [B] end after these tokens."""
+        return torch.tensor([self._is_over(*each) for each in zip(self._requests, ids_BL, strict=True)])
+
+    def _is_over(self, request: _Request, ids_L: Tensor) -> bool:
+        saying, hearing = request.saying, request.hearing
+        assert saying is not None
+        if len(ids_L) >= saying.max_tokens or hearing.gone:
+            return True
+        if hearing.tell is None and not saying.stop:
+            return False
+        text, stopped = _until(self._tokenizer.decode(ids_L, skip_special_tokens=True), saying.stop)
+        if not stopped:
+            text = text.rstrip("\ufffd")  # half a character
+            # What may be the beginning of a text that ends the answer is not told yet.
+            begun = (n for stop in saying.stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
+            text = text[: len(text) - max(begun, default=0)]
+        hearing.hear(self.opened + text)
+        return stopped
+
+
+def _until(text: str, stops: Sequence[str]) -> tuple[str, bool]:
+    """A text up to the first of `stops`, and whether there is one."""
+    places = [place for place in map(text.find, stops) if place >= 0]
+    return (text[: min(places)], True) if places else (text, False)
 
 
 def _fail(request: _Request, error: Exception) -> None:
@@ -560,8 +635,8 @@ class _Reader:
             medium = self._looked_at(folder / question.name)
             how: dict[str, Any] = {"question": question.question, "transcript": question.transcript}
             row = row_of(medium, question.name, question.dataset, encoder.taxonomy, **how)
-        with atomic_write(folder / "asked.jsonl") as handle:
-            handle.write(json.dumps(row | {"id": asked.id}, ensure_ascii=False))
+        # Not atomic_write: it waits for the disk, and this is read at once and removed.
+        (folder / "asked.jsonl").write_bytes(msgspec.json.encode(row | {"id": asked.id}))
         sample = open_atlas(folder, split="asked", taxonomy=encoder.taxonomy)[0]
         encoded = encoder.encode(sample)
         own = replace(sample, source=asked.source, refused={})
@@ -641,11 +716,15 @@ T = TypeVar("T")
 BATCH_BOUNDS = (1, 2, 4, 8, 16, 32, 64)
 # Parameters of OpenAI's that say what is done anyway.
 AS_IT_IS: dict[str, tuple[Any, ...]] = {
-    "n": (1,), "top_p": (1, 1.0), "logprobs": (False,), "stop": (None, []), "tools": (None, []), "user": (),
+    "tools": (None, []), "user": (),
     "presence_penalty": (0, 0.0), "frequency_penalty": (0, 0.0), "response_format": ({"type": "text"},),
     "stream_options": (), "metadata": (), "store": (False,), "modalities": (["text"],),
 }  # fmt: skip
-TAKEN = ("model", "messages", "max_tokens", "max_completion_tokens", "temperature", "seed", "stream")
+TAKEN = ("model", "messages", "max_tokens", "max_completion_tokens", "temperature", "seed", "stream", "top_p", "stop",
+         "n", "logprobs", "top_logprobs")  # fmt: skip
+MOST_ANSWERS = 16  # to one talk
+MOST_STOPS = 4
+MOST_ALTERNATIVES = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -805,6 +884,15 @@ class _Gate:
 # --- the app ----------------------------------------------------------------------------------------------------------
 
 
+class _Asked(NamedTuple):
+    """A talk, how each answer to it is drawn, and whether it is streamed (None: no) and then tells the usage."""
+
+    question: Question
+    files: dict[str, Path]
+    sayings: list[Saying]
+    streamed: bool | None
+
+
 class Server:
     """The pages of the API over a desk."""
 
@@ -859,25 +947,98 @@ class Server:
 
     async def chat(self, request: Request) -> Response:
         """The next turn of a talk."""
+        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[str | None]()
         with self._folder() as folder:
             talk = await self._json(request, lambda asked: self._talk_of(asked, folder))
-            question, files, saying, streamed = talk
-            answers = self._put([(question, files)], saying)
-        (prediction,) = await self._answers(request, answers)
-        if isinstance(prediction, Exception):
-            raise _as_refusal(prediction)
-        about = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": self.desk.model}
-        usage = {"prompt_tokens": prediction.tokens_in or 0, "completion_tokens": prediction.tokens_out or 0}
-        usage["total_tokens"] = sum(usage.values())
-        said = {"role": "assistant", "content": prediction.output or ""}
-        if streamed is not None:
-            return _streamed(about, said, prediction.finish or "stop", usage if streamed else None)
-        choice = {"index": 0, "message": said | {"refusal": None}, "finish_reason": prediction.finish or "stop"}
-        choice["logprobs"] = None
-        return JSONResponse({**about, "object": "chat.completion", "choices": [choice], "usage": usage})
 
-    def _talk_of(self, asked: Mapping[str, Any], folder: Path) -> tuple[Question, dict[str, Path], Saying, bool | None]:
-        """What a body asks. The last value says whether it is streamed, and then whether with the usage."""
+            def tell(piece: str) -> None:
+                loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+            hearings = [Hearing(None if talk.streamed is None else tell) for _ in talk.sayings]
+            answers = self._put([(talk.question, talk.files)] * len(talk.sayings), talk.sayings, hearings)
+        about = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": self.desk.model}
+        if talk.streamed is not None:
+            whole = asyncio.wrap_future(answers[0])
+            whole.add_done_callback(lambda _: pieces.put_nowait(None))
+            try:
+                first = await self._awaited(request, pieces.get())
+            except BaseException:
+                hearings[0].gone = True
+                whole.cancel()
+                raise
+            if first is None and (error := whole.exception()) is not None:
+                raise _as_refusal(error if isinstance(error, Exception) else MediaError("was given up"))
+            about["object"] = "chat.completion.chunk"
+            events = self._events(about, first, pieces, whole, hearings[0], usage=talk.streamed)
+            return StreamingResponse(events, media_type="text/event-stream")
+        try:
+            found = await self._answers(request, answers)
+        except BaseException:
+            for hearing in hearings:
+                hearing.gone = True
+            raise
+        for each in found:
+            if isinstance(each, Exception):
+                raise _as_refusal(each)
+        predictions = [each for each in found if isinstance(each, Prediction)]
+        choices = []
+        for number, (prediction, hearing) in enumerate(zip(predictions, hearings, strict=True)):
+            said = {"role": "assistant", "content": prediction.output or "", "refusal": None}
+            logprobs = None if talk.sayings[0].alternatives is None else self._logprobs(hearing)
+            choices.append({"index": number, "message": said, "finish_reason": prediction.finish or "stop",
+                            "logprobs": logprobs})  # fmt: skip
+        usage = _usage(predictions)
+        return JSONResponse({**about, "object": "chat.completion", "choices": choices, "usage": usage})
+
+    async def _events(
+        self,
+        chunk: Mapping[str, Any],
+        piece: str | None,
+        pieces: asyncio.Queue[str | None],
+        whole: asyncio.Future[Prediction],
+        hearing: Hearing,
+        *,
+        usage: bool,
+    ) -> AsyncIterator[str]:
+        """An answer while it is said. `piece` is its first."""
+        deadline = asyncio.get_running_loop().time() + self.limits.seconds
+
+        def event(delta: Mapping[str, Any], finish: str | None = None) -> str:
+            choice = {"index": 0, "delta": delta, "finish_reason": finish}
+            return f"data: {json.dumps({**chunk, 'choices': [choice]})}\n\n"
+
+        try:
+            yield event({"role": "assistant", "content": ""})
+            while piece is not None:
+                yield event({"content": piece})
+                async with asyncio.timeout_at(deadline):
+                    piece = await pieces.get()
+            prediction = await whole
+        except Exception as error:  # noqa: BLE001 - it has begun with 200: what went wrong is its last event
+            late = _Refused(504, f"no answer within {self.limits.seconds:g} seconds (--timeout)", code="timeout")
+            refused = late if isinstance(error, TimeoutError) else _as_refusal(error)
+            yield f"data: {bytes(refused.response().body).decode()}\n\n"
+            return
+        finally:
+            hearing.gone = True  # where nobody listens any more the model does not go on
+        yield event({}, prediction.finish or "stop")
+        if usage:
+            yield f"data: {json.dumps({**chunk, 'choices': [], 'usage': _usage([prediction])})}\n\n"
+        yield "data: [DONE]\n\n"
+
+    def _logprobs(self, hearing: Hearing) -> dict[str, Any]:
+        """What is known of the tokens of an answer, as OpenAI says it."""
+        tokenizer = self.desk.backend.model.processor.tokenizer
+
+        def told(token: int, logprob: float) -> dict[str, Any]:
+            text = tokenizer.decode([token])
+            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+        content = [told(*said) | {"top_logprobs": [told(*each) for each in others]} for said, *others in hearing.ranked]
+        return {"content": content, "refusal": None}
+
+    def _talk_of(self, asked: Mapping[str, Any], folder: Path) -> _Asked:
+        """What a body asks."""
         if not self.desk.talks:
             what = f"{self.desk.model} answers with labels, not in words: POST /v1/classify"
             raise _Refused(400, what, param="model", code="unsupported_model")
@@ -900,13 +1061,32 @@ class Server:
         seed = asked.get("seed")
         seed = secrets.randbits(48) if seed is None else seed
         _require(isinstance(seed, int) and -MOST_SEED <= seed <= MOST_SEED, "seed", "must be a whole number")
-        streamed = asked.get("stream") or False
-        _require(isinstance(streamed, bool), "stream", "must be true or false")
+        top_p = 1.0 if asked.get("top_p") is None else asked["top_p"]
+        _require(isinstance(top_p, int | float) and 0 < top_p <= 1, "top_p", "must be above 0, and 1 at most")
+        stop = asked.get("stop") or []
+        stops = [stop] if isinstance(stop, str) else stop
+        fits = isinstance(stops, list) and len(stops) <= MOST_STOPS and all(isinstance(x, str) and x for x in stops)
+        _require(fits, "stop", f"must be a text or up to {MOST_STOPS} texts")
+        flags = {name: asked.get(name) or False for name in ("stream", "logprobs")}
+        for name, value in flags.items():
+            _require(isinstance(value, bool), name, "must be true or false")
+        streamed, wanted = flags["stream"], asked.get("top_logprobs") or 0
+        fits = isinstance(wanted, int) and 0 <= wanted <= MOST_ALTERNATIVES and (flags["logprobs"] or not wanted)
+        _require(fits, "top_logprobs", f"must be from 0 to {MOST_ALTERNATIVES}, with logprobs")
+        number = 1 if asked.get("n") is None else asked["n"]
+        _require(isinstance(number, int) and 1 <= number <= MOST_ANSWERS, "n", f"must be from 1 to {MOST_ANSWERS}")
+        _require(not (streamed and number > 1), "n", "must be 1 for a stream")
+        _require(not (streamed and flags["logprobs"]), "logprobs", "are not told in a stream")
         options = asked.get("stream_options") or {}
         files: dict[str, Path] = {}
         question = Question(turns=tuple(_turns(asked.get("messages"), folder, files)))
         told = bool(isinstance(options, dict) and options.get("include_usage"))
-        return question, files, Saying(longest, float(temperature), seed), told if streamed else None
+        how: dict[str, Any] = {"top_p": float(top_p), "stop": tuple(stops)}
+        how["alternatives"] = wanted if flags["logprobs"] else None
+        # Each of several answers is that which its own seed draws alone.
+        seeds = [seed + i if seed + i <= MOST_SEED else seed - i for i in range(number)]
+        sayings = [Saying(longest, float(temperature), each, **how) for each in seeds]
+        return _Asked(question, files, sayings, told if streamed else None)
 
     # Classify
 
@@ -1001,23 +1181,31 @@ class Server:
         return fields, files
 
     def _put(
-        self, asked: Sequence[tuple[Question, Mapping[str, Path]]], saying: Saying | None = None
+        self,
+        asked: Sequence[tuple[Question, Mapping[str, Path]]],
+        sayings: Sequence[Saying] = (),
+        hearings: Sequence[Hearing] = (),
     ) -> list[Future[Prediction]]:
         try:
-            return self.desk.ask_together(asked, saying)
+            return self.desk.ask_together(asked, sayings, hearings)
         except HbaError as error:
             raise _as_refusal(error) from None
 
     async def _answers(self, request: Request, answers: Sequence[Future[Prediction]]) -> list[Prediction | Exception]:
-        """What comes of all. Raises _Refused after the limit of time, ClientDisconnect when nobody waits any more."""
+        """What comes of all. Raises what `_awaited` raises."""
         waiting = asyncio.gather(*map(asyncio.wrap_future, answers), return_exceptions=True)
+        return [each if isinstance(each, Exception | Prediction) else MediaError("was given up")
+                for each in await self._awaited(request, waiting)]  # fmt: skip
+
+    async def _awaited(self, request: Request, coming: Awaitable[T]) -> T:
+        """What comes. Raises _Refused after the limit of time, ClientDisconnect when nobody waits any more."""
+        waiting = asyncio.ensure_future(coming)
         gone = asyncio.ensure_future(_until_gone(request))
         try:
             both: set[asyncio.Future[Any]] = {waiting, gone}
             await asyncio.wait(both, timeout=self.limits.seconds, return_when=asyncio.FIRST_COMPLETED)
             if waiting.done():
-                return [each if isinstance(each, Exception | Prediction) else MediaError("was given up")
-                        for each in waiting.result()]  # fmt: skip
+                return waiting.result()
             if gone.done():
                 raise ClientDisconnect
             what = f"no answer within {self.limits.seconds:g} seconds (--timeout)"
@@ -1048,22 +1236,11 @@ def _as_refusal(error: Exception) -> _Refused:
     return _Refused(500, f"the model failed ({type(error).__name__})", code="internal_error")
 
 
-def _streamed(about: Mapping[str, Any], said: Mapping[str, Any], finish: str, usage: Any) -> Response:
-    """The answer as a stream of one piece: for clients that know no other way."""
-    chunk = {**about, "object": "chat.completion.chunk"}
-    parts: list[dict[str, Any]] = [
-        chunk | {"choices": [{"index": 0, "delta": said, "finish_reason": None}]},
-        chunk | {"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]},
-    ]
-    if usage is not None:
-        parts.append(chunk | {"choices": [], "usage": usage})
-
-    async def events() -> AsyncIterator[str]:
-        for part in parts:
-            yield f"data: {json.dumps(part)}\n\n"
-        yield "data: [DONE]\n\n"
-
-    return StreamingResponse(events(), media_type="text/event-stream")
+def _usage(predictions: Sequence[Prediction]) -> dict[str, int]:
+    """Tokens of a talk and of the answers to it."""
+    usage = {"prompt_tokens": predictions[0].tokens_in or 0}
+    usage["completion_tokens"] = sum(prediction.tokens_out or 0 for prediction in predictions)
+    return usage | {"total_tokens": sum(usage.values())}
 
 
 # --- what is asked ----------------------------------------------------------------------------------------------------

@@ -6,12 +6,13 @@ import json
 import pytest
 import torch
 from PIL import Image
+from transformers import TopPLogitsWarper
 
 from hba import open_atlas
 from hba.batch.config import EncodeConfig
 from hba.batch.encode import IGNORED, Encoder, collate
 from hba.errors import InputError
-from hba.model.generate import media_token_ids
+from hba.model.generate import _Decided, media_token_ids
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +180,29 @@ def test_cached_generation_equals_teacher_forcing(model, encoder, by_signature):
     with torch.no_grad():
         forced = model.transformer(**longer, use_cache=False).logits[:, length - 1 : -1]
     torch.testing.assert_close(torch.stack(out.logits, 1), forced, atol=2e-5, rtol=1e-4)
+
+
+def test_log_probabilities_of_what_is_said_are_those_of_transformers(model, encoder, by_signature):
+    batch, banned = batch_of(encoder, by_signature["text_video_audio"]), media_token_ids(model.transformer.config)
+    how = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    out = model.transformer.generate(**batch.inputs, **how, suppress_tokens=banned)
+    for row, said in enumerate(model.say(batch, max_new_tokens=4, alternatives=3)):
+        assert said.ids == tuple(out.sequences[row, batch.inputs["input_ids"].shape[1] :].tolist())[: said.tokens]
+        for step, (chosen, *others) in enumerate(said.ranked):
+            logits = out.logits[step][row].float()
+            logits[banned] = -torch.inf
+            values, ids = logits.log_softmax(-1).topk(3)
+            assert chosen[0] == said.ids[step] and [token for token, _ in others] == ids.tolist()
+            assert [chosen[1], *(logp for _, logp in others)] == pytest.approx([values[0].item(), *values.tolist()])
+
+
+def test_top_p_draws_from_the_tokens_that_transformers_keeps():
+    scores, numbers = torch.randn(1, 60, generator=torch.Generator().manual_seed(0)), torch.linspace(0, 1, 4001)[:-1]
+    kept = TopPLogitsWarper(0.7)(None, scores / 0.8).softmax(-1)[0]
+    decided = _Decided(numbers[:, None].double(), 0.8, 0.7, None)
+    drawn = decided(None, scores.expand(4000, -1)).argmax(-1)
+    assert 1 < (kept > 0).sum() < 60
+    assert torch.bincount(drawn, minlength=60) / 4000 == pytest.approx(kept, abs=1 / 2000)
 
 
 def test_an_audio_that_is_too_long_is_refused_by_name(model, by_signature):

@@ -2,8 +2,11 @@
 refused in OpenAI's words."""
 
 import base64
+import math
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import httpx
 import openai
@@ -121,12 +124,96 @@ def test_a_talk_has_turns_and_a_system_prompt_and_comes_as_a_stream(client, serv
     assert said == whole.choices[0].message.content and pieces[-1].usage == whole.usage
 
 
+def words(stream):
+    """The pieces of an answer that have some."""
+    return (piece.choices[0].delta.content for piece in stream if piece.choices and piece.choices[0].delta.content)
+
+
+@contextmanager
+def holding(served, step, go_on):
+    """At so many tokens of an answer the model waits until it may go on; the number of its steps is kept."""
+    steps = [0]
+
+    def wait(*_):
+        steps[0] += 1
+        assert steps[0] != step or go_on.wait(PATIENCE)
+
+    hook = served.desk.backend.model.transformer.get_output_embeddings().register_forward_pre_hook(wait)
+    try:
+        yield steps
+    finally:
+        hook.remove()
+
+
+def test_a_stream_comes_while_the_model_still_speaks(client, served, answering, files):
+    whole, heard = asked(client, answering, "Well?").choices[0].message.content, threading.Event()
+    with holding(served, LONGEST, heard) as steps:
+        said = ""
+        for piece in words(asked(client, answering, "Well?", stream=True)):
+            heard.set()
+            said += piece
+    assert said == whole and steps[0] == LONGEST
+    broken = {"type": "image_url", "image_url": {"url": data_url("image/png", b"no picture")}}
+    with pytest.raises(openai.BadRequestError, match="cannot be read"):  # what fails before is no stream
+        asked(client, answering, [broken], stream=True)
+
+
+def test_the_model_does_not_go_on_for_nobody(client, served, answering):
+    gone = threading.Event()
+    with holding(served, 3, gone) as steps:
+        stream = asked(client, answering, "Well?", stream=True)
+        next(words(stream))
+        stream.close()
+        deadline = time.monotonic() + PATIENCE
+        while served.gate.under_way:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        gone.set()
+        while served.desk.waiting:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert steps[0] == 3
+
+
+def test_an_answer_ends_before_a_text_that_stops_it(client, answering):
+    whole = asked(client, answering, "Well?").choices[0].message.content
+    stop = whole[len(whole) // 2 :][:5]
+    expected = whole[: whole.index(stop)]
+    short = asked(client, answering, "Well?", stop=["never said", stop])
+    assert short.choices[0].message.content == expected and short.choices[0].finish_reason == "stop"
+    assert short.usage.completion_tokens < LONGEST
+    assert "".join(words(asked(client, answering, "Well?", stop=stop, stream=True))) == expected
+    assert "".join(words(asked(client, answering, "Well?", stop=stop + " and never", stream=True))) == whole
+
+
+def test_several_answers_a_share_of_the_distribution_and_log_probabilities(client, answering):
+    greedy = asked(client, answering, "Well?", logprobs=True, top_logprobs=3).choices[0]
+    assert "".join(token.token for token in greedy.logprobs.content) == greedy.message.content
+    for token in greedy.logprobs.content:
+        first, *_ = token.top_logprobs
+        assert len(token.top_logprobs) == 3 and (first.token, first.logprob) == (token.token, token.logprob)
+        assert sum(math.exp(each.logprob) for each in token.top_logprobs) <= 1 + 1e-6
+    how = {"temperature": 2.0, "max_tokens": 8}
+    sharp = asked(client, answering, "Well?", top_p=1e-6, **how).choices[0].message.content
+    assert greedy.message.content.startswith(sharp) and sharp
+    alone = [asked(client, answering, "Well?", seed=seed, **how).choices[0].message.content for seed in (5, 6, 7)]
+    several = asked(client, answering, "Well?", seed=5, n=3, logprobs=True, **how)
+    assert [choice.message.content for choice in several.choices] == alone and len({*alone}) > 1
+    assert [len(choice.logprobs.content[0].top_logprobs) for choice in several.choices] == [0, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("more", "param", "said"),
     [
-        ({"top_p": 0.5}, "top_p", "not supported"),
-        ({"logprobs": True}, "logprobs", "not supported"),
-        ({"n": 2}, "n", "not supported"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+        ({"presence_penalty": 0.5}, "presence_penalty", "not supported"),
+        ({"top_p": 0}, "top_p", "above 0"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "up to 4"),
+        ({"stop": [""]}, "stop", "up to 4"),
+        ({"top_logprobs": 2}, "top_logprobs", "with logprobs"),
+        ({"logprobs": True, "stream": True}, "logprobs", "not told in a stream"),
+        ({"n": 17}, "n", "from 1 to 16"),
+        ({"n": 2, "stream": True}, "n", "1 for a stream"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "not supported"),
         ({"temperature": 3}, "temperature", "from 0 to 2"),
         ({"max_tokens": LONGEST + 1}, "max_tokens", f"from 1 to {LONGEST}"),

@@ -34,7 +34,7 @@ def serve_command(
     ] = 120.0,
     window: Annotated[
         float, typer.Option(min=0, help="Milliseconds that a batch waits for more requests.", rich_help_panel=SERVER)
-    ] = 5.0,
+    ] = 50.0,
     key: SetKey = None,
     json: JsonFlag = False,
 ) -> None:

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from hba.batch.encode import end_token_id
 
@@ -26,13 +26,20 @@ BANNED_BIAS = -100.0  # of a media token in a server's sampling, as far down as 
 _MEDIA_ID = re.compile(r"(audio|image|video|vision|boi|eoi|boa|eoa)(_\w+)?_token_(id|index)")
 _MEDIA_TOKEN = re.compile(r"(audio|image|video|vision|boi|eoi|boa|eoa)(_\w+)?_token")
 
+Ranked = tuple[tuple[int, float], ...]
+"""tokens of one position and their log-probabilities: that which was said, then the most probable ones"""
+
 
 class Said(NamedTuple):
-    """One answer and its tokens, the end token included, and where `uniforms_BL` decided their log-probabilities."""
+    """One answer and its tokens, the end token included, and where `uniforms_BL` decided their log-probabilities.
+
+    `ranked` has an entry a token where `alternatives` were asked for.
+    """
 
     text: str
     ids: tuple[int, ...]
     logps: tuple[float, ...] = ()
+    ranked: tuple[Ranked, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -47,12 +54,14 @@ class Said(NamedTuple):
 class SaidTokens(NamedTuple):
     """The tokens of answers, padded on the right, and how many of each row are answer, the end token included.
 
-    `logps_BL` are their log-probabilities at the temperature, where `uniforms_BL` decided.
+    `logps_BL` are their log-probabilities at the temperature, where `uniforms_BL` decided. `ranked_L` has, for each
+    position, the tokens [B, 1+K] of `Said.ranked` and their log-probabilities.
     """
 
     ids_BL: Tensor
     lengths: list[int]
     logps_BL: Tensor | None = None
+    ranked_L: Sequence[tuple[Tensor, Tensor]] = ()
 
 
 def generate(model: Any, processor: Any, inputs: Mapping[str, Tensor], **options: Any) -> list[Said]:
@@ -60,8 +69,12 @@ def generate(model: Any, processor: Any, inputs: Mapping[str, Tensor], **options
     said = generate_tokens(model, processor, inputs, **options)
     texts = processor.tokenizer.batch_decode(said.ids_BL, skip_special_tokens=True)
     logps = [[]] * len(texts) if said.logps_BL is None else said.logps_BL.tolist()
-    rows = zip(texts, said.lengths, said.ids_BL.tolist(), logps, strict=True)
-    return [Said(text, tuple(ids[:length]), tuple(own[:length])) for text, length, ids, own in rows]
+    ranked: list[list[Ranked]] = [[] for _ in texts]
+    for ids_BK, logps_BK in said.ranked_L:
+        for row, ids, own in zip(ranked, ids_BK.tolist(), logps_BK.tolist(), strict=True):
+            row.append(tuple(zip(ids, own, strict=True)))
+    rows = zip(texts, said.lengths, said.ids_BL.tolist(), logps, ranked, strict=True)
+    return [Said(text, tuple(ids[:n]), tuple(own[:n]), tuple(of[:n])) for text, n, ids, own, of in rows]
 
 
 @torch.inference_mode()
@@ -75,22 +88,31 @@ def generate_tokens(
     top_p: float = 1.0,
     choices: Sequence[Sequence[Sequence[int]]] = (),
     uniforms_BL: Tensor | None = None,
+    alternatives: int | None = None,
+    over: Callable[[Tensor], Tensor] | None = None,
 ) -> SaidTokens:
     """`generate`, before its tokens become text: greedy at temperature 0.
 
     `choices` are, for each row, the answers that it may give, as token ids with their end token; a row with none may
     say anything. Sampling is from the most probable tokens that together have the share `top_p` of the probability.
-    `uniforms_BL`, numbers in [0, 1), one a row and token, decide in place of torch's random numbers (with all of the
-    distribution): what a row draws does not depend on the rows beside it. A model that is being trained is set to
-    evaluate meanwhile: layers that are computed twice drop what generation keeps of a prompt.
+    `uniforms_BL`, numbers in [0, 1), one a row and token, decide in place of torch's random numbers: what a row draws
+    does not depend on the rows beside it. With `alternatives` the model's log-probabilities (at temperature 1) of what
+    is said, and of so many of the most probable tokens, are kept. `over` is called after each token with all that was
+    said so far [B, L], rows that have ended padded, and says which rows [B] end here. A model that is being trained is
+    set to evaluate meanwhile: layers that are computed twice drop what generation keeps of a prompt.
     """
     tokenizer = processor.tokenizer
     ends = end_token_ids(model, processor)
     sampling: dict[str, Any] = {"do_sample": temperature > 0, "top_k": None, "top_p": None, "temperature": None}
     processors = LogitsProcessorList([_Choices(choices, inputs["input_ids"].shape[1])] if choices else [])
     decided: _Decided | None = None
-    if temperature > 0 and uniforms_BL is not None:
-        decided = _Decided(uniforms_BL.to(inputs["input_ids"].device, torch.float64), temperature)
+    prompt_length = inputs["input_ids"].shape[1]
+    ending = _Ending(over, prompt_length) if over is not None else None
+    if alternatives is not None or (temperature > 0 and uniforms_BL is not None):
+        if temperature > 0 and uniforms_BL is None:
+            raise ValueError("log-probabilities of a sample want its random numbers")
+        drawn_BL = None if uniforms_BL is None else uniforms_BL.to(inputs["input_ids"].device, torch.float64)
+        decided = _Decided(drawn_BL if temperature > 0 else None, temperature, top_p, alternatives)
         sampling["do_sample"] = False
         processors.append(decided)
     elif temperature > 0:
@@ -105,29 +127,71 @@ def generate_tokens(
             repetition_penalty=1.0,
             synced_gpus=False,  # ranks generate as often as each has prompts; a sharded model is gathered meanwhile
             logits_processor=processors,
+            stopping_criteria=StoppingCriteriaList([] if ending is None else [ending]),
             **sampling,
         )
-    answers_BL = tokens_BT[:, inputs["input_ids"].shape[1] :]
+    answers_BL = tokens_BT[:, prompt_length:]
     ended_BL = torch.isin(answers_BL, torch.tensor(ends, device=answers_BL.device))
     lengths = [int(row_L.nonzero()[0]) + 1 if row_L.any() else len(row_L) for row_L in ended_BL]
-    return SaidTokens(answers_BL, lengths, None if decided is None else torch.stack(decided.logps, 1))
+    if ending is not None:
+        lengths = [min(length, ending.lengths.get(row, length)) for row, length in enumerate(lengths)]
+    logps = [] if decided is None else decided.logps
+    ranked_L = () if decided is None else decided.ranked
+    return SaidTokens(answers_BL, lengths, torch.stack(logps, 1) if logps else None, ranked_L)
 
 
 class _Decided(LogitsProcessor):  # type: ignore[misc]
-    """Leaves one token of each row: where the row's number falls in the cumulative distribution at the temperature."""
+    """Leaves one token of each row: where the row's number falls in the cumulative distribution at the temperature, of
+    the most probable tokens that together have the share `top_p`; without numbers the most probable one."""
 
-    def __init__(self, uniforms_BL: Tensor, temperature: float) -> None:
+    def __init__(
+        self, uniforms_BL: Tensor | None, temperature: float, top_p: float, alternatives: int | None
+    ) -> None:
         self._uniforms_BL, self._temperature = uniforms_BL, temperature
-        self.logps: list[Tensor] = []  # [B] of each token so far
+        self._top_p, self._alternatives = top_p, alternatives
+        self.logps: list[Tensor] = []  # [B] of each token so far, where numbers decide
+        self.ranked: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self._uniforms_BL is None:
+            chosen_B1 = scores.argmax(-1, keepdim=True)
+        else:
+            chosen_B1 = self._drawn(scores, self._uniforms_BL[:, len(self.logps), None])
+        if self._alternatives is not None:
+            logps_BV = torch.log_softmax(scores.float(), -1)
+            best_BK = logps_BV.topk(min(self._alternatives, scores.shape[-1]), -1).indices
+            ids_BK = torch.cat([chosen_B1, best_BK], -1)
+            self.ranked.append((ids_BK, logps_BV.gather(-1, ids_BK)))
+        return torch.full_like(scores, -torch.inf).scatter_(-1, chosen_B1, 0.0)
+
+    def _drawn(self, scores: Tensor, uniforms_B1: Tensor) -> Tensor:
         logps_BV = torch.log_softmax(scores.float() / self._temperature, -1)
-        upto_BV = logps_BV.double().exp().cumsum(-1)
-        wanted_B1 = self._uniforms_BL[:, len(self.logps), None] * upto_BV[:, -1:]
+        shares_BV = logps_BV.double().exp()
+        if self._top_p < 1:
+            sorted_BV, order_BV = shares_BV.sort(dim=-1, descending=True, stable=True)
+            kept_BV = sorted_BV.cumsum(-1) - sorted_BV < self._top_p
+            shares_BV = torch.zeros_like(shares_BV).scatter_(-1, order_BV, sorted_BV * kept_BV)
+        upto_BV = shares_BV.cumsum(-1)
+        wanted_B1 = uniforms_B1 * upto_BV[:, -1:]
         # Right of equal values: a token without probability is never where a number falls.
         chosen_B1 = torch.searchsorted(upto_BV, wanted_B1, right=True).clamp_max(scores.shape[-1] - 1)
         self.logps.append(logps_BV.gather(-1, chosen_B1).squeeze(-1))
-        return torch.full_like(scores, -torch.inf).scatter_(-1, chosen_B1, 0.0)
+        return chosen_B1
+
+
+class _Ending(StoppingCriteria):  # type: ignore[misc]
+    """Asks `over` after each token, and keeps at how many tokens a row was told to end."""
+
+    def __init__(self, over: Callable[[Tensor], Tensor], prompt_length: int) -> None:
+        self._over, self._prompt_length = over, prompt_length
+        self.lengths: dict[int, int] = {}
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **more: Any) -> Tensor:
+        said_BL = input_ids[:, self._prompt_length :]
+        over_B = self._over(said_BL).to(input_ids.device)
+        for row in over_B.nonzero()[:, 0].tolist():
+            self.lengths.setdefault(row, said_BL.shape[1])
+        return over_B
 
 
 class _Choices(LogitsProcessor):  # type: ignore[misc]

@@ -331,15 +331,16 @@ class OmniSapiens(nn.Module):
         top_p: float = 1.0,
         choices: Sequence[Sequence[str]] = (),
         uniforms_BL: Tensor | None = None,
+        **more: Any,
     ) -> list[Said]:
         """`generate`, with the tokens of each answer; one of its `choices` for a sample that has some.
 
-        `uniforms_BL` decide as they do in `generate_tokens`.
+        `uniforms_BL` decide as they do in `generate_tokens`, whose `alternatives` and `over` are taken, too.
         """
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
         options |= {"choices": [self._answer_ids(texts) for texts in choices], "uniforms_BL": uniforms_BL}
         with self._adapted_lm_head(batch):
-            return generate(self.transformer, self.processor, batch.inputs, **options)
+            return generate(self.transformer, self.processor, batch.inputs, **options, **more)
 
     def logps(self, batch: Batch, choices: Sequence[Sequence[str]]) -> list[list[float]]:
         """The log-probability of each choice of each sample as its answer, the end of the turn included, in nats."""
