@@ -1,6 +1,7 @@
 """`hba fit` against what training takes on a CPU: the peak of `hba train lm` and `hba train sft` at two sizes.
 
-    python benchmarks/fit.py
+    python benchmarks/fit.py             # some minutes
+    python benchmarks/fit.py recipes     # the table of docs/scale.md: what `--gpu` sets for Qwen2.5-Omni-7B
 
 Prints a line of JSON a case: megabytes that `hba fit` reckons, megabytes that were taken, and their ratio; the limits
 are 0.85 and 1.15. Taken is the peak of the resident set of a run of two steps, less that of the same run of the tiny
@@ -21,9 +22,11 @@ from typing import Any
 
 import torch
 
+import gpu
 from hba import open_atlas
 from hba.config import load_config
-from hba.fit import find_gpu, fit_run
+from hba.errors import InputError
+from hba.fit import find_gpu, fit_run, recipe_for
 from hba.mini import build_mini_atlas
 from hba.model import checkpoint
 from hba.model.tiny import atlas_texts, build_tiny
@@ -108,8 +111,30 @@ def tokens_of(folder: Path) -> int:
     )
 
 
+def recipes() -> None:
+    """What `hba train sft --config sft --gpu GB` sets, by the longest row."""
+    cases: list[tuple[str, int, list[str]]] = [(size, 1, []) for size in ("16", "24", "48", "80")]
+    cases += [("80", 8, ["model.strategy=full"])]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        build_tiny(folder / "tiny", ["one text"], seed=0)
+        gpu.write_configs(folder / "tiny", folder)
+        for size, gpus, more in cases:
+            config = load_config(SftConfig, "sft", [f"model.name={folder / '7b'}", "atlas=x", *more])
+            for tokens in (1024, 4096):
+                try:
+                    found = recipe_for(str(folder / "7b"), config, find_gpu(size), gpus=gpus, tokens=tokens)
+                    words = f"{found.words or 'fits as it is'} ({found.total:.1f} of {found.usable:.1f} GB)"
+                except InputError as error:
+                    words = error.what
+                print(f"{gpus} x {size} GB {' '.join(more)}, longest row {tokens:,}: {words}", flush=True)
+
+
 def main() -> None:
     """Each case in turn."""
+    if sys.argv[1:] == ["recipes"]:
+        recipes()
+        return
     cases: list[tuple[str, list[str]]] = [
         ("sft", ["model.strategy=lora", "model.dtype=float32"]),
         ("sft", ["model.strategy=lora", "model.dtype=float32", "train.activation_checkpointing=true"]),

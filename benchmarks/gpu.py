@@ -768,16 +768,22 @@ def build(place: Place) -> None:
     """Data, the tiny model, and configs and processors of the models of real dimensions."""
     from hba import open_atlas
     from hba.mini import build_mini_atlas
-    from hba.model import checkpoint
     from hba.model.tiny import atlas_texts, build_tiny
 
     build_mini_atlas(place.folder / "atlas", size="tiny", seed=0, workers=1)
     tiny = place.folder / ("base" if place.tiny else "tiny")
     build_tiny(tiny, atlas_texts(open_atlas(place.folder / "atlas", split="train")), seed=0)
     place.real.mkdir()
+    write_configs(tiny, place.folder, real=not place.tiny)
+
+
+def write_configs(tiny: Path, folder: Path, *, real: bool = True) -> None:
+    """A folder for each of `TEXTS`: a config, of the real dimensions or of `tiny`, and its processor; no weights."""
+    from hba.model import checkpoint
+
     for name, dimensions in TEXTS.items():
         config = checkpoint.read_backbone_config(tiny)
-        if not place.tiny:
+        if real:
             text = config.text_config
             for part, values in ((text, dimensions), (config.audio_config, SOUND), (config.vision_config, SIGHT)):
                 for key, value in values.items():
@@ -790,8 +796,8 @@ def build(place: Place) -> None:
             wide = {"rope_theta": 1_000_000.0, "mrope_section": [16, 24, 24]}
             text.rope_parameters = {**text.rope_parameters, **wide}
             config.tie_word_embeddings = text.tie_word_embeddings = False
-        config.save_pretrained(place.folder / name)
-        checkpoint.load_processor(tiny).save_pretrained(place.folder / name)
+        config.save_pretrained(folder / name)
+        checkpoint.load_processor(tiny).save_pretrained(folder / name)
 
 
 # --- the page --------------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ def rank(folder: Path, strategy: str, way: str, turn: int) -> dict[str, float]:
     from hba.model import OmniSapiens
     from hba.model.config import ModelConfig
     from hba.model.omni import apply_strategy
+    from hba.train.config import TrainConfig
     from hba.train.ranks import prepare_model
 
     accelerator = Accelerator()
@@ -48,7 +49,7 @@ def rank(folder: Path, strategy: str, way: str, turn: int) -> dict[str, float]:
             with Watched() as watched:
                 model = OmniSapiens.from_pretrained(folder / "base", dtype=dtype, mapped=way == "mapped")
                 apply_strategy(model, ModelConfig(name="base", strategy=strategy))
-                model = prepare_model(model, accelerator, shard=True, checkpoint_activations=False)
+                model = prepare_model(model, accelerator, TrainConfig(sharding="full"))
             own = sum(p.to_local().nbytes for p in model.parameters())
             found = {"peak": watched.peak, "kept": watched.end, "share": own / 2**20}
         torch.distributed.barrier()

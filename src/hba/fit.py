@@ -38,7 +38,7 @@ from hba.model.weights import language_layers, linear_names, skeleton
 from hba.rl.config import RlConfig
 from hba.rl.rollout import CHUNK_VALUES
 from hba.train.config import BamConfig, LmConfig, QaConfig, SftConfig, TrainConfig
-from hba.train.ranks import Unit, units
+from hba.train.ranks import ROUNDED, Unit, units
 
 Settings: TypeAlias = SftConfig | LmConfig | QaConfig | BamConfig | RlConfig | PredictConfig
 GIB = 2**30
@@ -50,38 +50,44 @@ DRIVER_GIB = 0.6
 """what CUDA and its libraries keep for themselves"""
 BUSY_TOKENS = 2048
 """tokens at once with which a GPU has enough to do: more of them make a step no faster"""
+READ = 0.6
+"""share of the stated bytes a second with which a pass of one token reads the weights"""
+STEP_SECONDS = 0.03
+"""of a pass of one token that is small: what Python and the launches of its kernels take"""
 ANSWER_TOKENS = 16  # of a supervised answer in words; most labels have two
 QUANTIZED_BYTES = {"int8": 1.0, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}  # a weight: codes, scales, scales of scales
 GATHERED = "layers gathered from other GPUs"
+REFERENCE = "policy of the start"
 VALIDATION = "validation_batch_size"
 TOWER_POSITIONS = 3  # of a media tower for a token of the prompt: 4 patches or 2 frames of sound make one
 
 
 class Gpu(NamedTuple):
-    """A GPU: its memory in GiB, and its operations a second as its maker states them (10^12, dense): in bfloat16, or
-    in float32 where it has no bfloat16 and `auto` is float32."""
+    """A GPU: its memory in GiB, and as its maker states them its operations a second (10^12, dense) in bfloat16, or
+    in float32 where it has no bfloat16 and `auto` is float32, and the bytes that its memory gives a second (10^9)."""
 
     name: str
     gigabytes: float
     tflops: float
+    bandwidth: float
     bfloat16: bool = True
 
 
 GPUS = {
-    "t4": Gpu("T4", 16, 8.1, bfloat16=False),
-    "rtx4080": Gpu("RTX 4080", 16, 97),
-    "l4": Gpu("L4", 24, 121),
-    "a10": Gpu("A10", 24, 125),
-    "rtx3090": Gpu("RTX 3090", 24, 71),
-    "rtx4090": Gpu("RTX 4090", 24, 165),
-    "rtx5090": Gpu("RTX 5090", 32, 210),
-    "a100-40": Gpu("A100", 40, 312),
-    "a6000": Gpu("RTX A6000", 48, 155),
-    "l40s": Gpu("L40S", 48, 362),
-    "a100-80": Gpu("A100", 80, 312),
-    "h100": Gpu("H100", 80, 989),
-    "h200": Gpu("H200", 141, 989),
-    "b200": Gpu("B200", 180, 2250),
+    "t4": Gpu("T4", 16, 8.1, 320, bfloat16=False),
+    "rtx4080": Gpu("RTX 4080", 16, 97, 717),
+    "l4": Gpu("L4", 24, 121, 300),
+    "a10": Gpu("A10", 24, 125, 600),
+    "rtx3090": Gpu("RTX 3090", 24, 71, 936),
+    "rtx4090": Gpu("RTX 4090", 24, 165, 1008),
+    "rtx5090": Gpu("RTX 5090", 32, 210, 1792),
+    "a100-40": Gpu("A100", 40, 312, 1555),
+    "a6000": Gpu("RTX A6000", 48, 155, 768),
+    "l40s": Gpu("L40S", 48, 362, 864),
+    "a100-80": Gpu("A100", 80, 312, 2039),
+    "h100": Gpu("H100", 80, 989, 3350),
+    "h200": Gpu("H200", 141, 989, 4800),
+    "b200": Gpu("B200", 180, 2250, 8000),
 }
 TYPICAL = {16: "rtx4080", 24: "rtx4090", 32: "rtx5090", 40: "a100-40", 48: "l40s", 80: "a100-80", 141: "h200"}
 
@@ -124,6 +130,7 @@ class Fit:
     changes: list[str]
     validation: int = 0  # the most samples of a validation batch that have room
     validation_asked: int = 0  # 0: nothing is validated by the model
+    sampling_share: float = 0.0  # of the time, in RL: that of drawing responses of the greatest length
 
     @property
     def total(self) -> float:
@@ -144,7 +151,7 @@ class Work(NamedTuple):
     """What a stage computes at once of `tokens` a sample, the longest: the micro-batch of training, or a batch."""
 
     model: ModelConfig
-    train: TrainConfig | None  # None: nothing is trained, and nothing kept for a backward pass
+    train: TrainConfig | None  # None: nothing is kept for a backward pass
     samples: int
     tokens: int
     answers: int = 0  # tokens of a sample that have logits in training
@@ -153,6 +160,13 @@ class Work(NamedTuple):
     frozen_towers: bool = True
     copies: int = 1  # of a sample of the plan: responses to a prompt
     counted: int = 0  # what the plan counts for a sample of the plan by `train.device_tokens`
+    beside: TrainConfig | None = None  # of a pass between steps: the training whose weights and moments are there
+    reference: bool = False  # whether the policy of the start is there, too
+
+    @property
+    def state(self) -> TrainConfig | None:
+        """The training whose weights and moments are there."""
+        return self.train or self.beside
 
 
 class Counted(NamedTuple):
@@ -187,8 +201,9 @@ def work_of(config: Settings, tokens: int, model: str) -> list[Work]:
     counted = (tokens + new) * copies
     samples = _at_once(config.train, counted) * copies
     update = Work(config.model, config.train, samples, tokens + new, new, True, frozen_towers=config.freeze_towers)
-    update = update._replace(copies=copies, counted=counted)
-    sampling = update._replace(train=None, tokens=tokens, cached=tokens + new)
+    apart = config.model.strategy == "full" and config.loss.kl_weight > 0  # LoRA is switched off instead
+    update = update._replace(copies=copies, counted=counted, reference=apart)
+    sampling = update._replace(train=None, beside=config.train, tokens=tokens, cached=tokens + new)
     return [update, sampling] if config.rollout.sampler == "generate" else [update]
 
 
@@ -221,7 +236,11 @@ def fit_run(
     tightest = max(needs, key=lambda need: need.total(need.work.samples))
     learned = work_of(config, longest, model)[0]
     at_mean = _Need(bare, learned._replace(tokens=max(1, learned.tokens - longest + mean)), gpus)
-    rate = gpus * gpu.tflops * 1e12 * UTILISATION / at_mean.flops(1)
+    seconds, drawing = at_mean.flops(1) / (gpu.tflops * 1e12 * UTILISATION), 0.0
+    if isinstance(config, RlConfig):
+        seconds += _looking_seconds(at_mean, config, gpu)
+        drawing = sum(_Need(bare, work, gpus).drawing_seconds(gpu) for work in work_of(config, mean, model)[1:])
+    rate = gpus / (seconds + drawing)
     parts = {name: size / GIB for name, size in tightest.parts(tightest.work.samples).items() if size}
     most = _most(bare, config, model, usable, gpus, lengths)
     counted = learned.counted if _budgeted(config) else 1
@@ -246,7 +265,15 @@ def fit_run(
         changes=changes,
         validation=validation,
         validation_asked=asked,
+        sampling_share=drawing / (seconds + drawing),
     )
+
+
+def _looking_seconds(update: _Need, config: RlConfig, gpu: Gpu) -> float:
+    """Of the passes without gradients over a response: by the reference, and by the policy before several updates."""
+    looks = (config.loss.kl_weight > 0) + (config.loss.updates > 1)
+    passing = _Need(update.bare, update.work._replace(train=None, beside=update.work.train), update.gpus)
+    return looks * passing.flops(1) / (gpu.tflops * 1e12 * UTILISATION)
 
 
 def _key(config: Settings) -> str:
@@ -283,14 +310,8 @@ def _validated(bare: _Bare, config: Settings, model: str, usable: float, gpus: i
         return 0, 0
     work = work_of(config, tokens, model)[0]
     cached = tokens + config.rollout.max_new_tokens if isinstance(config, RlConfig) else 0
-    training = _Need(bare, work, gpus)
-    passing = _Need(bare, work._replace(train=None, tokens=tokens, answers=0, cached=cached), 1)
-    held = sum(size for name, size in training.fixed.items() if name != GATHERED)
-    held += passing.fixed["weights"] if training.fixed[GATHERED] else 0
-    own = sum(passing.fixed.values())
-    one, two = (held + passing.total(samples) - own for samples in (1, 2))
-    most = 0 if one > usable * GIB else 1 + int((usable * GIB - one) / max(two - one, 1.0))
-    return most, config.validation_batch_size
+    passing = work._replace(train=None, beside=work.train, tokens=tokens, answers=0, cached=cached)
+    return _Need(bare, passing, gpus).largest(usable * GIB), config.validation_batch_size
 
 
 def _changes(bare: _Bare, config: Settings, model: str, usable: float, gpus: int, lengths: Sequence[int]) -> list[str]:
@@ -421,24 +442,24 @@ class _Need:
     """The memory of one `Work` on each of `gpus` GPUs, by part, for any number of samples."""
 
     def __init__(self, bare: _Bare, work: Work, gpus: int) -> None:
-        self.bare, self.work = bare, work
-        train = work.train
+        self.bare, self.work, self.gpus = bare, work, gpus
+        state = work.state
         self.dtype = resolve_dtype(bare.auto if work.model.dtype == "auto" else work.model.dtype)
         sizes = bare.sizes(work)
-        shared = gpus if train is not None and train.sharding == "full" else 1
+        split = state is not None and state.sharding == "full"
+        shared = gpus if split else 1
         kept = torch.float32 if work.model.strategy == "full" else self.dtype  # as where all of it trains
-        moments = 0.0 if train is None else 8.0 if train.optimizer == "adamw" else 2 + 8 / 256  # and scales of blocks
+        moments = 0.0 if state is None else 8.0 if state.optimizer == "adamw" else 2 + 8 / 256  # and scales of blocks
         small = QUANTIZED_BYTES.get(work.model.quantization)
         spared = 0.0 if small is None else sizes.linear * (kept.itemsize - small)
         self.fixed = {
             "weights": (sizes.frozen * kept.itemsize - spared + sizes.trained * 4) / shared,
             "a quantised layer as it computes": 0 if small is None else sizes.widest * kept.itemsize,
-            "gradients": sizes.trained * 4 / shared,
+            "gradients": 0 if work.train is None else sizes.trained * 4 / shared,
             "optimizer": sizes.trained * moments / shared,
-            GATHERED: 0 if shared == 1 else bare.gathered_bytes(work, self.dtype),
+            GATHERED: bare.gathered_bytes(work, self.dtype, whole=work.train is None) if shared > 1 else 0,
+            REFERENCE: bare.reference_bytes(self.dtype) if work.reference else 0,
         }
-        if train is None:
-            self.fixed["gradients"] = 0
         self.of_one, self.of_two = (self.bare.count(work, self.dtype, samples) for samples in (1, 2))
 
     def flops(self, samples: int) -> float:
@@ -447,6 +468,17 @@ class _Need:
         passes = 3 if self.work.train is not None and self._trains_towers else 1
         language = _line(self.of_one.flops, self.of_two.flops, samples)
         return language + passes * towers
+
+    def drawing_seconds(self, gpu: Gpu) -> float:
+        """Of a response as long as the cache has room for, drawn beside those of its micro-batch. Each of its tokens is
+        a pass: the weights are read from memory, and the cache."""
+        rows, speed = self.work.samples, gpu.tflops * 1e12 * UTILISATION
+        new = self.work.cached - self.work.tokens
+        weight = QUANTIZED_BYTES.get(self.work.model.quantization, self.dtype.itemsize)
+        held = self.bare.cache_bytes(self.dtype) * rows * (self.work.tokens + new / 2)
+        reading = (self.bare.language_parameters * weight + held) / (gpu.bandwidth * 1e9 * READ)
+        each = max(STEP_SECONDS, reading, 2 * self.bare.language_parameters * rows / speed)
+        return float(self.flops(rows) / speed + new * each) / rows
 
     @property
     def _trains_towers(self) -> bool:
@@ -505,6 +537,10 @@ class _Bare:
         language_layers(whole)  # a model without any is told of at once
         language = {id(p) for p in _decoder(whole).parameters()} | {id(whole.get_output_embeddings().weight)}
         self.tower_parameters = sum(p.numel() for p in whole.parameters() if id(p) not in language)
+        self.language_parameters = sum(p.numel() for p in whole.parameters()) - self.tower_parameters
+        words = whole.get_input_embeddings().weight
+        rounds = [m.weight for m in whole.modules() if isinstance(m, ROUNDED) and m.weight is not words]
+        self.rounded = sum(p.numel() for p in {id(p): p for p in rounds}.values())
         self.towers = [_Tower.of(part) for part in _tower_configs(self.config, self.text_of(self.config))]
         self.linear = [whole.get_submodule(name).weight.numel() for name in linear_names(whole)]
 
@@ -522,10 +558,16 @@ class _Bare:
             frozen = sum(p.numel() for p in model.parameters()) - trained
             self._sizes[key] = _Sizes(trained, frozen, sum(self.linear), max(self.linear))
         found = self._sizes[key]
-        return found if work.train is not None else found._replace(trained=0, frozen=found.trained + found.frozen)
+        return found if work.state is not None else found._replace(trained=0, frozen=found.trained + found.frozen)
 
-    def gathered_bytes(self, work: Work, dtype: torch.dtype) -> float:
-        """The most of a model split over GPUs that is whole on one of them at a time, by the units of training.
+    def reference_bytes(self, dtype: torch.dtype) -> float:
+        """Of a policy that is not trained: what autocast rounds in `dtype`, the rest of it in float32."""
+        numbers = self.language_parameters + self.tower_parameters
+        return float(self.rounded * dtype.itemsize + (numbers - self.rounded) * 4)
+
+    def gathered_bytes(self, work: Work, dtype: torch.dtype, *, whole: bool) -> float:
+        """The most of a model split over GPUs that is whole on one of them at a time, by the units of training, or with
+        `whole` all of it: between steps ranks answer different samples.
 
         What lies in no unit of its own is there throughout; beside it the embeddings, or two layers, the next of which
         is fetched already, with the gradients of one, or the language head with its own.
@@ -533,15 +575,17 @@ class _Bare:
         model = self._prepared(work, None)
         sizes: dict[str, list[float]] = {"layer": [0.0], "words": [0.0], "rest": []}
         for unit, own in _gathered_together(model, work, dtype):
-            whole = sum(p.numel() * (2 if unit.rounded else 4 if p.requires_grad else dtype.itemsize) for p in own)
+            size = sum(p.numel() * (2 if unit.rounded else 4 if p.requires_grad else dtype.itemsize) for p in own)
             summed = sum(p.numel() * (6 if unit.rounded else 4) for p in own if p.requires_grad)
-            if unit.module is model:
-                sizes["rest"].append(whole)
+            if whole or unit.module is model:
+                sizes["rest"].append(size)
             elif unit.module is model.get_input_embeddings():
-                sizes["words"].append(whole)
+                sizes["words"].append(size)
             else:
-                next_one = whole if isinstance(unit.module, GradientCheckpointingLayer) else 0
-                sizes["layer"].append(whole + next_one + summed)
+                next_one = size if isinstance(unit.module, GradientCheckpointingLayer) else 0
+                sizes["layer"].append(size + next_one + summed)
+        if whole:
+            return sum(sizes["rest"])
         return sum(max(found) for found in (sizes["rest"], [*sizes["layer"], *sizes["words"]]))
 
     def _prepared(self, work: Work, layers: int | None) -> Any:
@@ -581,7 +625,7 @@ class _Bare:
 
     def _count(self, work: Work, dtype: torch.dtype, samples: int, layers: int) -> Counted:
         recompute = work.train is not None and work.train.activation_checkpointing
-        trains, shared = work.train is not None, work.train is not None and work.train.sharding == "full"
+        trains, shared = work.train is not None, work.state is not None and work.state.sharding == "full"
         asked = (work.tokens, work.answers, work.pieces, work.frozen_towers, samples, layers)
         key = (str(work.model), dtype, recompute, trains, shared, *asked)
         if key not in self._counted:

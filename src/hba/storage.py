@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -50,6 +51,7 @@ _LONGEST_PAUSE = 15.0
 SILENT_SECONDS = 900.0
 """a single read that takes longer will never end: a file server that is gone holds its readers for ever"""
 _PLENTY_BYTES = 256 << 20
+_NAMED = 5  # samples in a message
 _AGAIN = "Then run the same command again; it goes on where it stopped."
 
 
@@ -175,6 +177,50 @@ def machine_fault(error: BaseException, where: str) -> MachineError | None:
         fix = f"Check the disk, or the file server and its mount. {_AGAIN}"
         return MachineError(f"cannot be read ({said}): its storage does not answer", where=where, fix=fix)
     return None
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether torch, or Python, had no memory for what a device was to compute."""
+    of_torch = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and of_torch)
+
+
+@contextmanager
+def room(batch: Any, keys: Callable[[], Sequence[str]] = tuple, *, what: str = "", fix: str = "") -> Iterator[None]:
+    """Around what a device computes of `batch`, or without one of `what`. Raises MachineError where it has no room.
+
+    The error names the samples, the longest of them in tokens, what was in use, and which of `keys` to set; `fix`
+    stands behind.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not lacks_memory(error):
+            raise
+        where = ""
+        if batch is not None:
+            tokens_B = getattr(batch, "num_tokens", None)  # features of a frozen backbone have no tokens any more
+            lengths = "" if tokens_B is None else f" of up to {int(tokens_B.max()):,} tokens"
+            what = f"a {what or 'batch'} of {plural(len(batch), 'sample')}{lengths}"
+            ids = dict.fromkeys(getattr(sample, "id", str(sample)) for sample in batch.samples)
+            where = f"samples {', '.join([*ids][:_NAMED])}"
+        advice = f"Use {' or '.join(keys())}; " if keys() else ""
+        advice = f"{advice}`hba fit MODEL --gpu GB` tells what fits. {fix}".rstrip()
+        raise MachineError(f"no room for {what}{_in_use()}", where=where, fix=advice) from None
+
+
+def halved(key: str, batch: Any) -> Callable[[], list[str]]:
+    """For `room`: `key` at half of the samples that were tried, where there are several."""
+    return lambda: [f"{key}={len(batch) // 2}"] if len(batch) > 1 else []
+
+
+def _in_use() -> str:
+    """What of the GPU's memory tensors have had at once, where torch has one."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return ""
+    used, size = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
+    return f" ({used / 2**30:.1f} of {size / 2**30:.1f} GiB of {torch.cuda.get_device_name()} were in use)"
 
 
 def _memory_is_short() -> bool:

@@ -148,6 +148,18 @@ def test_labels_alone_are_said_or_weighed(tmp_path, mini_atlas, backbone):
         predict(backbone, tmp_path / "x", mini_atlas, "generation.format=think", "generation.constrain=labels")
 
 
+def test_a_device_without_room_is_told_of_in_one_sentence(tmp_path, mini_atlas, backbone, hba, monkeypatch):
+    """For answers with their samples; on the way to the device without."""
+    monkeypatch.setattr(OmniSapiens, "say", lambda *_, **__: torch.empty(1 << 56))  # no machine has that
+    asked = ["--atlas", mini_atlas, "--backend", "hf", "--split", "test[:4]", *SETTINGS]
+    code, _, err = hba("predict", backbone, "--run", tmp_path / "said", *asked, "batch_size=2")
+    assert code == 1 and "Traceback" not in err
+    assert "samples test/" in err and "no room for a batch of 2 samples" in err and "Use batch_size=1;" in err
+    monkeypatch.setattr(OmniSapiens, "to", lambda *_: torch.empty(1 << 56))
+    code, _, err = hba("predict", backbone, "--run", tmp_path / "moved", *asked)
+    assert code == 1 and err.splitlines()[-1].startswith("error: no room in memory (") and "Traceback" not in err
+
+
 def test_sampling_is_by_seed(tmp_path, mini_atlas, backbone):
     warm = ["generation.temperature=1.0", "generation.seed=1"]
     _, one = predict(backbone, tmp_path / "one", mini_atlas, *warm)

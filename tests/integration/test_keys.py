@@ -20,6 +20,7 @@ import types
 import typing
 from collections import Counter
 from contextlib import redirect_stderr
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -46,6 +47,7 @@ from hba.evaluate.judge.run import JudgeConfig, judge_items
 from hba.evaluate.predict import EVERYTHING, open_rows
 from hba.model.checkpoint import load_processor, resolve
 from hba.model.process import start_accelerator
+from hba.model.weights import language_layers
 from hba.remote import ChatRequest, RemoteClient, ServiceError
 from hba.rl import local, rollout
 from hba.rl.config import RlConfig
@@ -188,6 +190,8 @@ class Lab:
             name, *arguments = look.split()
             sights = {"error": ""}
             with self.patch.context() as patch, redirect_stderr(io.StringIO()) as said:
+                # The same graphs without kernels, which take minutes to build.
+                patch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
                 try:
                     getattr(self, name)(patch, sights, [*map(self.filled, (*context, *changes))], *arguments)
                 except HbaError as error:
@@ -340,7 +344,11 @@ class Lab:
         sights["weights"] = digest(model.state_dict())
         sights["log"] = self.log_of(folder)
         sights["recomputed"] = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
-        sights["sharded"] = is_sharded(model)
+        sights["sharded"], sights["compiled"] = is_sharded(model), self.compiled(model)
+
+    @staticmethod
+    def compiled(model):
+        return all(hasattr(layer.forward, "func") for layer in language_layers(model).layers)
 
     @staticmethod
     def log_of(folder):
@@ -461,6 +469,7 @@ class Lab:
                 getattr(part, "gradient_checkpointing", False) for part in setup.policy.modules()
             )
             sights["sharded"] = is_sharded(setup.policy)
+            sights["compiled"] = self.compiled(setup.policy.transformer)
             return update(setup, pieces, everyone, rate)
 
         def saves(place, progress, *more):
@@ -710,7 +719,8 @@ SHARED = [  # look, context, changes: the sight of each
         for change, sight in {
             "train.epochs=2": "log", "train.max_steps=3": "log", "train.batch_size=3": "parts",
             "train.accumulation=2": "log", "train.device_batch_size=2": "parts", "train.device_tokens=700": "parts",
-            "train.activation_checkpointing=true": "recomputed", "train.learning_rate=0.02": "weights",
+            "train.activation_checkpointing=true": "recomputed", "train.compile=true": "compiled",
+            "train.learning_rate=0.02": "weights",
             "train.warmup_share=0.9": "weights", "train.final_share=0.9": "weights",
             "train.schedule=constant": "weights", "train.warmup_steps=3": "weights",
             "train.weight_decay=0.5": "weights", "train.optimizer=adamw8bit": "weights",
@@ -721,8 +731,10 @@ SHARED = [  # look, context, changes: the sight of each
             "mix.subsample=0.5": "parts",
         }.items()
     ),
+    ("stage sft", SFT, {"train.kernels=liger": "error"}),
     ("steps processes", STEPS, {"train.sharding=full": "sharded"}),
     ("steps", [*STEPS, "train.validate_every=1"], {"train.early_stopping=1": "log"}),
+    ("steps", [*STEPS, "model.strategy=full", "answer_weight=1"], {"train.lm_head_learning_rate=0.5": "weights"}),
     ("stage sft", SFT, {"train.head_learning_rate=0.5": "peaks", "train.lora_learning_rate=0.25": "peaks"}),
     *(
         ("encoded", SFT, {change: sight})
@@ -843,7 +855,9 @@ RL_CASES = [
     ("rl", RL, {"train.validate_every=1": "saves"}),
     ("rl", [*RL, "train.max_steps=null", "train_split=train[:4]"], {"train.epochs=2": "saves"}),
     ("rl", RL, {"train.warmup_share=0.9": "log"}),
-    ("rl", RL, {"train.head_learning_rate=0.1": "error"}),
+    ("rl", RL, {"train.head_learning_rate=0.1": "error", "train.lm_head_learning_rate=0.1": "error"}),
+    ("rl", RL, {"train.compile=true": "compiled"}),
+    ("rl", RL, {"train.kernels=liger": "error"}),
     ("rl", [*RL, "train.warmup_share=0.9"], {"train.warmup_steps=0": "log"}),
     ("rl", [*RL, "train.max_steps=3"], {"train.schedule=constant": "log"}),
     ("rl", [*RL, "train.max_steps=3", "train.validate_every=1"], {"train.early_stopping=1": "saves"}),

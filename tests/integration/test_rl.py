@@ -19,14 +19,14 @@ from hba.batch.config import EncodeConfig, LoaderConfig
 from hba.batch.encode import collate, encoder_for
 from hba.batch.prompt import FormatMix
 from hba.batch.sampler import MixConfig
-from hba.errors import HbaError, InputError
+from hba.errors import HbaError, InputError, MachineError
 from hba.model import OmniSapiens
 from hba.model.generate import media_token_ids
 from hba.report.page import write_report
 from hba.rl import evaluation_log, local, rollout
 from hba.rl.prompts import PromptFeed
 from hba.rl.rewards import RewardConfig, Scorer
-from hba.rl.rollout import Draws, PolicySampler, probabilities, roll_out
+from hba.rl.rollout import Draws, Place, PolicySampler, Prompts, probabilities, roll_out
 from hba.run import RunFolder
 from hba.storage import read_json, read_jsonl
 from hba.train.config import TrainConfig
@@ -123,6 +123,16 @@ def test_what_a_row_draws_does_not_depend_on_the_rows_beside_it(policy, encoded)
     with torch.no_grad():
         found = probabilities(policy, policy, rolled.batch, 1.0)
     torch.testing.assert_close(found.logps_BL, rolled.sampler_logps_BL, atol=4e-6, rtol=0)
+
+
+def test_a_device_without_room_for_responses_says_what_to_change(policy, encoded, monkeypatch):
+    monkeypatch.setattr(OmniSapiens, "say", lambda *_, **__: torch.empty(1 << 56))  # no machine has that
+    batch = batch_of(encoded, encoded.samples)
+    places = tuple(Place(0, number) for number in range(len(batch)))
+    draws = Draws("", 4, 1.0, size_key="validation_batch_size")
+    with pytest.raises(MachineError, match="no room for a batch of 3 samples of up to") as told:
+        PolicySampler(policy).draw([Prompts(batch, places)], draws)
+    assert "a lower validation_batch_size or a lower rollout.max_new_tokens" in told.value.fix
 
 
 def test_tokens_are_drawn_as_often_as_they_are_probable(policy, encoded):

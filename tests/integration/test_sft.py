@@ -4,17 +4,22 @@ import json
 import math
 import shutil
 import sys
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 from ranks import Dies
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
 from hba.config import load_config
-from hba.errors import HbaError, InputError
+from hba.errors import ConfigError, HbaError, InputError, MachineError
+from hba.model import OmniSapiens
+from hba.model.checkpoint import ADAPTER
 from hba.run import RunFolder
 from hba.storage import read_jsonl
+from hba.train import loop
 from hba.train.config import SftConfig, TrainConfig
 from hba.train.loop import learning_rate_at
 from hba.train.sft import train_sft
@@ -81,6 +86,59 @@ def test_killed_and_resumed_equals_uninterrupted(straight, launch, tmp_path, min
     assert logged(run, "validation") == logged(straight, "validation")
     ours, theirs = (load_file(r / "checkpoints/step_6/model.safetensors") for r in (run, straight))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_compiled_layers_train_and_resume_as_plain_ones_do(tmp_path, mini_atlas, backbone, monkeypatch):
+    """In bfloat16, with LoRA, dropout and layers computed twice. The graphs run by the backend `eager`, which rounds as
+    the model does: to build kernels takes minutes. One graph serves all layers, but the first, below which none trains.
+    """
+    config = ["model.strategy=lora", "model.dtype=bfloat16", "train.activation_checkpointing=true", "train.max_steps=2"]
+    config += ["train.validate_every=1", "validation_split=validation[:4]", "train.batch_size=2"]
+    train(tmp_path / "plain", settings(mini_atlas, backbone, *config))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    compiled = settings(mini_atlas, backbone, *config, "train.compile=true")
+    counters.clear()
+    saved = loop.save_state
+
+    def killed(*arguments):
+        saved(*arguments)
+        raise InterruptedError
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(loop, "save_state", killed)
+        train(tmp_path / "compiled", compiled)
+    train(tmp_path / "compiled", compiled)
+    assert counters["frames"]["ok"] == counters["frames"]["total"] > 0 and not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] <= 4
+    assert logged(tmp_path / "compiled") == logged(tmp_path / "plain")
+    ours, theirs = (load_file(tmp_path / name / "checkpoints/step_2" / ADAPTER) for name in ("compiled", "plain"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_without_a_compiler_nothing_is_loaded(tmp_path, mini_atlas, backbone, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigError, match=r"torch.compile needs a C\+\+ compiler \(no-such-compiler\)") as told:
+        train(tmp_path / "run", settings(mini_atlas, backbone, "train.compile=true"))
+    assert told.value.where == "train.compile" and "train.compile=false" in told.value.fix
+
+
+@pytest.mark.parametrize(
+    ("key", "asked"), [("model.attention", "flash_attention_2"), ("train.kernels", "liger")], ids=["flash", "liger"]
+)
+def test_what_needs_a_gpu_is_refused_before_anything_is_loaded(hba, tmp_path, key, asked):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    code, _, err = hba("train", "sft", "--run", tmp_path / "run", "atlas=/nowhere", "model.name=/tmp", f"{key}={asked}")
+    said = " ".join(err.split())
+    assert code == 2 and f"{key}: {asked} needs a GPU, and there is none. Fix: Use {key}=" in said
+
+
+def test_a_validation_without_room_names_its_batch(tmp_path, mini_atlas, backbone, monkeypatch):
+    monkeypatch.setattr(OmniSapiens, "classify", lambda *_: torch.empty(1 << 56))  # no machine has that
+    config = settings(mini_atlas, backbone, "train.max_steps=1", "datasets=[tess]", "validation_split=validation")
+    with pytest.raises(MachineError, match=r"no room for a batch of \d samples of up to \d+ tokens") as told:
+        train(tmp_path / "run", config)
+    assert "Use validation_batch_size=" in told.value.fix and "validation/" in told.value.where
 
 
 def test_mean_losses_of_the_log_are_those_of_an_uninterrupted_run(launch, tmp_path, mini_atlas, backbone):

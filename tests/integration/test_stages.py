@@ -15,7 +15,7 @@ from hba import open_atlas
 from hba.batch.config import EncodeConfig
 from hba.batch.encode import IGNORED, Encoder, collate
 from hba.config import load_config
-from hba.errors import InputError
+from hba.errors import InputError, MachineError
 from hba.evaluate.config import PredictConfig
 from hba.evaluate.predict import predict_run
 from hba.model import OmniSapiens, checkpoint
@@ -186,6 +186,10 @@ def test_states_predict_the_next_token_once_shifted_once_normed(base, mini_atlas
         assert feature.tokens_L.tolist() == [*tokens, end]
         expected_LV = logits_BTV[row, -len(feature.tokens_L) - 1 : -1]
         torch.testing.assert_close(model.transformer.lm_head(feature.states_LH), expected_LV, atol=1e-4, rtol=1e-4)
+    model.forward = lambda batch: torch.empty(1 << 56)  # no machine has that
+    with pytest.raises(MachineError, match=r"no room for a batch of \d+ samples of up to") as told:
+        extract(model, batch)
+    assert f"features.batch_size={len(batch) // 2}" in told.value.fix and batch.samples[0].id in told.value.where
 
 
 def test_exact_under_teacher_forcing_is_what_greedy_decoding_gives(runs, mini_atlas):

@@ -30,6 +30,7 @@ from hba.model.bam import AdapterSpec, Bam, load_bam, save_bam
 from hba.model.config import ModelConfig, computes_bfloat16
 from hba.model.omni import apply_strategy
 from hba.model.weights import INDEX, Piece, Weights, give_precision, write_weights
+from hba.train.config import TrainConfig
 from hba.train.ranks import prepare_model, whole_weights
 from hba.train.sft import sft_loss
 
@@ -318,7 +319,7 @@ def test_one_process_that_was_launched_as_many_are_holds_its_one_shard(halved, g
     """So that one GPU can show what sharding does."""
     mapped = OmniSapiens.from_pretrained(halved, dtype="float32", mapped=True)
     apply_strategy(mapped, ModelConfig(name="x", strategy="full"))
-    prepared = prepare_model(mapped, Accelerator(cpu=True), shard=True, checkpoint_activations=False)
+    prepared = prepare_model(mapped, Accelerator(cpu=True), TrainConfig(sharding="full"))
     expected = dict(OmniSapiens.from_pretrained(halved, dtype="float32").transformer.named_parameters())
     for name, parameter in prepared.transformer.named_parameters():
         assert isinstance(parameter, DTensor) and torch.equal(parameter.full_tensor(), expected[name])
@@ -336,7 +337,7 @@ def passed(backbone, mini_atlas, accelerator, **how):
     torch.manual_seed(0)
     model = OmniSapiens.from_pretrained(backbone, dtype="float32")
     model.untie_lm_head()
-    model = prepare_model(model.train(), accelerator, **how)
+    model = prepare_model(model.train(), accelerator, TrainConfig(**how))
     rows = open_atlas(mini_atlas, split="train").filter(datasets=["tess"])
     small = EncodeConfig(num_frames=2, min_pixels=3136, max_pixels=3136)
     encoder = Encoder(model.processor, small, rows.taxonomy, answers=True)
@@ -358,9 +359,9 @@ def test_sharded_training_in_bfloat16_keeps_no_copy_of_a_gathered_weight(
     backbone, mini_atlas, group, in_bfloat16, recomputed
 ):
     """And the pass in which nothing is rounded that autocast would not round, with the embeddings given back."""
-    how = {"checkpoint_activations": recomputed}
-    whole, expected, with_copies = passed(backbone, mini_atlas, in_bfloat16, shard=False, **how)
-    model, loss, kept = passed(backbone, mini_atlas, in_bfloat16, shard=True, **how)
+    how = {"activation_checkpointing": recomputed}
+    whole, expected, with_copies = passed(backbone, mini_atlas, in_bfloat16, **how)
+    model, loss, kept = passed(backbone, mini_atlas, in_bfloat16, sharding="full", **how)
     assert loss.item() == expected.item()
     layers, head = model.transformer.model.layers, model.transformer.lm_head
     inside = sum(p.numel() for p in layers.parameters() if p.ndim == 2)

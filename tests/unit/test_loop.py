@@ -217,7 +217,8 @@ def test_the_rate_rises_and_then_goes_as_its_schedule_says():
 
 
 def test_groups_train_at_rates_of_their_own():
-    model = nn.ModuleDict({"heads": nn.Linear(2, 2), "lora_A": nn.Linear(2, 2), "bam": nn.Linear(2, 2)})
+    names = ("heads", "lora_A", "bam", "lm_head")
+    model = nn.ModuleDict({name: nn.Linear(2, 2) for name in names})
 
     def peaks(rates=(), **config):
         optimizer = build_optimizer(model, TrainConfig(learning_rate=1e-4, **config), dict(rates))
@@ -225,9 +226,13 @@ def test_groups_train_at_rates_of_their_own():
         return {names[id(p)]: group["peak"] for group in optimizer.param_groups for p in group["params"]}
 
     assert set(peaks().values()) == {1e-4}
-    own = peaks({"bam": 5e-3}, head_learning_rate=1e-3, lora_learning_rate=2e-4)
-    assert own == {"heads": 1e-3, "lora_A": 2e-4, "bam": 5e-3}
-    for key, what in (("head_learning_rate", "classification head"), ("lora_learning_rate", "LoRA layer")):
+    own = peaks({"bam": 5e-3}, head_learning_rate=1e-3, lora_learning_rate=2e-4, lm_head_learning_rate=3e-5)
+    assert own == {"heads": 1e-3, "lora_A": 2e-4, "bam": 5e-3, "lm_head": 3e-5}
+    for key, what in (
+        ("head_learning_rate", "classification head"),
+        ("lora_learning_rate", "LoRA layer"),
+        ("lm_head_learning_rate", "language head of its own"),
+    ):
         with pytest.raises(ConfigError, match=f"no {what} trains here") as told:
             build_optimizer(nn.Linear(1, 1), TrainConfig(**{key: 1e-3}), {})
         assert told.value.where == f"train.{key}"
@@ -238,18 +243,20 @@ def test_groups_train_at_rates_of_their_own():
     [
         (SftConfig, ["model.strategy=lora"], {"head", "lora"}),
         (SftConfig, ["model.strategy=full"], {"head"}),
+        (SftConfig, ["model.strategy=full", "answer_weight=1"], {"head", "lm_head"}),
         (LmConfig, ["model.strategy=lora"], {"lora"}),
-        (LmConfig, ["model.strategy=full"], set()),
+        (LmConfig, ["model.strategy=full"], {"lm_head"}),
         (RlConfig, ["model.strategy=lora"], {"lora"}),
         (RlConfig, ["model.strategy=full"], set()),
+        (RlConfig, ["model.strategy=full", "freeze_towers=false"], {"lm_head"}),
         (QaConfig, ["base=b"], set()),
         (BamConfig, ["base=b", "stage=adapters"], set()),
         (BamConfig, ["base=b", "stage=adapters+heads"], {"head"}),
-        (BamConfig, ["base=b", "stage=full"], {"head", "lora"}),
+        (BamConfig, ["base=b", "stage=full"], {"head", "lora", "lm_head"}),
     ],
 )
 def test_a_rate_of_what_does_not_train_is_refused_by_the_config(kind, given, trains):
-    for what in ("head", "lora"):
+    for what in ("head", "lora", "lm_head"):
         asked = ["atlas=a", *given, f"train.{what}_learning_rate=1e-3"]
         if what in trains:
             load_config(kind, None, asked)

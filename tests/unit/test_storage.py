@@ -10,13 +10,14 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from hba.errors import InputError, MediaError
+from hba.errors import InputError, MachineError, MediaError
 from hba.storage import (
     AppendLog,
     StorageError,
@@ -25,9 +26,11 @@ from hba.storage import (
     check_relative,
     confined_path,
     file_sha256,
+    halved,
     json_sha256,
     read_json,
     read_jsonl,
+    room,
     write_json,
 )
 
@@ -365,3 +368,28 @@ def test_a_growing_file_is_read_as_far_as_it_is_whole(tmp_path: Path) -> None:
     path.write_text('{"step": 1\n{"step": 2}\n')
     with pytest.raises(InputError, match=r"log\.jsonl:1"):
         list(read_jsonl(path, growing=True))
+
+
+@dataclass(frozen=True)
+class Held:
+    """A batch of samples on a device."""
+
+    samples: tuple
+
+    num_tokens = torch.tensor([7, 90])
+
+    def __len__(self):
+        return len(self.samples)
+
+
+def test_what_a_device_has_no_room_for_is_named_with_what_to_change():
+    batch = Held(("train/1", "train/1", "train/2"))
+    with pytest.raises(MachineError) as told, room(batch, halved("batch_size", batch), fix="It goes on."):
+        torch.empty(1 << 56)  # no machine has that
+    assert told.value.what == "no room for a batch of 3 samples of up to 90 tokens"
+    assert told.value.where == "samples train/1, train/2" and told.value.fix.startswith("Use batch_size=1; `hba fit")
+    assert told.value.fix.endswith("It goes on.") and halved("batch_size", Held(("train/1",)))() == []
+    with pytest.raises(MachineError, match=r"^no room for the step\. Fix: `hba fit"), room(None, what="the step"):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    with pytest.raises(RuntimeError, match="shapes"), room(batch):
+        raise RuntimeError("shapes do not match")

@@ -34,9 +34,11 @@ from hba.cli.start import demo_command, doctor_command, explore_command, tiny_co
 from hba.cli.train import FIRST, FIT_EXAMPLE, SFT_EXAMPLE, TRANSFER_EXAMPLE, fit_command, train_app, transfer_command
 from hba.environment import EXTRAS, install_fix
 from hba.errors import HbaError, InputError, StoppedError
+from hba.storage import lacks_memory
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 INTERRUPTED = 130  # what typer makes of Ctrl-C
+MORE_ROOM = "Take a smaller model, 4 bits (quantization=nf4) or a larger GPU; `hba fit MODEL --gpu GB` tells what fits."
 
 # Under `hba` alone: what to type next.
 BEGIN = """Example: hba demo                       all steps on made-up data, in minutes
@@ -123,6 +125,12 @@ def main() -> None:
             raise
         sys.stderr.write(f"error: needs {error.name}, which is not installed. Fix: {install_fix(extra)}.\n")
         raise SystemExit(InputError.exit_code) from None
+    except (RuntimeError, MemoryError) as error:
+        # Where nobody knew what it was for: a model on its way to its device, a merge.
+        if not lacks_memory(error):
+            raise
+        sys.stderr.write(f"error: no room in memory ({str(error).splitlines()[0][:200]}). Fix: {MORE_ROOM}\n")
+        raise SystemExit(1) from None
     except OSError as error:
         # A file that cannot be read or written for a reason that no module foresaw: the user's disk, not a bug.
         name = error.filename2 or error.filename  # the second is where a finished file should have gone

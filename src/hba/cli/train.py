@@ -472,4 +472,6 @@ def _fit(found: Fit) -> Iterator[RenderableType]:
             yield "  No setting known here makes it fit: take a smaller model or a larger GPU."
     epoch = "" if found.epoch_hours is None else f", {found.epoch_hours:,.1f} hours an epoch"
     assumed = f"{found.gpu.name}: {found.gpu.tflops:g} TFLOP/s as stated, of which 35 % are assumed"
+    if found.sampling_share:
+        epoch += f", {found.sampling_share:.0%} of the time drawing responses, each of the greatest length"
     yield f"About {found.samples_per_second:,.1f} samples a second{epoch} ({assumed})."

@@ -27,9 +27,9 @@ from hba.atlas.names import hub_id_of, parse_hub_id
 from hba.batch.config import EncodeConfig
 from hba.batch.encode import TextProcessor
 from hba.batch.encode import require_perceived as require_perceived_by
-from hba.errors import InputError, nearest
+from hba.errors import ConfigError, InputError, nearest
 from hba.model.bam import FOLDER
-from hba.model.config import AsTrained, Quantization, Strategy, computes_bfloat16, require_place
+from hba.model.config import AsTrained, Quantization, Strategy, computes_bfloat16, require_gpu_package, require_place
 from hba.model.heads import DomainHeads
 from hba.model.weights import (
     Fit,
@@ -44,7 +44,7 @@ from hba.model.weights import (
     some,
     without_load_reports,
 )
-from hba.storage import file_sha256, json_sha256, plural, read_json, write_json
+from hba.storage import file_sha256, json_sha256, lacks_memory, plural, read_json, write_json
 
 FORMAT = 1
 CARD = "hba.json"
@@ -317,6 +317,16 @@ def resolve_dtype(dtype: str) -> torch.dtype:
     return known[dtype]
 
 
+def require_attention(attention: str, dtype: str = "bfloat16", *, where: str = "attention") -> None:
+    """Raise ConfigError where flash attention cannot be had: without a GPU, its package, or a `dtype` of 16 bits."""
+    if attention != "flash_attention_2":
+        return
+    require_gpu_package(where, attention, "flash_attn", "flash-attn", "sdpa")
+    if resolve_dtype(dtype) is torch.float32:
+        what = f"{attention} computes in bfloat16, and the model in float32"
+        raise ConfigError(what, where=where, fix=f"Use dtype bfloat16, or {where}=sdpa.")
+
+
 def base_of(folder: Path) -> str:
     """The folder or hub id whose weights a checkpoint stands on: its own, where everything was trained.
 
@@ -476,11 +486,10 @@ def load_backbone(
         with without_load_reports():
             model, info = model_class.from_pretrained(name, **options, output_loading_info=True)
     except (OSError, SafetensorError, RuntimeError) as error:
+        if lacks_memory(error):
+            raise
         fix = "Check the name; a hub model needs a network or a filled cache."
         raise InputError(f"cannot load backbone ({str(error).splitlines()[0]})", where=name, fix=fix) from error
-    except ImportError as error:
-        fix = "Install it, or use model.attention=sdpa."
-        raise InputError(f"{attention} is not installed ({str(error).splitlines()[0]})", where=name, fix=fix) from error
     if info["missing_keys"]:
         found = f"{plural(len(info['missing_keys']), 'weight', 'is|are')} missing: {some(sorted(info['missing_keys']))}"
         fix = "Its files are not whole: download it again."
@@ -525,6 +534,8 @@ def load_adapter(model: Any, folder: Path) -> None:
             peft_config, whole = PeftConfig.from_pretrained(folder), {"lora_": torch.float32}
             info = model.load_adapter(adapter_state_dict=given, peft_config=peft_config, dtype_plan=whole)
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        if lacks_memory(error):
+            raise
         shapes = {f"base_model.model.{_unnamed(name)}": list(p.shape) for name, p in model.named_parameters()}
         wrong = [
             f"{name} is {list(each.shape)}, expected {shapes[name]}"

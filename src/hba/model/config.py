@@ -54,6 +54,17 @@ def require_bitsandbytes(asked: str, *, of_it: bool, where: str) -> None:
         raise ConfigError(f"{asked} needs bitsandbytes, which is not installed", where=where, fix=fix)
 
 
+def require_gpu_package(key: str, asked: str, module: str, package: str, other: str) -> None:
+    """Raise ConfigError where what is `asked` for by `key` needs a GPU, or a package, that is not there."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError(f"{asked} needs a GPU, and there is none", where=key, fix=f"Use {key}={other}.")
+    if find_spec(module) is None:
+        fix = f"pip install {package}, or use {key}={other}."
+        raise ConfigError(f"{asked} needs {package}, which is not installed", where=key, fix=fix)
+
+
 def computes_bfloat16(capability: tuple[int, int] | None) -> bool:
     """Whether a GPU of that CUDA compute capability computes in bfloat16 itself (8.0, Ampere, and later); None: no GPU.
 

@@ -97,6 +97,7 @@ class OmniSapiens(nn.Module):
         card = None if folder is None else checkpoint.read_card(folder)
         kind = checkpoint.quantization_of(card) if quantization == "auto" else quantization
         require_bitsandbytes(kind, of_it=kind != "none", where=str(path))
+        checkpoint.require_attention(attention)
         if folder is not None and not heads and (folder / FOLDER).is_dir():
             fix = "Use --backend heads, or the run of the stage before."
             raise InputError("the checkpoint has BAM adapters, which a chat model ignores", where=str(folder), fix=fix)
@@ -452,6 +453,69 @@ def recompute_layers(transformer: Any) -> None:
 def _as_in_the_first_pass(layer: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """What a layer is computed in, in the forward pass (whose own context it has already) and again in the backward."""
     return nullcontext(), as_they_come(layer)
+
+
+def compile_layers(transformer: Any) -> None:
+    """Let torch.compile make kernels of the layers of the language model, for passes of training.
+
+    Each layer by itself: they are alike, and what is compiled for one serves all. What waits in front of a layer
+    (hooks, the gathering of a split model, recomputation) stays outside. Sizes are not compiled in: steps of other
+    lengths find what is there. Generation, whose cache grows, and evaluation run as they are.
+    """
+    from torch import _dynamo as dynamo
+
+    # Layers share their code and its limit: they differ in what trains below them, kind of attention, mask, batch of 1.
+    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, 64)
+    for layer in language_layers(transformer).layers:
+        plain: Callable[..., Any] = layer.forward
+        layer.forward = partial(_compiled_in_training, layer, plain, torch.compile(plain, dynamic=True))
+
+
+def liger_layers(transformer: Any) -> None:
+    """Let Liger's kernels compute norms and gated products in the layers of the language model, and its last norm.
+
+    They keep less for the backward pass. A family whose norms or products are others keeps its own. Raises InputError
+    for one of which nothing is left.
+    """
+    from liger_kernel.ops import LigerRMSNormFunction, LigerSiLUMulFunction
+
+    def normed(norm: Any, states: Tensor) -> Tensor:
+        how = (norm.variance_epsilon, 0.0, "llama", False)  # in place it would change gradients of what goes past it
+        found: Tensor = LigerRMSNormFunction.apply(states, norm.weight, *how)
+        return found
+
+    def gated(product: Any, states: Tensor) -> Tensor:
+        inner = LigerSiLUMulFunction.apply(product.gate_proj(states), product.up_proj(states))
+        found: Tensor = product.down_proj(inner)
+        return found
+
+    prefix, layers = language_layers(transformer)
+    last = [module for name, module in transformer.named_modules() if name == f"{prefix}norm"]
+    count = 0
+    each: Any
+    for each in [*layers.modules(), *last]:
+        if hasattr(each, "variance_epsilon") and getattr(each, "weight", None) is not None:
+            each.forward = partial(normed, each)
+        elif hasattr(each, "gate_proj") and hasattr(each, "up_proj") and is_silu(getattr(each, "act_fn", None)):
+            each.forward = partial(gated, each)
+        else:
+            continue
+        count += 1
+    if not count:
+        what = "Liger has no kernels for the layers of this family"
+        raise InputError(what, where=type(transformer).__name__, fix="Use train.kernels=none.")
+
+
+def is_silu(function: Any) -> bool:
+    """Whether an activation is SiLU."""
+    return isinstance(function, nn.SiLU) or type(function).__name__ == "SiLUActivation"
+
+
+def _compiled_in_training(
+    layer: nn.Module, plain: Callable[..., Any], compiled: Callable[..., Any], *args: Any, **given: Any
+) -> Any:
+    alone = layer.training and given.get("past_key_values") is None
+    return (compiled if alone else plain)(*args, **given)
 
 
 @contextmanager

@@ -191,7 +191,9 @@ class RlConfig:
             what = "the policy that samples is the policy that learns: there is no mismatch to correct"
             raise ConfigError(what, where="loss.importance_cap", fix="Leave it out, or use rollout.sampler=server.")
         refuse_quantized_training(self.model.quantization, self.model.strategy, self.train)
-        refuse_idle_rates(self.train, heads=False, lora=self.model.strategy == "lora")
+        strategy = self.model.strategy
+        says = strategy == "full" and not self.freeze_towers
+        refuse_idle_rates(self.train, heads=False, lora=strategy == "lora", lm_head=says)
         if self.rollout.sampler == "server":
             unserved = {"quantization": self.model.quantization != "none"}
             if self.model.strategy == "lora":

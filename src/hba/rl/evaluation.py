@@ -66,6 +66,7 @@ def evaluate(
             for way in WAYS:
                 temperature, count = (rollout.temperature, draws) if way == "sampled" else (0.0, 1)
                 wanted = Draws(f"{seed}/evaluation", rollout.max_new_tokens, temperature, count)
+                wanted = wanted._replace(size_key="validation_batch_size")
                 (drawn,) = sampler.draw([prompts], wanted)
                 samples, texts = [sample for sample in batch.samples for _ in range(count)], texts_of(drawn, policy)
                 parts = _judged(samples, texts, drawn.lengths, scorer, encoder.taxonomy)

@@ -16,7 +16,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -49,7 +49,7 @@ from hba.rl.telemetry import CollapseWatch, Outcome, RunLog, Updated
 from hba.run import RunFolder
 from hba.storage import read_json, write_json
 from hba.train.display import TrainingDisplay
-from hba.train.loop import begin, build_optimizer, learning_rate_at, portable, step_seed, stopped_early
+from hba.train.loop import begin, build_optimizer, learning_rate_at, portable, room_to_train, step_seed, stopped_early
 from hba.train.ranks import Ranks, Turn, gathered, is_sharded, prepare_model
 from hba.train.state import STOP, Progress, Saving, read_progress, restore_optimizer, save_state
 
@@ -169,9 +169,10 @@ def _looked_ahead(setup: Setup, part: _Part, *, old: bool) -> _Part:
     """The part with the probabilities of the reference and, with `old`, those before the step."""
     assert part.batch is not None
     temperature = setup.config.rollout.temperature
-    if setup.reference is not None:
-        part = replace(part, reference_logps_BL=setup.reference(part.batch, temperature))
-    return replace(part, old_logps_BL=_probabilities(setup, part).logps_BL) if old else part
+    with _room(setup, part.batch):
+        if setup.reference is not None:
+            part = replace(part, reference_logps_BL=setup.reference(part.batch, temperature))
+        return replace(part, old_logps_BL=_probabilities(setup, part).logps_BL) if old else part
 
 
 def _one_update(setup: Setup, turns: Sequence[Turn[_Part]], outcomes: Sequence[Outcome], rate: float) -> Updated:
@@ -183,11 +184,12 @@ def _one_update(setup: Setup, turns: Sequence[Turn[_Part]], outcomes: Sequence[O
         # Sharded ranks go through their layers together, backwards too.
         signal = setup.reference is not None or any(row and row.advantage for row in turn.batch.outcomes)
         silent = not signal and not is_sharded(policy)
-        with torch.no_grad() if silent else nullcontext():
-            loss, about = _loss(setup, turn.batch)
-            loss = loss * turn.weight
-        if not silent:
-            ranks.backward(loss, policy)
+        with _room(setup, turn.batch.batch):
+            with torch.no_grad() if silent else nullcontext():
+                loss, about = _loss(setup, turn.batch)
+                loss = loss * turn.weight
+            if not silent:
+                ranks.backward(loss, policy)
         losses.append(loss.detach())
         learned.append(about)
     ranks.add_up_gradients(policy)
@@ -206,9 +208,15 @@ def _one_update(setup: Setup, turns: Sequence[Turn[_Part]], outcomes: Sequence[O
     if setup.reference is not None or any(outcome.advantage for outcome in outcomes):
         for group in setup.optimizer.param_groups:
             group["lr"] = group["peak"] * rate
-        setup.optimizer.step()
+        with _room(setup, None):
+            setup.optimizer.step()
     setup.optimizer.zero_grad(set_to_none=True)
     return Updated(mean, grad_norm)
+
+
+def _room(setup: Setup, batch: Batch | None) -> AbstractContextManager[None]:
+    copies = setup.config.rollout.per_prompt
+    return room_to_train(batch, setup.config.train, setup.ranks, copies, "micro-batch")
 
 
 class _Learned(NamedTuple):
@@ -460,6 +468,8 @@ def _sample(setup: Setup, feed: PromptFeed, step: int) -> Sampled:
     """The rollouts of a step, rewarded; with dynamic sampling of as many batches as give enough signal."""
     train, rollout, dynamic = setup.config.train, setup.config.rollout, setup.algorithm.dynamic_sampling
     draws = Draws(f"{train.seed}/training", rollout.max_new_tokens, rollout.temperature)
+    if train.device_tokens is not None:
+        draws = draws._replace(size_key="train.device_tokens")
     taken = train.accumulation if dynamic else min(train.accumulation, len(feed) - step * train.accumulation)
     most = taken + (setup.config.max_extra_batches if dynamic else 0)
     pieces: list[list[Rollouts | None]] = []
@@ -587,11 +597,11 @@ def _setup(
 ) -> Setup:
     accelerator = ranks.accelerator
     scorer = Scorer(config.reward, train.taxonomy)
-    shard, checkpointing = config.train.sharding == "full", config.train.activation_checkpointing
+    shard = config.train.sharding == "full"
     policy = build_policy(config.model, checkpoint, freeze_towers=config.freeze_towers, mapped=shard)
     ranks.wait()  # as in the loop of the other stages: the first exchange of tensors comes next
     # Its probabilities are made of the head's logits a piece at a time.
-    model = prepare_model(policy, accelerator, shard=shard, checkpoint_activations=checkpointing, pieces=True)
+    model = prepare_model(policy, accelerator, config.train, pieces=True)
     policy.train()
     regularised = config.loss.kl_weight > 0
     encoder = encoder_for(policy.processor, config.encode, train.taxonomy, wording=FormatMix((config.format,)))

@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from hba.batch.encode import IGNORED, Batch
 from hba.model.generate import media_token_ids
 from hba.model.omni import Head, OmniSapiens
+from hba.storage import room
 
 # Who draws responses: the policy itself, or a server that is given its weights. Training and evaluations share them.
 #
@@ -79,6 +80,7 @@ class Draws(NamedTuple):
     max_new_tokens: int
     temperature: float  # 0 is greedy
     per_row: int = 1  # responses to each row
+    size_key: str = "train.device_batch_size"  # which says how many rows are drawn at once
 
     def seed_of(self, place: Place) -> bytes:
         """Of all draws at a place."""
@@ -129,7 +131,8 @@ class PolicySampler:
     def _one(self, prompts: Prompts, draws: Draws) -> Drawn:
         options: dict[str, Any] = {"max_new_tokens": draws.max_new_tokens, "temperature": draws.temperature}
         uniforms_BRL = torch.from_numpy(_uniforms(prompts.places, draws))
-        with self._autocast():
+        fewer = [f"a lower {draws.size_key}"] if len(set(prompts.places)) > 1 else []
+        with room(prompts.batch, lambda: [*fewer, "a lower rollout.max_new_tokens"]), self._autocast():
             rounds = [
                 self._policy.say(prompts.batch, **options, uniforms_BL=uniforms_BRL[:, number])
                 for number in range(draws.per_row)

@@ -32,6 +32,7 @@ from hba.model.generate import media_token_ids
 from hba.model.heads import DomainHeads, token_loss
 from hba.model.omni import OmniSapiens, apply_strategy, config_of
 from hba.run import RunFolder
+from hba.storage import halved, room
 from hba.taxonomy import Taxonomy
 from hba.train.config import BamConfig, refuse_quantized_training, refuse_windows_of_shards
 from hba.train.features import (
@@ -47,7 +48,7 @@ from hba.train.features import (
     streamed_batches,
     training_matrix,
 )
-from hba.train.loop import Stage, Validation, begin, mean_over_tasks, planned_rows, train_stage
+from hba.train.loop import KEPT, Stage, Validation, begin, mean_over_tasks, planned_rows, train_stage
 from hba.train.qa import Progressed, exact, exact_matches
 from hba.train.ranks import Ranks
 from hba.train.sft import domains_of
@@ -256,7 +257,8 @@ def validate_bam(
             if not len(batch):
                 continue
             moved = batch.to(ranks.device)
-            output, answers = model(moved), answer_parts(moved)
+            with room(batch, halved("features.batch_size", batch), fix=KEPT):
+                output, answers = model(moved), answer_parts(moved)
             if answers is not None:
                 banned = media_token_ids(base.config, base.processor)
                 hits_B = exact(output.answer_logits_NV, *answers, banned)

@@ -42,12 +42,19 @@ class TrainConfig:
     activation_checkpointing: bool = option(
         False, "save memory: compute layers again in the backward pass", affects_result=False
     )
+    compile: bool = option(
+        False, "compile the layers of the language model (torch.compile): faster steps, some minutes at the start"
+    )
+    kernels: Literal["none", "liger"] = option(
+        "none", "liger: norms and gated products of the language model by Liger's kernels, on a GPU"
+    )
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = option(
         "adamw", "adamw, or with moments in 8 bits; paged: they move to main memory where a GPU is full"
     )
     learning_rate: Rate = option(1e-4, "peak learning rate")
     head_learning_rate: Rate | None = option(None, "peak learning rate of classification heads; as the others")
     lora_learning_rate: Rate | None = option(None, "peak learning rate of LoRA layers; as the others")
+    lm_head_learning_rate: Rate | None = option(None, "peak learning rate of the language head; as the others")
     schedule: Literal["cosine", "linear", "constant"] = option(
         "cosine", "how the learning rate goes on after the warm-up: falling to final_share, or constant"
     )
@@ -111,7 +118,9 @@ class SftConfig:
                 raise ConfigError(found, where="encode.long_audio", fix=WINDOWS_ARE_FOR_HEADS)
             refuse_windows_of_shards(self.encode, self.train)
         refuse_quantized_training(self.model.quantization, self.model.strategy, self.train)
-        refuse_idle_rates(self.train, heads=True, lora=self.model.strategy == "lora")
+        whole = self.model.strategy == "full"
+        says = whole and self.answer_weight > 0
+        refuse_idle_rates(self.train, heads=True, lora=self.model.strategy == "lora", lm_head=says)
 
 
 def refuse_windows_of_shards(encode: EncodeConfig, train: TrainConfig) -> None:
@@ -134,11 +143,19 @@ def refuse_quantized_training(
         raise ConfigError(what, where=where, fix="Use train.sharding=none, or quantization=none.")
 
 
-def refuse_idle_rates(train: TrainConfig, *, heads: bool, lora: bool) -> None:
-    """Raise ConfigError for a learning rate of heads or of LoRA layers where none train."""
+def refuse_idle_kernels(train: TrainConfig) -> None:
+    """Raise ConfigError where layers would be compiled, or computed by other kernels, and none trains."""
+    for key, asked in (("compile", train.compile), ("kernels", train.kernels != "none")):
+        if asked:
+            raise ConfigError("no layer of a language model trains here", where=f"train.{key}", fix="Leave it out.")
+
+
+def refuse_idle_rates(train: TrainConfig, *, heads: bool, lora: bool, lm_head: bool) -> None:
+    """Raise ConfigError for a learning rate of heads, of LoRA layers or of the language head where none train."""
     for key, what, trains in (
         ("head_learning_rate", "classification head", heads),
         ("lora_learning_rate", "LoRA layer", lora),
+        ("lm_head_learning_rate", "language head of its own", lm_head),
     ):
         if getattr(train, key) is not None and not trains:
             raise ConfigError(f"no {what} trains here", where=f"train.{key}", fix="Leave it out.")
@@ -161,8 +178,10 @@ class QaConfig:
     quantization: AsTrained = option("auto", "of the frozen backbone: none, int8, nf4; auto: as it was trained")
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for rates of heads and LoRA, which are frozen."""
-        refuse_idle_rates(self.train, heads=False, lora=False)
+        """Raises ConfigError for rates of heads and LoRA, which are frozen, of lm_head, which alone trains, and for
+        layers to compile."""
+        refuse_idle_rates(self.train, heads=False, lora=False, lm_head=False)
+        refuse_idle_kernels(self.train)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,8 +209,11 @@ class BamConfig:
     quantization: AsTrained = option("auto", "of the frozen backbone: none, int8, nf4; auto: as it was trained")
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for rates of what the stage leaves frozen."""
-        refuse_idle_rates(self.train, heads=self.stage != "adapters", lora=self.stage == "full")
+        """Raises ConfigError for rates of what the stage leaves frozen, and for layers to compile where none trains."""
+        whole = self.stage == "full"
+        refuse_idle_rates(self.train, heads=self.stage != "adapters", lora=whole, lm_head=whole)
+        if self.stage != "full":
+            refuse_idle_kernels(self.train)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,4 +240,5 @@ class LmConfig:
     def __post_init__(self) -> None:
         """Raises ConfigError for quantised weights that would have to train or to be split, and for idle rates."""
         refuse_quantized_training(self.model.quantization, self.model.strategy, self.train)
-        refuse_idle_rates(self.train, heads=False, lora=self.model.strategy == "lora")
+        strategy = self.model.strategy
+        refuse_idle_rates(self.train, heads=False, lora=strategy == "lora", lm_head=strategy == "full")

@@ -47,7 +47,17 @@ from hba.model import checkpoint
 from hba.model.config import AsTrained, require_bitsandbytes
 from hba.model.omni import OmniSapiens, behind_head
 from hba.run import locked_folder
-from hba.storage import StorageError, atomic_write, json_sha256, plural, read_json, remove_abandoned, write_json
+from hba.storage import (
+    StorageError,
+    atomic_write,
+    halved,
+    json_sha256,
+    plural,
+    read_json,
+    remove_abandoned,
+    room,
+    write_json,
+)
 from hba.taxonomy import Taxonomy
 from hba.train.config import FeatureConfig
 from hba.train.ranks import Ranks
@@ -425,8 +435,13 @@ def _module_file(root: Path, name: str) -> Path | None:
 
 @torch.no_grad()
 def extract(model: OmniSapiens, batch: Batch) -> list[Feature]:
-    """The features of each sample: the pooled state of a row with classes, else the normed states of its answer."""
-    output = model(batch)
+    """The features of each sample: the pooled state of a row with classes, else the normed states of its answer.
+
+    Raises MachineError where the device of the model has no room for them.
+    """
+    with room(batch, halved("features.batch_size", batch)):
+        batch = batch.to(model.device)
+        output = model(batch)
     assert output.pooled_BH is not None
     found = [Feature(pooled_H.unsqueeze(0), None) for pooled_H in output.pooled_BH]
     if batch.labels_BT is not None and output.answer_states_NH is not None:
@@ -503,7 +518,7 @@ def _computed(base: FrozenBase, rows: Atlas, batches: Sequence[Indices], config:
     quarantined: list[Quarantined] = []
     for batch in load_batches(rows, encoder, batches, config.loader):
         quarantined += batch.quarantined
-        computed = extract(base.model, batch.to(base.model.device)) if len(batch) else []
+        computed = extract(base.model, batch) if len(batch) else []
         for sample, feature in zip(batch.samples, computed, strict=True):
             tokens = None if feature.tokens_L is None else feature.tokens_L.cpu()
             found[sample.number] = Feature(feature.states_LH.cpu(), tokens)
@@ -561,7 +576,7 @@ def streamed_batches(
 
     def batches() -> Iterator[FeatureBatch]:
         for batch in load_batches(atlas, encoder, plan, loader, start=start):
-            found = extract(model, batch.to(model.device)) if len(batch) else []
+            found = extract(model, batch) if len(batch) else []
             yield assemble(batch.samples, found, atlas.taxonomy, batch.descriptors, batch.quarantined)
 
     return batches()

@@ -26,8 +26,9 @@ from hba.model import checkpoint
 from hba.model.heads import answer_loss
 from hba.model.omni import OmniOutput, OmniSapiens, apply_strategy
 from hba.run import RunFolder
+from hba.storage import halved, room
 from hba.train.config import LmConfig
-from hba.train.loop import Stage, Validation, begin, train_stage
+from hba.train.loop import KEPT, Stage, Validation, begin, train_stage
 from hba.train.ranks import Ranks
 from hba.train.state import Progress
 
@@ -100,7 +101,8 @@ def validate_answers(
     for batch in load_batches(atlas, encoder, plan, config.loader):
         run.quarantine.add_all(batch.quarantined)
         if len(batch):
-            counts.append(_score(model, batch.to(ranks.device)))
+            with room(batch, halved("validation_batch_size", batch), fix=KEPT):
+                counts.append(_score(model, batch.to(ranks.device)))
     done = ranks.gather(counts)
     if not done:
         fix = "Repair the media named in quarantine.jsonl."

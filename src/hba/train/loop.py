@@ -12,12 +12,16 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+from shutil import which
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
@@ -29,13 +33,13 @@ from hba.atlas import Atlas, data_record, open_atlas
 from hba.atlas.rows import Columns, MediaSource, Quarantined, Sample
 from hba.batch.config import EncodeConfig
 from hba.batch.sampler import Indices, MixConfig, epoch_rows, input_tokens, plan_batches
-from hba.errors import ConfigError, HbaError, InputError, MachineError
+from hba.errors import ConfigError, HbaError, InputError
 from hba.model import checkpoint
-from hba.model.config import ModelConfig, Quantization, require_bitsandbytes
+from hba.model.config import ModelConfig, Quantization, require_bitsandbytes, require_gpu_package
 from hba.model.omni import require_lora_layers
 from hba.model.process import prepare_process, start_accelerator
 from hba.run import RunFolder
-from hba.storage import plural, read_json
+from hba.storage import read_json, room
 from hba.train.config import BamConfig, TrainConfig, refuse_idle_rates
 from hba.train.display import TrainingDisplay
 from hba.train.ranks import Ranks, gathered, prepare_model
@@ -193,7 +197,13 @@ def require_installed(config: Any) -> None:
     if optimizer == "paged_adamw8bit" and not torch.cuda.is_available():
         what = "paged_adamw8bit moves moments out of a GPU's memory, and there is no GPU"
         raise ConfigError(what, where="train.optimizer", fix="Use train.optimizer=adamw8bit.")
+    _require_compiler(config.train)
+    if config.train.kernels == "liger":
+        require_gpu_package("train.kernels", "liger", "liger_kernel", "liger-kernel", "none")
     model: ModelConfig | None = getattr(config, "model", None)
+    if model is not None or hasattr(config, "attention"):
+        attention, dtype = (getattr(model or config, name) for name in ("attention", "dtype"))
+        checkpoint.require_attention(attention, dtype, where="attention" if model is None else "model.attention")
     if model is None:
         if isinstance(config, BamConfig) and config.stage == "full":
             _require_base(config)
@@ -210,13 +220,25 @@ def require_installed(config: Any) -> None:
         _require_same_weights(card, model.quantization, key="model.quantization", where=model.name)
 
 
+def _require_compiler(train: TrainConfig) -> None:
+    """Raise ConfigError where layers are to be compiled and nothing here can build the kernels."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    missing = [] if which(compiler) else [f"a C++ compiler ({compiler})"]
+    if torch.cuda.is_available() and find_spec("triton") is None:
+        missing.append("triton")
+    if train.compile and missing:
+        what = f"torch.compile needs {' and '.join(missing)}, which is not installed"
+        raise ConfigError(what, where="train.compile", fix="Install it, or use train.compile=false.")
+
+
 def _require_base(config: BamConfig) -> None:
     """`require_installed` for BAM that trains all of its base, which says itself what it has LoRA of."""
     folder = checkpoint.resolve(config.base)
     if folder is None:
         return  # `FrozenBase` says what it wants
     card = checkpoint.read_card(folder)
-    refuse_idle_rates(config.train, heads=True, lora=card["strategy"] == "lora")
+    strategy = card["strategy"]
+    refuse_idle_rates(config.train, heads=True, lora=strategy == "lora", lm_head=strategy == "full")
     if card["strategy"] != "lora":
         return
     has = checkpoint.quantization_of(card)
@@ -264,7 +286,7 @@ def planned_rows(rows: Atlas, config: StageConfig, groups_N: Indices | None = No
 
 
 _log = logging.getLogger(__name__)
-_SHOWN = 5
+KEPT = "The last checkpoint is good."
 
 
 class Validation(NamedTuple):
@@ -339,19 +361,27 @@ def learning_rate_at(step: int, total: int, config: TrainConfig) -> float:
 
 
 def _peak_rate(name: str, config: TrainConfig, rates: Mapping[str, float]) -> float:
-    """The peak rate of a parameter: of its prefix in `rates`, of heads or LoRA layers, or of all."""
+    """The peak rate of a parameter: of its prefix in `rates`, of heads, LoRA layers or lm_head, or of all."""
     own = next((rate for prefix, rate in rates.items() if name.startswith(prefix)), None)
     if own is None and name.startswith("heads."):
         own = config.head_learning_rate
     if own is None and "lora_" in name:
         own = config.lora_learning_rate
+    if own is None and _of_lm_head(name):
+        own = config.lm_head_learning_rate
     return config.learning_rate if own is None else own
+
+
+def _of_lm_head(name: str) -> bool:
+    """Whether a parameter is of a language head with weights of its own; one that shares them goes by the embeddings'
+    name."""
+    return "lm_head" in name.split(".") and "lora_" not in name
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig, rates: Mapping[str, float]) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters; matrices decay, vectors do not. Each group keeps its `peak` rate.
 
-    Raises ConfigError where nothing trains, or nothing at a rate that is given for heads or LoRA layers.
+    Raises ConfigError where nothing trains, or nothing at a rate that is given for heads, LoRA layers or lm_head.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -363,7 +393,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig, rates: Mapping[str, f
         raise ConfigError("nothing to train: no parameter requires a gradient", fix="Choose another strategy.")
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     heads, lora = any(name.startswith("heads.") for name in names), any("lora_" in name for name in names)
-    refuse_idle_rates(config, heads=heads, lora=lora)
+    refuse_idle_rates(config, heads=heads, lora=lora, lm_head=any(map(_of_lm_head, names)))
     options = [{"params": p, "peak": peak, "lr": peak, "weight_decay": decay} for (peak, decay), p in groups.items()]
     betas = (config.beta1, config.beta2)
     if config.optimizer == "adamw":
@@ -403,8 +433,7 @@ def run_training(stage: Stage[B], plan: Plan, config: TrainConfig, ranks: Ranks,
     """
     total = num_steps(plan, config)
     ranks.wait()  # weights take one process longer to read than another; exchanges of tensors have a time limit
-    shard, recompute = config.sharding == "full", config.activation_checkpointing
-    model = prepare_model(stage.model, ranks.accelerator, shard=shard, checkpoint_activations=recompute)
+    model = prepare_model(stage.model, ranks.accelerator, config)
     optimizer: torch.optim.Optimizer = build_optimizer(stage.model, config, stage.learning_rates)
     progress = _resume(run, stage.model, optimizer, ranks)
     saved_step = progress.step
@@ -501,14 +530,14 @@ def _step(
     model.train()
     ran: list[_Ran] = []
     for turn in ranks.turns(batches, model, portable, lambda batch: getattr(batch, "inputs", ())):  # features have none
-        with _room(turn.batch, config, ranks):
+        with room_to_train(turn.batch, config, ranks):
             loss = stage.loss(model, turn.batch.to(ranks.device)) * turn.weight
             ranks.backward(loss / planned, model)
         ran.append(_Ran(turn.batch.samples if turn.weight else (), loss.detach()))
     count = ranks.meet(sum(len(each.samples) for each in ran)).num_samples
     if not count:
         return _Stepped(0.0, 0.0, 0)
-    with _room(None, config, ranks):
+    with room_to_train(None, config, ranks):
         ranks.add_up_gradients(model)
         for parameter in model.parameters() if count < planned else ():
             if parameter.grad is not None:
@@ -544,42 +573,29 @@ def portable(batch: B) -> B:
     return copied
 
 
-@contextmanager
-def _room(batch: TrainBatch | None, config: TrainConfig, ranks: Ranks) -> Iterator[None]:
-    """Around what a device computes, of `batch` or for the optimizer. Raises MachineError where it has no room."""
-    try:
-        yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU's allocator raises nothing else
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
-            raise
-        raise _no_room(batch, config, ranks) from None
+def room_to_train(
+    batch: Any, config: TrainConfig, ranks: Ranks, copies: int = 1, what: str = "micro-batch"
+) -> AbstractContextManager[None]:
+    """`room` for what training computes of a micro-batch, or for the step of the optimizer (`batch` None); `copies` are
+    rows of a batch to a sample of the plan."""
 
+    def keys() -> list[str]:
+        found = []
+        if batch is not None and len(batch) <= copies:
+            found = ["a lower encode.max_tokens"]
+        elif batch is not None:
+            tokens_B = getattr(batch, "num_tokens", None)
+            held = 0 if tokens_B is None else len(batch) * int(tokens_B.max())
+            if config.device_tokens is not None or (held and config.device_batch_size is None):
+                most = min(config.device_tokens or held, held or config.device_tokens or 0)
+                found = [f"train.device_tokens={most // 2}"]
+            else:
+                found = [f"train.device_batch_size={len(batch) // copies // 2}"]
+        if batch is not None and not config.activation_checkpointing:
+            found.append("train.activation_checkpointing=true")
+        return found + ([] if config.sharding == "full" or ranks.world == 1 else ["train.sharding=full"])
 
-def _no_room(batch: TrainBatch | None, config: TrainConfig, ranks: Ranks) -> MachineError:
-    """The error for a device that is too small: what it held, and what to change."""
-    what, where, keys = "no room for the step of the optimizer", "", []
-    if batch is not None:
-        tokens_B = getattr(batch, "num_tokens", None)  # features of a frozen backbone have no tokens any more
-        longest = None if tokens_B is None else int(tokens_B.max())
-        lengths = "" if longest is None else f" of up to {longest:,} tokens"
-        what = f"no room for a micro-batch of {plural(len(batch), 'sample')}{lengths}"
-        ids = [sample.id if isinstance(sample, Sample) else str(sample) for sample in batch.samples][:_SHOWN]
-        where = f", samples {', '.join(ids)}"
-        if len(batch) == 1:
-            keys = ["a lower encode.max_tokens"]
-        elif config.device_tokens is not None or (longest is not None and config.device_batch_size is None):
-            held = len(batch) * (longest or 0)
-            keys = [f"train.device_tokens={min(config.device_tokens or held, held or config.device_tokens or 0) // 2}"]
-        else:
-            keys = [f"train.device_batch_size={len(batch) // 2}"]
-        keys += [] if config.activation_checkpointing else ["train.activation_checkpointing=true"]
-    if ranks.device.type == "cuda":
-        used, size = torch.cuda.max_memory_allocated(ranks.device), torch.cuda.mem_get_info(ranks.device)[1]
-        what += f" ({used / 2**30:.1f} of {size / 2**30:.1f} GiB were in use)"
-    keys += [] if config.sharding == "full" or ranks.world == 1 else ["train.sharding=full"]
-    fix = f"Use {' or '.join(keys)}; " if keys else ""
-    fix += "`hba fit MODEL --gpu GB` tells what fits. The last checkpoint is good."
-    return MachineError(what, where=f"{ranks.device}{where}", fix=fix)
+    return room(batch, keys, what="the step of the optimizer" if batch is None else what, fix=KEPT)
 
 
 def _not_finite(name: str, value: float, ran: Sequence[_Ran], ranks: Ranks) -> HbaError:

@@ -26,9 +26,10 @@ from hba.model import checkpoint
 from hba.model.generate import media_token_ids
 from hba.model.heads import token_loss
 from hba.run import RunFolder
+from hba.storage import halved, room
 from hba.train.config import FeatureConfig, QaConfig
 from hba.train.features import FeatureBatch, FrozenBase, cached_batches, features, streamed_batches
-from hba.train.loop import Stage, Validation, begin, mean_over_tasks, rows_of, train_stage
+from hba.train.loop import KEPT, Stage, Validation, begin, mean_over_tasks, rows_of, train_stage
 from hba.train.ranks import Ranks
 from hba.train.state import Progress
 
@@ -144,8 +145,9 @@ def validate_answers(
             if not len(batch):
                 continue
             moved = batch.to(ranks.device)
-            logits_LV = lm_head(moved.states_LH.to(lm_head_dtype(lm_head)))
-            right_B = exact(logits_LV, answer_tokens(moved), moved.lengths_B, banned)
+            with room(batch, halved("features.batch_size", batch), fix=KEPT):
+                logits_LV = lm_head(moved.states_LH.to(lm_head_dtype(lm_head)))
+                right_B = exact(logits_LV, answer_tokens(moved), moved.lengths_B, banned)
             said += zip([sample.dataset for sample in batch.samples], right_B, strict=True)
     answered = ranks.gather(said)
     return mean_over_tasks(exact_matches(rows, answered), rows, len(answered))

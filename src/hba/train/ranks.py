@@ -36,8 +36,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hba.errors import HbaError
-from hba.model.omni import has_lora, recompute_layers
+from hba.model.omni import compile_layers, has_lora, liger_layers, recompute_layers
 from hba.model.weights import give_precision
+from hba.train.config import TrainConfig
 
 # One model over many processes: each holds all of it, or a part of every parameter (FSDP2).
 #
@@ -54,27 +55,30 @@ from hba.model.weights import give_precision
 # makes of a gathered weight is kept until its backward pass, for all layers together. Norms, embeddings and heads stay
 # as they are stored, gradients are added up in float32: sharding changes no number beyond the order of sums.
 
-_ROUNDED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # whose weights and biases autocast casts
+ROUNDED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # whose weights and biases autocast casts
 
 
 def prepare_model(
-    model: nn.Module, accelerator: Accelerator, *, shard: bool, checkpoint_activations: bool, pieces: bool = False
+    model: nn.Module, accelerator: Accelerator, config: TrainConfig, *, pieces: bool = False
 ) -> nn.Module:
-    """`model` on this process's device, in autocast where precision is mixed; with `shard` over all processes.
+    """`model` on this process's device, in autocast where precision is mixed; with `sharding` over all processes.
 
     A model that each process holds whole is not wrapped: nothing of it waits for another process, and `Ranks` adds up
     the gradients. The optimizer is built after this: sharding replaces the parameters, and weights that were loaded as
-    their files have them get their precision here. `checkpoint_activations` computes the layers of transformers models
-    again in the backward pass instead of keeping what they computed. With `pieces` a pass asks the language head many
-    times: it is gathered once, with the rest of the model.
+    their files have them get their precision here. `activation_checkpointing` computes the layers of transformers
+    models again in the backward pass instead of keeping what they computed; `kernels` and `compile` are about those of
+    the language model. With `pieces` a pass asks the language head many times: it is gathered once, with the rest.
     """
-    if checkpoint_activations:
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel):
-                recompute_layers(module)
-                break  # what it is made of are models of transformers, too
+    transformer = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if transformer is not None and config.activation_checkpointing:
+        recompute_layers(transformer)
+    if transformer is not None and config.kernels == "liger":
+        liger_layers(transformer)
+    if transformer is not None and config.compile:
+        compile_layers(transformer)
     # "Evaluation" is Accelerate's word for: device and autocast alone, without DDP.
-    if not shard or not distributed.is_initialized():  # one process that was launched as many are has its one shard
+    # One process that was launched as many are has its one shard.
+    if config.sharding != "full" or not distributed.is_initialized():
         prepared: nn.Module = accelerator.prepare_model(model, evaluation_mode=True)
         give_precision(prepared)
         if accelerator.num_processes > 1:  # built alike from one seed; that they are the same is not left to that
@@ -114,7 +118,7 @@ def units(model: nn.Module, *, mixed: bool, head: bool) -> Iterator[Unit]:
     and in `mixed` precision, within the layers, what trains and autocast does not round, such as norms.
     """
     for layer in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
-        precise = [part for part in layer.modules() if not isinstance(part, _ROUNDED) and _trains_itself(part)]
+        precise = [part for part in layer.modules() if not isinstance(part, ROUNDED) and _trains_itself(part)]
         for part in reversed(precise if mixed else []):
             if part is not layer:
                 yield Unit(part, False)

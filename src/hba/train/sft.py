@@ -47,7 +47,7 @@ def train_sft(config: SftConfig, run: RunFolder) -> Progress:
     model = build_model(config, resume, taxonomy)
     encoder = Encoder(model.processor, config.encode, taxonomy)
     options: dict[str, Any] = {"batch_size": config.validation_batch_size, "loader": config.loader}
-    backend = HeadsBackend(model, encoder, domains=domains, **options)
+    backend = HeadsBackend(model, encoder, domains=domains, size_key="validation_batch_size", **options)
     train_encoder = Encoder(model.processor, config.encode, taxonomy, answers=config.answer_weight > 0)
     stage = Stage(
         model=model,

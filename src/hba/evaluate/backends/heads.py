@@ -43,13 +43,15 @@ class HeadsBackend:
         origin: Mapping[str, Any] | None = None,
         max_tokens: int = 0,
         domains: Collection[str] | None = None,
+        size_key: str = "batch_size",
     ) -> None:
         """Free-form rows are answered if the model has learned to and `max_tokens` is above 0.
 
         `domains` are those whose heads were trained, None all: what another head says is noise.
+        `size_key` is the key that has set `batch_size`, for messages.
         """
         self.model, self.encoder, self.batch_size, self.loader = model, encoder, batch_size, loader
-        self.origin, self.max_tokens = origin or {}, max_tokens
+        self.origin, self.max_tokens, self.size_key = origin or {}, max_tokens, size_key
         self.free_form = model.speaks and max_tokens > 0
         self.domains = None if domains is None else frozenset(domains)
 
@@ -65,7 +67,7 @@ class HeadsBackend:
 
     def answers(self, atlas: Atlas, batches: Sequence[Indices], done: Set[str]) -> Iterator[Result]:
         """Rows with classes by the heads, those without in words."""
-        options: dict[str, Any] = {"encoder": self.encoder, "loader": self.loader}
+        options: dict[str, Any] = {"encoder": self.encoder, "loader": self.loader, "size_key": self.size_key}
         classes_N = has_classes(atlas)
         labelled = [classes_N[batch[0]] for batch in batches]
         for wanted, answer in ((True, self.classify), (False, self.speak)):
@@ -106,6 +108,7 @@ def open_backend(_name: str, opening: Opening) -> HeadsBackend:
     if trained is None or checkpoint.read_card(trained)["columns"] is None:
         fix = "Give the run folder of `hba train sft`, or add --backend hf for answers in words."
         raise InputError("a backbone without trained heads: its answers would be random", where=model_name, fix=fix)
+    checkpoint.require_attention(config.attention, config.dtype)
     checkpoint.require_perceived(model_name, opening.encode, opening.atlas)
     how: dict[str, Any] = {"dtype": config.dtype, "attention": config.attention, "quantization": config.quantization}
     model = OmniSapiens.from_pretrained(model_name, taxonomy=taxonomy, **how).eval()

@@ -105,6 +105,7 @@ def open_backend(_name: str, opening: Opening) -> ChatBackend:
     """A chat model. Raises InputError when transformers does not know it, and for settings that only servers take."""
     config, taxonomy = opening.config, opening.atlas.taxonomy
     refuse_settings_of_servers(config.generation)
+    checkpoint.require_attention(config.attention, config.dtype)
     checkpoint.require_perceived(opening.model, opening.encode, opening.atlas)
     how: dict[str, Any] = {"dtype": config.dtype, "attention": config.attention, "quantization": config.quantization}
     model = OmniSapiens.from_pretrained(opening.model, heads=False, **how).eval()

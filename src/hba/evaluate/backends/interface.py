@@ -32,6 +32,7 @@ from hba.environment import require_extra
 from hba.errors import ConfigError, InputError, nearest
 from hba.evaluate.predictions import Prediction, was_cut
 from hba.model.config import require_place
+from hba.storage import halved, room
 from hba.taxonomy import Taxonomy
 
 if TYPE_CHECKING:
@@ -286,8 +287,11 @@ def batched_answers(
     encoder: Encoder,
     answer: Callable[[Batch], Sequence[Output]],
     loader: LoaderConfig,
+    size_key: str = "batch_size",
 ) -> Iterator[Result]:
     """The results of `batches` of an `evaluation_plan`; `answer` gives one output a sample, in the batch's order.
+
+    `size_key` says how many samples are answered at once. Raises MachineError where the device has no room for them.
 
     Time and input tokens are measured here unless `answer` gives them.
     """
@@ -300,7 +304,8 @@ def batched_answers(
         if not len(batch):
             continue
         started = time.perf_counter()
-        outputs = answer(batch)
+        with room(batch, halved(size_key, batch)):
+            outputs = answer(batch)
         seconds = (time.perf_counter() - started) / len(batch)
         tokens_B = batch.num_tokens.tolist()
         for sample, output, tokens_in in zip(batch.samples, outputs, tokens_B, strict=True):

@@ -205,6 +205,15 @@ def _optimizer(config: RlConfig) -> dict[str, Any]:
     warmup: dict[str, float] = {f"{at}.lr_warmup_steps_ratio": train.warmup_share}
     if train.warmup_steps is not None:  # verl takes 0 steps for none given, and then the ratio
         warmup = {f"{at}.lr_warmup_steps": train.warmup_steps, f"{at}.lr_warmup_steps_ratio": 0.0}
+    if train.lm_head_learning_rate is not None:
+        fix = "Leave it out, or use the local engine."
+        raise ConfigError("verl trains all at one rate", where="train.lm_head_learning_rate", fix=fix)
+    if train.kernels != "none":
+        fix = "Leave it out, or use the local engine."
+        raise ConfigError("verl has kernels of its own", where="train.kernels", fix=fix)
+    if train.compile:
+        fix = "Leave it out, or use the local engine."
+        raise ConfigError("verl compiles nothing of ours", where="train.compile", fix=fix)
     if train.optimizer != "adamw":
         fix = "Leave it out, or use the local engine."
         raise ConfigError("verl builds its own AdamW", where="train.optimizer", fix=fix)
