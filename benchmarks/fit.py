@@ -24,6 +24,7 @@ import torch
 
 import gpu
 from hba import open_atlas
+from hba.cli.options import recipe_path
 from hba.config import load_config
 from hba.errors import InputError
 from hba.fit import find_gpu, fit_run, recipe_for
@@ -120,7 +121,7 @@ def recipes() -> None:
         build_tiny(folder / "tiny", ["one text"], seed=0)
         gpu.write_configs(folder / "tiny", folder)
         for size, gpus, more in cases:
-            config = load_config(SftConfig, "sft", [f"model.name={folder / '7b'}", "atlas=x", *more])
+            config = load_config(SftConfig, recipe_path("sft"), [f"model.name={folder / '7b'}", "atlas=x", *more])
             for tokens in (1024, 4096):
                 try:
                     found = recipe_for(str(folder / "7b"), config, find_gpu(size), gpus=gpus, tokens=tokens)

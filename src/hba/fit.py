@@ -465,7 +465,7 @@ class _Need:
     def flops(self, samples: int) -> float:
         """Operations of a micro-batch, towers included."""
         towers: float = 2 * self.bare.tower_parameters * TOWER_POSITIONS * self.work.tokens * samples
-        passes = 3 if self.work.train is not None and self._trains_towers else 1
+        passes = 3 if self._trains_towers else 1
         language = _line(self.of_one.flops, self.of_two.flops, samples)
         return language + passes * towers
 
@@ -482,14 +482,14 @@ class _Need:
 
     @property
     def _trains_towers(self) -> bool:
-        return self.work.model.strategy == "full" and not self.work.frozen_towers
+        work = self.work
+        return work.train is not None and work.model.strategy == "full" and not work.frozen_towers
 
     def parts(self, samples: int) -> dict[str, float]:
         """Bytes by part. What lives one after the other counts once: the towers' own peak, the language model's."""
         activations = _line(self.of_one.bytes, self.of_two.bytes, samples)
         towers = self.bare.tower_bytes(self.work, self.dtype, self._trains_towers) * samples
-        train = self.work.train
-        if train is not None and self._trains_towers:
+        if self._trains_towers:
             moving = {"activations": activations, "activations of media towers": towers}
         else:
             moving = {"activations": max(activations, towers)}
