@@ -16,7 +16,7 @@ from hba.batch.sampler import input_tokens
 from hba.cli.train import _fitted
 from hba.config import load_config, to_dict
 from hba.errors import InputError
-from hba.fit import _Bare, _Ledger, find_gpu, fit_run, recipe_for, work_of
+from hba.fit import GATHERED, _Bare, _Ledger, _Need, find_gpu, fit_run, recipe_for, work_of
 from hba.model.checkpoint import load_backbone, load_processor
 from hba.model.omni import OmniSapiens, as_they_come, recompute_layers
 from hba.rl.config import RlConfig
@@ -170,6 +170,30 @@ def test_all_responses_to_a_prompt_are_in_one_update(backbone):
     settings = load_config(RlConfig, None, [f"model.name={backbone}", "atlas=x", "rollout.per_prompt=5", *sizes])
     update, sampling = work_of(settings, 80, "")
     assert (update.samples, update.tokens, sampling.samples) == (20, 100, 20)
+
+
+def test_rl_counts_its_draws_and_what_is_there_meanwhile(backbone, model):
+    numbers = sum(p.numel() for p in model.transformer.parameters())
+
+    def settings(*more):
+        given = [f"model.name={backbone}", "atlas=x", "model.strategy=full", "model.dtype=bfloat16"]
+        given += ["rollout.max_new_tokens=20", "train.device_batch_size=1"]
+        return load_config(RlConfig, None, [*given, *more])
+
+    def fit(*more):
+        return fit_run(str(backbone), "rl", settings(*more), find_gpu("24"), tokens=[80])
+
+    drawn, served = fit(), fit("rollout.sampler=server", "remote.base_url=http://here/v1")
+    assert 0 < drawn.sampling_share < 1 and served.sampling_share == 0
+    assert served.samples_per_second > drawn.samples_per_second
+    kept = fit("loss.kl_weight=0.1")
+    assert 2 * numbers < kept.parts["policy of the start"] * 2**30 < 4 * numbers
+    assert kept.samples_per_second < drawn.samples_per_second
+    # A split policy is whole while it answers, as it is gathered; moments stay, gradients are gone.
+    works = work_of(settings("train.sharding=full", "loss.kl_weight=0"), 80, "")
+    update, sampling = (_Need(_Bare(str(backbone)), work, 8).fixed for work in works)
+    assert sampling["optimizer"] == update["optimizer"] > 0 == sampling["gradients"] < update["gradients"]
+    assert sampling["weights"] == update["weights"] and 2 * numbers < sampling[GATHERED] < 4 * numbers
 
 
 @pytest.mark.parametrize("stage", ["sft", "lm", "qa", "bam", "rl", "predict"])
