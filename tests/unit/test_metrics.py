@@ -221,7 +221,7 @@ def test_an_extended_taxonomy_is_scored_the_same_way() -> None:
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
-        ((["sad"], ["sad", "sad"], ["cremad"]), InputError, "1 predictions, 2 targets, 1 datasets"),
+        ((["sad"], ["sad", "sad"], ["cremad"]), InputError, "predictions 1, targets 2, datasets 1"),
         (
             (["sad"] * 3, ["sad", "sad", "sadd"], ["cremad"] * 3),
             TaxonomyError,

@@ -375,7 +375,7 @@ def check_lengths(**sequences: Sequence[Any]) -> None:
     """Raise InputError naming the lengths unless all are equal."""
     lengths = {name: len(items) for name, items in sequences.items()}
     if len(set(lengths.values())) > 1:
-        found = ", ".join(f"{count} {name}" for name, count in lengths.items())
+        found = ", ".join(f"{name} {count}" for name, count in lengths.items())
         raise InputError(f"lengths differ: {found}", fix="Give one item per row.")
 
 

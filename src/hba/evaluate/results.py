@@ -19,7 +19,7 @@ import msgspec
 
 from hba.errors import InputError
 from hba.evaluate.predictions import CUT, FILTERED, ended_by
-from hba.storage import read_json
+from hba.storage import plural, read_json
 from hba.taxonomy import BUILTIN, Taxonomy
 
 FILE, TEST = "metrics.json", "test"
@@ -71,7 +71,7 @@ class Counts:
     @property
     def rows(self) -> str:
         """In words: '1,012 rows', or '337 of 1,012 rows' where some that were asked for have no prediction."""
-        return f"{self.n:,} of {self.n_asked:,} rows" if self.n_missing else f"{self.n:,} row{'s' * (self.n != 1)}"
+        return f"{self.n:,} of {self.n_asked:,} rows" if self.n_missing else plural(self.n, "row")
 
     @property
     def n_cut(self) -> int:
@@ -292,13 +292,13 @@ class Provenance:
         """The split, and what of it was predicted where that is not all: a pilot must not pass for a result."""
         named = {
             "datasets": "only {}",
-            "per_dataset": "at most {} rows of each dataset",
-            "limit": "the first {} rows",
+            "per_dataset": "at most {} of each dataset",
+            "limit": "the first {}",
             "channels": "media given: {}",
         }
         selection = self.selection or {}
-        given = {key: selection.get(key) for key in named if selection.get(key) is not None}
-        shown = {key: ", ".join(value) if isinstance(value, (list, tuple)) else value for key, value in given.items()}
+        given = {key: selection[key] for key in named if selection.get(key) is not None}
+        shown = {key: plural(each, "row") if isinstance(each, int) else ", ".join(each) for key, each in given.items()}
         split = str(self.asked_split or self.split)
         return "; ".join([split, *(named[key].format(value) for key, value in shown.items())])
 

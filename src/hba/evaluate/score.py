@@ -52,7 +52,7 @@ from hba.evaluate.results import (
 )
 from hba.evaluate.runs import ASKED, LeftOut, Run, answers_sha256, open_run
 from hba.evaluate.statistics import EXACT_MATCH, LEVEL, Clusters, bootstrap, chance, parts, units_of
-from hba.storage import write_json
+from hba.storage import plural, write_json
 from hba.taxonomy import BUILTIN, Task, Taxonomy
 
 # Scores of parts of the data: by modality, by language, and by any field of the rows (fairness).
@@ -286,7 +286,6 @@ def _bins(rows_4N: Floats) -> list[dict[str, Any]]:
 
 
 JUDGED_NOTE = "not scored (needs a judge)"
-SKIPPED_NOTE = "not scored ({n_skipped} rows that the model is not trained to answer)"
 EMPTY_NOTE = "not scored: no row with a defined score"
 AUTO_CLUSTERS, NO_CLUSTERS = "auto", "none"
 SHOWN_FAILURES = 5
@@ -341,10 +340,11 @@ def score_run(
     predictions = opened.predictions
     skipped: Counter[str] = Counter(opened.asked.get("skipped") or {})
     if not predictions:
-        what = f"all {skipped.total():,} rows are of heads that were not trained" if skipped else "the file is empty"
+        rows = plural(skipped.total(), "row", "is|are")
+        what = f"{rows} of heads that were not trained" if skipped else "the file is empty"
         fix = "Run `hba predict` on rows that the model can answer."
         if opened.unlabelled:
-            what = f"none of the {len(opened.unlabelled):,} rows has an answer to compare with"
+            what = f"no row has an answer to compare with ({plural(len(opened.unlabelled), 'row')})"
             fix = "Their predictions are in answers.csv; write 'answer' in the rows to score them."
         raise InputError(f"no prediction to score: {what}", where=str(opened.predictions_path), fix=fix)
     metrics = score_predictions(
@@ -538,14 +538,14 @@ def _failed_note(datasets: Mapping[str, DatasetScore]) -> str | None:
     if not over:
         return None
     failed, rows = (sum(getattr(datasets[key], name) or 0 for key in over) for name in ("n_failed", "n"))
-    return f"not scored: {'all' if failed == rows else f'{failed:,} of'} {rows:,} rows failed"
+    return f"not scored: {'all' if failed == rows else f'{failed:,} of'} {plural(rows, 'row')} failed"
 
 
 def _unscored_note(task: Task, counted: Counts) -> str:
     if counted.n_missing and not counted.n:
-        return f"not scored: none of {counted.n_asked:,} rows was answered"
+        return f"not scored: none of {plural(counted.n_asked or 0, 'row')} was answered"
     if counted.n_skipped and not counted.n:
-        return SKIPPED_NOTE.format(n_skipped=counted.n_skipped)
+        return f"not scored ({plural(counted.n_skipped, 'row')} that the model is not trained to answer)"
     return JUDGED_NOTE if task.judged else EMPTY_NOTE
 
 
