@@ -298,7 +298,8 @@ class Provenance:
         }
         selection = self.selection or {}
         given = {key: selection[key] for key in named if selection.get(key) is not None}
-        shown = {key: plural(each, "row") if isinstance(each, int) else ", ".join(each) for key, each in given.items()}
+        listed = {key: ", ".join(map(str, v)) if isinstance(v, list | tuple) else v for key, v in given.items()}
+        shown = {key: plural(said, "row") if isinstance(said, int) else said for key, said in listed.items()}
         split = str(self.asked_split or self.split)
         return "; ".join([split, *(named[key].format(value) for key, value in shown.items())])
 
