@@ -29,7 +29,7 @@ from hba.errors import InputError
 DISTRIBUTION = "human-behavior-atlas"
 PACKAGES = (
     *("torch", "torchvision", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "huggingface_hub"),
-    *("numpy", "scipy", "pyarrow", "msgspec", "av", "soundfile", "soxr", "pillow", "pydantic"),
+    *("numpy", "pyarrow", "msgspec", "av", "soundfile", "soxr", "pillow", "pydantic"),
     *("bitsandbytes", "tensorboard", "wandb", "vllm", "verl", "ray", "opensmile", "mediapipe"),
 )
 EXTRAS = {"train": ("torch", "torchvision", "transformers", "peft", "accelerate", "tensorboard")}

@@ -83,7 +83,7 @@ def wheel(tmp_path_factory):
     subprocess.run([*pip, "-w", str(out), str(source)], check=True)
     (built,) = out.glob("*.whl")
     zipfile.ZipFile(built).extractall(out / "unpacked")
-    (out / "unpacked" / "sitecustomize.py").write_text(f"NAMES = {EXTRAS['train']!r}{BARRED}")
+    (out / "unpacked" / "sitecustomize.py").write_text(f"NAMES = {[*EXTRAS['train'], 'scipy']!r}{BARRED}")
     return out / "unpacked"
 
 

@@ -54,6 +54,27 @@ def test_a_notebook_runs(name, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.parametrize("there", ["hba", "wheel", "clone", "nothing"])
+def test_the_first_cell_installs_what_there_is(name, there, tmp_path, monkeypatch):
+    """`%pip` stands for pip: what it is asked for. In Colab nothing is there until a wheel is uploaded."""
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    if there != "hba":
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    if there == "wheel":
+        Path("human_behavior_atlas-0.1.0-py3-none-any.whl").touch()
+    if there in ("wheel", "clone"):
+        Path("../pyproject.toml").touch()
+    (cell, *_) = (cell for cell in cells(name) if cell["cell_type"] == "code")
+    source, asked = "".join(cell["source"]), []
+    names = {"pip": lambda line, names: asked.append(shlex.split(line.format(**names))[-1])}
+    exec(re.sub(r"(?m)^( *)%pip (.*)$", r"\1pip(r'''\2''', globals())", source), names)
+    extra = "[train]" if name == "quickstart" else ""
+    found = {"wheel": "human_behavior_atlas-0.1.0-py3-none-any.whl", "clone": "..", "nothing": "human-behavior-atlas"}
+    assert asked == ([] if there == "hba" else [found[there] + extra])
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
 def test_a_notebook_installs_first_and_keeps_no_output(name):
     code = [cell for cell in cells(name) if cell["cell_type"] == "code"]
     assert code[0]["metadata"]["tags"] == ["install"] and "%pip install" in "".join(code[0]["source"])

@@ -24,6 +24,7 @@ from hba.evaluate.statistics import (
     satterthwaite,
     student_interval,
     student_p,
+    student_reach,
 )
 from hba.taxonomy import BUILTIN, DATASETS
 
@@ -254,6 +255,13 @@ def test_degrees_of_freedom_and_p_values_are_those_of_scipy() -> None:
     t = (np.mean(b) - np.mean(a)) / np.sqrt(sum(v for v, _ in variances))
     assert student_p(float(t), freedom) == pytest.approx(welch.pvalue)
     assert student_interval(a) == pytest.approx(scipy_stats.t.interval(0.95, 3, np.mean(a), scipy_stats.sem(a)))
+
+
+@pytest.mark.parametrize("freedom", [1, 1.3, 2.7, 29.5, 1e4, 1e6])
+def test_students_t_is_that_of_scipy_for_any_freedom(freedom: float) -> None:
+    assert student_reach(freedom) == pytest.approx(scipy_stats.t.ppf(0.975, freedom), rel=1e-8)
+    for t in (0.0, 1e-9, 0.1, 1.0, 1.96, 5.0, 40.0):
+        assert student_p(-t, freedom) == pytest.approx(2 * scipy_stats.t.sf(t, freedom), rel=1e-8)
 
 
 def test_the_interval_of_a_mean_is_that_of_scipy_and_takes_little_memory() -> None:

@@ -25,8 +25,8 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import partial
-from statistics import fmean, stdev
+from functools import lru_cache, partial
+from statistics import NormalDist, fmean, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -237,8 +237,6 @@ def interval(values_R: Floats, parts_of_it: Iterable[tuple[float, float]] = ()) 
 
 def _tail(components: Sequence[tuple[float, float]]) -> float:
     """The share of resamples beyond either end of an interval: (1 - LEVEL) / 2, and less where units are few."""
-    from scipy.special import ndtr
-
     plain = (1 - LEVEL) / 2
     varying = [(of, units) for of, units in components if of > 0 and units > 1]
     if not varying:
@@ -248,7 +246,7 @@ def _tail(components: Sequence[tuple[float, float]]) -> float:
     if freedom + 1 >= FEW:
         return plain
     reach = math.sqrt(sum(widened) / sum(of for of, _ in varying)) * student_reach(freedom)
-    return float(ndtr(-reach))
+    return NormalDist().cdf(-reach)
 
 
 def satterthwaite(variances: Sequence[tuple[float, float]]) -> float:
@@ -366,18 +364,49 @@ def student_of(difference: float, error: float, freedom: float) -> Interval:
     return max(-1.0, difference - half), min(1.0, difference + half)
 
 
+@lru_cache(maxsize=1024)
 def student_reach(freedom: float) -> float:
-    """How many standard errors a 95 % interval reaches to either side."""
-    from scipy.special import stdtrit
-
-    return float(stdtrit(freedom, (1 + LEVEL) / 2))
+    """How many standard errors a 95 % interval reaches to either side: where `student_p` is 1 - LEVEL, by bisection."""
+    low, high = 0.0, 2.0
+    while student_p(high, freedom) > 1 - LEVEL:
+        low, high = high, 2 * high
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (middle, high) if student_p(middle, freedom) > 1 - LEVEL else (low, middle)
+    return middle
 
 
 def student_p(t: float, freedom: float) -> float:
-    """The two-sided p-value of Student's t."""
-    from scipy.special import stdtr
+    """The two-sided p-value of Student's t: the incomplete beta function I_x(freedom / 2, 1 / 2), x = f / (f + t^2)."""
+    if freedom > 1e9:
+        return 2 * NormalDist().cdf(-abs(t))
+    square, half = t * t, freedom / 2
+    x, rest = freedom / (freedom + square), square / (freedom + square)
+    if x < (half + 1) / (half + 2.5):
+        return min(1.0, _beta_share(x, rest, half, 0.5))
+    return 1.0 - _beta_share(rest, x, 0.5, half)
 
-    return min(1.0, 2 * float(stdtr(freedom, -abs(t))))
+
+def _beta_share(x: float, rest: float, a: float, b: float) -> float:
+    """I_x(a, b) for x below its mean, with rest = 1 - x: the continued fraction of Abramowitz and Stegun 26.5.8, by
+    Lentz's method. scipy has it, and is as large as everything else here without pyarrow."""
+    if x == 0:
+        return 0.0
+    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log(rest)) / a
+    whole, over, under, step = 1.0, 1.0, 0.0, 0
+    while True:
+        m = step // 2
+        if step == 0:
+            factor = 1.0
+        elif step % 2:
+            factor = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        else:
+            factor = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        under = 1 / (1 + factor * under)
+        over = 1 + factor / over
+        whole *= over * under
+        step += 1
+        if abs(over * under - 1) < 1e-15:
+            return front * (whole - 1)
 
 
 # ------------------------------------------------------------------------------------------------------------ chance
@@ -508,10 +537,12 @@ def bootstrap_p(drawn_R: Floats) -> float:
 
 def mcnemar(gained: int, lost: int) -> float:
     """Exact two-sided McNemar p-value of the rows that changed sides: 2 P(X <= min) for X ~ Bin(n, 1/2), at most 1."""
-    from scipy.special import bdtr
-
     changed, fewer = gained + lost, min(gained, lost)
-    return min(1.0, 2 * float(bdtr(fewer, changed, 0.5))) if changed else 1.0
+    ways = once = 1
+    for row in range(fewer):
+        once = once * (changed - row) // (row + 1)
+        ways += once
+    return min(1.0, 2 * ways / 2**changed) if changed else 1.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
-from scipy.signal import lfilter
 
 SIZE = 56
 FRAMES_PER_SECOND = 7
@@ -347,10 +346,10 @@ def add_tail(speech: Samples, laughter: bool, rng: np.random.Generator) -> Sampl
     if laughter:
         rate = rng.uniform(4.5, 6.0)
         gate = np.clip(np.sin(2 * np.pi * rate * t), 0, 1) ** 0.5 * np.exp(-0.8 * t)
-        crowd = lfilter([1, -0.7], [1], rng.normal(0, 1, len(t))) * gate
+        crowd = np.convolve(rng.normal(0, 1, len(t)), [1, -0.7])[: len(t)] * gate
     else:
         level *= rng.uniform(0.15, 0.5)
-        crowd = lfilter([1], [1, -0.9], rng.normal(0, 1, len(t)))
+        crowd = _ringing(rng.normal(0, 1, len(t)), 0.9)
     mixed = speech.copy()
     mixed[start:] *= 0.25
     mixed[start:] += level * crowd / (crowd.std() + 1e-9)
@@ -361,7 +360,8 @@ def ambience(num_samples: int, rng: np.random.Generator) -> Samples:
     """A quiet room [num_samples] at 8 kHz: hum and noise, nobody speaks."""
     t = np.arange(num_samples) / SAMPLE_RATE
     hum = np.sin(2 * np.pi * rng.uniform(90, 130) * t + rng.uniform(0, 6.28))
-    hiss = lfilter([1], [1, -rng.uniform(0.5, 0.95)], rng.normal(0, 1, num_samples))
+    decay = rng.uniform(0.5, 0.95)
+    hiss = _ringing(rng.normal(0, 1, num_samples), decay)
     room: Samples = rng.uniform(0.002, 0.01) * hum + rng.uniform(0.003, 0.01) * hiss / hiss.std()
     return room
 
@@ -409,6 +409,14 @@ def _vowels(source: Samples, num_syllables: int, rng: np.random.Generator) -> Sa
         formants = _FORMANTS_HZ[int(rng.integers(len(_FORMANTS_HZ)))]
         for hertz, bandwidth, gain in zip(formants, _BANDWIDTHS_HZ, _GAINS, strict=True):
             r = np.exp(-np.pi * bandwidth / SAMPLE_RATE)
-            poles = [1, -2 * r * np.cos(2 * np.pi * hertz / SAMPLE_RATE), r * r]
-            out[first:last] += gain * lfilter([1 - r], poles, source[first:last])
+            out[first:last] += gain * (1 - r) * _ringing(source[first:last], r, 2 * np.pi * hertz / SAMPLE_RATE)
     return out
+
+
+def _ringing(signal: Samples, decay: float, angle: float = 0.0) -> Samples:
+    """A signal through a pole, y[n] = x[n] + decay y[n-1], or with an angle through the pair decay e^(+-i angle)."""
+    n = np.arange(min(len(signal), int(40 / -np.log(decay))))  # below a float's last digit
+    response = decay**n * (np.sin((n + 1) * angle) / np.sin(angle) if angle else 1.0)
+    size = len(signal) + len(n)
+    heard: Samples = np.fft.irfft(np.fft.rfft(signal, size) * np.fft.rfft(response, size), size)[: len(signal)]
+    return heard
