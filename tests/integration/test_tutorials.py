@@ -176,16 +176,16 @@ SHORT = "train.max_steps=2 train.validate_every=2 train.batch_size=8 encode.num_
 EVERY_HEAD = "train.max_steps=12 train.validate_every=12"  # once, as stage 3 wants them
 TWO = "--num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
 
-# What a page says, as a pattern: what is typed in its place, in this order. Every line is used.
+# What a page says, as a pattern: what is typed in its place, in this order.
 INSTEAD = {
     r"^(make|source) .*": "",  # the tests have an environment
-    r"^(hba demo.*)": rf"\1 {' '.join(FEW_STEPS)}",  # those of the `demo` here, so that it finds all done
+    r"^(hba demo.*)": rf"\1 {' '.join(FEW_STEPS)} --run {{demo}}",  # the `demo` here: it finds all done
     r"^(hba atlas mini runs/mini)$": r"\1 --size tiny --workers 1",
     r"^(hba explore .*)": r"\1 --port 0 --no-browser",
     # The recipe for a GPU with the release: the one for the tiny model with the mini-atlas.
     r"--config sft --run (\S+) atlas=data/hba": r"--config sft_tiny --run \1 atlas=runs/mini model.name=runs/tiny",
     r"^(hba train (sft|qa|bam|lm) .*|accelerate launch .*)": rf"\1 {SHORT}",
-    r"^(hba train sft .* atlas=runs/mini .*)": rf"\1 {EVERY_HEAD}",
+    r"^(hba train sft .* --run runs/sft .*)": rf"\1 {EVERY_HEAD}",
     r"^(hba train qa .*|hba train bam .*) encode\.num_frames=2": r"\1",  # theirs is that of stage 1
     r"^(hba train rl .*)": rf"\1 {SHORT} train.max_steps=1 validation_rows=8 rollout.max_new_tokens=4",
     r"^(hba train lm .*)": r"\1 validation_split=validation[:8]",
@@ -211,7 +211,6 @@ BEFORE = {
     "install.md: Without torch": (),
     "README.md": ("quickstart.md: Your clip", "quickstart.md: Your folder", "quickstart.md: Train OmniSapiens"),
 }
-USED = set()
 
 
 def typed(part):
@@ -264,11 +263,19 @@ def walk(desk, hba, chat_server, monkeypatch):
     return walked
 
 
-def type_in(command, hba, server):
+def replaced(command):
+    """What is typed for a command, and which lines of INSTEAD that was."""
+    used = set()
     for pattern, replacement in INSTEAD.items():
         command, count = re.subn(pattern, replacement, command)
-        USED.update([pattern] * count)
-    words = [word.replace("{server}", server.url) for word in shlex.split(command)]
+        used |= {pattern} if count else set()
+    return command, used
+
+
+def type_in(command, hba, server):
+    command, _ = replaced(command)
+    places = {"{server}": server.url, "{demo}": os.path.realpath("runs/demo")}
+    words = shlex.split(re.sub(r"{\w+}", lambda found: places[found[0]], command))
     if words[:2] == ["hba", "explore"]:
         look_and_leave(words[1:])
     elif words[:1] == ["hba"]:
@@ -309,7 +316,9 @@ def test_a_part_of_a_page_can_be_typed(part, walk):
     assert list(Path("runs").rglob("report.html"))
 
 
-def test_every_part_of_the_quickstart_is_typed():
+def test_every_part_of_the_quickstart_is_typed_and_nothing_is_replaced_that_no_page_says():
+    said = [text for part in BEFORE for kind, text in typed(part) if kind == "bash"]
+    assert set().union(*(replaced(command)[1] for command in said)) == set(INSTEAD)
     page = (ROOT / "docs/quickstart.md").read_text(encoding="utf-8")
     assert {f"quickstart.md: {title}" for title in re.findall(r"(?m)^## (.*)", page)} < set(BEFORE)
 

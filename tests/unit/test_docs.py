@@ -181,6 +181,21 @@ def test_what_a_message_says_to_type_is_there():
     assert unknown == OF_OTHER_PROGRAMS
 
 
+AROUND = [*(ROOT / ".github").rglob("*.*"), *ROOT.glob("Dockerfile*"), ROOT / "SECURITY.md", ROOT / "Makefile"]
+
+
+@pytest.mark.parametrize("path", AROUND + PAGES, ids=lambda path: path.name)
+def test_commands_targets_and_files_that_forms_workflows_and_images_name_are_there(path):
+    text = path.read_text(encoding="utf-8")
+    targets = re.findall(r"(?m)^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert [call for call in re.findall(r"(?:`|run: |&& |^)make ([a-z-]+)", text) if call not in targets] == []
+    if path not in PAGES:
+        said = re.sub(r"[\"`]", "\n", re.sub(r"(?m)#.*?(?=hba|$)", "", text))
+        assert [call for line in said.splitlines() for call in wrong_calls(line)] == []
+        files = re.findall(r"`((?:src|tests|docs|benchmarks|notebooks)/[\w/.-]*)`", text)
+        assert [file for file in files if not (ROOT / file).exists()] == []
+
+
 PYTHON = [
     (page.name, code)
     for page in PAGES
