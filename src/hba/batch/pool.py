@@ -35,8 +35,6 @@ _Doubles: TypeAlias = npt.NDArray[np.float64]
 MODES = ("none", "mean", "meanstd", "meanstdp25p75")
 NORMS = ("l2", "zscore")
 PARTS = ("pose", "face", "left_hand", "right_hand")
-STATISTICS = {"none": 1, "mean": 1, "meanstd": 2, "meanstdp25p75": 4}
-"""values of the pooled vector for each value of a frame"""
 
 _SMALLEST_NORM = 1e-6  # as released; below it a vector is scaled by a million instead of by its own size
 _AGAIN = "Extract the descriptor again, or leave the sample out."

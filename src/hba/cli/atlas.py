@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import typer
 
@@ -56,18 +55,13 @@ class AtlasCommands(Commands):
 atlas_app = typer.Typer(cls=AtlasCommands, no_args_is_help=True, help="Make, download and check atlases.")
 
 
-class Form(StrEnum):
-    """Forms that an atlas can be converted into."""
-
-    parquet = "parquet"
-    jsonl = "jsonl"
-
-
 @atlas_app.command("convert", epilog="Example: hba atlas convert runs/mini runs/mini-parquet --to parquet")
 def convert_command(
     source: Annotated[Path, typer.Argument(metavar="IN", help="Atlas folder, or one file of rows.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],
-    to: Annotated[Form, typer.Option(help="parquet: media in shards. jsonl: media as files.")] = ...,  # type: ignore[assignment]
+    to: Annotated[
+        Literal["parquet", "jsonl"], typer.Option(help="parquet: media in shards. jsonl: media as files.")
+    ] = ...,  # type: ignore[assignment]
     split: Splits = None,
     shard_megabytes: Annotated[int, typer.Option(min=1, help="MB of media in one shard.")] = 512,
     workers: Workers = usable_cores(),
@@ -84,7 +78,7 @@ def convert_command(
         converted = convert_atlas(
             source,
             out,
-            to=to.value,
+            to=to,
             splits=split,
             shard_bytes=shard_megabytes << 20,
             workers=workers,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,28 +17,12 @@ INSPECT_EXAMPLE = "Example: hba export inspect runs/inspect --atlas runs/mini"
 RELEASED = "What the authors released"
 
 
-class Precision(StrEnum):
-    """Precisions of written weights."""
-
-    bfloat16 = "bfloat16"
-    float32 = "float32"
-
-
-class Pooling(StrEnum):
-    """Statistics over time that adapters read."""
-
-    none = "none"
-    mean = "mean"
-    meanstd = "meanstd"
-    meanstdp25p75 = "meanstdp25p75"
-
-
 def merge_command(
     run: Annotated[
         Path, typer.Argument(help="Run folder (its best checkpoint), checkpoint, or file that the authors released.")
     ],
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
-    dtype: Annotated[Precision, typer.Option(help="Precision of the weights.")] = Precision.bfloat16,
+    dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Precision of the weights.")] = "bfloat16",
     backbone: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="RUN is a released checkpoint of this backbone.", rich_help_panel=RELEASED),
@@ -55,13 +38,13 @@ def merge_command(
         typer.Option(metavar="DATASET", help="With --onto: dataset of the adapters.", rich_help_panel=RELEASED),
     ] = None,
     pooling: Annotated[
-        Pooling,
+        Literal["none", "mean", "meanstd", "meanstdp25p75"],
         typer.Option(
             metavar="NAME",
             help="With --onto: how they pool descriptors: none, mean, meanstd or meanstdp25p75.",
             rich_help_panel=RELEASED,
         ),
-    ] = Pooling.meanstd,
+    ] = "meanstd",
     lora_alpha: Annotated[
         int, typer.Option(min=1, help="With --backbone: its lora_alpha.", rich_help_panel=RELEASED)
     ] = 64,
@@ -80,14 +63,12 @@ def merge_command(
 
     prepare_process(seed=0)
     if is_verl_run(run):
-        merge_verl_run(run, out, dtype=resolve_dtype(dtype.value))
+        merge_verl_run(run, out, dtype=resolve_dtype(dtype))
     elif backbone is None and onto is None:
-        merge_checkpoint(run, out, dtype=dtype.value)
+        merge_checkpoint(run, out, dtype=dtype)
     else:
-        release = Release(
-            backbone=backbone, onto=onto, lora_alpha=lora_alpha, dataset=adapters_of, pooling=pooling.value
-        )
-        merge_released(run, out, release, dtype=dtype.value)
+        release = Release(backbone=backbone, onto=onto, lora_alpha=lora_alpha, dataset=adapters_of, pooling=pooling)
+        merge_released(run, out, release, dtype=dtype)
     answer({"model": str(out)}, f"Wrote a full model to {bold(out)}.", as_json=json)
 
 

@@ -9,9 +9,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 
 import typer
 
@@ -201,13 +200,6 @@ def lm_command(
     _train(train_lm, settings, run, "train lm", allow_quarantined, json, **told)
 
 
-class Engine(StrEnum):
-    """Who runs the steps of RL."""
-
-    local = "local"
-    verl = "verl"
-
-
 @train_app.command("rl", epilog=RL_EXAMPLE)
 def rl_command(
     overrides: Overrides = None,
@@ -222,7 +214,9 @@ def rl_command(
     ] = None,
     base_url: BaseUrl = None,
     run: Annotated[Path, RunOption] = Path("runs/rl"),
-    engine: Annotated[Engine, typer.Option(help="local: this machine. verl: a cluster, by Ray.")] = Engine.local,
+    engine: Annotated[
+        Literal["local", "verl"], typer.Option(help="local: this machine. verl: a cluster, by Ray.")
+    ] = "local",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the config for verl; start nothing.")] = False,
     gpu: OnGpu = None,
     allow_quarantined: AllowQuarantined = 0,
@@ -236,10 +230,10 @@ def rl_command(
     from hba.rl.config import RlConfig
 
     given = [*served(base_url), *(overrides or []), *_key("algorithm", algorithm)]
-    if gpu is not None and engine is not Engine.local:
+    if gpu is not None and engine != "local":
         raise InputError("--gpu is for the local engine", where="hba train rl", fix="Leave out --gpu or --engine verl.")
     settings, fitted = _fitted(RlConfig, config, given, run, gpu)
-    if dry_run and engine is not Engine.verl:
+    if dry_run and engine != "verl":
         raise InputError("--dry-run shows verl's config", where="hba train rl", fix="Add --engine verl.")
     if dry_run:
         from hba.config import dump_yaml
@@ -253,7 +247,7 @@ def rl_command(
             return ()
 
         return answer(keys, show, as_json=json)
-    if engine is Engine.local:
+    if engine == "local":
         from hba.rl.local import train_rl
 
         told_best: dict[str, Any] = {"fitted": fitted, "best": "greedy reward"}
@@ -376,15 +370,7 @@ def transfer_command(
 # --- before anything is trained: whether it has room ------------------------------------------------------------------
 
 
-class FitStage(StrEnum):
-    """What is to run: the stages of training, or `hba predict`."""
-
-    sft = "sft"
-    lm = "lm"
-    qa = "qa"
-    bam = "bam"
-    rl = "rl"
-    predict = "predict"
+FitStage = Literal["sft", "lm", "qa", "bam", "rl", "predict"]
 
 
 def fit_command(
@@ -414,9 +400,9 @@ def fit_command(
     It also says what takes the memory, and what to change. Exit code 1: the run does not fit.
     """
     require_extra("train", "hba fit")
-    known = [each.value for each in FitStage]
+    known = get_args(FitStage)
     named = Path(config).stem.partition("_")[0] if config is not None else "sft"
-    chosen = stage.value if stage is not None else named
+    chosen = stage or named
     if chosen not in known:
         what = f"the name of {config} does not say which stage it is for"
         raise InputError(what, where="--stage", fix=f"Give one of {', '.join(known)}.")

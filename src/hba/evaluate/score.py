@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -293,25 +293,14 @@ PUBLISHED_READING = "published"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreOptions:
-    """How a run is scored. `cluster` names the field whose equal values make rows one group: auto, none, or a field."""
-
-    resamples: int = 2000
-    seed: int = 0
-    published: bool = False
-    cluster: str = AUTO_CLUSTERS
-    by: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
 class Missing:
     """Rows without a prediction, by dataset ("" where a quarantine does not name it), and how many were asked for."""
 
-    quarantined: Counter[str] = field(default_factory=Counter)
-    skipped: Counter[str] = field(default_factory=Counter)
-    asked: Mapping[str, int] = field(default_factory=dict)
-    total: int | None = None
-    other_rows: bool = False
+    quarantined: Counter[str]
+    skipped: Counter[str]
+    asked: Mapping[str, int]
+    total: int | None
+    other_rows: bool
 
 
 def score_run(
@@ -331,12 +320,12 @@ def score_run(
 
     `quarantine` defaults to quarantine.jsonl of the same folder if it exists. `provenance` overrides what
     predict.json and environment.json of the folder say. Labels are those of `taxonomy`, by default the published one
-    with what `taxonomy.yaml` of the folder adds. `by` names fields to break scores down by; they and `cluster` (see
-    ScoreOptions) are read from the rows of `atlas`, by default the run's. Verdicts of judgements.jsonl are used.
+    with what `taxonomy.yaml` of the folder adds. `by` names fields to break scores down by, `cluster` the one whose
+    equal values make rows one group (auto, none, or a field); they are read from the rows of `atlas`, by default the
+    run's. Verdicts of judgements.jsonl are used.
     Raises InputError naming file, line and field for bad input, StorageError for a full disk.
     """
     opened = open_run(run, taxonomy)
-    options = ScoreOptions(resamples=resamples, seed=seed, published=published, cluster=cluster, by=tuple(by))
     predictions = opened.predictions
     skipped: Counter[str] = Counter(opened.asked.get("skipped") or {})
     if not predictions:
@@ -347,13 +336,15 @@ def score_run(
             what = f"no row has an answer to compare with ({plural(len(opened.unlabelled), 'row')})"
             fix = "Their predictions are in answers.csv; write 'answer' in the rows to score them."
         raise InputError(f"no prediction to score: {what}", where=str(opened.predictions_path), fix=fix)
-    metrics = score_predictions(
+    metrics = _scored(
         predictions,
-        options=options,
-        taxonomy=opened.taxonomy,
+        opened.taxonomy,
+        cluster,
+        by,
         read=partial(field_values, predictions=predictions, taxonomy=opened.taxonomy, run=opened, atlas=atlas),
         verdicts=opened.verdicts,
         unanswered=_unanswered(opened, None if quarantine is None else Path(quarantine), skipped, atlas),
+        how={"resamples": resamples, "seed": seed, "published": published},
     )
     unlabelled = dict(sorted(Counter(p.dataset for p in opened.unlabelled).items()))
     metrics = replace(metrics, aggregate=replace(metrics.aggregate, unlabelled=unlabelled))
@@ -363,32 +354,32 @@ def score_run(
     return metrics
 
 
-def score_predictions(
+def _scored(
     predictions: Sequence[Prediction],
+    taxonomy: Taxonomy,
+    cluster: str,
+    by: Sequence[str],
     *,
-    options: ScoreOptions | None = None,
-    taxonomy: Taxonomy = BUILTIN,
-    read: Callable[[str], Sequence[str | None]] | None = None,
-    verdicts: Verdicts | None = None,
-    unanswered: Missing | None = None,
+    read: Callable[[str], Sequence[str | None]],
+    verdicts: Verdicts,
+    unanswered: Missing,
+    how: dict[str, Any],
 ) -> Metrics:
-    """The metrics of `predictions`, whose provenance says no more than how they were computed.
+    """Scores, intervals, chance levels, breakdowns, calibration; the provenance says no more than `how`.
 
-    Scores, intervals, chance levels, breakdowns, calibration. `read` gives the values of a row field; without it only
-    what the predictions themselves say is used. `verdicts` are those of a judge on the free-form rows, by id.
+    `read` gives the values of a row field, `verdicts` are those of a judge on the free-form rows, by id.
     """
-    options, unanswered = options or ScoreOptions(), unanswered or Missing()
+    published: bool = how["published"]
     rows = rows_of(predictions, taxonomy)
-    found = score_rows(rows, options.published)
+    found = score_rows(rows, published)
     if verdicts:
         rows = judged_rows(rows, predictions, verdicts)
-        add_judged(found, predictions, verdicts, taxonomy, published=options.published)
-    how: dict[str, Any] = {"resamples": options.resamples, "seed": options.seed, "published": options.published}
-    clusters = _clusters(predictions, options.cluster, read)
+        add_judged(found, predictions, verdicts, taxonomy, published=published)
+    clusters = _clusters(predictions, cluster, read)
     free_form = [p for p in predictions if taxonomy.dataset(p.dataset).free_form]
     said = ([getattr(p, name) for p in free_form] for name in ("spoken", "target", "dataset", "task"))
     errors = Counter(p.error for p in predictions if p.failed and p.error)
-    levels = chance(rows, seed=options.seed, published=options.published).datasets
+    levels = chance(rows, seed=how["seed"], published=published).datasets
     levels |= majority_levels([p.truth for p in free_form], [p.dataset for p in free_form])
     datasets = _datasets(predictions, found["datasets"], levels, units_of(rows, clusters), unanswered)
     tasks = _tasks(taxonomy, found["tasks"], datasets)
@@ -396,7 +387,7 @@ def score_predictions(
     intervals = bootstrap(rows, clusters=clusters, tasks=scored.keys(), **how)
     parts = {
         name: breakdown(rows, values, clusters=clusters, failed=[p.failed for p in predictions], **how)
-        for name, values in _slices(predictions, options.by, taxonomy, read).items()
+        for name, values in _slices(predictions, by, taxonomy, read).items()
     }
     total = _sum(datasets.values(), Aggregate)
     levels_of_tasks = [task.chance for task in scored.values()]
@@ -419,7 +410,7 @@ def score_predictions(
         unmapped=convert(unmapped(predictions, taxonomy), dict[str, Unmapped], "unmapped"),
         free_form=generation_metrics(*said) if free_form else None,
         failures=tuple(Failure(error=error, n=n) for error, n in _ranked(errors)[:SHOWN_FAILURES]),
-        readings=_readings(predictions, scored, mean, taxonomy, published=options.published),
+        readings=_readings(predictions, scored, mean, taxonomy, published=published),
         rules=dict(Counter(p.rule for p in predictions if p.rule is not None).most_common()),
         figures={key: value for key, value in found["aggregate"].items() if key not in ("mean", "n", "n_invalid")},
     )
@@ -427,9 +418,7 @@ def score_predictions(
         tasks={key: replace(task, ci95=intervals.tasks.get(key)) for key, task in tasks.items()},
         datasets=datasets,
         aggregate=aggregate,
-        provenance=Provenance(
-            scoring=Scoring(level=LEVEL, clusters=_described(clusters, options.cluster, datasets), **how)
-        ),
+        provenance=Provenance(scoring=Scoring(level=LEVEL, clusters=_described(clusters, cluster, datasets), **how)),
     )
 
 
@@ -609,14 +598,12 @@ def _asked_for(run: Run, entries: list[LeftOut], atlas: Path | None) -> list[Lef
 
 
 def _clusters(
-    predictions: Sequence[Prediction],
-    cluster: str,
-    read: Callable[[str], Sequence[str | None]] | None,
+    predictions: Sequence[Prediction], cluster: str, read: Callable[[str], Sequence[str | None]]
 ) -> Sequence[str | None] | None:
     """The group of each row, None when rows are drawn alone."""
     if cluster == NO_CLUSTERS:
         return None
-    if cluster == AUTO_CLUSTERS or read is None:
+    if cluster == AUTO_CLUSTERS:
         groups: Sequence[str | None] = [p.group for p in predictions]
         return groups if any(groups) else None
     return read(cluster)
@@ -640,7 +627,7 @@ def _slices(
     predictions: Sequence[Prediction],
     by: Sequence[str],
     taxonomy: Taxonomy,
-    read: Callable[[str], Sequence[str | None]] | None,
+    read: Callable[[str], Sequence[str | None]],
 ) -> dict[str, Sequence[str | None]]:
     """The values of modality and language where there is more than one, and of every field that was asked for."""
     found: dict[str, Sequence[str | None]] = {
@@ -648,7 +635,7 @@ def _slices(
         "language": [taxonomy.dataset(p.dataset).language for p in predictions],
     }
     found = {name: values for name, values in found.items() if len(set(values)) > 1}
-    return found | {field: read(field) for field in by if read is not None}
+    return found | {field: read(field) for field in by}
 
 
 # --------------------------------------------------------------------------------------------------------- provenance

@@ -90,7 +90,6 @@ def _h264_mp4(frames: NDArray[np.uint8], quality: int) -> bytes:
 # generator knew.
 
 
-NUM_FEATURES = 88
 _FRAME, _HOP = 256, 80
 _LAGS = np.arange(SAMPLE_RATE // 400, SAMPLE_RATE // 60)
 _NUM_CEPSTRA = 7

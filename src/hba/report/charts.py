@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from markupsafe import Markup, escape
 
-from hba.evaluate.metrics import Ints, encode
+from hba.evaluate.metrics import Ints, encode, local_confusion
 from hba.evaluate.predictions import Prediction
 from hba.evaluate.results import Calibrated, TaskScore
 from hba.evaluate.runs import Event
@@ -455,12 +455,9 @@ def matrices(predictions: Sequence[Prediction], taxonomy: Taxonomy = BUILTIN) ->
     for domain in taxonomy.domains.values():
         local = {}
         for key in sorted(layout.classified):
-            counts_CP, indices_K = counts_DCP[layout.code[key]], np.array(domain.indices)
-            if layout.domain(key) == domain.name and counts_CP.any():
-                # [K, K + 1]: the domain's own rows and columns, every other answer in the last column.
-                inside = counts_CP[np.ix_(indices_K, indices_K)]
-                outside = counts_CP[indices_K].sum(1) - inside.sum(1)
-                local[key] = np.concatenate([inside, outside[:, None]], axis=1)
+            code = layout.code[key]
+            if layout.domain(key) == domain.name and counts_DCP[code].any():
+                local[key] = local_confusion(layout, code, counts_DCP[code])
         if local:
             pooled = _matrix(", ".join(local), np.sum(list(local.values()), axis=0), domain.labels)
             several = tuple(_matrix(key, counts, domain.labels) for key, counts in local.items())
