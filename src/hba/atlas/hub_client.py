@@ -11,7 +11,6 @@ of the last time; without that, no old answer is used.
 from __future__ import annotations
 
 import errno
-import io
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
+from typing import BinaryIO, NamedTuple, TypeVar, cast
 from urllib.parse import quote
 
 import httpx
@@ -49,6 +48,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but
 from hba.atlas import parquet
 from hba.atlas.names import HubId
 from hba.atlas.rows import MEDIA_FIELDS
+from hba.atlas.source import SizedFile
 from hba.errors import HbaError, InputError, MachineError
 from hba.remote.request import proxies_checked, shown
 from hba.storage import AWAY, CLOCK, StorageError, alone, machine_fault, pauses, read_json, write_json
@@ -135,14 +135,12 @@ class Repo:
         wanted, found = list(names), dict[str, FileInfo]()
         for start in range(0, len(wanted), _PATHS_A_QUESTION):
             part = wanted[start : start + _PATHS_A_QUESTION]
-            for entry in _ask(partial(self._paths_info, part), str(self), self.id, known=True):
+            ask = partial(HfApi().get_paths_info, self.id, part, revision=self.commit, repo_type="dataset")
+            for entry in _ask(ask, str(self), self.id, known=True):
                 if isinstance(entry, RepoFile):
                     lfs = entry.lfs.sha256 if entry.lfs is not None else None
                     found[entry.path] = FileInfo(entry.size, lfs or entry.blob_id)
         return found
-
-    def _paths_info(self, names: list[str]) -> list[RepoFile | RepoFolder]:
-        return list(HfApi().get_paths_info(self.id, names, revision=self.commit, repo_type="dataset"))
 
     def home(self, part: str) -> Path:
         """A folder of the assets cache for what is made from this dataset."""
@@ -165,7 +163,7 @@ def list_repo(wanted: HubId) -> Listing:
     home = _home(wanted.repo, "listings")
     saved = home / f"{quote(revision, safe='')}.json"
     pinned = len(revision) == 40 and all(c in "0123456789abcdef" for c in revision)
-    if saved.is_file() and (pinned or _is_offline()):
+    if saved.is_file() and (pinned or constants.HF_HUB_OFFLINE):
         known = read_json(saved)
         return Listing(Repo(wanted.repo, known["commit"]), frozenset(known["names"]))
     api = HfApi()
@@ -197,10 +195,6 @@ def _entries(repo: Repo, folder: str) -> list[RepoFile | RepoFolder]:
 
 def _home(repo_id: str, part: str) -> Path:
     return Path(cached_assets_path("hba", repo_id, part, assets_dir=constants.HF_ASSETS_CACHE))
-
-
-def _is_offline() -> bool:
-    return bool(constants.HF_HUB_OFFLINE)
 
 
 def _ask(call: Callable[[], T], where: str, repo: str, *, known: bool = False) -> T:
@@ -307,7 +301,7 @@ class RemoteShard:
 
     def fetch(self, start: int, stop: int) -> None:
         """Have the bytes `start` to `stop` in the file. Raises InputError, StorageError when the disk is full."""
-        with self._marks.open("r+b", buffering=0) as marks:
+        with _marks(self.path).open("r+b", buffering=0) as marks:
             first, last = start // BLOCK_BYTES, -(-min(stop, self.size) // BLOCK_BYTES)
             there = os.pread(marks.fileno(), last - first, first)
             for begin, end in _gaps(there, first):
@@ -317,10 +311,6 @@ class RemoteShard:
     def open(self) -> BinaryIO:
         """A file that fetches what is read from it."""
         return cast(BinaryIO, _RemoteFile(self))
-
-    @property
-    def _marks(self) -> Path:
-        return _marks(self.path)
 
 
 def _marks(path: Path) -> Path:
@@ -337,35 +327,14 @@ def _gaps(there: bytes, first: int) -> Iterator[tuple[int, int]]:
         number = end
 
 
-class _RemoteFile(io.RawIOBase):
+class _RemoteFile(SizedFile):
     def __init__(self, shard: RemoteShard) -> None:
-        self._shard, self._at = shard, 0
-        self._file = shard.path.open("rb", buffering=0)
+        super().__init__(shard.size, shard.path.open("rb", buffering=0))
+        self._shard = shard
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._shard.size}[whence]
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        wanted = max(min(len(buffer), self._shard.size - self._at), 0)
+    def get(self, wanted: int) -> bytes:
         self._shard.fetch(self._at, self._at + wanted)
-        data = os.pread(self._file.fileno(), wanted, self._at)
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+        return os.pread(self._file.fileno(), wanted, self._at)
 
 
 def remote_shards(repo: Repo, names: Sequence[str], folder: Path) -> tuple[RemoteShard, ...]:

@@ -65,20 +65,15 @@ Frames: TypeAlias = Literal["exact", "nearest_keyframe"]
 """which frame stands for a time: the one on screen, or the keyframe nearest to it, which is faster"""
 
 
-class _SliceFile(io.RawIOBase):
-    """A read-only file over a slice; only what a decoder asks for is read, in whole blocks where they are checked.
+class SizedFile(io.RawIOBase):
+    """A read-only file of `size` bytes, of which a subclass gets what is asked for; `file` is closed with it."""
 
-    A block that differs from its checksum, or that cannot be had, ends the file and sets `damaged` or `fault`: an
-    exception would be lost in a decoder, which would serve the beginning as the whole.
-    """
+    def __init__(self, size: int, file: BinaryIO | io.RawIOBase) -> None:
+        self._size, self._file, self._at = size, file, 0
 
-    def __init__(self, part: Slice, where: str) -> None:
-        self._part, self._at, self._where = part, 0, where
-        self._block, self._number = memoryview(b""), -1
-        self.damaged: int | None = None
-        """the first byte of the medium that may be wrong"""
-        self.fault: MachineError | None = None
-        self._file = patiently(partial(part.path.open, "rb", buffering=0), where)
+    def get(self, wanted: int) -> bytes | memoryview:
+        """At most `wanted` bytes from the present position `_at` on."""
+        raise NotImplementedError
 
     def readable(self) -> bool:
         return True
@@ -87,19 +82,41 @@ class _SliceFile(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._part.size}[whence]
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
         if base + offset < 0:
             raise OSError(errno.EINVAL, "seek before the start")
         self._at = base + offset
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        wanted = max(min(len(buffer), self._part.size - self._at), 0)
-        checked = bool(self._part.checksums) and wanted > 0
-        data = self._checked()[:wanted] if checked else memoryview(self._read(wanted, self._at))
+        data = self.get(max(min(len(buffer), self._size - self._at), 0))
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+class _SliceFile(SizedFile):
+    """A read-only file over a slice; only what a decoder asks for is read, in whole blocks where they are checked.
+
+    A block that differs from its checksum, or that cannot be had, ends the file and sets `damaged` or `fault`: an
+    exception would be lost in a decoder, which would serve the beginning as the whole.
+    """
+
+    def __init__(self, part: Slice, where: str) -> None:
+        super().__init__(part.size, patiently(lambda: part.path.open("rb", buffering=0), where))
+        self._part, self._where = part, where
+        self._block, self._number = memoryview(b""), -1
+        self.damaged: int | None = None
+        """the first byte of the medium that may be wrong"""
+        self.fault: MachineError | None = None
+
+    def get(self, wanted: int) -> bytes | memoryview:
+        checked = bool(self._part.checksums) and wanted > 0
+        return self._checked()[:wanted] if checked else self._read(wanted, self._at)
 
     def _checked(self) -> memoryview:
         """What follows in the block of the present position; nothing when it differs from its checksum."""
@@ -121,10 +138,6 @@ class _SliceFile(io.RawIOBase):
             except MachineError as fault:
                 self.fault = fault
         return b""
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
 
 def checksums_of(medium: bytes | memoryview) -> bytes:

@@ -8,13 +8,14 @@ gain what is there. Media and rows that lack nothing are not touched.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from hba.atlas.media import load_audio
 from hba.atlas.names import present_splits
@@ -203,21 +204,14 @@ def _keep(path: Path, folder: Path) -> None:
     copy = folder / f"{path.stem}.{file_sha256(path)[:12]}.jsonl"
     if not copy.exists():
         with atomic_write(copy, "wb") as handle, path.open("rb") as original:
-            while block := original.read(1 << 20):
-                handle.write(block)
+            shutil.copyfileobj(original, handle)
 
 
 # Measure one medium and write its file: what a worker process does.
 #
 # The file appears under its name whole or not at all, and only after the medium was decoded to its end. What is wrong
-# with a medium comes back as `Failed`; what is wrong with the machine (disk full, extractor broken) as `Fatal`, since
+# with a medium comes back as `Failed`; what is wrong with the machine (disk full, extractor broken) as its error, since
 # every other item would meet it too.
-
-
-class Fatal(NamedTuple):
-    """What stops the run."""
-
-    error: HbaError
 
 
 class Extract:
@@ -230,7 +224,7 @@ class Extract:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_loaded": {}}
 
-    def __call__(self, item: Item) -> Extracted | Failed | Fatal:
+    def __call__(self, item: Item) -> Extracted | Failed | HbaError:
         """Write the file of an item. A failure writes nothing."""
         try:
             source = confined_path(Path(item.root), item.medium, where=item.where)
@@ -241,7 +235,7 @@ class Extract:
         except MediaError as error:
             return Failed(error.what)
         except HbaError as error:
-            return Fatal(error)
+            return error
 
     def close(self) -> None:
         """End the extractors that are processes."""
@@ -399,9 +393,9 @@ class _Run:
             self.ledger.start(item)
             yield item
 
-    def _take(self, item: Item, result: Extracted | Failed | Fatal | Died) -> None:
-        if isinstance(result, Fatal):
-            raise result.error
+    def _take(self, item: Item, result: Extracted | Failed | HbaError | Died) -> None:
+        if isinstance(result, HbaError):
+            raise result
         if isinstance(result, Extracted):
             self.ledger.finish(item, result)
             self.done.add(item.output)

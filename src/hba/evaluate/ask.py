@@ -406,7 +406,8 @@ def _describe(model: str, folder: Path, rows: Sequence[tuple[Piece, str]]) -> di
     sets: set[str | None] = set()
     for spec in specs:
         dim = spec["dims"].get("audio")
-        fitting = [name for name, about in FEATURE_SETS.items() if dim in _pooled(about.num_values)]
+        # As it is, mean and spread, and two quantiles beside them.
+        fitting = [name for name, about in FEATURE_SETS.items() if dim in [k * about.num_values for k in (1, 2, 4)]]
         if dim is not None and not fitting:
             what = f"the adapters of {spec['dataset']} read {dim} values of sound, which no extractor here gives"
             raise InputError(what, where=model, fix="Predict an atlas that has these descriptors.")
@@ -424,12 +425,6 @@ def _describe(model: str, folder: Path, rows: Sequence[tuple[Piece, str]]) -> di
                     failed[row] = f"no descriptors: {failure['reason']}"
         video = None
     return failed
-
-
-def _pooled(values: int) -> tuple[int, ...]:
-    """The sizes that a descriptor of so many values may have when it is pooled: as it is, mean and spread, and two
-    quantiles beside them."""
-    return (values, 2 * values, 4 * values)
 
 
 def _answered(

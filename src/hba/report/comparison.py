@@ -36,6 +36,7 @@ NOTE = "Intervals are of 95% by the paired bootstrap; p is corrected over the ta
 SEEDS = "Intervals are of 95% over rows and runs (Student's t); p is corrected over the tasks (Holm), not for the mean."
 SPREAD = "95% over runs: what another seed or prompt would give on these rows; over rows: what other rows would give."
 Line = TypeVar("Line", Difference, SeedDifference, Spread)
+K = TypeVar("K")
 
 
 def comparison(found: Comparison) -> Table:
@@ -72,11 +73,9 @@ def suite_table(names: Sequence[str], found: Mapping[str, Comparison], baseline:
             continue
         each, mean = found[name], means[name]
         p_value = corrected.get(name)
-        line = (DASH, Cell(DASH), "", DASH)
+        line: Row = (DASH, Cell(DASH), "", DASH)
         if mean is not None:
-            p_text = DASH if p_value is None else "<0.001" if p_value < 0.001 else figure(p_value)
-            signed = DASH if mean.difference is None else f"{mean.difference:+.3f}"
-            line = (figure(mean.b), Cell(signed, _style(mean.difference, p_value)), interval(mean.ci95), p_text)
+            line = (figure(mean.b), *_tested(mean, p_value))
         rows.append((name, *line, *(_signed(each.paired.tasks.get(key)) for key in tasks), count(each.failed[MEAN][1])))
     said = f"Each setting against {baseline} on the rows that both answered; tasks: score (difference)."
     notes = [
@@ -123,18 +122,26 @@ class SuiteTables:
         title = f"Each setting against {self.baseline}, on the rows that both answered"
         yield Table(title=title, head=head, rows=rows, warnings=self.whole.warnings, tight=True)
         room = options.max_width - NAME_WIDTH - GAP
-        left, blocks = room, [list[int]()]
-        for place in range(5, len(self.whole.head) - 1):
-            size = GAP + max(len(self.whole.head[place]), *(len(line[place].text) for line in lines))
-            if size > left and blocks[-1]:
-                blocks.append([])
-                left = room
-            blocks[-1].append(place)
-            left -= size
-        for places in filter(None, blocks):
+        sizes = {
+            place: GAP + max(len(self.whole.head[place]), *(len(line[place].text) for line in lines))
+            for place in range(5, len(self.whole.head) - 1)
+        }
+        for places in filter(None, _fitting(sizes, room, room)):
             names = [self.whole.head[place] for place in places]
             cells: list[Row] = [(line[0], *(line[place] for place in places)) for line in lines]
             yield Table(title="", head=("setting", *names), rows=cells)
+
+
+def _fitting(sizes: Mapping[K, int], first: int, room: int) -> list[list[K]]:
+    """Columns of these sizes in as many tables as they want: of the `first` one's room, then of `room` each."""
+    left, blocks = first, [list[K]()]
+    for key, size in sizes.items():
+        if size > left and blocks[-1]:
+            blocks.append([])
+            left = room
+        blocks[-1].append(key)
+        left -= size
+    return blocks
 
 
 def _signed(line: Difference | None) -> str:
@@ -231,10 +238,13 @@ def _name(key: str, metric: str) -> str:
 
 
 def _difference(key: str, line: Difference | SeedDifference) -> Row:
-    p_value = line.p_value if key == MEAN else line.p_holm
+    return (figure(line.a), figure(line.b), *_tested(line, line.p_value if key == MEAN else line.p_holm))
+
+
+def _tested(line: Difference | SeedDifference, p_value: float | None) -> Row:
     p_text = DASH if p_value is None else "<0.001" if p_value < 0.001 else figure(p_value)
-    signed = Cell(DASH if line.difference is None else f"{line.difference:+.3f}", _style(line.difference, p_value))
-    return (figure(line.a), figure(line.b), signed, interval(line.ci95), p_text)
+    signed = DASH if line.difference is None else f"{line.difference:+.3f}"
+    return (Cell(signed, _style(line.difference, p_value)), interval(line.ci95), p_text)
 
 
 def _style(difference: float | None, p_value: float | None) -> str:
@@ -400,15 +410,10 @@ def _blocks(board: Leaderboard, width: int) -> Iterator[Table]:
     # The first table has room for the mean, the rank and the counts as well, every one for the model.
     room = width - NAME_WIDTH - 2 * GAP - 4
     left = room - sum(GAP + max(map(len, column)) for column in zip(ENDS, *ends, strict=True))
-    blocks: list[list[str]] = [[]]
-    for key in board.tasks:
-        size = GAP + max(len(key), *(max(len(cell.text), len(cell.note)) for cell in cells[key]))
-        if size > left and blocks[-1]:
-            blocks.append([])
-            left = room
-        blocks[-1].append(key)
-        left -= size
-    for number, keys in enumerate(blocks):
+    sizes = {
+        key: GAP + max(len(key), *(max(len(cell.text), len(cell.note)) for cell in mine)) for key, mine in cells.items()
+    }
+    for number, keys in enumerate(_fitting(sizes, left, room)):
         rows: list[Row] = []
         for place, entry in enumerate(board.entries):
             if place and board.entries[place - 1].rank is not None and entry.rank is None:
