@@ -343,13 +343,9 @@ def _verified(bundle: Path, atlas: str | None) -> Verified:
         except InputError as error:
             if error.where in (atlas, str(bundle)):
                 raise
-            return done(f"cannot be scored again: {error.what} ({_inside(error.where, folder)})")
+            return done(f"cannot be scored again: {error.what} ({error.where.replace(f'{folder}/', '')})")
         checked.append("scores")
         return done(_first_difference(said, cleaned(again)))
-
-
-def _inside(where: str | None, folder: Path) -> str:
-    return (where or "").replace(f"{folder}/", "")
 
 
 def _scored_again(

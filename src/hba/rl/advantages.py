@@ -207,21 +207,6 @@ def _scaled(rewards: npt.ArrayLike, eps: float) -> Floats:
 # --- estimators -------------------------------------------------------------------------------------------------------
 
 
-__all__ = [
-    "Advantage",
-    "EmaGrpo",
-    "Harpo",
-    "build_advantage",
-    "dr_grpo",
-    "gpg",
-    "grpo",
-    "informative",
-    "reinforce_pp",
-    "reinforce_pp_baseline",
-    "rloo",
-]
-
-
 def grpo(rewards: npt.ArrayLike, groups: Names, *, published: bool = False) -> Floats:
     """GRPO: A = (r - mean_g) / std_g, population std (Shao et al. 2024, arXiv 2402.03300, section 4.1.2).
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -328,15 +328,9 @@ def _round_once(model: OmniSapiens) -> None:
 
 
 def _without_lora(policy: OmniSapiens, batch: Batch, temperature: float, accelerator: Accelerator) -> Tensor:
-    with _adapters_off(policy):
-        return _looked_at(policy, batch, temperature, accelerator)
-
-
-@contextmanager
-def _adapters_off(policy: OmniSapiens) -> Iterator[None]:
     policy.transformer.disable_adapters()
     try:
-        yield
+        return _looked_at(policy, batch, temperature, accelerator)
     finally:
         policy.transformer.enable_adapters()
 

@@ -290,39 +290,34 @@ class ServerSampler:
             what = f"the sampling server gave no response to sample {question.sample.id}: {error.what}"
             raise HbaError(what, where=error.where, fix=RESUME) from None
         assert isinstance(reply, TokenReply)  # the client speaks TokenChat
-        try:
-            self._check(question, reply)
-        except _UnfitError as unfit:
-            raise HbaError(
-                str(unfit), where=f"{self._config.base_url}, sample {question.sample.id}", fix=unfit.fix
-            ) from None
+        if (unfit := self._unfit(question, reply)) is not None:
+            what, fix = unfit
+            raise HbaError(what, where=f"{self._config.base_url}, sample {question.sample.id}", fix=fix)
         return question, reply.choices
 
-    def _check(self, question: _Question, reply: TokenReply) -> None:
-        """Raises _UnfitError for a reply on which the policy must not be trained."""
+    def _unfit(self, question: _Question, reply: TokenReply) -> tuple[str, str] | None:
+        """Why the policy must not be trained on a reply, and what to do; None where it may."""
         known = all(choice.token_ids and choice.logps is not None for choice in reply.choices)
         if reply.prompt_token_ids is None or not known:
             fix = "Use vLLM 0.10.2 or later: the update needs the sampled tokens (return_token_ids) and their logprobs."
-            raise _UnfitError("the server gives no token ids, or no log-probabilities", fix)
+            return "the server gives no token ids, or no log-probabilities", fix
         if reply.prompt_token_ids != question.prompt_ids:
-            raise _UnfitError(self._difference(question.prompt_ids, reply.prompt_token_ids), PROMPT_FIX)
+            return self._difference(question.prompt_ids, reply.prompt_token_ids), PROMPT_FIX
         if len(reply.choices) != len(question.places):
-            raise _UnfitError(f"{len(reply.choices)} responses, {len(question.places)} were asked for", RESUME)
+            return f"{len(reply.choices)} responses, {len(question.places)} were asked for", RESUME
         for choice in reply.choices:
             tokens, logps = choice.token_ids or (), choice.logps or ()
             if len(tokens) != len(logps) or len(tokens) > question.request.max_tokens:
-                raise _UnfitError(f"{len(tokens)} tokens with {len(logps)} log-probabilities", RESUME)
+                return f"{len(tokens)} tokens with {len(logps)} log-probabilities", RESUME
             ended = tokens[-1] in self._ends
             whole = ended if choice.finish == "stop" else len(tokens) == question.request.max_tokens
             if choice.finish not in ("stop", "length") or not whole:
                 what = f"a response of {len(tokens)} tokens ended with {choice.finish!r} at token {tokens[-1]}"
-                fix = (
-                    f"It must go on to one of the tokens {self._ends} or to the longest length: raise --max-model-len."
-                )
-                raise _UnfitError(what, fix)
+                return what, f"It must go on to one of the tokens {self._ends} or to the longest length: {LONGER}"
             if banned := set(tokens) & set(self._banned):
                 fix = "Use a server that obeys logit_bias, and a lower rollout.temperature."
-                raise _UnfitError(f"media tokens {sorted(banned)} in a response", fix)
+                return f"media tokens {sorted(banned)} in a response", fix
+        return None
 
     def _difference(self, ours: Sequence[int], theirs: Sequence[int]) -> str:
         processor = self._policy.processor
@@ -337,16 +332,11 @@ class ServerSampler:
         return f"the server's prompt differs from the policy's at token {where}: {said[1]!r} instead of {said[0]!r}"
 
 
+LONGER = "raise --max-model-len."
 PROMPT_FIX = (
     "Serve the backbone that the run trains, with its own chat template and processor; encode.min_pixels and "
     "max_pixels are sent with each request."
 )
-
-
-class _UnfitError(Exception):
-    def __init__(self, what: str, fix: str) -> None:
-        super().__init__(what)
-        self.fix = fix
 
 
 def build_sampler(config: RlConfig, policy: OmniSapiens, encoder: Encoder, ranks: Ranks, run: Path) -> Sampler:

@@ -242,8 +242,7 @@ class CollapseWatch:
         """Go on from `state_dict`."""
         self._recent = {task: list(map(float, values)) for task, values in state["recent"].items()}
         self._best, self._low = dict(state["best"]), dict(state["low"])
-        # Checkpoints of earlier versions knew of rewards alone.
-        self._answers, self._same = dict(state.get("answers", {})), dict(state.get("same", {}))
+        self._answers, self._same = dict(state["answers"]), dict(state["same"])
 
 
 def _split(outcomes: Sequence[Outcome], by: str) -> dict[str, list[Outcome]]:
