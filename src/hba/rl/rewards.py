@@ -30,7 +30,7 @@ from functools import cache
 from hashlib import sha256
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field
 
@@ -40,10 +40,6 @@ from hba.embedding import MINILM, Embedder
 from hba.errors import ConfigError, HbaError, InputError, nearest
 from hba.evaluate.answers import Reading, bare, extract, last_box, named_label, read, same_answer, without_latex
 from hba.taxonomy import BUILTIN, PUBLISHED, Taxonomy
-
-if TYPE_CHECKING:
-    from hba.embedding import Embedder
-
 
 Parts: TypeAlias = dict[str, float]
 Kind = Literal["classification", "free_form"]
@@ -251,8 +247,6 @@ def _cosines(
 @cache
 def default_embedder() -> Embedder:
     """The one all-MiniLM-L6-v2 of the process, loaded when first asked for."""
-    from hba.embedding import Embedder
-
     return Embedder()
 
 

@@ -26,7 +26,7 @@ from hba.atlas import data_record
 from hba.config import dump_yaml
 from hba.errors import HbaError, InputError
 from hba.model import checkpoint
-from hba.model.merge import Parts, require_free, write_full
+from hba.model.merge import Parts, merge_checkpoint, require_free, write_full
 from hba.rl.advantages import build_advantage
 from hba.rl.config import RlConfig
 from hba.rl.evaluation_log import read_evaluations, summary
@@ -143,8 +143,6 @@ def noted_failure(run: Path) -> HbaError | None:
 
 def _release(config: RlConfig, place: Place) -> None:
     """Lay the model out as the release is, where it is a run, a checkpoint or a bare thinker."""
-    from hba.model.merge import Parts, merge_checkpoint, write_full
-
     out = Path(place.model)
     if out != place.folder / "model":
         checkpoint.fit_backbone(place.model)  # verl would draw what is missing at random, as transformers does
