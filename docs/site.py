@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from enum import Enum
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 from latex2mathml.converter import convert
@@ -98,9 +97,9 @@ def _name(each: Any) -> str:
 
 def _parameter(each: Any, hint: Any) -> str:
     flags = ", ".join(f"`{flag}`" for flag in (*each.opts, *each.secondary_opts) if flag.startswith("-"))
-    words = list(hint) if isinstance(hint, type) and issubclass(hint, Enum) else []
-    kind = ", ".join(f"`{word.value}`" for word in words) or (f"`{each.metavar}`" if flags and each.metavar else "")
-    default = getattr(each.default, "value", each.default)
+    words = get_args(hint) if get_origin(hint) is Literal else ()
+    kind = ", ".join(f"`{word}`" for word in words) or (f"`{each.metavar}`" if flags and each.metavar else "")
+    default = each.default
     empty = default is None or default is False or default in ((), [], "")
     shown = "required" if each.required else "" if empty else f"`{default}`"
     shown = each.show_default if isinstance(each.show_default, str) else shown

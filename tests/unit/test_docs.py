@@ -6,9 +6,8 @@ import ast
 import pkgutil
 import re
 import shlex
-from enum import Enum
 from pathlib import Path
-from typing import get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import typer
@@ -111,7 +110,7 @@ def flags_of(command):
     found = {"--help": None}
     for param in command.params:
         kind = hints.get(param.name)
-        words = [each.value for each in kind] if isinstance(kind, type) and issubclass(kind, Enum) else None
+        words = get_args(kind) if get_origin(kind) is Literal else None
         found |= dict.fromkeys((*param.opts, *param.secondary_opts), words)
     return found
 
