@@ -9,6 +9,7 @@ import sys
 import wave
 from email import message_from_bytes
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 from typing import ClassVar
 
@@ -100,6 +101,18 @@ def test_a_question_of_ones_own_reaches_a_server(hba, files, chat_server):
     assert code == 0, err
     (reply,) = json.loads(out)["answers"]
     assert "She is glad." in reply["text"] and reply["probs"] is None
+
+
+def test_of_a_folder_all_files_below_it_are_asked_but_for_tables(hba, files, chat_server, tmp_path):
+    for name in ("happy/b.png", "happy/a.png", "sad/.hidden.png", "sad/c.png"):
+        (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(files / "picture.png", tmp_path / "mine" / name)
+    (tmp_path / "mine" / "metadata.csv").write_text("file_name,label\nhappy/a.png,happy\n")
+    asked = ["--backend", "openai", "--base-url", chat_server().url, "--question", "Why?"]
+    code, out, err = hba("ask", "m", tmp_path / "mine", *asked, "--json")
+    assert code == 0, err
+    named = [Path(reply["file"]).relative_to(tmp_path / "mine").as_posix() for reply in json.loads(out)["answers"]]
+    assert named == ["happy/a.png", "happy/b.png", "sad/c.png"]
 
 
 def test_bad_input_is_one_sentence(hba, run, files, backbone, tmp_path):

@@ -339,6 +339,12 @@ def test_what_is_not_scored_makes_no_bundle(hba, scored, tmp_path):
     (tmp_path / "run" / "predictions.jsonl").write_text("\n".join(lines[1:]) + "\n")
     code, _, err = hba("bundle", tmp_path / "run", tmp_path / "a.zip")
     assert code == 2 and "changed since it was scored" in err
+    for arguments, said in (
+        (["verify", tmp_path / "run"], "is a folder, not a bundle. Fix: Pack it first, if it is a run: hba bundle "),
+        (["bundle", tmp_path], "is no run: it holds no predictions"),
+    ):
+        code, out, err = hba(*arguments)
+        assert (code, out) == (2, "") and said in err, err
     (tmp_path / "run" / "metrics.json").unlink()
     code, _, err = hba("bundle", tmp_path / "run", tmp_path / "a.zip")
     assert code == 2 and "is not scored" in err and not (tmp_path / "a.zip").exists()

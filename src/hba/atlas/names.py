@@ -21,7 +21,7 @@ _SPEC = re.compile(r"(?P<name>\w[\w.-]*)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)
 CARD = "atlas.json"
 NO_ROWS = (
     "Write one JSON object a line into test.jsonl (train.jsonl, validation.jsonl) of that folder, with the paths of "
-    "its media: docs/data.md says the fields, docs/extend.md shows a script."
+    "its media (docs/data.md says the fields), or let `hba atlas build FOLDER OUT` make the rows of a folder of media."
 )
 _SHARD = re.compile(r"(?P<name>\w[\w.-]*?)(-\d+-of-\d+)?\.parquet", re.ASCII)
 _PUBLISHED_NAMES: dict[str, str] = {file: split for split, file in PUBLISHED["splits_jsonl"].items()}

@@ -230,7 +230,8 @@ def _in_words(ahead: dict[str, Any]) -> str:
     cost, seconds, judged = ahead["cost_usd_at_most"], ahead["seconds"], ahead["judged"]
     price = ", cost unknown" if cost is None else f", ${cost:,.2f} at most" if cost else ""
     time = "" if not seconds else f", {_minutes(seconds)}"
-    time = ", time unknown until its first rows are answered" if ahead["left"] and seconds is None else time
+    if seconds is None and ahead["left"] > MEASURED_ROWS:
+        time = ", time unknown until its first rows are answered"
     verdicts = f", {plural(judged, 'answer')} to judge" if judged else ""
     said = (ahead["tokens_in"], ahead["tokens_out_at_most"])
     tokens = f", {said[0]:,} tokens in and {said[1]:,} out at most" if ahead["left"] or judged else ""

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import soundfile
 
-from hba.atlas.build import Medium, bring, look_at, row_of
+from hba.atlas.build import Medium, bring, look_at, media_below, row_of
 from hba.atlas.rows import Quarantined
 from hba.errors import InputError, MediaError, nearest
 from hba.evaluate.backends.interface import (
@@ -159,14 +159,14 @@ def ask(
 
 
 def found_files(given: Iterable[str | Path]) -> list[Path]:
-    """The files meant: each as it is, of a folder its files in order of their names, hidden ones left out.
+    """The files meant: each as it is; of a folder all below it, by their names, but hidden ones and tables of labels.
 
     Raises InputError for a path that does not exist, and for a folder without files.
     """
     paths: list[Path] = []
     for each in map(Path, given):
         if each.is_dir():
-            inside = sorted(path for path in each.iterdir() if path.is_file() and not path.name.startswith("."))
+            inside = media_below(each)
             if not inside:
                 raise InputError("no files in this folder", where=str(each), fix="Give a folder of clips, or files.")
             paths += inside

@@ -93,6 +93,9 @@ def pack(run: Path, out: Path, *, atlas: str | None = None, prompts: bool = True
     InputError for a run that is not scored, whose predictions have changed since, or that has rows of another atlas.
     """
     opened = open_run(run)
+    if not opened.has(METRICS) and not opened.predictions_path.is_file():
+        fix = "Give the folder of a run that was predicted and scored, such as hba eval makes."
+        raise InputError("is no run: it holds no predictions", where=str(run), fix=fix)
     if not opened.has(METRICS):
         raise InputError("is not scored", where=str(run), fix=f"Run hba score {run} first.")
     if opened.stale:
@@ -200,6 +203,9 @@ def unpacked(bundle: Path) -> Iterator[Path]:
                     _unpack(packed, entry, folder / entry.filename, bundle)
         except FileNotFoundError:
             raise InputError("no such bundle", where=str(bundle), fix="Check the path.") from None
+        except IsADirectoryError:
+            fix = f"Pack it first, if it is a run: hba bundle {bundle}"
+            raise InputError("is a folder, not a bundle", where=str(bundle), fix=fix) from None
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError) as error:
             raise _refused(bundle, f"is no zip that can be read ({error})") from None
         _check_manifest(folder, bundle)
