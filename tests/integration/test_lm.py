@@ -1,15 +1,12 @@
 """Generative SFT end to end: it learns, resumes, opens as OmniSapiens, and trains every family."""
 
-import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import Dies
 from safetensors.torch import load_file
 
 from hba import open_atlas
@@ -132,20 +129,14 @@ def test_predictions_by_heads_are_refused_where_no_heads_were_trained(straight, 
         )  # fmt: skip
 
 
-@pytest.mark.slow
-def test_kill_and_resume_give_the_weights_of_an_uninterrupted_run(straight, tmp_path, mini_atlas, backbone):
+def test_kill_and_resume_give_the_weights_of_an_uninterrupted_run(straight, launch, tmp_path, mini_atlas, backbone):
     run = tmp_path / "run"
     config = [f"atlas={mini_atlas}", f"model.name={backbone}", *SMALL]
     config += ["formats=[plain, think]", 'reasoning="It is {{ answer }}."']
-    command = [sys.executable, "-m", "hba", "train", "lm", "--run", str(run), *config]
-    process = subprocess.Popen(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (run / "checkpoints" / "step_4").is_dir() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert (run / "checkpoints" / "step_4").is_dir()
-    subprocess.run(command, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stderr=subprocess.DEVNULL)
+    command = ["train", "lm", "--run", run, *config]
+    died = launch(command, ranks=1, dies=Dies(0, "hba.train.loop:save_state", "after"))
+    assert died.codes == [-9] and (run / "checkpoints" / "step_4").is_dir(), died.err
+    assert launch(command, ranks=1).code == 0
     expected = weights(straight)
     for name, tensor in weights(run).items():
         assert torch.equal(tensor, expected[name]), name

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import rl_run
 import torch
+from holding import held
 from ranks import Dies, free_port
 from rl_run import write_reward
 from safetensors import safe_open
@@ -103,7 +104,7 @@ def test_two_processes_of_accelerate_give_the_losses_of_one(one, tmp_path, mini_
         env=os.environ | {"ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["step"] == 6  # one rank alone answers
@@ -111,7 +112,7 @@ def test_two_processes_of_accelerate_give_the_losses_of_one(one, tmp_path, mini_
 
 
 SLOW_START = """
-import sys, time
+import os, sys, time
 from datetime import timedelta
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
@@ -119,9 +120,13 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from hba.train.ranks import Ranks
 from test_loop import train
-impatient = InitProcessGroupKwargs(backend="gloo", timeout=timedelta(seconds=2))
+there = [Path(f"{sys.argv[2]}.{rank}") for rank in range(2)]
+there[int(os.environ["RANK"])].touch()
+while not all(path.exists() for path in there):  # they meet when both have imported everything
+    time.sleep(0.01)
+impatient = InitProcessGroupKwargs(backend="gloo", timeout=timedelta(seconds=10))
 ranks = Ranks(Accelerator(cpu=True, kwargs_handlers=[impatient]))
-time.sleep(5 * ranks.rank)
+time.sleep(14 * ranks.rank)
 train(Path(sys.argv[2]), [[1 + ranks.rank], [3 + ranks.rank]], [0, 1, 2], ranks=ranks)
 """
 
@@ -138,7 +143,7 @@ def test_a_process_that_reads_its_weights_for_longer_than_exchanges_may_take_is_
         )
         for rank in range(2)
     ]
-    said = [rank.communicate(timeout=200)[1] for rank in ranks]
+    said = [rank.communicate(timeout=900)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], said
     assert [line["samples_seen"] for line in logged(tmp_path / "run")] == [2, 4]
 
@@ -156,21 +161,22 @@ def test_a_loss_that_is_not_finite_ends_all_ranks_and_all_name_its_samples(launc
 def test_torchrun_that_is_told_to_stop_leaves_a_checkpoint_and_goes_on(one, tmp_path, mini_atlas, backbone):
     """A scheduler's signal reaches the launcher, which passes it on and gives the processes time."""
     run = tmp_path / "run"
-    patient = ["--signals-to-handle=SIGTERM,SIGUSR1", "--shutdown-timeout=120", f"--master-port={free_port()}"]
+    patient = ["--signals-to-handle=SIGTERM,SIGUSR1", "--shutdown-timeout=600", f"--master-port={free_port()}"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", *patient]
     config = [f"atlas={mini_atlas}", f"model.name={backbone}", *SMALL, "train.save_every=1"]
     command = [*launcher, "-m", "--", "hba", "train", "sft", "--run", str(run), *config]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    stopped = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 200
+    in_the_middle = held(tmp_path, str(run / "checkpoints" / "step_2"), until_signalled=True, ACCELERATE_USE_CPU="true")
+    stopped = subprocess.Popen(command, env=in_the_middle, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 600
     while not (run / "checkpoints" / "step_1").exists():
         assert time.monotonic() < deadline and stopped.poll() is None
         time.sleep(0.02)
     stopped.send_signal(signal.SIGUSR1)
-    errors = stopped.communicate(timeout=150)[1]
+    errors = stopped.communicate(timeout=600)[1]
     assert stopped.returncode == 1  # that of the launcher, whatever the code of its processes
     assert errors.count("stopped by SIGUSR1; its checkpoint is written") == 2, errors
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert again.returncode == 0, again.stderr
     assert_same_training(run, one)
 
