@@ -1,15 +1,11 @@
 """`hba transfer` on the mini-atlas: what it holds out, what it compares, and that a kill changes nothing."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import yaml
+from ranks import Dies
 from typer.testing import CliRunner
 
 from hba import open_atlas
@@ -100,21 +96,18 @@ def test_a_strategy_that_would_lose_adapters_is_refused(transfer):
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_gives_the_same_figures(transfer, tmp_path, mini_atlas, backbone):
+def test_killed_and_resumed_gives_the_same_figures(transfer, launch, tmp_path, mini_atlas, backbone):
     _, said = transfer
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "hba", *arguments(run, mini_atlas, backbone)]
-    for place in ("pretrain/checkpoints/step_2", "mosei_senti/direct/checkpoints/step_2"):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 200
-        while not (run / place).exists():
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.02)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == said
+    # Two checkpoints of the pretraining; one of it, two from it, the first of the direct start.
+    for place, call in (("pretrain", 1), ("mosei_senti/direct", 4)):
+        saved = Dies(0, "hba.train.loop:save_state", "after", call)
+        died = launch(arguments(run, mini_atlas, backbone), ranks=1, dies=saved)
+        assert died.codes == [-9], died.err
+        assert [path.name for path in (run / place / "checkpoints").glob("step_*")] == ["step_2"]
+    done = launch(arguments(run, mini_atlas, backbone), ranks=1)
+    assert done.code == 0, done.err
+    assert json.loads(done.out[0]) == said
 
 
 def test_the_protocol_names_what_the_atlas_lacks_and_refuses_what_it_cannot_hold_out(mini_atlas):
