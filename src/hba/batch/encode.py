@@ -14,6 +14,7 @@ Shapes: B samples, T tokens, A audios, M mel frames, F mel bins, P vision patche
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from hba.atlas.rows import MEDIA_FIELDS, Columns, Field, Quarantined, Sample, SilentClips
@@ -71,12 +73,16 @@ class Family(NamedTuple):
     times: bool = False  # the model is told how many seconds a step of a clip's patches takes, which is exact here
     whole_clips: bool = False  # the area of a clip is that of all its frames together
     interleaves: bool = False  # the sound of a clip may stand among its frames
+    seconds_a_token: float | None = None  # of sound, where each has `audio_seq_length` tokens, whatever its length
+    packed: tuple[str, ...] = ()  # features of several media stand beside each other along the last dimension
 
 
 FAMILIES = {
     "Qwen2_5OmniProcessor": Family(sound=_one_window_more, times=True, interleaves=True),
     "Qwen3OmniMoeProcessor": Family(times=True, interleaves=True),
     "Qwen3VLProcessor": Family(whole_clips=True),
+    "Gemma3nProcessor": Family(seconds_a_token=0.16),
+    "MiniCPMV4_6Processor": Family(packed=("pixel_values", "pixel_values_videos")),
 }
 
 
@@ -125,6 +131,9 @@ def features_of(
             options |= {"use_audio_in_video": True, "fps": len(clips[0]) / spans_seconds[0]}
         call |= {"videos": list(clips), "videos_kwargs": options | area}
     features = {name: torch.as_tensor(value) for name, value in processor(**call).items()}
+    if audios and "audio_input_features" in features:  # Phi-4's; one sound alone is given no mask, which a batch needs
+        frames_AM = features["audio_input_features"][..., 0]
+        features.setdefault("audio_attention_mask", torch.ones_like(frames_AM, dtype=torch.bool))
     if clips and family.times:
         patch = processor.video_processor.temporal_patch_size
         steps = [patch / len(clip) * span for clip, span in zip(clips, spans_seconds, strict=True)]
@@ -209,6 +218,7 @@ class Encoded:
     input_ids_T: Tensor
     mels: tuple[Tensor, ...] = ()  # each [F, M]
     media: dict[str, Tensor] = field(default_factory=dict)  # patches [P, D], grids [n, 3], named as the model does
+    packed: tuple[str, ...] = ()  # those of `media` of which several samples' stand along the last dimension
     interleaved: bool = False  # whether its sounds stand among the frames of its clips
     silent_clips: int = 0  # clips whose sound was wanted and that have no sound track
     per_token: dict[str, Tensor] = field(default_factory=dict)  # [T] each, such as the kinds of tokens
@@ -444,7 +454,9 @@ def _inputs(encoded: Sequence[Encoded], pad_token_id: int) -> dict[str, Tensor]:
     if mels:
         inputs |= mel_frames(mels)
     for name in sorted({name for e in encoded for name in e.media}):
-        inputs[name] = concatenated([e.media[name] for e in encoded if name in e.media])
+        parts = [e.media[name] for e in encoded if name in e.media]
+        packed = any(name in e.packed for e in encoded)
+        inputs[name] = torch.cat(parts, -1) if packed else concatenated(parts)
     if any(e.interleaved for e in encoded):  # one value a row, as `omni.interleaving_by_row` reads it
         inputs["use_audio_in_video"] = torch.tensor([e.interleaved for e in encoded])
     for name in encoded[0].per_token if encoded else ():
@@ -471,6 +483,37 @@ def encoder_for(
         found = "windows of a sound are averaged by heads, and this model answers in words"
         raise ConfigError(found, where="encode.long_audio", fix=WINDOWS_ARE_FOR_HEADS)
     return Encoder(processor, config, taxonomy, answers=answers, wording=wording)
+
+
+_AS_ONE_TEXT = """\
+{%- set flat = namespace(turns=[]) -%}
+{%- for turn in messages -%}
+{%- set said = namespace(text=turn.content if turn.content is string else '') -%}
+{%- for part in ([] if turn.content is string else turn.content) -%}
+{%- set said.text = said.text ~ (part.text if part.type == 'text' else MEDIA[part.type]) -%}
+{%- endfor -%}
+{%- set flat.turns = flat.turns + [{'role': turn.role, 'content': said.text}] -%}
+{%- endfor -%}
+{%- set messages = flat.turns -%}
+"""
+
+
+def give_template(processor: Any) -> None:
+    """Give a processor without a chat template that of its tokenizer; where that takes a turn as one text, media stand
+    in the text as the tokens that the processor looks for."""
+    template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
+    if not isinstance(template, str):
+        return
+    processor.chat_template = template
+    turn = {"role": "user", "content": [{"type": "text", "text": _MARK}]}
+    try:
+        if "'type'" not in processor.apply_chat_template([turn], tokenize=False):
+            return
+    except (TypeError, TemplateError):
+        pass  # it adds texts
+    tokens = {kind: getattr(processor, f"{kind}_token", None) for kind in MODALITIES}
+    named = json.dumps({kind: token for kind, token in tokens.items() if isinstance(token, str)})
+    processor.chat_template = _AS_ONE_TEXT.replace("MEDIA", named) + template
 
 
 class TextProcessor:
@@ -595,6 +638,7 @@ class Encoder:
             mels=mels,
             media=named,
             per_token=per_token,
+            packed=FAMILIES.get(self._name, Family()).packed,
             interleaved=media.interleaved,
             silent_clips=media.silent_clips,
         )
@@ -680,7 +724,11 @@ class Encoder:
 
     @cached_property
     def _audio_window_seconds(self) -> float | None:
-        """The length to which the processor pads every sound, which its model then insists on; None without one."""
+        """The length to which the processor pads every sound, which its model then insists on, or for which it has
+        tokens; None without one."""
+        of_token = FAMILIES.get(self._name, Family()).seconds_a_token
+        if of_token is not None:
+            return float(self.processor.audio_seq_length * of_token)
         extractor = getattr(self.processor, "feature_extractor", None)
         samples = getattr(extractor, "n_samples", None)
         if samples is None or self._name in FAMILIES:
@@ -694,8 +742,9 @@ class Encoder:
 
 def takes(processor: Any, modality: Modality) -> bool:
     """Whether a processor has a part for that kind of medium; clips may also be shown as their frames."""
-    parts = {"image": "image_processor", "video": "video_processor", "audio": "feature_extractor"}
-    return getattr(processor, parts[modality], None) is not None
+    sound = ("feature_extractor", "audio_processor")
+    parts = {"image": ("image_processor",), "video": ("video_processor",), "audio": sound}
+    return any(getattr(processor, name, None) is not None for name in parts[modality])
 
 
 def perceived(processor: Any) -> tuple[Modality, ...]:

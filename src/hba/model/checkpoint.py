@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from torch import Tensor
 from hba.atlas import Atlas
 from hba.atlas.names import hub_id_of, parse_hub_id
 from hba.batch.config import EncodeConfig
-from hba.batch.encode import TextProcessor
+from hba.batch.encode import TextProcessor, give_template
 from hba.batch.encode import require_perceived as require_perceived_by
 from hba.errors import ConfigError, InputError, nearest
 from hba.model.bam import FOLDER
@@ -37,6 +38,8 @@ from hba.model.weights import (
     fit,
     give_precision,
     keep_precision,
+    lacks_package,
+    language_layers,
     open_tensors,
     quantize,
     read_tensors,
@@ -241,6 +244,9 @@ def resolve(path: str | Path) -> Path | None:
     best = folder / "checkpoints" / "best.json"
     if best.is_file():
         return folder / "checkpoints" / f"step_{read_json(best)['step']}"
+    if any(folder.glob("*.gguf")) and not (folder / "config.json").is_file():
+        fix = "Give the model that they were made from; model.quantization=nf4 has its layers in 4 bits."
+        raise InputError("holds weights for llama.cpp (GGUF), which are not read", where=str(folder), fix=fix)
     if (folder / "checkpoints").is_dir() or (folder.is_dir() and not (folder / "config.json").is_file()):
         fix = "Give a checkpoint, a run folder with a finished validation, or a Hugging Face model."
         raise InputError("no checkpoint here", where=str(folder), fix=fix)
@@ -392,23 +398,35 @@ def read_config(name: str | Path) -> Any:
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
+        if "custom code" in str(error):
+            what = "brings its own code, which is not run: transformers does not know it"
+            raise InputError(what, where=str(name), fix="Use a model that transformers knows.") from error
         fix = "Check the name; a hub model needs a network or a filled cache."
         raise InputError(f"cannot load backbone ({str(error).splitlines()[0]})", where=str(name), fix=fix) from error
+    except ImportError as error:
+        raise lacks_package(str(name), error) from error
 
 
 def backbone_class(name: str | Path) -> Any:
     """transformers' class for the model in a folder or on the hub. Raises InputError when there is none."""
     import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    )
 
     config = read_config(name)
     written = (getattr(config, "architectures", None) or [""])[0]
     kind = config.model_type
     known = THINKERS.get(kind) or MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(kind) or written
+    known = known or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
     found_class = getattr(transformers, known, None) if isinstance(known, str) else None
     if found_class is None or not found_class.can_generate():
         found = f"no chat model of type {kind!r} in transformers {transformers.__version__}"
         raise InputError(found, where=str(name), fix="Use a model that transformers knows; code of models is not run.")
+    if getattr(config, "is_encoder_decoder", False):
+        found = f"{found_class.__name__} reads prompts by an encoder, and has no states of them that heads could read"
+        raise InputError(found, where=str(name), fix="Use a chat model whose prompt and answer are one text.")
     return found_class
 
 
@@ -458,10 +476,12 @@ def load_backbone(
     mapped: bool = False,
     adapter: Path | None = None,
     quantization: Quantization = "none",
+    heads: bool = False,
 ) -> Any:
     """A transformers model from a folder or the hub, with the LoRA layers of the checkpoint `adapter`.
 
-    With `quantization` the linear layers of its language model are quantised as their files have them.
+    With `heads` the layers of its language model, which these read, must be found, before anything is loaded. With
+    `quantization` the linear layers of its language model are quantised as their files have them.
 
     With `mapped` its weights are mapped from their files in the precision that they have there, which costs no memory;
     `give_precision` then makes them `dtype`. Raises InputError when the files do not hold the weights of the class, all
@@ -470,6 +490,7 @@ def load_backbone(
     model_class = backbone_class(name)
     wanted = resolve_dtype(dtype)
     first = wanted
+    kinds: str | dict[str, str] = attention
     try:
         config = model_class.config_class.from_pretrained(name)
         if getattr(config, "quantization_config", None) is not None:
@@ -478,11 +499,14 @@ def load_backbone(
                 raise InputError(what, where=name, fix="Use quantization=none, or the model that it was made from.")
         else:
             bare = skeleton(model_class, config)
+            if heads:
+                language_layers(bare)
+            kinds = _attention_of_parts(bare, attention)
             stored = _fit_named(name, bare).weights
             if adapter is not None:
                 load_adapter(bare, adapter)
             first = (stored.precision if mapped or quantization != "none" else None) or wanted
-        options = {"dtype": first, "attn_implementation": attention, "use_safetensors": True}
+        options = {"dtype": first, "attn_implementation": kinds, "use_safetensors": True}
         with without_load_reports():
             model, info = model_class.from_pretrained(name, **options, output_loading_info=True)
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -490,6 +514,16 @@ def load_backbone(
             raise
         fix = "Check the name; a hub model needs a network or a filled cache."
         raise InputError(f"cannot load backbone ({str(error).splitlines()[0]})", where=name, fix=fix) from error
+    except ValueError as error:
+        fix = "Use another model.attention (eager), or another model."
+        raise InputError(f"cannot load backbone ({str(error).splitlines()[0]})", where=name, fix=fix) from error
+    except ImportError as error:
+        if getattr(config, "quantization_config", None) is not None:
+            kind = config.quantization_config.get("quant_method")
+            what = f"is quantised by {kind}, whose package is missing ({str(error).splitlines()[0]})"
+            fix = "Use the model that it was made from, with model.quantization=nf4 where memory is short."
+            raise InputError(what, where=name, fix=fix) from error
+        raise lacks_package(name, error) from error
     if info["missing_keys"]:
         found = f"{plural(len(info['missing_keys']), 'weight', 'is|are')} missing: {some(sorted(info['missing_keys']))}"
         fix = "Its files are not whole: download it again."
@@ -503,6 +537,18 @@ def load_backbone(
     if adapter is not None:
         load_adapter(model, adapter)
     return model
+
+
+def _attention_of_parts(bare: Any, attention: str) -> str | dict[str, str]:
+    """How each part of a model attends: a tower that has no such implementation (timm's have none) in its own way.
+
+    A language model that has none is refused when it is loaded.
+    """
+    flag = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn"}.get(attention)
+    text = type(bare.config.get_text_config())
+    without = {type(m.config) for m in bare.modules() if flag and getattr(m, flag, None) is False} - {text}
+    parts = {name for name in bare.config.sub_configs if type(getattr(bare.config, name, None)) in without}
+    return {"": attention, **dict.fromkeys(parts, "eager")} if parts else attention
 
 
 def _fit_named(name: str, bare: Any) -> Fit:
@@ -565,11 +611,18 @@ def load_processor(name: str | Path) -> Any:
 
     try:
         processor = AutoProcessor.from_pretrained(name)
-    except (OSError, ValueError, ImportError) as error:
-        what = f"cannot load the processor ({str(error).splitlines()[0]})"
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+        if (Path(name) / "tekken.json").is_file() and find_spec("mistral_common") is None:
+            what = "its tokenizer is tekken.json, which mistral-common alone reads, and that is not installed"
+            fix = "Use a model with tokenizer.json; mistral-common wants numpy below 2.4 on Python 3.12 and earlier."
+            raise InputError(what, where=str(name), fix=fix) from error
+        said = str(error).splitlines()[0] if isinstance(error, (OSError, ValueError, ImportError)) else repr(error)
+        what = f"cannot load the processor ({said})"
         raise InputError(what, where=str(name), fix="Use a model that comes with its processor.") from error
     if isinstance(processor, PreTrainedTokenizerBase):
         processor = TextProcessor(processor)
+    elif getattr(processor, "tokenizer", None) is not None:
+        give_template(processor)
     if getattr(processor, "tokenizer", None) is None or processor.chat_template is None:
         fix = "Use a chat model; a base model has no template."
         raise InputError(f"{type(processor).__name__} has no chat template", where=str(name), fix=fix)

@@ -108,7 +108,7 @@ class OmniSapiens(nn.Module):
         checkpoint.backbone_class(base)  # an unknown model is told of before a processor that it does not come with
         processor = checkpoint.load_processor(base if folder is None else folder)
         how: dict[str, Any] = {"dtype": dtype, "attention": attention, "mapped": mapped, "adapter": adapter}
-        transformer = checkpoint.load_backbone(base, quantization=kind, **how)
+        transformer = checkpoint.load_backbone(base, quantization=kind, heads=heads, **how)
         model = cls(transformer, processor)
         model.quantization = kind
         if heads and (card is None or card["columns"] is None):  # generative training leaves no heads that would fit
@@ -205,7 +205,7 @@ class OmniSapiens(nn.Module):
             hooks.enter_context(_hooked(head, answers_alone))
             if self.heads is not None:
                 last_layer, noted = language_layers(self.transformer).layers[-1], between.append
-                hooks.enter_context(_hooked(last_layer, lambda _, a, k: noted(_state(a, k)), with_kwargs=True))
+                hooks.enter_context(_hooked(last_layer, lambda _, a, k: noted(self._state(a, k)), with_kwargs=True))
             hooks.enter_context(as_they_come(self.transformer))
             answer_NV: Tensor = self.transformer(**inputs, use_cache=False).logits
         if answer_NV.ndim != 2:
@@ -224,7 +224,7 @@ class OmniSapiens(nn.Module):
         found: list[Tensor] = []
 
         def stop(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
-            found.append(_state(args, given))
+            found.append(self._state(args, given))
             raise _Enough
 
         last_layer: Any = language_layers(self.transformer).layers[-1]
@@ -240,12 +240,32 @@ class OmniSapiens(nn.Module):
                 last_layer.gradient_checkpointing = True
         return found[0]
 
+    def _state(self, args: tuple[Any, ...], given: Mapping[str, Any]) -> Tensor:
+        """The hidden states [B, T, H] that a layer of the language model is given.
+
+        Of several states a token (Gemma 3n, whose layers hand on four) the one that the model makes of them behind its
+        last layer: the heads read what a model of one layer less would hand to its norm.
+        """
+        states: Tensor = args[0] if args else given["hidden_states"]
+        if states.ndim == 3:
+            return states
+        name = language_layers(self.transformer).prefix.rstrip(".")
+        others = getattr(self.transformer.get_submodule(name), "altup_unembed_projections", None)
+        if others is None or states.ndim != 4 or len(states) != 1 + len(others):
+            what = f"{type(self.transformer).__name__} keeps several states a token, which heads cannot read"
+            raise InputError(what, fix="Use another model, or `hba train lm`.")
+        first_BTH, *rest = states
+        size_BT1 = first_BTH.square().mean(-1, keepdim=True).clamp_min(1e-30).sqrt()
+        whole_BTH: Tensor = first_BTH
+        for state_BTH, project in zip(rest, others, strict=True):
+            other_BTH = project(state_BTH).to(first_BTH.dtype)
+            own_BT1 = other_BTH.square().mean(-1, keepdim=True).clamp_min(1e-5).sqrt()
+            whole_BTH = whole_BTH + other_BTH * size_BT1 / own_BT1
+        return whole_BTH / len(states)
+
     def _classified(self, between_BTH: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The pooled states and the heads' logits of a batch whose states in front of the last layer are given."""
         assert self.heads is not None
-        if between_BTH.ndim != 3:
-            what = f"{type(self.transformer).__name__} keeps several states a token, which heads cannot read"
-            raise InputError(what, fix="Use another model, or `hba train lm`.")
         pooled_BH = masked_mean(between_BTH, batch.prompt_mask)
         if batch.windows:
             pooled_BH = self._averaged(pooled_BH, batch.windows)
@@ -420,12 +440,6 @@ def _hooked(module: nn.Module, before: Callable[..., Any], *, with_kwargs: bool 
         yield
     finally:
         handle.remove()
-
-
-def _state(args: tuple[Any, ...], given: Mapping[str, Any]) -> Tensor:
-    """The hidden states that a layer of a language model is given."""
-    state: Tensor = args[0] if args else given["hidden_states"]
-    return state
 
 
 def recompute_layers(transformer: Any) -> None:

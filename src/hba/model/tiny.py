@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,6 +64,7 @@ GEMMA_TEMPLATE = """\
 {% endif -%}
 """
 GEMMA3_TOKENS = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+GEMMA3N_TOKENS = {"boa_token": "<start_of_audio>", "eoa_token": "<end_of_audio>", "audio_token": "<audio_soft_token>"}
 GEMMA4_TOKENS = {
     "boi_token": "<|image>",
     "eoi_token": "<image|>",
@@ -434,6 +436,106 @@ def _audio_flamingo(tokenizer: Any, sizes: TinySizes) -> Made:
     return Made(AudioFlamingo3ForConditionalGeneration, config, processor)
 
 
+def _video_llama3(tokenizer: Any, sizes: TinySizes) -> Made:
+    """Clips whose frames carry their times, and of which tokens that change little from frame to frame are left out."""
+    from transformers import (
+        VideoLlama3Config,
+        VideoLlama3ForConditionalGeneration,
+        VideoLlama3ImageProcessor,
+        VideoLlama3Processor,
+        VideoLlama3VideoProcessor,
+    )
+
+    image, video = VideoLlama3ImageProcessor(merge_size=1), VideoLlama3VideoProcessor(merge_size=2)
+    processor = VideoLlama3Processor(image, tokenizer, video, chat_template=CHAT_TEMPLATE)
+    config = VideoLlama3Config(
+        text_config=_text(tokenizer, sizes, model_type="qwen2"),
+        vision_config=_siglip(sizes) | {"patch_size": 14},
+        **_ids(tokenizer, **{"image_token_id": "image_token", "video_token_id": "video_token"}),
+    )
+    return Made(VideoLlama3ForConditionalGeneration, config, processor)
+
+
+def _minicpmv(tokenizer: Any, sizes: TinySizes) -> Made:
+    """Pictures in slices; layers of linear attention."""
+    from transformers import (
+        MiniCPMV4_6Config,
+        MiniCPMV4_6ForConditionalGeneration,
+        MiniCPMV4_6ImageProcessor,
+        MiniCPMV4_6Processor,
+        MiniCPMV4_6VideoProcessor,
+    )
+
+    borders = {
+        f"{kind}_{end}_token": f"<|{kind}_{end}|>"
+        for kind in ("image", "slice", "image_id")
+        for end in ("start", "end")
+    }
+    tokenizer.add_special_tokens({"additional_special_tokens": list(borders.values())})
+    tokenizer._set_model_specific_special_tokens(borders)
+    small = {"scale_resolution": 56, "max_slice_nums": 2}
+    processor = MiniCPMV4_6Processor(
+        MiniCPMV4_6ImageProcessor(**small), MiniCPMV4_6VideoProcessor(**small), tokenizer, chat_template=CHAT_TEMPLATE
+    )
+    kinds = ["linear_attention"] * (sizes.layers - 1) + ["full_attention"]
+    linear = {
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    }
+    head = {"head_dim": sizes.hidden // sizes.heads, "layer_types": kinds, **linear}
+    config = MiniCPMV4_6Config(
+        text_config=_text(tokenizer, sizes, model_type="qwen3_5_text", **head),
+        vision_config=_siglip(sizes) | {"image_size": 56, "patch_size": 14},
+        insert_layer_id=0,
+        image_size=56,
+        **_ids(tokenizer, **{"image_token_id": "image_token", "video_token_id": "video_token"}),
+        tie_word_embeddings=True,
+    )
+    return Made(MiniCPMV4_6ForConditionalGeneration, config, processor)
+
+
+def _phi4(tokenizer: Any, sizes: TinySizes) -> Made:
+    """Pictures in crops and sound; the language model has the towers below its embeddings."""
+    from transformers import (
+        Phi4MultimodalConfig,
+        Phi4MultimodalFeatureExtractor,
+        Phi4MultimodalForCausalLM,
+        Phi4MultimodalImageProcessor,
+        Phi4MultimodalProcessor,
+    )
+
+    tokenizer.chat_template = TEXT_TEMPLATE
+    processor = Phi4MultimodalProcessor(Phi4MultimodalImageProcessor(), Phi4MultimodalFeatureExtractor(), tokenizer)
+    ids = _ids(tokenizer, **{"image_token_id": "image_token", "audio_token_id": "audio_token"})
+    config = Phi4MultimodalConfig(
+        **_text(tokenizer, sizes),
+        bos_token_id=None,
+        vision_config=_siglip(sizes) | {"image_token_id": ids["image_token_id"]},
+        audio_config={
+            "hidden_size": sizes.audio_width,
+            "intermediate_size": sizes.audio_width,
+            "num_blocks": sizes.audio_layers,
+            "num_attention_heads": 4,
+            "ext_pw_out_channel": sizes.audio_width,
+            "depthwise_separable_out_channel": sizes.audio_width,
+            "nemo_conv_channels": 16,
+            "audio_token_id": ids["audio_token_id"],
+        },
+    )
+    return Made(Phi4MultimodalForCausalLM, config, processor)
+
+
+def _siglip(sizes: TinySizes) -> dict[str, Any]:
+    return {
+        "hidden_size": sizes.vision_width,
+        "intermediate_size": 2 * sizes.vision_width,
+        "num_hidden_layers": sizes.vision_layers,
+        "num_attention_heads": 4,
+    }
+
+
 def _gemma3(tokenizer: Any, sizes: TinySizes) -> Made:
     """Images of one size, two-way attention inside them, a token of its own at the end of a turn."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3ImageProcessor, Gemma3Processor
@@ -522,6 +624,66 @@ def _gemma4(tokenizer: Any, sizes: TinySizes) -> Made:
     return Made(Gemma4ForConditionalGeneration, config, processor)
 
 
+def _gemma3n(tokenizer: Any, sizes: TinySizes) -> Made:
+    """Four states a token, sound of one length, and images by a tower of convolutions, which timm has."""
+    from transformers import (
+        Gemma3nAudioFeatureExtractor,
+        Gemma3nConfig,
+        Gemma3nForConditionalGeneration,
+        Gemma3nProcessor,
+        SiglipImageProcessor,
+    )
+
+    if find_spec("timm") is None:
+        fix = "pip install timm, or use another family."
+        raise InputError("sees by a tower of timm, which is not installed", where="gemma3n", fix=fix)
+    ids = _gemma_tokens(tokenizer, GEMMA3_TOKENS | GEMMA3N_TOKENS)
+    template = GEMMA_TEMPLATE.replace("IMAGE", "<image_soft_token>").replace("AUDIO", "<audio_soft_token>")
+    processor = Gemma3nProcessor(
+        Gemma3nAudioFeatureExtractor(),
+        SiglipImageProcessor(size={"height": 64, "width": 64}, do_normalize=False),
+        tokenizer,
+        chat_template=template.replace("VIDEO", ""),
+        image_seq_length=4,
+        audio_seq_length=25,
+    )
+    kinds = ["full_attention", *["sliding_attention"] * (sizes.layers - 2), "full_attention"]
+    own = {"head_dim": sizes.hidden // sizes.heads, "sliding_window": 64, "layer_types": kinds, "laurel_rank": 8}
+    own |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": len(tokenizer), "num_kv_shared_layers": 1}
+    own |= {"activation_sparsity_pattern": [0.5] + [0.0] * (sizes.layers - 1)}
+    own |= {"pad_token_id": None}  # else its row of the embeddings is zero, whose size has no gradient
+    own |= {"vocab_size": len(tokenizer) + 4}  # behind the tokens of text two of images and two of sound
+    config = Gemma3nConfig(
+        text_config=_text(tokenizer, sizes, **own),
+        vision_config={  # an architecture of timm's own tests in place of mobilenetv5_300m_enc
+            "architecture": "test_convnext",
+            "hidden_size": 64,
+            "label_names": ["none"],
+            "vocab_size": 2,
+            "vocab_offset": len(tokenizer),
+        },
+        audio_config={
+            "hidden_size": sizes.audio_width,
+            "conf_num_attention_heads": 4,
+            "conf_num_hidden_layers": sizes.audio_layers,
+            "sscp_conv_channel_size": (16, 4),
+            "vocab_size": 2,
+            "vocab_offset": len(tokenizer) + 2,
+        },
+        image_token_id=ids["image_token"],
+        boi_token_id=ids["boi_token"],
+        eoi_token_id=ids["eoi_token"],
+        audio_token_id=ids["audio_token"],
+        boa_token_id=ids["boa_token"],
+        eoa_token_id=ids["eoa_token"],
+        vision_soft_tokens_per_image=4,
+        audio_soft_tokens_per_image=25,
+        tie_word_embeddings=True,
+        initializer_range=sizes.initializer_range,
+    )
+    return Made(Gemma3nForConditionalGeneration, config, processor)
+
+
 def _gemma_tokens(tokenizer: Any, media: Mapping[str, str]) -> dict[str, int]:
     """Put the tokens of a Gemma into a tokenizer; gives the ids of those of media."""
     added = ["<start_of_turn>", "<end_of_turn>", "<bos>", "<|video|>", *media.values()]
@@ -550,7 +712,11 @@ FAMILIES = {
     "gemma4": TinyFamily(modalities=("image", "video", "audio"), make=_gemma4),
     "qwen2.5-vl": TinyFamily(modalities=("image", "video"), make=_qwen2_5_vl),
     "qwen3-vl": TinyFamily(modalities=("image", "video"), make=_qwen3_vl),
+    "video-llama3": TinyFamily(modalities=("image", "video"), make=_video_llama3),
+    "minicpm-v": TinyFamily(modalities=("image", "video"), make=_minicpmv),
+    "phi4": TinyFamily(modalities=("image", "video", "audio"), make=_phi4),
     "gemma3": TinyFamily(modalities=("image", "video"), make=_gemma3),
+    "gemma3n": TinyFamily(modalities=("image", "video", "audio"), make=_gemma3n),
     "qwen2-audio": TinyFamily(modalities=("audio",), make=_qwen2_audio),
     "audio-flamingo3": TinyFamily(modalities=("audio",), make=_audio_flamingo),
     "llama": TinyFamily(modalities=(), make=_llama),

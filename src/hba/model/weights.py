@@ -47,6 +47,7 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _FLOATS = ("F", "BF")
+_COEFFICIENTS = 16  # a linear layer with fewer inputs or outputs
 _SHOWN = 5
 _DOWNLOAD = "Download or copy the model again."
 # PEFT imports bitsandbytes where it is installed, which warns of a kernel of the hub that it does without.
@@ -175,15 +176,27 @@ def open_tensors(file: Path, what: str, fix: str) -> Weights:
 
 
 def skeleton(model_class: Any, config: Any) -> Any:
-    """A model of transformers without any weights (on the device `meta`), in float32: names and shapes alone."""
+    """A model of transformers without any weights (on the device `meta`), in float32: names and shapes alone.
+
+    Raises InputError where it needs a package that is not there.
+    """
     from transformers.utils.generic import ContextManagers
 
     config = deepcopy(config)
     for part in (config, *(getattr(config, name) for name in config.sub_configs)):
         if part is not None:
             part.dtype = torch.float32
-    with ContextManagers(model_class.get_init_context(torch.float32, False, False, None)):
-        return model_class(config)
+    try:
+        with ContextManagers(model_class.get_init_context(torch.float32, False, False, None)):
+            return model_class(config)
+    except ImportError as error:
+        raise lacks_package(model_class.__name__, error) from error
+
+
+def lacks_package(name: str, error: ImportError) -> InputError:
+    """The error for a model of which transformers wants a package that is not there (Gemma 3n sees by timm)."""
+    said = " ".join(str(error).split()).partition(" You can install")[0]
+    return InputError(f"needs a package that is not installed ({said})", where=name, fix="Install it with pip.")
 
 
 def fit(
@@ -362,9 +375,12 @@ def language_layers(transformer: Any) -> LanguageLayers:
 
 
 def linear_names(transformer: Any) -> list[str]:
-    """The linear layers of the language model. Raises InputError where it has none."""
+    """The linear layers of the language model, which LoRA and quantisation change: all but a few coefficients, such as
+    those that mix the states of a token in Gemma 3n, whose training clamps them. Raises InputError where it has none.
+    """
     start = f"{language_layers(transformer).prefix}layers."
-    found = [n for n, m in transformer.named_modules() if n.startswith(start) and isinstance(m, nn.Linear)]
+    linear = ((n, m) for n, m in transformer.named_modules() if n.startswith(start) and isinstance(m, nn.Linear))
+    found = [n for n, m in linear if ".lora_" in n or min(m.in_features, m.out_features) >= _COEFFICIENTS]
     if not found:
         what = f"no linear layers below {start}"
         raise InputError(what, where=type(transformer).__name__, fix="Use model.strategy=full.")
