@@ -62,9 +62,13 @@ from hba.batch.config import sound_of_clips
 from hba.batch.encode import Batch, Encoded, Encoder, collate
 from hba.batch.loader import Failure, Outcome, WorkerPool, encode_row
 from hba.batch.prompt import PlainText
+from hba.descriptors.describe import Extract, Fatal, link_rows
+from hba.descriptors.items import FOLDER as DESCRIBED
+from hba.descriptors.items import Failed, Settings, make_plan
+from hba.descriptors.landmarks import python_of_environment
 from hba.environment import kernel_ends_children
 from hba.errors import HbaError, InputError, MachineError, MediaError
-from hba.evaluate.ask import FREE, Reply, atlas_of, datasets_of, taxonomy_of
+from hba.evaluate.ask import FREE, Reply, atlas_of, datasets_of, descriptors_of, taxonomy_of
 from hba.evaluate.backends.heads import HeadsBackend
 from hba.evaluate.backends.hf import ChatBackend, begun_turn
 from hba.evaluate.backends.interface import Answered, Output, open_backend, prediction_of, spoken
@@ -75,6 +79,7 @@ from hba.explorer.server import foreign, is_loopback, is_same
 from hba.model.generate import Ranked, end_token_ids
 from hba.model.process import prepare_process
 from hba.storage import begun, remove_abandoned
+from hba.taxonomy import save_beside
 
 _log = logging.getLogger(__name__)
 ASKED = "asked.json"
@@ -202,12 +207,14 @@ class Desk:
             answering = open_backend(opening.backend, opening)
         assert isinstance(answering, HeadsBackend | ChatBackend)
         self.config, self.backend = opening.config, answering
+        self._descriptors = {key: _measuring(key, of, model) for key, of in answering.encoder.dims.items()}
         self.counts: Counter[str] = Counter()
         self.batch_sizes: deque[int] = deque(maxlen=BATCHES_REMEMBERED)
         remove_abandoned(folder)
         self.folder = begun(folder / f"desk-{id(self):x}")
         self.folder.mkdir(parents=True, mode=0o700)
-        self._reader = _Reader(self.folder, answering.encoder)
+        measured = {key: how for key, how in self._descriptors.items() if isinstance(how, Settings)}
+        self._reader = _Reader(self.folder, answering.encoder, measured)
         loader = self.config.loader
         spare = loader.resolved_workers()  # of one core none is; what strangers send is decoded beside the model, still
         self._workers = max(1, spare) if loader.workers < 0 and kernel_ends_children() else spare
@@ -253,6 +260,11 @@ class Desk:
             what = f"{self.model} answers in words: it has to be asked something"
             raise InputError(what, fix="Name a task such as EMO, or a question.")
         keys = datasets_of(self.taxonomy, tasks, datasets, question)
+        for key in keys:
+            lacking = self._descriptors.get(key)
+            if isinstance(lacking, HbaError):
+                what = f"the adapters of {key} read descriptors, and {lacking.what}"
+                raise InputError(what, fix=f"{lacking.fix} Or ask another dataset.")
         known = [key for key in keys if self._can(key)]
         if explicit and len(known) < len(keys):
             other = next(key for key in keys if key not in known)
@@ -572,6 +584,18 @@ def _until(text: str, stops: Sequence[str]) -> tuple[str, bool]:
     return (text[: min(places)], True) if places else (text, False)
 
 
+def _measuring(dataset: str, dims: Mapping[str, int], model: str) -> Settings | HbaError:
+    """What measures the descriptors that adapters read, or why nothing does."""
+    try:
+        settings = descriptors_of(dataset, dims, model)
+        settings.extractors()
+        if settings.video:
+            python_of_environment()
+    except HbaError as error:
+        return error
+    return settings
+
+
 def _fail(request: _Request, error: Exception) -> None:
     if request.claim():
         request.answer.set_exception(error)
@@ -620,8 +644,10 @@ class _InTurn:
 class _Reader:
     """In the place of an encoder: makes the row that is asked, and encodes it."""
 
-    def __init__(self, folder: Path, encoder: Encoder) -> None:
+    def __init__(self, folder: Path, encoder: Encoder, measured: Mapping[str, Settings]) -> None:
+        """`measured` says what measures the descriptors of a dataset that has adapters."""
         self._folder, self._encoder = folder, encoder
+        self._extract = {key: Extract(settings) for key, settings in measured.items()}
         how: dict[str, Any] = {"descriptors": encoder.descriptors, "dims": encoder.dims}
         self._talk = _Talk(encoder.processor, encoder.config, encoder.taxonomy, **how)
 
@@ -637,11 +663,27 @@ class _Reader:
             row = row_of(medium, question.name, question.dataset, encoder.taxonomy, **how)
         # Not atomic_write: it waits for the disk, and this is read at once and removed.
         (folder / "asked.jsonl").write_bytes(msgspec.json.encode(row | {"id": asked.id}))
+        if question.dataset in self._extract and not question.turns:
+            self._describe(folder, self._extract[question.dataset])
         sample = open_atlas(folder, split="asked", taxonomy=encoder.taxonomy)[0]
         encoded = encoder.encode(sample)
         own = replace(sample, source=asked.source, refused={})
         windows = tuple(replace(window, sample=own) for window in encoded.windows)
         return replace(encoded, sample=own, windows=windows)
+
+    def _describe(self, folder: Path, extract: Extract) -> None:
+        """Measure what the adapters read, and name it in the row, as `hba ask` does."""
+        save_beside(self._encoder.taxonomy, folder)
+        plan, kept = make_plan(folder, ["asked"], extract.settings, ()), folder / DESCRIBED
+        kept.mkdir()
+        for item in plan.items.values():
+            made = extract(item)
+            if isinstance(made, Fatal):
+                raise made.error
+            if isinstance(made, Failed):
+                raise MediaError(f"no descriptors: {made.reason}")
+        for rows in plan.files:
+            link_rows(rows, set(plan.items), kept)
 
     def _looked_at(self, path: Path) -> Medium:
         """What a file holds; where the encoding says how the sound of clips is heard, clips are clips alone."""

@@ -263,22 +263,9 @@ def test_a_media_tag_in_what_is_said_is_text(hba, run, files, tmp_path):
 
 def test_descriptors_of_adapters_are_extracted_on_the_fly(hba, run, files, tmp_path):
     pytest.importorskip("opensmile", reason="opensmile is not installed")
-    import torch
+    from serving import write_adapted
 
-    from hba.batch.pool import DescriptorConfig
-    from hba.model.bam import AdapterSpec, Bam, save_bam
-    from hba.model.checkpoint import resolve
-    from hba.model.omni import OmniSapiens
-
-    shutil.copytree(resolve(str(run)), tmp_path / "adapted")
-    hidden = next(iter(OmniSapiens.from_pretrained(str(run)).heads.linear.values())).in_features
-    about = {"hidden": 8, "dropout": 0.0, "modality_dropout": 0.0, "layer_norm": True}
-    torch.manual_seed(0)
-    spec = AdapterSpec(dataset="cremad", dims={"audio": 176}, descriptors=DescriptorConfig(), **about)
-    bam = Bam([spec], hidden)
-    for parameter in bam.parameters():
-        torch.nn.init.normal_(parameter)
-    save_bam(bam, tmp_path / "adapted")
+    write_adapted(tmp_path / "adapted", run)
     asked = [files / "sound.wav", "--dataset", "cremad,tess", "--json"]
     code, out, err = hba("ask", tmp_path / "adapted", *asked)
     assert code == 0, err

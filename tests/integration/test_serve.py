@@ -9,9 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import httpx
+import numpy as np
 import openai
 import pytest
-from serving import PATIENCE, data_url, serving
+import soundfile
+from serving import PATIENCE, data_url, serving, write_adapted
 
 import hba as package
 from hba.config import load_config
@@ -261,6 +263,29 @@ def test_what_cannot_be_asked_is_refused(client, served, answering, files):
     ):
         refused = served.classify(files / "words.txt", **fields)
         assert refused.status_code == 400 and said in refused.json()["error"]["message"], refused.text
+
+
+def test_descriptors_of_adapters_are_measured_on_the_fly_or_named(answering, files, tmp_path, monkeypatch):
+    pytest.importorskip("opensmile", reason="opensmile is not installed")
+    adapted = write_adapted(tmp_path / "adapted", answering)
+    replies = package.ask(adapted, files / "sound.wav", datasets=["cremad", "tess"])
+    plain = package.ask(answering, files / "sound.wav", datasets=["cremad"])
+    wanted = {"tasks": None, "datasets": "cremad,tess"}
+    with serving(adapted, tmp_path / "desk", config=settings()) as served:
+        results = served.classify(files / "sound.wav", **wanted).json()["results"]
+        for found, reply in zip(results, replies, strict=True):
+            assert (found["dataset"], found["error"]) == (reply.dataset, None)
+            assert found["probs"] == pytest.approx(reply.probs, abs=1e-6)
+        assert results[0]["probs"] != pytest.approx(plain[0].probs, abs=1e-4)
+        soundfile.write(tmp_path / "short.wav", np.zeros(320), 16_000)
+        short, whole = served.classify(tmp_path / "short.wav", **wanted).json()["results"]
+        assert short["error"].startswith("no descriptors: ") and whole["error"] is None
+    monkeypatch.setattr("hba.descriptors.sound.installed_version", lambda name: None)
+    with serving(adapted, tmp_path / "desk", config=settings()) as served:
+        refused = served.classify(files / "sound.wav", **wanted)
+        assert refused.status_code == 400
+        assert "the adapters of cremad read descriptors, and opensmile is not installed" in refused.text
+        assert served.classify(files / "sound.wav").status_code == 200  # EMO is asked by tess, which has none
 
 
 def test_one_broken_file_of_several_is_named(served, files):

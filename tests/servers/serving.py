@@ -1,6 +1,7 @@
 """What tests of `hba serve` share: a checkpoint that classifies and speaks, and a server for it in this process."""
 
 import base64
+import shutil
 import threading
 import time
 from contextlib import contextmanager
@@ -11,7 +12,10 @@ import torch
 import uvicorn
 
 from hba.batch.config import EncodeConfig
+from hba.batch.pool import DescriptorConfig
 from hba.model import OmniSapiens
+from hba.model.bam import AdapterSpec, Bam, save_bam
+from hba.model.checkpoint import resolve
 from hba.serve import Desk, Limits, create_app
 from hba.serve import _Protocol as Protocol
 
@@ -42,6 +46,19 @@ def write_checkpoint(folder, backbone):
         torch.nn.init.normal_(head.weight)
     known = {"backbone": str(backbone), "strategy": "heads", "encode": ENCODE, "formats": ("plain",)}
     model.save_pretrained(folder, speaks=True, **known)
+    return folder
+
+
+def write_adapted(folder, checkpoint):
+    """A checkpoint with adapters of cremad, over openSMILE's descriptors of sound, that nobody has trained."""
+    shutil.copytree(resolve(str(checkpoint)), folder)
+    hidden = next(iter(OmniSapiens.from_pretrained(str(checkpoint)).heads.linear.values())).in_features
+    about = {"hidden": 8, "dropout": 0.0, "modality_dropout": 0.0, "layer_norm": True}
+    torch.manual_seed(0)
+    bam = Bam([AdapterSpec(dataset="cremad", dims={"audio": 176}, descriptors=DescriptorConfig(), **about)], hidden)
+    for parameter in bam.parameters():
+        torch.nn.init.normal_(parameter)
+    save_bam(bam, folder)
     return folder
 
 

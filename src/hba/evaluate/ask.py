@@ -42,6 +42,7 @@ from hba.taxonomy import BUILTIN, FILE, Taxonomy, of_folder, save_beside
 
 if TYPE_CHECKING:
     from hba.atlas.video import TimedFrame
+    from hba.descriptors.items import Settings
     from hba.descriptors.sound import RemoteTranscriber, Transcriber
 
 MIN_WINDOW = 0.5  # seconds
@@ -401,21 +402,13 @@ def _describe(model: str, folder: Path, rows: Sequence[tuple[Piece, str]]) -> di
         return {}
     from hba.descriptors.describe import describe
     from hba.descriptors.items import Settings
-    from hba.descriptors.sound import FEATURE_SETS
 
-    sets: set[str | None] = set()
-    for spec in specs:
-        dim = spec["dims"].get("audio")
-        # As it is, mean and spread, and two quantiles beside them.
-        fitting = [name for name, about in FEATURE_SETS.items() if dim in [k * about.num_values for k in (1, 2, 4)]]
-        if dim is not None and not fitting:
-            what = f"the adapters of {spec['dataset']} read {dim} values of sound, which no extractor here gives"
-            raise InputError(what, where=model, fix="Predict an atlas that has these descriptors.")
-        sets |= {fitting[0]} if fitting else set()
-    video: Any = "holistic" if any("video" in spec["dims"] for spec in specs) else None
+    wanted = [descriptors_of(str(spec["dataset"]), spec["dims"], model) for spec in specs]
+    video: Any = "holistic" if any(each.video for each in wanted) else None
     failed: dict[int, str] = {}
     keys = {str(spec["dataset"]) for spec in specs}
-    for audio in sorted(sets, key=str) or [None]:
+    audios: list[str | None] = [*sorted({each.audio for each in wanted if each.audio})]
+    for audio in audios or [None]:
         done = describe(folder, Settings(audio=audio, video=video), splits=["asked"], workers=1)
         for failure in done.failures:
             number = int(str(failure["where"]).partition(",")[0].rpartition(":")[2]) - 1
@@ -425,6 +418,21 @@ def _describe(model: str, folder: Path, rows: Sequence[tuple[Piece, str]]) -> di
                     failed[row] = f"no descriptors: {failure['reason']}"
         video = None
     return failed
+
+
+def descriptors_of(dataset: str, dims: Mapping[str, int], model: str) -> Settings:
+    """What measures the descriptors of these sizes, which the adapters of a dataset read. Raises InputError where
+    nothing here does."""
+    from hba.descriptors.items import Settings
+    from hba.descriptors.sound import FEATURE_SETS
+
+    dim = dims.get("audio")
+    # As it is, mean and spread, and two quantiles beside them.
+    fitting = [name for name, about in FEATURE_SETS.items() if dim in [k * about.num_values for k in (1, 2, 4)]]
+    if dim is not None and not fitting:
+        what = f"the adapters of {dataset} read {dim} values of sound, which no extractor here gives"
+        raise InputError(what, where=model, fix="Predict an atlas that has these descriptors.")
+    return Settings(audio=next(iter(fitting), None), video="holistic" if "video" in dims else None)
 
 
 def _answered(
