@@ -1103,7 +1103,7 @@ class Server:
         seed = asked.get("seed")
         seed = secrets.randbits(48) if seed is None else seed
         _require(isinstance(seed, int) and -MOST_SEED <= seed <= MOST_SEED, "seed", "must be a whole number")
-        top_p = 1.0 if asked.get("top_p") is None else asked["top_p"]
+        top_p = generation.top_p if asked.get("top_p") is None else asked["top_p"]
         _require(isinstance(top_p, int | float) and 0 < top_p <= 1, "top_p", "must be above 0, and 1 at most")
         stop = asked.get("stop") or []
         stops = [stop] if isinstance(stop, str) else stop
