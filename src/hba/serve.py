@@ -62,7 +62,7 @@ from hba.batch.config import sound_of_clips
 from hba.batch.encode import Batch, Encoded, Encoder, collate
 from hba.batch.loader import Failure, Outcome, WorkerPool, encode_row
 from hba.batch.prompt import PlainText
-from hba.descriptors.describe import Extract, Fatal, link_rows
+from hba.descriptors.describe import Extract, link_rows
 from hba.descriptors.items import FOLDER as DESCRIBED
 from hba.descriptors.items import Failed, Settings, make_plan
 from hba.descriptors.landmarks import python_of_environment
@@ -678,8 +678,8 @@ class _Reader:
         kept.mkdir()
         for item in plan.items.values():
             made = extract(item)
-            if isinstance(made, Fatal):
-                raise made.error
+            if isinstance(made, HbaError):
+                raise made
             if isinstance(made, Failed):
                 raise MediaError(f"no descriptors: {made.reason}")
         for rows in plan.files:
