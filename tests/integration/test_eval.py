@@ -88,6 +88,13 @@ def test_bad_input_is_told_before_anything_is_asked(hba, mini_atlas, tmp_path):
     for arguments in (["majority", "--atlas", tmp_path / "no"], ["no/such", "--atlas", mini_atlas]):
         code, out, err = hba("eval", *arguments, "--run", tmp_path / "run")
         assert (code, out) == (2, "") and "error: " in err and not (tmp_path / "run").exists()
+    rows = map(json.loads, (mini_atlas / "test.jsonl").read_text(encoding="utf-8").splitlines())
+    unlabelled = [row for row in rows if row["modality_signature"] == "text"][:2]
+    for row in unlabelled:
+        del row["answer"], row["class_label"]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, unlabelled)), encoding="utf-8")
+    code, out, err = hba("eval", "m", "--backend", "openai", "--atlas", tmp_path, "--run", tmp_path / "run")
+    assert (code, out) == (2, "") and "no row of split 'test' has an answer" in err and not (tmp_path / "run").exists()
 
 
 SUITE = """\

@@ -198,7 +198,12 @@ def _opened(suite: Suite, setting: Setting, folder: Path, overrides: list[str]) 
     config = configured(PredictConfig, None, [*setting.overrides, *overrides])
     selection = Selection(per_dataset=suite.per_dataset, channels=setting.modalities)
     how: dict[str, Any] = {"split": suite.split, "config": config, "backend": setting.backend, "selection": selection}
-    return _Part(setting, folder, config, selection, open_rows(setting.model, suite.atlas, **how))
+    opening = open_rows(setting.model, suite.atlas, **how)
+    if len(opening.atlas) and not opening.atlas.answered.any():
+        fix = "Give rows with an 'answer', or ask these with hba predict, which scores nothing."
+        what = f"no row of split {suite.split!r} has an answer to compare with"
+        raise InputError(what, where=suite.atlas, fix=fix)
+    return _Part(setting, folder, config, selection, opening)
 
 
 def _ahead(suite: Suite, parts: Sequence[_Part]) -> list[dict[str, Any]]:
