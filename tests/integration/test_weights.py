@@ -350,7 +350,8 @@ def passed(backbone, mini_atlas, accelerator, **how):
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = sft_loss(model, batch, answer_weight=1.0)
-    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters() if not how["shard"]}
+    whole = "sharding" not in how
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters() if whole}
     return model, loss, sum(storage.nbytes() for place, storage in kept.items() if place not in weights)
 
 
