@@ -215,6 +215,8 @@ class Ears(BaseHTTPRequestHandler):
         status, said = (503, {}) if len(self.heard) == 1 else (200, {"text": f" {len(sound) / rate:g} seconds\n"})
         if model == "deaf":
             status, said = 400, {"error": {"message": "no such sound"}}
+        if model == "locked" and self.headers["authorization"] != "Bearer for-ears":
+            status, said = 401, {"error": {"message": "who are you?"}}
         self.send_response(status)
         self.end_headers()
         self.wfile.write(json.dumps(said).encode())
@@ -245,10 +247,27 @@ def test_what_is_said_is_heard_by_a_service(hba, run, files, tmp_path, monkeypat
     assert [reply["error"] is None for reply in json.loads(out)["answers"]] == [False, True]
     code, out, err = hba(*asked, "--transcribe", "somebody/whisper", *service)
     assert (code, out) == (2, "") and "--transcribe-url" in err
+    monkeypatch.setenv("MODELS_KEY", "for-the-model-alone")
+    monkeypatch.setenv("EARS_KEY", "for-ears")
+    locked = [*asked, "--set", "remote.api_key_env=MODELS_KEY", "--transcribe", "openai:locked", *service]
+    code, out, err = hba(*locked)
+    assert (code, out) == (1, "") and "then add --transcribe-key-env MY_KEY." in err and "remote." not in err
+    assert Ears.heard[-1][2] is None
+    code, out, err = hba(*locked, "--transcribe-key-env", "EARS_KEY")
+    assert code == 0 and json.loads(out)["answers"][0]["transcript"] == "2 seconds", err
+    assert Ears.heard[-1][2] == "Bearer for-ears"
+    code, out, err = hba(*locked, "--transcribe-key-env", "sk-mine")
+    assert (code, out) == (2, "") and "then --transcribe-key-env MY_KEY" in err and "sk-mine" not in err
+    code, out, err = hba(*asked, "--transcribe", "somebody/whisper", "--transcribe-key-env", "EARS_KEY")
+    assert (code, out) == (2, "") and "--transcribe-key-env: is for a recogniser of a service" in err
+    Ears.heard.clear()  # busy again for the first request, and asked once
+    code, out, err = hba(*asked, "--set", "remote.max_attempts=1", "--transcribe", "openai:whisper-1", *service)
+    assert code == 1 and "no reply after 1 attempts" in err and len(Ears.heard) == 1
     server.shutdown()
     server.server_close()
     code, out, err = hba(*asked, "--transcribe", "openai:whisper-1", *service)
     assert (code, out) == (1, "") and "sk-for" not in err and str(server.server_port) in err
+    assert "check the port of --transcribe-url" in err
 
 
 def test_a_media_tag_in_what_is_said_is_text(hba, run, files, tmp_path):

@@ -12,6 +12,7 @@ import time
 
 from rich.console import Console
 
+from hba.cli.evaluate import Pace
 from hba.evaluate.compare import compare_runs
 from hba.evaluate.runs import open_run
 from hba.report.comparison import SuiteTables, suite_table
@@ -51,6 +52,20 @@ def test_a_remote_model_is_judged_in_the_same_command(hba, mini_atlas, tmp_path,
     again, err = evaluated(hba, tmp_path, *asked, *few)
     assert "0 of" in err and server.stats()["requests"] <= before + 1  # whether the server is there, and no answer
     assert again["metrics"]["tasks"] == found["metrics"]["tasks"]
+
+
+def test_the_time_of_a_service_is_that_of_requests_at_once(hba, mini_atlas, tmp_path, chat_server):
+    pace = Pace(32, 3200)  # replies of one second: 4 at once, then 8, 16, 32, and 32 again and again
+    ends = [number + 1 for number, wave in enumerate([4, 8, 16, *[32] * 100]) for _ in range(wave)]
+    said = next(left for count, end in enumerate(ends, 1) if (left := pace.seconds(count, end)) is not None)
+    assert pace.rows == 64 and abs(said - ends[3199]) < 5  # not 800, as by the first 8
+    batches = Pace(16, 1600)  # of 16 rows in a second, the first in ten
+    ends = [10 + number // 16 for number in range(1600)]
+    said = next(left for count, end in enumerate(ends, 1) if (left := batches.seconds(count, end)) is not None)
+    assert abs(said - ends[-1]) < 10
+    few = ["--atlas", mini_atlas, "--per-dataset", "2", "encode.num_frames=2", "remote.max_concurrency=8"]
+    _, err = evaluated(hba, tmp_path, "m", "--backend", "openai", "--base-url", chat_server().url, *few)
+    assert "time unknown until" in err and "at the pace of the first 16" in err
 
 
 def kill_after(command, log, lines):

@@ -27,8 +27,8 @@ COMMANDS = {
     "atlas describe": "root --split --audio --video --transcripts --frames-per-second --workers --executor --out-format"
     " --replace --allow-failed --setup --json",
     "train sft": "overrides --config --run --gpu --allow-quarantined --json",
-    "ask": "model! files! --task --dataset --question --transcript --transcribe --transcribe-url --every --backend"
-    " --base-url --set --csv --out --json",
+    "ask": "model! files! --task --dataset --question --transcript --transcribe --transcribe-url --transcribe-key-env"
+    " --every --backend --base-url --set --csv --out --json",
     "serve": "model! --backend --host --port --no-token --max-body --max-waiting --timeout --window --set --json",
     "eval": "model! overrides --atlas --split --backend --base-url --judge --judge-url --run --per-dataset"
     " --dry-run --allow-failed --allow-quarantined --json",

@@ -69,7 +69,18 @@ def ask_command(
     ] = None,
     transcribe_url: Annotated[
         str | None,
-        typer.Option(metavar="URL", help="Server of --transcribe openai:NAME.", rich_help_panel=QUESTION),
+        typer.Option(
+            metavar="URL", help="Server of --transcribe openai:NAME.", show_default="OpenAI", rich_help_panel=QUESTION
+        ),
+    ] = None,
+    transcribe_key_env: Annotated[
+        str | None,
+        typer.Option(
+            metavar="VARIABLE",
+            help="Environment variable with the key of that server.",
+            show_default="OPENAI_API_KEY at OpenAI, none elsewhere",
+            rich_help_panel=QUESTION,
+        ),
     ] = None,
     every: Annotated[
         str | None,
@@ -111,6 +122,7 @@ def ask_command(
             transcript=transcript,
             transcribe=transcribe,
             transcribe_url=transcribe_url,
+            transcribe_key_env=transcribe_key_env,
             every=_seconds(every),
             backend=backend,
             config=settings,

@@ -122,9 +122,9 @@ def eval_command(
     if dry_run:
         return answer({"run": str(folder), "ahead": ahead}, lambda: [_ahead_table(suite, ahead)], as_json=json)
     if chosen is None:
-        beside(f"{_in_words(ahead[0])}; everything goes into {folder}")
+        beside(f"{_in_words(ahead[0], parts[0])}; everything goes into {folder}")
     elif not json:
-        beside("\n".join([*map(_in_words, ahead), f"Everything goes into {folder}."]))
+        beside("\n".join([*map(_in_words, ahead, parts), f"Everything goes into {folder}."]))
     with tallied("eval") as show:
         progress = _Progress(sum(each["rows"] + each["judged"] for each in ahead), show)
         summaries = [_predicted(suite, part, each, progress) for part, each in zip(parts, ahead, strict=True)]
@@ -231,11 +231,11 @@ def _ahead(suite: Suite, parts: Sequence[_Part]) -> list[dict[str, Any]]:
     return found
 
 
-def _in_words(ahead: dict[str, Any]) -> str:
+def _in_words(ahead: dict[str, Any], part: _Part) -> str:
     cost, seconds, judged = ahead["cost_usd_at_most"], ahead["seconds"], ahead["judged"]
     price = ", cost unknown" if cost is None else f", ${cost:,.2f} at most" if cost else ""
     time = "" if not seconds else f", {_minutes(seconds)}"
-    if seconds is None and ahead["left"] > MEASURED_ROWS:
+    if seconds is None and ahead["left"] > Pace(at_once(part.opening), ahead["left"]).rows:
         time = ", time unknown until its first rows are answered"
     verdicts = f", {plural(judged, 'answer')} to judge" if judged else ""
     said = (ahead["tokens_in"], ahead["tokens_out_at_most"])
@@ -259,6 +259,36 @@ def _ahead_table(suite: Suite, ahead: Sequence[dict[str, Any]]) -> Table:
 
 
 MEASURED_ROWS = 8
+
+
+def at_once(opening: Opening) -> int:
+    """How many rows are answered together: requests of a service, rows of a batch."""
+    from hba.evaluate.backends.interface import LOCAL
+    from hba.remote.providers import PROVIDERS
+
+    together = opening.config.batch_size if opening.backend in LOCAL else 1
+    return opening.config.remote.max_concurrency if opening.backend in PROVIDERS else together
+
+
+class Pace:
+    """How long `left` rows take, by the first `rows` of them, twice as many as are answered together (`wave`).
+
+    The first wave counts as it was: a service is asked more and more at once, a batch waits for the first kernels.
+    The second says how the others will go.
+    """
+
+    def __init__(self, wave: int, left: int) -> None:
+        self.rows, self._left = max(MEASURED_ROWS, 2 * wave), left
+        self._before: float | None = None  # seconds until half of them were answered
+        self._half = 0
+
+    def seconds(self, answered: int, elapsed: float) -> float | None:
+        """Of all rows, where `answered` took `elapsed` seconds; None before there are enough."""
+        if self._before is None and 2 * answered >= self.rows:
+            self._before, self._half = elapsed, answered
+        if self._before is None or answered < max(self.rows, self._half + 1):
+            return None
+        return elapsed + (elapsed - self._before) / (answered - self._half) * (self._left - answered)
 
 
 class _Progress:
@@ -295,12 +325,13 @@ def _predicted(suite: Suite, part: _Part, ahead: dict[str, Any], progress: _Prog
     name = part.setting.name
     tell = progress.part(f"predict {name}", expected=ahead["rows"])
     began: float | None = None
+    pace = Pace(at_once(part.opening), ahead["left"])
 
     def told(tally: Tally) -> None:
         nonlocal began
         began = monotonic() if began is None else began  # the model is loaded
-        if ahead["seconds"] is None and tally.fresh >= MEASURED_ROWS:
-            seconds = ahead["seconds"] = (monotonic() - began) / tally.fresh * ahead["left"]
+        if ahead["seconds"] is None and (seconds := pace.seconds(tally.fresh, monotonic() - began)) is not None:
+            ahead["seconds"] = seconds
             rows = plural(ahead["left"], "row")
             beside(f"{name}: {_minutes(seconds)} for {rows}, at the pace of the first {tally.fresh}")
         tell(tally)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import io
+import re
 import warnings
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 import soundfile
@@ -25,6 +26,8 @@ from hba.storage import file_sha256, json_sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from hba.remote import ClientConfig
 
 
 INSTALL = "pip install 'human-behavior-atlas[descriptors]'"
@@ -176,10 +179,10 @@ class RemoteTranscriber:
     Raises ConfigError for a key that is not in the environment.
     """
 
-    def __init__(self, model: str, base_url: str | None = None) -> None:
-        from hba.remote import ClientConfig, RemoteClient  # httpx, which descriptors of files need not
+    def __init__(self, model: str, config: ClientConfig) -> None:
+        from hba.remote import RemoteClient  # httpx, which descriptors of files need not
 
-        self._client = RemoteClient(model, ClientConfig(base_url=base_url))
+        self._client = RemoteClient(model, config)
         # A loop in a thread of its own: a notebook has one at work in its own.
         self._thread, self._loop = ThreadPoolExecutor(1), asyncio.Runner()
         self._run(self._client.__aenter__())
@@ -205,10 +208,26 @@ class RemoteTranscriber:
         return " ".join(words)
 
     def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
-        return self._thread.submit(self._loop.run, work).result()
+        try:
+            return self._thread.submit(self._loop.run, work).result()
+        except HbaError as error:
+            in_options_of_recogniser(error)
 
     def close(self) -> None:
         """Close the connections."""
         self._run(self._client.__aexit__())
         self._thread.submit(self._loop.close).result()
         self._thread.shutdown()
+
+
+def in_options_of_recogniser(error: HbaError) -> NoReturn:
+    """Raise an error of a client in the words of the options that say where a recogniser is: the keys of `remote` are
+    the model's own."""
+
+    def said(text: str) -> str:
+        for key, option in (("base_url", "--transcribe-url"), ("api_key_env", "--transcribe-key-env")):
+            text = re.sub(rf"(?:remote\.)?\b{key}=", f"{option} ", text)
+            text = re.sub(rf"(?:remote\.)?\b{key}\b", option, text)
+        return text
+
+    raise type(error)(error.what, where=said(error.where), fix=said(error.fix)) from None

@@ -21,7 +21,7 @@ import soundfile
 
 from hba.atlas.build import Medium, bring, look_at, media_below, row_of
 from hba.atlas.rows import Quarantined
-from hba.errors import InputError, MediaError, nearest
+from hba.errors import ConfigError, InputError, MediaError, nearest
 from hba.evaluate.backends.interface import (
     BASELINES,
     LOCAL,
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from hba.atlas.video import TimedFrame
     from hba.descriptors.items import Settings
     from hba.descriptors.sound import RemoteTranscriber, Transcriber
+    from hba.remote import ClientConfig
 
 MIN_WINDOW = 0.5  # seconds
 WINDOW_FRAMES = 8  # of a second of clip that a window keeps
@@ -94,6 +95,7 @@ def ask(
     transcript: str | None = None,
     transcribe: str | None = None,
     transcribe_url: str | None = None,
+    transcribe_key_env: str | None = None,
     every: float | None = None,
     backend: str | None = None,
     config: PredictConfig | None = None,
@@ -104,8 +106,10 @@ def ask(
     `tasks` are keys such as EMO, `datasets` keys such as cremad, whose labels are then offered; a model with heads is
     asked about everything that it was trained for where neither is given. `question` is asked in place of a task's own;
     alone, it is answered in words. `transcript` is what is said in the file; without it `transcribe`, a speech
-    recognition model, hears it: one of Hugging Face, or `openai:NAME` of the service at `transcribe_url`. With `every`
-    a clip or sound is asked in windows of so many seconds. Descriptors are extracted for datasets that the model has
+    recognition model, hears it: one of Hugging Face, or `openai:NAME` of the service at `transcribe_url`, with the key
+    in the environment variable `transcribe_key_env` (OPENAI_API_KEY where none is named, and that at OpenAI alone); it
+    is as patient as `config.remote`, whose key and address are the model's. With `every` a clip or sound is asked in
+    windows of so many seconds. Descriptors are extracted for datasets that the model has
     adapters for.
 
     A file that cannot be read has an error in its replies. Raises InputError for a path that is missing, a folder
@@ -131,7 +135,7 @@ def ask(
     keys = datasets_of(taxonomy, tasks, datasets, question)
     with TemporaryDirectory(prefix="hba-ask-") as place:
         folder = Path(place).resolve()
-        with _recogniser(transcribe, transcribe_url) as hear:
+        with _recogniser(transcribe, transcribe_url, transcribe_key_env, config.remote) as hear:
             pieces, broken = _pieces(paths, folder / "windows", every, transcript, hear)
         if heard_in_clips:
             # The rows name clips alone, as those of its training did: how their sound is heard is for the encoding.
@@ -250,22 +254,33 @@ Hear = Callable[[Piece], str | None]
 
 
 @contextmanager
-def _recogniser(model: str | None, base_url: str | None) -> Iterator[Hear | None]:
-    """What hears a piece, opened for the first one; None without a model."""
-    if base_url is not None and not (model or "").startswith("openai:"):
-        fix = "Name the service's model, such as --transcribe openai:whisper-1."
-        raise InputError("is for a recogniser of a service", where="--transcribe-url", fix=fix)
+def _recogniser(
+    model: str | None, base_url: str | None, key_env: str | None, remote: ClientConfig
+) -> Iterator[Hear | None]:
+    """What hears a piece, opened for the first one; None without a model. A service's is asked as patiently as
+    `remote` says, and never gets the model's key, nor an address of it."""
+    service = (model or "").startswith("openai:")
+    for option, given in (("--transcribe-url", base_url), ("--transcribe-key-env", key_env)):
+        if given is not None and not service:
+            fix = "Name the service's model, such as --transcribe openai:whisper-1."
+            raise InputError("is for a recogniser of a service", where=option, fix=fix)
     if model is None:
         yield None
         return
+    own: dict[str, Any] = {"provider": "openai", "base_url": base_url, "api_key_env": key_env}
+    try:
+        client = replace(remote, **own, cache=None, prices=None)
+    except ConfigError as error:
+        from hba.descriptors.sound import in_options_of_recogniser
+
+        in_options_of_recogniser(error)
     opened: list[Transcriber | RemoteTranscriber] = []
 
     def hear(piece: Piece) -> str | None:
         from hba.descriptors.sound import REMOTE, RemoteTranscriber, Transcriber  # the latter imports torch
 
         if not opened:
-            service = model.startswith(REMOTE)
-            opened.append(RemoteTranscriber(model.removeprefix(REMOTE), base_url) if service else Transcriber(model))
+            opened.append(RemoteTranscriber(model.removeprefix(REMOTE), client) if service else Transcriber(model))
         return _heard(opened[0], piece)
 
     try:
