@@ -1149,6 +1149,7 @@ class Server:
             if not 0 < len(files) * len(keys) <= MOST_ROWS:
                 what = f"{len(files)} files and {len(keys)} tasks: at least one, and at most {MOST_ROWS} answers"
                 raise _Refused(400, what, param="files", code="invalid_value")
+            free = question is not None and chosen["tasks"] is None and chosen["datasets"] is None
             asks = [(name, path, key) for name, path in files for key in keys]
             how: dict[str, Any] = {"question": question, "transcript": transcript}
             answers = self._put([(Question(dataset=key, name=path.name, **how), {path.name: path})
@@ -1159,7 +1160,7 @@ class Server:
         if hard is not None or len(broken) == len(found):
             raise _as_refusal(hard or broken[0])
         replies = [self._reply(name, key, told) for (name, _, key), told in zip(asks, found, strict=True)]
-        results = [asdict(reply) for reply in replies]
+        results = [asdict(reply) | ({"task": "", "dataset": ""} if free else {}) for reply in replies]
         return JSONResponse({"object": "list", "model": self.desk.model, "results": results})
 
     def _reply(self, file: str, key: str, told: Prediction | Exception) -> Reply:

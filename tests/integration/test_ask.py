@@ -101,6 +101,9 @@ def test_a_question_of_ones_own_reaches_a_server(hba, files, chat_server):
     assert code == 0, err
     (reply,) = json.loads(out)["answers"]
     assert "She is glad." in reply["text"] and reply["probs"] is None
+    assert (reply["task"], reply["dataset"]) == ("", "")  # the question is of none
+    code, out, err = hba("ask", "m", files / "picture.png", *asked)
+    assert code == 0 and "glad" in out and "SOC" not in out and "task" not in out.splitlines()[1], err
 
 
 def test_of_a_folder_all_files_below_it_are_asked_but_for_tables(hba, files, chat_server, tmp_path):

@@ -12,7 +12,7 @@ import time
 
 from rich.console import Console
 
-from hba.cli.evaluate import Pace
+from hba.cli.evaluate import Pace, _ahead_table
 from hba.evaluate.compare import compare_runs
 from hba.evaluate.runs import open_run
 from hba.report.comparison import SuiteTables, suite_table
@@ -66,6 +66,15 @@ def test_the_time_of_a_service_is_that_of_requests_at_once(hba, mini_atlas, tmp_
     few = ["--atlas", mini_atlas, "--per-dataset", "2", "encode.num_frames=2", "remote.max_concurrency=8"]
     _, err = evaluated(hba, tmp_path, "m", "--backend", "openai", "--base-url", chat_server().url, *few)
     assert "time unknown until" in err and "at the pace of the first 16" in err
+
+
+def test_what_is_ahead_fits_a_terminal_of_80_columns():
+    ahead = {"setting": "m", "left": 101_234, "rows": 101_234, "judged": 5_000, "tokens_in": 1_123_456_789}
+    ahead |= {"tokens_out_at_most": 103_663_616, "cost_usd_at_most": 1234.56, "seconds": None}
+    out = io.StringIO()
+    Console(file=out, width=80).print(_ahead_table([ahead]))
+    head, row = (line.split() for line in out.getvalue().splitlines() if "time" in line or "101,234" in line)
+    assert head[0] == "name" and row[0] == "m" and row[-1] == "unknown"
 
 
 def kill_after(command, log, lines):

@@ -95,6 +95,8 @@ def test_a_chat_model_of_the_hub_talks_and_labels(backbone, files, tmp_path):
         assert said.choices[0].message.content == reply.text
         (found,) = served.classify(files / "sound.wav").json()["results"]
         assert (found["answer"], found["text"]) == (label.answer, label.text)
+        (free,) = served.classify(files / "sound.wav", question="Why?", tasks=None).json()["results"]
+        assert (free["task"], free["dataset"], free["text"]) == ("", "", reply.text)
         nothing = served.client.post("/v1/classify", json={"files": []})
         assert nothing.status_code == 400 and "has to be asked something" in nothing.json()["error"]["message"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,12 @@ from rich.console import Console
 
 import hba.report
 from hba.errors import InputError
+from hba.evaluate.ask import Reply
 from hba.evaluate.predictions import Prediction
 from hba.evaluate.results import TaskScore, parse_metrics
 from hba.evaluate.runs import Event, open_run
 from hba.report.charts import NO_LABEL, Reference, bar, curves, matrices, nice_axis, smooth, thin
-from hba.report.page import choose, write_report
+from hba.report.page import choose, write_asked, write_report
 from hba.report.tables import breakdown_tables, metrics_table
 
 METRICS = {
@@ -125,6 +127,20 @@ def test_a_bar_shows_score_interval_chance_and_reference() -> None:
     assert 'class="chance" x1="50.0%"' in svg
     assert 'cx="25.0%"' in svg and "&#34;A&#34; &amp; B, published: 0.250" in svg
     assert 'aria-label="HUM &lt;b&gt;: 0.75, 95% interval 0.60 to 0.90, chance 0.50"' in svg
+
+
+def test_long_files_have_plain_seconds_and_files_of_one_name_their_folders(tmp_path: Path) -> None:
+    ends = (99.5, 100.5, 12_000.0)
+    windows = [(str(tmp_path / folder / "clip.mp4"), start, end)
+               for folder in ("a", "b") for start, end in pairwise((0.0, *ends))]  # fmt: skip
+    about = {"task": "SEN", "dataset": "mosei_senti", "answer": "positive", "probs": {"positive": 0.7}}
+    replies = [Reply(file=file, start=start, end=end, **about) for file, start, end in windows]
+    write_asked(replies, tmp_path / "page.html", model="m")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "99.5 to 100.5 s" in page and "100.5 to 12,000 s" in page and ">12,000 s<" in page and "e+" not in page
+    assert "<h2>a/clip.mp4</h2>" in page and "<h2>b/clip.mp4</h2>" in page and str(tmp_path) not in page
+    write_asked(replies[:1], tmp_path / "page.html", model="m")
+    assert "<h2>clip.mp4</h2>" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_axes_have_round_ticks_that_hold_the_data() -> None:

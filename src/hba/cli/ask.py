@@ -170,13 +170,15 @@ def _shown(replies: list[Reply]) -> Iterator[RenderableType]:
 
     rows: list[tuple[str, ...]] = []
     windows = any(reply.start is not None for reply in replies)
+    tasks = any(reply.task or reply.dataset for reply in replies)  # a question alone is of none
     for reply in replies:
         if reply.error is None:
             said = reply.answer if reply.answer is not None else f"no label in: {reply.text}"
             when = (words.when(reply.start, reply.end),) if windows else ()
-            rows.append((reply.file, *when, reply.task or reply.dataset or "", said, words.likeliest(reply.probs)))
+            about = (reply.task or reply.dataset,) if tasks else ()
+            rows.append((reply.file, *when, *about, said, words.likeliest(reply.probs)))
     if rows:
-        head = ("file", *(("when",) if windows else ()), "task", "answer", "probabilities")
+        head = ("file", *(("when",) if windows else ()), *(("task",) if tasks else ()), "answer", "probabilities")
         yield Table(title="", head=head, rows=rows, align="l")
         yield f"A model's guess about how people seem. {CARE}"
 

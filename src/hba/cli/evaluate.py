@@ -120,7 +120,7 @@ def eval_command(
     parts = [_opened(suite, each, folder / each.name if chosen else folder, overrides or []) for each in settings]
     ahead = _ahead(suite, parts)
     if dry_run:
-        return answer({"run": str(folder), "ahead": ahead}, lambda: [_ahead_table(suite, ahead)], as_json=json)
+        return answer({"run": str(folder), "ahead": ahead}, lambda: [_ahead_table(ahead)], as_json=json)
     if chosen is None:
         beside(f"{_in_words(ahead[0], parts[0])}; everything goes into {folder}")
     elif not json:
@@ -244,17 +244,17 @@ def _in_words(ahead: dict[str, Any], part: _Part) -> str:
     return f"{ahead['setting']}: {left}{verdicts}{tokens}{price}{time}"
 
 
-def _ahead_table(suite: Suite, ahead: Sequence[dict[str, Any]]) -> Table:
+def _ahead_table(ahead: Sequence[dict[str, Any]]) -> Table:
     from hba.report.tables import Table
 
     rows = []
     for each in ahead:
         cost = "unknown" if each["cost_usd_at_most"] is None else f"${each['cost_usd_at_most']:,.2f}"
-        time = "not measured" if each["seconds"] is None else f"{each['seconds'] / 60:,.1f} min"
+        time = "unknown" if each["seconds"] is None else f"{each['seconds'] / 60:,.1f} min"
         left = f"{each['left']:,} of {each['rows']:,}"
         tokens = (f"{each['tokens_in']:,}", f"{each['tokens_out_at_most']:,}")
         rows.append((each["setting"], left, f"{each['judged']:,}", *tokens, cost, time))
-    head = ("setting", "rows left", "to judge", "tokens in", "out at most", "cost at most", "time")
+    head = ("name", "rows left", "to judge", "tokens in", "out at most", "cost at most", "time")
     return Table(title="Nothing was asked", head=head, rows=rows, tight=True)
 
 

@@ -57,10 +57,10 @@ FEW_ROWS = 64  # for these no worker process is started: that takes longer than 
 class Reply:
     """What a model says of a file, or of a part of it. With an `error` it says nothing.
 
-    `answer` is the label, or the model's words where there are no labels; `probs` gives the probability of each label
-    of the dataset's domain, which only heads and `generation.read=likelihood` know. `text` is all that the model said.
-    `start` and `end` are in seconds, None where the file was not asked in windows. `transcript` is what a recogniser
-    heard, where one was asked.
+    `task` and `dataset` are empty where a question alone was asked. `answer` is the label, or the model's words where
+    there are no labels; `probs` gives the probability of each label of the dataset's domain, which only heads and
+    `generation.read=likelihood` know. `text` is all that the model said. `start` and `end` are in seconds, None where
+    the file was not asked in windows. `transcript` is what a recogniser heard, where one was asked.
     """
 
     file: str
@@ -155,6 +155,8 @@ def ask(
                 number = int(about.id)
                 piece, key = rows[number]
                 reply = _reply(step, piece, key, taxonomy)
+                if question is not None and not named:
+                    reply = replace(reply, task="", dataset="")
                 if number in failed:
                     reply = replace(reply, answer=None, probs=None, text=None, error=failed[number])
                 replies[piece.medium.path].append((piece.start or 0.0, keys.index(key), reply))

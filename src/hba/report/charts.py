@@ -22,6 +22,7 @@ from hba.evaluate.metrics import Ints, encode, local_confusion
 from hba.evaluate.predictions import Prediction
 from hba.evaluate.results import Calibrated, TaskScore
 from hba.evaluate.runs import Event
+from hba.report import words
 from hba.taxonomy import BUILTIN, TASKS, Taxonomy
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def line_chart(
     height = 120 if small else 230
     x_axis = nice_axis(0.0, float(last_step), count=5, tight=True)
     if small:
-        end = f"{x_axis.high:,.0f}" if unit == "step" else f"{x_axis.high:.3g} {unit}"
+        end = f"{x_axis.high:,.0f}" if unit == "step" else f"{words.plain(x_axis.high)} {unit}"
         x_axis = replace(x_axis, ticks=(0.0, x_axis.high), text=lambda value: end if value else "0")
     top, bottom = 8, height - 26
     parts = _grid(axis, [(x_axis.share(tick), x_axis.text(tick)) for tick in x_axis.ticks], top, bottom)
@@ -192,7 +193,7 @@ def _dot(share: float, y: float, tip: str) -> Markup:
 
 def _course(points: Points, unit: str) -> str:
     (first, start), (last, end) = points[0], points[-1]
-    when = (f"step {first:g}", f"step {last:g}") if unit == "step" else (f"{first:g} {unit}", f"{last:g} {unit}")
+    when = [f"step {at:g}" if unit == "step" else f"{words.plain(at)} {unit}" for at in (first, last)]
     return f"{start:.3g} at {when[0]} to {end:.3g} at {when[1]}"
 
 

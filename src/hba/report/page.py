@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
 import wave
 from collections import defaultdict
@@ -87,7 +88,10 @@ def write_asked(replies: Sequence[Reply], path: Path, *, model: str) -> None:
     for reply in replies:
         files[reply.file][reply.task or reply.dataset].append(reply)
     about = {"model": Path(model).name, "care": CARE, "version": hba_version(), "over_time": over_time}
-    said = [(Path(file).name, list(parts.items())) for file, parts in files.items()]
+    # Two files of one name are told apart by their folders, as far up as these differ.
+    places = {file: Path(file).absolute() for file in files}
+    above = os.path.commonpath([place.parent for place in places.values()]) if places else ""
+    said = [(places[file].relative_to(above).as_posix(), list(parts.items())) for file, parts in files.items()]
     timed = any(each.start is not None for each in replies)
     html = words.page("asked.html.jinja", files=said, timed=timed, **about)
     with atomic_write(path) as handle:

@@ -91,7 +91,7 @@ class Table:
         kinds, rows = self.columns(), [self.texts(row) for row in (*self.rows, self.summary or ()) if row]
         names = self.head or [""] * len(kinds)
         widest = [max((len(row[number].text) for row in rows), default=0) for number in range(len(kinds))]
-        needed = sum(1 + max(len(name), size) for name, size in zip(names, widest, strict=True))
+        needed = 1 + sum(1 + max(len(name), size) for name, size in zip(names, widest, strict=True))  # with its edges
         for number, (kind, name, size) in enumerate(zip(kinds, names, widest, strict=True)):
             if self.tight and number and needed > options.max_width and len(name) > size:
                 name = re.sub(r" |(?<=/)", "\n", name)

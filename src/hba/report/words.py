@@ -135,7 +135,12 @@ def shortened(text: str, longest: int = 120) -> str:
 
 def when(start: float | None, end: float | None) -> str:
     """A window as '5 to 10 s'; nothing where there is none."""
-    return "" if start is None or end is None else f"{start:.4g} to {end:.4g} s"
+    return "" if start is None or end is None else f"{plain(start)} to {plain(end)} s"
+
+
+def plain(value: float) -> str:
+    """A figure such as '7.625', '100.5' or '12,000', never in powers of ten from 100 on."""
+    return f"{value:.4g}" if value < 100 else f"{value:,.1f}".removesuffix(".0")
 
 
 SHOWN_LABELS = 3
