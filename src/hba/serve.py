@@ -25,6 +25,7 @@ import binascii
 import itertools
 import json
 import logging
+import re
 import secrets
 import shutil
 import signal
@@ -37,6 +38,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iter
 from concurrent.futures import Future
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from itertools import zip_longest
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol, TypeVar
@@ -53,6 +55,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from hba.atlas import open_atlas
@@ -78,7 +81,7 @@ from hba.evaluate.predictions import Prediction
 from hba.explorer.server import foreign, is_loopback, is_same
 from hba.model.generate import Ranked, end_token_ids
 from hba.model.process import prepare_process
-from hba.storage import begun, remove_abandoned
+from hba.storage import begun, halved, plural, remove_abandoned, room
 from hba.taxonomy import save_beside
 
 _log = logging.getLogger(__name__)
@@ -440,6 +443,8 @@ class Desk:
             self.counts["refused"] += 1
             _fail(request, MediaError(outcome.reason))
         elif isinstance(outcome, Failure):
+            if not isinstance(outcome.error, HbaError):  # its words may be the client's
+                _log.error("a row could not be encoded (%s)", type(outcome.error).__name__)
             _fail(request, outcome.error)
 
     # --- answering, in the thread that has the model ------------------------------------------------------------------
@@ -498,23 +503,31 @@ class Desk:
         try:
             return list(zip(requests, self._predictions(requests), strict=True))
         except Exception as error:  # noqa: BLE001 - the boundary of a batch: whoever asked is told, the server goes on
+            if isinstance(error, MachineError):
+                _log.warning("%s", error)
+            elif not isinstance(error, HbaError):
+                _log.exception("the model failed on a batch of %s", plural(len(requests), "row"))
+            # The frames of a traceback, and of that of what it came of, would keep the batch's tensors.
+            error.__traceback__ = error.__context__ = error.__cause__ = None
             if len(requests) == 1:
                 return [(requests[0], error)]
-            return [pair for each in requests for pair in self._settled([each])]
+        # Out of `except`, where what has failed is still held.
+        return [pair for each in requests for pair in self._settled([each])]
 
     def _predictions(self, requests: Sequence[_Request]) -> list[Prediction]:
         encoded = [request.encoded for request in requests if request.encoded is not None]
         encoder = self.backend.encoder
         batch = collate(encoded, pad_token_id=encoder.pad_token_id, taxonomy=self.taxonomy)
         outputs: Sequence[Output]
-        if requests[0].saying is not None:
-            outputs = self._said(batch, requests)
-        elif isinstance(self.backend, ChatBackend):
-            outputs = self.backend.generate(batch)
-        elif requests[0].classes:
-            outputs = self.backend.classify(batch)
-        else:
-            outputs = self.backend.speak(batch)
+        with room(batch, halved("batch_size", batch)):
+            if requests[0].saying is not None:
+                outputs = self._said(batch, requests)
+            elif isinstance(self.backend, ChatBackend):
+                outputs = self.backend.generate(batch)
+            elif requests[0].classes:
+                outputs = self.backend.classify(batch)
+            else:
+                outputs = self.backend.speak(batch)
         self.batch_sizes.append(len(batch))
         tokens = batch.num_tokens.tolist()
         self.counts.update(batches=1, rows=len(batch), tokens_in=sum(tokens))
@@ -545,6 +558,8 @@ class Desk:
             known: dict[str, Any] = {"tokens_out": one.tokens, "finish": finish}
             outputs.append(spoken(sample, talking.opened + text, self.taxonomy, **known))
             shown = one.ranked[:-1] if one.finish(ends) == "stop" else one.ranked
+            if stopped and shown:
+                shown = shown[: _tokens_of(text, one.ids, model.processor.tokenizer)]
             request.hearing.ranked = tuple(each[: 1 + (saying.alternatives or 0)] for each in shown)
             request.hearing.hear(talking.opened + text)
         return outputs
@@ -582,6 +597,12 @@ def _until(text: str, stops: Sequence[str]) -> tuple[str, bool]:
     """A text up to the first of `stops`, and whether there is one."""
     places = [place for place in map(text.find, stops) if place >= 0]
     return (text[: min(places)], True) if places else (text, False)
+
+
+def _tokens_of(text: str, ids: Sequence[int], tokenizer: Any) -> int:
+    """How many of the tokens `ids` a text has that is the beginning of theirs; one that it has in part counts."""
+    heads = (tokenizer.decode(ids[:count], skip_special_tokens=True) for count in range(len(ids)))
+    return next((count for count, head in enumerate(heads) if head.startswith(text)), len(ids))
 
 
 def _measuring(dataset: str, dims: Mapping[str, int], model: str) -> Settings | HbaError:
@@ -1074,7 +1095,7 @@ class Server:
 
         def told(token: int, logprob: float) -> dict[str, Any]:
             text = tokenizer.decode([token])
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+            return {"token": text, "logprob": logprob, "bytes": _bytes_of(tokenizer.convert_ids_to_tokens(token), text)}
 
         content = [told(*said) | {"top_logprobs": [told(*each) for each in others]} for said, *others in hearing.ranked]
         return {"content": content, "refusal": None}
@@ -1093,7 +1114,8 @@ class Server:
                 what = f"{name!r} is not supported here" + (f" but as {kept[0]!r}" if kept else "")
                 raise _Refused(400, what, param=name, code="unsupported_parameter")
         generation = self.desk.config.generation
-        longest = asked.get("max_completion_tokens", asked.get("max_tokens")) or generation.max_tokens
+        given = (asked.get(name) for name in ("max_completion_tokens", "max_tokens"))
+        longest = next((each for each in given if each is not None), generation.max_tokens)
         most = generation.max_tokens
         said = f"must be from 1 to {most} (--set generation.max_tokens=... of the server)"
         _require(isinstance(longest, int) and 1 <= longest <= most, "max_tokens", said)
@@ -1277,6 +1299,25 @@ def _as_refusal(error: Exception) -> _Refused:
     if isinstance(error, HbaError):
         return _Refused(503, error.what, code="overloaded", retry=True)
     return _Refused(500, f"the model failed ({type(error).__name__})", code="internal_error")
+
+
+def _bytes_of(piece: str | None, text: str) -> list[int] | None:
+    """The bytes of a token that a vocabulary writes as `piece`, None where they are unknown: a part of a character has
+    bytes, and no text of its own."""
+    fallback, table = re.fullmatch("<0x([0-9A-Fa-f]{2})>", piece or ""), _bytes_of_letters()
+    raws = [bytes.fromhex(fallback[1])] if fallback else []
+    if all(letter in table for letter in piece or ""):
+        raws.append(bytes(table[letter] for letter in piece or ""))
+    for raw in raws:
+        if raw.decode(errors="replace") == text:  # else the vocabulary is of another kind
+            return list(raw)
+    return None if "\ufffd" in text else list(text.encode())
+
+
+@cache
+def _bytes_of_letters() -> dict[str, int]:
+    """The byte for which each letter of a byte-level vocabulary stands."""
+    return {letter: byte for byte, letter in bytes_to_unicode().items()}
 
 
 def _usage(predictions: Sequence[Prediction]) -> dict[str, int]:

@@ -5,6 +5,7 @@ import base64
 import math
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -13,12 +14,13 @@ import numpy as np
 import openai
 import pytest
 import soundfile
+import torch
 from serving import PATIENCE, data_url, serving, write_adapted
 
 import hba as package
 from hba.config import load_config
 from hba.evaluate.config import PredictConfig
-from hba.serve import Desk, FullError, Question
+from hba.serve import Desk, FullError, Question, _bytes_of
 
 LONGEST = 12
 
@@ -186,6 +188,11 @@ def test_an_answer_ends_before_a_text_that_stops_it(client, answering):
     short = asked(client, answering, "Well?", stop=["never said", stop])
     assert short.choices[0].message.content == expected and short.choices[0].finish_reason == "stop"
     assert short.usage.completion_tokens < LONGEST
+    told = asked(client, answering, "Well?", stop=["never said", stop], logprobs=True).choices[0].logprobs.content
+    assert "".join(token.token for token in told[:-1]) in expected != "".join(token.token for token in told[:-1])
+    assert "".join(token.token for token in told).startswith(expected)
+    none = asked(client, answering, "Well?", stop=whole[0], logprobs=True).choices[0]
+    assert none.message.content == "" and none.logprobs.content == []
     assert "".join(words(asked(client, answering, "Well?", stop=stop, stream=True))) == expected
     assert "".join(words(asked(client, answering, "Well?", stop=stop + " and never", stream=True))) == whole
 
@@ -206,6 +213,55 @@ def test_several_answers_a_share_of_the_distribution_and_log_probabilities(clien
     assert [len(choice.logprobs.content[0].top_logprobs) for choice in several.choices] == [0, 0, 0]
 
 
+def test_of_two_limits_the_one_that_is_given_holds(client, answering):
+    for more in ({"max_completion_tokens": None, "max_tokens": 2}, {"max_completion_tokens": 2, "max_tokens": LONGEST}):
+        assert asked(client, answering, "Well?", **more).usage.completion_tokens == 2
+
+
+def test_parts_of_a_character_have_its_bytes(served):
+    tokenizer = served.desk.backend.model.processor.tokenizer
+    ids = tokenizer.encode("<0x41> é😀 well", add_special_tokens=False)
+    found = [_bytes_of(tokenizer.convert_ids_to_tokens(token), tokenizer.decode([token])) for token in ids]
+    assert b"".join(map(bytes, found)).decode() == "<0x41> é😀 well"
+    assert _bytes_of("<0xF0>", "\ufffd") == [0xF0] and _bytes_of("é", "é") == list("é".encode())
+    assert _bytes_of("▁é", "\ufffd") is None and _bytes_of(None, "") == []
+
+
+@contextmanager
+def failing(served, error):
+    """The model fails; for each time it is kept whether what it failed on before is still held."""
+    held, before = [], []
+
+    def fail(_, args):
+        held.append(before != [] and before[-1]() is not None)
+        before.append(weakref.ref(args[0]))
+        raise error()
+
+    hook = served.desk.backend.model.transformer.get_output_embeddings().register_forward_pre_hook(fail)
+    try:
+        yield held
+    finally:
+        hook.remove()
+
+
+def test_a_device_without_room_is_told_of_here_and_there(served, client, answering, caplog):
+    talk = {"messages": [{"role": "user", "content": "Well?"}], "n": 2}
+    with failing(served, torch.OutOfMemoryError) as held:
+        answer = served.client.post("/v1/chat/completions", json=talk)
+    assert answer.status_code == 503 and "retry-after" in answer.headers, answer.text
+    assert "no room for a batch of 1 sample" in answer.json()["error"]["message"]
+    assert "no room for a batch of 2 samples" in caplog.text and "batch_size=1" in caplog.text
+    assert held == [False] * 3  # both, then each alone
+    assert asked(client, answering, "Well?").choices[0].message.content
+
+
+def test_a_model_that_fails_leaves_its_trace_in_the_log(served, caplog):
+    with failing(served, ZeroDivisionError):
+        answer = served.client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "Sesame?"}]})
+    assert answer.status_code == 500 and "the model failed on a batch of 1 row" in caplog.text
+    assert "in _predictions" in caplog.text and "Sesame" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("more", "param", "said"),
     [
@@ -221,6 +277,8 @@ def test_several_answers_a_share_of_the_distribution_and_log_probabilities(clien
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "not supported"),
         ({"temperature": 3}, "temperature", "from 0 to 2"),
         ({"max_tokens": LONGEST + 1}, "max_tokens", f"from 1 to {LONGEST}"),
+        ({"max_tokens": 0}, "max_tokens", f"from 1 to {LONGEST}"),
+        ({"max_completion_tokens": 0, "max_tokens": 2}, "max_tokens", f"from 1 to {LONGEST}"),
         ({"extra_body": {"guided_choice": ["a"]}}, "guided_choice", "not supported"),
     ],
 )
