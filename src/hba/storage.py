@@ -179,10 +179,16 @@ def machine_fault(error: BaseException, where: str) -> MachineError | None:
     return None
 
 
+# CUDA and its libraries, main memory, and a file that cannot be mapped, in the words of torch.
+_NO_MEMORY = ("out of memory", "ALLOC_FAILED", "DefaultCPUAllocator", "Cannot allocate memory")
+
+
 def lacks_memory(error: BaseException) -> bool:
     """Whether torch, or Python, had no memory for what a device was to compute."""
-    of_torch = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and of_torch)
+    if isinstance(error, (MemoryError, OSError)):
+        return isinstance(error, MemoryError) or error.errno == errno.ENOMEM
+    of_torch = type(error).__name__ == "OutOfMemoryError" or any(said in str(error) for said in _NO_MEMORY)
+    return isinstance(error, RuntimeError) and of_torch
 
 
 @contextmanager
@@ -194,7 +200,7 @@ def room(batch: Any, keys: Callable[[], Sequence[str]] = tuple, *, what: str = "
     """
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, OSError) as error:
         if not lacks_memory(error):
             raise
         where = ""

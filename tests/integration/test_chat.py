@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoProcessor
 
 from hba import open_atlas
 from hba.batch.config import EncodeConfig
-from hba.batch.encode import IGNORED, collate, encoder_for, end_token_id, media_placeholders
+from hba.batch.encode import IGNORED, collate, encoder_for, end_token_id, give_template, media_placeholders
 from hba.batch.prompt import FormatMix
 from hba.errors import ConfigError, InputError, MediaError
 from hba.model import OmniSapiens
@@ -298,6 +299,16 @@ def test_lora_targets_of_qwen_omni_are_those_of_the_paper(models):
 def test_heads_alone_cannot_be_trained_in_a_chat_model(models):
     with pytest.raises(ConfigError, match=r"model\.strategy"):
         apply_strategy(models["gemma3"], ModelConfig(name="x", strategy="heads"))
+
+
+def test_a_template_that_knows_texts_alone_and_drops_lists_keeps_the_question(folders):
+    processor = AutoProcessor.from_pretrained(folders["gemma3"])
+    of_texts = "{% if message.content is string %}{{ message.content }}{% endif %}"
+    processor.chat_template = f"{{% for message in messages %}}{of_texts}{{% endfor %}}"
+    give_template(processor)
+    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How does she feel?"}]}
+    shown = processor.apply_chat_template([turn], tokenize=False)
+    assert shown == f"{processor.image_token}How does she feel?"
 
 
 def test_a_folder_without_a_chat_template_is_refused(tmp_path, folders):

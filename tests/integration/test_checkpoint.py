@@ -1,8 +1,11 @@
 """Checkpoints come back as they were saved, whatever was trained."""
 
+import errno
 import json
+import re
 import shutil
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -76,6 +79,25 @@ def test_a_folder_without_a_checkpoint_is_named(tmp_path):
 def test_a_backbone_that_does_not_exist_is_named():
     with pytest.raises(InputError, match="no/such-model: cannot load backbone"):
         OmniSapiens.from_pretrained("no/such-model")
+
+
+@pytest.mark.parametrize(
+    ("fails", "fix"),
+    [
+        (ValueError("X does not support an attention implementation through sdpa"), r"model.attention \(eager\)"),
+        (ValueError("Unrecognized model"), "Use another model"),
+        (json.JSONDecodeError("Expecting value", "", 0), "not whole: download it again"),
+        (OSError("no such model"), "Check the name"),
+        (RuntimeError("CUDA error: out of memory"), None),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), None),
+    ],
+)
+def test_what_a_backbone_cannot_load_for_says_what_helps(backbone, monkeypatch, fails, fix):
+    monkeypatch.setattr("hba.model.checkpoint.skeleton", Mock(side_effect=fails))
+    with pytest.raises(type(fails) if fix is None else InputError) as told:
+        OmniSapiens.from_pretrained(backbone)
+    assert told.value is fails if fix is None else re.search(fix, told.value.fix)
+    assert fix is None or ("attention" in told.value.fix) == ("attention" in str(fails))
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from hba.model.config import ModelConfig
 from hba.model.merge import merge_checkpoint
 from hba.model.omni import apply_strategy, recompute_layers
 from hba.model.tiny import FAMILIES, TEXT_TEMPLATE
-from hba.model.weights import language_layers
+from hba.model.weights import language_layers, skeleton
 from hba.rl.config import RlConfig
 from hba.rl.local import train_rl
 from hba.run import RunFolder
@@ -363,6 +363,20 @@ def test_reinforcement_learning_in_four_bits(runs, atlas, tmp_path):
     assert len(told[0]) == 3 and told[0] == told[1] and not any(error for _, error in told[0].values())
 
 
+def test_a_tower_of_its_own_way_of_attending_leaves_the_other_parts_theirs(runs):
+    if LACKING:
+        pytest.skip("needs timm")
+    model = OmniSapiens.from_pretrained(runs.model("gemma3n"), attention="sdpa", heads=False)
+    config = model.transformer.config
+    ways = {name: getattr(config, name)._attn_implementation for name in config.sub_configs}
+    assert ways == {"text_config": "sdpa", "vision_config": "eager", "audio_config": "sdpa"}
+    # FlashAttention itself needs a GPU: what the parts of a model without weights are asked for.
+    bare = skeleton(type(model.transformer), type(config).from_pretrained(runs.model("gemma3n")))
+    bare.config._attn_implementation = checkpoint._attention_of_parts(bare, "flash_attention_2")
+    ways = {name: getattr(bare.config, name)._attn_implementation for name in config.sub_configs}
+    assert ways == {"text_config": "flash_attention_2", "vision_config": "eager", "audio_config": "flash_attention_2"}
+
+
 def test_what_a_family_cannot_is_refused_in_one_sentence_before_data_are_read(runs, atlas, tmp_path, monkeypatch):
     monkeypatch.setattr("hba.batch.encode.load_media", lambda *_, **__: pytest.fail("a medium was read"))
     monkeypatch.setattr(checkpoint, "load_backbone", lambda *_, **__: pytest.fail("the model was loaded"))
@@ -439,7 +453,10 @@ def test_what_is_no_chat_model_is_refused_in_one_sentence_before_weights_are_rea
         _weightless(folder, config, transformers.AutoTokenizer.from_pretrained(backbone), template)
     if unfit == "awq":
         _config_says(folder, quantization_config={"quant_method": "awq", "bits": 4, "version": "gemm"})
+        monkeypatch.setattr("transformers.quantizers.quantizer_awq.is_gptqmodel_available", lambda: False)
     if unfit == "tekken":
+        monkeypatch.setitem(sys.modules, "mistral_common", None)  # as where it is not installed
+        monkeypatch.setattr("transformers.models.auto.tokenization_auto.is_mistral_common_available", lambda: False)
         (folder / "tekken.json").write_text("{}")
         for file in folder.glob("tokenizer*"):
             file.unlink()

@@ -238,6 +238,14 @@ def test_groups_train_at_rates_of_their_own():
         assert told.value.where == f"train.{key}"
 
 
+@pytest.mark.parametrize("asked", ["train.compile=true", "train.kernels=liger"])
+def test_kernels_of_layers_are_refused_where_heads_alone_train(asked):
+    given = ["atlas=x", "model.name=x", asked]
+    assert load_config(SftConfig, None, given)
+    with pytest.raises(ConfigError, match="no layer of a language model trains here"):
+        load_config(SftConfig, None, [*given, "model.strategy=heads"])
+
+
 @pytest.mark.parametrize(
     ("kind", "given", "trains"),
     [

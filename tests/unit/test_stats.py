@@ -3,6 +3,7 @@ seed."""
 
 from __future__ import annotations
 
+import math
 import random
 import time
 
@@ -262,6 +263,12 @@ def test_students_t_is_that_of_scipy_for_any_freedom(freedom: float) -> None:
     assert student_reach(freedom) == pytest.approx(scipy_stats.t.ppf(0.975, freedom), rel=1e-8)
     for t in (0.0, 1e-9, 0.1, 1.0, 1.96, 5.0, 40.0):
         assert student_p(-t, freedom) == pytest.approx(2 * scipy_stats.t.sf(t, freedom), rel=1e-8)
+
+
+def test_students_t_of_what_is_no_number_ends() -> None:
+    assert math.isnan(student_p(math.nan, 3)) and math.isnan(student_p(2.0, math.nan))
+    assert all(math.isnan(student_reach(freedom)) for freedom in (math.nan, 0.0))
+    assert student_p(math.inf, 3) == student_p(-1e200, 3) == 0.0
 
 
 def test_the_interval_of_a_mean_is_that_of_scipy_and_takes_little_memory() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -391,5 +392,14 @@ def test_what_a_device_has_no_room_for_is_named_with_what_to_change():
     assert told.value.fix.endswith("It goes on.") and halved("batch_size", Held(("train/1",)))() == []
     with pytest.raises(MachineError, match=r"^no room for the step\. Fix: `hba fit"), room(None, what="the step"):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    for short in (
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ):
+        with pytest.raises(MachineError, match=r"^no room for the step"), room(None, what="the step"):
+            raise short
+    with pytest.raises(FileNotFoundError), room(batch):
+        raise FileNotFoundError("model.safetensors")
     with pytest.raises(RuntimeError, match="shapes"), room(batch):
         raise RuntimeError("shapes do not match")

@@ -507,10 +507,11 @@ def give_template(processor: Any) -> None:
     processor.chat_template = template
     turn = {"role": "user", "content": [{"type": "text", "text": _MARK}]}
     try:
-        if "'type'" not in processor.apply_chat_template([turn], tokenize=False):
+        shown = processor.apply_chat_template([turn], tokenize=False)
+        if _MARK in shown and "'type'" not in shown:
             return
     except (TypeError, TemplateError):
-        pass  # it adds texts
+        pass  # it adds texts; others show the list as Python has it, or nothing
     tokens = {kind: getattr(processor, f"{kind}_token", None) for kind in MODALITIES}
     named = json.dumps({kind: token for kind, token in tokens.items() if isinstance(token, str)})
     processor.chat_template = _AS_ONE_TEXT.replace("MEDIA", named) + template

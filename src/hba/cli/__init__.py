@@ -125,13 +125,14 @@ def main() -> None:
             raise
         sys.stderr.write(f"error: needs {error.name}, which is not installed. Fix: {install_fix(extra)}.\n")
         raise SystemExit(InputError.exit_code) from None
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, OSError) as error:
         # Where nobody knew what it was for: a model on its way to its device, a merge.
-        if not lacks_memory(error):
+        if lacks_memory(error):
+            said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            sys.stderr.write(f"error: no room in memory ({said}). Fix: {MORE_ROOM}\n")
+            raise SystemExit(1) from None
+        if not isinstance(error, OSError):
             raise
-        sys.stderr.write(f"error: no room in memory ({str(error).splitlines()[0][:200]}). Fix: {MORE_ROOM}\n")
-        raise SystemExit(1) from None
-    except OSError as error:
         # A file that cannot be read or written for a reason that no module foresaw: the user's disk, not a bug.
         name = error.filename2 or error.filename  # the second is where a finished file should have gone
         if name is None and error.errno not in NO_SPACE:

@@ -366,7 +366,11 @@ def student_of(difference: float, error: float, freedom: float) -> Interval:
 
 @lru_cache(maxsize=1024)
 def student_reach(freedom: float) -> float:
-    """How many standard errors a 95 % interval reaches to either side: where `student_p` is 1 - LEVEL, by bisection."""
+    """How many standard errors a 95 % interval reaches to either side: where `student_p` is 1 - LEVEL, by bisection.
+
+    NaN of no degree of freedom, of which nothing can be said."""
+    if not freedom > 0:
+        return math.nan
     low, high = 0.0, 2.0
     while student_p(high, freedom) > 1 - LEVEL:
         low, high = high, 2 * high
@@ -376,10 +380,16 @@ def student_reach(freedom: float) -> float:
 
 
 def student_p(t: float, freedom: float) -> float:
-    """The two-sided p-value of Student's t: the incomplete beta function I_x(freedom / 2, 1 / 2), x = f / (f + t^2)."""
+    """The two-sided p-value of Student's t: the incomplete beta function I_x(freedom / 2, 1 / 2), x = f / (f + t^2).
+
+    NaN where t is, and of no degree of freedom."""
+    if math.isnan(t) or not freedom > 0:
+        return math.nan
     if freedom > 1e9:
         return 2 * NormalDist().cdf(-abs(t))
     square, half = t * t, freedom / 2
+    if math.isinf(square):
+        return 0.0
     x, rest = freedom / (freedom + square), square / (freedom + square)
     if x < (half + 1) / (half + 2.5):
         return min(1.0, _beta_share(x, rest, half, 0.5))

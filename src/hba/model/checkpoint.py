@@ -9,11 +9,13 @@ checkpoint that they stand on. Folders are written whole or not at all; nothing 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from importlib.util import find_spec
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -509,14 +511,17 @@ def load_backbone(
         options = {"dtype": first, "attn_implementation": kinds, "use_safetensors": True}
         with without_load_reports():
             model, info = model_class.from_pretrained(name, **options, output_loading_info=True)
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         if lacks_memory(error):
             raise
         fix = "Check the name; a hub model needs a network or a filled cache."
-        raise InputError(f"cannot load backbone ({str(error).splitlines()[0]})", where=name, fix=fix) from error
-    except ValueError as error:
-        fix = "Use another model.attention (eager), or another model."
-        raise InputError(f"cannot load backbone ({str(error).splitlines()[0]})", where=name, fix=fix) from error
+        if isinstance(error, ValueError):
+            attends = re.search("attention|attn", str(error), re.IGNORECASE)
+            fix = f"Use another {'model.attention (eager), or another ' if attends else ''}model."
+            if isinstance(error, (JSONDecodeError, UnicodeDecodeError)):
+                fix = "Its files are not whole: download it again."
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"cannot load backbone ({said})", where=name, fix=fix) from error
     except ImportError as error:
         if getattr(config, "quantization_config", None) is not None:
             kind = config.quantization_config.get("quant_method")
@@ -548,7 +553,9 @@ def _attention_of_parts(bare: Any, attention: str) -> str | dict[str, str]:
     text = type(bare.config.get_text_config())
     without = {type(m.config) for m in bare.modules() if flag and getattr(m, flag, None) is False} - {text}
     parts = {name for name in bare.config.sub_configs if type(getattr(bare.config, name, None)) in without}
-    return {"": attention, **dict.fromkeys(parts, "eager")} if parts else attention
+    # A part that is not named has none of its own, and attends by sdpa whatever the whole does.
+    each = {"": attention, **dict.fromkeys(bare.config.sub_configs, attention), **dict.fromkeys(parts, "eager")}
+    return each if parts else attention
 
 
 def _fit_named(name: str, bare: Any) -> Fit:

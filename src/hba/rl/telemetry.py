@@ -239,10 +239,10 @@ class CollapseWatch:
         return {**rewards, "answers": dict(self._answers), "same": dict(self._same)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`."""
+        """Go on from `state_dict`; one of before answers were watched has none of them."""
         self._recent = {task: list(map(float, values)) for task, values in state["recent"].items()}
         self._best, self._low = dict(state["best"]), dict(state["low"])
-        self._answers, self._same = dict(state["answers"]), dict(state["same"])
+        self._answers, self._same = dict(state.get("answers", {})), dict(state.get("same", {}))
 
 
 def _split(outcomes: Sequence[Outcome], by: str) -> dict[str, list[Outcome]]:

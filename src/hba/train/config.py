@@ -111,13 +111,15 @@ class SftConfig:
 
     def __post_init__(self) -> None:
         """Raises ConfigError for windows of sounds where words are trained, or where ranks must compute alike, and for
-        what `refuse_quantized_training` and `refuse_idle_rates` refuse."""
+        what `refuse_quantized_training`, `refuse_idle_rates` and, of heads alone, `refuse_idle_kernels` refuse."""
         if self.encode.long_audio == "windows":
             if self.answer_weight > 0:
                 found = "windows of a sound are averaged by heads; answer_weight trains words, too"
                 raise ConfigError(found, where="encode.long_audio", fix=WINDOWS_ARE_FOR_HEADS)
             refuse_windows_of_shards(self.encode, self.train)
         refuse_quantized_training(self.model.quantization, self.model.strategy, self.train)
+        if self.model.strategy == "heads":
+            refuse_idle_kernels(self.train)
         whole = self.model.strategy == "full"
         says = whole and self.answer_weight > 0
         refuse_idle_rates(self.train, heads=True, lora=self.model.strategy == "lora", lm_head=says)
