@@ -19,7 +19,6 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -67,6 +66,8 @@ def hba_version() -> str | None:
 
 def installed_version(distribution: str) -> str | None:
     """The version of an installed distribution, from its metadata, or None."""
+    from importlib import metadata  # 12 ms, which `hba --help` does without
+
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
