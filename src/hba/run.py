@@ -216,7 +216,8 @@ class RunFolder:
         if self.environment.is_file() and self.config.is_file():  # without a config it is of predictions in this folder
             _note_resume(self.environment, here)
         else:
-            write_json(self.environment, here)
+            before = read_json(self.environment) if self.environment.is_file() else None
+            write_json(self.environment, here if before is None else {**here, "resumed": _as_resumed(before, here)})
         if not self.config.is_file():
             with atomic_write(self.config) as handle:
                 handle.write(to_yaml(config))
@@ -243,28 +244,45 @@ class RunFolder:
             raise ConfigError(what, where=str(self.config), fix=ELSEWHERE)
 
 
-def record_predicting(folder: Path, *, command: str, seed: int | None, data: Mapping[str, Any]) -> None:
+def record_predicting(
+    folder: Path, *, command: str, seed: int | None, data: Mapping[str, Any], began: bool, shared: bool
+) -> None:
     """Write on what rows are predicted, and which, into environment.json of `folder`.
 
-    In the folder of a training, whose record stays, it is noted beside it; so is where and when predicting went on.
-    The caller holds the folder's lock.
+    `began` says that rows were predicted here before: this is where and when predicting went on, or, where nothing says
+    on what they were, nothing is written. With `shared` others predict beside this process, and it is noted where it
+    has another machine. In the folder of a training, whose record stays, all is noted beside it. The caller holds the
+    folder's lock.
     """
-    path, here = folder / "environment.json", environment(command=command, seed=seed)
-    if not path.is_file():
-        return write_json(path, {**here, "data": dict(data)})
-    if (recorded := read_json(path)).get("command") == command and recorded.get("data") != data:
-        write_json(path, {**recorded, "data": dict(data)})  # rows have come since
-    return _note_resume(path, here)
+    path, here = folder / "environment.json", {**environment(command=command, seed=seed), "data": dict(data)}
+    recorded = read_json(path) if path.is_file() else None
+    own = recorded is not None and recorded.get("command") == command
+    if recorded is None or (own and not began and not shared):
+        if recorded is not None or not began:
+            write_json(path, here)
+        return
+    if own and recorded.get("data") != here["data"]:
+        write_json(path, {**recorded, "data": here["data"]})  # rows have come since
+    _note_resume(path, here, only_changes=shared and own)
 
 
-def _note_resume(path: Path, here: Mapping[str, Any]) -> None:
-    """Add when the run was resumed, by which command if by another, and what of the machine or its packages had changed
-    since it began."""
+def _note_resume(path: Path, here: Mapping[str, Any], *, only_changes: bool = False) -> None:
+    """Add when the run was resumed, by which command and over what rows if by another, and what of the machine or its
+    packages had changed since it began; with `only_changes`, where something had."""
     recorded = read_json(path)
     changed = {fact: here[fact] for fact in MACHINE_FACTS if recorded.get(fact) != here[fact]}
-    other = {} if recorded.get("command") == here["command"] else {"command": here["command"]}
+    if only_changes and not changed:
+        return
+    other = {} if recorded.get("command") == here["command"] else {"command": here["command"], "data": here["data"]}
     resumed = [*recorded.get("resumed", []), {**other, "started_at": now(), "changed": changed}]
     write_json(path, {**recorded, "resumed": resumed})
+
+
+def _as_resumed(before: Mapping[str, Any], here: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The record `before` of what was done in a folder, as one beside that of `here`."""
+    changed = {fact: before[fact] for fact in MACHINE_FACTS if fact in before and before[fact] != here[fact]}
+    about = {key: before[key] for key in ("command", "data", "started_at") if key in before}
+    return [{**about, "changed": changed}, *before.get("resumed", [])]
 
 
 def wandb_run(path: Path) -> dict[str, str]:

@@ -301,6 +301,7 @@ def test_a_run_says_what_it_was_predicted_on_and_where_it_went_on(hba, mini_atla
     assert hba("predict", "majority", "--atlas", mini_atlas, "--limit", "3", "--run", tmp_path / "trained")[0] == 0
     found = read_json(tmp_path / "trained" / "environment.json")
     assert trained.items() <= found.items() and [each["command"] for each in found["resumed"]] == ["predict"]
+    assert found["resumed"][0]["data"] == read_json(tmp_path / "trained" / "predict.json")["data"]
 
 
 def test_a_run_without_shards_goes_on_from_shards(hba, mini_atlas, tmp_path):
@@ -383,6 +384,20 @@ def test_quarantines_of_shards_are_merged(hba, mini_atlas, chat_server, tmp_path
     records = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
     assert len(records) == sharing and broken.id in {record["id"] for record in records}
     assert len(predictions(tmp_path / "run")) == len(open_atlas(atlas, split="test")) - sharing
+
+
+def test_what_is_asked_in_vain_is_no_predicting(hba, mini_atlas, chat_server, tmp_path):
+    """A row that nobody can read is tried by every command, and what the run ran on stays as it was said."""
+    atlas, _, _ = broken_atlas(mini_atlas, tmp_path)
+    small = [f"remote.base_url={chat_server(brain='choose').url}", "encode.num_frames=2", "--modalities", "audio"]
+    common = ["predict", "m", "--atlas", atlas, "--backend", "openai", "--run", tmp_path / "run", *small]
+    assert 2 in [hba(*common, "--shard", f"{number}/2")[0] for number in (1, 2)]
+    file = tmp_path / "run" / "environment.json"
+    said = file.read_bytes()
+    assert "resumed" not in json.loads(said)
+    assert hba(*common)[0] == 2 and file.read_bytes() == said
+    file.unlink()
+    assert hba(*common)[0] == 2 and not file.exists()
 
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2", "/"])

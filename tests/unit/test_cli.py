@@ -2,7 +2,6 @@
 
 import json
 import re
-import resource
 import subprocess
 import sys
 
@@ -140,17 +139,22 @@ print(*sorted({{"torch", "transformers"}} & set(sys.modules)))
 
 
 def test_help_is_there_at_once():
-    """CPU seconds beside those that typer and rich take to be there, whatever the machine; twice as many are usual."""
-    framework = "import typer.main, rich.console, rich.markdown, rich.panel, rich.table"
-
-    def seconds(*arguments):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert python(*arguments).returncode == 0
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-    taken = [(seconds("-m", "hba", "--help"), seconds("-c", framework)) for _ in range(3)]
-    assert min(help for help, _ in taken) < 4 * min(alone for _, alone in taken)
+    """It imports nothing but this package, the standard library, and what it is drawn with."""
+    code = """
+import contextlib, sys
+import typer.main, typer.rich_utils, rich.console, rich.markdown, rich.panel, rich.table
+theirs = set(sys.modules)
+from hba.__main__ import main
+sys.argv = ["hba", "--help"]
+with contextlib.suppress(SystemExit):
+    main()
+new = {name.partition(".")[0] for name in set(sys.modules) - theirs}
+print("imported:", *sorted(new - set(sys.stdlib_module_names)))
+"""
+    done = python("-c", code)
+    assert done.returncode == 0 and "Start here" in done.stdout, done.stderr
+    drawn = {"imported:", "hba", "typer", "rich", "markdown_it", "mdurl", "pygments", "shellingham"}
+    assert "hba" in done.stdout.splitlines()[-1] and set(done.stdout.splitlines()[-1].split()) <= drawn
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,16 @@ def test_a_resume_on_other_versions_says_which(tmp_path: Path) -> None:
     assert list(json.loads(file.read_text())["resumed"][0]["changed"]) == ["python"]
 
 
+def test_a_training_in_a_folder_of_predictions_keeps_what_they_were_made_on(tmp_path: Path) -> None:
+    predicted = {**environment(command="predict", seed=None), "python": "3.9.0", "data": DATA}
+    (tmp_path / "environment.json").write_text(json.dumps(predicted))
+    open_run(tmp_path).close()
+    found = json.loads((tmp_path / "environment.json").read_text())
+    (before,) = found["resumed"]
+    assert found["command"] != "predict" and found["python"] != "3.9.0"
+    assert (before["command"], before["data"], before["changed"]) == ("predict", DATA, {"python": "3.9.0"})
+
+
 def test_another_config_is_refused_and_the_keys_named(tmp_path: Path) -> None:
     open_run(tmp_path).close()
     with pytest.raises(ConfigError) as caught:

@@ -419,8 +419,9 @@ def _ran_differs(folder: Path, checked: list[str], notes: list[str]) -> str | No
         notes.append("the bundle does not say what the rows were predicted on")
         return None
     asked = (read_json(folder / ASKED).get("data") or {}).get("fingerprint")
-    if ran["command"] == "predict" and (said := (ran.get("data") or {}).get("fingerprint")) != asked:
-        return f"{ENVIRONMENT}: is of a run over other rows ({said}) than {ASKED} says ({asked})"
+    said = [(each.get("data") or {}).get("fingerprint") for each in predicted]
+    if asked not in said:
+        return f"{ENVIRONMENT}: is of a run over other rows ({said[-1]}) than {ASKED} says ({asked})"
     checked.append("environment")
     return None
 

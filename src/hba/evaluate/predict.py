@@ -327,9 +327,6 @@ def predict_run(
             start_predictions(folder, settings, opening.atlas)
             save_beside(taxonomy, folder)
             read_anew(folder, opening.atlas, alone=shard is None)
-            if not wanted <= done_elsewhere(folder, failed=not retry_failed):
-                seed = settings["identity"].get("seed")
-                record_predicting(folder, command="predict", seed=seed, data=settings["data"])
         if shard is None:
             merge(folder, taxonomy)
         if retry_failed:
@@ -339,7 +336,13 @@ def predict_run(
         launched = shard is not None and shard.device is not None
         if came_late := launched and not retry_failed and merged_since(folder, began):
             share = []  # others found the run whole before this process had loaded its model
-        summary = _append_predictions(own, opening.atlas, share, answering, done, progress)
+
+        def record(began: bool) -> None:
+            how: dict[str, Any] = {"seed": settings["identity"].get("seed"), "data": settings["data"]}
+            with nullcontext() if shard is None else locked_folder(folder, PATIENCE_SECONDS):
+                record_predicting(folder, command="predict", began=began, shared=shard is not None, **how)
+
+        summary = _append_predictions(own, opening.atlas, share, answering, done, progress, record)
         if shard is not None:
             with locked_folder(folder, PATIENCE_SECONDS):
                 leave_nothing(folder, shard)
@@ -449,10 +452,12 @@ def _append_predictions(
     backend: Backend,
     elsewhere: Set[str],
     progress: Callable[[Tally], None],
+    record: Callable[[bool], None],
 ) -> PredictSummary:
     """Predict what is left of `batches` into the folder `own`, which is that of the run or of a shard of it.
 
-    `elsewhere` are ids that are done in other files of the run.
+    `elsewhere` are ids that are done in other files of the run. `record` is called before the first row is kept, with
+    whether rows were predicted before: what is asked in vain, such as a medium that nobody can read, is no predicting.
     """
     rows = np.concatenate(batches).tolist() if batches else []
     tally = Tally(total=len(rows), meter=backend.meter)
@@ -465,6 +470,7 @@ def _append_predictions(
         tally.done = sum(atlas.ids[row] in done for row in rows)
         left = tally.done < len(rows)
         groups = sample_groups(atlas) if left else {}
+        recorded = False
         progress(tally)
         try:
             for step in predict(atlas, batches, backend, done) if left else ():
@@ -474,6 +480,9 @@ def _append_predictions(
                 elif isinstance(step, Unanswered):
                     tally.unanswered[step.reason] += 1
                 else:
+                    if not recorded:
+                        record(bool(done))
+                        recorded = True
                     log.append(replace(step, group=groups.get(step.id)))
                     count(step, fresh=True)
                 progress(tally)
