@@ -125,7 +125,7 @@ def test_files_without_labels_are_predicted_among_the_persons_own_labels(hba, tm
     assert all(set(p.probs) == {"anger", "happy", "sad"} for p in first.values())
     assert all(sum(p.probs.values()) == pytest.approx(1) and p.target is None for p in first.values())
     code, _, err = hba("score", tmp_path / "new")
-    assert code == 2 and "none of the 4 rows has an answer" in err
+    assert code == 2 and "answer to compare with (4 rows)" in err
 
     file = tmp_path / "out" / "unlabelled.jsonl"
     added = json.loads(file.read_text(encoding="utf-8").splitlines()[0]) | {"id": "later", "answer": "happy"}

@@ -363,8 +363,8 @@ def test_what_passes_is_tried_again(hub, releases, mini_atlas, form, fault, monk
 REFUSALS = {
     "gated": ({"status": 403, "headers": {"X-Error-Code": "GatedRepo"}}, "Accept the terms .* `hf auth login`"),
     "forbidden": ({"status": 403}, "Accept the terms .* `hf auth login`"),
-    "unknown": ({"status": 401}, "neither a path on this machine nor a dataset.*hf auth login"),
-    "missing": ({"status": 404, "headers": {"X-Error-Code": "RepoNotFound"}}, "neither a path on this machine"),
+    "unknown": ({"status": 401}, "no path on this machine and no dataset.*hf auth login"),
+    "missing": ({"status": 404, "headers": {"X-Error-Code": "RepoNotFound"}}, "no path on this machine"),
     "down": ({"status": 500, "times": 99}, "status 500.*what is complete is kept"),
 }
 

@@ -91,7 +91,7 @@ def test_a_checkpoint_that_does_not_name_its_heads_is_warned_of_once(hba, traine
     code, _, err = hba(*command)
     assert code == 0, err
     (warning,) = (line for line in err.splitlines() if "warning" in line)
-    assert warning.startswith(f"warning: {old} does not name the domains whose heads were trained")
+    assert warning.startswith(f"warning: {old} does not say which heads were trained")
     assert {p.dataset for p in read_predictions(tmp_path / "run" / "predictions.jsonl")} == {"mmsd", "tess"}
     code, _, err = hba("predict", trained, "--atlas", mini_atlas, "--run", tmp_path / "named", *FEW)
     assert code == 0 and "warning" not in err

@@ -298,7 +298,7 @@ def test_what_a_users_function_raises_ends_the_run_with_the_users_traceback(own,
         HbaError, match=rf"{own}:{name}: raised {said}\n(.*\n)* +File \"{own}\", line \d+, {line}"
     ) as caught:
         score(own, name)
-    assert "scoring.py" not in str(caught.value) and "checkpoint stands" in str(caught.value)
+    assert "scoring.py" not in str(caught.value) and "goes on from the last checkpoint" in str(caught.value)
 
 
 def test_a_users_file_may_have_dataclasses_and_gives_numbers_of_any_kind(own):
