@@ -2,17 +2,22 @@
 
 import dataclasses
 import json
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from PIL import Image
 from transformers import TopPLogitsWarper
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hba import open_atlas
 from hba.batch.config import EncodeConfig
 from hba.batch.encode import IGNORED, Encoder, collate
 from hba.errors import InputError
 from hba.model.generate import _Decided, media_token_ids
+from hba.model.omni import liger_layers
 
 
 @pytest.fixture(scope="module")
@@ -245,3 +250,66 @@ def test_free_form_rows_leave_a_finite_gradient(model, train):
     loss = sft_loss(model, batch_of(encoder, mixed), answer_weight=1.0)
     grads = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
     assert torch.isfinite(loss) and all(torch.isfinite(g).all() for g in grads if g is not None)
+
+
+class _Normed:
+    """What Liger's function computes, by its formula."""
+
+    @staticmethod
+    def apply(states, weight, eps, *_):
+        return weight * states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + eps)
+
+
+class _Gated:
+    """As above."""
+
+    @staticmethod
+    def apply(gate, up):
+        return torch.nn.functional.silu(gate) * up
+
+
+class _Limited(LlamaMLP):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=10)) * self.up_proj(x))
+
+
+class _Dropping(LlamaMLP):
+    def forward(self, x):
+        return torch.nn.functional.dropout(super().forward(x), 0.1, self.training)
+
+
+SMALL_TEXT = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+SMALL_TEXT |= {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
+# Qwen 3.5's gated norms take two tensors, and its others add one to their weights; Cohere's take off the mean.
+LINEAR = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+OTHERS = {
+    "Llama": ({}, None, 5 + 2),
+    "Llama limited": ({}, _Limited, 5),
+    "Llama dropping": ({}, _Dropping, 5),
+    "Cohere2": ({"layer_types": ["full_attention"] * 2}, None, 2),
+    "Qwen3_5": ({"layer_types": ["linear_attention", "full_attention"], "head_dim": 16, **LINEAR}, None, 2),
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_liger_takes_the_norms_and_products_alone_that_compute_what_it_does(monkeypatch, family):
+    for name, functions in (
+        ("rms_norm", {"LigerRMSNormFunction": _Normed}),
+        ("swiglu", {"LigerSiLUMulFunction": _Gated}),
+    ):
+        monkeypatch.setitem(sys.modules, f"liger_kernel.ops.{name}", SimpleNamespace(**functions))
+    for name in ("liger_kernel", "liger_kernel.ops"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    more, product, taken = OTHERS[family]
+    kind = family.split()[0]
+    config = getattr(transformers, f"{kind}{'Text' if kind == 'Qwen3_5' else ''}Config")(**SMALL_TEXT, **more)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    for layer in model.model.layers if product else []:
+        layer.mlp = product(config).eval()
+    words = torch.arange(8)[None]
+    before, drawn = model(input_ids=words).logits, torch.get_rng_state()
+    liger_layers(model)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert sum("forward" in vars(module) for module in model.modules()) == taken
+    assert torch.allclose(model(input_ids=words).logits, before, rtol=1e-4, atol=1e-6)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from copy import copy, deepcopy
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -488,10 +489,11 @@ def compile_layers(transformer: Any) -> None:
 def liger_layers(transformer: Any) -> None:
     """Let Liger's kernels compute norms and gated products in the layers of the language model, and its last norm.
 
-    They keep less for the backward pass. A family whose norms or products are others keeps its own. Raises InputError
-    for one of which nothing is left.
+    They keep less for the backward pass. Norms and products that compute anything else, asked of small copies of them,
+    stay as they are. Raises InputError for a family of which nothing is left.
     """
-    from liger_kernel.ops import LigerRMSNormFunction, LigerSiLUMulFunction
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction  # where every version has them
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
     def normed(norm: Any, states: Tensor) -> Tensor:
         how = (norm.variance_epsilon, 0.0, "llama", False)  # in place it would change gradients of what goes past it
@@ -505,24 +507,63 @@ def liger_layers(transformer: Any) -> None:
 
     prefix, layers = language_layers(transformer)
     last = [module for name, module in transformer.named_modules() if name == f"{prefix}norm"]
-    count = 0
-    each: Any
-    for each in [*layers.modules(), *last]:
-        if hasattr(each, "variance_epsilon") and getattr(each, "weight", None) is not None:
-            each.forward = partial(normed, each)
-        elif hasattr(each, "gate_proj") and hasattr(each, "up_proj") and is_silu(getattr(each, "act_fn", None)):
-            each.forward = partial(gated, each)
-        else:
-            continue
-        count += 1
-    if not count:
+    modules: list[Any] = [*layers.modules(), *last]
+    with torch.random.fork_rng(devices=[]):  # a run that resumes draws what it would have drawn
+        torch.default_generator.manual_seed(0)  # all processes find the same
+        norms = [each for each in modules if hasattr(each, "variance_epsilon") and _is_rms_norm(each)]
+        products = [each for each in modules if hasattr(each, "gate_proj") and _is_gated_silu(each)]
+    for each in norms:
+        each.forward = partial(normed, each)
+    for each in products:
+        each.forward = partial(gated, each)
+    if not norms and not products:
         what = "Liger has no kernels for the layers of this family"
         raise InputError(what, where=type(transformer).__name__, fix="Use train.kernels=none.")
 
 
-def is_silu(function: Any) -> bool:
-    """Whether an activation is SiLU."""
-    return isinstance(function, nn.SiLU) or type(function).__name__ == "SiLUActivation"
+def _is_rms_norm(norm: Any) -> bool:
+    """Whether a norm is weight * x / sqrt(mean(x^2) + variance_epsilon), as Llama's."""
+    if [*norm._parameters] != ["weight"] or norm.weight is None or norm.weight.ndim != 1:
+        return False
+
+    def formula(small: Any, states: Tensor) -> Tensor:
+        found: Tensor = small.weight * states * torch.rsqrt(states.pow(2).mean(-1, True) + small.variance_epsilon)
+        return found
+
+    size = len(norm.weight)
+    return _computes(norm, formula, size, _parameters={"weight": nn.Parameter(torch.rand(size, device="cpu") + 0.5)})
+
+
+def _is_gated_silu(product: Any) -> bool:
+    """Whether a feed-forward layer is down(silu(gate(x)) * up(x)), as Llama's."""
+    names = ("gate_proj", "up_proj", "down_proj")
+    if product._parameters or not {*names} <= {*product._modules}:
+        return False
+
+    def formula(small: Any, states: Tensor) -> Tensor:
+        found: Tensor = small.down_proj(nn.functional.silu(small.gate_proj(states)) * small.up_proj(states))
+        return found
+
+    size = 32
+    small = {name: nn.Linear(size, size, device="cpu") for name in names}
+    return _computes(product, formula, size, _modules={**product._modules, **small})
+
+
+def _computes(module: Any, formula: Callable[[Any, Tensor], Tensor], size: int, **small: Any) -> bool:
+    """Whether a module's forward takes one tensor and makes of it, in training, what `formula` does.
+
+    Asked of a copy with `small` in place of what it holds: its own weights may be quantised, or on another device.
+    """
+    if len(signature(module.forward).parameters) != 1:
+        return False
+    shell = copy(module)
+    vars(shell).update(small)
+    shell = deepcopy(shell).train()
+    states = torch.rand(4, 3, size, device="cpu") * 3 - 1  # a mean, signs, and below scales at which limits show
+    states = torch.cat([states * scale for scale in (1e-3, 1.0, 1e3)])
+    with torch.no_grad(), suppress(RuntimeError, TypeError, ValueError):
+        return torch.allclose(shell(states), formula(shell, states), rtol=1e-4, atol=1e-6)
+    return False  # it wants more than its copy has
 
 
 def _compiled_in_training(
