@@ -79,7 +79,7 @@ from hba.evaluate.config import PredictConfig
 from hba.evaluate.predict import EVERYTHING, open_rows
 from hba.evaluate.predictions import Prediction
 from hba.explorer.server import foreign, is_loopback, is_same
-from hba.model.generate import Ranked, end_token_ids
+from hba.model.generate import Ranked, Said, end_token_ids
 from hba.model.process import prepare_process
 from hba.storage import begun, halved, plural, remove_abandoned, room
 from hba.taxonomy import save_beside
@@ -456,16 +456,22 @@ class Desk:
             started = time.monotonic()
             settled = self._settled([each for each in batch if each.claim()])
             self.counts["model_microseconds"] += int(1e6 * (time.monotonic() - started))
-            with self._changed:  # before they are told: who has an answer waits no more
-                for request in batch:
-                    assert request.encoded is not None
-                    self._requests.pop(int(request.encoded.sample.id), None)
-                self._hand_over()
+            self._let_go(batch)
             for request, outcome in settled:
+                if request.answer.done():  # while its neighbours still spoke
+                    continue
                 if isinstance(outcome, Prediction):
                     request.answer.set_result(outcome)
                 else:
                     request.answer.set_exception(outcome)
+
+    def _let_go(self, requests: Sequence[_Request]) -> None:
+        """These wait no more. It is called before they are told: who has an answer waits no more."""
+        with self._changed:
+            for request in requests:
+                assert request.encoded is not None
+                self._requests.pop(int(request.encoded.sample.id), None)
+            self._hand_over()
 
     def _next(self) -> list[_Request] | None:
         """The oldest request that is ready, with all that was asked together with it, and those like it; None when all
@@ -512,7 +518,7 @@ class Desk:
             if len(requests) == 1:
                 return [(requests[0], error)]
         # Out of `except`, where what has failed is still held.
-        return [pair for each in requests for pair in self._settled([each])]
+        return [pair for each in requests if not each.answer.done() for pair in self._settled([each])]
 
     def _predictions(self, requests: Sequence[_Request]) -> list[Prediction]:
         encoded = [request.encoded for request in requests if request.encoded is not None]
@@ -532,12 +538,13 @@ class Desk:
         tokens = batch.num_tokens.tolist()
         self.counts.update(batches=1, rows=len(batch), tokens_in=sum(tokens))
         self.counts["tokens_out"] += sum(output.tokens_out or 0 for output in outputs)
-        answered = zip(batch.samples, outputs, tokens, strict=True)
-        return [prediction_of(Answered(each, replace(output, tokens_in=n))) for each, output, n in answered]
+        return [_predicted(batch, row, output) for row, output in enumerate(outputs)]
 
     def _said(self, batch: Batch, requests: Sequence[_Request]) -> list[Output]:
-        """What the model says next in each talk."""
+        """What the model says next in each talk. Whose answer is over while others go on is told at once, but for
+        those who asked for log-probabilities, which are known at the end."""
         model = self.backend.model
+        tokenizer, ends = model.processor.tokenizer, end_token_ids(model.transformer, model.processor)
         sayings = [request.saying for request in requests if request.saying is not None]
         temperature, longest = sayings[0].temperature, max(saying.max_tokens for saying in sayings)
         uniforms_BL = torch.zeros(len(sayings), longest, dtype=torch.float64)
@@ -545,45 +552,72 @@ class Desk:
             drawn = torch.Generator().manual_seed(saying.seed)
             uniforms_BL[row, : saying.max_tokens] = torch.rand(saying.max_tokens, generator=drawn, dtype=torch.float64)
         batch = batch.to(model.device)
-        talking = _Talking(requests, model.processor.tokenizer, begun_turn(model.processor, batch))
+
+        def output(row: int, one: Said) -> Output:
+            request, saying = requests[row], sayings[row]
+            text, stopped = _until(one.text, saying.stop)
+            known: dict[str, Any] = {"tokens_out": one.tokens, "finish": "stop" if stopped else one.finish(ends)}
+            shown = one.ranked[:-1] if one.finish(ends) == "stop" else one.ranked
+            if stopped and shown:
+                shown = shown[: _tokens_of(text, one.ids, tokenizer)]
+            request.hearing.ranked = tuple(each[: 1 + (saying.alternatives or 0)] for each in shown)
+            request.hearing.hear(talking.opened + text)
+            return spoken(batch.samples[row], talking.opened + text, self.taxonomy, **known)
+
+        def early(row: int, ids: Sequence[int]) -> None:
+            if sayings[row].alternatives is None:
+                one = Said(tokenizer.decode(ids, skip_special_tokens=True), tuple(ids))
+                prediction = _predicted(batch, row, output(row, one))
+                self._let_go([requests[row]])
+                requests[row].answer.set_result(prediction)
+
+        talking = _Talking(requests, tokenizer, ends, begun_turn(model.processor, batch), early)
         wanted = [saying.alternatives for saying in sayings if saying.alternatives is not None]
         how: dict[str, Any] = {"top_p": sayings[0].top_p, "alternatives": max(wanted, default=None)}
         how |= {"uniforms_BL": uniforms_BL if temperature > 0 else None, "over": talking.over}
         said = model.say(batch, max_new_tokens=longest, temperature=temperature, **how)
-        ends = end_token_ids(model.transformer, model.processor)
-        outputs = []
-        for request, saying, sample, one in zip(requests, sayings, batch.samples, said, strict=True):
-            text, stopped = _until(one.text, saying.stop)
-            finish = "stop" if stopped else one.finish(ends)
-            known: dict[str, Any] = {"tokens_out": one.tokens, "finish": finish}
-            outputs.append(spoken(sample, talking.opened + text, self.taxonomy, **known))
-            shown = one.ranked[:-1] if one.finish(ends) == "stop" else one.ranked
-            if stopped and shown:
-                shown = shown[: _tokens_of(text, one.ids, model.processor.tokenizer)]
-            request.hearing.ranked = tuple(each[: 1 + (saying.alternatives or 0)] for each in shown)
-            request.hearing.hear(talking.opened + text)
-        return outputs
+        return [output(row, one) for row, one in enumerate(said)]
+
+
+def _predicted(batch: Batch, row: int, output: Output) -> Prediction:
+    return prediction_of(Answered(batch.samples[row], replace(output, tokens_in=int(batch.num_tokens[row]))))
 
 
 class _Talking:
     """Follows talks token by token: whoever listens is told, and an answer ends where its own limits say."""
 
-    def __init__(self, requests: Sequence[_Request], tokenizer: Any, opened: str) -> None:
-        """`opened` is what of each answer the prompt has begun."""
-        self._requests, self._tokenizer, self.opened = requests, tokenizer, opened
+    def __init__(
+        self,
+        requests: Sequence[_Request],
+        tokenizer: Any,
+        ends: Collection[int],
+        opened: str,
+        early: Callable[[int, Sequence[int]], None],
+    ) -> None:
+        """`opened` is what of each answer the prompt has begun. `early` is called with the number of a row and its
+        tokens, the end token included, when it is over and another is not."""
+        self._requests, self._tokenizer, self._ends, self.opened = requests, tokenizer, ends, opened
+        self._early, self._ended = early, [False] * len(requests)
 
     def over(self, ids_BL: Tensor) -> Tensor:
-        """Which rows [B] end after these tokens."""
-        return torch.tensor([self._is_over(*each) for each in zip(self._requests, ids_BL, strict=True)])
+        """Which rows [B] end after these tokens, or have ended."""
+        rows = ids_BL.tolist()
+        now = [row for row, ids in enumerate(rows) if not self._ended[row] and self._is_over(self._requests[row], ids)]
+        for row in now:
+            self._ended[row] = True
+        if not all(self._ended):
+            for row in now:
+                self._early(row, rows[row])
+        return torch.tensor(self._ended)
 
-    def _is_over(self, request: _Request, ids_L: Tensor) -> bool:
+    def _is_over(self, request: _Request, ids: Sequence[int]) -> bool:
         saying, hearing = request.saying, request.hearing
         assert saying is not None
-        if len(ids_L) >= saying.max_tokens or hearing.gone:
+        if ids[-1] in self._ends or len(ids) >= saying.max_tokens or hearing.gone:
             return True
         if hearing.tell is None and not saying.stop:
             return False
-        text, stopped = _until(self._tokenizer.decode(ids_L, skip_special_tokens=True), saying.stop)
+        text, stopped = _until(self._tokenizer.decode(ids, skip_special_tokens=True), saying.stop)
         if not stopped:
             text = text.rstrip("\ufffd")  # half a character
             # What may be the beginning of a text that ends the answer is not told yet.

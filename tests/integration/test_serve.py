@@ -20,7 +20,7 @@ from serving import PATIENCE, data_url, serving, write_adapted
 import hba as package
 from hba.config import load_config
 from hba.evaluate.config import PredictConfig
-from hba.serve import Desk, FullError, Question, _bytes_of
+from hba.serve import Desk, FullError, Hearing, Part, Question, Saying, Turn, _bytes_of
 
 LONGEST = 12
 
@@ -162,6 +162,27 @@ def test_a_stream_comes_while_the_model_still_speaks(client, served, answering, 
     broken = {"type": "image_url", "image_url": {"url": data_url("image/png", b"no picture")}}
     with pytest.raises(openai.BadRequestError, match="cannot be read"):  # what fails before is no stream
         asked(client, answering, [broken], stream=True)
+
+
+@pytest.mark.parametrize("how", ["length", "stop"])
+def test_a_short_answer_does_not_wait_for_a_long_one_beside_it(served, client, answering, how):
+    whole = asked(client, answering, "Well?").choices[0].message.content
+    talk, go_on = Question(turns=(Turn("user", (Part(text="Well?"),)),)), threading.Event()
+    saying = Saying(2) if how == "length" else Saying(LONGEST, stop=(whole[1],))
+    alone = served.desk.ask(talk, saying=saying).result(PATIENCE)
+    sayings, heard = (saying, saying, Saying(LONGEST)), ([], [], [])
+    hearings = [Hearing(told.append) for told in heard]
+    with holding(served, LONGEST, go_on):  # at the last token of the long one
+        first, second, last = served.desk.ask_together([(talk, {})] * 3, sayings, hearings)
+        found = [each.result(PATIENCE) for each in (first, second)]
+        assert not last.done() and served.desk.waiting == 1
+        go_on.set()
+        assert last.result(PATIENCE).output == whole == "".join(heard[2])
+    assert served.desk.batch_sizes[-1] == 3
+    for each, told in zip(found, heard, strict=False):
+        assert (each.output, each.finish, each.tokens_in, each.tokens_out) == (
+            alone.output, alone.finish, alone.tokens_in, alone.tokens_out)  # fmt: skip
+        assert each.finish == how and "".join(told) == each.output
 
 
 def test_the_model_does_not_go_on_for_nobody(client, served, answering):
