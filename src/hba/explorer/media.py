@@ -204,7 +204,8 @@ def kinds(source: Source, where: str) -> tuple[str, ...]:
 
 
 def landmarks(source: Source, where: str) -> dict[str, Any]:
-    """`frames`: for each part of the body, [frames][points][x, y] with three decimals, None where it was not seen.
+    """`frames`: for each part of the body, [frames][points][x, y] with three decimals, None where it was not seen; at
+    most MAX_POSE_FRAMES of `total`. `rate`: frames a second, None where they are spread over the whole clip.
 
     Raises MediaError for a descriptor that holds no landmarks."""
     from hba.atlas.media import load_descriptor
@@ -227,7 +228,7 @@ def found_landmarks(source: Source, where: str) -> dict[str, Any]:
     try:
         frames = read_frames(source, where=where, frames_per_second=LANDMARK_RATE)
         pixels = (frame.pixels for frame in islice(frames, MAX_POSE_FRAMES))
-        return _landmarks(holistic.extract(pixels, where=where), where)
+        return _landmarks(holistic.extract(pixels, where=where), where) | {"rate": LANDMARK_RATE}
     finally:
         holistic.close()
 
@@ -270,7 +271,7 @@ def _landmarks(parts: Mapping[str, Any], where: str) -> dict[str, Any]:
     for name, points in shown.items():
         taken = np.asarray(points[:MAX_POSE_FRAMES])
         made[name] = [_points(frame) if frame[:, 2].any() else None for frame in taken]
-    return {"frames": made}
+    return {"frames": made, "rate": None, "total": max(map(len, shown.values()))}
 
 
 def _points(frame: npt.NDArray[np.floating[Any]]) -> list[list[float]]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import sys
 from concurrent.futures import Future
 from contextlib import closing
@@ -12,10 +13,13 @@ import httpx
 import numpy as np
 import pytest
 import soundfile
+import torch
+from safetensors.torch import save_file
 
 import hba as package
 from hba import open_atlas
 from hba.descriptors.landmarks import environment_folder
+from hba.explorer.media import landmarks
 from hba.explorer.pages import KEPT, kappa_of
 from hba.explorer.server import create_app
 from hba.report import words
@@ -109,8 +113,25 @@ def test_several_clips_wait_in_a_queue_and_are_labelled_by_keys_alone(
             page.wait_for_selector(".over-time figure svg.lines", timeout=60_000)
             page.wait_for_selector("#player .over-time .head", state="attached")
             page.focus("#ask")
-            page.keyboard.press("1")
+            keeps, asks = [], []
+            page.route("**/try/keep", lambda route: keeps.append(route))
+            page.route("**/try/ask", lambda route: asks.append(route))
+            for _ in range(2):  # pressed again while the first is on its way
+                page.keyboard.press("1")
+            page.keyboard.down("1")
+            while not keeps:
+                page.wait_for_timeout(20)
+            keeps[0].continue_()
             page.wait_for_selector("text=clip 2 of 2")
+            while not asks:
+                page.wait_for_timeout(20)
+            page.keyboard.press("2")  # the second clip is shown, its answers are not
+            asks[0].continue_()
+            page.locator("#state", has_text="Answered.").wait_for(timeout=60_000)
+            page.keyboard.down("1")  # still held
+            assert len(keeps) == 1
+            page.keyboard.up("1")
+            page.unroute_all()
             page.locator("#state", has_text="Answered.").wait_for(timeout=60_000)
             assert page.locator("#player .over-time").count() == 0  # it was of the clip before
             page.keyboard.press("2")
@@ -122,6 +143,12 @@ def test_several_clips_wait_in_a_queue_and_are_labelled_by_keys_alone(
             page.set_input_files("#file", sounds)
             page.locator("#state", has_text="Answered.").wait_for(timeout=60_000)
             assert page.input_value("#clip") == hashlib.sha256(sounds[1].read_bytes()).hexdigest()[:24]
+            # A browser does not know every type.
+            unnamed = shutil.copy(sounds[0], tmp_path / "talk")
+            page.set_input_files("#file", [unnamed, tmp_path / "notes.md"])
+            page.wait_for_selector("text=clip 1 of 1; left out, as no clip, sound or picture: 1")
+            page.locator("#state", has_text="Answered.").wait_for(timeout=60_000)
+            assert page.locator("#answers .probs").count() == 1
             context.close()
     assert not faults
     assert [row["labels"] for row in map(json.loads, (mine / KEPT).read_text().splitlines())] == [
@@ -177,11 +204,19 @@ def test_landmarks_are_found_for_a_clip_or_what_is_missing_is_named(serve, mini_
         python.write_text(f"#!/bin/sh\nexec {sys.executable} {tmp_path / 'seeing.py'}\n")
         python.chmod(0o755)
         write_json(environment_folder() / "hba.json", {"mediapipe": "0.10.21"})
-        frames = httpx.get(f"{url}/try/landmarks/{clip}", timeout=60).json()["frames"]
+        found = httpx.get(f"{url}/try/landmarks/{clip}", timeout=600).json()
+        frames = found["frames"]
     assert {name: len(points[0]) for name, points in frames.items()} == {
         "pose": 33, "face": 468, "left_hand": 21, "right_hand": 21
     }  # fmt: skip
-    assert frames["pose"][0][0] == [0.5, 0.5]
+    assert frames["pose"][0][0] == [0.5, 0.5] and found["rate"] == 15
+
+
+def test_stored_landmarks_say_how_many_frames_there_were(tmp_path):
+    """Those of a long clip end before it does: they are not spread over the rest of it."""
+    save_file({"pose": torch.ones(1600, 33, 3)}, tmp_path / "long.safetensors")
+    stored = landmarks(tmp_path / "long.safetensors", "here")
+    assert (len(stored["frames"]["pose"]), stored["total"], stored["rate"]) == (1500, 1600, None)
 
 
 def test_two_who_differ_leave_a_row_without_an_answer(trying, mini_atlas):

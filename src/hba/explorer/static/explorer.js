@@ -60,16 +60,16 @@ function followSound(sound) {
 // Pose: landmarks in [0, 1] of the frame, drawn for the time that is shown ---------------------------------------------
 async function followPose(canvas) {
   const figure = canvas.closest("[data-medium]"), video = figure.querySelector("video");
-  const toggle = figure.querySelector("[data-pose]");
+  const toggle = figure.querySelector("[data-pose]"), said = figure.querySelector("[data-pose-said]");
   const answer = await fetch(canvas.dataset.landmarks);
   if (!answer.ok || !answer.headers.get("content-type").startsWith("application/json")) {
     const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-    const said = figure.querySelector("[data-pose-said]"), why = page.querySelector(".empty, .note, main p");
+    const why = page.querySelector(".empty, .note, main p");
     if (said) said.textContent = why?.textContent.trim() ?? "No landmarks.";
     canvas.remove();
     return;
   }
-  const parts = Object.values((await answer.json()).frames);
+  const { frames: found, rate, total } = await answer.json();
   const draw = () => {
     const width = canvas.width = video.clientWidth, height = canvas.height = video.clientHeight;
     const pen = canvas.getContext("2d");
@@ -79,8 +79,10 @@ async function followPose(canvas) {
     const scale = Math.min(width / video.videoWidth, height / video.videoHeight);
     const w = video.videoWidth * scale, h = video.videoHeight * scale;
     pen.fillStyle = "#ff2d75";
-    for (const frames of parts) {
-      const at = Math.min(frames.length - 1, Math.floor(frames.length * video.currentTime / video.duration));
+    // Frames of a long clip end before it does: nothing is drawn from there on.
+    const pace = rate ?? total / video.duration;
+    const at = Math.min(Math.floor(pace * video.currentTime), Math.round(pace * video.duration) - 1);
+    for (const frames of Object.values(found)) {
       for (const [x, y] of frames[at] ?? []) {
         pen.fillRect((width - w) / 2 + x * w - 1.5, (height - h) / 2 + y * h - 1.5, 3, 3);
       }

@@ -5,6 +5,9 @@ const say = (text) => { at("state").textContent = text; };
 let recorder = null;
 let queue = []; // files that wait
 let total = 0; // of the queue when it was filled
+let leftOut = 0; // files that came along and are no medium
+let taken = 0; // clips so far: what answers for an earlier one comes too late
+let keeping = false;
 const annotatorNow = () => at("annotator")?.value.trim() || localStorage.getItem("hba-annotator") || "me";
 
 async function posted(address, body) {
@@ -79,19 +82,22 @@ async function curve() {
   } catch (error) { say(error.message); }
 }
 
-// The queue: what is no medium is left out, what this annotator has labelled for the task is passed over.
+// The queue: what is known to be no medium is left out (a browser does not know every type), what this annotator has
+// labelled for the task is passed over.
 function takeAll(files) {
-  const media = [...files].filter((file) => /^(video|audio|image)\//.test(file.type));
+  const given = [...files].filter((file) => !file.name.startsWith("."));
+  const media = given.filter((file) => !file.type || /^(video|audio|image)\//.test(file.type));
   if (!media.length) return say(files.length ? "None of these files is a clip, a sound or a picture." : "No files.");
   media.sort((a, b) => (a.webkitRelativePath || a.name).localeCompare(b.webkitRelativePath || b.name));
-  [queue, total] = [media, media.length];
+  [queue, total, leftOut] = [media, media.length, given.length - media.length];
   next();
 }
 
 function next() {
   const file = queue.shift();
-  at("queue").hidden = total < 2;
-  at("left").textContent = `clip ${total - queue.length} of ${total}`;
+  at("queue").hidden = total < 2 && !leftOut;
+  const without = leftOut ? `; left out, as no clip, sound or picture: ${leftOut}` : "";
+  at("left").textContent = `clip ${total - queue.length} of ${total}${without}`;
   at("next").disabled = !queue.length;
   return file && take(file, file.name, total > 1);
 }
@@ -107,38 +113,49 @@ async function inside(entry) {
 }
 
 async function take(blob, name, queued = false) {
+  const turn = ++taken;
+  at("clip").value = ""; // nothing of the clip before may be labelled as this one
+  at("player").replaceChildren();
+  at("answers").replaceChildren();
   say("Sending to this machine…");
   try {
     const about = `name=${encodeURIComponent(name)}&task=${encodeURIComponent(at("task").value)}`;
     const { clip, labels } = JSON.parse(await posted(`/try/clip?${about}`, blob));
+    if (turn !== taken) return;
     if (queued && queue.length && annotatorNow() in labels) return next();
     show(clip, blob.type || "video");
     history.replaceState(null, "", `/try?clip=${clip}&task=${encodeURIComponent(at("task").value)}`);
     say("Ready.");
     await ask();
-  } catch (error) { say(error.message); }
+  } catch (error) { if (turn === taken) say(error.message); }
 }
 
 async function ask() {
+  const turn = taken;
   if (!at("clip").value) return say("Choose, drop or record a clip first.");
   say("The models are asked…");
   try {
-    at("answers").innerHTML = await posted("/try/ask", new URLSearchParams(new FormData(at("asking"))));
+    const html = await posted("/try/ask", new URLSearchParams(new FormData(at("asking"))));
+    if (turn !== taken) return;
+    at("answers").innerHTML = html;
     const annotator = at("annotator");
     if (annotator) annotator.value = localStorage.getItem("hba-annotator") ?? "";
     say("Answered.");
-  } catch (error) { say(error.message); }
+  } catch (error) { if (turn === taken) say(error.message); }
 }
 
 async function keep(label) {
-  const form = at("keeping");
+  const form = at("keeping"), turn = taken;
+  if (keeping || form.dataset.clip !== at("clip").value) return;
+  keeping = true;
   localStorage.setItem("hba-annotator", at("annotator").value);
   const said = { clip: form.dataset.clip, task: form.dataset.task, label, annotator: at("annotator").value };
   try {
     at("kept").innerHTML = await posted("/try/keep", new URLSearchParams(said));
-    if (queue.length) await next();
-    else say(`Kept as ${label}. ${total > 1 ? "That was the last clip." : "Drop or record the next clip."}`);
-  } catch (error) { say(error.message); }
+  } catch (error) { return say(error.message); } finally { keeping = false; }
+  if (turn !== taken) return; // somebody went on by hand
+  if (queue.length) return next();
+  say(`Kept as ${label}. ${total > 1 ? "That was the last clip." : "Drop or record the next clip."}`);
 }
 
 async function record(video) {
@@ -185,7 +202,7 @@ at("answers").addEventListener("click", (event) => {
   if (button) keep(button.dataset.label);
 });
 document.addEventListener("keydown", (event) => {
-  if (event.target.matches("input:not([type=checkbox]), select, textarea") || event.ctrlKey || event.metaKey) return;
+  if (event.target.matches("input:not([type=checkbox]), select, textarea") || event.ctrlKey || event.metaKey || event.repeat) return;
   if (event.key === "n" && queue.length) return next();
   const button = at("answers").querySelector(`[data-digit="${CSS.escape(event.key)}"]`);
   if (button) keep(button.dataset.label);
