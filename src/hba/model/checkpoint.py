@@ -269,10 +269,9 @@ def hub_checkpoint(repo: str, revision: str | None, card: str) -> Path | None:
     trained. What is in the cache already decides without it, and so it does offline (HF_HUB_OFFLINE=1).
     """
     # Imported here: the hub's client is not needed for what lies on this machine.
-    import httpx
     from huggingface_hub import constants, errors, hf_hub_download, snapshot_download, try_to_load_from_cache
 
-    from hba.remote.request import proxies_checked, shown
+    from hba.remote.request import NO_ANSWER, proxies_checked, shown
 
     try:
         with proxies_checked():
@@ -280,7 +279,7 @@ def hub_checkpoint(repo: str, revision: str | None, card: str) -> Path | None:
             return Path(snapshot_download(repo, revision=found.parent.name, allow_patterns=list(_FETCHED)))
     except (errors.RemoteEntryNotFoundError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
         return None
-    except (errors.HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    except (errors.HfHubHTTPError, *NO_ANSWER) as error:
         # The card of a checkpoint is fetched first: a cache that has files and no card holds a backbone.
         in_cache = isinstance(try_to_load_from_cache(repo, "config.json", revision=revision), str)
         if isinstance(error, errors.LocalEntryNotFoundError) and (constants.HF_HUB_OFFLINE or in_cache):

@@ -216,6 +216,9 @@ def shown(address: str) -> str:
         return "(no URL)"
 
 
+NO_ANSWER = (httpx.HTTPError, OSError)  # what a service that cannot be reached raises
+
+
 @contextmanager
 def proxies_checked() -> Iterator[None]:
     """Around whatever opens an httpx client, the hub's included: an InputError for a proxy that it cannot use.
