@@ -109,8 +109,7 @@ def ask(
     recognition model, hears it: one of Hugging Face, or `openai:NAME` of the service at `transcribe_url`, with the key
     in the environment variable `transcribe_key_env` (OPENAI_API_KEY where none is named, and that at OpenAI alone); it
     is as patient as `config.remote`, whose key and address are the model's. With `every` a clip or sound is asked in
-    windows of so many seconds. Descriptors are extracted for datasets that the model has
-    adapters for.
+    windows of so many seconds. Descriptors are extracted for datasets that the model has adapters for.
 
     A file that cannot be read has an error in its replies. Raises InputError for a path that is missing, a folder
     without media, an unknown task, and a question that the model cannot be asked; HbaError where an extractor that
