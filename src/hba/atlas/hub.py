@@ -17,20 +17,16 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Literal, NamedTuple, TypeVar, cast
-
-import numpy as np
-import numpy.typing as npt
+from typing import IO, Literal, NamedTuple, TypeVar, cast
 
 from hba.atlas.hub_client import Listing, NotInRepoError, Repo, list_repo, remote_shards
 from hba.atlas.jsonl import JsonlStore, size_of
 from hba.atlas.names import Bound, HubId, Split, check_shards, no_split, parse_hub_id, split_of
 from hba.atlas.parquet import ParquetStore, index_path
-from hba.atlas.rows import MEDIA_FIELDS, Field, Quarantined, Row, Said, Sample
-from hba.atlas.source import DEFAULT_LIMITS, Source
+from hba.atlas.rows import MEDIA_FIELDS
+from hba.atlas.source import DEFAULT_LIMITS
 from hba.errors import InputError, MediaError
 from hba.storage import StorageError, alone, atomic_write, json_sha256, read_json, write_json
 from hba.taxonomy import PUBLISHED, Taxonomy, of_folder
@@ -99,7 +95,7 @@ def _is_of_other_split(tar: str, split: str) -> bool:
     return bool(said) and split not in said
 
 
-def open_hub(name: HubId, wanted: Split | None, taxonomy: Taxonomy | None) -> HubStore | JsonlStore | ParquetStore:
+def open_hub(name: HubId, wanted: Split | None, taxonomy: Taxonomy | None) -> JsonlStore | ParquetStore:
     """Open a split of a dataset on the hub; its rows, and its tars, are downloaded first, if they are not there.
 
     Raises InputError when the dataset, revision or split is not there or needs permission, when the hub cannot be
@@ -113,11 +109,11 @@ def open_hub(name: HubId, wanted: Split | None, taxonomy: Taxonomy | None) -> Hu
     if layout.form == "parquet":
         return _open_shards(listing.repo, layout, taxonomy)
     path = [listing.repo.fetch(file) for file in (*layout.beside, *layout.rows)][-1]
-    rows = JsonlStore(path, split=layout.split, taxonomy=taxonomy or of_folder(path.parent))
-    return HubStore(listing.repo, layout, rows)
+    files = HubFiles(listing.repo, layout.folder, path.parent.resolve())
+    return JsonlStore(path, split=layout.split, taxonomy=taxonomy or of_folder(path.parent), remote=files)
 
 
-def open_rows(name: HubId, wanted: Split, taxonomy: Taxonomy | None) -> HubStore | JsonlStore | ParquetStore:
+def open_rows(name: HubId, wanted: Split, taxonomy: Taxonomy | None) -> JsonlStore | ParquetStore:
     """As `open_hub`, for who reads no medium: tars are not downloaded."""
     return open_hub(name, Split(wanted.name, Bound(0, False), Bound(0, False)), taxonomy)
 
@@ -146,60 +142,32 @@ def media_paths(store: JsonlStore, rows: Iterable[int], fields: Iterable[str] = 
     return list(paths)
 
 
-class HubStore:
-    """The rows of a JSONL file whose media are fetched when they are read. Picklable; holds no open connection."""
+class HubFiles(NamedTuple):
+    """The media of a dataset on the hub that rows name relative to `folder` in it, fetched when they are read."""
 
-    def __init__(self, repo: Repo, layout: Layout, rows: JsonlStore) -> None:
-        self.repo, self._folder, self._rows = repo, layout.folder, rows
-        self.root, self.split, self.taxonomy, self.columns = rows.root, rows.split, rows.taxonomy, rows.columns
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def row(self, number: int) -> Row:
-        """Row `number`, 0-based."""
-        return self._rows.row(number)
-
-    def ids(self, numbers: npt.NDArray[np.int64]) -> list[str]:
-        """The ids of the given rows."""
-        return self._rows.ids(numbers)
-
-    def said(self, numbers: npt.NDArray[np.int64]) -> Iterator[Said]:
-        """What each of the given rows says; fetches no medium."""
-        return self._rows.said(numbers)
-
-    def sample(self, number: int, refused: dict[str, Quarantined]) -> Sample:
-        """Row `number` as a sample; fetches no medium."""
-        return replace(self._rows.sample(number, refused), source=self)
+    repo: Repo
+    folder: str
+    root: Path
+    """where fetched ones lie, by the same names"""
 
     def _name(self, path: str) -> str:
-        """The name in the dataset of a medium that a row names."""
-        return (PurePosixPath(self._folder) / path).as_posix()
+        return (PurePosixPath(self.folder) / path).as_posix()
 
-    def medium(self, number: int, name: Field, index: int, *, where: str) -> Source:
-        """The file of a medium, fetched if it is not there. Raises MediaError when the dataset has no such file.
-
-        Raises MachineError when the hub cannot be reached: that is no fault of the sample.
-        """
-        paths: tuple[str, ...] = getattr(self.row(number), name)
+    def fetch(self, path: str, *, where: str) -> Path:
+        """The file of a medium. Raises MediaError when the dataset has no such file, MachineError when the hub cannot
+        be reached: that is no fault of the sample."""
         try:
-            return self.repo.fetch(self._name(paths[index]))
+            return self.repo.fetch(self._name(path))
         except NotInRepoError:
-            what = f"the dataset {self.repo} has no file {paths[index]}"
+            what = f"the dataset {self.repo} has no file {path}"
             raise MediaError(what, where=where, fix="Tell its authors, or remove the row.") from None
 
-    def audio_bytes(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Stored bytes of the sounds of each row; asks the hub for the sizes of those that are not here yet."""
-        sounds = {int(i): self.row(int(i)).audios for i in numbers if self.columns.num_audios[i]}
-        sizes = {path: size_of(self.root / path) for paths in sounds.values() for path in paths}
+    def sizes(self, paths: Sequence[str]) -> list[int]:
+        """Bytes of each medium, as the hub says of those that are not here yet; 0 where it has none."""
+        sizes = {path: size_of(self.root / path) for path in paths}
         unknown = {self._name(path): path for path, size in sizes.items() if size is None}
-        for name, info in self.repo.infos(unknown).items():
-            sizes[unknown[name]] = info.size
-        return np.array([sum(sizes[path] or 0 for path in sounds.get(int(i), ())) for i in numbers], np.int64)
-
-    def contents(self, numbers: npt.NDArray[np.integer[Any]]) -> Iterator[bytes]:
-        """What the fingerprint of the given rows is made of."""
-        return self._rows.contents(numbers)
+        sizes |= {unknown[name]: info.size for name, info in self.repo.infos(unknown).items()}
+        return [sizes[path] or 0 for path in paths]
 
 
 # Unpack a tar of media from an author that is not trusted.

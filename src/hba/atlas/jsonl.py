@@ -1,4 +1,4 @@
-"""Rows of a JSONL file whose media are files beside it.
+"""Rows of a JSONL file whose media are files beside it, or are fetched to lie beside it.
 
 Opening reads the file once, checks every line and keeps only where each line begins, 16 bytes a row; a row is parsed
 again when it is asked for. Nothing is decoded. Media are named by paths relative to the folder of the file; a path that
@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import msgspec
 import numpy as np
@@ -64,12 +64,25 @@ def read_lines(path: Path, file: str) -> Iterator[tuple[int, int, bytes | InputE
             yield number, start, InputError(what, where=f"{file}:{number}", fix=fix)
 
 
+class RemoteFiles(Protocol):
+    """Media of which only those that were read are on this machine."""
+
+    def fetch(self, path: str, *, where: str) -> Path:
+        """The file of a medium that a row names. Raises MediaError when there is none."""
+        ...
+
+    def sizes(self, paths: Sequence[str]) -> list[int]:
+        """Bytes of each medium, 0 of one that is not there."""
+        ...
+
+
 class JsonlStore:
     """One JSONL file. `split` names its rows that carry no id: '{split}/{line}'. Picklable; holds no open media."""
 
-    def __init__(self, path: Path, *, split: str, taxonomy: Taxonomy) -> None:
-        """Read and check every line. Raises InputError naming file, line and field, also for a file without rows."""
-        self.path = path
+    def __init__(self, path: Path, *, split: str, taxonomy: Taxonomy, remote: RemoteFiles | None = None) -> None:
+        """Read and check every line; `remote` has the media that are not files beside it. Raises InputError naming
+        file, line and field, also for a file without rows."""
+        self.path, self._remote = path, remote
         self.split = split
         self.root = path.parent.resolve()
         self.taxonomy = taxonomy
@@ -170,18 +183,20 @@ class JsonlStore:
 
     def medium(self, number: int, name: Field, index: int, *, where: str) -> Source:
         """The file of a medium. Raises MediaError when it does not exist or is a link out of the atlas folder."""
-        paths: tuple[str, ...] = getattr(self.row(number), name)
-        return confined_path(self.root, paths[index], where=where)
+        path: str = getattr(self.row(number), name)[index]
+        if self._remote is not None:
+            return self._remote.fetch(path, where=where)
+        return confined_path(self.root, path, where=where)
 
     def audio_bytes(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Stored bytes of the sounds of each row, a stand-in for their length; missing files count as none."""
         sizes_N = np.zeros(len(numbers), np.int64)
         rows = np.flatnonzero(self.columns.num_audios[numbers])
-        folder = f"{self.root}/"
         sounds = [_sounds.decode(raw).audios for raw in self._raws(numbers[rows])]
-        paths = [folder + path for each in sounds for path in each]
+        paths = [path for each in sounds for path in each]
         owners = rows.repeat([len(each) for each in sounds])
-        np.add.at(sizes_N, owners, _sizes(paths))
+        folder, remote = f"{self.root}/", self._remote
+        np.add.at(sizes_N, owners, _sizes([folder + path for path in paths]) if remote is None else remote.sizes(paths))
         return sizes_N
 
     def contents(self, numbers: npt.NDArray[np.integer]) -> Iterator[bytes]:
