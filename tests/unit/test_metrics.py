@@ -10,14 +10,13 @@ import sys
 import time
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, precision_recall_fscore_support
 
 from hba.errors import InputError, TaxonomyError
-from hba.evaluate.metrics import primary, score, score_indices
+from hba.evaluate.metrics import primary, score
 from hba.taxonomy import BUILTIN, DATASETS, DOMAINS
 
 CLASSIFIED = sorted(key for key, dataset in DATASETS.items() if dataset.domain)
@@ -243,34 +242,6 @@ def test_an_extended_taxonomy_is_scored_the_same_way() -> None:
 def test_wrong_input_is_refused_with_its_place(arguments: Any, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         score(*arguments)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (([1], [7], ["mosei_senti"]), "index 0: class index 7"),
-        (([1, 1], [1, 99], ["mosei_senti"] * 2), "index 1: class index 99"),
-        (([1], [-1], ["mosei_senti"]), "index 0: class index -1"),
-        (([1], [1], ["siq2"]), "free-form"),
-        (([1], [1], ["mosei"]), "unknown dataset"),
-    ],
-)
-def test_wrong_indices_are_refused(arguments: Any, message: str) -> None:
-    with pytest.raises(TaxonomyError, match=message):
-        score_indices(*arguments)
-    with pytest.raises(TaxonomyError, match="index 1: no class 25"):
-        score_indices([1, 1], [1, 25], None)
-
-
-@steady
-@given(rows())
-def test_indices_and_labels_give_the_same_figures(triples: list[Any]) -> None:
-    assume(triples)
-    domains = [DOMAINS[str(DATASETS[d].domain)] for _, _, d in triples]
-    index = [dict(zip(d.labels, d.indices, strict=True)) for d in domains]
-    guesses = [-1 if p is None else i[p] for (p, _, _), i in zip(triples, index, strict=True)]
-    truths = [i[t] for (_, t, _), i in zip(triples, index, strict=True)]
-    assert score_indices(np.array(guesses), np.array(truths), [d for _, _, d in triples]) == scored(triples)
 
 
 def test_100_000_rows_are_scored_in_well_under_a_tenth_of_a_second() -> None:

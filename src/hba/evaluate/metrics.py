@@ -326,51 +326,6 @@ def encode(
     raise type(problem)(problem.what, where=f"index {index}", fix=problem.fix)
 
 
-def encode_indices(
-    predictions: Sequence[int], targets: Sequence[int], datasets: Sequence[str], taxonomy: Taxonomy = BUILTIN
-) -> Rows:
-    """`encode` for global class indices; a prediction outside 0..C-1 (such as -1) is invalid.
-
-    Raises InputError for unequal lengths, TaxonomyError for an unknown or free-form dataset or a target
-    outside the dataset's domain, naming the index.
-    """
-    check_lengths(predictions=predictions, targets=targets, datasets=datasets)
-    layout = layout_of(taxonomy)
-    for key in dict.fromkeys(datasets):
-        if taxonomy.dataset(key).domain is None:
-            raise TaxonomyError(f"dataset {key!r} has free-form answers", fix="Score its answers, not class indices.")
-    code_N = np.fromiter(map(layout.code.__getitem__, datasets), np.int64, len(datasets))
-    truth_N, guess_N = np.asarray(targets, dtype=np.int64), np.asarray(predictions, dtype=np.int64)
-    c = layout.num_classes
-    allowed = np.zeros((len(layout.classified), c + 1), dtype=bool)
-    for code, indices in enumerate(layout.indices):
-        allowed[code, indices] = True
-    wrong = ~allowed[code_N, np.where((truth_N < 0) | (truth_N >= c), c, truth_N)]
-    if wrong.any():
-        index = int(wrong.argmax())
-        known = layout.indices[code_N[index]].tolist()
-        what = f"class index {truth_N[index]} is not in the domain of {datasets[index]!r}"
-        raise TaxonomyError(what, where=f"index {index}", fix=f"Give one of {known}, its classes.")
-    guess_N = np.where((guess_N < 0) | (guess_N >= c), c, guess_N)
-    return Rows(layout=layout, cells=(code_N * c + truth_N) * (c + 1) + guess_N)
-
-
-def pooled_confusion(predictions: Sequence[int], targets: Sequence[int], taxonomy: Taxonomy = BUILTIN) -> Ints:
-    """Counts [C, P] of global class indices whatever their dataset; a prediction outside 0..C-1 is invalid.
-
-    Raises InputError for unequal lengths, TaxonomyError for a target that is no class, naming the index.
-    """
-    check_lengths(predictions=predictions, targets=targets)
-    c = taxonomy.num_classes
-    truth_N, guess_N = np.asarray(targets, dtype=np.int64), np.asarray(predictions, dtype=np.int64)
-    wrong = (truth_N < 0) | (truth_N >= c)
-    if wrong.any():
-        index = int(wrong.argmax())
-        raise TaxonomyError(f"no class {truth_N[index]}", where=f"index {index}", fix=f"Give one from 0 to {c - 1}.")
-    guess_N = np.where((guess_N < 0) | (guess_N >= c), c, guess_N)
-    return np.bincount(truth_N * (c + 1) + guess_N, minlength=c * (c + 1)).reshape(c, c + 1)
-
-
 def check_lengths(**sequences: Sequence[Any]) -> None:
     """Raise InputError naming the lengths unless all are equal."""
     lengths = {name: len(items) for name, items in sequences.items()}
@@ -510,17 +465,6 @@ def averages(confusion: Ints, published: bool = False) -> dict[str, float | None
     return {name: float(value) if rows else None for name, value in result.items()}
 
 
-def class_report(confusion: Ints) -> list[dict[str, float]]:
-    """Per class of one confusion [C, P]: precision, recall, f1, tp, fp, fn, count; 0 where undefined."""
-    right, support, predicted = one_vs_rest(confusion)
-    columns = {
-        "precision": _ratio(right, predicted), "recall": _ratio(right, support),
-        "f1": _ratio(2 * right, support + predicted),
-        "tp": right, "fp": predicted - right, "fn": support - right, "count": support,
-    }  # fmt: skip
-    return [{name: values[i].item() for name, values in columns.items()} for i in range(len(right))]
-
-
 def local_confusion(layout: Layout, code: int, confusion_CP: Ints) -> Ints:
     """The confusion [K, K + 1] of dataset `code` in its own domain; the last column holds every other prediction."""
     indices = layout.indices[code]
@@ -617,23 +561,6 @@ def score(
     index.
     """
     return score_rows(encode(predictions, targets, datasets, taxonomy), published)
-
-
-def score_indices(
-    predictions: Sequence[int],
-    targets: Sequence[int],
-    datasets: Sequence[str] | None,
-    published: bool = False,
-    taxonomy: Taxonomy = BUILTIN,
-) -> dict[str, Any]:
-    """`score` of global class indices; a prediction outside 0..C-1, such as -1, is invalid. Raises as `score` does.
-
-    With `datasets=None` only the aggregate is given, with the twelve averages and no mean over tasks.
-    """
-    if datasets is None:
-        pooled = averages(pooled_confusion(predictions, targets, taxonomy), published)
-        return {"tasks": {}, "datasets": {}, "aggregate": pooled}
-    return score_rows(encode_indices(predictions, targets, datasets, taxonomy), published)
 
 
 # Free-form answers without a judge: exact match, and the accuracies of the released generation evaluation.
