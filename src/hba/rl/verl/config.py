@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hba.batch.config import EncodeConfig
 from hba.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,6 +27,16 @@ PLUGIN = "hba.rl.verl.plugin"
 SIGNAL_PART = "hba_signal"  # of a rollout: its reward as a whole number, equal where rewards are
 AVERAGES = {"token": "token-mean", "sequence": "seq-mean-token-mean", "constant": "seq-mean-token-sum-norm"}
 KL_KINDS = {"k1": "kl", "k2": "mse", "k3": "low_var_kl"}
+LOCAL_ONLY = {
+    "encode.sound_of_clips": "verl takes clips as the rows have them",
+    "encode.clip_pixels": "verl takes clips as the rows have them",
+    "train.early_stopping": "verl has no early stopping",
+    "train.lm_head_learning_rate": "verl trains all at one rate",
+    "train.kernels": "verl has kernels of its own",
+    "train.compile": "verl compiles nothing of ours",
+    "train.optimizer": "verl builds its own AdamW",
+}
+"""Keys that say nothing to verl, and why: they must have their defaults."""
 
 
 class Place(NamedTuple):
@@ -112,10 +121,11 @@ def _algorithm(config: RlConfig) -> Algorithm:
     if algorithm.average not in AVERAGES:
         fix = f"Use one of {', '.join(AVERAGES)}, or the local engine."
         raise ConfigError("verl has no average by group", where="loss.average", fix=fix)
-    for key in ("sound_of_clips", "clip_pixels"):
-        if getattr(config.encode, key) != getattr(EncodeConfig(), key):
-            what = "verl takes clips as the rows have them"
-            raise ConfigError(what, where=f"encode.{key}", fix="Leave it out, or use the local engine.")
+    for key, what in LOCAL_ONLY.items():
+        section, name = key.split(".")
+        given = getattr(config, section)
+        if getattr(given, name) != getattr(type(given)(), name):
+            raise ConfigError(what, where=key, fix="Leave it out, or use the local engine.")
     if config.rollout.sampler != "generate":
         fix = "Leave rollout.sampler out: verl starts and renews its own vLLM (verl.rollout)."
         raise ConfigError("a server of the local engine", where="rollout.sampler", fix=fix)
@@ -199,24 +209,9 @@ def _optimizer(config: RlConfig) -> dict[str, Any]:
     at, train = "actor_rollout_ref.actor.optim", config.train
     if train.schedule == "linear":
         raise ConfigError("verl has no linear schedule", where="train.schedule", fix="Use cosine or constant.")
-    if train.early_stopping is not None:
-        fix = "Leave it out, or use the local engine."
-        raise ConfigError("verl has no early stopping", where="train.early_stopping", fix=fix)
     warmup: dict[str, float] = {f"{at}.lr_warmup_steps_ratio": train.warmup_share}
     if train.warmup_steps is not None:  # verl takes 0 steps for none given, and then the ratio
         warmup = {f"{at}.lr_warmup_steps": train.warmup_steps, f"{at}.lr_warmup_steps_ratio": 0.0}
-    if train.lm_head_learning_rate is not None:
-        fix = "Leave it out, or use the local engine."
-        raise ConfigError("verl trains all at one rate", where="train.lm_head_learning_rate", fix=fix)
-    if train.kernels != "none":
-        fix = "Leave it out, or use the local engine."
-        raise ConfigError("verl has kernels of its own", where="train.kernels", fix=fix)
-    if train.compile:
-        fix = "Leave it out, or use the local engine."
-        raise ConfigError("verl compiles nothing of ours", where="train.compile", fix=fix)
-    if train.optimizer != "adamw":
-        fix = "Leave it out, or use the local engine."
-        raise ConfigError("verl builds its own AdamW", where="train.optimizer", fix=fix)
     return {
         f"{at}.lr": train.learning_rate,
         f"{at}.betas": [train.beta1, train.beta2],
