@@ -427,7 +427,7 @@ UNFIT = {
     ),
     "other layers": ("GPT2Config", {"n_embd": 16, "n_layer": 1, "n_head": 2}, TEXT_TEMPLATE, "no layers of a language"),
     "awq": ("LlamaConfig", SIZES, TEXT_TEMPLATE, "is quantised by awq, whose package is missing"),
-    "tekken": ("LlamaConfig", SIZES, TEXT_TEMPLATE, "tekken.json, which mistral-common alone reads"),
+    "tekken": ("LlamaConfig", SIZES, TEXT_TEMPLATE, "tekken.json, which is read for Voxtral alone"),
     "code": ("LlamaConfig", SIZES, _brings_code, "brings its own code, which is not run"),
     "gguf": ("LlamaConfig", SIZES, _gguf, r"weights for llama.cpp \(GGUF\), which are not read"),
 }

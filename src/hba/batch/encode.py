@@ -14,12 +14,14 @@ Shapes: B samples, T tokens, A audios, M mel frames, F mel bins, P vision patche
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -82,6 +84,7 @@ FAMILIES = {
     "Qwen3OmniMoeProcessor": Family(times=True, interleaves=True),
     "Qwen3VLProcessor": Family(whole_clips=True),
     "Gemma3nProcessor": Family(seconds_a_token=0.16),
+    "VoxtralProcessor": Family(),
     "MiniCPMV4_6Processor": Family(packed=("pixel_values", "pixel_values_videos")),
 }
 
@@ -540,6 +543,84 @@ class TextProcessor:
     def save_pretrained(self, folder: Any) -> None:
         """Write the tokenizer."""
         self.tokenizer.save_pretrained(folder)
+
+
+class VoxtralProcessor:
+    """Voxtral's: each sound in windows of the length of its extractor, as many as it fills, padded with silence.
+
+    transformers' own gives prompts and sound to mistral-common together, which takes sound as files; it has neither
+    tokens for a prompt with a sound in it nor a template. This one has the same tokens, by the fast tokenizer that
+    transformers makes of tekken.json.
+    """
+
+    _FRAMES_A_TOKEN = 8  # of mel: two convolutions make one of two, and the projector takes four together
+
+    def __init__(self, feature_extractor: Any, tokenizer: Any) -> None:
+        """`tokenizer` is that of `tekken_tokenizer`, or one that was saved."""
+        self.feature_extractor, self.tokenizer = feature_extractor, tokenizer
+        self.audio_token, self.audio_bos_token = "[AUDIO]", "[BEGIN_AUDIO]"
+        tokenizer.chat_template = self.chat_template = _VOXTRAL_TEMPLATE
+
+    def apply_chat_template(self, messages: Sequence[Message], **options: Any) -> Any:
+        """That of the tokenizer."""
+        return self.tokenizer.apply_chat_template(messages, **options)
+
+    def __call__(
+        self,
+        text: Sequence[str],
+        audio: Sequence[np.ndarray[Any, Any]] = (),
+        *,
+        text_kwargs: Mapping[str, Any] | None = None,
+        audio_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """`input_ids` of one text, and the windows of its sounds, one behind the other, `input_features` [A, F, M]."""
+        extractor, windows = self.feature_extractor, []
+        parts = text[0].split(self.audio_token)
+        for number, sound in enumerate(audio):
+            how = {"padding": True, "pad_to_multiple_of": extractor.n_samples, **options, **(audio_kwargs or {})}
+            (mel_FM,) = extractor(sound, **how)["input_features"]
+            windows += mel_FM.split(extractor.nb_max_frames, -1)
+            parts[number] += self.audio_token * (mel_FM.shape[-1] // self._FRAMES_A_TOKEN)
+        features = dict(self.tokenizer(["".join(parts)], **options, **(text_kwargs or {})))
+        return features | ({"input_features": torch.stack(windows)} if windows else {})
+
+    def save_pretrained(self, folder: Any) -> None:
+        """Write the tokenizer, as transformers does, and the settings of the extractor."""
+        self.tokenizer.init_kwargs["processor_class"] = "VoxtralProcessor"
+        self.tokenizer.save_pretrained(folder)
+        self.feature_extractor.save_pretrained(folder)
+
+
+_VOXTRAL_TEMPLATE = """\
+{{- bos_token -}}
+{%- for turn in messages -%}
+{%- set said = namespace(text=turn.content if turn.content is string else '') -%}
+{%- for part in ([] if turn.content is string else turn.content) -%}
+{%- set said.text = said.text ~ ('[BEGIN_AUDIO][AUDIO]' if part.type == 'audio' else part.text | default('')) -%}
+{%- endfor -%}
+{%- if turn.role == 'assistant' -%}{{ said.text + eos_token }}
+{%- elif turn.role == 'system' -%}{{ '[SYSTEM_PROMPT]' + said.text + '[/SYSTEM_PROMPT]' }}
+{%- else -%}{{ '[INST]' + said.text + '[/INST]' }}{%- endif -%}
+{%- endfor -%}
+"""
+
+
+def tekken_tokenizer(file: Path) -> Any:
+    """The tokenizer of a tekken.json. Raises KeyError, TypeError or ValueError for a file that is none."""
+    from transformers import PreTrainedTokenizerFast
+    from transformers.integrations.mistral import MistralConverter
+
+    read = json.loads(file.read_text(encoding="utf-8"))
+    config, named = read["config"], {each["rank"]: each["token_str"] for each in read["special_tokens"]}
+    count, size = config["default_num_special_tokens"], config["default_vocab_size"]
+    special = [named.get(rank, f"<SPECIAL_{rank}>") for rank in range(count)]
+    ids: dict[str | bytes, int] = {token: rank for rank, token in enumerate(special)}
+    ids |= {base64.b64decode(each["token_bytes"]): each["rank"] for each in read["vocab"][: size - count]}
+    converter = MistralConverter(vocab=ids, pattern=config["pattern"], additional_special_tokens=special)
+    roles = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    known = {role: token for role, token in roles.items() if token in special}
+    return PreTrainedTokenizerFast(tokenizer_object=converter.converted(), padding_side="left", **known)
 
 
 class Encoder:

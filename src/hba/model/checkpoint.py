@@ -28,7 +28,7 @@ from torch import Tensor
 from hba.atlas import Atlas
 from hba.atlas.names import hub_id_of, parse_hub_id
 from hba.batch.config import EncodeConfig
-from hba.batch.encode import TextProcessor, give_template
+from hba.batch.encode import TextProcessor, VoxtralProcessor, give_template, tekken_tokenizer
 from hba.batch.encode import require_perceived as require_perceived_by
 from hba.errors import ConfigError, InputError, nearest
 from hba.model.bam import FOLDER
@@ -616,12 +616,11 @@ def load_processor(name: str | Path) -> Any:
     from transformers import AutoProcessor, PreTrainedTokenizerBase
 
     try:
-        processor = AutoProcessor.from_pretrained(name)
+        processor = _voxtral(name) or AutoProcessor.from_pretrained(name)
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
         if (Path(name) / "tekken.json").is_file() and find_spec("mistral_common") is None:
-            what = "its tokenizer is tekken.json, which mistral-common alone reads, and that is not installed"
-            fix = "Use a model with tokenizer.json; mistral-common wants numpy below 2.4 on Python 3.12 and earlier."
-            raise InputError(what, where=str(name), fix=fix) from error
+            what = "its tokenizer is tekken.json, which is read for Voxtral alone, and mistral-common is not installed"
+            raise InputError(what, where=str(name), fix="Use a model with tokenizer.json.") from error
         said = str(error).splitlines()[0] if isinstance(error, (OSError, ValueError, ImportError)) else repr(error)
         what = f"cannot load the processor ({said})"
         raise InputError(what, where=str(name), fix="Use a model that comes with its processor.") from error
@@ -633,6 +632,23 @@ def load_processor(name: str | Path) -> Any:
         fix = "Use a chat model; a base model has no template."
         raise InputError(f"{type(processor).__name__} has no chat template", where=str(name), fix=fix)
     return processor
+
+
+def _voxtral(name: str | Path) -> VoxtralProcessor | None:
+    """The processor of a Voxtral, as it is published or was saved by hba; None of all others."""
+    from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer
+    from transformers.utils import cached_file
+
+    saved = Path(name) / "tokenizer_config.json"
+    if saved.is_file():
+        if read_json(saved).get("processor_class") != VoxtralProcessor.__name__:
+            return None
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    elif (Path(name) / CARD).is_file() or AutoConfig.from_pretrained(name).model_type != "voxtral":
+        return None
+    else:
+        tokenizer = tekken_tokenizer(Path(cached_file(name, "tekken.json")))
+    return VoxtralProcessor(AutoFeatureExtractor.from_pretrained(name), tokenizer)
 
 
 def require_perceived(path: str | Path, encode: EncodeConfig, atlas: Atlas) -> None:

@@ -6,6 +6,7 @@ checkpoint and loaded through `from_pretrained`, so that nothing downstream know
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -436,6 +437,64 @@ def _audio_flamingo(tokenizer: Any, sizes: TinySizes) -> Made:
     return Made(AudioFlamingo3ForConditionalGeneration, config, processor)
 
 
+# The first ids of Mistral's tokenizers; Voxtral reads 24 as a sound.
+TEKKEN = (
+    "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] [TOOL_CALLS]"
+    " [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CONTENT]"
+    " <SPECIAL_20> <SPECIAL_21> <SPECIAL_22> <SPECIAL_23> [AUDIO] [BEGIN_AUDIO] <SPECIAL_26> <SPECIAL_27>"
+    " <SPECIAL_28> <SPECIAL_29> <SPECIAL_30> <SPECIAL_31> [ARGS] [CALL_ID] [TRANSCRIBE]"
+)
+
+
+class _Tekken(NamedTuple):
+    """What Voxtral is published with in place of a processor: tekken.json and the settings of its sound."""
+
+    feature_extractor: Any
+    read: dict[str, Any]
+
+    def save_pretrained(self, folder: Path) -> None:
+        (folder / "tekken.json").write_text(json.dumps(self.read))
+        self.feature_extractor.save_pretrained(folder)
+
+
+def _voxtral(tokenizer: Any, sizes: TinySizes) -> Made:
+    """Sounds in windows of four seconds, one behind the other; a tokenizer in Mistral's format."""
+    from transformers import VoxtralConfig, VoxtralForConditionalGeneration, WhisperFeatureExtractor
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    byte_of, named = {char: byte for byte, char in bytes_to_unicode().items()}, set(tokenizer.added_tokens_decoder)
+    words = sorted((number, word) for word, number in tokenizer.get_vocab().items() if number not in named)
+    pieces = [bytes(byte_of[char] for char in word) for _, word in words]
+    pieces.sort(key=lambda piece: piece[0] if len(piece) == 1 else 256)  # bytes stand first, in their order
+    vocab = [
+        {"rank": rank, "token_bytes": base64.b64encode(piece).decode(), "token_str": None}
+        for rank, piece in enumerate(pieces)
+    ]
+    special = [{"rank": rank, "token_str": token, "is_control": True} for rank, token in enumerate(TEKKEN.split())]
+    size = len(vocab) + len(special)
+    counts = {"num_vocab_tokens": len(vocab), "default_vocab_size": size, "default_num_special_tokens": len(special)}
+    spectrum = {"num_mel_bins": 80, "hop_length": 160, "window_size": 400}
+    sound = {"sampling_rate": 16000, "frame_rate": 12.5, "audio_encoding_config": spectrum, "chunk_length_s": 4.0}
+    read = {"config": {"pattern": SPLIT, "version": "v11", **counts}, "vocab": vocab, "special_tokens": special}
+    config = VoxtralConfig(
+        audio_config={
+            "num_mel_bins": 80,
+            "num_hidden_layers": sizes.audio_layers,
+            "num_attention_heads": 4,
+            "intermediate_size": 4 * sizes.audio_width,  # four steps of sound are a token
+            "hidden_size": sizes.audio_width,
+            "max_source_positions": 200,
+            "initializer_range": sizes.initializer_range,
+        },
+        text_config=_text(tokenizer, sizes, vocab_size=size, pad_token_id=11, bos_token_id=1, eos_token_id=2)
+        | {"head_dim": sizes.hidden // sizes.heads},
+        audio_token_id=24,
+        tie_word_embeddings=True,
+    )
+    extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=4)
+    return Made(VoxtralForConditionalGeneration, config, _Tekken(extractor, read | {"audio": sound}))
+
+
 def _video_llama3(tokenizer: Any, sizes: TinySizes) -> Made:
     """Clips whose frames carry their times, and of which tokens that change little from frame to frame are left out."""
     from transformers import (
@@ -718,6 +777,7 @@ FAMILIES = {
     "gemma3": TinyFamily(modalities=("image", "video"), make=_gemma3),
     "gemma3n": TinyFamily(modalities=("image", "video", "audio"), make=_gemma3n),
     "qwen2-audio": TinyFamily(modalities=("audio",), make=_qwen2_audio),
+    "voxtral": TinyFamily(modalities=("audio",), make=_voxtral),
     "audio-flamingo3": TinyFamily(modalities=("audio",), make=_audio_flamingo),
     "llama": TinyFamily(modalities=(), make=_llama),
 }
