@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
@@ -17,7 +16,8 @@ import httpx
 import numpy as np
 import psutil
 import pytest
-from serving import PATIENCE, data_url, serving
+from holding import PATIENCE, until
+from serving import data_url, serving
 
 from hba import serve
 from hba.config import load_config
@@ -68,14 +68,6 @@ def status(link):
         return int((link.recv(65536).split(b" ", 2) + [b"0", b"0"])[1] or 0)
     except ConnectionResetError:
         return 0
-
-
-def until(holds):
-    """Wait for what is to come, whatever it takes."""
-    deadline = time.monotonic() + PATIENCE
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_two_hundred_at_once_beside_slow_cut_and_hostile_ones(answering, tmp_path, monkeypatch):

@@ -5,10 +5,15 @@
     release(tmp_path)  # or a kill
 
 `until_signalled`: a process waits until a signal has reached it that it handles, and a second more.
+
+`until`: a test waits for what is to come. `begins_and_ends`: what another process does until a test lets it go on.
 """
 
 import os
+import time
 from pathlib import Path
+
+PATIENCE = 300  # seconds for what comes at once on an idle machine
 
 CODE = """
 import fnmatch, os, signal, time
@@ -44,3 +49,19 @@ def held(folder, pattern, *, until_signalled=False, **environment):
 def release(folder):
     """Let all go on."""
     Path(folder, "holding", "free").touch()
+
+
+def until(holds):
+    """Wait for what is to come, whatever it takes."""
+    deadline = time.monotonic() + PATIENCE
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def begins_and_ends(source, where):
+    """Make the file `source`.begun, and end the process once there is `source`.free."""
+    Path(f"{source}.begun").touch()
+    while not Path(f"{source}.free").exists():
+        time.sleep(0.01)
+    os._exit(9)

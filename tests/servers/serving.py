@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import httpx
 import torch
 import uvicorn
+from holding import PATIENCE
 
 from hba.batch.config import EncodeConfig
 from hba.batch.pool import DescriptorConfig
@@ -20,7 +21,6 @@ from hba.serve import Desk, Limits, create_app
 from hba.serve import _Protocol as Protocol
 
 ENCODE = EncodeConfig(num_frames=2, max_pixels=3136)
-PATIENCE = 300  # seconds for what comes at once on an idle machine
 
 
 class Serving(NamedTuple):

@@ -104,8 +104,9 @@ def _blocks(source: Source, span: Span, where: str) -> Iterator[bytes]:
 
 # What is computed of a medium to be looked at: the waveform, the spectrogram, landmarks over time, descriptor curves.
 #
-# All decoding happens in one process beside the server, which may crash, hang or be killed: the picture that was asked
-# for fails with a sentence, the next one gets a new process. So the server itself never loads torch or a codec.
+# All decoding happens in processes beside the server, which may crash, hang or be killed: the picture that was asked
+# for fails with a sentence, the next one gets a new process. So the server itself never loads torch or a codec. What
+# takes seconds (`found_landmarks`, `windows`, `playable`) has a process of its own, so that nothing short waits for it.
 
 
 PATIENCE_SECONDS = 60.0
@@ -119,38 +120,35 @@ T = TypeVar("T")
 
 
 class Decoder:
-    """The process that decodes; made when it is first needed, and again after it has died."""
+    """The process that decodes, one medium at a time; made when it is first needed, and again after it has died."""
 
     def __init__(self) -> None:
         self._pool: ProcessPoolExecutor | None = None
-        self._lock = threading.Lock()
+        self._turn = threading.Lock()
 
     def call(self, function: Callable[..., T], source: Source, where: str) -> T:
-        """`function(source, where)` in the other process. Raises MediaError, also when that process dies or hangs."""
-        with self._lock:
-            pool = self._pool = self._pool or ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-        try:
-            return pool.submit(function, source, where).result(PATIENCE_SECONDS)
-        except BrokenProcessPool:
-            self._drop(pool)
-            raise MediaError("crashes its decoder", where=where, fix=RESTORE) from None
-        except TimeoutError:
-            self._drop(pool)
-            what = f"is not decoded within {PATIENCE_SECONDS:.0f} seconds"
-            raise MediaError(what, where=where, fix=RESTORE) from None
+        """`function(source, where)` in the other process. Raises MediaError, also when that process dies or hangs.
 
-    def _drop(self, pool: ProcessPoolExecutor) -> None:
-        with self._lock:
-            if self._pool is pool:
-                self._pool = None
-        for process in list((pool._processes or {}).values()):
-            process.kill()
-        pool.shutdown(wait=False, cancel_futures=True)
+        Its time begins with its turn: a medium that crashes or hangs costs those that wait behind it nothing but the
+        wait."""
+        with self._turn:
+            pool = self._pool = self._pool or ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+            try:
+                return pool.submit(function, source, where).result(PATIENCE_SECONDS)
+            except BrokenProcessPool:
+                what = "crashes its decoder"
+            except TimeoutError:
+                what = f"is not decoded within {PATIENCE_SECONDS:.0f} seconds"
+            self.close()
+            raise MediaError(what, where=where, fix=RESTORE)
 
     def close(self) -> None:
         """End the process."""
-        if self._pool is not None:
-            self._drop(self._pool)
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            for process in list((pool._processes or {}).values()):
+                process.kill()
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def playable(source: Source, where: str) -> tuple[str, bytes]:

@@ -116,12 +116,14 @@ class Tries:
 
 @dataclass(frozen=True)
 class Explorer:
-    """What pages are made from. `index` is None when no atlas was given."""
+    """What pages are made from. `index` is None when no atlas was given; what takes seconds to decode has a process
+    of its own, `long_decoder`."""
 
     index: AtlasIndex | None
     runs: Runs
     database: Database
     decoder: Decoder
+    long_decoder: Decoder
     tries: Tries | None = None
 
     def atlas(self) -> AtlasIndex:
@@ -198,8 +200,9 @@ def tried(asked: Asked) -> Response:
     tries = _tries(asked.explorer)
     tasks = [name for name in tries.taxonomy.tasks if _labels(tries.taxonomy, _of_task(tries.taxonomy, name))]
     clip = asked.form.text("clip")
-    task = asked.form.text("task") or next((name for name in tasks if name == "EMO"), tasks[0])
-    shown: dict[str, Any] = {"tasks": tasks, "task": task, "models": list(tries.models), "clip": clip}
+    task = asked.form.text("task") or ("EMO" if "EMO" in tasks else next(iter(tasks), ""))
+    named = {name: _named(tries.taxonomy, name) for name in tasks}
+    shown: dict[str, Any] = {"tasks": named, "task": task, "models": list(tries.models), "clip": clip}
     kind = media.media_type(head(tries.clip(clip), 16, where=clip)) if clip else ""
     shown |= {"kind": kind, "keep": tries.keep, "kept": _kept(tries), "just": None}
     return asked.page("try.html.jinja", "Try", **shown, **_agreement(tries))
@@ -214,6 +217,11 @@ def _tries(explorer: Explorer) -> Tries:
 def _of_task(taxonomy: Taxonomy, task: str) -> str:
     """The dataset whose labels stand for a task. Raises InputError for an unknown task."""
     return datasets_of(taxonomy, [task], None, None)[0]
+
+
+def _named(taxonomy: Taxonomy, task: str) -> str:
+    """A task as a reader knows it: EMO, emotion recognition."""
+    return ", ".join(filter(None, [task, taxonomy.tasks[task].name]))
 
 
 def _labels(taxonomy: Taxonomy, dataset: str) -> tuple[str, ...]:
@@ -265,7 +273,7 @@ def clip_landmarks(asked: Asked) -> Response:
     """Landmarks of the person in a clip, as JSON; a sentence where there are none, or MediaPipe is not set up."""
     path = _tries(asked.explorer).clip(asked.request.path_params["clip"])
     try:
-        return JSONResponse(asked.explorer.decoder.call(media.found_landmarks, path, path.name))
+        return JSONResponse(asked.explorer.long_decoder.call(media.found_landmarks, path, path.name))
     except HbaError as error:
         said = f"No landmarks: {error.what}." + ("" if isinstance(error, MediaError) else f" {error.fix}")
         return asked.page("refused.html.jinja", "No landmarks", said=said)
@@ -283,17 +291,18 @@ def _ask_over_time(asked: Asked, form: Mapping[str, list[str]]) -> Response:
     every = float(seconds) if re.fullmatch(r"\d{1,4}(\.\d{1,3})?", seconds) else 0.0
     if every < MIN_WINDOW:
         raise InputError(f"windows of {seconds[:20] or 'no'} seconds", fix=f"Give seconds, {MIN_WINDOW:g} or more.")
+    _, about = _what_is_asked(tries, form)
     said = []
     with tempfile.TemporaryDirectory(dir=tries.folder, prefix="windows-") as place:
         cut = partial(media.windows, folder=Path(place), every=every)
-        parts = asked.explorer.decoder.call(cut, path, path.name)
+        parts = asked.explorer.long_decoder.call(cut, path, path.name)
         if not parts:
             raise InputError("a picture has no time", fix="Ask a clip or a sound over time.")
         waiting = [(chosen, [_asked_of(tries, form, chosen, part.path) for part in parts]) for chosen in _chosen(form)]
         for chosen, answers in waiting:
             replies = [_reply_of(path.name, part, answer) for part, answer in zip(parts, answers, strict=True)]
             said.append((chosen, replies, over_time(replies)))
-    return asked.page("try_curve.html.jinja", "Over time", said=said)
+    return asked.page("try_curve.html.jinja", "Over time", said=said, about=about)
 
 
 def _reply_of(file: str, part: media.Part, answer: Future[Prediction] | HbaError) -> Reply:
@@ -308,6 +317,17 @@ def _reply_of(file: str, part: media.Part, answer: Future[Prediction] | HbaError
 
 def _chosen(form: Mapping[str, list[str]]) -> list[str]:
     return form.get("models", [])
+
+
+def _what_is_asked(tries: Tries, form: Mapping[str, list[str]]) -> tuple[str, str]:
+    """The dataset whose rows ask it, and its words for a reader. Raises InputError where nothing, or an unknown task,
+    is asked."""
+    if question := _one(form, "question"):
+        return FREE, question
+    task = _one(form, "task")
+    if not task:
+        raise InputError("nothing is asked", fix="Choose a task, or write a question.")
+    return _of_task(tries.taxonomy, task), _named(tries.taxonomy, task)
 
 
 def _asked_of(tries: Tries, form: Mapping[str, list[str]], chosen: str, path: Path) -> Future[Prediction] | HbaError:
@@ -341,8 +361,8 @@ async def _short(request: Request) -> bytes:
 def _ask_models(asked: Asked, form: Mapping[str, list[str]]) -> Response:
     tries = _tries(asked.explorer)
     name, task = _one(form, "clip"), _one(form, "task")
-    path, question = tries.clip(name), _one(form, "question") or None
-    dataset = FREE if question else _of_task(tries.taxonomy, task)
+    path = tries.clip(name)
+    dataset, about = _what_is_asked(tries, form)
     waiting = {chosen: _asked_of(tries, form, chosen, path) for chosen in _chosen(form)}
     shown: list[dict[str, Any]] = []
     for chosen, answer in waiting.items():
@@ -357,7 +377,7 @@ def _ask_models(asked: Asked, form: Mapping[str, list[str]]) -> Response:
              for one in shown if not one["error"]}  # fmt: skip
     tries.said[name, dataset] = known
     return asked.page("try_answers.html.jinja", "Answers", answers=shown, labels=_labels(tries.taxonomy, dataset),
-                      clip=name, task=task, question=question, keep=tries.keep)  # fmt: skip
+                      clip=name, task=task, about=about, question=_one(form, "question"), keep=tries.keep)  # fmt: skip
 
 
 def _what_failed(answer: Future[Prediction] | HbaError) -> str | None:
@@ -519,7 +539,7 @@ def picture(asked: Asked) -> Response:
         if kind == "landmarks":
             return JSONResponse(decoder.call(media.landmarks, source, where))
         if kind == "playable":
-            mime, data = decoder.call(media.playable, source, where)
+            mime, data = asked.explorer.long_decoder.call(media.playable, source, where)
             return Response(data, media_type=mime)
         if kind == "sound":
             return _sound(asked, source, where)

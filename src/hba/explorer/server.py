@@ -232,7 +232,7 @@ def create_app(
     clips = Path(scratch.name) / "clips"
     clips.mkdir()
     tries = Tries(models, clips, keep) if models else None
-    explorer = Explorer(index, Runs(runs, database), database, Decoder(), tries)
+    explorer = Explorer(index, Runs(runs, database), database, Decoder(), Decoder(), tries)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -240,6 +240,7 @@ def create_app(
             index.start()
         yield
         explorer.decoder.close()
+        explorer.long_decoder.close()
         scratch.cleanup()
 
     guard = Middleware(Guard, token=token, only_loopback=only_loopback)

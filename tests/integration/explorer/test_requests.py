@@ -9,11 +9,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
+from holding import begins_and_ends, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -317,6 +319,21 @@ def test_a_crashing_decoder_costs_one_picture(tmp_path):
         assert decoder.call(size_of, b"xyz", "here") == 3
     finally:
         decoder.close()
+
+
+def test_what_waits_for_its_turn_outlives_a_crash_before_it(tmp_path):
+    """It was blamed itself, as one that crashes its decoder."""
+    decoder, begun, free = Decoder(), tmp_path / "clip.begun", tmp_path / "clip.free"
+    with closing(decoder), ThreadPoolExecutor(3) as pool:
+        try:
+            crashing = pool.submit(decoder.call, begins_and_ends, tmp_path / "clip", "here")
+            until(begun.exists)
+            waiting = [pool.submit(decoder.call, size_of, b"x" * size, "there") for size in (1, 2)]
+            until(lambda: all(each.running() for each in waiting))
+        finally:
+            free.touch()
+        assert [each.result() for each in waiting] == [1, 2]
+        assert "crashes its decoder" in str(crashing.exception())
 
 
 def end_the_process(source, where):

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import sys
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from holding import PATIENCE, until
 from safetensors.torch import save_file
 
 import hba as package
 from hba import open_atlas
 from hba.descriptors.landmarks import environment_folder
+from hba.explorer import media
 from hba.explorer.media import landmarks
 from hba.explorer.pages import KEPT, kappa_of
 from hba.explorer.server import create_app
@@ -171,6 +173,7 @@ def test_windows_on_the_page_are_those_of_ask(trying, answering, tmp_path):
         assert words.when(reply.start, reply.end) in said.text and words.likeliest(reply.probs) in said.text
     first = over_time(replies)[0]
     assert str(first.svg) in said.text and "at 3 s" in first.svg
+    assert "runs/sft over time: EMO, emotion recognition" in said.text
     for every, what in (("0.1", "windows of 0.1 seconds"), ("nan", "windows of nan"), ("", "windows of no seconds")):
         assert what in httpx.post(f"{url}/try/curve", data=form | {"every": every}).text
     long = tmp_path / "long.wav"
@@ -179,9 +182,23 @@ def test_windows_on_the_page_are_those_of_ask(trying, answering, tmp_path):
     assert refused.status_code == 404 and "more than 60 windows of 0.5 seconds" in refused.text
 
 
+def test_a_page_says_which_task_its_answers_are_of(trying, mini_atlas):
+    url, _ = trying
+    form = {"clip": sent(url, next(iter(sorted(mini_atlas.rglob("*.wav"))))), "models": ["runs/sft"], "every": "1"}
+    assert ">SAR, sarcasm detection</option>" in httpx.get(f"{url}/try").text
+    for more, what in (({"task": "SAR"}, "SAR, sarcasm detection"), ({"question": "Who is it?"}, "Who is it?")):
+        assert f"<h3>{what}</h3>" in httpx.post(f"{url}/try/ask", data=form | more, timeout=PATIENCE).text
+    for page in ("ask", "curve"):
+        refused = httpx.post(f"{url}/try/{page}", data=form | {"task": ""}, timeout=PATIENCE)
+        assert refused.status_code == 404 and "nothing is asked" in refused.text
+
+
 SEEING = """\
-import struct, sys
+import os, struct, sys, time
 print("0.10.21", flush=True)
+while os.path.exists("HELD"):
+    open("HELD.begun", "w").close()
+    time.sleep(0.01)
 while head := sys.stdin.buffer.read(8):
     height, width = struct.unpack("<II", head)
     if height:
@@ -191,6 +208,16 @@ while head := sys.stdin.buffer.read(8):
 """
 
 
+def set_up_mediapipe(folder):
+    """One that sees a person everywhere, and nothing as long as there is a file `folder`/held."""
+    python = environment_folder() / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    (folder / "seeing.py").write_text(SEEING.replace("HELD", str(folder / "held")))
+    python.write_text(f"#!/bin/sh\nexec {sys.executable} {folder / 'seeing.py'}\n")
+    python.chmod(0o755)
+    write_json(environment_folder() / "hba.json", {"mediapipe": "0.10.21"})
+
+
 def test_landmarks_are_found_for_a_clip_or_what_is_missing_is_named(serve, mini_atlas, tmp_path, monkeypatch):
     monkeypatch.setenv("HBA_CACHE", str(tmp_path / "cache"))
     app = create_app(atlas=None, runs=None, cache_folder=tmp_path / "rows", models={"runs/full": Full(BUILTIN)})
@@ -198,18 +225,35 @@ def test_landmarks_are_found_for_a_clip_or_what_is_missing_is_named(serve, mini_
         clip = sent(url, next(iter(sorted(mini_atlas.rglob("*.mp4")))))
         said = httpx.get(f"{url}/try/landmarks/{clip}", timeout=60).text
         assert "not set up" in said and "hba atlas describe --setup" in said
-        python = environment_folder() / "bin" / "python"
-        python.parent.mkdir(parents=True)
-        (tmp_path / "seeing.py").write_text(SEEING)
-        python.write_text(f"#!/bin/sh\nexec {sys.executable} {tmp_path / 'seeing.py'}\n")
-        python.chmod(0o755)
-        write_json(environment_folder() / "hba.json", {"mediapipe": "0.10.21"})
+        set_up_mediapipe(tmp_path)
         found = httpx.get(f"{url}/try/landmarks/{clip}", timeout=600).json()
         frames = found["frames"]
     assert {name: len(points[0]) for name, points in frames.items()} == {
         "pose": 33, "face": 468, "left_hand": 21, "right_hand": 21
     }  # fmt: skip
     assert frames["pose"][0][0] == [0.5, 0.5] and found["rate"] == 15
+
+
+def test_a_clip_that_takes_long_keeps_nobody_waiting(serve, mini_atlas, tmp_path, monkeypatch):
+    """While landmarks of one clip are looked for another is drawn and kept; they come all the same."""
+    monkeypatch.setenv("HBA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(media, "PATIENCE_SECONDS", PATIENCE)
+    set_up_mediapipe(tmp_path)
+    held, begun = tmp_path / "held", tmp_path / "held.begun"
+    held.touch()
+    how = {"cache_folder": tmp_path / "rows", "models": {"runs/full": Full(BUILTIN)}, "keep": tmp_path / "mine"}
+    with serve(create_app(atlas=None, runs=None, **how)) as url, ThreadPoolExecutor(1) as pool:
+        slow, quick = (sent(url, next(iter(sorted(mini_atlas.rglob(f"*.{kind}"))))) for kind in ("mp4", "wav"))
+        try:
+            coming = pool.submit(httpx.get, f"{url}/try/landmarks/{slow}", timeout=PATIENCE)
+            until(begun.exists)
+            assert "<svg" in httpx.get(f"{url}/try/sound/{quick}", timeout=PATIENCE).text
+            label = {"clip": quick, "task": "EMO", "label": "fear"}
+            assert "me: fear" in httpx.post(f"{url}/try/keep", data=label, timeout=PATIENCE).text
+            assert not coming.done()
+        finally:
+            held.unlink()
+        assert coming.result().json()["frames"]["pose"]
 
 
 def test_stored_landmarks_say_how_many_frames_there_were(tmp_path):
