@@ -165,20 +165,21 @@ def sheet() -> Markup:
     return words.style("style.css", HERE / "static" / "explorer.css")
 
 
-def _said(row: Row) -> dict[str, Any]:
-    """A prediction as pages show it: what the model thought and said, whether a free-form answer is the target to the
-    letter, and its probabilities, the largest first."""
-    output = row["output"] or ""
-    match = _THINK.match(output)
-    probs = json.loads(row["probs"]) if row["probs"] else {}
-    ranked = sorted(probs.items(), key=lambda pair: -pair[1])
+def _told(output: str | None, probs: Mapping[str, float] | None) -> dict[str, Any]:
+    """What a model thought and what it said, and its probabilities, the largest first."""
+    match = _THINK.match(output or "")
+    ranked = sorted((probs or {}).items(), key=lambda pair: -pair[1])
     return {
-        "row": row,
-        "exact": row["answer"] is not None and same_answer(row["answer"], row["target"]),
         "thinking": match.group(1).strip() if match else "",
-        "spoken": match.group(2).strip() if match else output,
-        "probs": [{"label": k, "p": p, "bar": share_bar(p)} for k, p in ranked],
+        "spoken": match.group(2).strip() if match else output or "",
+        "probs": [{"label": label, "p": p, "bar": share_bar(p)} for label, p in ranked],
     }
+
+
+def _said(row: Row) -> dict[str, Any]:
+    """A prediction as pages show it, and whether a free-form answer is the target to the letter."""
+    exact = row["answer"] is not None and same_answer(row["answer"], row["target"])
+    return {"row": row, "exact": exact, **_told(row["output"], json.loads(row["probs"] or "{}"))}
 
 
 # --- try: a clip of one's own, asked and labelled ---------------------------------------------------------------------
@@ -307,10 +308,9 @@ def _ask_over_time(asked: Asked, form: Mapping[str, list[str]]) -> Response:
 
 def _reply_of(file: str, part: media.Part, answer: Future[Prediction] | HbaError) -> Reply:
     about: dict[str, Any] = {"file": file, "task": "", "dataset": "", "start": part.start, "end": part.end}
-    failed = _what_failed(answer)
-    if failed is not None or isinstance(answer, HbaError):
-        return Reply(**about, answer=None, error=failed)
-    told = answer.result()
+    told = _answer_of(answer)
+    if isinstance(told, str):
+        return Reply(**about, answer=None, error=told)
     answered = told.label if told.label is not None else told.answer
     return Reply(**about, answer=answered, probs=told.probs, text=told.output, error=told.error)
 
@@ -366,42 +366,35 @@ def _ask_models(asked: Asked, form: Mapping[str, list[str]]) -> Response:
     waiting = {chosen: _asked_of(tries, form, chosen, path) for chosen in _chosen(form)}
     shown: list[dict[str, Any]] = []
     for chosen, answer in waiting.items():
-        what = _what_failed(answer)
-        if isinstance(answer, HbaError) or what is not None:
-            shown.append({"model": chosen, "label": None, "error": what})
-            continue
-        told = answer.result()
-        row = {"output": told.output, "probs": told.probs, "answer": told.answer, "target": ""}
-        shown.append({"model": chosen, "label": told.label, "error": told.error, **_told(row)})
-    known = {one["model"]: {"answer": one["label"] or one["spoken"], "probs": dict(one["ranked"])}
-             for one in shown if not one["error"]}  # fmt: skip
-    tries.said[name, dataset] = known
+        told = _answer_of(answer)
+        if isinstance(told, str):
+            shown.append({"model": chosen, "label": None, "error": told})
+        else:
+            said = _told(told.output, told.probs)
+            shown.append({"model": chosen, "label": told.label, "error": told.error, **said})
+    tries.said[name, dataset] = {
+        one["model"]: {
+            "answer": one["label"] or one["spoken"],
+            "probs": {each["label"]: each["p"] for each in one["probs"]},
+        }
+        for one in shown
+        if not one["error"]
+    }
     return asked.page("try_answers.html.jinja", "Answers", answers=shown, labels=_labels(tries.taxonomy, dataset),
                       clip=name, task=task, about=about, question=_one(form, "question"), keep=tries.keep)  # fmt: skip
 
 
-def _what_failed(answer: Future[Prediction] | HbaError) -> str | None:
-    """What to say where there is no answer; None where there is one."""
+def _answer_of(answer: Future[Prediction] | HbaError) -> Prediction | str:
+    """The answer, or what to say where there is none."""
+    if isinstance(answer, HbaError):
+        return answer.what
     try:
-        failed = answer if isinstance(answer, HbaError) else answer.exception(PATIENCE_SECONDS)
+        failed = answer.exception(PATIENCE_SECONDS)
     except TimeoutError:
         return "gave no answer in time"
     if failed is None:
-        return None
-    if isinstance(failed, HbaError):
-        return failed.what
-    return f"the model failed ({type(failed).__name__})"
-
-
-def _told(row: dict[str, Any]) -> dict[str, Any]:
-    match = _THINK.match(row["output"] or "")
-    ranked = sorted((row["probs"] or {}).items(), key=lambda pair: -pair[1])
-    return {
-        "thinking": match.group(1).strip() if match else "",
-        "spoken": match.group(2).strip() if match else row["output"] or "",
-        "probs": [{"label": label, "p": p, "bar": share_bar(p)} for label, p in ranked],
-        "ranked": ranked,
-    }
+        return answer.result()
+    return failed.what if isinstance(failed, HbaError) else f"the model failed ({type(failed).__name__})"
 
 
 def _one(form: Mapping[str, list[str]], name: str) -> str:
