@@ -34,7 +34,7 @@ from hba.errors import HbaError, InputError
 from hba.model import checkpoint
 from hba.model.checkpoint import require_perceived
 from hba.model.config import ModelConfig
-from hba.model.omni import OmniSapiens, apply_strategy
+from hba.model.omni import OmniSapiens
 from hba.model.weights import language_layers
 from hba.rl.advantages import Advantage, build_advantage, informative
 from hba.rl.config import Algorithm, RlConfig
@@ -49,7 +49,16 @@ from hba.rl.telemetry import CollapseWatch, Outcome, RunLog, Updated
 from hba.run import RunFolder
 from hba.storage import read_json, write_json
 from hba.train.display import TrainingDisplay
-from hba.train.loop import begin, build_optimizer, learning_rate_at, portable, room_to_train, step_seed, stopped_early
+from hba.train.loop import (
+    begin,
+    build_optimizer,
+    learning_rate_at,
+    load_model,
+    portable,
+    room_to_train,
+    step_seed,
+    stopped_early,
+)
 from hba.train.ranks import Ranks, Turn, gathered, is_sharded, prepare_model
 from hba.train.state import STOP, Progress, Saving, read_progress, restore_optimizer, save_state
 
@@ -284,12 +293,7 @@ def build_policy(config: ModelConfig, resume: Path | None, *, freeze_towers: boo
     With strategy full and `freeze_towers`, the layers of the language model train and nothing else does; `mapped` as in
     `OmniSapiens.from_pretrained`.
     """
-    # Weights that train keep float32 masters; the configured dtype is for those that do not.
-    dtype = "float32" if config.strategy == "full" else config.dtype
-    name = config.name if resume is None else resume
-    how: dict[str, Any] = {"dtype": dtype, "attention": config.attention, "mapped": mapped}
-    how["quantization"] = config.quantization
-    policy = apply_strategy(OmniSapiens.from_pretrained(name, heads=False, **how), config)
+    policy = load_model(config, resume, mapped=mapped, heads=False)
     if config.strategy == "full" and freeze_towers:
         prefix = language_layers(policy.transformer).prefix
         trained = f"{prefix}layers.", f"{prefix}norm."

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +23,11 @@ from hba.errors import InputError
 from hba.evaluate.backends.interface import evaluation_plan
 from hba.model import checkpoint
 from hba.model.heads import answer_loss
-from hba.model.omni import OmniOutput, OmniSapiens, apply_strategy
+from hba.model.omni import OmniOutput, OmniSapiens
 from hba.run import RunFolder
 from hba.storage import halved, room
 from hba.train.config import LmConfig
-from hba.train.loop import KEPT, Stage, Validation, begin, train_stage
+from hba.train.loop import KEPT, Stage, Validation, begin, load_model, train_stage
 from hba.train.ranks import Ranks
 from hba.train.state import Progress
 
@@ -61,17 +60,12 @@ def lm_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 def build_model(config: LmConfig, resume: Path | None) -> OmniSapiens:
     """The model to train: from the config's name, or from the checkpoint that a run resumes at."""
-    # Weights that train keep float32 masters; the configured dtype is for those that do not.
-    dtype = "float32" if config.model.strategy == "full" else config.model.dtype
     torch.manual_seed(config.train.seed)
-    name = config.model.name if resume is None else resume
-    folder = checkpoint.resolve(name)
+    folder = checkpoint.resolve(resume or config.model.name)
     if folder is not None and (folder / checkpoint.LM_HEAD).is_file():
         fix = "Merge it first (hba merge), or start from the run of the stage before."
         raise InputError("the checkpoint has a language head of its own from stage 2", where=str(folder), fix=fix)
-    how: dict[str, Any] = {"attention": config.model.attention, "mapped": config.train.sharding == "full"}
-    how["quantization"] = config.model.quantization
-    return apply_strategy(OmniSapiens.from_pretrained(name, dtype=dtype, heads=False, **how), config.model)
+    return load_model(config.model, resume, mapped=config.train.sharding == "full", heads=False)
 
 
 def save_checkpoint(model: OmniSapiens, config: LmConfig, folder: Path) -> None:

@@ -36,7 +36,7 @@ from hba.batch.sampler import Indices, MixConfig, epoch_rows, input_tokens, plan
 from hba.errors import ConfigError, HbaError, InputError
 from hba.model import checkpoint
 from hba.model.config import ModelConfig, Quantization, require_bitsandbytes, require_gpu_package
-from hba.model.omni import require_lora_layers
+from hba.model.omni import OmniSapiens, apply_strategy, require_lora_layers
 from hba.model.process import prepare_process, start_accelerator
 from hba.run import RunFolder
 from hba.storage import read_json, room
@@ -187,6 +187,17 @@ def begin(config: StageConfig, run: RunFolder, dtype: str, rows: Callable[[Atlas
     validation = rows(validation)
     run.record_data(data_record(config.atlas, train))
     return Start(ranks, train, validation, ranks.told(latest(run.checkpoints)))
+
+
+def load_model(config: ModelConfig, resume: Path | None, *, mapped: bool, **options: Any) -> OmniSapiens:
+    """The model to train: from the config's name, or from the checkpoint that a run resumes at.
+
+    `mapped` and `options` are those of `OmniSapiens.from_pretrained`.
+    """
+    # Weights that train keep float32 masters; the configured dtype is for those that do not.
+    options["dtype"] = "float32" if config.strategy == "full" else config.dtype
+    options |= {"attention": config.attention, "quantization": config.quantization, "mapped": mapped}
+    return apply_strategy(OmniSapiens.from_pretrained(resume or config.name, **options), config)
 
 
 def require_installed(config: Any) -> None:

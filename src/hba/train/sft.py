@@ -28,11 +28,11 @@ from hba.evaluate.metrics import score
 from hba.evaluate.predictions import Prediction
 from hba.model import checkpoint
 from hba.model.heads import answer_loss
-from hba.model.omni import OmniOutput, OmniSapiens, apply_strategy
+from hba.model.omni import OmniOutput, OmniSapiens
 from hba.run import RunFolder
 from hba.taxonomy import Taxonomy
 from hba.train.config import SftConfig
-from hba.train.loop import Stage, Validation, begin, mean_over_tasks, planned_rows, rows_of, train_stage
+from hba.train.loop import Stage, Validation, begin, load_model, mean_over_tasks, planned_rows, rows_of, train_stage
 from hba.train.ranks import Ranks
 from hba.train.state import Progress
 
@@ -113,14 +113,8 @@ def domains_of(taxonomy: Taxonomy, datasets: Iterable[str]) -> set[str]:
 
 def build_model(config: SftConfig, resume: Path | None, taxonomy: Taxonomy) -> OmniSapiens:
     """The model to train: fresh from the backbone, or from the checkpoint that a run resumes at."""
-    # Weights that train keep float32 masters; the configured dtype is for those that do not.
-    dtype = "float32" if config.model.strategy == "full" else config.model.dtype
     torch.manual_seed(config.train.seed)
-    name = config.model.name if resume is None else resume
-    how: dict[str, Any] = {"attention": config.model.attention, "mapped": config.train.sharding == "full"}
-    how["quantization"] = config.model.quantization
-    model = OmniSapiens.from_pretrained(name, dtype=dtype, taxonomy=taxonomy, **how)
-    return apply_strategy(model, config.model)
+    return load_model(config.model, resume, mapped=config.train.sharding == "full", taxonomy=taxonomy)
 
 
 def save_checkpoint(model: OmniSapiens, config: SftConfig, domains: list[str] | None, folder: Path) -> None:
