@@ -85,6 +85,7 @@ check: $(STAMP)
 
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "Open site/index.html, or with its search: $(BIN)/python -m http.server -d site"
 
 bench: $(STAMP)
 	@set -e; for file in benchmarks/*.py; do \

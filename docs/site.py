@@ -86,7 +86,7 @@ def _command(command: Any, name: str) -> Iterator[str]:
         yield from ("", f"## {name}", "", "\n\n".join(_cell(part) for part in said.split("\n\n")), "")
         yield from ("```bash", *typed, "```", "", f"`{usage}`", "")
         rows = [_parameter(each, hints.get(each.name)) for each in command.params if not each.hidden]
-        yield from ("| | | default | |", "|---|---|---|---|", *rows)
+        yield from ("| option | value | default | meaning |", "|---|---|---|---|", *rows)
     for key, each in inner.items():
         yield from _command(each, f"{name} {key}")
 
@@ -115,10 +115,10 @@ def configuration() -> str:
         "must be given. `config.yaml` in a run folder has every value of the run.",
     ]
     for name, config in CONFIGS.items():
-        lines += ["", f"## {name}", "", "| key | type | default | |", "|---|---|---|---|"]
+        lines += ["", f"## {name}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
         for key in describe(config):
             default = "" if key.default is None else f"`{key.default}`"
-            lines.append(f"| `{key.key}` | `{_cell(key.type)}` | {_cell(default)} | {_cell(key.doc)} |")
+            lines.append(f"| `{key.key}` | `{key.type}` | {_cell(default)} | {_cell(key.doc)} |")
     return "\n".join(lines)
 
 
@@ -131,13 +131,9 @@ def python() -> str:
 
 
 def _cell(text: str) -> str:
-    """Text that stands in a cell of a table, or in a paragraph, as it is."""
-    return re.sub(r"\s+", " ", text).replace("|", "\\|").replace("<", "&lt;") if "`" not in text else _cell_code(text)
-
-
-def _cell_code(text: str) -> str:
-    """The same where code is marked: within it a less-than sign is none of HTML."""
-    return re.sub(r"\s+", " ", text).replace("|", "\\|")
+    """Text that stands in a cell of a table, or in a paragraph, as it is: in marked code nothing is escaped."""
+    spans = re.split(r"(`[^`]*`)", re.sub(r"\s+", " ", text))
+    return "".join(s if s[:1] == "`" else s.replace("|", "\\|").replace("<", "&lt;") for s in spans)
 
 
 HBA = typer.main.get_command(app)

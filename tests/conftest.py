@@ -11,8 +11,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
+try:
+    import torch
+except ImportError:  # the light install, in which the tests run that ask for no model
+    torch = None
 try:
     import hypothesis
 except ImportError:  # the environments of verl and vLLM, none of whose tests asks for it
@@ -24,7 +27,8 @@ else:  # how long an example takes says how busy the machine is; the same exampl
     hypothesis.settings.load_profile("hba")
 # Tests need no hub; offline, a wrong name fails at once instead of after retries.
 os.environ["HF_HUB_OFFLINE"] = "1"
-torch.set_num_threads(1)
+if torch is not None:
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -137,7 +141,8 @@ def _get(url):
 def ordinary_floats():
     """Commands flush denormal numbers for the whole process; hypothesis refuses to work then."""
     yield
-    torch.set_flush_denormal(False)
+    if torch is not None:
+        torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="session")

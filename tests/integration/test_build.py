@@ -73,6 +73,19 @@ def test_a_table_with_groups_transcripts_and_labels_of_ones_own(hba, tmp_path):
     assert taxonomy.dataset("in").labels == ("bored", "keen") and taxonomy.num_classes == 27
 
 
+def test_a_folder_as_windows_leaves_it(hba, tmp_path):
+    lines = ["file;label"]
+    for number in range(12):
+        sound(tmp_path / "in" / "Zoë 😀" / f"Take {number}.WAV", number)
+        lines.append(f"Zoë 😀\\Take {number}.WAV;{('Müde', 'Wach')[number % 2]}")
+    (tmp_path / "in" / "Labels.CSV").write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8", newline="")
+    for name in ("Thumbs.db", "Zoë 😀/desktop.ini"):
+        (tmp_path / "in" / name).write_bytes(b"\xff")
+    code, out, err = hba("atlas", "build", tmp_path / "in", tmp_path / "out", "--json")
+    assert code == 0, err
+    assert json.loads(out)["labels"] == {"müde": 6, "wach": 6} and json.loads(out)["unreadable"] == {}
+
+
 def test_an_atlas_that_was_built_is_trained_on_predicted_and_scored(hba, tmp_path, backbone):
     for number in range(30):
         sound(tmp_path / "in" / ("bored", "keen")[number % 2] / f"{number}.wav", number)
@@ -316,6 +329,7 @@ def test_a_file_that_cannot_be_read_is_named_and_the_others_go_on(hba, tmp_path)
     (tmp_path / "in" / "a" / "bad.wav").write_bytes(b"no sound")
     code, out, err = hba("atlas", "build", tmp_path / "in", tmp_path / "out")
     assert code == 2 and "error: a/bad.wav: " in err and "Made" in out
+    assert "1 file is left out of" in err
     assert sum(map(len, rows(tmp_path / "out").values())) == 12
 
 

@@ -28,6 +28,7 @@ from hba.taxonomy import BUILTIN, QA, Taxonomy, save_beside, visible
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TEXTS = (".txt",)
+LEFT_BY_SYSTEMS = ("thumbs.db", "desktop.ini", "icon\r")  # what Windows and macOS put into folders without being asked
 TABLES = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "labels.csv", "labels.tsv", "labels.jsonl")
 MOST_TEXT_BYTES = 1 << 20
 SPLITS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation"}
@@ -251,14 +252,16 @@ def _entries(
         if layout not in LAYOUTS:
             raise InputError(f"no layout {layout!r}", where="--layout", fix=nearest(layout, LAYOUTS))
         return LAYOUTS[layout](folder)
-    table = labels or next((folder / name for name in TABLES if (folder / name).is_file()), None)
+    here = {path.name.lower(): path for path in folder.iterdir() if path.is_file()}
+    table = labels or next((here[name] for name in TABLES if name in here), None)
     how = {"unlabelled": unlabelled}
     return of_folders(folder, **how) if table is None else of_table(folder, table, columns, **how)
 
 
 def media_below(folder: Path) -> list[Path]:
-    """All files below a folder in the order of their names; hidden ones and tables are none."""
-    found = (path for path in folder.rglob("*") if path.is_file() and path.name not in TABLES)
+    """All files below a folder in the order of their names; hidden ones, tables and LEFT_BY_SYSTEMS are none."""
+    others = {*TABLES, *LEFT_BY_SYSTEMS}
+    found = (path for path in folder.rglob("*") if path.is_file() and path.name.lower() not in others)
     return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
@@ -296,7 +299,8 @@ def of_table(
     entries = []
     for number, record in enumerate(records, start=2 if table.suffix != ".jsonl" else 1):
         value = {part: "" if column is None else _text(record.get(column)) for part, column in chosen.items()}
-        paths = [inside[value["file"]]] if value["file"] in inside else by_name.get(Path(value["file"]).name, [])
+        name = value["file"] if value["file"] in inside else value["file"].replace("\\", "/")  # written on Windows
+        paths = [inside[name]] if name in inside else by_name.get(Path(name).name, [])
         if not value["file"] or not (value["label"] or unlabelled):
             part = "file" if not value["file"] else "label"
             what = f"the column {chosen[part]!r} is empty"

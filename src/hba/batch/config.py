@@ -36,30 +36,41 @@ WINDOWS_ARE_FOR_HEADS = "Use encode.long_audio=refuse or encode.long_audio=head.
 class EncodeConfig:
     """How a sample becomes tokens, mel frames and patches."""
 
-    num_frames: Annotated[int, Field(ge=2, multiple_of=2)] = option(8, "frames taken from each video, an even number")
+    num_frames: Annotated[int, Field(ge=2, multiple_of=2)] = option(8, "frames taken from each clip, an even number")
     fps: Annotated[float, Field(gt=0)] | None = option(
-        None, "frames taken a second in place of a fixed number: at least 2, and num_frames at most"
+        None, "frames a second instead of a fixed number. A clip has at least 2 and at most num_frames"
     )
-    frames: Frames = option("exact", "exact frames, or nearest_keyframe: inexact, faster where keyframes are close")
-    min_pixels: Annotated[int, Field(ge=784)] = option(3136, "smallest area of a frame or image after resizing")
-    max_pixels: Annotated[int, Field(ge=784)] = option(50176, "largest area of a frame or image after resizing")
+    frames: Frames = option(
+        "exact", "exact: the frames at the exact times; nearest_keyframe: the closest keyframes, which decodes faster"
+    )
+    min_pixels: Annotated[int, Field(ge=784)] = option(
+        3136, "smallest area of a frame or picture, in pixels. Smaller ones are enlarged"
+    )
+    max_pixels: Annotated[int, Field(ge=784)] = option(
+        50176, "largest area of a frame or picture, in pixels. Larger ones are made smaller"
+    )
     clip_pixels: Annotated[int, Field(ge=1568)] | None = option(
-        None, "area of all frames of a clip together: where it is more, the frames are made smaller"
+        None, "largest area of all frames of a clip together, in pixels. Where it is more, each frame is made smaller"
     )
     sound_of_clips: SoundOfClips = option(
         "off",
-        "what of a clip is heard whose row names no audio. off: nothing; separate: its sound track, as an audio of the "
-        "row; interleaved: its sound track among its frames (Qwen-Omni's use_audio_in_video)",
+        "the sound track of a clip whose row names no audio. off: it is not heard; separate: it is heard as an "
+        "audio; interleaved: it is heard among the frames (Qwen-Omni's use_audio_in_video)",
     )
-    max_audio_seconds: Annotated[float, Field(gt=0)] = option(300.0, "longest audio; what becomes of a longer one:")
+    max_audio_seconds: Annotated[float, Field(gt=0)] = option(
+        300.0, "longest audio in seconds. long_audio says what becomes of a longer one"
+    )
     long_audio: LongAudio = option(
         "refuse",
-        "refuse: its sample is quarantined; head: its beginning is heard; windows: all of it, in equal parts whose "
-        "logits heads average; published: the first 10 s of every audio",
+        "what becomes of an audio that is too long. refuse: its sample is quarantined; head: its beginning is "
+        "heard; windows: all is heard in equal parts, whose logits the heads average; published: of every audio "
+        "the first 10 s are heard",
     )
-    max_tokens: Annotated[int, Field(ge=1)] = option(32768, "a longer prompt quarantines its sample; nothing is cut")
-    modalities: tuple[Modality, ...] = option(MODALITIES, "media that reach the model; the others are left out")
-    system_prompt: str | None = option(None, "system message put in front of every prompt")
+    max_tokens: Annotated[int, Field(ge=1)] = option(
+        32768, "longest prompt in tokens. A sample with a longer one is quarantined; nothing is cut"
+    )
+    modalities: tuple[Modality, ...] = option(MODALITIES, "media that the model gets. The others are left out")
+    system_prompt: str | None = option(None, "system message in front of every prompt")
 
     @property
     def heard_seconds(self) -> float:
@@ -92,25 +103,29 @@ class LoaderConfig:
     RETIRED: ClassVar[tuple[str, ...]] = ("prefetch",)
 
     workers: Annotated[int, Field(ge=-1)] = option(
-        -1, "worker processes; 0 prepares in the main process, -1 is one a spare core, at most 8", affects_result=False
+        -1,
+        "processes that prepare batches. 0: the main process does it; -1: one for each spare core, at most 8",
+        affects_result=False,
     )
     prefetch_megabytes: Annotated[int, Field(ge=0)] = option(
-        512, "encoded samples that workers prepare ahead, in all", affects_result=False
+        512, "how much the workers prepare ahead, in megabytes, all together", affects_result=False
     )
     cache_megabytes: Annotated[int, Field(ge=0)] = option(
-        256, "encoded samples that are kept for the next epoch, 0 for none", affects_result=False
+        256, "encoded samples that are kept for the next epoch, in megabytes. 0: none", affects_result=False
     )
     decode_once: bool = option(
-        False, "keep decoded clips and sounds on the disk for later epochs and other runs", affects_result=False
+        False, "keep decoded clips and sounds on the disk, for later epochs and other runs", affects_result=False
     )
     decoded_folder: str | None = option(
-        None, "where; `decoded` in $HBA_CACHE or ~/.cache/hba by default", affects_result=False
+        None, "folder of decode_once. null: `decoded` in $HBA_CACHE or ~/.cache/hba", affects_result=False
     )
     decoded_gigabytes: Annotated[float, Field(gt=0)] = option(
-        100.0, "bound of that folder, over all that use it; about 1.1 MB a clip", affects_result=False
+        100.0, "largest size of that folder, for all runs that use it. A clip takes about 1.1 MB", affects_result=False
     )
     decode_timeout_seconds: Annotated[float, Field(gt=0)] = option(
-        60.0, "a sample that twice takes longer to read and decode is quarantined; needs workers", affects_result=False
+        60.0,
+        "longest time to read and decode a sample. One that takes longer twice is quarantined. Needs workers",
+        affects_result=False,
     )
 
     def resolved_workers(self) -> int:
@@ -126,7 +141,9 @@ class LoaderConfig:
 class PrepareConfig:
     """What `hba atlas prepare` decodes, and for which model."""
 
-    model: str = option(doc="model, checkpoint or run whose processor sets the size of frames: a folder or a hub id")
+    model: str = option(
+        doc="the model, checkpoint or run to prepare for: a folder or a hub id. Its processor sets the size of frames"
+    )
     encode: EncodeConfig = field(default_factory=EncodeConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
 

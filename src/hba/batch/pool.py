@@ -193,11 +193,19 @@ SOURCES = {"video": Source("ext_video_feats", "videos"), "audio": Source("ext_au
 class DescriptorConfig:
     """How the descriptors [T, D] of a sample become one vector a modality."""
 
-    mode: Mode = option("meanstd", "statistics over time")
-    norm: Norm | None = option(None, "over the pooled vector of a sample: none, l2 or zscore")
-    confidence: bool = option(True, "keep the confidence of landmarks")
-    published: bool = option(False, "quartiles and landmarks as the released scripts have them")
-    allow_missing: bool = option(False, "leave a sample whose descriptors are missing unchanged")
+    mode: Mode = option(
+        "meanstd",
+        "statistics over time that describe a sample: means, with standard deviations, with quartiles. none: for "
+        "single frames",
+    )
+    norm: Norm | None = option(
+        None, "scale each sample's pooled vector: to length 1 (l2), or to mean 0 and variance 1 (zscore). null: do not"
+    )
+    confidence: bool = option(True, "keep the confidence that MediaPipe gives for each landmark")
+    published: bool = option(False, "compute quartiles and landmarks as the released scripts do, their errors included")
+    allow_missing: bool = option(
+        False, "let samples without descriptors pass, unchanged by the adapter. false: they are an error"
+    )
 
 
 def missing(sample: Sample) -> list[str]:

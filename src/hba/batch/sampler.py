@@ -120,15 +120,17 @@ class MixConfig:
     """How often the rows of each dataset and class are trained on. The default is every row once an epoch."""
 
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = option(
-        1.0, "T of a dataset's share, rows^(1/T): 1 as the data are, larger is more even"
+        1.0, "evens out datasets: each has a share of rows^(1/T). 1: as the data are; larger: more even"
     )
     weights: dict[str, float] | None = option(
-        None, "share of each dataset in an epoch, instead of a temperature; 0 leaves it out"
+        None,
+        "share of each dataset in an epoch, such as {tess: 2, mmsd: 1}, instead of a temperature. 0 leaves one out",
     )
-    class_balanced: bool = option(False, "within a dataset, every class equally often")
-    epoch_size: Annotated[int, Field(ge=1)] | None = option(None, "rows in an epoch; as many as there are by default")
+    class_balanced: bool = option(False, "train every class of a dataset equally often")
+    epoch_size: Annotated[int, Field(ge=1)] | None = option(None, "rows in an epoch. null: as many as there are")
     subsample: Annotated[float, Field(gt=0, le=1)] | None = option(
-        None, "train on this share of the rows, the same every epoch, stratified by dataset and label"
+        None,
+        "train on this share of the rows, 0..1: the same rows every epoch, drawn from each dataset and label alike",
     )
 
     def __post_init__(self) -> None:

@@ -393,6 +393,9 @@ def build_command(
     for name, reason in built.unreadable.items():
         beside(f"error: {name}: {reason}")
     if len(built.unreadable) > allow_broken:
+        files = plural(len(built.unreadable), "file", "is|are")
+        fix = f"Go on without, or mend what is wrong, remove {out} and build again."
+        beside(f"error: {files} left out of {out}; all others are in it. Fix: {fix}")
         raise typer.Exit(2)
 
 

@@ -28,25 +28,31 @@ class GenerationConfig:
     """How a model that answers in words is asked, and how its answer is drawn."""
 
     format: str | None = option(
-        None, "answer format: plain, boxed, think, or a .jinja file; null: as a run was trained, boxed for other models"
+        None,
+        "how prompts ask for the answer: plain, boxed, think, or a .jinja file. null: as the run was trained; "
+        "boxed for other models",
     )
     temperature: Annotated[float, Field(ge=0)] | None = option(
-        0.0, "of sampling; 0 takes the most probable token each time; null leaves it to the server"
+        0.0, "temperature of sampling. 0: always the most probable token; null: what the server chooses"
     )
-    top_p: Annotated[float, Field(gt=0, le=1)] = option(1.0, "share of the probability that is sampled from")
-    max_tokens: Annotated[int, Field(ge=1)] = option(1024, "longest answer, thinking included")
-    seed: Annotated[int, Field(ge=0)] = option(0, "of sampling, and of the random baseline")
+    top_p: Annotated[float, Field(gt=0, le=1)] = option(
+        1.0, "sample from the most probable tokens that make up this share of the probability, 0..1"
+    )
+    max_tokens: Annotated[int, Field(ge=1)] = option(1024, "longest answer in tokens, thinking included")
+    seed: Annotated[int, Field(ge=0)] = option(0, "random seed of sampling, and of the random baseline")
     constrain: Literal["none", "labels"] = option(
-        "none", "labels: an answer is one of the labels of its row's dataset, and nothing else can be said"
+        "none", "labels: the model can say nothing but a label of the row's dataset"
     )
     constrain_by: Literal["json_schema", "choice", "guided_choice", "grammar"] = option(
-        "json_schema", "to a server: json_schema, choice (vLLM; before 0.12 guided_choice), grammar (llama.cpp)"
+        "json_schema",
+        "how a server is told to constrain: json_schema (most), choice (vLLM; guided_choice before 0.12), grammar "
+        "(llama.cpp)",
     )
     read: Literal["words", "likelihood"] = option(
-        "words", "likelihood: the answer is the label that the model finds most probable, with probabilities"
+        "words", "words: the model writes its answer; likelihood: the answer is the label that it finds most probable"
     )
     extra: dict[str, Any] | None = option(
-        None, "further fields of a remote request, such as {reasoning_effort: low} or vLLM's chat_template_kwargs"
+        None, "more fields of a remote request, such as {reasoning_effort: low} or vLLM's chat_template_kwargs"
     )
 
     def __post_init__(self) -> None:
@@ -85,10 +91,10 @@ class VllmConfig:
 
     tensor_parallel_size: Annotated[int, Field(ge=1)] = option(1, "GPUs that share the model", affects_result=False)
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = option(
-        0.9, "share of each GPU's memory that it takes", affects_result=False
+        0.9, "share of each GPU's memory that vLLM takes, 0..1", affects_result=False
     )
     max_model_len: Annotated[int, Field(ge=1)] | None = option(
-        None, "longest prompt and answer in tokens; null: the model's own", affects_result=False
+        None, "most tokens of a prompt and its answer together. null: the model's own limit", affects_result=False
     )
 
 
@@ -97,18 +103,27 @@ class PredictConfig:
     """How predictions are made. Samples are encoded as in the checkpoint's training unless `encode` is given."""
 
     batch_size: Annotated[int, Field(ge=1)] = option(16, "samples in a batch")
-    dtype: Dtype = option("auto", "of the weights")
-    attention: Attention = option("sdpa", "attention implementation")
-    quantization: AsTrained = option("auto", "of the backbone: none, int8, nf4; auto: as it was trained")
+    dtype: Dtype = option(
+        "auto", "number format of the weights. auto: bfloat16 on a GPU that computes in it, else float32"
+    )
+    attention: Attention = option(
+        "sdpa",
+        "which code computes attention. sdpa is PyTorch's own; flash_attention_2 needs a GPU and the package "
+        "flash-attn",
+    )
+    quantization: AsTrained = option(
+        "auto", "load the backbone in 8 bits (int8), 4 bits (nf4) or neither (none). auto: as it was trained"
+    )
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     encode: EncodeConfig | None = option(None, "how samples become tokens, frames and patches")
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     remote: ClientConfig = field(default_factory=ClientConfig)
     vllm: VllmConfig = field(default_factory=VllmConfig)
     video: Literal["frames", "file"] = option(
-        "frames", "how a remote model gets a clip: encode.num_frames images, or the file itself as video_url"
+        "frames",
+        "how a remote model gets a clip. frames: encode.num_frames pictures; file: the file itself (video_url)",
     )
-    fit_split: str = option("train", "split that the majority and random baselines learn from")
+    fit_split: str = option("train", "split that the baselines majority and random learn from")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,21 +24,37 @@ AsTrained: TypeAlias = Literal["auto", "none", "int8", "nf4"]  # auto: what the 
 class ModelConfig:
     """Which backbone, what of it is trained, in what precision. LoRA defaults are those of the paper's SFT."""
 
-    name: str = option(doc="backbone: a hub id such as Qwen/Qwen2.5-Omni-7B, or a folder")
-    strategy: Strategy = option("lora", "what is trained: heads alone, LoRA and heads, or everything")
-    dtype: Dtype = option("auto", "of frozen weights; auto: bfloat16 on GPUs")
-    attention: Attention = option("sdpa", "attention implementation")
-    quantization: Quantization = option("none", "of the frozen linear layers of the language model: int8, nf4 (QLoRA)")
-    lora_r: Annotated[int, Field(ge=1)] = option(32, "LoRA rank")
-    lora_alpha: Annotated[int, Field(ge=1)] = option(64, "LoRA scale numerator")
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = option(0.05, "dropout in front of LoRA, 0..1")
+    name: str = option(doc="the model to start from: a hub id such as Qwen/Qwen2.5-Omni-7B, or a folder")
+    strategy: Strategy = option(
+        "lora",
+        "what is trained. heads: the classification heads alone; lora: LoRA layers and heads; full: every weight",
+    )
+    dtype: Dtype = option(
+        "auto",
+        "number format of the weights that stay frozen. auto: bfloat16 on a GPU that computes in it, else float32",
+    )
+    attention: Attention = option(
+        "sdpa",
+        "which code computes attention. sdpa is PyTorch's own; flash_attention_2 needs a GPU and the package "
+        "flash-attn",
+    )
+    quantization: Quantization = option(
+        "none", "load the frozen linear layers of the language model in 8 bits (int8) or 4 bits (nf4, as in QLoRA)"
+    )
+    lora_r: Annotated[int, Field(ge=1)] = option(32, "rank of LoRA: the width of its added layers")
+    lora_alpha: Annotated[int, Field(ge=1)] = option(
+        64, "scale of LoRA: its output is multiplied by lora_alpha / lora_r"
+    )
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = option(
+        0.05, "share of the inputs of LoRA that training sets to zero, 0..1"
+    )
     lora_targets: tuple[str, ...] | None = option(
-        None, "linear layers with LoRA: names in the language model or patterns (q_proj, 2[0-7].mlp.*); null: all"
+        None, "linear layers of the language model that get LoRA, by name or pattern (q_proj, 2[0-7].mlp.*). null: all"
     )
     lora_rank_pattern: dict[str, Annotated[int, Field(ge=1)]] | None = option(
-        None, "ranks of layers that have another one, by names or patterns: {q_proj: 8}"
+        None, "layers with a rank of their own, by name or pattern, such as {q_proj: 8}"
     )
-    lora_dora: bool = option(False, "DoRA: the length of each weight's rows trains beside LoRA")
+    lora_dora: bool = option(False, "use DoRA: the length of each weight's rows is trained beside LoRA")
 
     def __post_init__(self) -> None:
         """Raises ConfigError for LoRA on no layer."""

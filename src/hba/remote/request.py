@@ -146,26 +146,40 @@ class ClientConfig:
 
     provider: Literal["openai", "anthropic", "google"] = option("openai", "API that the server speaks")
     base_url: str | None = option(
-        None, "of the server, such as http://localhost:8000/v1; null: the official one", affects_result=False
+        None, "address of the server, such as http://localhost:8000/v1. null: the official one", affects_result=False
     )
     api_key_env: str | None = option(
-        None, "environment variable with the key; null: the usual one officially, none elsewhere", affects_result=False
+        None,
+        "environment variable that holds the key. null: the usual one for an official address, none for others",
+        affects_result=False,
     )
     max_concurrency: Annotated[int, Field(ge=1)] = option(32, "most requests at once", affects_result=False)
-    timeout_seconds: Annotated[float, Field(gt=0)] = option(120.0, "for one attempt", affects_result=False)
-    max_attempts: Annotated[int, Field(ge=1)] = option(8, "attempts before a request has failed", affects_result=False)
-    first_backoff_seconds: Annotated[float, Field(gt=0)] = option(
-        1.0, "longest pause before the second attempt; doubles from there", affects_result=False
+    timeout_seconds: Annotated[float, Field(gt=0)] = option(120.0, "longest time for one attempt", affects_result=False)
+    max_attempts: Annotated[int, Field(ge=1)] = option(
+        8, "attempts before a request counts as failed", affects_result=False
     )
-    longest_backoff_seconds: Annotated[float, Field(gt=0)] = option(60.0, "where doubling ends", affects_result=False)
+    first_backoff_seconds: Annotated[float, Field(gt=0)] = option(
+        1.0, "longest pause before the second attempt. It doubles with each attempt", affects_result=False
+    )
+    longest_backoff_seconds: Annotated[float, Field(gt=0)] = option(
+        60.0, "longest pause between two attempts", affects_result=False
+    )
     longest_wait_seconds: Annotated[float, Field(gt=0)] = option(
-        900.0, "a Retry-After beyond it stops the command", affects_result=False
+        900.0,
+        "longest Retry-After of a server that is waited for. A longer one stops the command",
+        affects_result=False,
     )
     stop_after: Annotated[int, Field(ge=1)] = option(
-        20, "requests in a row that are refused or fail at every attempt stop the command", affects_result=False
+        20,
+        "stop the command after this many requests in a row that were refused or failed at every attempt",
+        affects_result=False,
     )
-    cache: Path | None = option(None, "folder of the response cache; null: none", affects_result=False)
-    prices: Path | None = option(None, "YAML file with prices of your own", affects_result=False)
+    cache: Path | None = option(None, "folder that keeps replies. null: none is kept", affects_result=False)
+    prices: Path | None = option(
+        None,
+        "YAML file with your own prices, such as openai: {my-model: {input: 0.1, output: 0.4}}",
+        affects_result=False,
+    )
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a base URL that is none, and for a secret where its place is not."""

@@ -72,18 +72,22 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 class VerlConfig:
     """Read by `--engine verl` alone; nothing of it but `overrides` and `modules` changes what is computed."""
 
-    nodes: Count = option(1, "machines", affects_result=False)
+    nodes: Count = option(1, "number of machines", affects_result=False)
     gpus_per_node: Count = option(8, "GPUs of each machine", affects_result=False)
-    rollout: str = option("vllm", "engine that samples: vllm, or one that a module of yours registers with verl")
-    tensor_parallel: Count = option(1, "GPUs that share one copy of the sampling engine", affects_result=False)
-    gpu_memory_utilization: Share = option(0.5, "of a GPU's memory for the sampling engine", affects_result=False)
-    agent_workers: Count = option(8, "processes that prepare prompts and await responses", affects_result=False)
-    reward_workers: Count = option(
-        1, "processes that reward, each with its encoder; one shares it among all", affects_result=False
+    rollout: str = option("vllm", "engine that samples: vllm, or one that your own module registers with verl")
+    tensor_parallel: Count = option(1, "GPUs that share one copy of the engine that samples", affects_result=False)
+    gpu_memory_utilization: Share = option(
+        0.5, "share of a GPU's memory for the engine that samples, 0..1", affects_result=False
     )
-    offload: bool = option(False, "keep parameters and optimizer in main memory while sampling", affects_result=False)
-    modules: tuple[str, ...] = option((), "Python modules that every process of verl imports besides hba's plug-in")
-    overrides: tuple[str, ...] = option((), "verl's own keys on top, as hydra takes them: ++trainer.test_freq=5")
+    agent_workers: Count = option(8, "processes that prepare prompts and wait for responses", affects_result=False)
+    reward_workers: Count = option(
+        1,
+        "processes that compute rewards. Each loads a sentence encoder of its own; one process serves all",
+        affects_result=False,
+    )
+    offload: bool = option(False, "move weights and optimizer to main memory during sampling", affects_result=False)
+    modules: tuple[str, ...] = option((), "Python modules that every process of verl imports, beside that of hba")
+    overrides: tuple[str, ...] = option((), "keys of verl's own, as hydra takes them, such as ++trainer.test_freq=5")
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
@@ -96,19 +100,22 @@ NotNegative = Annotated[float, Field(ge=0)]
 class RolloutConfig:
     """How responses are sampled. Defaults are those of the published runs."""
 
-    per_prompt: Annotated[int, Field(ge=1)] = option(5, "responses sampled for each prompt")
+    per_prompt: Annotated[int, Field(ge=1)] = option(5, "responses sampled for each prompt (the size of a group)")
     max_new_tokens: Annotated[int, Field(ge=1)] = option(2048, "longest response, in tokens")
-    temperature: Annotated[float, Field(gt=0)] = option(1.0, "of the sampling, and of the policy that is trained")
+    temperature: Annotated[float, Field(gt=0)] = option(1.0, "temperature of sampling. The trained policy has it, too")
     sampler: Literal["generate", "server"] = option(
-        "generate", "transformers' generate, or the vLLM server of remote.base_url (docs/rl.md)"
+        "generate",
+        "what samples. generate: transformers in this process; server: the vLLM server at remote.base_url (docs/rl.md)",
     )
     weights: str | None = option(
         None,
-        "folder that trainer and server both see, where weights are handed over; null: in the run",
+        "folder that trainer and server both see, for handing over weights. null: in the run folder",
         affects_result=False,
     )
     max_gap: Annotated[float, Field(gt=0)] = option(
-        0.3, "mean |log-probability of server - of policy| of a step, in nats, above which the run ends"
+        0.3,
+        "how far server and trainer may disagree. The run ends when the mean difference of log-probabilities in a "
+        "step is larger, in nats",
     )
 
 
@@ -116,19 +123,29 @@ class RolloutConfig:
 class LossConfig:
     """The policy loss; what is not given is as the algorithm's paper has it (docs/rl.md)."""
 
-    average: Average | None = option(None, "token, sequence, group or constant: what weighs the same")
-    clip_low: NotNegative | None = option(None, "a ratio below 1 - clip_low gains nothing more")
-    clip_high: NotNegative | None = option(None, "a ratio above 1 + clip_high gains nothing more")
-    updates: Annotated[int, Field(ge=1)] = option(1, "optimizer updates in a step, each over a part of its prompts")
-    kl_weight: NotNegative = option(
-        0.0, "weight of the KL divergence from the policy at the start; 0 needs no reference"
+    average: Average | None = option(
+        None,
+        "what weighs the same in the loss: each token, sequence or group; constant: divide by "
+        "rollout.max_new_tokens. null: the algorithm's own",
     )
-    kl: KlKind = option("k3", "its estimator: k1, k2 or k3")
+    clip_low: NotNegative | None = option(
+        None, "how far below 1 a token's probability ratio is pushed at most. null: the algorithm's own"
+    )
+    clip_high: NotNegative | None = option(
+        None, "how far above 1 a token's probability ratio is pushed at most. null: the algorithm's own"
+    )
+    updates: Annotated[int, Field(ge=1)] = option(
+        1, "optimizer updates in a step. Each takes a part of the step's prompts"
+    )
+    kl_weight: NotNegative = option(
+        0.0, "how strongly the policy is held to that of the start (KL divergence). 0: not at all, and no copy is kept"
+    )
+    kl: KlKind = option("k3", "estimator of the KL divergence: k1, k2 or k3")
     advantage: str | None = option(
-        None, "advantages of your own in place of the algorithm's, as module:function or file.py:function"
+        None, "your own advantages instead of the algorithm's, as module:function or file.py:function"
     )
     importance_cap: Annotated[float, Field(ge=1)] | None = option(
-        None, "correct for a server's sampling with importance weights of at most this, such as 2; null: do not"
+        None, "correct for a server's sampling by importance weights of at most this, such as 2. null: do not"
     )
 
     def resolved(self, algorithm: Algorithm) -> Algorithm:
@@ -151,14 +168,19 @@ class RlConfig:
         "rollout.server": "remote",
     }
 
-    atlas: str = option(doc="atlas folder, or the hub id of a release")
-    algorithm: AlgorithmName = option("harpo", "whose advantages and loss")
+    atlas: str = option(doc="the atlas: a folder, or the hub id of a release")
+    algorithm: AlgorithmName = option("harpo", "the RL algorithm: how advantages and loss are computed")
     published_harpo: bool = option(
-        False, "harpo, grpo: as released. Groups without signal weigh on all others; a group of one keeps its reward"
+        False,
+        "harpo and grpo as released: groups without signal weigh on all others, and a group of one keeps its reward",
     )
-    max_extra_batches: Count = option(8, "dapo: batches sampled beyond a step's own to fill it with signal")
+    max_extra_batches: Count = option(
+        8, "dapo: most batches sampled on top, to fill a step with groups that have signal"
+    )
     model: ModelConfig = field(default_factory=lambda: ModelConfig(name="Qwen/Qwen2.5-Omni-7B"))
-    freeze_towers: bool = option(True, "with strategy full: train the layers of the language model alone")
+    freeze_towers: bool = option(
+        True, "with strategy=full: train the language model's layers only, not the parts that hear and see"
+    )
     train: TrainConfig = field(default_factory=lambda: TrainConfig(log_every=1))  # steps are slow, lines are few
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     remote: ClientConfig = field(
@@ -170,15 +192,21 @@ class RlConfig:
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     mix: MixConfig = field(default_factory=MixConfig)
     verl: VerlConfig = field(default_factory=VerlConfig)
-    format: str = option("think", "how prompts ask: plain, boxed, think, or a path to a .jinja file")
-    train_split: str = option("train", "split whose prompts are trained on; slices such as train[:10%] work")
-    validation_split: str = option("validation", "split of the evaluations")
-    validation_rows: Count | None = option(512, "rows of an evaluation, a stratified sample; null for all")
-    validation_draws: Count = option(1, "sampled responses to each of these rows; their record has the mean")
-    validation_batch_size: Count = option(32, "rows in an evaluation batch")
-    datasets: tuple[str, ...] | None = option(None, "train and evaluate on these dataset keys alone")
-    table_every: Count = option(10, "steps between the samples of rollouts in rollouts.jsonl", affects_result=False)
-    table_prompts: Count = option(4, "prompts in such a sample", affects_result=False)
+    format: str = option("think", "how prompts ask for the answer: plain, boxed, think, or a path to a .jinja file")
+    train_split: str = option("train", "split whose prompts are trained on. Slices such as train[:10%] work")
+    validation_split: str = option("validation", "split that evaluations ask")
+    validation_rows: Count | None = option(
+        512, "rows in an evaluation, drawn from all datasets and labels. null: all rows"
+    )
+    validation_draws: Count = option(1, "responses sampled for each of these rows. The record has their mean")
+    validation_batch_size: Count = option(32, "rows in a batch of an evaluation")
+    datasets: tuple[str, ...] | None = option(
+        None, "train and evaluate on these datasets only, such as [tess, mmsd]. null: on all"
+    )
+    table_every: Count = option(
+        10, "steps between the examples of responses that are written to rollouts.jsonl", affects_result=False
+    )
+    table_prompts: Count = option(4, "prompts in each of these examples", affects_result=False)
 
     def __post_init__(self) -> None:
         if (self.rollout.sampler == "server") != (self.remote.base_url is not None):

@@ -370,13 +370,21 @@ Tokens = Annotated[int, Field(ge=1)]
 class RewardConfig:
     """How a response is rewarded."""
 
-    function: str = option("harpo", "grpo, harpo, or your own as module:function or file.py:function")
-    published: bool = option(False, "reproduce the released rewards with their quirks, to compare published runs")
-    synonyms: bool = option(True, "any synonym of a class counts as it, as in the evaluation; else its label alone")
-    max_response_tokens: Tokens = option(MAX_RESPONSE_TOKENS, "harpo: a response of so many tokens is penalised fully")
-    overlong_buffer_tokens: Tokens = option(OVERLONG_BUFFER_TOKENS, "harpo: the penalty rises over so many tokens")
+    function: str = option("harpo", "the reward: grpo, harpo, or your own as module:function or file.py:function")
+    published: bool = option(
+        False, "compute the rewards as the released code does, its errors included, to compare with published runs"
+    )
+    synonyms: bool = option(
+        True, "count a synonym of a label as the label, as the evaluation does. false: the label alone counts"
+    )
+    max_response_tokens: Tokens = option(
+        MAX_RESPONSE_TOKENS, "harpo: a response of this many tokens gets the whole length penalty"
+    )
+    overlong_buffer_tokens: Tokens = option(
+        OVERLONG_BUFFER_TOKENS, "harpo: the length penalty rises over this many tokens before it is whole"
+    )
     overlong_weight: Annotated[float, Field(ge=0)] = option(OVERLONG_WEIGHT, "harpo: weight of the length penalty")
-    embedder: str = option(MINILM, "sentence encoder of the similarity: a hub id or a folder")
+    embedder: str = option(MINILM, "sentence encoder that compares free-form answers: a hub id or a folder")
 
     def __post_init__(self) -> None:
         if self.overlong_buffer_tokens > self.max_response_tokens:

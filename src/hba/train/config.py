@@ -25,56 +25,71 @@ class TrainConfig:
     """How a stage is trained."""
 
     epochs: Count = option(5, "passes over the training rows")
-    max_steps: Count | None = option(None, "stop after so many optimizer steps, even in mid-epoch")
-    batch_size: Count = option(8, "samples in a batch, over all devices together")
-    accumulation: Count = option(1, "batches in one optimizer step")
+    max_steps: Count | None = option(None, "stop after this many optimizer steps, even in the middle of an epoch")
+    batch_size: Count = option(8, "samples in a batch, all devices together")
+    accumulation: Count = option(1, "batches that make one optimizer step")
     device_batch_size: Count | None = option(
-        None, "most samples on one device at once: a larger share of a batch runs in parts", affects_result=False
+        None,
+        "most samples on one device at once. A larger share of a batch runs in parts; the result is the same",
+        affects_result=False,
     )
     device_tokens: Count | None = option(
         None,
-        "most tokens on one device at once, padding included (samples x longest, as estimated from the rows)",
+        "most tokens on one device at once, padding included: samples x the longest one, estimated from the rows",
         affects_result=False,
     )
     sharding: Literal["none", "full"] = option(
-        "none", "none: each device holds the model; full: it is split over the devices (FSDP2)", affects_result=False
+        "none", "none: each device holds the whole model; full: the devices share it (FSDP2)", affects_result=False
     )
     activation_checkpointing: bool = option(
-        False, "save memory: compute layers again in the backward pass", affects_result=False
+        False, "save memory: compute the layers a second time in the backward pass. Slower", affects_result=False
     )
     compile: bool = option(
-        False, "compile the layers of the language model (torch.compile): faster steps, some minutes at the start"
+        False,
+        "compile the layers of the language model (torch.compile). The start takes minutes longer, each step less",
     )
     kernels: Literal["none", "liger"] = option(
-        "none", "liger: norms and gated products of the language model by Liger's kernels, on a GPU"
+        "none", "liger: Liger's faster kernels compute norms and gated products of the language model. Needs a GPU"
     )
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = option(
-        "adamw", "adamw, or with moments in 8 bits; paged: they move to main memory where a GPU is full"
+        "adamw",
+        "adamw; adamw8bit keeps its moments in 8 bits; paged_adamw8bit also moves them to main memory when the "
+        "GPU is full",
     )
-    learning_rate: Rate = option(1e-4, "peak learning rate")
-    head_learning_rate: Rate | None = option(None, "peak learning rate of classification heads; as the others")
-    lora_learning_rate: Rate | None = option(None, "peak learning rate of LoRA layers; as the others")
-    lm_head_learning_rate: Rate | None = option(None, "peak learning rate of the language head; as the others")
+    learning_rate: Rate = option(1e-4, "highest learning rate, reached after the warm-up")
+    head_learning_rate: Rate | None = option(
+        None, "highest learning rate of the classification heads. null: learning_rate"
+    )
+    lora_learning_rate: Rate | None = option(None, "highest learning rate of the LoRA layers. null: learning_rate")
+    lm_head_learning_rate: Rate | None = option(
+        None, "highest learning rate of the language head (lm_head). null: learning_rate"
+    )
     schedule: Literal["cosine", "linear", "constant"] = option(
-        "cosine", "how the learning rate goes on after the warm-up: falling to final_share, or constant"
+        "cosine", "learning rate after the warm-up. cosine and linear fall to final_share; constant stays"
     )
-    warmup_share: Share = option(0.05, "share of the steps with a rising learning rate, 0..1")
-    warmup_steps: Annotated[int, Field(ge=0)] | None = option(None, "their number, in place of warmup_share")
-    final_share: Share = option(0.05, "learning rate at the end of cosine and linear, as a share of the peak")
-    weight_decay: float = option(0.01, "AdamW weight decay of matrices; biases and norms have none")
-    beta1: Share = option(0.9, "AdamW first-moment decay")
-    beta2: Share = option(0.98, "AdamW second-moment decay")
-    max_grad_norm: Rate = option(1.0, "gradients are scaled down to this norm")
-    validate_every: Count = option(200, "optimizer steps between validations; each writes a checkpoint")
+    warmup_share: Share = option(0.05, "share of the steps in which the learning rate rises, 0..1")
+    warmup_steps: Annotated[int, Field(ge=0)] | None = option(
+        None, "number of steps in which the learning rate rises; replaces warmup_share"
+    )
+    final_share: Share = option(
+        0.05, "learning rate at the end of cosine and linear, as a share of the highest one, 0..1"
+    )
+    weight_decay: float = option(0.01, "weight decay of AdamW, for matrices alone: biases and norms have none")
+    beta1: Share = option(0.9, "how slowly AdamW forgets old gradients (first moment), 0..1")
+    beta2: Share = option(0.98, "how slowly AdamW forgets old squared gradients (second moment), 0..1")
+    max_grad_norm: Rate = option(1.0, "a gradient with a larger norm is scaled down to this one")
+    validate_every: Count = option(200, "optimizer steps between validations. Each validation writes a checkpoint")
     early_stopping: Count | None = option(
-        None, "end after so many validations in a row that are not better than the best; null: go on to the end"
+        None, "end after this many validations in a row without a better score. null: never end early"
     )
     save_every: Count | Minutes | None = option(
-        None, "checkpoints besides: every so many optimizer steps, or minutes such as 30min", affects_result=False
+        None,
+        "write more checkpoints: every N optimizer steps, or every so many minutes, such as 30min",
+        affects_result=False,
     )
-    log_every: Count = option(10, "optimizer steps between log lines", affects_result=False)
-    seed: int = option(0, "orders the samples, starts fresh weights and dropout")
-    wandb_project: str | None = option(None, "also log to this Weights & Biases project", affects_result=False)
+    log_every: Count = option(10, "optimizer steps between lines of the log", affects_result=False)
+    seed: int = option(0, "random seed: decides the order of samples, new weights, and dropout")
+    wandb_project: str | None = option(None, "also log to this project of Weights & Biases", affects_result=False)
 
     def __post_init__(self) -> None:
         """Raises ConfigError for moments in 8 bits that would be split over the processes."""
@@ -87,9 +102,13 @@ class TrainConfig:
 class FeatureConfig:
     """How the frozen backbone's features are computed and kept."""
 
-    cache: bool = option(True, "compute features once and keep them; false runs the backbone in every step")
-    folder: str | None = option(None, "where they are kept; FROM/features by default", affects_result=False)
-    batch_size: Annotated[int, Field(ge=1)] = option(32, "samples in a batch of the frozen backbone")
+    cache: bool = option(
+        True, "compute the backbone's features once and keep them. false: run the backbone in every step"
+    )
+    folder: str | None = option(
+        None, "folder that keeps the features. null: FROM/features, FROM being the base run", affects_result=False
+    )
+    batch_size: Annotated[int, Field(ge=1)] = option(32, "samples in a batch while features are computed")
     loader: LoaderConfig = field(default_factory=LoaderConfig)
 
 
@@ -97,17 +116,19 @@ class FeatureConfig:
 class SftConfig:
     """Everything that decides a stage-1 run. `model.name` may be a run or checkpoint, from which it then starts."""
 
-    atlas: str = option(doc="atlas folder, or the hub id of a release")
+    atlas: str = option(doc="the atlas: a folder, or the hub id of a release")
     model: ModelConfig = field(default_factory=lambda: ModelConfig(name="Qwen/Qwen2.5-Omni-7B"))
     train: TrainConfig = field(default_factory=TrainConfig)
     encode: EncodeConfig = field(default_factory=EncodeConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     mix: MixConfig = field(default_factory=MixConfig)
-    train_split: str = option("train", "split to train on; slices such as train[:10%] work")
-    validation_split: str = option("validation", "split that chooses the best checkpoint")
-    datasets: tuple[str, ...] | None = option(None, "train on these dataset keys alone")
-    validation_batch_size: Count = option(32, "samples in a validation batch")
-    answer_weight: float = option(0.0, "weight of the answer's token loss; above 0, free-form rows train too")
+    train_split: str = option("train", "split to train on. Slices such as train[:10%] work")
+    validation_split: str = option("validation", "split whose score chooses the best checkpoint")
+    datasets: tuple[str, ...] | None = option(None, "train on these datasets only, such as [tess, mmsd]. null: on all")
+    validation_batch_size: Count = option(32, "samples in a batch of validation")
+    answer_weight: float = option(
+        0.0, "how much answering in words weighs beside the labels. 0: free-form rows are not trained"
+    )
 
     def __post_init__(self) -> None:
         """Raises ConfigError for windows of sounds where words are trained, or where ranks must compute alike, and for
@@ -167,17 +188,27 @@ def refuse_idle_rates(train: TrainConfig, *, heads: bool, lora: bool, lm_head: b
 class QaConfig:
     """Everything that decides a stage-2 run."""
 
-    atlas: str = option(doc="atlas folder, or the hub id of a release")
-    base: str = option(doc="run folder or checkpoint of stage 1 (--from)")
+    atlas: str = option(doc="the atlas: a folder, or the hub id of a release")
+    base: str = option(doc="run folder or checkpoint of stage 1 to start from (--from)")
     train: TrainConfig = field(default_factory=TrainConfig)
     features: FeatureConfig = field(default_factory=FeatureConfig)
     mix: MixConfig = field(default_factory=MixConfig)
-    train_split: str = option("train", "split to train on; slices such as train[:10%] work")
-    validation_split: str = option("validation", "split that chooses the best checkpoint")
-    datasets: tuple[str, ...] | None = option(None, "train on these free-form dataset keys alone")
-    dtype: Dtype = option("auto", "of the frozen backbone; auto: bfloat16 on GPUs")
-    attention: Attention = option("sdpa", "attention implementation")
-    quantization: AsTrained = option("auto", "of the frozen backbone: none, int8, nf4; auto: as it was trained")
+    train_split: str = option("train", "split to train on. Slices such as train[:10%] work")
+    validation_split: str = option("validation", "split whose score chooses the best checkpoint")
+    datasets: tuple[str, ...] | None = option(
+        None, "train on these free-form datasets only, such as [siq2]. null: on all"
+    )
+    dtype: Dtype = option(
+        "auto", "number format of the frozen backbone. auto: bfloat16 on a GPU that computes in it, else float32"
+    )
+    attention: Attention = option(
+        "sdpa",
+        "which code computes attention. sdpa is PyTorch's own; flash_attention_2 needs a GPU and the package "
+        "flash-attn",
+    )
+    quantization: AsTrained = option(
+        "auto", "load the frozen backbone in 8 bits (int8), 4 bits (nf4) or neither (none). auto: as it was trained"
+    )
 
     def __post_init__(self) -> None:
         """Raises ConfigError for rates of heads and LoRA, which are frozen, of lm_head, which alone trains, and for
@@ -190,25 +221,44 @@ class QaConfig:
 class BamConfig:
     """Everything that decides a stage-3 run. Defaults are the published ones; heads train at train.learning_rate."""
 
-    atlas: str = option(doc="atlas folder, or the hub id of a release")
-    base: str = option(doc="run folder or checkpoint of an earlier stage (--from)")
-    datasets: tuple[str, ...] | None = option(None, "datasets that get adapters (--dataset); all with descriptors")
-    stage: Literal["adapters", "adapters+heads", "full"] = option("adapters", "what is trained")
-    adapter_learning_rate: Rate = option(5e-3, "peak learning rate of the adapters")
-    hidden: Count = option(256, "hidden size of an adapter")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = option(0.1, "of descriptor values, 0..1")
-    modality_dropout: Share = option(0.3, "share of samples that train without a modality, drawn for each, 0..1")
-    layer_norm: bool = option(False, "LayerNorm over the descriptor")
-    standardise: bool = option(True, "centre and scale each descriptor value by the training rows; false as released")
+    atlas: str = option(doc="the atlas: a folder, or the hub id of a release")
+    base: str = option(doc="run folder or checkpoint of an earlier stage to start from (--from)")
+    datasets: tuple[str, ...] | None = option(
+        None, "datasets that get an adapter each (--dataset). null: all that have descriptors"
+    )
+    stage: Literal["adapters", "adapters+heads", "full"] = option(
+        "adapters", "what is trained: the adapters alone, with the heads, or everything"
+    )
+    adapter_learning_rate: Rate = option(5e-3, "highest learning rate of the adapters")
+    hidden: Count = option(256, "width of an adapter's hidden layer")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = option(
+        0.1, "share of the descriptor values that training sets to zero, 0..1"
+    )
+    modality_dropout: Share = option(
+        0.3, "chance, 0..1, that a sample trains without a modality; drawn for each modality"
+    )
+    layer_norm: bool = option(False, "apply LayerNorm to the descriptor before the adapter")
+    standardise: bool = option(
+        True, "centre and scale each descriptor value by the training rows. The released code does not (false)"
+    )
     descriptors: DescriptorConfig = field(default_factory=DescriptorConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=4, learning_rate=2.5e-4))
     features: FeatureConfig = field(default_factory=FeatureConfig)
     mix: MixConfig = field(default_factory=MixConfig)
-    train_split: str = option("train", "split to train on; slices such as train[:10%] work")
-    validation_split: str = option("validation", "split that chooses the best checkpoint")
-    dtype: Dtype = option("auto", "of frozen weights; auto: bfloat16 on GPUs")
-    attention: Attention = option("sdpa", "attention implementation")
-    quantization: AsTrained = option("auto", "of the frozen backbone: none, int8, nf4; auto: as it was trained")
+    train_split: str = option("train", "split to train on. Slices such as train[:10%] work")
+    validation_split: str = option("validation", "split whose score chooses the best checkpoint")
+    dtype: Dtype = option(
+        "auto",
+        "number format of the weights that stay frozen. auto: bfloat16 on a GPU that computes in it, else float32",
+    )
+    attention: Attention = option(
+        "sdpa",
+        "which code computes attention. sdpa is PyTorch's own; flash_attention_2 needs a GPU and the package "
+        "flash-attn",
+    )
+    quantization: AsTrained = option(
+        "auto", "load the frozen backbone in 8 bits (int8), 4 bits (nf4) or neither (none). auto: as it was trained"
+    )
 
     def __post_init__(self) -> None:
         """Raises ConfigError for rates of what the stage leaves frozen, and for layers to compile where none trains."""
@@ -222,21 +272,23 @@ class BamConfig:
 class LmConfig:
     """Everything that decides a run of generative SFT. `model.name` may be a run or checkpoint of another stage."""
 
-    atlas: str = option(doc="atlas folder, or the hub id of a release")
+    atlas: str = option(doc="the atlas: a folder, or the hub id of a release")
     model: ModelConfig = field(default_factory=lambda: ModelConfig(name="Qwen/Qwen2.5-Omni-7B"))
     train: TrainConfig = field(default_factory=TrainConfig)
     encode: EncodeConfig = field(default_factory=EncodeConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     mix: MixConfig = field(default_factory=MixConfig)
-    train_split: str = option("train", "split to train on; slices such as train[:10%] work")
-    validation_split: str = option("validation", "split that chooses the best checkpoint")
-    datasets: tuple[str, ...] | None = option(None, "train on these dataset keys alone")
-    validation_batch_size: Count = option(32, "samples in a validation batch")
+    train_split: str = option("train", "split to train on. Slices such as train[:10%] work")
+    validation_split: str = option("validation", "split whose score chooses the best checkpoint")
+    datasets: tuple[str, ...] | None = option(None, "train on these datasets only, such as [tess, mmsd]. null: on all")
+    validation_batch_size: Count = option(32, "samples in a batch of validation")
     formats: tuple[str, ...] = option(
-        ("plain",), "plain, boxed, think, or a path to a .jinja file; of several, each has an equal share of the rows"
+        ("plain",),
+        "how prompts ask for the answer: plain, boxed, think, or a .jinja file. Several share the rows equally",
     )
     reasoning: str = option(
-        "{{ reasoning }}", "what stands in <think>: a jinja text over the row's fields, answer, problem, dataset, task"
+        "{{ reasoning }}",
+        "text inside <think>: a jinja template over the row's fields, answer, problem, dataset and task",
     )
 
     def __post_init__(self) -> None:

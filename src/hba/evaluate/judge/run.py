@@ -63,12 +63,12 @@ class JudgeConfig:
     RENAMED: ClassVar[Mapping[str, str]] = {"client": "remote"}
 
     remote: ClientConfig = field(default_factory=ClientConfig)
-    max_tokens: Annotated[int, Field(ge=16)] = option(2048, "most tokens of a reply, a model's reasoning included")
-    temperature: float | None = option(0.0, "of the judge; null leaves it to the server")
-    attempts: Annotated[int, Field(ge=1)] = option(3, "replies asked for before an answer is unjudged")
-    structured: bool = option(True, "ask for JSON by a schema; false for servers that know none")
+    max_tokens: Annotated[int, Field(ge=16)] = option(2048, "longest reply in tokens, the judge's reasoning included")
+    temperature: float | None = option(0.0, "temperature of the judge. null: what the server chooses")
+    attempts: Annotated[int, Field(ge=1)] = option(3, "replies asked for before an answer counts as unjudged")
+    structured: bool = option(True, "ask for JSON by a schema. false: for servers that know no schemas")
     extra: dict[str, Any] | None = option(
-        None, "further fields of each request, such as {reasoning_effort: low} or vLLM's chat_template_kwargs"
+        None, "more fields of each request, such as {reasoning_effort: low} or vLLM's chat_template_kwargs"
     )
 
     def __post_init__(self) -> None:
