@@ -66,16 +66,12 @@ class Check:
     required: bool = True
 
 
-def diagnose(*, online: bool = False, folder: Path = Path()) -> list[Check]:
-    """All checks, in reading order. Runs go below `folder`; `online` also tries to reach the hub, for at most 5 s."""
+def diagnose(*, online: bool = False) -> list[Check]:
+    """All checks, in reading order; `online` also tries to reach the hub, for at most 5 s."""
     checks = [check_python(), check_requirements(), *(probe(*each) for each in PACKAGES)]
-    checks += [check_cores(), check_memory(), check_disk(folder), *map(check_extra, extras())]
-    checks += [probe("landmarks", "hba.descriptors.landmarks", lambda module: module.check_landmarks())]
-    return [
-        *checks,
-        check_token(),
-        *([check_hub()] if online else []),
-    ]
+    checks += [check_cores(), check_memory(), check_disk(), *map(check_extra, extras())]
+    checks += [probe("landmarks", "hba.descriptors.landmarks", lambda module: module.check_landmarks()), check_token()]
+    return [*checks, check_hub()] if online else checks
 
 
 def healthy(checks: Iterable[Check]) -> bool:

@@ -487,14 +487,12 @@ def read_json(path: str | Path) -> Any:
         raise InputError(what, where=f"{path}{line}", fix=fix) from None
 
 
-def read_jsonl(
-    path: str | Path, expect: Callable[[dict[str, Any]], None] | None = None, *, growing: bool = False
-) -> Iterator[Line]:
+def read_jsonl(path: str | Path, *, growing: bool = False) -> Iterator[Line]:
     """Yield the objects of a JSONL file with their 1-based line numbers.
 
     Of a `growing` file, which another process writes, a last line without its end is left for the next time, and one
     that is not there yet has no lines. Raises InputError naming file and line for a missing file, a malformed or
-    truncated line, or a line that is not an object; `expect` may raise for a record that is not as its reader needs it.
+    truncated line, or a line that is not an object.
     """
     path = Path(path)
     if not path.is_file():
@@ -513,8 +511,6 @@ def read_jsonl(
             if not isinstance(record, dict):
                 found = f"expected a JSON object, found {type(record).__name__}"
                 raise InputError(found, where=f"{path}:{number}", fix="Write one object per line.")
-            if expect is not None:
-                expect(record)
             yield Line(number, record)
 
 

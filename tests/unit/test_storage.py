@@ -275,18 +275,6 @@ def test_a_wrong_line_is_named(tmp_path: Path, content: bytes, line: int, messag
     assert caught.value.where == f"{path}:{line}"
 
 
-def test_a_reader_may_refuse_a_record(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"a": 1}\n{"b": 1}\n')
-
-    def expect(record: dict[str, object]) -> None:
-        if "a" not in record:
-            raise InputError("field 'a' is missing")
-
-    with pytest.raises(InputError, match="is missing"):
-        list(read_jsonl(path, expect))
-
-
 def test_missing_and_malformed_json_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
         read_json(tmp_path / "x.json")

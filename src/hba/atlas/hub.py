@@ -113,9 +113,9 @@ def open_hub(name: HubId, wanted: Split | None, taxonomy: Taxonomy | None) -> Js
     return JsonlStore(path, split=layout.split, taxonomy=taxonomy or of_folder(path.parent), remote=files)
 
 
-def open_rows(name: HubId, wanted: Split, taxonomy: Taxonomy | None) -> JsonlStore | ParquetStore:
+def open_rows(name: HubId, wanted: Split) -> JsonlStore | ParquetStore:
     """As `open_hub`, for who reads no medium: tars are not downloaded."""
-    return open_hub(name, Split(wanted.name, Bound(0, False), Bound(0, False)), taxonomy)
+    return open_hub(name, Split(wanted.name, Bound(0, False), Bound(0, False)), None)
 
 
 def _open_shards(repo: Repo, layout: Layout, taxonomy: Taxonomy | None) -> ParquetStore:

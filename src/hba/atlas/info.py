@@ -170,7 +170,6 @@ def atlas_info(
     cache: Path | None = None,
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
-    taxonomy: Taxonomy | None = None,
 ) -> AtlasInfo:
     """Count the rows of the atlas at `path`; `splits` None takes all that are there, slices work for counts.
 
@@ -186,10 +185,10 @@ def atlas_info(
         path = local_copy(hub_id, splits, progress)
         hub_id = None
     specs = tuple(dict.fromkeys(splits or splits_at(path)))
-    opened = [_open_rows(path, hub_id, spec, taxonomy) for spec in specs]
+    opened = [_open_rows(path, hub_id, spec) for spec in specs]
     path, lasting = Path(path), None
     if durations:
-        catalogue = read_catalogue(path, specs, taxonomy)
+        catalogue = read_catalogue(path, specs, None)
         lengths: dict[str, list[float]] = {}
         unknown = 0
         for dataset, seconds in _timed(catalogue, cache=cache, workers=workers, progress=progress):
@@ -218,14 +217,14 @@ def splits_at(path: str | Path) -> Sequence[str]:
     return splits_of(list_repo(hub_id).names)
 
 
-def _open_rows(path: str | Path, hub_id: HubId | None, spec: str, taxonomy: Taxonomy | None) -> Atlas:
+def _open_rows(path: str | Path, hub_id: HubId | None, spec: str) -> Atlas:
     """The rows of a split; of a dataset on the hub nothing else is fetched."""
     if hub_id is None:
-        return open_atlas(path, spec, taxonomy=taxonomy)
+        return open_atlas(path, spec)
     from hba.atlas.hub import open_rows
 
     wanted = parse_split(spec)
-    store = open_rows(hub_id, wanted, taxonomy)
+    store = open_rows(hub_id, wanted)
     return Atlas(store, np.array(wanted.rows(len(store)), np.int64))
 
 
@@ -241,18 +240,16 @@ def _count(atlas: Atlas, name: str) -> SplitCounts:
     )
 
 
-def row_seconds(
-    path: Path, split: str, *, cache: Path, workers: int = 1, taxonomy: Taxonomy | None = None
-) -> list[float | None]:
+def row_seconds(path: Path, split: str, *, cache: Path) -> list[float | None]:
     """How long each row of a split lasts, in order: 0 without sounds and clips, None where a length is not known.
 
-    Headers are read with `workers` processes and remembered in the folder `cache`. Raises InputError for a bad row.
+    Headers are remembered in the folder `cache`. Raises InputError for a bad row.
     """
-    catalogue = read_catalogue(path, [split], taxonomy)
+    catalogue = read_catalogue(path, [split], None)
     for finding in catalogue.findings:
         if finding.level == "error":
             raise InputError(finding.message, where=finding.where, fix=finding.fix)
-    return [seconds for _, seconds in _timed(catalogue, cache=cache, workers=workers, progress=None)]
+    return [seconds for _, seconds in _timed(catalogue, cache=cache, workers=1, progress=None)]
 
 
 def _timed(

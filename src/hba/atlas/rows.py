@@ -24,7 +24,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from hba.atlas.source import DEFAULT_LIMITS, Limits, Source
+from hba.atlas.source import Source
 from hba.errors import HbaError, InputError, MachineError, MediaError, NoSoundTrackError, TaxonomyError, nearest
 from hba.storage import check_relative, machine_fault
 from hba.taxonomy import Taxonomy, visible
@@ -206,18 +206,17 @@ class Sample:
         except MemoryError as error:
             raise out_of_memory(error, self.where) from None
 
-    def load_audios(self, limits: Limits = DEFAULT_LIMITS, *, decoded: DecodedCache | None = None) -> list[Audio]:
+    def load_audios(self, *, decoded: DecodedCache | None = None) -> list[Audio]:
         """Decode every audio to 16 kHz mono, or take it from `decoded`. Raises MediaError naming file, line, field."""
         from hba.atlas.media import load_audio
 
-        return self._loaded("audios", partial(load_audio if decoded is None else decoded.audio, limits=limits))
+        return self._loaded("audios", load_audio if decoded is None else decoded.audio)
 
     def load_videos(
         self,
         num_frames: int,
-        limits: Limits = DEFAULT_LIMITS,
-        frames: Frames = "exact",
         *,
+        frames: Frames = "exact",
         fps: float | None = None,
         decoded: DecodedCache | None = None,
     ) -> list[Video]:
@@ -228,8 +227,7 @@ class Sample:
         from hba.atlas.media import load_video
 
         load = load_video if decoded is None else decoded.video
-
-        return self._loaded("videos", partial(load, num_frames=num_frames, limits=limits, frames=frames, fps=fps))
+        return self._loaded("videos", partial(load, num_frames=num_frames, frames=frames, fps=fps))
 
     @property
     def hears_its_videos(self) -> bool:
@@ -239,31 +237,29 @@ class Sample:
         """
         return self.audios == self.videos > 0 and self._sources("audios") == self._sources("videos")
 
-    def load_sounds_of_videos(
-        self, limits: Limits = DEFAULT_LIMITS, *, decoded: DecodedCache | None = None
-    ) -> list[Audio | None]:
+    def load_sounds_of_videos(self, *, decoded: DecodedCache | None = None) -> list[Audio | None]:
         """The sound track of every video as `load_audios` gives sounds; None for a video that has none."""
         from hba.atlas.media import load_audio
 
         def load(source: Source, *, where: str) -> Audio | None:
             try:
-                return (load_audio if decoded is None else decoded.audio)(source, where=where, limits=limits)
+                return (load_audio if decoded is None else decoded.audio)(source, where=where)
             except NoSoundTrackError:
                 return None
 
         return self._loaded("videos", load)
 
-    def read_videos(self, limits: Limits = DEFAULT_LIMITS) -> list[bytes]:
+    def read_videos(self) -> list[bytes]:
         """The bytes of every video as it is stored, not decoded. Raises MediaError naming the place."""
         from hba.atlas.media import load_bytes
 
-        return self._loaded("videos", partial(load_bytes, limits=limits))
+        return self._loaded("videos", load_bytes)
 
-    def load_images(self, limits: Limits = DEFAULT_LIMITS) -> list[Image]:
+    def load_images(self) -> list[Image]:
         """Decode every image. Raises MediaError naming the place."""
         from hba.atlas.media import load_image
 
-        return self._loaded("images", partial(load_image, limits=limits))
+        return self._loaded("images", load_image)
 
     def load_descriptors(self, name: Literal["ext_video_feats", "ext_audio_feats"]) -> list[Descriptor]:
         """Load every `.pt` descriptor of a field without unpickling code. Raises MediaError naming the place."""

@@ -224,11 +224,11 @@ def over_time(replies: Sequence[Reply]) -> list[Chart]:
     return charts
 
 
-def thin(points: Points, limit: int = MAX_POINTS) -> list[tuple[float, float]]:
-    """At most `limit` points: the means of equal runs, so that a long log keeps its shape."""
-    if len(points) <= limit:
+def thin(points: Points) -> list[tuple[float, float]]:
+    """At most MAX_POINTS points: the means of equal runs, so that a long log keeps its shape."""
+    if len(points) <= MAX_POINTS:
         return list(points)
-    edges = [round(i * len(points) / limit) for i in range(limit + 1)]
+    edges = [round(i * len(points) / MAX_POINTS) for i in range(MAX_POINTS + 1)]
     runs = [points[a:b] for a, b in pairwise(edges)]
     return [(sum(x for x, _ in run) / len(run), sum(y for _, y in run) / len(run)) for run in runs]
 

@@ -57,9 +57,7 @@ DATASET_FIGURES = (
 SECRETS = re.compile(r"(?im)^(\s*(?:[\w.-]*_)?(?:api_?key|secret|password|token)\s*:[ \t]*)(?!null\b|~)\S.*$")
 
 
-def write_report(
-    run: Path, atlas_root: Path | None = None, out: Path | None = None, *, taxonomy: Taxonomy | None = None
-) -> Path:
+def write_report(run: Path, atlas_root: Path | None = None, out: Path | None = None) -> Path:
     """Write the report of the run folder `run` to `out` (default: report.html in it) and return its path.
 
     Prompts and media come from the atlas at `atlas_root`, by default from where the run says that its atlas lies.
@@ -67,7 +65,7 @@ def write_report(
     metrics.json, for a malformed file (naming line and field), and for an `atlas_root` that is no atlas; StorageError
     when the disk is full. Nothing is written then.
     """
-    opened, part = open_run(run, taxonomy), None
+    opened, part = open_run(run), None
     if any(event.kind == "rl" for event in opened.events or ()):
         from hba.report.rl import rl_page, rl_part
 

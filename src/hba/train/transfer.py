@@ -84,12 +84,7 @@ class TransferResult:
 
 
 def run_transfer(
-    folder: Path,
-    config: SftConfig,
-    *,
-    heldout: Sequence[str] | None,
-    progress: ShowProgress,
-    command: str = "transfer",
+    folder: Path, config: SftConfig, *, heldout: Sequence[str] | None, progress: ShowProgress
 ) -> TransferResult | None:
     """Run (or resume) the protocol in `folder`; writes transfer.json and returns it, None on ranks but the first.
 
@@ -99,13 +94,13 @@ def run_transfer(
     atlas = open_atlas(config.atlas, split=config.train_split).with_answers()
     keys, absent = heldout_datasets(atlas, heldout)
     pretrain = replace(config, datasets=pretraining_datasets(rows_of(atlas, config.datasets, free_form=False), keys))
-    _train(folder / "pretrain", pretrain, command)
+    _train(folder / "pretrain", pretrain)
     for key in keys:
         epochs = LONGER_EPOCHS.get(key, 1)
         for start in STARTS:
             name = str(folder / "pretrain") if start == "pretrained" else config.model.name
             model, train = replace(config.model, name=name), replace(config.train, epochs=epochs)
-            _train(folder / key / start, replace(config, model=model, train=train, datasets=(key,)), command)
+            _train(folder / key / start, replace(config, model=model, train=train, datasets=(key,)))
     if int(os.environ.get("RANK", "0")) != 0:
         return None
     rows = [_tested(folder / key, key, config, progress) for key in keys]
@@ -116,8 +111,8 @@ def run_transfer(
     return result
 
 
-def _train(run: Path, config: SftConfig, command: str) -> None:
-    with training_run(run, config=config, command=command, seed=config.train.seed) as opened:
+def _train(run: Path, config: SftConfig) -> None:
+    with training_run(run, config=config, command="transfer", seed=config.train.seed) as opened:
         train_sft(config, opened)
 
 

@@ -135,7 +135,7 @@ NOTE = "not comparable with judge accuracy: cosines of sentence embeddings, blin
 RESAMPLES = 2000
 
 
-def judge_offline(run: Path, *, out: Path | None = None, embedder: str = MINILM, seed: int = 0) -> dict[str, Any]:
+def judge_offline(run: Path, *, out: Path | None = None) -> dict[str, Any]:
     """Compare the free-form answers of a run with their references; writes embedding_similarity.json and returns it.
 
     {"metric", "note", "encoder", "datasets": {key: {"n", "n_empty", "embedding_similarity", "ci95"}}, "rows": {id:
@@ -144,7 +144,7 @@ def judge_offline(run: Path, *, out: Path | None = None, embedder: str = MINILM,
     """
     predictions = free_form(open_run(run))
     said = [p for p in predictions if p.spoken]
-    cosines = Embedder(embedder).similarity([p.spoken or "" for p in said], [p.truth for p in said])
+    cosines = Embedder(MINILM).similarity([p.spoken or "" for p in said], [p.truth for p in said])
     rows = dict.fromkeys((p.id for p in predictions), 0.0)
     rows |= {p.id: float(cosine) for p, cosine in zip(said, cosines, strict=True)}
     datasets = {}
@@ -154,8 +154,8 @@ def judge_offline(run: Path, *, out: Path | None = None, embedder: str = MINILM,
             "n": len(values_M),
             "n_empty": sum(p.dataset == key and not p.spoken for p in predictions),
             METRIC: float(values_M.mean()),
-            "ci95": listed(mean_interval(values_M, resamples=RESAMPLES, seed=seed)),
+            "ci95": listed(mean_interval(values_M, resamples=RESAMPLES, seed=0)),
         }
-    found = {"metric": METRIC, "note": NOTE, "encoder": embedder, "datasets": datasets, "rows": rows}
+    found = {"metric": METRIC, "note": NOTE, "encoder": MINILM, "datasets": datasets, "rows": rows}
     write_json((out or run) / SIMILARITY_FILE, found)
     return found
