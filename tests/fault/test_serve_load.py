@@ -21,6 +21,7 @@ from serving import data_url, serving
 
 from hba import serve
 from hba.config import load_config
+from hba.evaluate import desk
 from hba.evaluate.config import PredictConfig
 from hba.serve import MEGABYTE, Limits
 from hba.storage import CLOCK
@@ -124,7 +125,7 @@ def test_two_hundred_at_once_beside_slow_cut_and_hostile_ones(answering, tmp_pat
 
 
 def test_a_decoder_that_crashes_or_hangs_costs_its_request_alone(answering, tmp_path, monkeypatch):
-    look = serve.look_at
+    look = desk.look_at
 
     def looks(path):
         text = path.read_bytes()
@@ -135,7 +136,7 @@ def test_a_decoder_that_crashes_or_hangs_costs_its_request_alone(answering, tmp_
             signal.pause()
         return look(path)
 
-    monkeypatch.setattr(serve, "look_at", looks)  # what a decoder in C would do; workers are forked with it
+    monkeypatch.setattr(desk, "look_at", looks)  # what a decoder in C would do; workers are forked with it
     with serving(answering, tmp_path, config=settings(), decode_seconds=PATIENCE) as served:
         link = connected(served.url)
         texts = ["crash", "fine", "hang", "fine"]

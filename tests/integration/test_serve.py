@@ -19,8 +19,10 @@ from serving import PATIENCE, data_url, serving, write_adapted
 
 import hba as package
 from hba.config import load_config
+from hba.evaluate import desk
 from hba.evaluate.config import PredictConfig
-from hba.serve import Desk, FullError, Hearing, Part, Question, Saying, Turn, _bytes_of
+from hba.evaluate.desk import Desk, FullError, Inquiry, Part, Question, Saying, Turn
+from hba.serve import _bytes_of
 
 LONGEST = 12
 
@@ -169,11 +171,11 @@ def test_a_short_answer_does_not_wait_for_a_long_one_beside_it(served, client, a
     whole = asked(client, answering, "Well?").choices[0].message.content
     talk, go_on = Question(turns=(Turn("user", (Part(text="Well?"),)),)), threading.Event()
     saying = Saying(2) if how == "length" else Saying(LONGEST, stop=(whole[1],))
-    alone = served.desk.ask(talk, saying=saying).result(PATIENCE)
+    alone = served.desk.ask_together([Inquiry(talk, saying)])[0].result(PATIENCE)
     sayings, heard = (saying, saying, Saying(LONGEST)), ([], [], [])
-    hearings = [Hearing(told.append) for told in heard]
+    inquiries = [Inquiry(talk, each, told.append) for each, told in zip(sayings, heard, strict=True)]
     with holding(served, LONGEST, go_on):  # at the last token of the long one
-        first, second, last = served.desk.ask_together([(talk, {})] * 3, sayings, hearings)
+        first, second, last = served.desk.ask_together(inquiries)
         found = [each.result(PATIENCE) for each in (first, second)]
         assert not last.done() and served.desk.waiting == 1
         go_on.set()
@@ -232,6 +234,28 @@ def test_several_answers_a_share_of_the_distribution_and_log_probabilities(clien
     several = asked(client, answering, "Well?", seed=5, n=3, logprobs=True, **how)
     assert [choice.message.content for choice in several.choices] == alone and len({*alone}) > 1
     assert [len(choice.logprobs.content[0].top_logprobs) for choice in several.choices] == [0, 0, 0]
+
+
+def test_several_answers_are_encoded_once_and_equal_separate_ones(answering, files, tmp_path, monkeypatch):
+    """Each is what its own seed draws alone, log-probabilities included; the files of a talk are looked at once."""
+    looked, look = [], desk.look_at
+    monkeypatch.setattr(desk, "look_at", lambda path: looked.append(path.name) or look(path))
+    content = [*parts(files).values(), {"type": "text", "text": "Who is this?"}]
+    how = {"temperature": 1.5, "max_tokens": 6, "logprobs": True, "top_logprobs": 2}
+    with (
+        serving(answering, tmp_path, config=settings("loader.workers=0")) as served,
+        openai.OpenAI(base_url=f"{served.url}/v1", api_key="secret", max_retries=0) as client,
+    ):
+        several = asked(client, answering, content, seed=5, n=3, **how)
+        assert sorted(looked) == ["0.wav", "1.png", "2.mp4"]
+        alone = [asked(client, answering, content, seed=seed, **how) for seed in (5, 6, 7)]
+    assert len({choice.message.content for choice in several.choices}) > 1
+    assert several.usage.completion_tokens == sum(each.usage.completion_tokens for each in alone)
+    for choice, (one,) in zip(several.choices, (each.choices for each in alone), strict=True):
+        assert (choice.message, choice.finish_reason) == (one.message, one.finish_reason)
+        for token, own in zip(choice.logprobs.content, one.logprobs.content, strict=True):
+            assert (token.token, token.bytes) == (own.token, own.bytes)
+            assert token.logprob == pytest.approx(own.logprob, abs=1e-5)
 
 
 def test_of_two_limits_the_one_that_is_given_holds(client, answering):
@@ -399,10 +423,9 @@ def test_a_desk_closes_while_the_model_answers(answering, files, tmp_path, monke
         return classify(batch)
 
     monkeypatch.setattr(desk.backend, "classify", slow)
-    question, file = Question(dataset="cremad", name="words.txt"), {"words.txt": files / "words.txt"}
-    first = desk.ask(question, file)
+    ((_, first),) = desk.asks(files / "words.txt", task="EMO")
     assert begun.wait(PATIENCE)
-    second = desk.ask(question, file)
+    ((_, second),) = desk.asks(files / "words.txt", task="EMO")
     with desk._changed:
         assert desk._changed.wait_for(lambda: desk._ready, PATIENCE)
     second.add_done_callback(lambda _: go_on.set())  # the model goes on once the desk is closing

@@ -14,10 +14,11 @@ from holding import PATIENCE
 
 from hba.batch.config import EncodeConfig
 from hba.batch.pool import DescriptorConfig
+from hba.evaluate.desk import Desk
 from hba.model import OmniSapiens
 from hba.model.bam import AdapterSpec, Bam, save_bam
 from hba.model.checkpoint import resolve
-from hba.serve import Desk, Limits, create_app
+from hba.serve import Limits, create_app
 from hba.serve import _Protocol as Protocol
 
 ENCODE = EncodeConfig(num_frames=2, max_pixels=3136)

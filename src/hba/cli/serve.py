@@ -51,7 +51,8 @@ def serve_command(
     from hba.explorer.server import bind, is_loopback
 
     bound = bind(host, port, with_token=not no_token)
-    from hba.serve import MEGABYTE, Desk, Limits, create_app, run
+    from hba.evaluate.desk import Desk
+    from hba.serve import MEGABYTE, Limits, create_app, run
     from hba.storage import cache_folder
 
     limits = Limits(body_bytes=max_body * MEGABYTE, waiting=max_waiting, seconds=timeout)

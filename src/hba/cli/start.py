@@ -20,7 +20,7 @@ from hba.storage import cache_folder
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from hba.serve import Desk
+    from hba.evaluate.desk import Desk
 
 TRY = "The Try page"
 
@@ -168,6 +168,6 @@ def _desks(names: list[str], opened: ExitStack) -> dict[str, Desk]:
     if not names:
         return {}
     require_extra("train", "a model in this process")
-    from hba.serve import Desk
+    from hba.evaluate.desk import Desk
 
     return {name: opened.enter_context(closing(Desk(name, folder=cache_folder() / "serve"))) for name in names}

@@ -45,6 +45,7 @@ from hba.evaluate.runs import Event, Run
 from hba.explorer import media
 from hba.explorer.index import (
     COLUMNS,
+    DECISIONS,
     FREE_FORM,
     PAIRS,
     PREDICTED,
@@ -54,12 +55,14 @@ from hba.explorer.index import (
     Database,
     Form,
     Row,
+    RunEntry,
+    Runs,
     find_answers,
     find_predictions,
     find_samples,
+    whole_lines,
 )
 from hba.explorer.media import Decoder, media_response, source_of
-from hba.explorer.runs import DECISIONS, RunEntry, Runs, whole_lines
 from hba.report import words
 from hba.report.charts import Curves, Matrix, bar, bundle, curves, matrices, over_time, reliability, share_bar, waveform
 from hba.report.rl import rl_part
@@ -78,7 +81,7 @@ _THINK = re.compile(r"\s*<think>(.*?)</think>\s*(.*)", re.DOTALL | re.IGNORECASE
 
 
 class Answering(Protocol):
-    """A model that is open; `hba.serve.Desk` is one."""
+    """A model that is open; `hba.evaluate.desk.Desk` is one."""
 
     model: str
     taxonomy: Taxonomy

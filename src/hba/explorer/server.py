@@ -30,10 +30,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hba.errors import HbaError, InputError
 from hba.explorer import pages
-from hba.explorer.index import AtlasIndex, Database, index_name, located
+from hba.explorer.index import AtlasIndex, Database, Runs, index_name, located
 from hba.explorer.media import Decoder
 from hba.explorer.pages import HERE, Answering, Asked, Explorer, Tries, sheet
-from hba.explorer.runs import Runs
 
 # What the server refuses before a page is asked: other hosts' names, other sites' requests, strangers without a token.
 #

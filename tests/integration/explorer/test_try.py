@@ -20,13 +20,13 @@ from safetensors.torch import save_file
 import hba as package
 from hba import open_atlas
 from hba.descriptors.landmarks import environment_folder
+from hba.evaluate.desk import Desk
 from hba.explorer import media
 from hba.explorer.media import landmarks
 from hba.explorer.pages import KEPT, kappa_of
 from hba.explorer.server import create_app
 from hba.report import words
 from hba.report.charts import over_time
-from hba.serve import Desk
 from hba.storage import write_json
 from hba.taxonomy import BUILTIN
 
