@@ -47,11 +47,12 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from hba.errors import HbaError, InputError, MediaError
-from hba.evaluate.ask import Reply
+from hba.evaluate.ask import reply_of
 from hba.evaluate.desk import Desk, Inquiry, Part, Question, Saying, Turn
 from hba.evaluate.predictions import Prediction
 from hba.explorer.server import foreign, is_loopback, is_same
 from hba.model.generate import Ranked
+from hba.storage import plural
 
 _log = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ LINGER_SECONDS = 2.0  # for which a body that was refused is still read, so that
 BODIES_AT_ONCE = 16  # of the largest size
 SMALL_BYTES = 1 << 16  # a body of so many is read in memory at once
 RETRY_SECONDS = 2
+MOST_SAID = 2000  # letters of a refusal, which may repeat a name of the client's
 PATHS = ("/health", "/metrics", "/v1/models", "/v1/chat/completions", "/v1/classify")
 T = TypeVar("T")
 
@@ -84,6 +86,7 @@ class _Refused(Exception):  # noqa: N818 - an answer to a request, in the shape 
         self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry: bool = False
     ) -> None:
         super().__init__(message)
+        message = message[:MOST_SAID]
         self.status, self.retry = status, retry
         kind = "invalid_request_error" if status < 500 else "server_error"
         self.error = {"error": {"message": message, "type": kind, "param": param, "code": code}}
@@ -171,7 +174,7 @@ class _Gate:
         except Exception as error:
             if begun_answer:
                 raise
-            if not isinstance(error, _Refused):
+            if not isinstance(error, _Refused | HbaError):  # the words of these may be the client's
                 _log.exception("a request failed")
             self.bytes_held -= held  # before it is read on: what is refused leaves its room to the others
             held = 0
@@ -182,7 +185,7 @@ class _Gate:
             self.seconds[path] += clock() - started
 
     def _admit(self, request: Request) -> None:
-        if self._only_loopback and not is_loopback(_host_of(request)):
+        if self._only_loopback and not is_loopback(request.url.hostname or ""):
             raise _Refused(421, "this server answers to localhost alone", code="wrong_host")
         if foreign(request.headers):
             raise _Refused(403, "a page of another site asked for this", code="foreign_origin")
@@ -227,13 +230,6 @@ class _Gate:
         except TimeoutError:
             pass
         await send({"type": "http.response.body", "body": b""})
-
-
-def _host_of(request: Request) -> str:
-    try:
-        return request.url.hostname or ""
-    except ValueError:  # a header that is no host
-        return ""
 
 
 # --- the pages of the API ---------------------------------------------------------------------------------------------
@@ -434,7 +430,8 @@ class Server:
         _require(_is_whole(seed, -MOST_SEED, MOST_SEED), "seed", "must be a whole number")
         top_p = asked.get("top_p", generation.top_p)
         _require(_is_number(top_p) and 0 < top_p <= 1, "top_p", "must be above 0, and 1 at most")
-        stops = [asked["stop"]] if isinstance(asked.get("stop"), str) and asked["stop"] else asked.get("stop") or []
+        stop = asked.get("stop", [])
+        stops = list(filter(None, [stop])) if isinstance(stop, str) else stop
         fits = isinstance(stops, list) and len(stops) <= MOST_STOPS and all(isinstance(x, str) and x for x in stops)
         _require(fits, "stop", f"must be a text or up to {MOST_STOPS} texts")
         stream, logprobs = asked.get("stream", False), asked.get("logprobs", False)
@@ -468,7 +465,8 @@ class Server:
             question, transcript = (_words(asked.get(name), name) for name in ("question", "transcript"))
             keys = self.desk.datasets(tasks, datasets, question)
             if not 0 < len(given) * len(keys) <= MOST_ROWS:
-                what = f"{len(given)} files and {len(keys)} tasks: at least one, and at most {MOST_ROWS} answers"
+                many = f"{plural(len(given), 'file')} and {plural(len(keys), 'task')}"
+                what = f"{many}: at least one, and at most {MOST_ROWS} answers"
                 raise _Refused(400, what, param="files", code="invalid_value")
             asks = [(file, key, Inquiry(Question(dataset=key, name=name, question=question, transcript=transcript)))
                     for file, name in given for key in keys]  # fmt: skip
@@ -478,18 +476,14 @@ class Server:
         hard = [each for each in broken if not isinstance(each, MediaError)]
         if hard or len(broken) == len(found):
             raise (hard or broken)[0]
-        free = question is not None and tasks is None and datasets is None
-        results = [self._reply(file, key, told, free=free) for (file, key, _), told in zip(asks, found, strict=True)]
+        results = []
+        for (file, key, _), told in zip(asks, found, strict=True):
+            about = {"task": self.desk.taxonomy.dataset(key).task or "", "dataset": key}
+            if question is not None and tasks is None and datasets is None:
+                about = {"task": "", "dataset": ""}
+            assert isinstance(told, Prediction | MediaError)
+            results.append(reply_of(told if isinstance(told, Prediction) else told.what, file=file, **about))
         return _as_json({"object": "list", "model": self.desk.model, "results": results})
-
-    def _reply(self, file: str, key: str, told: Prediction | Exception, *, free: bool) -> Reply:
-        about: dict[str, Any] = {"file": file, "task": self.desk.taxonomy.dataset(key).task or "", "dataset": key}
-        if free:
-            about |= {"task": "", "dataset": ""}
-        if isinstance(told, Exception):
-            return Reply(**about, answer=None, error=told.what if isinstance(told, HbaError) else str(told))
-        answer = told.label if told.label is not None else told.answer
-        return Reply(**about, answer=answer, probs=told.probs, text=told.output, error=told.error)
 
     # --- what they share
 

@@ -218,6 +218,8 @@ def test_an_answer_ends_before_a_text_that_stops_it(client, answering):
     assert none.message.content == "" and none.logprobs.content == []
     assert "".join(words(asked(client, answering, "Well?", stop=stop, stream=True))) == expected
     assert "".join(words(asked(client, answering, "Well?", stop=stop + " and never", stream=True))) == whole
+    # Its beginnings are looked for as far as the answer goes: with all of them the model was at it for minutes.
+    assert asked(client, answering, "Well?", stop="x" * 1_000_000).choices[0].message.content == whole
 
 
 def test_several_answers_a_share_of_the_distribution_and_log_probabilities(client, answering):
@@ -318,6 +320,10 @@ def test_a_model_that_fails_leaves_its_trace_in_the_log(served, caplog):
         ({"top_logprobs": 2}, "top_logprobs", "with logprobs"),
         ({"logprobs": True, "stream": True}, "logprobs", "not told in a stream"),
         ({"n": 17}, "n", "from 1 to 16"),
+        ({"n": -1}, "n", "from 1 to 16"),
+        ({"n": True}, "n", "from 1 to 16"),
+        ({"stop": {}}, "stop", "up to 4"),
+        ({"stop": ["x"] * 10_000}, "stop", "up to 4"),
         ({"n": 2, "stream": True}, "n", "1 for a stream"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "not supported"),
         ({"temperature": 3}, "temperature", "from 0 to 2"),
@@ -333,7 +339,7 @@ def test_a_parameter_that_is_not_offered_is_refused(client, answering, more, par
     assert refused.value.param == param
 
 
-def test_what_cannot_be_asked_is_refused(client, served, answering, files):
+def test_what_cannot_be_asked_is_refused(client, served, answering, files, caplog):
     away = {"type": "image_url", "image_url": {"url": "http://169.254.169.254/latest"}}
     file = {"type": "video_url", "video_url": {"url": "file:///etc/passwd"}}
     text = {"type": "image_url", "image_url": {"url": data_url("image/png", b"no picture")}}
@@ -368,6 +374,10 @@ def test_what_cannot_be_asked_is_refused(client, served, answering, files):
     ):
         refused = served.classify(files / "words.txt", **fields)
         assert refused.status_code == 400 and said in refused.json()["error"]["message"], refused.text
+    long = served.classify(files / "words.txt", tasks="x" * 100_000)
+    assert long.status_code == 400 and len(long.text) < 3000
+    assert served.client.post("/v1/classify", headers={"origin": "http://["}, json={}).status_code == 403
+    assert not caplog.text  # what a client sends is no fault of the server, and not to be read in its log
 
 
 def test_descriptors_of_adapters_are_measured_on_the_fly_or_named(answering, files, tmp_path, monkeypatch):

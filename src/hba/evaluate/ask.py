@@ -37,6 +37,7 @@ from hba.evaluate.backends.interface import (
 )
 from hba.evaluate.config import PredictConfig
 from hba.evaluate.predict import EVERYTHING, encoding_of, open_rows
+from hba.evaluate.predictions import Prediction
 from hba.storage import atomic_write, json_line, read_json
 from hba.taxonomy import BUILTIN, FILE, Taxonomy, of_folder, save_beside
 
@@ -480,9 +481,14 @@ def _answered(
 def _reply(step: Predicted, piece: Piece, dataset: str, taxonomy: Taxonomy) -> Reply:
     about: dict[str, Any] = {"file": str(piece.medium.path), "task": taxonomy.dataset(dataset).task or ""}
     about |= {"dataset": dataset, "start": piece.start, "end": piece.end, "transcript": piece.transcript}
-    if isinstance(step, Unanswered | Quarantined):
-        return Reply(**about, answer=None, error=step.reason)
-    if step.error is not None:
-        return Reply(**about, answer=None, text=step.output, error=step.error)
-    answer = step.label if step.label is not None else step.answer
-    return Reply(**about, answer=answer, probs=step.probs, text=step.output)
+    return reply_of(step.reason if isinstance(step, Unanswered | Quarantined) else step, **about)
+
+
+def reply_of(told: Prediction | str, **about: Any) -> Reply:
+    """What a model says of a file, or why it says nothing. `about`: the other fields of a reply."""
+    if isinstance(told, str):
+        return Reply(**about, answer=None, error=told)
+    if told.error is not None:
+        return Reply(**about, answer=None, text=told.output, error=told.error)
+    answer = told.label if told.label is not None else told.answer
+    return Reply(**about, answer=answer, probs=told.probs, text=told.output)

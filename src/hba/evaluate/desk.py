@@ -599,7 +599,8 @@ class _Speech:
         if not stopped:
             text = text.rstrip("\ufffd")  # half a character
             # What may be the beginning of a text that ends the answer is not told yet.
-            begun = (n for stop in saying.stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
+            most = len(text) + 1
+            begun = (n for stop in saying.stop for n in range(1, min(len(stop), most)) if text.endswith(stop[:n]))
             text = text[: len(text) - max(begun, default=0)]
         inquiry.hear(self._opened + text)
         return stopped

@@ -39,7 +39,7 @@ from hba.atlas.source import Source, head
 from hba.config import flat, inline_yaml, read_yaml
 from hba.errors import HbaError, InputError, MediaError, nearest
 from hba.evaluate.answers import same_answer
-from hba.evaluate.ask import FREE, MIN_WINDOW, Reply, datasets_of
+from hba.evaluate.ask import FREE, MIN_WINDOW, Reply, datasets_of, reply_of
 from hba.evaluate.predictions import Prediction
 from hba.evaluate.runs import Event, Run
 from hba.explorer import media
@@ -310,12 +310,7 @@ def _ask_over_time(asked: Asked, form: Mapping[str, list[str]]) -> Response:
 
 
 def _reply_of(file: str, part: media.Part, answer: Future[Prediction] | HbaError) -> Reply:
-    about: dict[str, Any] = {"file": file, "task": "", "dataset": "", "start": part.start, "end": part.end}
-    told = _answer_of(answer)
-    if isinstance(told, str):
-        return Reply(**about, answer=None, error=told)
-    answered = told.label if told.label is not None else told.answer
-    return Reply(**about, answer=answered, probs=told.probs, text=told.output, error=told.error)
+    return reply_of(_answer_of(answer), file=file, task="", dataset="", start=part.start, end=part.end)
 
 
 def _chosen(form: Mapping[str, list[str]]) -> list[str]:
