@@ -132,13 +132,15 @@ def eval_command(
             None if judge is None else _judged(part, each, judge, judge_url, progress)
             for part, each in zip(parts, ahead, strict=True)
         ]
+    from hba.evaluate.leaderboard import DEFAULT_TABLES, build_leaderboard
+    from hba.evaluate.score import score_run
+    from hba.report.comparison import LeaderboardTables, write_leaderboard
+    from hba.report.page import write_report
+
     metrics, pages = [], []
     for part in parts:
-        metrics.append(_scored(part.folder))
-        pages.append(_reported(part.folder, atlas))
-    from hba.evaluate.leaderboard import DEFAULT_TABLES, build_leaderboard
-    from hba.report.comparison import LeaderboardTables, write_leaderboard
-
+        metrics.append(score_run(part.folder))
+        pages.append(write_report(part.folder, atlas_root=Path(atlas) if Path(atlas).is_dir() else None))
     names = {part.folder: part.setting.name for part in parts}
     board = build_leaderboard(list(names), tables=DEFAULT_TABLES, names=names, allow_other_data=chosen is not None)
     write_leaderboard(board, folder / "leaderboard.html")
@@ -345,18 +347,6 @@ def _predicted(suite: Suite, part: _Part, ahead: dict[str, Any], progress: _Prog
 
 def _minutes(seconds: float) -> str:
     return "less than a minute" if seconds < 45 else f"about {plural(max(1, round(seconds / 60)), 'minute')}"
-
-
-def _scored(folder: Path) -> Metrics:
-    from hba.evaluate.score import score_run
-
-    return score_run(folder)
-
-
-def _reported(folder: Path, atlas: str) -> Path:
-    from hba.report.page import write_report
-
-    return write_report(folder, atlas_root=Path(atlas) if Path(atlas).is_dir() else None)
 
 
 def _differences(

@@ -275,19 +275,14 @@ def make_plan(size: str, seed: int) -> Plan:
     written: set[str] = set()
     for s, split in enumerate(SPLITS):
         gathered: list[dict[str, Any]] = []
-        for source, count in _counts(SIZES[size], s):
+        for source, counts in sorted(SIZES[size].items()):
             number = int(hashlib.sha256(source.encode()).hexdigest()[:8], 16)
             studio = Studio(seed, source, split, np.random.default_rng([seed, number, s]), written)
-            gathered.extend(SOURCES[source](studio, count))
+            gathered.extend(SOURCES[source](studio, counts[s]))
             clips.extend(studio.clips)
         order = np.random.default_rng([seed, 7, s]).permutation(len(gathered))
         rows[split] = [gathered[i] for i in order]
     return Plan(clips, rows)
-
-
-def _counts(size: dict[str, tuple[int, int, int]], split: int) -> Iterator[tuple[str, int]]:
-    for source in sorted(size):
-        yield source, size[source][split]
 
 
 # --- the scenes of each dataset ---------------------------------------------------------------------------------------
