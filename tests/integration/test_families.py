@@ -9,8 +9,10 @@ from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import hba as package
@@ -18,12 +20,13 @@ from hba import open_atlas
 from hba.batch.config import EncodeConfig
 from hba.batch.encode import IGNORED, Encoder, collate, perceived
 from hba.config import load_config
-from hba.errors import InputError
+from hba.errors import ConfigError, InputError
 from hba.evaluate.config import PredictConfig
 from hba.evaluate.predict import predict_run
 from hba.evaluate.predictions import read_predictions
 from hba.model import OmniSapiens, checkpoint
 from hba.model.config import ModelConfig
+from hba.model.generate import choice_logps
 from hba.model.merge import merge_checkpoint
 from hba.model.omni import apply_strategy, recompute_layers
 from hba.model.tiny import FAMILIES, TEXT_TEMPLATE
@@ -58,8 +61,11 @@ STAGES = {
 }
 # Gemma 3n hands on four states a token; a pass of Phi-4 that gives all states spoils what it sees in later ones.
 SHORTER = ("gemma3n", "phi4")
-LACKING = [] if find_spec("timm") else ["gemma3n"]  # sees by one of its towers
-PRESENT = [family for family in FAMILIES if family not in LACKING]
+NEEDED = {"gemma3n": "timm", "smolvlm": "num2words"}  # a tower; numbers of frames in words
+LACKING = [family for family, package in NEEDED.items() if not find_spec(package)]
+# These go through the smallest set of stages, and batches of pictures, clips and both.
+BRIEFLY = ("qwen3.5", "internvl", "llava-onevision", "smolvlm", "glm4v", "lfm2-vl", "music-flamingo")
+PRESENT = [family for family in FAMILIES if family not in (*LACKING, *BRIEFLY)]
 BITS = {"nf4": torch.uint8, "int8": torch.int8}
 REWARD = "def length(responses, **_):\n    return [float(len(text)) for text in responses]\n"
 
@@ -119,12 +125,13 @@ def steps(run):
     return [line.record for line in read_jsonl(run / "log.jsonl") if line.record["kind"] == "train"]
 
 
-def batch_of(model, family, atlas, *, answers=False, datasets=None, seen=None):
+def batch_of(model, family, atlas, *, answers=False, datasets=None, seen=None, only=None):
     how = {"modalities": seen or FAMILIES[family].modalities}
     config = EncodeConfig(num_frames=2, min_pixels=3136, max_pixels=3136, **how)
     rows = open_atlas(atlas, split="train")
     encoder = Encoder(model.processor, config, rows.taxonomy, answers=answers)
-    encoded = [encoder.encode(s) for s in rows if datasets is None or s.dataset in datasets]
+    chosen = [s for s in rows if datasets is None or s.dataset in datasets]
+    encoded = [encoder.encode(s) for s in (chosen if only is None else chosen[only : only + 1])]
     return collate(encoded, pad_token_id=encoder.pad_token_id, taxonomy=rows.taxonomy)
 
 
@@ -308,6 +315,57 @@ def test_predict_and_merge(runs, atlas, tmp_path, family):
         assert told[0] == told[1]
 
 
+@pytest.fixture(scope="module")
+def pictured(atlas, tmp_path_factory):
+    """A clip and a picture, two pictures, a clip alone, a sound alone."""
+    out = tmp_path_factory.mktemp("families") / "pictured"
+    shutil.copytree(atlas, out, copy_function=lambda source, to: Path(to).hardlink_to(source))
+    rows = [json.loads(line) for line in (atlas / "train.jsonl").read_text().splitlines()]
+    clip, sound = rows[0], next(row for row in rows if row["dataset"] == "tess")
+    draw = np.random.default_rng(0)
+    for number, size in enumerate(((90, 160, 3), (120, 60, 3))):
+        Image.fromarray(draw.integers(0, 255, size, dtype=np.uint8)).save(out / f"{number}.png")
+    both = clip | {"images": ["0.png"], "problem": f"<image>{clip['problem']}"}
+    two = sound | {"images": ["0.png", "1.png"], "problem": f"<image><image>{sound['problem']}"}
+    for row in (both, two):
+        kinds = [kind for kind in ("image", "video", "audio") if row[f"{kind}s"]]
+        row["modality_signature"] = "_".join(("text", *kinds))
+    (out / "train.jsonl").unlink()
+    (out / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (both, two, clip, sound)))
+    return out
+
+
+@pytest.mark.parametrize("family", [family for family in BRIEFLY if family not in LACKING])
+def test_a_family_that_is_tested_briefly_trains_predicts_and_is_merged(runs, atlas, pictured, tmp_path, family):
+    run = runs.of(family, "sft")
+    trained = weights(run, checkpoint.ADAPTER)
+    assert any(bool(tensor.any()) for name, tensor in trained.items() if "lora_B" in name)
+    assert not re.search("visual|vision|audio", " ".join(trained))
+    config = load_config(PredictConfig, None, ["loader.workers=0", "generation.max_tokens=2", "dtype=float32"])
+    how = {"atlas": str(atlas), "split": "test", "backend": "heads", "config": config, "progress": lambda _: None}
+    predict_run(str(runs.of(family, "bam")), tmp_path / "told", **how)
+    told = list(read_predictions(tmp_path / "told" / "predictions.jsonl"))
+    assert len(told) == 3 and not any(each.error for each in told)
+    merge_checkpoint(run, tmp_path / "merged", dtype="float32")
+    ours, merged = (OmniSapiens.from_pretrained(each, dtype="float32").eval() for each in (run, tmp_path / "merged"))
+    batch, prompts = (batch_of(ours, family, pictured, answers=answers) for answers in (True, False))
+    with torch.no_grad():
+        found, expected = ours(batch), merged(batch)
+    torch.testing.assert_close(found.answer_logits_NV, expected.answer_logits_NV, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.logits_BC, expected.logits_BC, atol=1e-4, rtol=1e-4)
+    if family == "glm4v":
+        assert int(batch.inputs["image_grid_thw"].prod(-1).max()) * 14 * 14 <= 3136  # encode.max_pixels
+    # Beside others a row is what it is alone, and an answer from what was kept of its prompt as likely as in one pass.
+    said = [row[row != IGNORED].tolist() for row in batch.labels_BT]
+    logps_NV = found.answer_logits_NV.log_softmax(-1).split([len(each) for each in said])
+    likely = [float(rows[range(len(each)), each].sum()) for rows, each in zip(logps_NV, said, strict=True)]
+    kept = choice_logps(ours.transformer, prompts.inputs, [[each] for each in said])
+    assert [logp for (logp,) in kept] == pytest.approx(likely, abs=1e-3)
+    for row, whole_H in enumerate(found.pooled_BH):
+        alone = batch_of(ours, family, pictured, only=row)
+        torch.testing.assert_close(ours.pooled(alone)[0], whole_H, atol=1e-4, rtol=1e-4)
+
+
 def quantised_step(runs, atlas, family, kind, batch=None):
     """A model of that kind after one step in bfloat16, which every trained weight has reached, and its batch."""
     how = {"quantization": kind, "dtype": "bfloat16"}
@@ -391,6 +449,13 @@ def test_what_a_family_cannot_is_refused_in_one_sentence_before_data_are_read(ru
                 work(config, run)
 
 
+def test_clips_of_several_numbers_of_frames_are_refused_where_a_batch_has_one(runs, atlas):
+    rows, rate = open_atlas(atlas, split="train"), EncodeConfig(fps=2.0, modalities=("video",))
+    checkpoint.require_perceived(runs.model("internvl"), rate, rows)
+    with pytest.raises(ConfigError, match=r"one number of frames together.*encode\.num_frames"):
+        checkpoint.require_perceived(runs.model("llava-onevision"), rate, rows)
+
+
 def _weightless(folder, config, tokenizer, template):
     config.save_pretrained(folder)
     tokenizer.chat_template = template
@@ -414,6 +479,13 @@ def _gguf(folder, _):
     (folder / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
 
 
+def _hears_by_torchaudio(folder, config):
+    config.save_pretrained(folder)
+    names = {"processor_class": "GraniteSpeechProcessor", "feature_extractor_type": "GraniteSpeechFeatureExtractor"}
+    for part in ("processor", "preprocessor"):
+        (folder / f"{part}_config.json").write_text(json.dumps(names))
+
+
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 UNFIT = {
     "no template": ("LlamaConfig", SIZES, None, "TextProcessor has no chat template"),
@@ -428,6 +500,7 @@ UNFIT = {
     "other layers": ("GPT2Config", {"n_embd": 16, "n_layer": 1, "n_head": 2}, TEXT_TEMPLATE, "no layers of a language"),
     "awq": ("LlamaConfig", SIZES, TEXT_TEMPLATE, "is quantised by awq, whose package is missing"),
     "tekken": ("LlamaConfig", SIZES, TEXT_TEMPLATE, "tekken.json, which is read for Voxtral alone"),
+    "package": ("GraniteSpeechConfig", {}, _hears_by_torchaudio, "needs a package .* requires the torchaudio library"),
     "code": ("LlamaConfig", SIZES, _brings_code, "brings its own code, which is not run"),
     "gguf": ("LlamaConfig", SIZES, _gguf, r"weights for llama.cpp \(GGUF\), which are not read"),
 }
@@ -445,6 +518,7 @@ def test_what_is_no_chat_model_is_refused_in_one_sentence_before_weights_are_rea
         "LlamaConfig": "LlamaForCausalLM",
         "T5Config": "T5ForConditionalGeneration",
         "GPT2Config": "GPT2LMHeadModel",
+        "GraniteSpeechConfig": "GraniteSpeechForConditionalGeneration",
     }
     folder, config = tmp_path / "model", kind(**sizes, architectures=[classes.get(name, "None")])
     if callable(template):
@@ -454,6 +528,8 @@ def test_what_is_no_chat_model_is_refused_in_one_sentence_before_weights_are_rea
     if unfit == "awq":
         _config_says(folder, quantization_config={"quant_method": "awq", "bits": 4, "version": "gemm"})
         monkeypatch.setattr("transformers.quantizers.quantizer_awq.is_gptqmodel_available", lambda: False)
+    if unfit == "package":
+        monkeypatch.setattr("transformers.utils.import_utils.is_torchaudio_available", lambda: False)
     if unfit == "tekken":
         monkeypatch.setitem(sys.modules, "mistral_common", None)  # as where it is not installed
         monkeypatch.setattr("transformers.models.auto.tokenization_auto.is_mistral_common_available", lambda: False)

@@ -77,6 +77,10 @@ class Family(NamedTuple):
     interleaves: bool = False  # the sound of a clip may stand among its frames
     seconds_a_token: float | None = None  # of sound, where each has `audio_seq_length` tokens, whatever its length
     packed: tuple[str, ...] = ()  # features of several media stand beside each other along the last dimension
+    still_frames: int = 0  # a picture is resized as a clip of so many frames, by the area of all together
+    written: bool = False  # frames of clips stand in a prompt as pictures do
+    apart: bool = False  # a prompt has pictures or clips, which are a list of their own; of both, clips are frames
+    even_clips: bool = False  # all clips of a batch have as many frames
 
 
 FAMILIES = {
@@ -84,6 +88,10 @@ FAMILIES = {
     "Qwen3OmniMoeProcessor": Family(times=True, interleaves=True),
     "Qwen3VLProcessor": Family(whole_clips=True),
     "Gemma3nProcessor": Family(seconds_a_token=0.16),
+    "Glm4vProcessor": Family(whole_clips=True, still_frames=2, written=True),
+    "InternVLProcessor": Family(written=True),
+    "SmolVLMProcessor": Family(written=True, apart=True),
+    "LlavaOnevisionProcessor": Family(even_clips=True),
     "VoxtralProcessor": Family(),
     "MiniCPMV4_6Processor": Family(packed=("pixel_values", "pixel_values_videos")),
 }
@@ -118,6 +126,9 @@ def features_of(
     if images:
         # Without its name, a picture of one or three lines is taken for one of one or three channels.
         options = _by_area(processor.image_processor, pixels) | {"input_data_format": "channels_last"}
+        if family.still_frames:
+            least, most = (family.still_frames * pixels[name] for name in ("min_pixels", "max_pixels"))
+            options["size"] = {"shortest_edge": least, "longest_edge": most}
         call |= {"images": [list(images)], "images_kwargs": options}
     if clips:
         # Processors that tell the model of time ask for the rate of the frames.
@@ -132,7 +143,7 @@ def features_of(
             area = {"size": {"shortest_edge": least, "longest_edge": min(most, clip_pixels or most)}}
         if interleaved:  # by the times of frames, which the processor reckons from their rate
             options |= {"use_audio_in_video": True, "fps": len(clips[0]) / spans_seconds[0]}
-        call |= {"videos": list(clips), "videos_kwargs": options | area}
+        call |= {"videos": [list(clips)] if family.apart else list(clips), "videos_kwargs": options | area}
     features = {name: torch.as_tensor(value) for name, value in processor(**call).items()}
     if audios and "audio_input_features" in features:  # Phi-4's; one sound alone is given no mask, which a batch needs
         frames_AM = features["audio_input_features"][..., 0]
@@ -759,7 +770,11 @@ class Encoder:
         return replace(config, long_audio=kept, max_audio_seconds=limit)
 
     def _shown(self, messages: list[Message], media: Media) -> tuple[list[Message], Media]:
-        return _as_frames(messages, media) if media.videos and not self._takes("video") else (messages, media)
+        return _as_frames(messages, media) if media.videos and self._shows_frames(media) else (messages, media)
+
+    def _shows_frames(self, media: Media) -> bool:
+        """Whether clips go to the model as pictures, beside the pictures of the row."""
+        return not self._takes("video") or bool(media.images and FAMILIES.get(self._name, Family()).apart)
 
     def _rendered(self, messages: list[Message]) -> str:
         text: str = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -793,9 +808,11 @@ class Encoder:
         fields: dict[Modality, Field] = {"image": "images", "video": "videos", "audio": heard_in(sample)}
         counts = {"image": len(media.images), "video": len(media.videos), "audio": len(media.audios)}
         for modality in MODALITIES:
-            kind: Modality = "image" if modality == "video" and not self._takes("video") else modality
+            kind: Modality = "image" if modality == "video" and self._shows_frames(media) else modality
+            seen: Modality = "image" if kind == "video" and FAMILIES.get(self._name, Family()).written else kind
             ids = media_placeholders(self.processor, kind)
-            if not counts[modality] or not ids or any(int((input_ids_T == i).sum()) for i in ids):
+            stand = media_placeholders(self.processor, seen)
+            if not counts[modality] or not ids or any(int((input_ids_T == i).sum()) for i in stand):
                 continue
             rendered = self._rendered(self._shown(self.messages(sample, len(media.audios)), media)[0])
             if any(self.processor.tokenizer.convert_ids_to_tokens(i) in rendered for i in ids):
@@ -862,6 +879,9 @@ def require_perceived(processor: Any, config: EncodeConfig, columns: Columns, *,
         if config.sound_of_clips == "interleaved" and not FAMILIES.get(name, Family()).interleaves:
             fix = "Use encode.sound_of_clips=separate."
             raise InputError(f"{name} takes no sound among the frames of a clip", where=where, fix=fix)
+    if config.fps is not None and "video" in config.modalities and FAMILIES.get(name, Family()).even_clips:
+        found = f"{name} takes clips of one number of frames together"
+        raise ConfigError(found, where="encode.fps", fix="Leave it out: each clip then has encode.num_frames.")
     clip_resize(processor, config)
 
 
@@ -904,8 +924,18 @@ def media_placeholders(processor: Any, modality: Modality) -> list[int]:
     ids = [i for i in getattr(processor, f"{modality}_token_ids", None) or [] if i is not None]
     if not ids:
         token = getattr(processor, f"{modality}_token", None)
-        ids = [processor.tokenizer.convert_tokens_to_ids(token)] if isinstance(token, str) else []
+        ids = known_ids(processor.tokenizer, [token] if isinstance(token, str) else [])
     return [int(i) for i in ids]
+
+
+def known_ids(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
+    """Ids of those tokens that a tokenizer has; it takes others for its unknown one."""
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in tokens]
+    return [
+        int(i)
+        for i, token in zip(ids, tokens, strict=True)
+        if i is not None and tokenizer.convert_ids_to_tokens(i) == token
+    ]
 
 
 def end_token_id(processor: Any) -> int:

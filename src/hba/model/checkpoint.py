@@ -621,7 +621,9 @@ def load_processor(name: str | Path) -> Any:
         if (Path(name) / "tekken.json").is_file() and find_spec("mistral_common") is None:
             what = "its tokenizer is tekken.json, which is read for Voxtral alone, and mistral-common is not installed"
             raise InputError(what, where=str(name), fix="Use a model with tokenizer.json.") from error
-        said = str(error).splitlines()[0] if isinstance(error, (OSError, ValueError, ImportError)) else repr(error)
+        if isinstance(error, ImportError):
+            raise lacks_package(str(name), error) from error
+        said = str(error).splitlines()[0] if isinstance(error, (OSError, ValueError)) else repr(error)
         what = f"cannot load the processor ({said})"
         raise InputError(what, where=str(name), fix="Use a model that comes with its processor.") from error
     if isinstance(processor, PreTrainedTokenizerBase):

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from hba.batch.encode import end_token_id
+from hba.batch.encode import end_token_id, known_ids
 
 BANNED_BIAS = -100.0  # of a media token in a server's sampling, as far down as logit_bias goes
-_MEDIA_ID = re.compile(r"(audio|image|video|vision|boi|eoi|boa|eoa)(_\w+)?_token_(id|index)")
-_MEDIA_TOKEN = re.compile(r"(audio|image|video|vision|boi|eoi|boa|eoa)(_\w+)?_token")
+_MEDIA_ID = re.compile(r"(\w+_)?(audio|image|video|vision|boi|eoi|boa|eoa)(_\w+)?_token_(id|index)")
+_MEDIA_TOKEN = re.compile(r"(\w+_)?(audio|image|video|vision|boi|eoi|boa|eoa)(_\w+)?_token")
 
 Ranked = tuple[tuple[int, float], ...]
 """tokens of one position and their log-probabilities: that which was said, then the most probable ones"""
@@ -229,6 +229,8 @@ def choice_logps(
     def of_last(count: int) -> dict[str, int]:  # Gemma would take its default, None, for a dimension more
         return {"logits_to_keep": count} if model._supports_logits_to_keep() else {}
 
+    # Short convolutions (LFM2) go on from what they keep by one token alone.
+    alone = "conv" in (getattr(model.config.get_text_config(), "layer_types", None) or ())
     found: list[list[float]] = [[] for _ in choices]
     with _evaluating(model):
         with _last_positions(model, 1):
@@ -239,14 +241,20 @@ def choice_logps(
             answers = [of[number] if number < len(of) else [0, 0] for of in choices]
             length = max(map(len, answers)) - 1
             padded = [[*answer[:-1], *[0] * (length + 1 - len(answer))] for answer in answers]
-            answer_BL = torch.tensor(padded, device=prompt_BT.device)
-            going_on = model._update_model_kwargs_for_generation(read, dict(state), num_new_tokens=length)
-            going_on["past_key_values"] = copy.deepcopy(going_on["past_key_values"])
-            going_on |= of_last(length)
-            whole_BT = torch.cat([prompt_BT, answer_BL], 1)
-            given = model.prepare_inputs_for_generation(whole_BT, next_sequence_length=length, **going_on)
-            with _last_positions(model, length):
-                logps_BLV = model(**given).logits.float().log_softmax(-1)
+            whole_BT = torch.cat([prompt_BT, torch.tensor(padded, device=prompt_BT.device)], 1)
+            parts: list[Tensor] = []
+            going_on, said = dict(state), read
+            count = 1 if alone else length
+            for end in range(prompt_BT.shape[1] + count, whole_BT.shape[1] + 1, count or 1):
+                going_on = model._update_model_kwargs_for_generation(said, going_on, num_new_tokens=count)
+                if not parts:
+                    going_on["past_key_values"] = copy.deepcopy(going_on["past_key_values"])
+                going_on |= of_last(count)
+                given = model.prepare_inputs_for_generation(whole_BT[:, :end], next_sequence_length=count, **going_on)
+                with _last_positions(model, count):
+                    said = model(**given)
+                parts.append(said.logits.float().log_softmax(-1))
+            logps_BLV = torch.cat(parts, 1)
             for row, answer in enumerate(answers):
                 if number < len(choices[row]):
                     rest = sum(float(logps_BLV[row, i, token]) for i, token in enumerate(answer[1:]))
@@ -289,7 +297,6 @@ def media_token_ids(config: Any, processor: Any = None) -> list[int]:
     """Ids of the tokens that stand for media or their borders, as a model's config and its processor name them."""
     named = {name: value for name, value in config.to_dict().items() if _MEDIA_ID.fullmatch(name)}
     ids = {int(value) for value in named.values() if isinstance(value, int)}
-    for name, token in vars(processor).items() if processor is not None else ():
-        if _MEDIA_TOKEN.fullmatch(name) and isinstance(token, str):
-            ids.add(int(processor.tokenizer.convert_tokens_to_ids(token)))
-    return sorted(ids)
+    own = {} if processor is None else vars(processor)
+    tokens = [token for name, token in own.items() if _MEDIA_TOKEN.fullmatch(name) and isinstance(token, str)]
+    return sorted(ids.union(known_ids(processor.tokenizer, tokens)) if tokens else ids)

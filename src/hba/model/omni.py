@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hba.batch.config import EncodeConfig
-from hba.batch.encode import IGNORED, Batch, Window, answer_ids, end_token_id
+from hba.batch.encode import FAMILIES, IGNORED, Batch, Family, Window, answer_ids, end_token_id
 from hba.errors import ConfigError, InputError, nearest
 from hba.model import checkpoint
 from hba.model.bam import FOLDER, Bam, load_bam, save_bam
@@ -65,6 +65,8 @@ class OmniSapiens(nn.Module):
         super().__init__()
         self.transformer: Any = transformer
         interleaving_by_row(transformer)
+        if FAMILIES.get(type(processor).__name__, Family()).written:
+            telling_clips_from_pictures(transformer)
         self.heads = heads
         self.processor = processor
         self.bam = bam
@@ -431,6 +433,32 @@ def interleaving_by_row(transformer: Any) -> None:
         return torch.cat(positions, 1), torch.cat(deltas)
 
     transformer.get_rope_index = of_rows
+
+
+def telling_clips_from_pictures(transformer: Any) -> None:
+    """Let a model whose frames stand in a prompt as pictures do, between tokens of their own (GLM-4V), find both.
+
+    transformers takes all places for those of pictures, and all for those of clips: a batch could have one kind alone.
+    """
+    whole, ids = (
+        next((m for m in transformer.modules() if hasattr(m, "get_placeholder_mask")), None),
+        transformer.config,
+    )
+    if whole is None or getattr(ids, "video_start_token_id", None) is None:
+        return
+
+    def places(input_ids: Tensor, inputs_embeds: Tensor, **features: Tensor) -> tuple[Tensor, Tensor]:
+        begun_BT, ended_BT = ((input_ids == i).cumsum(1) for i in (ids.video_start_token_id, ids.video_end_token_id))
+        kinds = [
+            (input_ids == ids.image_token_id) & (clip_BT) for clip_BT in (begun_BT <= ended_BT, begun_BT > ended_BT)
+        ]
+        for name, kind_BT in zip(("image_features", "video_features"), kinds, strict=True):
+            if name in features and len(features[name]) != int(kind_BT.sum()):
+                raise ValueError(f"{len(features[name])} {name} for {int(kind_BT.sum())} places in the prompts")
+        image_BTH, video_BTH = (kind_BT.unsqueeze(-1).expand_as(inputs_embeds) for kind_BT in kinds)
+        return image_BTH, video_BTH
+
+    whole.get_placeholder_mask = places
 
 
 @contextmanager

@@ -586,6 +586,216 @@ def _phi4(tokenizer: Any, sizes: TinySizes) -> Made:
     return Made(Phi4MultimodalForCausalLM, config, processor)
 
 
+def _internvl(tokenizer: Any, sizes: TinySizes) -> Made:
+    """Pictures in crops of one size; the frames of a clip stand among words, each as one crop."""
+    from transformers import (
+        GotOcr2ImageProcessor,
+        InternVLConfig,
+        InternVLForConditionalGeneration,
+        InternVLProcessor,
+        InternVLVideoProcessor,
+    )
+
+    names = {"start_image_token": "vision_bos_token", "end_image_token": "vision_eos_token"}
+    names |= {"context_image_token": "image_token", "video_token": "video_token"}
+    tokenizer._set_model_specific_special_tokens({name: MEDIA_TOKENS[token] for name, token in names.items()})
+    size = {"height": 56, "width": 56}
+    image, video = GotOcr2ImageProcessor(size=size, max_patches=2), InternVLVideoProcessor(size=size)
+    processor = InternVLProcessor(image, tokenizer, video, image_seq_length=4, chat_template=CHAT_TEMPLATE)
+    config = InternVLConfig(
+        text_config=_text(tokenizer, sizes, model_type="qwen2"),
+        vision_config=_siglip(sizes)
+        | {"image_size": 56, "patch_size": 14, "initializer_range": sizes.initializer_range},
+        image_seq_length=4,
+        **_ids(tokenizer, **{"image_token_id": "image_token"}),
+    )
+    return Made(InternVLForConditionalGeneration, config, processor)
+
+
+def _llava_onevision(tokenizer: Any, sizes: TinySizes) -> Made:
+    """Pictures in crops by their shape, a token at the end of each line of patches."""
+    from transformers import (
+        LlavaOnevisionConfig,
+        LlavaOnevisionForConditionalGeneration,
+        LlavaOnevisionImageProcessor,
+        LlavaOnevisionProcessor,
+        LlavaOnevisionVideoProcessor,
+    )
+
+    size, grid = {"height": 56, "width": 56}, [[56, 56], [56, 112], [112, 56]]
+    processor = LlavaOnevisionProcessor(
+        LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=grid),
+        tokenizer,
+        LlavaOnevisionVideoProcessor(size=size),
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        chat_template=CHAT_TEMPLATE,
+    )
+    config = LlavaOnevisionConfig(
+        text_config=_text(tokenizer, sizes, model_type="qwen2"),
+        vision_config=_siglip(sizes) | {"image_size": 56, "patch_size": 14, "vision_use_head": False},
+        image_grid_pinpoints=grid,
+        **_ids(tokenizer, **{"image_token_index": "image_token", "video_token_index": "video_token"}),
+        tie_word_embeddings=True,
+    )
+    return Made(LlavaOnevisionForConditionalGeneration, config, processor)
+
+
+def _smolvlm(tokenizer: Any, sizes: TinySizes) -> Made:
+    """Pictures in crops, clips as frames with their times; how many it says in words."""
+    from transformers import (
+        SmolVLMConfig,
+        SmolVLMForConditionalGeneration,
+        SmolVLMImageProcessor,
+        SmolVLMProcessor,
+        SmolVLMVideoProcessor,
+    )
+    from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE  # clips have it in any case
+
+    if find_spec("num2words") is None:
+        fix = "pip install num2words, or use another family."
+        raise InputError("its processor needs num2words, which is not installed", where="smolvlm", fix=fix)
+    around = ["<fake_token_around_image>", "<global-img>", "<end_of_utterance>", "<image>", "<video>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": around})
+    tokenizer._set_model_specific_special_tokens({"image_token": "<image>", "video_token": "<video>"})
+    small = {"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 56}}
+    sampled = {"video_sampling": {"max_frames": 8, "fps": 1, "video_size": {"longest_edge": 56}}}
+    processor = SmolVLMProcessor(
+        SmolVLMImageProcessor(**small),
+        tokenizer,
+        SmolVLMVideoProcessor(**small, **sampled),
+        image_seq_len=4,
+        chat_template=DEFAULT_CHAT_TEMPLATE,
+    )
+    config = SmolVLMConfig(
+        text_config=_text(tokenizer, sizes, model_type="llama"),
+        vision_config=_siglip(sizes)
+        | {"image_size": 56, "patch_size": 14, "initializer_range": sizes.initializer_range},
+        scale_factor=2,
+        pad_token_id=tokenizer.pad_token_id,
+        image_token_id=processor.image_token_id,
+        tie_word_embeddings=True,
+    )
+    return Made(SmolVLMForConditionalGeneration, config, processor)
+
+
+def _glm4v(tokenizer: Any, sizes: TinySizes) -> Made:
+    """Clips whose frames carry their times and stand as pictures between tokens of their own."""
+    from transformers import (
+        Glm4vConfig,
+        Glm4vForConditionalGeneration,
+        Glm4vImageProcessor,
+        Glm4vProcessor,
+        Glm4vVideoProcessor,
+    )
+
+    borders = {
+        f"{kind}_{end}": f"<|{begins}_of_{kind}|>"
+        for kind in ("image", "video")
+        for end, begins in (("start", "begin"), ("end", "end"))
+    }
+    tokenizer.add_special_tokens({"additional_special_tokens": list(borders.values())})
+    small = {"size": {"shortest_edge": 56 * 56, "longest_edge": 56 * 56}}
+    processor = Glm4vProcessor(
+        Glm4vImageProcessor(**small),
+        tokenizer,
+        Glm4vVideoProcessor(size={"shortest_edge": 2 * 56 * 56, "longest_edge": 4 * 56 * 56}),
+        chat_template=CHAT_TEMPLATE.replace(
+            "<|vision_bos|><|VIDEO|><|vision_eos|>", "<|begin_of_video|><|VIDEO|><|end_of_video|>"
+        ).replace("<|vision_bos|><|IMAGE|><|vision_eos|>", "<|begin_of_image|><|IMAGE|><|end_of_image|>"),
+    )
+    config = Glm4vConfig(
+        text_config=_text(tokenizer, sizes, rope_parameters=_rope(sizes) | {"partial_rotary_factor": 1.0}),
+        vision_config={
+            "depth": sizes.vision_layers,
+            "hidden_size": sizes.vision_width,
+            "intermediate_size": 2 * sizes.vision_width,
+            "num_heads": 4,
+            "image_size": 56,
+            "patch_size": 14,
+            "out_hidden_size": sizes.hidden,
+            "initializer_range": sizes.initializer_range,
+        },
+        **{f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in borders.items()},
+        **_ids(tokenizer, **{"image_token_id": "image_token", "video_token_id": "video_token"}),
+        tie_word_embeddings=True,
+    )
+    return Made(Glm4vForConditionalGeneration, config, processor)
+
+
+def _lfm2_vl(tokenizer: Any, sizes: TinySizes) -> Made:
+    """Pictures in tiles; layers of short convolutions between those of attention."""
+    from transformers import Lfm2VlConfig, Lfm2VlForConditionalGeneration, Lfm2VlImageProcessor, Lfm2VlProcessor
+
+    tiles = [f"<|img_row_{row}_col_{column}|>" for row, column in ((1, 1), (1, 2), (2, 1))]
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|img_thumbnail|>", *tiles]})
+    around = [MEDIA_TOKENS[name] for name in ("image_token", "vision_bos_token", "vision_eos_token")]
+    names = dict(zip(("image_token", "image_start_token", "image_end_token"), around, strict=True))
+    tokenizer._set_model_specific_special_tokens(names)
+    image = Lfm2VlImageProcessor(
+        max_tiles=2,
+        min_image_tokens=4,
+        max_image_tokens=16,
+        encoder_patch_size=8,
+        tile_size=64,
+        size={"height": 64, "width": 64},
+    )
+    template = CHAT_TEMPLATE.replace("<|vision_bos|><|IMAGE|><|vision_eos|>", "<|IMAGE|>")
+    processor = Lfm2VlProcessor(image, tokenizer, chat_template=template)
+    kinds = ["conv"] * (sizes.layers - 1) + ["full_attention"]
+    config = Lfm2VlConfig(
+        text_config=_text(tokenizer, sizes, model_type="lfm2", layer_types=kinds, block_multiple_of=16),
+        vision_config=_siglip(sizes) | {"patch_size": 8, "num_patches": 64, "vision_use_head": False},
+        projector_hidden_size=sizes.hidden,
+        **_ids(tokenizer, **{"image_token_id": "image_token"}),
+    )
+    return Made(Lfm2VlForConditionalGeneration, config, processor)
+
+
+def _qwen3_5(tokenizer: Any, sizes: TinySizes) -> Made:
+    """Layers of linear attention; the processor of Qwen3-VL."""
+    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+    processor = _qwen3_vl(tokenizer, sizes).processor
+    kinds = ["linear_attention"] * (sizes.layers - 1) + ["full_attention"]
+    linear = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2}
+    linear |= {"linear_num_value_heads": 4, "head_dim": sizes.hidden // sizes.heads}
+    rope = _rope(sizes, mrope_interleaved=True, partial_rotary_factor=1.0)
+    vision = {name: value for name, value in _deepstack_vision(sizes).items() if name != "deepstack_visual_indexes"}
+    ids = {"image_token_id": "image_token", "video_token_id": "video_token"}
+    ids |= {"vision_start_token_id": "vision_bos_token", "vision_end_token_id": "vision_eos_token"}
+    config = Qwen3_5Config(
+        text_config=_text(tokenizer, sizes, rope_parameters=rope, layer_types=kinds, **linear),
+        vision_config=vision,
+        **_ids(tokenizer, **ids),
+        tie_word_embeddings=True,
+    )
+    return Made(Qwen3_5ForConditionalGeneration, config, processor)
+
+
+def _music_flamingo(tokenizer: Any, sizes: TinySizes) -> Made:
+    """Audio Flamingo 3 with the times of a sound's steps."""
+    from transformers import MusicFlamingoConfig, MusicFlamingoForConditionalGeneration, MusicFlamingoProcessor
+
+    _, heard, other = _audio_flamingo(tokenizer, sizes)
+    names = {name: MEDIA_TOKENS[name] for name in ("audio_token", "audio_bos_token", "audio_eos_token")}
+    template = CHAT_TEMPLATE.replace("<|audio_bos|><|AUDIO|><|audio_eos|>", "<|AUDIO|>")
+    processor = MusicFlamingoProcessor(other.feature_extractor, tokenizer, chat_template=template, **names)
+    config = MusicFlamingoConfig(
+        audio_config=heard.audio_config.to_dict(),
+        text_config=heard.text_config.to_dict(),
+        **_ids(
+            tokenizer,
+            **{
+                "audio_token_id": "audio_token",
+                "audio_bos_token_id": "audio_bos_token",
+                "audio_eos_token_id": "audio_eos_token",
+            },
+        ),
+    )
+    return Made(MusicFlamingoForConditionalGeneration, config, processor)
+
+
 def _siglip(sizes: TinySizes) -> dict[str, Any]:
     return {
         "hidden_size": sizes.vision_width,
@@ -777,6 +987,13 @@ FAMILIES = {
     "gemma3": TinyFamily(modalities=("image", "video"), make=_gemma3),
     "gemma3n": TinyFamily(modalities=("image", "video", "audio"), make=_gemma3n),
     "qwen2-audio": TinyFamily(modalities=("audio",), make=_qwen2_audio),
+    "qwen3.5": TinyFamily(modalities=("image", "video"), make=_qwen3_5),
+    "internvl": TinyFamily(modalities=("image", "video"), make=_internvl),
+    "llava-onevision": TinyFamily(modalities=("image", "video"), make=_llava_onevision),
+    "smolvlm": TinyFamily(modalities=("image", "video"), make=_smolvlm),
+    "glm4v": TinyFamily(modalities=("image", "video"), make=_glm4v),
+    "lfm2-vl": TinyFamily(modalities=("image", "video"), make=_lfm2_vl),
+    "music-flamingo": TinyFamily(modalities=("audio",), make=_music_flamingo),
     "voxtral": TinyFamily(modalities=("audio",), make=_voxtral),
     "audio-flamingo3": TinyFamily(modalities=("audio",), make=_audio_flamingo),
     "llama": TinyFamily(modalities=(), make=_llama),
