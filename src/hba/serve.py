@@ -332,8 +332,8 @@ class Server:
                 whole = asyncio.wrap_future(answers[0])
                 whole.add_done_callback(lambda _: pieces.put_nowait(None))
                 first = await self._awaited(request, pieces.get())
-                if first is None:
-                    whole.result()  # what fails before anything is said is no stream
+                if first is None and (failed := whole.exception()) is not None:
+                    raise _as_refusal(failed)  # what fails before anything is said is no stream
                 about["object"] = "chat.completion.chunk"
                 options = asked.get("stream_options")
                 usage = isinstance(options, dict) and bool(options.get("include_usage"))
@@ -348,7 +348,7 @@ class Server:
         predictions = []
         for each in found:
             if isinstance(each, Exception):
-                raise each
+                raise _as_refusal(each)
             predictions.append(each)
         choices = [self._choice(number, inquiry, answered)
                    for number, (inquiry, answered) in enumerate(zip(inquiries, predictions, strict=True))]  # fmt: skip
@@ -475,7 +475,7 @@ class Server:
         broken = [each for each in found if isinstance(each, Exception)]
         hard = [each for each in broken if not isinstance(each, MediaError)]
         if hard or len(broken) == len(found):
-            raise (hard or broken)[0]
+            raise _as_refusal((hard or broken)[0])
         results = []
         for (file, key, _), told in zip(asks, found, strict=True):
             about = {"task": self.desk.taxonomy.dataset(key).task or "", "dataset": key}

@@ -307,6 +307,7 @@ def test_a_model_that_fails_leaves_its_trace_in_the_log(served, caplog):
         answer = served.client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "Sesame?"}]})
     assert answer.status_code == 500 and "the model failed on a batch of 1 row" in caplog.text
     assert "in _predictions" in caplog.text and "Sesame" not in caplog.text
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize(
