@@ -61,6 +61,7 @@ def test_a_table_with_groups_transcripts_and_labels_of_ones_own(hba, tmp_path):
     code, out, err = hba(*arguments)
     assert code == 0, err
     assert "hba train sft" in out and "8 groups, each in one split" in out
+    assert f"hba tiny runs/in-tiny --atlas {tmp_path / 'out'}" in out and "hba eval runs/in --atlas" in out
     found = rows(tmp_path / "out")
     speakers = [{sample.extra["speaker"] for sample in samples} for samples in found.values()]
     assert sum(map(len, speakers)) == len(set().union(*speakers)) == 8

@@ -385,9 +385,16 @@ def build_command(
             yield f"Without a label: {files}, to predict; training and scores leave them out."
         yield "Next:"
         yield f"  hba atlas validate {out}"
-        yield from [f"  hba train sft --run runs/{built.dataset} atlas={out} model.name=MODEL"] if kinds else []
-        split = "" if "test" in built.splits else f" --split {next(iter(built.splits))}"
-        yield f"  hba predict MODEL --atlas {out}{split} --run runs/{built.dataset}-predictions"
+        run = f"runs/{built.dataset}"
+        if kinds:  # what a laptop can train, and what a GPU should
+            yield f"  hba tiny {run}-tiny --atlas {out}"
+            yield f"  hba train sft --config sft_tiny --run {run} atlas={out} model.name={run}-tiny"
+            yield f"  hba train sft --config sft --run {run} atlas={out}   # instead of both, on a GPU"
+        if "test" in built.splits and kinds:
+            yield f"  hba eval {run} --atlas {out}"
+        else:
+            split = "" if "test" in built.splits else f" --split {next(iter(built.splits))}"
+            yield f"  hba predict MODEL --atlas {out}{split} --run {run}-predictions"
 
     answer(asdict(built), show, as_json=json)
     for name, reason in built.unreadable.items():
