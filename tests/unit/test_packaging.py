@@ -175,8 +175,9 @@ def test_the_wheel_trains_in_an_empty_environment_from_another_folder(tmp_path: 
 @pytest.mark.slow
 @needs_wheel
 def test_the_light_wheel_is_small_and_works_without_torch(tmp_path: Path, wheel: Path) -> None:
+    """With the newest versions that it allows, as a person gets it: no constraints."""
     programs = empty_environment(tmp_path / "light")
-    subprocess.run([str(programs / "pip"), "install", "-q", "-c", str(CONSTRAINTS), str(wheel)], check=True)
+    subprocess.run([str(programs / "pip"), "install", "-q", str(wheel)], check=True)
     listed = subprocess.run([str(programs / "pip"), "list", "--format=json"], capture_output=True, check=True)
     names = {each["name"] for each in json.loads(listed.stdout)}
     assert not names & {"torch", "transformers", "scipy", "scikit-learn"}
