@@ -38,7 +38,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -88,6 +88,8 @@ RL = (
     *("validation_split=validation[:4]", "train_split=train[:24]"),
 )
 RECIPE_TOKENS, VOCABULARY, WIDTH = 5 * 2048, 151_936, 3584  # of a micro-batch of the recipe `rl` on the 7B
+LATE = "the budget of the check"
+NO_ROOM = "no room for"  # as hba says that a GPU is full: a training then tries half as many samples
 DIES, HOW = "HBA_BENCHMARK_DIES_AT_STEP", "HBA_BENCHMARK_HOW"  # HOW: words of `measured` below
 
 
@@ -167,18 +169,23 @@ def full(place: Place) -> dict[str, Any]:
 
 def attention(place: Place) -> dict[str, Any]:
     """LoRA on the 7B with each implementation of attention: the same loss, at what speed and memory."""
-    ways = {"sdpa": lora(place)}
-    ways["eager"] = measured(place, "eager", "7b", 8, "model.attention=eager")
+    own: dict[str, Callable[[], dict[str, Any]]] = {
+        "sdpa": lambda: lora(place),
+        "eager": lambda: measured(place, "eager", "7b", 8, "model.attention=eager"),
+        "flash_attention_2": lambda: measured(place, "flash", "7b", 8, "model.attention=flash_attention_2"),
+    }
     why = "no GPU" if place.tiny else "no flash-attn here"
-    if not place.tiny and importlib.util.find_spec("flash_attn") is not None:
-        ways["flash_attention_2"] = measured(place, "flash", "7b", 8, "model.attention=flash_attention_2")
-    else:
-        ways["flash_attention_2"] = {"skipped": why}
-    ran = {name: each for name, each in ways.items() if "skipped" not in each}
-    first = {name: each["losses"][0] for name, each in ran.items()}
+    if place.tiny or importlib.util.find_spec("flash_attn") is None:
+        own["flash_attention_2"] = lambda: {"skipped": why}
+    ways = each_alone(own)
+    ran = {name: each for name, each in ways.items() if isinstance(each, dict) and "losses" in each}
+    if "sdpa" not in ran:
+        return ways
+    # Batches of other sizes, where one had no room, have other losses.
+    first = {name: each["losses"][0] for name, each in ran.items() if each["samples"] == ran["sdpa"]["samples"]}
     worst = max(abs(loss / first["sdpa"] - 1) for loss in first.values())
     require(worst < 0.05, f"the first loss differs: {first}")
-    fastest = {n: round(e["step_seconds"] / ways["sdpa"]["step_seconds"], 2) for n, e in ran.items()}
+    fastest = {n: round(e["step_seconds"] / ran["sdpa"]["step_seconds"], 2) for n, e in ran.items() if n in first}
     return {"first_loss_differs": round(worst, 5), "step_seconds_to_sdpa": fastest, **ways}
 
 
@@ -195,7 +202,8 @@ def bit_equal(place: Place) -> dict[str, Any]:
     except AssertionError as error:
         if "deterministic" not in str(error):
             raise
-        shutil.rmtree(straight)  # some kernel has no such form: equal runs may then differ by themselves
+        # Some kernel has no such form: equal runs may then differ by themselves.
+        shutil.rmtree(straight, ignore_errors=True)
         how, kernels = {}, "as they are"
         child(place, *command, str(straight), *more)
     killed = child(place, *command, str(run), *more, environment=how | {DIES: "4"}, code=-signal.SIGKILL)
@@ -212,26 +220,21 @@ def bit_equal(place: Place) -> dict[str, Any]:
 
 def answers(place: Place) -> dict[str, Any]:
     """Prediction at 7B: the heads of the LoRA run in classes, and the backbone in words, 32 tokens an answer."""
-    lora(place)
-    own = [
-        "--atlas",
-        str(place.folder / "atlas"),
-        "--limit",
-        "16" if place.tiny else "32",
-        "--split",
-        "train",
-        "--datasets",
-    ]
-    own += [SEEN[0].partition("[")[2].rstrip("]"), "batch_size=8"]
-    found = {}
-    for name, model, more in (
-        ("heads", place.real / "lora", []),
-        ("hf", place.folder / "7b", [*(ENCODE if place.tiny else CLIPS), "generation.max_tokens=32"]),
-    ):
-        run = str(place.real / f"answers-{name}")
-        asked_for = ["predict", str(model), "--backend", name, "--run", run, *own, *more]
-        found[name] = child(place, *asked_for, environment={HOW: "measured"})
-    return found
+    own = ["--atlas", str(place.folder / "atlas"), "--limit", "16" if place.tiny else "32", "--split", "train"]
+    own += ["--datasets", SEEN[0].partition("[")[2].rstrip("]"), "batch_size=8"]
+
+    def ask(backend: str, model: Path, *more: str) -> dict[str, Any]:
+        run = str(place.real / f"answers-{backend}")
+        asked_for = ["predict", str(model), "--backend", backend, "--run", run, *own, *more]
+        return child(place, *asked_for, environment={HOW: "measured"})
+
+    def by_heads() -> dict[str, Any]:
+        lora(place)
+        return ask("heads", place.real / "lora")
+
+    encode = ENCODE if place.tiny else CLIPS
+    words = ("hf", place.folder / "7b", *encode, "generation.max_tokens=32")
+    return each_alone({"hf": lambda: ask(*words), "heads": by_heads})
 
 
 def rl_step(place: Place) -> dict[str, Any]:
@@ -364,10 +367,21 @@ def measured(place: Place, run: str, size: str, samples: int, *overrides: str, s
     kept = place.real / f"{run}.json"
     if kept.is_file():
         found: dict[str, Any] = json.loads(kept.read_text())
+        require("failed" not in found, f"{run} failed before: {found.get('failed')}")
         return found
-    more = [*place.drawn(size, samples), *BIG, *overrides]
     how = "measured" if saved else "measured unsaved"
-    done = child(place, "train", "sft", "--run", str(place.real / run), *more, environment={HOW: how})
+    while True:
+        more = [*place.drawn(size, samples), *BIG, *overrides]
+        try:
+            done = child(place, "train", "sft", "--run", str(place.real / run), *more, environment={HOW: how})
+            break
+        except AssertionError as error:
+            if NO_ROOM not in str(error) or samples == 1:
+                if LATE not in str(error):  # the next check that needs it may have more seconds
+                    kept.write_text(json.dumps({"failed": str(error)[-300:]}))
+                raise
+            samples //= 2
+            shutil.rmtree(place.real / run, ignore_errors=True)
     said = losses(place.real / run)
     require(len(said) == STEPS, "a step has no finite loss")
     found = {**done, "losses": [round(loss, 4) for loss in said[:: STEPS - 1]]}
@@ -377,6 +391,18 @@ def measured(place: Place, run: str, size: str, samples: int, *overrides: str, s
         rate = found["operations_a_sample"] * found["samples_per_second"]
         found |= {"stated_tflops": card.tflops, "share_of_peak": round(rate / (card.tflops * 1e12), 3)}
     kept.write_text(json.dumps(found))
+    return found
+
+
+def each_alone(ways: Mapping[str, Callable[[], dict[str, Any]]]) -> dict[str, Any]:
+    """What each of `ways` gives by its name, whatever becomes of the others; `failed` has the errors of those that
+    failed, if any."""
+    found: dict[str, Any] = {}
+    for name, way in ways.items():
+        try:
+            found[name] = way()
+        except Exception as error:  # noqa: BLE001 -- the others run, and the exit code says it
+            found["failed"] = f"{found.get('failed', '')}{name}: {str(error)[-300:]} ".lstrip()
     return found
 
 
@@ -452,13 +478,15 @@ def child(
     given = os.environ | shared | hidden | (environment or {})
     command = [python, __file__, "--child", *arguments]
     left = place.ends - time.monotonic()
-    require(left > 0, "no seconds of its budget are left")
+    require(left > 0, f"no seconds are left of {LATE}")
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, env=given, start_new_session=True, **pipes)
     try:
         out, err = process.communicate(timeout=None if left == float("inf") else left)
     except subprocess.TimeoutExpired:
-        raise AssertionError(f"{' '.join(arguments[:2])} has not ended within the budget of the check") from None
+        os.killpg(process.pid, signal.SIGKILL)
+        _, err = process.communicate()
+        raise AssertionError(f"{' '.join(arguments[:2])} has not ended within {LATE}: {err[-300:]}") from None
     finally:
         with suppress(ProcessLookupError):  # its own processes may have outlived it
             os.killpg(process.pid, signal.SIGKILL)
@@ -884,14 +912,17 @@ def main() -> None:
     if options.read is not None:
         lines = [json.loads(line) for line in options.read.read_text(encoding="utf-8").splitlines()]
     else:
-        lines = run_checks(chosen, tiny=options.tiny, minutes=options.minutes, out=options.out)
+        places = {"out": options.out, "page": options.page}
+        lines = run_checks(chosen, tiny=options.tiny, minutes=options.minutes, **places)
     if options.page is not None:
         write_page(options.page, lines)
     sys.exit(any("failed" in line for line in lines))
 
 
-def run_checks(chosen: Sequence[Check], *, tiny: bool, minutes: float, out: Path | None) -> list[dict[str, Any]]:
-    """Each in turn, whatever becomes of the others; what each found."""
+def run_checks(
+    chosen: Sequence[Check], *, tiny: bool, minutes: float, out: Path | None, page: Path | None
+) -> list[dict[str, Any]]:
+    """Each in turn, whatever becomes of the others; what each found. File and page have it before the next begins."""
     import torch
 
     lines: list[dict[str, Any]] = []
@@ -918,6 +949,8 @@ def run_checks(chosen: Sequence[Check], *, tiny: bool, minutes: float, out: Path
             if out is not None:
                 with out.open("a", encoding="utf-8") as handle:
                     handle.write(json.dumps(line) + "\n")
+            if page is not None:
+                write_page(page, lines)
     return lines
 
 

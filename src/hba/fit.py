@@ -33,10 +33,10 @@ from hba.evaluate.config import PredictConfig
 from hba.model import checkpoint
 from hba.model.checkpoint import backbone_class, read_config, resolve_dtype
 from hba.model.config import ModelConfig, Quantization
+from hba.model.heads import CHUNK_VALUES
 from hba.model.omni import OmniSapiens, apply_strategy, as_they_come, recompute_layers
 from hba.model.weights import language_layers, linear_names, skeleton
 from hba.rl.config import RlConfig
-from hba.rl.rollout import CHUNK_VALUES
 from hba.train.config import BamConfig, LmConfig, QaConfig, SftConfig, TrainConfig
 from hba.train.ranks import ROUNDED, Unit, units
 
@@ -58,7 +58,9 @@ ANSWER_TOKENS = 16  # of a supervised answer in words; most labels have two
 QUANTIZED_BYTES = {"int8": 1.0, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}  # a weight: codes, scales, scales of scales
 GATHERED = "layers gathered from other GPUs"
 REFERENCE = "policy of the start"
+LM_HEAD = "lm_head in float32 and its moments"
 VALIDATION = "validation_batch_size"
+LOGITS_BYTES = 20  # of a token's logit while its loss and gradient are made: five are alive
 TOWER_POSITIONS = 3  # of a media tower for a token of the prompt: 4 patches or 2 frames of sound make one
 
 
@@ -162,6 +164,8 @@ class Work(NamedTuple):
     counted: int = 0  # what the plan counts for a sample of the plan by `train.device_tokens`
     beside: TrainConfig | None = None  # of a pass between steps: the training whose weights and moments are there
     reference: bool = False  # whether the policy of the start is there, too
+    lm_head: TrainConfig | None = None  # of a copy of lm_head that trains on states of the frozen model
+    alone: bool = False  # whether the frozen model has gone by then
 
     @property
     def state(self) -> TrainConfig | None:
@@ -190,8 +194,13 @@ def work_of(config: Settings, tokens: int, model: str) -> list[Work]:
         plain = _frozen(config, model)
         return [Work(plain, None, config.batch_size, tokens, cached=tokens + config.generation.max_tokens)]
     if isinstance(config, QaConfig | BamConfig):
-        plain = _frozen(config, model)
-        return [Work(plain, None, config.features.batch_size, tokens)]
+        plain, learning = _frozen(config, model), config.train if isinstance(config, QaConfig) else None
+        if not config.features.cache:
+            return [Work(plain, None, _at_once(config.train, tokens), tokens, lm_head=learning)]
+        works = [Work(plain, None, config.features.batch_size, tokens)]
+        if learning is not None:
+            works.append(Work(plain, None, _at_once(learning, tokens), ANSWER_TOKENS, lm_head=learning, alone=True))
+        return works
     if not isinstance(config, RlConfig):
         speaks = not isinstance(config, SftConfig) or config.answer_weight > 0
         answers, samples = ANSWER_TOKENS if speaks else 0, _at_once(config.train, tokens)
@@ -280,7 +289,7 @@ def _key(config: Settings) -> str:
     """The key that says how much a GPU takes at once."""
     if isinstance(config, PredictConfig):
         return "batch_size"
-    if isinstance(config, QaConfig | BamConfig):
+    if isinstance(config, QaConfig | BamConfig) and config.features.cache:
         return "features.batch_size"
     return "train.device_tokens" if _budgeted(config) else "train.device_batch_size"
 
@@ -449,7 +458,8 @@ class _Need:
         split = state is not None and state.sharding == "full"
         shared = gpus if split else 1
         kept = torch.float32 if work.model.strategy == "full" else self.dtype  # as where all of it trains
-        moments = 0.0 if state is None else 8.0 if state.optimizer == "adamw" else 2 + 8 / 256  # and scales of blocks
+        moments = _moment_bytes(state)
+        head = 0 if work.lm_head is None else bare.head_parameters
         small = QUANTIZED_BYTES.get(work.model.quantization)
         spared = 0.0 if small is None else sizes.linear * (kept.itemsize - small)
         self.fixed = {
@@ -460,7 +470,13 @@ class _Need:
             GATHERED: bare.gathered_bytes(work, self.dtype, whole=work.train is None) if shared > 1 else 0,
             REFERENCE: bare.reference_bytes(self.dtype) if work.reference else 0,
         }
-        self.of_one, self.of_two = (self.bare.count(work, self.dtype, samples) for samples in (1, 2))
+        if work.alone:
+            self.fixed = dict.fromkeys(self.fixed, 0.0)
+        self.fixed[LM_HEAD] = head * (4 + _moment_bytes(work.lm_head))
+        self.head_gradient = head * 4.0
+        nothing = Counted(0, 0)
+        counted = (nothing if work.alone else bare.count(work, self.dtype, samples) for samples in (1, 2))
+        self.of_one, self.of_two = counted
 
     def flops(self, samples: int) -> float:
         """Operations of a micro-batch, towers included."""
@@ -486,9 +502,15 @@ class _Need:
         return work.train is not None and work.model.strategy == "full" and not work.frozen_towers
 
     def parts(self, samples: int) -> dict[str, float]:
-        """Bytes by part. What lives one after the other counts once: the towers' own peak, the language model's."""
+        """Bytes by part. What lives one after the other counts once: the towers' own peak, the language model's, the
+        gradient of an lm_head with its logits."""
         activations = _line(self.of_one.bytes, self.of_two.bytes, samples)
         towers = self.bare.tower_bytes(self.work, self.dtype, self._trains_towers) * samples
+        if self.work.lm_head is not None:
+            logits = samples * ANSWER_TOKENS * self.bare.vocabulary
+            learning = self.head_gradient + LOGITS_BYTES * min(CHUNK_VALUES, logits)
+            activations = learning if self.work.alone else max(activations, learning)
+            towers = 0.0 if self.work.alone else towers
         if self._trains_towers:
             moving = {"activations": activations, "activations of media towers": towers}
         else:
@@ -505,6 +527,11 @@ class _Need:
         """The most samples that fit, 0 for none."""
         one, two = self.total(1), self.total(2)
         return 0 if one > usable else 1 + int((usable - one) / max(two - one, 1.0))
+
+
+def _moment_bytes(train: TrainConfig | None) -> float:
+    """Of the optimizer, for a number that it trains."""
+    return 0.0 if train is None else 8.0 if train.optimizer == "adamw" else 2 + 8 / 256  # and scales of blocks
 
 
 def _line(one: float, two: float, samples: int) -> float:
@@ -537,6 +564,8 @@ class _Bare:
         language_layers(whole)  # a model without any is told of at once
         language = {id(p) for p in _decoder(whole).parameters()} | {id(whole.get_output_embeddings().weight)}
         self.tower_parameters = sum(p.numel() for p in whole.parameters() if id(p) not in language)
+        self.vocabulary, width = whole.get_output_embeddings().weight.shape
+        self.head_parameters = self.vocabulary * width
         self.language_parameters = sum(p.numel() for p in whole.parameters()) - self.tower_parameters
         words = whole.get_input_embeddings().weight
         rounds = [m.weight for m in whole.modules() if isinstance(m, ROUNDED) and m.weight is not words]

@@ -16,11 +16,11 @@ from hba.batch.sampler import input_tokens
 from hba.cli.train import _fitted
 from hba.config import load_config, to_dict
 from hba.errors import InputError
-from hba.fit import GATHERED, _Bare, _Ledger, _Need, find_gpu, fit_run, recipe_for, work_of
+from hba.fit import GATHERED, LM_HEAD, _Bare, _Ledger, _Need, find_gpu, fit_run, recipe_for, work_of
 from hba.model.checkpoint import load_backbone, load_processor
 from hba.model.omni import OmniSapiens, as_they_come, recompute_layers
 from hba.rl.config import RlConfig
-from hba.train.config import LmConfig, SftConfig
+from hba.train.config import LmConfig, QaConfig, SftConfig
 
 HOW = {"dtype": "float32", "attention": "sdpa"}
 SMALL = ["atlas=x", "train.device_batch_size=3"]
@@ -194,6 +194,26 @@ def test_rl_counts_its_draws_and_what_is_there_meanwhile(backbone, model):
     update, sampling = (_Need(_Bare(str(backbone)), work, 8).fixed for work in works)
     assert sampling["optimizer"] == update["optimizer"] > 0 == sampling["gradients"] < update["gradients"]
     assert sampling["weights"] == update["weights"] and 2 * numbers < sampling[GATHERED] < 4 * numbers
+
+
+def test_an_lm_head_that_trains_is_counted_beside_the_frozen_model_or_behind_it(backbone, model):
+    """In float32, with its gradient and its moments: behind the model where features are kept, else at once."""
+    head = model.transformer.get_output_embeddings().weight.numel() * 4
+
+    def needs(*more):
+        settings = load_config(QaConfig, None, [f"base={backbone}", "atlas=x", "train.batch_size=3", *more])
+        return [_Need(_Bare(str(backbone)), work, 1) for work in work_of(settings, 80, str(backbone))]
+
+    features, learning = needs()
+    assert features.fixed["weights"] > 0 == features.fixed[LM_HEAD]
+    assert learning.fixed[LM_HEAD] == 3 * head == sum(learning.fixed.values())
+    (streamed,) = needs("features.cache=false")
+    assert streamed.work.samples == 3 and streamed.fixed[LM_HEAD] == 3 * head
+    assert streamed.fixed["weights"] == features.fixed["weights"]
+    assert streamed.parts(3)["activations"] >= max(features.parts(3)["activations"], head)
+    assert head < learning.parts(3)["activations"] < learning.parts(30)["activations"]
+    (small,) = needs("features.cache=false", "train.optimizer=adamw8bit")
+    assert small.fixed[LM_HEAD] < 1.6 * head
 
 
 @pytest.mark.parametrize("stage", ["sft", "lm", "qa", "bam", "rl", "predict"])

@@ -250,6 +250,16 @@ def test_sharded_ranks_whose_samples_dropped_a_modality_exchange_what_the_others
     assert len(logged(tmp_path / "run")) == 6
 
 
+def test_an_lm_head_that_trains_alone_is_split_over_the_ranks(one, launch, tmp_path, mini_atlas):
+    config = [f"atlas={mini_atlas}", f"base={one}", "dtype=bfloat16", "datasets=[siq2,intentqa]", SHARDED]
+    config += ["train.batch_size=5", "train.max_steps=2", "train.log_every=1", "features.loader.workers=0"]
+    done = launch(["train", "qa", "--run", tmp_path / "run", *config], ranks=2)
+    assert done.code == 0, done.err
+    assert len(logged(tmp_path / "run")) == 2 and all(line["grad_norm"] > 0 for line in logged(tmp_path / "run"))
+    before, after = (OmniSapiens.from_pretrained(path).transformer.lm_head.weight for path in (one, tmp_path / "run"))
+    assert after.shape == before.shape and not torch.equal(after, before)
+
+
 def test_sharded_ranks_of_which_one_hears_its_clips_gather_the_same_layers(launch, tmp_path, backbone):
     """Which clips have a sound track is known when they are opened, after the plan is made."""
     (tmp_path / "m").mkdir()

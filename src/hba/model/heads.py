@@ -4,12 +4,15 @@ Domain d fills the columns of its global indices; for a row of domain d every ot
 cross-entropy run over the domain's own classes only. A row without a domain (free-form) is an error here, never the
 last head. Global indices come from the taxonomy and are saved with the weights.
 
-Shapes: B samples, H hidden size, C global classes (25 as published).
+Behind them stand the losses of answers in words, which a language head says.
+
+Shapes: B samples, N answer tokens, H hidden size, C global classes (25 as published), V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +20,8 @@ from torch.nn import functional
 
 from hba.errors import InputError
 from hba.taxonomy import Taxonomy
+
+CHUNK_VALUES = 1 << 25  # logits that are made at once: 128 MiB of float32; some five of these are alive at once
 
 
 class DomainHeads(nn.Module):
@@ -73,6 +78,67 @@ def token_loss(logits_NV: Tensor, tokens_N: Tensor, lengths_B: Tensor) -> Tensor
     losses_N = functional.cross_entropy(logits_NV.float(), tokens_N, reduction="none")
     weights_N = (1.0 / lengths_B.clamp_min(1)).repeat_interleave(lengths_B)
     return (losses_N * weights_N).sum()
+
+
+def head_loss(
+    states_NH: Tensor, weight_VH: Tensor, tokens_N: Tensor, lengths_B: Tensor, behind: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """`token_loss` of what a language head without bias makes of its states, `CHUNK_VALUES` logits at a time; `behind`
+    is what its model does to logits behind it.
+
+    The gradients are computed along with the loss, of states and weights alike: logits are needed once, and under
+    autocast a float32 head has neither a rounded copy of itself nor a rounded gradient beside the true one.
+    """
+    shares_N = (1.0 / lengths_B.clamp_min(1)).repeat_interleave(lengths_B)
+    loss: Tensor = _HeadLoss.apply(states_NH, weight_VH, tokens_N, shares_N, behind)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Sum of the cross-entropies of tokens, each times its share."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states_NH: Tensor,
+        weight_VH: Tensor,
+        tokens_N: Tensor,
+        shares_N: Tensor,
+        behind: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        device, (vocabulary, width) = states_NH.device.type, weight_VH.shape
+        mixed = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if mixed else weight_VH.dtype
+        moves_states, moves_weight = ctx.needs_input_grad[:2]
+        d_states_NH = torch.zeros_like(states_NH, dtype=torch.float32) if moves_states else None
+        d_weight_VH = torch.zeros_like(weight_VH) if moves_weight else None
+        spans = [slice(v, v + max(1, CHUNK_VALUES // width)) for v in range(0, vocabulary, CHUNK_VALUES // width or 1)]
+        size = max(1, CHUNK_VALUES // vocabulary)
+        loss = torch.zeros((), device=states_NH.device)
+        with torch.autocast(device, enabled=False):
+            for chunk in (slice(n, n + size) for n in range(0, len(states_NH), size)):
+                states_CH = states_NH[chunk].to(dtype)
+                logits_CV = torch.cat([states_CH @ weight_VH[span].to(dtype).T for span in spans], 1)
+                with torch.set_grad_enabled(moves_states or moves_weight):
+                    logits_CV.requires_grad_(moves_states or moves_weight)
+                    losses_C = functional.cross_entropy(behind(logits_CV).float(), tokens_N[chunk], reduction="none")
+                    part = (losses_C * shares_N[chunk]).sum()
+                loss += part.detach()
+                if not part.requires_grad:
+                    continue
+                (d_logits_CV,) = torch.autograd.grad(part, logits_CV)
+                for span in spans:
+                    if d_states_NH is not None:
+                        d_states_NH[chunk] += d_logits_CV[:, span] @ weight_VH[span].to(dtype)
+                    if d_weight_VH is not None:
+                        d_weight_VH[span] += d_logits_CV[:, span].T @ states_CH
+        ctx.found = (None if d_states_NH is None else d_states_NH.to(states_NH.dtype)), d_weight_VH
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        found, ctx.found = ctx.found, None  # the gradient of a parameter is then taken as it is, not copied
+        return (*(None if each is None else each.mul_(d_loss) for each in found), None, None, None)
 
 
 def masked_mean(hidden_BTH: Tensor, mask_BT: Tensor) -> Tensor:

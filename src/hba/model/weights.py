@@ -479,7 +479,7 @@ def tensor_piece(name: str, tensor: Tensor) -> Piece:
 def write_weights(folder: Path, shards: Sequence[Sequence[Piece]]) -> None:
     """Write the tensors of each of `shards` into a file of its own, as transformers names them, with their index.
 
-    One block of one tensor is in memory at a time. ValueError when a piece gives other bytes than it announced.
+    Raises what `write_file` does.
     """
     kept = [shard for shard in shards if shard]
     count = len(kept)
@@ -492,10 +492,13 @@ def write_weights(folder: Path, shards: Sequence[Sequence[Piece]]) -> None:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(table.items()))})
 
 
-def write_file(file: Path, pieces: Sequence[Piece]) -> None:
-    """Write one safetensors file: eight bytes with the length of the header, the header, then the tensors in a row."""
+def write_file(file: Path, pieces: Sequence[Piece], metadata: Mapping[str, str] | None = None) -> None:
+    """Write one safetensors file: eight bytes with the length of the header, the header, then the tensors in a row.
+
+    One block of one tensor is in main memory at a time. ValueError when a piece gives other bytes than it announced.
+    """
     ordered = sorted(pieces, key=lambda piece: -piece.dtype.itemsize)  # each then starts at a multiple of its item size
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | dict(metadata or {})}
     place = 0
     for piece in ordered:
         entry = {"dtype": _NAMES[piece.dtype], "shape": list(piece.shape)}

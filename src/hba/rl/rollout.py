@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hba.batch.encode import IGNORED, Batch
 from hba.model.generate import media_token_ids
+from hba.model.heads import CHUNK_VALUES
 from hba.model.omni import Head, OmniSapiens
 from hba.storage import room
 
@@ -164,9 +165,6 @@ def padded(rows: Sequence[Tensor], value: float) -> Tensor:
 
 
 # --- rollouts ---------------------------------------------------------------------------------------------------------
-
-
-CHUNK_VALUES = 1 << 25  # 128 MiB of float32; some five of these are alive at once
 
 
 class Rollouts(NamedTuple):

@@ -10,7 +10,8 @@ A row that has a medium but no descriptor of it stops the run, by name, unless `
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +40,7 @@ from hba.train.features import (
     Descriptors,
     FeatureBatch,
     FrozenBase,
+    LanguageHead,
     cached_batches,
     described_datasets,
     features,
@@ -49,38 +51,40 @@ from hba.train.features import (
     training_matrix,
 )
 from hba.train.loop import KEPT, Stage, Validation, begin, mean_over_tasks, planned_rows, train_stage
-from hba.train.qa import Progressed, exact, exact_matches
+from hba.train.qa import Progressed, exact, exact_matches, right_tokens, whole_answers
 from hba.train.ranks import Ranks
 from hba.train.sft import domains_of
 from hba.train.state import Progress
 
 
-class AdaptedLogits(NamedTuple):
-    """What adapted states lead to: logits over the classes, or over the tokens of the answers."""
+class AdaptedOutput(NamedTuple):
+    """What adapted states lead to: logits over the classes, or what was asked about the answers."""
 
-    logits_BC: Tensor
-    answer_logits_NV: Tensor | None
+    logits_BC: Tensor | None
+    answers: Tensor | None
 
 
 class AdaptedHeads(nn.Module):
     """Adapters in front of the heads and lm_head of a frozen backbone; the model of the stages that are cached."""
 
-    def __init__(self, bam: Bam, heads: DomainHeads, lm_head: nn.Module | None) -> None:
+    def __init__(self, bam: Bam, heads: DomainHeads, lm_head: LanguageHead | None) -> None:
         super().__init__()
         self.bam, self.heads, self.lm_head = bam, heads, lm_head
 
-    def forward(self, batch: FeatureBatch) -> AdaptedLogits:
-        """Class logits [B, C] of classification rows, token logits [L, V] of free-form ones."""
+    def forward(
+        self, batch: FeatureBatch, read: Callable[[Tensor, LanguageHead], Tensor] | None = None
+    ) -> AdaptedOutput:
+        """Class logits [B, C] of classification rows; of free-form ones what `read` gives for the adapted states [L, H]
+        and lm_head, whose logits it need not have all at once."""
         datasets = [sample.dataset for sample in batch.samples]
-        if batch.tokens_L is None:
+        if read is None:
             adapted_BH = self.bam(batch.states_LH, datasets, batch.descriptors)
-            return AdaptedLogits(self.heads(adapted_BH, batch.domain_names), None)
+            return AdaptedOutput(self.heads(adapted_BH, batch.domain_names), None)
         assert self.lm_head is not None  # built with one where a dataset is free-form
         zeros_BH = batch.states_LH.new_zeros(len(batch), batch.states_LH.shape[1])
         delta_BH = self.bam(zeros_BH, datasets, batch.descriptors)
         states_LH = batch.states_LH.float() + delta_BH.repeat_interleave(batch.lengths_B, 0)
-        weight = next(self.lm_head.parameters())
-        return AdaptedLogits(self.heads(zeros_BH, batch.domain_names), self.lm_head(states_LH.to(weight.dtype)))
+        return AdaptedOutput(None, read(states_LH, self.lm_head))
 
 
 def train_bam(config: BamConfig, run: RunFolder, progress: Progressed = lambda done, total: None) -> Progress:
@@ -106,10 +110,10 @@ def train_bam(config: BamConfig, run: RunFolder, progress: Progressed = lambda d
     domains = after_bam(base.card, reached, taxonomy, base.folder, heads=heads)
     bam = build_bam(config, keys, train, base, resume)
     train, validation = (rows._replace(descriptors=fitting(*rows, bam.dims)) for rows in (train, validation))
-    model = build_model(config, bam, base, resume, speaks=any(is_free_form(train.atlas, key) for key in keys))
     give, give_validation = (batch_source(config, base, bam, rows, progress, ranks) for rows in (train, validation))
     if config.features.cache:
         base.release()
+    model = build_model(config, bam, base, resume, speaks=any(is_free_form(train.atlas, key) for key in keys))
     held_out_plan = validation.plan(config.features.batch_size)[ranks.rank :: ranks.world]
     stage: Stage[Any] = Stage(
         model=model,
@@ -229,11 +233,13 @@ def answer_parts(batch: FeatureBatch | Batch) -> tuple[Tensor, Tensor] | None:
 
 def bam_loss(model: nn.Module, batch: FeatureBatch | Batch) -> Tensor:
     """Cross-entropy over each row's own classes, or over the tokens of its answer, summed over the batch."""
-    output = model(batch)
     answers = answer_parts(batch)
-    if answers is not None:
-        return token_loss(output.answer_logits_NV, *answers)
-    return F.cross_entropy(output.logits_BC, batch.class_index_B, reduction="sum")
+    if answers is None:
+        return F.cross_entropy(model(batch).logits_BC, batch.class_index_B, reduction="sum")
+    if isinstance(batch, FeatureBatch):
+        loss: Tensor = model(batch, lambda states_LH, lm_head: lm_head(states_LH, *answers)).answers
+        return loss
+    return token_loss(model(batch).answer_logits_NV, *answers)
 
 
 def validate_bam(
@@ -250,21 +256,25 @@ def validate_bam(
     """
     labels: list[tuple[str | None, str, str]] = []
     right: list[tuple[str, bool]] = []
-    names = rows.taxonomy.class_names
+    names, banned = rows.taxonomy.class_names, media_token_ids(base.config, base.processor)
     with torch.no_grad():
         for batch in batches:
             run.quarantine.add_all(batch.quarantined)
             if not len(batch):
                 continue
             moved = batch.to(ranks.device)
+            answers = answer_parts(moved)
             with room(batch, halved("features.batch_size", batch), fix=KEPT):
-                output, answers = model(moved), answer_parts(moved)
+                if answers is None:
+                    best_B = model(moved).logits_BC.argmax(1).tolist()
+                elif isinstance(moved, FeatureBatch):
+                    right_L = model(moved, partial(right_tokens, tokens_L=answers[0], banned=banned)).answers
+                    hits_B = whole_answers(right_L, answers[1])
+                else:
+                    hits_B = exact(model(moved).answer_logits_NV, *answers, banned)
             if answers is not None:
-                banned = media_token_ids(base.config, base.processor)
-                hits_B = exact(output.answer_logits_NV, *answers, banned)
                 right += zip([sample.dataset for sample in batch.samples], hits_B, strict=True)
                 continue
-            best_B = output.logits_BC.argmax(1).tolist()
             labels += [(names[i], s.target, s.dataset) for i, s in zip(best_B, batch.samples, strict=True)]
     said, answered = ranks.gather(labels), ranks.gather(right)
     scores: dict[str, float | None] = {}

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from importlib.metadata import packages_distributions, version
 from itertools import islice
 from pathlib import Path
@@ -45,6 +45,7 @@ from hba.errors import InputError, MediaError
 from hba.evaluate.backends.interface import evaluation_plan
 from hba.model import checkpoint
 from hba.model.config import AsTrained, require_bitsandbytes
+from hba.model.heads import head_loss
 from hba.model.omni import OmniSapiens, behind_head
 from hba.run import locked_folder
 from hba.storage import (
@@ -273,9 +274,12 @@ class LanguageHead(nn.Linear):
 
     config: Any
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Logits [L, V] of states [L, H]."""
-        return behind_head(super().forward(input), self.config)
+    def forward(self, states_LH: Tensor, tokens_L: Tensor | None = None, lengths_B: Tensor | None = None) -> Tensor:
+        """Logits [L, V] of states; or with the answers' tokens their `token_loss`, for which logits of all of them are
+        never there at once."""
+        if tokens_L is None or lengths_B is None:
+            return behind_head(super().forward(states_LH.to(self.weight.dtype)), self.config)
+        return head_loss(states_LH, self.weight, tokens_L, lengths_B, partial(behind_head, config=self.config))
 
 
 class FrozenBase:
@@ -317,7 +321,7 @@ class FrozenBase:
         """The backbone's, which is not loaded for it."""
         return checkpoint.read_backbone_config(checkpoint.base_of(self.folder))
 
-    def lm_head(self) -> nn.Linear:
+    def lm_head(self) -> LanguageHead:
         """The layer that says what a last hidden state is as tokens, frozen; nothing else of the model is read."""
         base = checkpoint.base_of(self.folder)
         name, shape = checkpoint.language_head(base)

@@ -24,11 +24,11 @@ from hba.errors import InputError
 from hba.evaluate.backends.interface import evaluation_plan
 from hba.model import checkpoint
 from hba.model.generate import media_token_ids
-from hba.model.heads import token_loss
+from hba.model.heads import CHUNK_VALUES
 from hba.run import RunFolder
 from hba.storage import halved, room
 from hba.train.config import FeatureConfig, QaConfig
-from hba.train.features import FeatureBatch, FrozenBase, cached_batches, features, streamed_batches
+from hba.train.features import FeatureBatch, FrozenBase, LanguageHead, cached_batches, features, streamed_batches
 from hba.train.loop import KEPT, Stage, Validation, begin, mean_over_tasks, rows_of, train_stage
 from hba.train.ranks import Ranks
 from hba.train.state import Progress
@@ -43,10 +43,10 @@ def train_qa(config: QaConfig, run: RunFolder, progress: Progressed = lambda don
     ranks, train, validation, resume = begin(config, run, config.dtype, free_form)
     how: dict[str, Any] = {"dtype": config.dtype, "attention": config.attention, "quantization": config.quantization}
     base = FrozenBase(config.base, taxonomy=train.taxonomy, **how)
-    lm_head = build_lm_head(base, resume)
     give, give_validation = (batch_source(base, rows, config.features, progress, ranks) for rows in (train, validation))
     if config.features.cache:
         base.release()
+    lm_head = build_lm_head(base, resume)
     held_out = evaluation_plan(validation, torch.arange(len(validation)).numpy(), config.features.batch_size)
     own = held_out[ranks.rank :: ranks.world]
     stage = Stage(
@@ -62,8 +62,8 @@ def train_qa(config: QaConfig, run: RunFolder, progress: Progressed = lambda don
 
 def qa_loss(lm_head: nn.Module, batch: FeatureBatch) -> Tensor:
     """Cross-entropy of the answers' tokens, the mean over each row's, summed over the rows."""
-    logits_LV = lm_head(batch.states_LH.to(lm_head_dtype(lm_head)))
-    return token_loss(logits_LV, answer_tokens(batch), batch.lengths_B)
+    loss: Tensor = lm_head(batch.states_LH, answer_tokens(batch), batch.lengths_B)
+    return loss
 
 
 def answer_tokens(batch: FeatureBatch) -> Tensor:
@@ -75,9 +75,22 @@ def answer_tokens(batch: FeatureBatch) -> Tensor:
 
 def exact(logits_LV: Tensor, tokens_L: Tensor, lengths_B: Tensor, banned: Sequence[int]) -> list[bool]:
     """Whether greedy decoding gives each answer whole: every token the most probable one behind those before it."""
+    return whole_answers(_likeliest(logits_LV, banned) == tokens_L, lengths_B)
+
+
+def right_tokens(states_LH: Tensor, lm_head: nn.Module, tokens_L: Tensor, banned: Sequence[int]) -> Tensor:
+    """Which tokens greedy decoding gives [L], from the states in front of them; logits are made of a part at a time."""
+    parts = torch.split(states_LH, max(1, CHUNK_VALUES // len(lm_head.get_parameter("weight"))))
+    return torch.cat([_likeliest(lm_head(part), banned) for part in parts]) == tokens_L
+
+
+def _likeliest(logits_LV: Tensor, banned: Sequence[int]) -> Tensor:
     banned_ids = torch.tensor(list(banned), dtype=torch.long, device=logits_LV.device)
-    logits_LV = logits_LV.float().index_fill(1, banned_ids, -torch.inf)
-    right_L = logits_LV.argmax(1) == tokens_L
+    return logits_LV.float().index_fill(1, banned_ids, -torch.inf).argmax(1)
+
+
+def whole_answers(right_L: Tensor, lengths_B: Tensor) -> list[bool]:
+    """Whether all tokens of each answer are right."""
     return [bool(part_L.all()) for part_L in torch.split(right_L, lengths_B.tolist())]
 
 
@@ -91,12 +104,7 @@ def exact_matches(rows: Atlas, said: Iterable[tuple[str, bool]]) -> dict[str, fl
     }
 
 
-def lm_head_dtype(lm_head: nn.Module) -> torch.dtype:
-    """The precision that lm_head reads."""
-    return next(lm_head.parameters()).dtype
-
-
-def build_lm_head(base: FrozenBase, resume: Path | None) -> nn.Linear:
+def build_lm_head(base: FrozenBase, resume: Path | None) -> LanguageHead:
     """A trainable copy of the base's lm_head, or that of the checkpoint at which a run resumes; float32 masters.
 
     A copy, since the tiny backbone ties lm_head to its embeddings: training those would change the heads' outputs.
@@ -104,10 +112,11 @@ def build_lm_head(base: FrozenBase, resume: Path | None) -> nn.Linear:
     lm_head = base.lm_head()
     if resume is not None:
         lm_head.weight = nn.Parameter(checkpoint.load_lm_head(resume, lm_head.weight.shape))
-    return lm_head.float().requires_grad_(True)
+    lm_head.float().requires_grad_(True)
+    return lm_head
 
 
-def save_lm_head(base: FrozenBase, lm_head: nn.Linear, folder: Path) -> None:
+def save_lm_head(base: FrozenBase, lm_head: LanguageHead, folder: Path) -> None:
     """Write the base's checkpoint with this lm_head in the place of its own."""
     checkpoint.link(base.folder, folder, without=[checkpoint.LM_HEAD], speaks=True, quantization=base.quantization)
     checkpoint.save_lm_head(lm_head.weight, folder)
@@ -146,8 +155,8 @@ def validate_answers(
                 continue
             moved = batch.to(ranks.device)
             with room(batch, halved("features.batch_size", batch), fix=KEPT):
-                logits_LV = lm_head(moved.states_LH.to(lm_head_dtype(lm_head)))
-                right_B = exact(logits_LV, answer_tokens(moved), moved.lengths_B, banned)
-            said += zip([sample.dataset for sample in batch.samples], right_B, strict=True)
+                right_L = right_tokens(moved.states_LH, lm_head, answer_tokens(moved), banned)
+            hits_B = whole_answers(right_L, moved.lengths_B)
+            said += zip([sample.dataset for sample in batch.samples], hits_B, strict=True)
     answered = ranks.gather(said)
     return mean_over_tasks(exact_matches(rows, answered), rows, len(answered))

@@ -98,7 +98,8 @@ def prepare_model(
             for below, layer in pairwise(stack):  # by itself FSDP would fetch a norm of the same layer first
                 layer.set_modules_to_backward_prefetch([below])  # type: ignore[operator]
     # RL's first pass is a generation: the layers would take themselves for whole models, each for one of its own.
-    register_fsdp_forward_method(model, "say")
+    if hasattr(model, "say"):  # not a head or adapters that train alone
+        register_fsdp_forward_method(model, "say")
     sharded: nn.Module = accelerator.prepare_model(model, evaluation_mode=True)
     give_precision(sharded)  # of the own rows alone: until now the weights were mapped from their files
     return sharded

@@ -27,11 +27,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hba.errors import InputError, StoppedError
+from hba.model.weights import Piece, tensor_piece, write_file
 from hba.run import RunFolder
 from hba.storage import atomic_folder, plural, read_json, remove_abandoned, write_json
 from hba.train.ranks import Ranks, whole_weights
@@ -49,11 +49,12 @@ _TABLES = {"qmap1": "dynamic", "qmap2": "udynamic"}  # of bitsandbytes, the same
 
 
 def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, rank: int, world: int) -> None:
-    """Write this rank's part of the state of `optimizer`, whose parameters are those of `model`, into `folder`."""
+    """Write this rank's part of the state of `optimizer`, whose parameters are those of `model`, into `folder`; main
+    memory has a part of one moment at a time."""
     sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
     if not sharded and rank:
         return
-    tensors: dict[str, Tensor] = {}
+    pieces: list[Piece] = []
     first_rows: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -61,9 +62,9 @@ def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
                 continue
             first_rows[name] = _first_row(parameter)
             held = _local(value) if isinstance(value, Tensor) else torch.tensor(value)  # bitsandbytes counts in ints
-            tensors[f"{name}/{key}"] = held.detach().cpu().contiguous()
+            pieces.append(tensor_piece(f"{name}/{key}", held))
     file = f"optimizer-{rank:05}-of-{world if sharded else 1:05}.safetensors"
-    save_file(tensors, folder / file, metadata={"first_rows": json.dumps(first_rows)})
+    write_file(folder / file, pieces, {"first_rows": json.dumps(first_rows)})
 
 
 def restore_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
