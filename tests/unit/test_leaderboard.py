@@ -231,6 +231,10 @@ def test_columns_keep_the_order_of_the_taxonomy(tmp_path: Path) -> None:
     ]
     for order in (runs, runs[::-1]):
         assert build_leaderboard(order, tables=[]).tasks == ["SEN", "EMO", "SAR"]
+    metrics = json.loads((runs[0] / "metrics.json").read_text())
+    metrics["tasks"] |= {"MINE": {**metrics["tasks"]["EMO"], "datasets": ["mine"]}}
+    (runs[0] / "metrics.json").write_text(json.dumps(metrics))
+    assert build_leaderboard(runs[:1], tables=[]).tasks == ["MINE", "SEN", "EMO", "SAR"]  # one's own come first
 
 
 def test_runs_are_called_as_they_are_told(tmp_path: Path) -> None:

@@ -118,8 +118,8 @@ def build_leaderboard(
         published = [replace(row, excluded=True, notes=(APART,)) for row in published]
     entries = _rank([*rows, *published], ranked)
     present = {key for entry in entries for key in entry.scores}
-    order = [key for key in TASKS if key in present]
-    order += [key for run in measured for key in run.metrics.tasks if key in present and key not in TASKS]
+    order = [key for run in measured for key in run.metrics.tasks if key in present and key not in TASKS]
+    order += [key for key in TASKS if key in present]  # behind tasks of one's own, which no published row has
     return Leaderboard(
         entries=entries,
         tasks=list(dict.fromkeys(order)),
