@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from contextlib import nullcontext
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
 import hba as package
 from hba import open_atlas
@@ -28,7 +30,7 @@ from hba.model import OmniSapiens, checkpoint
 from hba.model.config import ModelConfig
 from hba.model.generate import choice_logps
 from hba.model.merge import merge_checkpoint
-from hba.model.omni import apply_strategy, recompute_layers
+from hba.model.omni import apply_strategy, compile_layers, recompute_layers
 from hba.model.tiny import FAMILIES, TEXT_TEMPLATE
 from hba.model.weights import language_layers, skeleton
 from hba.rl.config import RlConfig
@@ -401,6 +403,28 @@ def test_quantised_a_family_trains_predicts_and_is_merged(runs, atlas, tmp_path,
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         found = model.eval()(batch)  # merged, it is another model: int8 rounds inputs of layers, too
     assert bool(found.pooled_BH.isfinite().all() and found.answer_logits_NV.isfinite().all())
+
+
+def test_compiled_layers_of_a_quantised_model_train_as_plain_ones_do(runs, atlas, monkeypatch):
+    """Loss and gradients to the bit. Graphs run by the backend `eager`: to build kernels takes minutes."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    name, found = runs.model("qwen2.5-omni"), []
+    for compiled in (False, True):
+        torch.manual_seed(1)
+        model = OmniSapiens.from_pretrained(name, dtype="bfloat16", quantization="nf4")
+        apply_strategy(model, ModelConfig(name=str(name), lora_r=2, lora_dropout=0.5, quantization="nf4"))
+        counters.clear()
+        if compiled:
+            compile_layers(model.transformer)
+        batch = batch_of(model, "qwen2.5-omni", atlas, answers=True, datasets=("tess",))
+        torch.manual_seed(2)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = sft_loss(model.train(), batch, answer_weight=1.0)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert counters["frames"]["ok"] == counters["frames"]["total"] > 0 and not counters["graph_break"]
+    assert len(found[0]) == len(found[1]) > 10
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
 
 
 def test_reinforcement_learning_in_four_bits(runs, atlas, tmp_path):

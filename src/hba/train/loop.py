@@ -223,7 +223,7 @@ def require_installed(config: Any) -> None:
     folder = checkpoint.resolve(model.name)
     card = None if folder is None else checkpoint.read_card(folder)
     if model.strategy == "lora" and model.lora_dora:
-        _require_lengths(config.train, model.quantization, model.dtype, where="model.lora_dora")
+        _require_lengths(config.train, where="model.lora_dora")
     if model.strategy == "lora" and (model.lora_targets or model.lora_rank_pattern):
         base = model.name if folder is None else checkpoint.base_of(folder)
         require_lora_layers(checkpoint.bare_backbone(base), model)
@@ -256,7 +256,7 @@ def _require_base(config: BamConfig) -> None:
     kind = has if config.quantization == "auto" else config.quantization
     _require_same_weights(card, kind, key="quantization", where=config.base)
     if read_json(folder / "adapter_config.json").get("use_dora"):
-        _require_lengths(config.train, kind, config.dtype, where=config.base)
+        _require_lengths(config.train, where=config.base)
 
 
 def _require_same_weights(card: Mapping[str, Any], asked: Quantization, *, key: str, where: str) -> None:
@@ -267,15 +267,11 @@ def _require_same_weights(card: Mapping[str, Any], asked: Quantization, *, key: 
         raise ConfigError(what, where=where, fix=f"Use {key}={has}, or fold them in first (hba merge).")
 
 
-def _require_lengths(train: TrainConfig, quantization: Quantization, dtype: str, *, where: str) -> None:
+def _require_lengths(train: TrainConfig, *, where: str) -> None:
     """Raise ConfigError where the lengths of rows that DoRA trains would be rounded."""
-    rounded = "the lengths of rows that DoRA trains would be rounded"
     if train.sharding == "full":
-        what = f"{rounded} where a model is split over the processes"
+        what = "the lengths of rows that DoRA trains would be rounded where a model is split over the processes"
         raise ConfigError(what, where=where, fix="Use train.sharding=none, or LoRA without DoRA.")
-    if quantization != "none" and checkpoint.resolve_dtype(dtype) is torch.bfloat16:
-        what = f"{rounded} on weights of {quantization} in bfloat16"
-        raise ConfigError(what, where=where, fix="Use dtype float32, quantization=none, or LoRA without DoRA.")
 
 
 def rows_of(atlas: Atlas, datasets: Iterable[str] | None, *, free_form: bool) -> Atlas:
