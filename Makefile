@@ -5,6 +5,7 @@
 # make test-wheel  the wheel in two empty environments, outside of this folder: minutes and 0.5 GB. What `[train]`
 #   declares is linked from .venv; HBA_WHEEL=whole make test-wheel installs it, too (6 GB for as long as it runs)
 # make harnesses  environments of lmms-eval and Inspect for their tests (1 GB; torch is shared with .venv)
+# make peers  these and ms-swift, for benchmarks/peers.py (2 GB)
 # make docs  the documentation as a site, in site/; broken links end it
 # make clean  caches and builds    make distclean  also .venv         Neither touches runs/ or data.
 #
@@ -16,7 +17,7 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install browser demo test check docs test-verl test-vllm test-wheel bench harnesses clean distclean
+.PHONY: install browser demo test check docs test-verl test-vllm test-wheel bench harnesses peers clean distclean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -91,17 +92,27 @@ docs: .venv/.docs
 bench: $(STAMP)
 	@set -e; for file in benchmarks/*.py; do \
 	  [ -e "$$file" ] || { echo "benchmarks/ holds no benchmark"; exit 1; }; \
-	  echo "== $$file"; $(BIN)/python "$$file" $(ARGS); done
+	  echo "== $$file"; $(BIN)/python "$$file" $(ARGS) || [ $$? = 2 ]; done  # 2: it says what is not installed
 
 # Their pins (av below 16, wandb, fsspec) contradict ours, so that each has an environment of its own, which looks into
 # ours for what it does not install itself.
-harnesses: $(STAMP)
-	@set -e; for harness in lmms-eval==0.7.3 inspect-ai==0.3.285; do \
-	  folder=.harnesses/$${harness%%==*}; $(PYTHON) -m venv --clear $$folder; \
-	  $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-	    > $$($$folder/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent.pth; \
-	  $$folder/bin/python -m pip install --disable-pip-version-check $$harness \
-	    $$($(BIN)/python -m pip freeze | grep -E '^(torch|torchvision|transformers|numpy)=='); done
+PACKAGES-lmms-eval := lmms-eval==0.7.3
+PACKAGES-inspect-ai := inspect-ai==0.3.285
+PACKAGES-ms-swift := ms-swift==4.6.0 qwen-omni-utils==0.0.9 decord==0.6.0
+
+.harnesses/%/.installed: $(STAMP)
+	$(PYTHON) -m venv --clear $(@D)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > $$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent.pth
+	$(@D)/bin/python -m pip install --disable-pip-version-check $(PACKAGES-$*) \
+	  $$($(BIN)/python -m pip freeze | grep -E '^(torch|torchvision|transformers|numpy)==')
+	@touch $@
+
+harnesses: .harnesses/lmms-eval/.installed .harnesses/inspect-ai/.installed
+
+# What lmms-eval's model class imports without asking for it; there is none for a Mac with an M.
+peers: harnesses .harnesses/ms-swift/.installed
+	.harnesses/lmms-eval/bin/python -m pip install --disable-pip-version-check decord==0.6.0
 
 clean:
 	rm -rf build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info

@@ -268,7 +268,7 @@ def shaped(target, asked, said):
         usage = {"promptTokenCount": prompt, "candidatesTokenCount": 3, "thoughtsTokenCount": 2}
         candidate = {"content": {"role": "model", "parts": parts}, "finishReason": "STOP"}
         return {"candidates": [candidate], "usageMetadata": usage, "modelVersion": "g"}
-    usage = {"prompt_tokens": prompt, "completion_tokens": 5}
+    usage = {"prompt_tokens": prompt, "completion_tokens": 5, "total_tokens": prompt + 5}
     choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
     return {"object": "chat.completion", "model": asked["model"], "choices": [choice], "usage": usage}
 
