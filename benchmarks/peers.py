@@ -244,7 +244,7 @@ def against_ms_swift(given: argparse.Namespace, mini: Path, work: Path) -> None:
     print(f"ms-swift: hba trains {trained / 1e6:.4f}M parameters; {told}")
     log = [json.loads(x) for x in (Path(f"{last}-hba-{many}") / "run" / "log.jsonl").read_text().splitlines()]
     (theirs,) = Path(f"{last}-peer-{many}").glob("out/*/logging.jsonl")
-    losses = [json.loads(x)["loss"] for x in theirs.read_text().splitlines() if '"loss"' in x]
+    losses = [x["loss"] for x in map(json.loads, theirs.read_text().splitlines()) if "loss" in x]
     print(f"ms-swift: mean loss {sum(x['loss'] for x in log if x['kind'] == 'train') / many:.3f}; "
           f"{sum(map(float, losses)) / len(losses):.3f}")  # fmt: skip
 
