@@ -508,7 +508,8 @@ class _Need:
         towers = self.bare.tower_bytes(self.work, self.dtype, self._trains_towers) * samples
         if self.work.lm_head is not None:
             logits = samples * ANSWER_TOKENS * self.bare.vocabulary
-            learning = self.head_gradient + LOGITS_BYTES * min(CHUNK_VALUES, logits)
+            part = 4 * min(CHUNK_VALUES, self.bare.head_parameters)  # of the gradient, before it is added
+            learning = self.head_gradient + part + LOGITS_BYTES * min(CHUNK_VALUES, logits)
             activations = learning if self.work.alone else max(activations, learning)
             towers = 0.0 if self.work.alone else towers
         if self._trains_towers:
