@@ -52,7 +52,7 @@ from hba.evaluate.desk import Desk, Inquiry, Part, Question, Saying, Turn
 from hba.evaluate.predictions import Prediction
 from hba.explorer.server import foreign, is_loopback, is_same
 from hba.model.generate import Ranked
-from hba.storage import plural
+from hba.storage import machine_fault, plural
 
 _log = logging.getLogger(__name__)
 
@@ -102,6 +102,7 @@ def _as_refusal(error: BaseException) -> _Refused:
     """What went wrong, without paths of this machine."""
     if isinstance(error, _Refused):
         return error
+    error = machine_fault(error, "") or error  # such as a full disk, for which the model can nothing
     if isinstance(error, MediaError):
         return _Refused(400, f"a file cannot be read: {error.what}", code="invalid_media")
     if isinstance(error, InputError):

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -74,6 +75,15 @@ def test_a_table_with_groups_transcripts_and_labels_of_ones_own(hba, tmp_path):
     assert taxonomy.dataset("in").labels == ("bored", "keen") and taxonomy.num_classes == 27
 
 
+def test_the_line_of_a_table_is_told_whatever_the_case_of_its_name(hba, tmp_path):
+    for number in range(2):
+        sound(tmp_path / "in" / f"{number}.wav", number)
+    lines = [json.dumps({"file": f"{number}.wav", "label": label}) for number, label in enumerate(("bored", ""))]
+    (tmp_path / "in" / "LABELS.JSONL").write_text("\n".join(lines))
+    code, _, err = hba("atlas", "build", tmp_path / "in", tmp_path / "out")
+    assert code == 2 and "LABELS.JSONL:2" in "".join(err.split()), err
+
+
 def test_a_folder_as_windows_leaves_it(hba, tmp_path):
     lines = ["file;label"]
     for number in range(12):
@@ -85,6 +95,16 @@ def test_a_folder_as_windows_leaves_it(hba, tmp_path):
     code, out, err = hba("atlas", "build", tmp_path / "in", tmp_path / "out", "--json")
     assert code == 0, err
     assert json.loads(out)["labels"] == {"müde": 6, "wach": 6} and json.loads(out)["unreadable"] == {}
+
+
+def test_the_commands_that_follow_can_be_typed_for_a_folder_with_a_space(hba, tmp_path):
+    for number in range(30):
+        sound(tmp_path / "in" / ("bored", "keen")[number % 2] / f"{number}.wav", number)
+    made = tmp_path / "my atlas"
+    code, out, err = hba("atlas", "build", tmp_path / "in", made)
+    assert code == 0, err
+    typed = [shlex.split(line, comments=True) for line in out.partition("Next:")[2].splitlines() if "hba" in line]
+    assert len(typed) == 5 and all({str(made), f"atlas={made}"} & {*words} for words in typed), out
 
 
 def test_an_atlas_that_was_built_is_trained_on_predicted_and_scored(hba, tmp_path, backbone):

@@ -22,7 +22,7 @@ from hba.run import RunFolder
 from hba.storage import read_json, read_jsonl
 from hba.train.bam import train_bam
 from hba.train.config import BamConfig, LmConfig, QaConfig, SftConfig
-from hba.train.lm import train_lm
+from hba.train.lm import save_checkpoint, train_lm
 from hba.train.qa import train_qa
 from hba.train.sft import train_sft
 
@@ -189,6 +189,14 @@ def test_dora_on_some_layers_of_a_quantised_model_begins_as_the_model_and_is_mer
                     patch.setattr("torch.is_autocast_enabled", lambda *_: True)  # PEFT asks for the GPU's
                 found, expected = model.train()(batch), plain.train()(batch)
                 assert torch.equal(found.answer_logits_NV, expected.answer_logits_NV)
+        if kind == "int8":  # one batch after the other
+            folder = tmp_path / "int8"
+            folder.mkdir()
+            save_checkpoint(model, LmConfig(atlas=str(mini_atlas), model=config), folder)
+            loaded = OmniSapiens.from_pretrained(folder, dtype=dtype, heads=False).eval()
+            with torch.no_grad():
+                for _ in range(2):
+                    torch.testing.assert_close(loaded(batch).answer_logits_NV, after, atol=close, rtol=close)
     asked = [f"atlas={mini_atlas}", f"model.name={backbone}", *TRAIN, "train.max_steps=2", "model.quantization=nf4"]
     asked += ["model.lora_targets=[q_proj,1.mlp.*]", "model.lora_rank_pattern={q_proj: 3}", "model.lora_dora=true"]
     for dtype in ("bfloat16", "float32"):

@@ -2,7 +2,9 @@
 refused in OpenAI's words."""
 
 import base64
+import errno
 import math
+import os
 import threading
 import time
 import weakref
@@ -300,6 +302,18 @@ def test_a_device_without_room_is_told_of_here_and_there(served, client, answeri
     assert "no room for a batch of 2 samples" in caplog.text and "batch_size=1" in caplog.text
     assert held == [False] * 3  # both, then each alone
     assert asked(client, answering, "Well?").choices[0].message.content
+
+
+def test_a_full_disk_is_not_laid_on_the_model(served, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/srv/files-1/0.wav")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.copyfileobj", full)  # what writes the files of a form
+        answer = served.client.post("/v1/classify", files=[("file", ("a.wav", b"RIFF"))], data={"tasks": "EMO"})
+    said = answer.json()["error"]["message"]
+    assert answer.status_code == 503 and "retry-after" in answer.headers, answer.text
+    assert "No space left on device" in said and "model" not in said and "/srv" not in said
 
 
 def test_a_model_that_fails_leaves_its_trace_in_the_log(served, caplog):

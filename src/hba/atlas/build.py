@@ -297,7 +297,7 @@ def of_table(
     named: set[Path] = set()
     missing: list[str] = []
     entries = []
-    for number, record in enumerate(records, start=2 if table.suffix != ".jsonl" else 1):
+    for number, record in enumerate(records, start=2 if table.suffix.lower() != ".jsonl" else 1):
         value = {part: "" if column is None else _text(record.get(column)) for part, column in chosen.items()}
         name = value["file"] if value["file"] in inside else value["file"].replace("\\", "/")  # written on Windows
         paths = [inside[name]] if name in inside else by_name.get(Path(name).name, [])

@@ -353,6 +353,7 @@ def build_command(
 
     Labels come from a table, from the names of folders, or from the layout of a known corpus.
     """
+    import shlex
     from dataclasses import asdict
 
     from hba.atlas.build import LAYOUTS, build_atlas
@@ -384,17 +385,17 @@ def build_command(
             files = plural(built.unlabelled, "file")
             yield f"Without a label: {files}, to predict; training and scores leave them out."
         yield "Next:"
-        yield f"  hba atlas validate {out}"
-        run = f"runs/{built.dataset}"
+        made, run = shlex.quote(str(out)), f"runs/{built.dataset}"
+        yield f"  hba atlas validate {made}"
         if kinds:  # what a laptop can train, and what a GPU should
-            yield f"  hba tiny {run}-tiny --atlas {out}"
-            yield f"  hba train sft --config sft_tiny --run {run} atlas={out} model.name={run}-tiny"
-            yield f"  hba train sft --config sft --run {run} atlas={out}   # instead of both, on a GPU"
+            yield f"  hba tiny {run}-tiny --atlas {made}"
+            yield f"  hba train sft --config sft_tiny --run {run} atlas={made} model.name={run}-tiny"
+            yield f"  hba train sft --config sft --run {run} atlas={made}   # instead of both, on a GPU"
         if "test" in built.splits and kinds:
-            yield f"  hba eval {run} --atlas {out}"
+            yield f"  hba eval {run} --atlas {made}"
         else:
             split = "" if "test" in built.splits else f" --split {next(iter(built.splits))}"
-            yield f"  hba predict MODEL --atlas {out}{split} --run {run}-predictions"
+            yield f"  hba predict MODEL --atlas {made}{split} --run {run}-predictions"
 
     answer(asdict(built), show, as_json=json)
     for name, reason in built.unreadable.items():

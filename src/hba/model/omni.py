@@ -64,6 +64,7 @@ class OmniSapiens(nn.Module):
     ) -> None:
         super().__init__()
         self.transformer: Any = transformer
+        _precise_lengths(transformer)
         interleaving_by_row(transformer)
         if FAMILIES.get(type(processor).__name__, Family()).written:
             telling_clips_from_pictures(transformer)
@@ -714,7 +715,7 @@ def apply_strategy(model: OmniSapiens, config: ModelConfig) -> OmniSapiens:
             transformer.add_adapter(LoraConfig(**how, target_modules=lora_targets(transformer, config.lora_targets)))
         if config.lora_dora:
             _measure_rows(transformer)
-    _precise_lengths(transformer)
+            _precise_lengths(transformer)
     for name, parameter in transformer.named_parameters():
         parameter.requires_grad = "lora_" in name
         if parameter.requires_grad:
@@ -738,7 +739,6 @@ def _precise_lengths(transformer: Any) -> None:
 
     It computes lengths of rows in the precision of its inputs, which bfloat16 has up to .5 % off.
     """
-
     for layer in transformer.modules():
         for rows in getattr(layer, "lora_magnitude_vector", {}).values():
             rows.forward = partial(_in_float32, rows.forward)
