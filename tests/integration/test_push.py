@@ -4,7 +4,9 @@ import base64
 import hashlib
 import json
 import shutil
+import socket
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
@@ -277,6 +279,22 @@ def test_a_backbone_on_the_hub_is_no_checkpoint_and_a_silent_hub_is_no_backbone(
     with pytest.raises(InputError, match=r"org/model: no such folder.*gives no answer") as refused:
         checkpoint.resolve("org/model")
     assert TOKEN not in str(refused.value)
+
+
+def test_a_hub_that_cannot_be_reached_is_told_of_at_once(model_hub, monkeypatch):
+    """A mistyped path was asked for again and again for half a minute. What the cache has is waited for as before."""
+    from huggingface_hub import constants
+
+    with socket.socket() as closed:  # bound, and nobody listens
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+        slept = []
+        monkeypatch.setattr(time, "sleep", slept.append)
+        with pytest.raises(InputError, match=r"runs/mistyped: no such folder.*gives no answer"):
+            checkpoint.resolve("runs/mistyped")
+        assert not slept
 
 
 @pytest.mark.parametrize("license_id", ["Apache", "CC BY 4.0", ""])

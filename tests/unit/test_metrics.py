@@ -244,18 +244,20 @@ def test_wrong_input_is_refused_with_its_place(arguments: Any, kind: type[Except
         score(*arguments)
 
 
-def test_100_000_rows_are_scored_in_well_under_a_tenth_of_a_second() -> None:
+def test_100_000_rows_are_scored_at_little_cost_beside_reading_them() -> None:
     rng = random.Random(0)
     datasets = [rng.choice(CLASSIFIED) for _ in range(100_000)]
     targets = [rng.choice(labels_of(dataset)) for dataset in datasets]
     guesses = [rng.choice((target, "sad", None)) for target in targets]
-    copies = json.loads(json.dumps([guesses, targets, datasets]))  # separate string objects, as a reader makes them
-    times = []
+    text = json.dumps([guesses, targets, datasets])
+    copies = json.loads(text)  # separate string objects, as a reader makes them
+    times: dict[str, list[float]] = {"read": [], "score": []}
     for _ in range(5):
-        start = time.process_time()
-        score(*copies)
-        times.append(time.process_time() - start)
-    assert sorted(times)[2] < 0.1
+        for name, work in (("read", lambda: json.loads(text)), ("score", lambda: score(*copies))):
+            start = time.process_time()
+            work()
+            times[name].append(time.process_time() - start)
+    assert min(times["score"]) < 4 * min(times["read"])
 
 
 def test_scoring_imports_nothing_heavy() -> None:

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
 from importlib.util import find_spec
@@ -269,19 +270,27 @@ def hub_checkpoint(repo: str, revision: str | None, card: str) -> Path | None:
     trained. What is in the cache already decides without it, and so it does offline (HF_HUB_OFFLINE=1).
     """
     # Imported here: the hub's client is not needed for what lies on this machine.
-    from huggingface_hub import constants, errors, hf_hub_download, snapshot_download, try_to_load_from_cache
+    import httpx
+    from huggingface_hub import constants, errors, get_session, hf_hub_download, snapshot_download
+    from huggingface_hub import try_to_load_from_cache as cached
 
     from hba.remote.request import NO_ANSWER, proxies_checked, shown
 
+    in_cache = isinstance(cached(repo, "config.json", revision=revision), str)
+    known = in_cache or isinstance(cached(repo, card, revision=revision), str)
     try:
         with proxies_checked():
+            if not (known or constants.HF_HUB_OFFLINE):
+                # A download tries again for half a minute, which is too long where a path was mistyped.
+                with suppress(httpx.ReadError, httpx.ReadTimeout, httpx.RemoteProtocolError):
+                    seconds = constants.HF_HUB_ETAG_TIMEOUT
+                    get_session().head(constants.ENDPOINT, timeout=seconds, follow_redirects=False)
             found = Path(hf_hub_download(repo, card, revision=revision))
             return Path(snapshot_download(repo, revision=found.parent.name, allow_patterns=list(_FETCHED)))
     except (errors.RemoteEntryNotFoundError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
         return None
     except (errors.HfHubHTTPError, *NO_ANSWER) as error:
         # The card of a checkpoint is fetched first: a cache that has files and no card holds a backbone.
-        in_cache = isinstance(try_to_load_from_cache(repo, "config.json", revision=revision), str)
         if isinstance(error, errors.LocalEntryNotFoundError) and (constants.HF_HUB_OFFLINE or in_cache):
             return None
         what = f"no such folder on this machine, and the hub at {shown(constants.ENDPOINT)} gives no answer"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from holding import begins_and_ends, until
+from holding import PATIENCE, begins_and_ends, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +23,7 @@ from hba import open_atlas
 from hba.atlas.convert import convert_atlas
 from hba.errors import InputError
 from hba.evaluate.score import score_run
+from hba.explorer import media
 from hba.explorer.media import MAX_RANGE_BYTES, Decoder, parse_range
 from hba.explorer.server import bind, create_app
 
@@ -309,7 +310,8 @@ def test_media_that_cannot_be_read_are_named_not_played(served):
         path.write_bytes(whole)
 
 
-def test_a_crashing_decoder_costs_one_picture(tmp_path):
+def test_a_crashing_decoder_costs_one_picture(monkeypatch):
+    monkeypatch.setattr(media, "PATIENCE_SECONDS", PATIENCE)  # its process may start slowly beside others
     decoder = Decoder()
     try:
         from hba.errors import MediaError
@@ -321,8 +323,9 @@ def test_a_crashing_decoder_costs_one_picture(tmp_path):
         decoder.close()
 
 
-def test_what_waits_for_its_turn_outlives_a_crash_before_it(tmp_path):
+def test_what_waits_for_its_turn_outlives_a_crash_before_it(tmp_path, monkeypatch):
     """It was blamed itself, as one that crashes its decoder."""
+    monkeypatch.setattr(media, "PATIENCE_SECONDS", PATIENCE)
     decoder, begun, free = Decoder(), tmp_path / "clip.begun", tmp_path / "clip.free"
     with closing(decoder), ThreadPoolExecutor(3) as pool:
         try:
