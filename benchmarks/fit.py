@@ -4,7 +4,8 @@
     python benchmarks/fit.py recipes     # the table of docs/scale.md: what `--gpu` sets for Qwen2.5-Omni-7B
 
 Prints a line of JSON a case: megabytes that `hba fit` reckons beside the weights, megabytes that were taken, and their
-ratio; the limits are 0.85 and 1.15. Taken is the peak of the resident set during the steps, less what was there before.
+ratio; the limits are 0.85 and 1.15. Taken is the peak of the resident set during the steps, less what was there before;
+weights in mapped files are read by then.
 The models are Qwen2.5-Omni thinkers of random weights, whose prompts are text with a long system message. glibc gives
 memory back at once (MALLOC_MMAP_THRESHOLD_), as a GPU's allocator lends it out again. Linux only.
 """
@@ -82,6 +83,8 @@ def megabytes(name):
 
 def built(*given, build=loop.build_optimizer):
     made = build(*given)
+    for weight in [*given[0].parameters(), *given[0].buffers()]:
+        weight.sum()  # a weight in a mapped file has no memory before it is read
     open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
     loop.before, loop.steps = megabytes("VmRSS"), 0
     return made

@@ -174,10 +174,23 @@ class Work(NamedTuple):
 
 
 class Counted(NamedTuple):
-    """Bytes alive at the peak beyond the weights, and operations."""
+    """Bytes alive beyond the weights at the peak of the forward and of the backward pass, and operations.
 
-    bytes: float
+    Each of the three grows by the same with each layer and with each sample; the greater of two peaks does not.
+    """
+
+    forward: float
+    backward: float
     flops: float
+
+    @property
+    def bytes(self) -> float:
+        """At the peak of both."""
+        return max(self.forward, self.backward)
+
+    def to(self, other: Counted, steps: float) -> Counted:
+        """As many `steps` away from this as `other` is one."""
+        return Counted(*(a + (b - a) * steps for a, b in zip(self, other, strict=True)))
 
 
 def _budgeted(config: Settings) -> TrainConfig | None:
@@ -474,7 +487,7 @@ class _Need:
             self.fixed = dict.fromkeys(self.fixed, 0.0)
         self.fixed[LM_HEAD] = head * (4 + _moment_bytes(work.lm_head))
         self.head_gradient = head * 4.0
-        nothing = Counted(0, 0)
+        nothing = Counted(0, 0, 0)
         counted = (nothing if work.alone else bare.count(work, self.dtype, samples) for samples in (1, 2))
         self.of_one, self.of_two = counted
 
@@ -482,8 +495,7 @@ class _Need:
         """Operations of a micro-batch, towers included."""
         towers: float = 2 * self.bare.tower_parameters * TOWER_POSITIONS * self.work.tokens * samples
         passes = 3 if self._trains_towers else 1
-        language = _line(self.of_one.flops, self.of_two.flops, samples)
-        return language + passes * towers
+        return self.of_one.to(self.of_two, samples - 1).flops + passes * towers
 
     def drawing_seconds(self, gpu: Gpu) -> float:
         """Of a response as long as the cache has room for, drawn beside those of its micro-batch. Each of its tokens is
@@ -504,7 +516,7 @@ class _Need:
     def parts(self, samples: int) -> dict[str, float]:
         """Bytes by part. What lives one after the other counts once: the towers' own peak, the language model's, the
         gradient of an lm_head with its logits."""
-        activations = _line(self.of_one.bytes, self.of_two.bytes, samples)
+        activations = self.of_one.to(self.of_two, samples - 1).bytes
         towers = self.bare.tower_bytes(self.work, self.dtype, self._trains_towers) * samples
         if self.work.lm_head is not None:
             logits = samples * ANSWER_TOKENS * self.bare.vocabulary
@@ -533,10 +545,6 @@ class _Need:
 def _moment_bytes(train: TrainConfig | None) -> float:
     """Of the optimizer, for a number that it trains."""
     return 0.0 if train is None else 8.0 if train.optimizer == "adamw" else 2 + 8 / 256  # and scales of blocks
-
-
-def _line(one: float, two: float, samples: int) -> float:
-    return one + (two - one) * (samples - 1)
 
 
 class _Sizes(NamedTuple):
@@ -646,12 +654,12 @@ class _Bare:
         if work.train is not None and not work.answers:
             total -= 1  # heads alone read the state before the last layer, which then does not run
         period = _period(getattr(self.text_of(self.config), "layer_types", None) or ["same"])
-        few, more = period, 2 * period
+        few = max(2, period)  # the first layer takes less than another: below it nothing may want a gradient
+        more = few + period
         if total <= more:
             return self._count(work, dtype, samples, total)
         a, b = self._count(work, dtype, samples, few), self._count(work, dtype, samples, more)
-        steps = (total - few) / period
-        return Counted(a.bytes + (b.bytes - a.bytes) * steps, a.flops + (b.flops - a.flops) * steps)
+        return a.to(b, (total - few) / period)
 
     def _count(self, work: Work, dtype: torch.dtype, samples: int, layers: int) -> Counted:
         recompute = work.train is not None and work.train.activation_checkpointing
@@ -821,17 +829,18 @@ def _computed(model: Any, work: Work, dtype: torch.dtype, samples: int) -> Count
             states = _decoder(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         if work.train is None:
             head(states[:, -1]).float()
-            return Counted(ledger.peak - before, ledger.flops)
+            return Counted(ledger.peak - before, 0, ledger.flops)
         if work.answers:
             said = states[:, -work.answers :].flatten(0, 1)
             size = max(1, CHUNK_VALUES // vocabulary) if work.pieces else len(said)
             loss = _summed(lambda part: functional.cross_entropy(head(part).float(), _targets(part)), said, size)
         else:
             loss = states.float().mean()
+    forward, ledger.peak = ledger.peak - before, ledger.now
     if loss.requires_grad:  # not where heads alone train
         with ledger:
             loss.backward()  # type: ignore[no-untyped-call]
-    return Counted(ledger.peak - before, ledger.flops)
+    return Counted(forward, ledger.peak - before, ledger.flops)
 
 
 def _targets(states: Tensor) -> Tensor:

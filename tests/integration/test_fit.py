@@ -73,6 +73,17 @@ def test_what_is_counted_without_weights_is_what_a_real_pass_holds(backbone, mor
     assert counted == pytest.approx(ledger.peak - before, rel=0.15)
 
 
+@pytest.mark.parametrize("strategy", ["lora", "full"])
+def test_a_deep_model_is_counted_by_few_of_its_layers(backbone, strategy):
+    more = (f"model.strategy={strategy}", "model.dtype=bfloat16", "train.activation_checkpointing=true")
+    bare = _Bare(str(backbone))
+    text = bare.text_of(bare.config)
+    text.num_hidden_layers, text.layer_types = 9, ["full_attention"] * 9
+    work = work_of(config(LmConfig, backbone, *more), 100, str(backbone))[0]
+    whole = bare._count(work, torch.bfloat16, 3, 9)
+    assert bare.count(work, torch.bfloat16, 3) == pytest.approx(whole, rel=0.02)
+
+
 def test_heads_are_counted_without_the_layer_that_they_do_not_read(backbone):
     settings = config(SftConfig, backbone, "model.strategy=lora", "model.dtype=float32")
     work = work_of(settings, 200, str(backbone))[0]
