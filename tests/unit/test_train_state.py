@@ -21,7 +21,7 @@ def test_steps_and_minutes_are_taken(given):
 @pytest.mark.parametrize("given", ["0", "-1", "0min", "0.0min", "30", "5 h", "min", "1.5"])
 def test_what_is_neither_is_refused(given):
     value = f'"{given}"' if given == "30" else given
-    with pytest.raises(ConfigError, match=r"save_every.*every so many optimizer steps, or minutes such as 30min"):
+    with pytest.raises(ConfigError, match=r"save_every.*every N optimizer steps, or every so many minutes"):
         load_config(TrainConfig, None, [f"save_every={value}"])
 
 
