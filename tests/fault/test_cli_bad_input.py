@@ -466,7 +466,10 @@ def test_a_bad_prediction(run, hba, expect, old, new, message):
 
 
 def test_nothing_to_score_and_nothing_to_report(tmp_path, run, expect):
-    expect("no metrics.json in the run folder.*hba score", "report", run)
+    expect("no metrics.json in the run folder.*Run `hba score` on it first", "report", run)
+    (tmp_path / "trained").mkdir()
+    (tmp_path / "trained" / "config.yaml").write_text("{}")
+    expect("Run `hba predict`, then `hba score`", "report", tmp_path / "trained")
     expect("no such run folder", "report", tmp_path / "nowhere")
     (run / "predictions.jsonl").write_text("")
     expect(r"predictions\.jsonl: no prediction to score", "score", run)

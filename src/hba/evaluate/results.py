@@ -375,7 +375,9 @@ def _flat(entry: DatasetScore | Aggregate) -> dict[str, Any]:
 def read_metrics(path: Path, taxonomy: Taxonomy = BUILTIN) -> Metrics:
     """Read metrics.json. Raises InputError naming the field that is missing or of the wrong type."""
     if not path.is_file():
-        raise InputError("no metrics.json in the run folder", where=str(path), fix="Run `hba score` on it first.")
+        before = "" if (path.parent / "predictions.jsonl").is_file() else "`hba predict`, then "
+        fix = f"Run {before}`hba score` on it first."
+        raise InputError("no metrics.json in the run folder", where=str(path), fix=fix)
     return parse_metrics(read_json(path), where=str(path), taxonomy=taxonomy)
 
 
