@@ -270,11 +270,10 @@ def hub_checkpoint(repo: str, revision: str | None, card: str) -> Path | None:
     trained. What is in the cache already decides without it, and so it does offline (HF_HUB_OFFLINE=1).
     """
     # Imported here: the hub's client is not needed for what lies on this machine.
-    import httpx
     from huggingface_hub import constants, errors, get_session, hf_hub_download, snapshot_download
     from huggingface_hub import try_to_load_from_cache as cached
 
-    from hba.remote.request import NO_ANSWER, proxies_checked, shown
+    from hba.remote.request import BROKEN_OFF, NO_ANSWER, proxies_checked, shown
 
     in_cache = isinstance(cached(repo, "config.json", revision=revision), str)
     known = in_cache or isinstance(cached(repo, card, revision=revision), str)
@@ -282,7 +281,7 @@ def hub_checkpoint(repo: str, revision: str | None, card: str) -> Path | None:
         with proxies_checked():
             if not (known or constants.HF_HUB_OFFLINE):
                 # A download tries again for half a minute, which is too long where a path was mistyped.
-                with suppress(httpx.ReadError, httpx.ReadTimeout, httpx.RemoteProtocolError):
+                with suppress(*BROKEN_OFF):
                     seconds = constants.HF_HUB_ETAG_TIMEOUT
                     get_session().head(constants.ENDPOINT, timeout=seconds, follow_redirects=False)
             found = Path(hf_hub_download(repo, card, revision=revision))

@@ -231,6 +231,7 @@ def shown(address: str) -> str:
 
 
 NO_ANSWER = (httpx.HTTPError, OSError)  # what a service that cannot be reached raises
+BROKEN_OFF = (httpx.ReadError, httpx.ReadTimeout, httpx.RemoteProtocolError)  # what one that was reached raises
 
 
 @contextmanager
