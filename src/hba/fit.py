@@ -486,7 +486,11 @@ class _Need:
         if work.alone:
             self.fixed = dict.fromkeys(self.fixed, 0.0)
         self.fixed[LM_HEAD] = head * (4 + _moment_bytes(work.lm_head))
-        self.head_gradient = head * 4.0
+        self.head_gradient, step = head * 4.0, 0
+        if work.lm_head is not None:
+            step = work.lm_head.batch_size * work.lm_head.accumulation
+        # From the second micro-batch of a step on, what those before it have added up is there, too.
+        self.gradient_before = self.head_gradient if work.samples * gpus < step else 0.0
         nothing = Counted(0, 0, 0)
         counted = (nothing if work.alone else bare.count(work, self.dtype, samples) for samples in (1, 2))
         self.of_one, self.of_two = counted
@@ -521,8 +525,8 @@ class _Need:
         if self.work.lm_head is not None:
             logits = samples * ANSWER_TOKENS * self.bare.vocabulary
             part = 4 * min(CHUNK_VALUES, self.bare.head_parameters)  # of the gradient, before it is added
-            learning = self.head_gradient + part + LOGITS_BYTES * min(CHUNK_VALUES, logits)
-            activations = learning if self.work.alone else max(activations, learning)
+            learning = self.gradient_before + self.head_gradient + part + LOGITS_BYTES * min(CHUNK_VALUES, logits)
+            activations = learning if self.work.alone else max(self.gradient_before + activations, learning)
             towers = 0.0 if self.work.alone else towers
         if self._trains_towers:
             moving = {"activations": activations, "activations of media towers": towers}

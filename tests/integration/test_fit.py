@@ -223,6 +223,10 @@ def test_an_lm_head_that_trains_is_counted_beside_the_frozen_model_or_behind_it(
     assert streamed.fixed["weights"] == features.fixed["weights"]
     assert streamed.parts(3)["activations"] >= max(features.parts(3)["activations"], head)
     assert head < learning.parts(3)["activations"] < learning.parts(30)["activations"]
+    _, second = needs("train.accumulation=2")  # beside the gradient of the micro-batch before
+    assert second.parts(3)["activations"] == learning.parts(3)["activations"] + head
+    (streamed_second,) = needs("features.cache=false", "train.accumulation=2")
+    assert streamed_second.parts(3)["activations"] >= features.parts(3)["activations"] + head
     (small,) = needs("features.cache=false", "train.optimizer=adamw8bit")
     assert small.fixed[LM_HEAD] < 1.6 * head
 

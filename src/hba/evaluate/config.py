@@ -15,7 +15,7 @@ from hba.batch.config import EncodeConfig, LoaderConfig
 from hba.batch.prompt import AnswerFormat
 from hba.config import flat, inline_yaml, option, read_yaml
 from hba.errors import ConfigError, nearest
-from hba.model.config import AsTrained, Attention, Dtype
+from hba.model.config import ATTENTION, AsTrained, Attention, Dtype
 from hba.remote import ClientConfig
 from hba.remote.request import check_extra
 from hba.storage import json_sha256
@@ -106,11 +106,7 @@ class PredictConfig:
     dtype: Dtype = option(
         "auto", "number format of the weights. auto: bfloat16 on a GPU that computes in it, else float32"
     )
-    attention: Attention = option(
-        "sdpa",
-        "which code computes attention. sdpa is PyTorch's own; flash_attention_2 needs a GPU and the package "
-        "flash-attn",
-    )
+    attention: Attention = option("sdpa", ATTENTION)
     quantization: AsTrained = option(
         "auto", "load the backbone in 8 bits (int8), 4 bits (nf4) or neither (none). auto: as it was trained"
     )

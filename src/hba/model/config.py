@@ -19,6 +19,13 @@ Attention: TypeAlias = Literal["sdpa", "eager", "flash_attention_2"]
 Quantization: TypeAlias = Literal["none", "int8", "nf4"]
 AsTrained: TypeAlias = Literal["auto", "none", "int8", "nf4"]  # auto: what the card of the checkpoint says
 
+# What keys that several stages have say of themselves.
+FROZEN_DTYPE = "number format of frozen weights. auto: bfloat16 on a GPU that computes in it, else float32"
+ATTENTION = (
+    "which code computes attention. sdpa is PyTorch's own; flash_attention_2 needs a GPU and the package flash-attn"
+)
+AS_TRAINED = "load the frozen backbone in 8 bits (int8), 4 bits (nf4) or neither (none). auto: as it was trained"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -29,15 +36,8 @@ class ModelConfig:
         "lora",
         "what is trained. heads: the classification heads alone; lora: LoRA layers and heads; full: every weight",
     )
-    dtype: Dtype = option(
-        "auto",
-        "number format of the weights that stay frozen. auto: bfloat16 on a GPU that computes in it, else float32",
-    )
-    attention: Attention = option(
-        "sdpa",
-        "which code computes attention. sdpa is PyTorch's own; flash_attention_2 needs a GPU and the package "
-        "flash-attn",
-    )
+    dtype: Dtype = option("auto", FROZEN_DTYPE)
+    attention: Attention = option("sdpa", ATTENTION)
     quantization: Quantization = option(
         "none", "load the frozen linear layers of the language model in 8 bits (int8) or 4 bits (nf4, as in QLoRA)"
     )

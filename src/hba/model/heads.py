@@ -112,8 +112,8 @@ class _HeadLoss(torch.autograd.Function):
         moves_states, moves_weight = ctx.needs_input_grad[:2]
         d_states_NH = torch.zeros_like(states_NH, dtype=torch.float32) if moves_states else None
         d_weight_VH = torch.zeros_like(weight_VH) if moves_weight else None
-        spans = [slice(v, v + max(1, CHUNK_VALUES // width)) for v in range(0, vocabulary, CHUNK_VALUES // width or 1)]
-        size = max(1, CHUNK_VALUES // vocabulary)
+        rows, size = max(1, CHUNK_VALUES // width), max(1, CHUNK_VALUES // vocabulary)
+        spans = [slice(v, v + rows) for v in range(0, vocabulary, rows)]
         loss = torch.zeros((), device=states_NH.device)
         with torch.autocast(device, enabled=False):
             for chunk in (slice(n, n + size) for n in range(0, len(states_NH), size)):

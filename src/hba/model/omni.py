@@ -441,18 +441,15 @@ def telling_clips_from_pictures(transformer: Any) -> None:
 
     transformers takes all places for those of pictures, and all for those of clips: a batch could have one kind alone.
     """
-    whole, ids = (
-        next((m for m in transformer.modules() if hasattr(m, "get_placeholder_mask")), None),
-        transformer.config,
-    )
+    whole = next((m for m in transformer.modules() if hasattr(m, "get_placeholder_mask")), None)
+    ids = transformer.config
     if whole is None or getattr(ids, "video_start_token_id", None) is None:
         return
 
     def places(input_ids: Tensor, inputs_embeds: Tensor, **features: Tensor) -> tuple[Tensor, Tensor]:
         begun_BT, ended_BT = ((input_ids == i).cumsum(1) for i in (ids.video_start_token_id, ids.video_end_token_id))
-        kinds = [
-            (input_ids == ids.image_token_id) & (clip_BT) for clip_BT in (begun_BT <= ended_BT, begun_BT > ended_BT)
-        ]
+        place_BT, inside_BT = input_ids == ids.image_token_id, begun_BT > ended_BT
+        kinds = (place_BT & ~inside_BT, place_BT & inside_BT)
         for name, kind_BT in zip(("image_features", "video_features"), kinds, strict=True):
             if name in features and len(features[name]) != int(kind_BT.sum()):
                 raise ValueError(f"{len(features[name])} {name} for {int(kind_BT.sum())} places in the prompts")

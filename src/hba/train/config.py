@@ -12,7 +12,7 @@ from hba.batch.pool import DescriptorConfig
 from hba.batch.sampler import MixConfig
 from hba.config import option
 from hba.errors import ConfigError
-from hba.model.config import AsTrained, Attention, Dtype, ModelConfig
+from hba.model.config import AS_TRAINED, ATTENTION, FROZEN_DTYPE, AsTrained, Attention, Dtype, ModelConfig
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -198,17 +198,9 @@ class QaConfig:
     datasets: tuple[str, ...] | None = option(
         None, "train on these free-form datasets only, such as [siq2]. null: on all"
     )
-    dtype: Dtype = option(
-        "auto", "number format of the frozen backbone. auto: bfloat16 on a GPU that computes in it, else float32"
-    )
-    attention: Attention = option(
-        "sdpa",
-        "which code computes attention. sdpa is PyTorch's own; flash_attention_2 needs a GPU and the package "
-        "flash-attn",
-    )
-    quantization: AsTrained = option(
-        "auto", "load the frozen backbone in 8 bits (int8), 4 bits (nf4) or neither (none). auto: as it was trained"
-    )
+    dtype: Dtype = option("auto", FROZEN_DTYPE)
+    attention: Attention = option("sdpa", ATTENTION)
+    quantization: AsTrained = option("auto", AS_TRAINED)
 
     def __post_init__(self) -> None:
         """Raises ConfigError for rates of heads and LoRA, which are frozen, of lm_head, which alone trains, and for
@@ -247,18 +239,9 @@ class BamConfig:
     mix: MixConfig = field(default_factory=MixConfig)
     train_split: str = option("train", "split to train on. Slices such as train[:10%] work")
     validation_split: str = option("validation", "split whose score chooses the best checkpoint")
-    dtype: Dtype = option(
-        "auto",
-        "number format of the weights that stay frozen. auto: bfloat16 on a GPU that computes in it, else float32",
-    )
-    attention: Attention = option(
-        "sdpa",
-        "which code computes attention. sdpa is PyTorch's own; flash_attention_2 needs a GPU and the package "
-        "flash-attn",
-    )
-    quantization: AsTrained = option(
-        "auto", "load the frozen backbone in 8 bits (int8), 4 bits (nf4) or neither (none). auto: as it was trained"
-    )
+    dtype: Dtype = option("auto", FROZEN_DTYPE)
+    attention: Attention = option("sdpa", ATTENTION)
+    quantization: AsTrained = option("auto", AS_TRAINED)
 
     def __post_init__(self) -> None:
         """Raises ConfigError for rates of what the stage leaves frozen, and for layers to compile where none trains."""
