@@ -57,6 +57,32 @@ class Root(Commands):
         "Evaluate, step by step": ("predict", "judge", "score", "report", "compare", "leaderboard"),
         "Share": ("serve", "push", "bundle", "verify", "export"),
     }
+    OPTIONS: ClassVar[dict[str, dict[str, tuple[str, ...]]]] = {
+        "merge": {"What the authors released": ("backbone", "onto", "adapters_of", "pooling", "lora_alpha")},
+        "ask": {
+            "The question": (
+                *("task", "dataset", "question", "transcript", "every"),
+                *("transcribe", "transcribe_url", "transcribe_key_env"),
+            ),
+            "The model": ("backend", "base_url", "key"),
+        },
+        "serve": {"Limits": ("max_body", "max_waiting", "timeout", "window"), "The model": ("key",)},
+        "predict": {
+            "The model": ("backend", "base_url"),
+            "Which rows": ("modalities", "datasets", "limit", "per_dataset", "shard"),
+        },
+        "eval": {
+            "The model": ("backend", "base_url"),
+            "The judge": ("judge", "judge_url"),
+            "Which rows": ("per_dataset",),
+        },
+        "judge": {"The model": ("backend", "base_url"), "How good is the judge?": ("calibrate", "offline")},
+        "leaderboard": {
+            "Where to": ("out", "site"),
+            "Which rows": ("published", "tasks", "name", "max_quarantined", "allow_other_data"),
+        },
+        "explore": {"The Try page": ("models", "keep")},
+    }
 
 
 app = typer.Typer(

@@ -12,7 +12,6 @@ import typer
 
 from hba.cli.options import (
     MODEL_HELP,
-    QUESTION,
     Backend,
     BaseUrl,
     JsonFlag,
@@ -21,7 +20,9 @@ from hba.cli.options import (
     beside,
     configured,
     counted,
+    flag,
     served,
+    takes,
     written,
 )
 from hba.errors import InputError
@@ -39,62 +40,30 @@ def ask_command(
     files: Annotated[list[Path], typer.Argument(help="Clips, sounds, pictures or texts, or folders of them.")],
     task: Annotated[
         str | None,
-        typer.Option(
-            metavar="TASKS",
-            help="Ask about these tasks, such as EMO,SEN.",
-            show_default="all that the model has heads for",
-            rich_help_panel=QUESTION,
-        ),
+        takes("TASKS", "Ask about these tasks, such as EMO,SEN.", default="all that the model has heads for"),
     ] = None,
-    dataset: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DATASETS", help="Offer the labels of these datasets, such as cremad.", rich_help_panel=QUESTION
-        ),
-    ] = None,
-    question: Annotated[
-        str | None,
-        typer.Option(metavar="TEXT", help="Ask this in place of the task's question.", rich_help_panel=QUESTION),
-    ] = None,
-    transcript: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="The words spoken in the file.", rich_help_panel=QUESTION)
-    ] = None,
+    dataset: Annotated[str | None, takes("DATASETS", "Offer the labels of these datasets, such as cremad.")] = None,
+    question: Annotated[str | None, takes("TEXT", "Ask this in place of the task's question.")] = None,
+    transcript: Annotated[str | None, takes("TEXT", "The words spoken in the file.")] = None,
     transcribe: Annotated[
         str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="Find the spoken words with this speech recognition model, or a service's: openai:whisper-1.",
-            rich_help_panel=QUESTION,
-        ),
+        takes("MODEL", "Find the spoken words with this speech recognition model, or a service's: openai:whisper-1."),
     ] = None,
-    transcribe_url: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL", help="Server of --transcribe openai:NAME.", show_default="OpenAI", rich_help_panel=QUESTION
-        ),
-    ] = None,
+    transcribe_url: Annotated[str | None, takes("URL", "Server of --transcribe openai:NAME.", default="OpenAI")] = None,
     transcribe_key_env: Annotated[
         str | None,
-        typer.Option(
-            metavar="VARIABLE",
-            help="Environment variable with the key of that server.",
-            show_default="OPENAI_API_KEY at OpenAI, none elsewhere",
-            rich_help_panel=QUESTION,
+        takes(
+            "VARIABLE",
+            "Environment variable with the key of that server.",
+            default="OPENAI_API_KEY at OpenAI, none elsewhere",
         ),
     ] = None,
-    every: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SECONDS", help="Ask about each window of a clip or sound, such as 5s.", rich_help_panel=QUESTION
-        ),
-    ] = None,
+    every: Annotated[str | None, takes("SECONDS", "Ask about each window of a clip or sound, such as 5s.")] = None,
     backend: Backend = None,
     base_url: BaseUrl = None,
     key: SetKey = None,
-    csv: Annotated[bool, typer.Option("--csv", help="Print the answers as CSV.")] = False,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="With --every: page of curves over time to write, .html.")
-    ] = None,
+    csv: Annotated[bool, flag("--csv", "Print the answers as CSV.")] = False,
+    out: Annotated[Path | None, takes("FILE", "With --every: page of curves over time to write, .html.")] = None,
     json: JsonFlag = False,
 ) -> None:
     """Ask a model about your own files.

@@ -22,7 +22,10 @@ from hba.cli.options import (
     configured,
     counted,
     finish,
+    flag,
     keys_such_as,
+    number,
+    takes,
     written,
 )
 from hba.environment import require_extra, usable_cores
@@ -39,7 +42,6 @@ DOWNLOAD_EXAMPLE = "Example: hba atlas download HumanBehaviorAtlas/human_behavio
 PREPARE_EXAMPLE = "Example: hba atlas prepare data/hba model=Qwen/Qwen2.5-Omni-7B encode.num_frames=8"
 MAX_FAILURES = 20
 MAX_MISSING = 5
-COLUMNS, ROW, EXTRACTED = "The table of labels", "The rows", "What to extract"
 
 
 class AtlasCommands(Commands):
@@ -49,6 +51,17 @@ class AtlasCommands(Commands):
         "Get an atlas": ("mini", "download", "build"),
         "Look at it": ("info", "validate"),
         "Change it": ("convert", "describe", "prepare"),
+    }
+    OPTIONS: ClassVar[dict[str, dict[str, tuple[str, ...]]]] = {
+        "describe": {
+            "What to extract": ("audio", "video", "transcripts", "frames_per_second", "out_format", "replace"),
+        },
+        "build": {
+            "The table of labels": (
+                *("labels", "file_column", "label_column", "group_column", "transcript_column", "split_column"),
+            ),
+            "The rows": ("dataset", "question", "choices", "allow_unlabelled", "seed"),
+        },
     }
 
 
@@ -63,7 +76,7 @@ def convert_command(
         Literal["parquet", "jsonl"], typer.Option(help="parquet: media in shards. jsonl: media as files.")
     ] = ...,  # type: ignore[assignment]
     split: Splits = None,
-    shard_megabytes: Annotated[int, typer.Option(min=1, help="MB of media in one shard.")] = 512,
+    shard_megabytes: Annotated[int, number("MB of media in one shard.", least=1)] = 512,
     workers: Workers = usable_cores(),
     allow_quarantined: AllowQuarantined = 0,
     json: JsonFlag = False,
@@ -98,57 +111,21 @@ def describe_command(
     root: Annotated[Path | None, typer.Argument(metavar="ATLAS", help="Folder of a JSONL atlas.")] = None,
     split: Splits = None,
     audio: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="openSMILE features: compare (6,373 values), compare-lld, egemaps or none.",
-            rich_help_panel=EXTRACTED,
-        ),
+        str, takes("NAME", "openSMILE features: compare (6,373 values), compare-lld, egemaps or none.")
     ] = "compare",
-    video: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="MediaPipe landmarks: holistic (pose, face and hands) or none.",
-            rich_help_panel=EXTRACTED,
-        ),
-    ] = "holistic",
+    video: Annotated[str, takes("NAME", "MediaPipe landmarks: holistic (pose, face and hands) or none.")] = "holistic",
     transcripts: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="Transcribe rows without texts with this speech recognition model.",
-            show_default="none",
-            rich_help_panel=EXTRACTED,
-        ),
+        str | None, takes("MODEL", "Transcribe rows without texts with this speech recognition model.", default="none")
     ] = None,
     frames_per_second: Annotated[
-        float | None,
-        typer.Option(
-            metavar="N",
-            help="Look for landmarks in N frames a second.",
-            show_default="every frame",
-            rich_help_panel=EXTRACTED,
-        ),
+        float | None, takes("N", "Look for landmarks in N frames a second.", default="every frame")
     ] = None,
     workers: Workers = usable_cores(),
-    executor: Annotated[
-        str, typer.Option(metavar="NAME", help="Where to run: processes (this machine) or ray (a cluster).")
-    ] = "processes",
-    out_format: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME", help="Form of the files: pt (as published) or safetensors.", rich_help_panel=EXTRACTED
-        ),
-    ] = "pt",
-    replace: Annotated[
-        bool,
-        typer.Option("--replace", help="Also extract for rows that name other descriptors.", rich_help_panel=EXTRACTED),
-    ] = False,
-    allow_failed: Annotated[int, typer.Option(min=0, help="Accept up to N media that failed (else exit code 2).")] = 0,
-    setup: Annotated[
-        bool, typer.Option("--setup", help="First install MediaPipe into an environment of its own.")
-    ] = False,
+    executor: Annotated[str, takes("NAME", "Where to run: processes (this machine) or ray (a cluster).")] = "processes",
+    out_format: Annotated[str, takes("NAME", "Form of the files: pt (as published) or safetensors.")] = "pt",
+    replace: Annotated[bool, flag("--replace", "Also extract for rows that name other descriptors.")] = False,
+    allow_failed: Annotated[int, number("Accept up to N media that failed (else exit code 2).")] = 0,
+    setup: Annotated[bool, flag("--setup", "First install MediaPipe into an environment of its own.")] = False,
     json: JsonFlag = False,
 ) -> None:
     """Extract descriptors (openSMILE, MediaPipe) and transcripts.
@@ -205,10 +182,8 @@ def download_command(
     repo: Annotated[str, typer.Argument(help="Dataset on the hub: org/name, or org/name@revision.")],
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
     split: Splits = None,
-    revision: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Branch, tag or commit.", show_default="main")
-    ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Number of files at a time.")] = 8,
+    revision: Annotated[str | None, takes("NAME", "Branch, tag or commit.", default="main")] = None,
+    workers: Annotated[int, number("Number of files at a time.", least=1)] = 8,
     json: JsonFlag = False,
 ) -> None:
     """Download an atlas from the Hugging Face hub and unpack it.
@@ -265,10 +240,8 @@ def prepare_command(
 @atlas_app.command("mini", epilog="Example: hba atlas mini runs/mini --size small --seed 0")
 def mini_command(
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
-    size: Annotated[
-        str, typer.Option(metavar="NAME", help="tiny (made in seconds) or small (what the demo trains on).")
-    ] = "small",
-    seed: Annotated[int, typer.Option(metavar="N", help="The same seed gives the same bytes.")] = 0,
+    size: Annotated[str, takes("NAME", "tiny (made in seconds) or small (what the demo trains on).")] = "small",
+    seed: Annotated[int, takes("N", "The same seed gives the same bytes.")] = 0,
     workers: Workers = usable_cores(),
     json: JsonFlag = False,
 ) -> None:
@@ -295,58 +268,27 @@ def build_command(
     out: Annotated[Path | None, typer.Argument(help="Folder to make.")] = None,
     labels: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Table of labels, one line a file: CSV, TSV or JSONL.",
-            show_default="labels are the names of folders",
-            rich_help_panel=COLUMNS,
+        takes(
+            "FILE", "Table of labels, one line a file: CSV, TSV or JSONL.", default="labels are the names of folders"
         ),
     ] = None,
-    file_column: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Column of file names.", rich_help_panel=COLUMNS)
-    ] = None,
-    label_column: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Column of labels.", rich_help_panel=COLUMNS)
-    ] = None,
-    group_column: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Column of speakers; each stays in one split.", rich_help_panel=COLUMNS),
-    ] = None,
-    transcript_column: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Column of spoken words.", rich_help_panel=COLUMNS)
-    ] = None,
-    split_column: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Column of splits.", rich_help_panel=COLUMNS)
-    ] = None,
+    file_column: Annotated[str | None, takes("NAME", "Column of file names.")] = None,
+    label_column: Annotated[str | None, takes("NAME", "Column of labels.")] = None,
+    group_column: Annotated[str | None, takes("NAME", "Column of speakers; each stays in one split.")] = None,
+    transcript_column: Annotated[str | None, takes("NAME", "Column of spoken words.")] = None,
+    split_column: Annotated[str | None, takes("NAME", "Column of splits.")] = None,
     layout: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Read a known corpus in its own layout, such as cremad; see --list."),
+        str | None, takes("NAME", "Read a known corpus in its own layout, such as cremad; see --list.")
     ] = None,
-    dataset: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="Key of the new dataset.", show_default="the folder's name", rich_help_panel=ROW
-        ),
-    ] = None,
-    question: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT", help="Question of every row.", show_default="made of the labels", rich_help_panel=ROW
-        ),
-    ] = None,
-    choices: Annotated[
-        str | None,
-        typer.Option(metavar="LABELS", help="Answers to choose from, such as happy,sad,neutral.", rich_help_panel=ROW),
-    ] = None,
+    dataset: Annotated[str | None, takes("NAME", "Key of the new dataset.", default="the folder's name")] = None,
+    question: Annotated[str | None, takes("TEXT", "Question of every row.", default="made of the labels")] = None,
+    choices: Annotated[str | None, takes("LABELS", "Answers to choose from, such as happy,sad,neutral.")] = None,
     allow_unlabelled: Annotated[
-        bool,
-        typer.Option("--allow-unlabelled", help="Keep files without a label, as rows to predict.", rich_help_panel=ROW),
+        bool, flag("--allow-unlabelled", "Keep files without a label, as rows to predict.")
     ] = False,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed that deals files into splits.", rich_help_panel=ROW)] = 0,
-    known: Annotated[bool, typer.Option("--list", help="List the corpora that --layout knows.")] = False,
-    allow_broken: Annotated[
-        int, typer.Option(min=0, help="Accept up to N files that cannot be read (else exit code 2).")
-    ] = 0,
+    seed: Annotated[int, takes("N", "Seed that deals files into splits.")] = 0,
+    known: Annotated[bool, flag("--list", "List the corpora that --layout knows.")] = False,
+    allow_broken: Annotated[int, number("Accept up to N files that cannot be read (else exit code 2).")] = 0,
     json: JsonFlag = False,
 ) -> None:
     """Make an atlas of your own files.
@@ -411,13 +353,10 @@ def build_command(
 def validate_command(
     atlas: Annotated[Path, typer.Argument(help=ROWS_HELP)],
     split: Splits = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Folder for validate.html and validate.json; makes it resume."),
-    ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Read only the headers of media; decode nothing.")] = False,
-    release: Annotated[bool, typer.Option("--release", help="Expect the counts of the published release.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Check again what was found good before.")] = False,
+    out: Annotated[Path | None, takes("FOLDER", "Folder for validate.html and validate.json; makes it resume.")] = None,
+    quick: Annotated[bool, flag("--quick", "Read only the headers of media; decode nothing.")] = False,
+    release: Annotated[bool, flag("--release", "Expect the counts of the published release.")] = False,
+    fresh: Annotated[bool, flag("--fresh", "Check again what was found good before.")] = False,
     workers: Workers = usable_cores(),
     json: JsonFlag = False,
 ) -> None:
@@ -449,11 +388,10 @@ def validate_command(
 def info_command(
     atlas: Annotated[Path, typer.Argument(help=ROWS_HELP)],
     split: Splits = None,
-    durations: Annotated[bool, typer.Option("--durations", help="Also say how long sounds and clips last.")] = False,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="HTML page to write.")] = None,
+    durations: Annotated[bool, flag("--durations", "Also say how long sounds and clips last.")] = False,
+    out: Annotated[Path | None, takes("FILE", "HTML page to write.")] = None,
     cache: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Where durations are kept.", show_default="$HBA_CACHE or ~/.cache/hba"),
+        Path | None, takes("FOLDER", "Where durations are kept.", default="$HBA_CACHE or ~/.cache/hba")
     ] = None,
     workers: Workers = usable_cores(),
     json: JsonFlag = False,

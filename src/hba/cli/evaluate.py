@@ -15,9 +15,7 @@ from hba.cli.options import (
     ALLOW_FAILED_HELP,
     ATLAS_HELP,
     MODEL_HELP,
-    PLACE,
     PREDICTED_HELP,
-    ROWS,
     SCORED_HELP,
     SLICES,
     AllowQuarantined,
@@ -30,8 +28,11 @@ from hba.cli.options import (
     bold,
     configured,
     finish,
+    flag,
     keys_such_as,
+    number,
     served,
+    takes,
     tallied,
     warn,
     written,
@@ -57,33 +58,16 @@ EVAL_EXAMPLE = "Example: hba eval gpt-5-mini --backend openai --atlas runs/mini 
 def eval_command(
     model: Annotated[str, typer.Argument(help=f"{MODEL_HELP} Or a suite.yaml with several.")],
     overrides: Annotated[list[str] | None, keys_such_as("generation.max_tokens=64")] = None,
-    atlas: Annotated[
-        str | None, typer.Option(metavar="ATLAS", help=ATLAS_HELP, show_default="required, or the suite's")
-    ] = None,
-    split: Annotated[str, typer.Option(metavar="SPLIT", help=f"Split to answer. {SLICES}")] = "test",
+    atlas: Annotated[str | None, takes("ATLAS", ATLAS_HELP, default="required, or the suite's")] = None,
+    split: Annotated[str, takes("SPLIT", f"Split to answer. {SLICES}")] = "test",
     backend: Backend = None,
     base_url: BaseUrl = None,
-    judge: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="Model that judges free-form answers.",
-            show_default="none",
-            rich_help_panel="The judge",
-        ),
-    ] = None,
-    judge_url: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL", help="Address of the judge's server.", show_default="OpenAI", rich_help_panel="The judge"
-        ),
-    ] = None,
-    run: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Run folder to write.", show_default="runs/eval/MODEL")
-    ] = None,
+    judge: Annotated[str | None, takes("MODEL", "Model that judges free-form answers.", default="none")] = None,
+    judge_url: Annotated[str | None, takes("URL", "Address of the judge's server.", default="OpenAI")] = None,
+    run: Annotated[Path | None, takes("FOLDER", "Run folder to write.", default="runs/eval/MODEL")] = None,
     per_dataset: PerDataset = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count rows, tokens and cost; ask nothing.")] = False,
-    allow_failed: Annotated[int, typer.Option(min=0, help=ALLOW_FAILED_HELP)] = 0,
+    dry_run: Annotated[bool, flag("--dry-run", "Count rows, tokens and cost; ask nothing.")] = False,
+    allow_failed: Annotated[int, number(ALLOW_FAILED_HELP)] = 0,
     allow_quarantined: AllowQuarantined = 0,
     json: JsonFlag = False,
 ) -> None:
@@ -389,26 +373,18 @@ def _judged(
 
 def score_command(
     run: Annotated[Path, typer.Argument(help=PREDICTED_HELP)],
-    resamples: Annotated[int, typer.Option(min=100, help="Bootstrap resamples for the intervals.")] = 2000,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the bootstrap.")] = 0,
+    resamples: Annotated[int, number("Bootstrap resamples for the intervals.", least=100)] = 2000,
+    seed: Annotated[int, takes("N", "Seed of the bootstrap.")] = 0,
     by: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FIELD", help="Also score each value of this field of the rows. Repeat for more."),
+        list[str] | None, takes("FIELD", "Also score each value of this field of the rows. Repeat for more.")
     ] = None,
     cluster: Annotated[
-        str,
-        typer.Option(
-            metavar="FIELD", help="Resample rows with the same value together: auto, none, or a field of the rows."
-        ),
+        str, takes("FIELD", "Resample rows with the same value together: auto, none, or a field of the rows.")
     ] = "auto",
-    atlas: Annotated[
-        Path | None, typer.Option(metavar="ATLAS", help="Atlas that has these fields.", show_default="the run's own")
-    ] = None,
-    partial: Annotated[
-        bool, typer.Option("--partial", help="Accept rows without a prediction (else exit code 1).")
-    ] = False,
+    atlas: Annotated[Path | None, takes("ATLAS", "Atlas that has these fields.", default="the run's own")] = None,
+    partial: Annotated[bool, flag("--partial", "Accept rows without a prediction (else exit code 1).")] = False,
     published: Annotated[
-        bool, typer.Option("--published", help="Score as the released code does, with its errors: docs/flaws.md.")
+        bool, flag("--published", "Score as the released code does, with its errors: docs/flaws.md.")
     ] = False,
     json: JsonFlag = False,
 ) -> None:
@@ -451,12 +427,8 @@ def score_command(
 
 def report_command(
     run: Annotated[Path, typer.Argument(help=SCORED_HELP)],
-    atlas: Annotated[
-        Path | None, typer.Option(metavar="ATLAS", help="Atlas folder whose samples play in the page.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="File to write.", show_default="RUN/report.html")
-    ] = None,
+    atlas: Annotated[Path | None, takes("ATLAS", "Atlas folder whose samples play in the page.")] = None,
+    out: Annotated[Path | None, takes("FILE", "File to write.", default="RUN/report.html")] = None,
     json: JsonFlag = False,
 ) -> None:
     """Write one HTML page of a run: scores, mistakes, curves and samples."""
@@ -469,9 +441,7 @@ def report_command(
 def bundle_command(
     run: Annotated[Path, typer.Argument(help=SCORED_HELP)],
     out: Annotated[Path | None, typer.Argument(help="File to write.", show_default="RUN.zip")] = None,
-    atlas: Annotated[
-        str | None, typer.Option(metavar="ATLAS", help="Atlas that has the prompts.", show_default="the run's own")
-    ] = None,
+    atlas: Annotated[str | None, takes("ATLAS", "Atlas that has the prompts.", default="the run's own")] = None,
     prompts: Annotated[bool, typer.Option(help="Pack the prompts, with the transcripts in them.")] = True,
     json: JsonFlag = False,
 ) -> None:
@@ -490,7 +460,7 @@ def bundle_command(
 
 def verify_command(
     bundle: Annotated[Path, typer.Argument(help="File that hba bundle wrote.")],
-    atlas: Annotated[str | None, typer.Option(metavar="ATLAS", help="Also compare the rows with this atlas.")] = None,
+    atlas: Annotated[str | None, takes("ATLAS", "Also compare the rows with this atlas.")] = None,
     json: JsonFlag = False,
 ) -> None:
     """Score a bundle again and compare with the numbers in it.
@@ -520,17 +490,15 @@ def compare_command(
         ),
     ],
     seeds: Annotated[
-        bool, typer.Option("--seeds", help="The runs are one model with several seeds or prompts: show their spread.")
+        bool, flag("--seeds", "The runs are one model with several seeds or prompts: show their spread.")
     ] = False,
     allow_other_data: Annotated[
-        bool, typer.Option("--allow-other-data", help="Compare the rows that both have, of runs on different data.")
+        bool, flag("--allow-other-data", "Compare the rows that both have, of runs on different data.")
     ] = False,
-    out: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="File to write: .md or .tex. Repeat for more.")
-    ] = None,
-    flips: Annotated[int, typer.Option(min=0, help="Print N of the rows that became right or wrong.")] = 0,
-    resamples: Annotated[int, typer.Option(min=100, help="Bootstrap resamples for the intervals.")] = 2000,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the bootstrap.")] = 0,
+    out: Annotated[list[Path] | None, takes("FILE", "File to write: .md or .tex. Repeat for more.")] = None,
+    flips: Annotated[int, number("Print N of the rows that became right or wrong.")] = 0,
+    resamples: Annotated[int, number("Bootstrap resamples for the intervals.", least=100)] = 2000,
+    seed: Annotated[int, takes("N", "Seed of the bootstrap.")] = 0,
     json: JsonFlag = False,
 ) -> None:
     """Tell whether run B is better than run A on the same rows.
@@ -587,44 +555,16 @@ def leaderboard_command(
         typer.Argument(metavar="RUNS...", help="Scored run folders. With --site: bundles, or folders of them."),
     ],
     out: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FILE", help="File to write: .html, .md, .tex or .csv. Repeat for more.", rich_help_panel=PLACE
-        ),
+        list[Path] | None, takes("FILE", "File to write: .html, .md, .tex or .csv. Repeat for more.")
     ] = None,
-    published: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TABLE", help="Published table to show, or none. Repeat for more.", rich_help_panel=ROWS),
-    ] = None,
-    tasks: Annotated[
-        str,
-        typer.Option(
-            metavar="TASKS",
-            help="Tasks to rank by, such as EMO,SEN.",
-            show_default="those of every run",
-            rich_help_panel=ROWS,
-        ),
-    ] = "",
+    published: Annotated[list[str] | None, takes("TABLE", "Published table to show, or none. Repeat for more.")] = None,
+    tasks: Annotated[str, takes("TASKS", "Tasks to rank by, such as EMO,SEN.", default="those of every run")] = "",
     name: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="RUN=NAME",
-            help="Name of a run in the table; NAME alone for a single run. Repeat for more.",
-            rich_help_panel=ROWS,
-        ),
+        list[str] | None, takes("RUN=NAME", "Name of a run in the table; NAME alone for a single run. Repeat for more.")
     ] = None,
-    max_quarantined: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="Rank a run only if it left out at most this share.", rich_help_panel=ROWS),
-    ] = 0.01,
-    allow_other_data: Annotated[
-        bool,
-        typer.Option("--allow-other-data", help="Also rank runs on different data, marked.", rich_help_panel=ROWS),
-    ] = False,
-    site: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Write a static site of bundles into this folder.", rich_help_panel=PLACE),
-    ] = None,
+    max_quarantined: Annotated[float, number("Rank a run only if it left out at most this share.", most=1)] = 0.01,
+    allow_other_data: Annotated[bool, flag("--allow-other-data", "Also rank runs on different data, marked.")] = False,
+    site: Annotated[Path | None, takes("FOLDER", "Write a static site of bundles into this folder.")] = None,
     json: JsonFlag = False,
 ) -> None:
     """Rank scored runs by task and by mean rank, beside the published results."""

@@ -16,8 +16,11 @@ from hba.cli.options import (
     beside,
     bold,
     configured,
+    flag,
     keys_such_as,
+    number,
     served,
+    takes,
     tallied,
     warn,
 )
@@ -38,47 +41,23 @@ CANARIES = "canaries"
 def judge_command(
     run: Annotated[Path | None, typer.Argument(help=PREDICTED_HELP)] = None,
     overrides: Annotated[list[str] | None, keys_such_as("remote.max_concurrency=64")] = None,
-    model: Annotated[str | None, typer.Option(metavar="MODEL", help="The model that judges.")] = None,
+    model: Annotated[str | None, takes("MODEL", "The model that judges.")] = None,
     backend: Annotated[
         str,
-        typer.Option(
-            "--backend",
-            "--provider",
-            metavar="NAME",
-            help="How to ask it: openai (or any compatible server), anthropic or google.",
-            rich_help_panel="The model",
+        takes(
+            "NAME", "How to ask it: openai (or any compatible server), anthropic or google.", "--backend", "--provider"
         ),
     ] = "openai",
     base_url: BaseUrl = None,
-    atlas: Annotated[
-        str | None, typer.Option(metavar="ATLAS", help="Atlas that has the questions.", show_default="the run's own")
-    ] = None,
+    atlas: Annotated[str | None, takes("ATLAS", "Atlas that has the questions.", default="the run's own")] = None,
     calibrate: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Compare the judge with these labels or judgements, or test it with 'canaries'.",
-            rich_help_panel="How good is the judge?",
-        ),
+        Path | None, takes("FILE", "Compare the judge with these labels or judgements, or test it with 'canaries'.")
     ] = None,
-    offline: Annotated[
-        bool,
-        typer.Option(
-            "--offline",
-            help="Ask no judge: similarity of texts, no score to compare.",
-            rich_help_panel="How good is the judge?",
-        ),
-    ] = False,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Folder for the results.", show_default="RUN")
-    ] = None,
-    retry_unjudged: Annotated[
-        bool, typer.Option("--retry-unjudged", help="Ask again where the judge gave no verdict.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count requests, tokens and cost; ask nothing.")] = False,
-    allow_unjudged: Annotated[
-        int, typer.Option(min=0, help="Accept up to N answers without a verdict (else exit code 1).")
-    ] = 0,
+    offline: Annotated[bool, flag("--offline", "Ask no judge: similarity of texts, no score to compare.")] = False,
+    out: Annotated[Path | None, takes("FOLDER", "Folder for the results.", default="RUN")] = None,
+    retry_unjudged: Annotated[bool, flag("--retry-unjudged", "Ask again where the judge gave no verdict.")] = False,
+    dry_run: Annotated[bool, flag("--dry-run", "Count requests, tokens and cost; ask nothing.")] = False,
+    allow_unjudged: Annotated[int, number("Accept up to N answers without a verdict (else exit code 1).")] = 0,
     cache: Annotated[bool, typer.Option(help="Keep replies in your cache and reuse them.")] = True,
     json: JsonFlag = False,
 ) -> None:

@@ -34,8 +34,24 @@ SCORED_HELP = "Run folder that hba score has scored."
 PREDICTED_HELP = "Run folder with predictions."
 SLICES = "Slices work: test[:100]."
 ALLOW_FAILED_HELP = "Accept up to N rows that failed (else exit code 1)."
-# Panels of help: the options of a long command by what they are about.
-ROWS, MODEL, QUESTION, SERVER, PLACE = "Which rows", "The model", "The question", "Limits", "Where to"
+
+
+# What may stand on a command line. Each says what the help shows; its name and its default are those of the parameter.
+
+
+def takes(metavar: str, help: str, *names: str, default: str | bool = True) -> Any:
+    """An option with a value; `default` says in words what holds without it."""
+    return typer.Option(*names, metavar=metavar, help=help, show_default=default)
+
+
+def flag(name: str, help: str) -> Any:
+    """An option without a value."""
+    return typer.Option(name, help=help)
+
+
+def number(help: str, *names: str, least: float = 0, most: float | None = None, default: str | bool = True) -> Any:
+    """An option with a number from `least` to `most`."""
+    return typer.Option(*names, min=least, max=most, help=help, show_default=default)
 
 
 def keys_such_as(example: str) -> Any:
@@ -43,57 +59,40 @@ def keys_such_as(example: str) -> Any:
     return typer.Argument(metavar="KEY=VALUE", help=f"Config values, such as {example}.", show_default=False)
 
 
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+JsonFlag = Annotated[bool, flag("--json", "Print the result as JSON.")]
 Overrides = Annotated[list[str] | None, keys_such_as("train.epochs=2")]
-ConfigOption = Annotated[
-    str | None, typer.Option("--config", metavar="RECIPE", help="Recipe, such as sft_tiny, or a YAML file.")
-]
+ConfigOption = Annotated[str | None, takes("RECIPE", "Recipe, such as sft_tiny, or a YAML file.", "--config")]
 AllowQuarantined = Annotated[
-    int,
-    typer.Option("--allow-quarantined", min=0, help="Accept up to N samples that cannot be read (else exit code 2)."),
+    int, number("Accept up to N samples that cannot be read (else exit code 2).", "--allow-quarantined")
 ]
 BaseUrl = Annotated[
-    str | None,
-    typer.Option(
-        "--base-url",
-        metavar="URL",
-        help="Address of a model server, such as http://localhost:8000/v1.",
-        rich_help_panel=MODEL,
-    ),
+    str | None, takes("URL", "Address of a model server, such as http://localhost:8000/v1.", "--base-url")
 ]
 Backend = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAME",
-        help="How to ask it: heads, hf, vllm, openai, anthropic or google.",
-        show_default="heads or hf, as MODEL was trained",
-        rich_help_panel=MODEL,
+    takes(
+        "NAME",
+        "How to ask it: heads, hf, vllm, openai, anthropic or google.",
+        default="heads or hf, as MODEL was trained",
     ),
 ]
 SetKey = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Config value, such as generation.max_tokens=64. Repeat for more.",
-        rich_help_panel=MODEL,
-    ),
+    list[str] | None, takes("KEY=VALUE", "Config value, such as generation.max_tokens=64. Repeat for more.", "--set")
 ]
-PerDataset = Annotated[int | None, typer.Option(min=1, help="At most N rows of each dataset.", rich_help_panel=ROWS)]
-Host = Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on; 0.0.0.0 lets the network in.")]
-Port = Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")]
-Splits = Annotated[
-    list[str] | None,
-    typer.Option("--split", metavar="SPLIT", help="Only this split. Repeat for more.", show_default="all"),
-]
-Workers = Annotated[int, typer.Option(min=1, help="Number of processes.", show_default="one a core")]
+PerDataset = Annotated[int | None, number("At most N rows of each dataset.", least=1)]
+Host = Annotated[str, takes("ADDRESS", "Address to listen on; 0.0.0.0 lets the network in.")]
+Port = Annotated[int, number("Port; 0 takes a free one.", most=65535)]
+Splits = Annotated[list[str] | None, takes("SPLIT", "Only this split. Repeat for more.", "--split", default="all")]
+Workers = Annotated[int, number("Number of processes.", least=1, default="one a core")]
 
 
 class Commands(TyperGroup):
     """A group whose help suits 80 columns and newcomers: what to type stands above the options, not below them, and
-    kinds of values take little room. `PANELS` says in which order its commands are shown."""
+    kinds of values take little room. `PANELS` says in which order its commands are shown, `OPTIONS` what some options
+    of a long command are about."""
 
     PANELS: ClassVar[dict[str, tuple[str, ...]]] = {}
+    OPTIONS: ClassVar[dict[str, dict[str, tuple[str, ...]]]] = {}
 
     def __init__(self, **attrs: Any) -> None:
         super().__init__(**attrs)
@@ -111,6 +110,10 @@ class Commands(TyperGroup):
         for panel, names in self.PANELS.items():
             for name in names:
                 self.commands[name].rich_help_panel = panel  # type: ignore[attr-defined]
+        for command, panels in self.OPTIONS.items():
+            of = {name: panel for panel, names in panels.items() for name in names}
+            for param in self.commands[command].params:
+                param.rich_help_panel = of.get(str(param.name))  # type: ignore[attr-defined]
 
     def list_commands(self, ctx: Any) -> list[str]:
         """The names in the order of the panels."""

@@ -13,7 +13,6 @@ from hba.cli.options import (
     ALLOW_FAILED_HELP,
     ATLAS_HELP,
     MODEL_HELP,
-    ROWS,
     SLICES,
     AllowQuarantined,
     Backend,
@@ -25,8 +24,11 @@ from hba.cli.options import (
     bold,
     configured,
     finish,
+    flag,
     keys_such_as,
+    number,
     served,
+    takes,
     tallied,
     tally_cost,
     warn,
@@ -48,34 +50,21 @@ SHOWN_ANSWERS = 20
 def predict_command(
     model: Annotated[str, typer.Argument(help=f"{MODEL_HELP} Or a baseline: majority, random.")],
     overrides: Annotated[list[str] | None, keys_such_as("generation.max_tokens=64")] = None,
-    atlas: Annotated[str, typer.Option(metavar="ATLAS", help=ATLAS_HELP)] = ...,  # type: ignore[assignment]
-    split: Annotated[str, typer.Option(metavar="SPLIT", help=f"Split to answer. {SLICES}")] = "test",
+    atlas: Annotated[str, takes("ATLAS", ATLAS_HELP)] = ...,  # type: ignore[assignment]
+    split: Annotated[str, takes("SPLIT", f"Split to answer. {SLICES}")] = "test",
     backend: Backend = None,
     base_url: BaseUrl = None,
-    run: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Run folder to write.", show_default="the model's own")
-    ] = None,
+    run: Annotated[Path | None, takes("FOLDER", "Run folder to write.", default="the model's own")] = None,
     modalities: Annotated[
-        str | None,
-        typer.Option(
-            metavar="KINDS",
-            help="Give the model only these media: audio, video or audio,video; text for none.",
-            rich_help_panel=ROWS,
-        ),
+        str | None, takes("KINDS", "Give the model only these media: audio, video or audio,video; text for none.")
     ] = None,
-    datasets: Annotated[
-        str | None,
-        typer.Option(metavar="DATASETS", help="Only these datasets, such as tess,mmsd.", rich_help_panel=ROWS),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N rows.", rich_help_panel=ROWS)] = None,
+    datasets: Annotated[str | None, takes("DATASETS", "Only these datasets, such as tess,mmsd.")] = None,
+    limit: Annotated[int | None, number("Only the first N rows.", least=1)] = None,
     per_dataset: PerDataset = None,
-    shard: Annotated[
-        str | None,
-        typer.Option(metavar="i/N", help="Only part i of N. torchrun and Slurm set it.", rich_help_panel=ROWS),
-    ] = None,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Ask the rows that failed again.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count rows, tokens and cost; ask nothing.")] = False,
-    allow_failed: Annotated[int, typer.Option(min=0, help=ALLOW_FAILED_HELP)] = 0,
+    shard: Annotated[str | None, takes("i/N", "Only part i of N. torchrun and Slurm set it.")] = None,
+    retry_failed: Annotated[bool, flag("--retry-failed", "Ask the rows that failed again.")] = False,
+    dry_run: Annotated[bool, flag("--dry-run", "Count rows, tokens and cost; ask nothing.")] = False,
+    allow_failed: Annotated[int, number(ALLOW_FAILED_HELP)] = 0,
     allow_quarantined: AllowQuarantined = 0,
     json: JsonFlag = False,
 ) -> None:

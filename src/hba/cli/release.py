@@ -7,14 +7,13 @@ from typing import Annotated, Literal
 
 import typer
 
-from hba.cli.options import SCORED_HELP, SLICES, Commands, JsonFlag, answer, bold
+from hba.cli.options import SCORED_HELP, SLICES, Commands, JsonFlag, answer, bold, flag, number, takes
 from hba.environment import require_extra
 from hba.storage import plural
 
 LMMS_EXAMPLE = "Example: hba export lmms-eval runs/lmms --atlas runs/mini"
 WANDB_EXAMPLE = "Example: hba export wandb runs/demo/sft --project atlas --offline"
 INSPECT_EXAMPLE = "Example: hba export inspect runs/inspect --atlas runs/mini"
-RELEASED = "What the authors released"
 
 
 def merge_command(
@@ -23,31 +22,14 @@ def merge_command(
     ],
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
     dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Precision of the weights.")] = "bfloat16",
-    backbone: Annotated[
-        str | None,
-        typer.Option(metavar="MODEL", help="RUN is a released checkpoint of this backbone.", rich_help_panel=RELEASED),
-    ] = None,
-    onto: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL", help="RUN holds released adapters: put them on this model.", rich_help_panel=RELEASED
-        ),
-    ] = None,
-    adapters_of: Annotated[
-        str | None,
-        typer.Option(metavar="DATASET", help="With --onto: dataset of the adapters.", rich_help_panel=RELEASED),
-    ] = None,
+    backbone: Annotated[str | None, takes("MODEL", "RUN is a released checkpoint of this backbone.")] = None,
+    onto: Annotated[str | None, takes("MODEL", "RUN holds released adapters: put them on this model.")] = None,
+    adapters_of: Annotated[str | None, takes("DATASET", "With --onto: dataset of the adapters.")] = None,
     pooling: Annotated[
         Literal["none", "mean", "meanstd", "meanstdp25p75"],
-        typer.Option(
-            metavar="NAME",
-            help="With --onto: how they pool descriptors: none, mean, meanstd or meanstdp25p75.",
-            rich_help_panel=RELEASED,
-        ),
+        takes("NAME", "With --onto: how they pool descriptors: none, mean, meanstd or meanstdp25p75."),
     ] = "meanstd",
-    lora_alpha: Annotated[
-        int, typer.Option(min=1, help="With --backbone: its lora_alpha.", rich_help_panel=RELEASED)
-    ] = 64,
+    lora_alpha: Annotated[int, number("With --backbone: its lora_alpha.", least=1)] = 64,
     json: JsonFlag = False,
 ) -> None:
     """Make one full model of a trained run, which transformers and vLLM load.
@@ -75,11 +57,9 @@ def merge_command(
 def push_command(
     run: Annotated[Path, typer.Argument(help=SCORED_HELP)],
     repo: Annotated[str, typer.Argument(help="Model on the hub, org/name, or a new folder (./, / or file://).")],
-    license_id: Annotated[
-        str, typer.Option("--license", metavar="NAME", help="Licence of the weights, such as apache-2.0.")
-    ] = ...,  # type: ignore[assignment]
-    merge: Annotated[bool, typer.Option("--merge", help="Fold LoRA in first, as hba merge does.")] = False,
-    private: Annotated[bool, typer.Option("--private", help="Make a new model on the hub private.")] = False,
+    license_id: Annotated[str, takes("NAME", "Licence of the weights, such as apache-2.0.", "--license")] = ...,  # type: ignore[assignment]
+    merge: Annotated[bool, flag("--merge", "Fold LoRA in first, as hba merge does.")] = False,
+    private: Annotated[bool, flag("--private", "Make a new model on the hub private.")] = False,
     json: JsonFlag = False,
 ) -> None:
     """Send a run's best model to the Hugging Face hub, with a model card.
@@ -103,8 +83,8 @@ export_app = typer.Typer(
 )
 
 Out = Annotated[Path, typer.Argument(help="Folder to make.")]
-AtlasOption = Annotated[str, typer.Option(metavar="ATLAS", help="Atlas: a folder with media as files.")]
-Split = Annotated[str, typer.Option(metavar="SPLIT", help=f"Split to write. {SLICES}")]
+AtlasOption = Annotated[str, takes("ATLAS", "Atlas: a folder with media as files.")]
+Split = Annotated[str, takes("SPLIT", f"Split to write. {SLICES}")]
 
 
 @export_app.command("lmms-eval", epilog=LMMS_EXAMPLE)
@@ -142,11 +122,9 @@ def _exported(counts: dict[str, int], out: Path, command: str, as_json: bool) ->
 @export_app.command("wandb", epilog=WANDB_EXAMPLE)
 def wandb_command(
     run: Annotated[Path, typer.Argument(help=SCORED_HELP)],
-    project: Annotated[str, typer.Option(metavar="NAME", help="Project at W&B.")] = ...,  # type: ignore[assignment]
-    offline: Annotated[
-        bool, typer.Option("--offline", help="Write into the run folder; send it later with wandb sync.")
-    ] = False,
-    predictions: Annotated[bool, typer.Option("--predictions", help="Also send every prediction.")] = False,
+    project: Annotated[str, takes("NAME", "Project at W&B.")] = ...,  # type: ignore[assignment]
+    offline: Annotated[bool, flag("--offline", "Write into the run folder; send it later with wandb sync.")] = False,
+    predictions: Annotated[bool, flag("--predictions", "Also send every prediction.")] = False,
     json: JsonFlag = False,
 ) -> None:
     """Send the scores of a run to Weights & Biases, as tables."""

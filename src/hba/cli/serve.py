@@ -9,32 +9,21 @@ from typing import Annotated, Any
 
 import typer
 
-from hba.cli.options import SERVER, Host, JsonFlag, Port, SetKey, answer, bold, configured
+from hba.cli.options import Host, JsonFlag, Port, SetKey, answer, bold, configured, flag, number, takes
 
 SERVE_EXAMPLE = "Example: hba serve runs/demo/sft --port 8378"
 
 
 def serve_command(
     model: Annotated[str, typer.Argument(help="Run folder, checkpoint, or Hugging Face model.")],
-    backend: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="How to ask it: heads or hf.", show_default="as MODEL was trained"),
-    ] = None,
+    backend: Annotated[str | None, takes("NAME", "How to ask it: heads or hf.", default="as MODEL was trained")] = None,
     host: Host = "127.0.0.1",
     port: Port = 8378,
-    no_token: Annotated[
-        bool, typer.Option("--no-token", help="Answer every user of this machine, without a token.")
-    ] = False,
-    max_body: Annotated[int, typer.Option(min=1, help="Largest request, in MB.", rich_help_panel=SERVER)] = 100,
-    max_waiting: Annotated[
-        int, typer.Option(min=1, help="Requests at once; more are told to retry.", rich_help_panel=SERVER)
-    ] = 256,
-    timeout: Annotated[
-        float, typer.Option(min=1, help="Seconds for an upload, and again for its answer.", rich_help_panel=SERVER)
-    ] = 120.0,
-    window: Annotated[
-        float, typer.Option(min=0, help="Milliseconds that a batch waits for more requests.", rich_help_panel=SERVER)
-    ] = 50.0,
+    no_token: Annotated[bool, flag("--no-token", "Answer every user of this machine, without a token.")] = False,
+    max_body: Annotated[int, number("Largest request, in MB.", least=1)] = 100,
+    max_waiting: Annotated[int, number("Requests at once; more are told to retry.", least=1)] = 256,
+    timeout: Annotated[float, number("Seconds for an upload, and again for its answer.", least=1)] = 120.0,
+    window: Annotated[float, number("Milliseconds that a batch waits for more requests.")] = 50.0,
     key: SetKey = None,
     json: JsonFlag = False,
 ) -> None:

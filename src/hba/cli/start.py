@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hba.cli.options import ATLAS_HELP, Host, JsonFlag, Overrides, Port, answer, bold, finish
+from hba.cli.options import ATLAS_HELP, Host, JsonFlag, Overrides, Port, answer, bold, finish, flag, takes
 from hba.environment import require_extra
 from hba.errors import InputError
 from hba.storage import cache_folder
@@ -22,14 +22,12 @@ if TYPE_CHECKING:
 
     from hba.evaluate.desk import Desk
 
-TRY = "The Try page"
-
 
 def demo_command(
     overrides: Overrides = None,
-    run: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder for all that it makes.")] = Path("runs/demo"),
-    size: Annotated[str, typer.Option(metavar="NAME", help="Size of its data: tiny or small.")] = "small",
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of data, weights and order.")] = 0,
+    run: Annotated[Path, takes("FOLDER", "Folder for all that it makes.")] = Path("runs/demo"),
+    size: Annotated[str, takes("NAME", "Size of its data: tiny or small.")] = "small",
+    seed: Annotated[int, takes("N", "Seed of data, weights and order.")] = 0,
     json: JsonFlag = False,
 ) -> None:
     """Show every step on made-up data: train a tiny OmniSapiens, score it, report.
@@ -68,11 +66,11 @@ def demo_command(
 
 def tiny_command(
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
-    atlas: Annotated[str, typer.Option(metavar="ATLAS", help="Atlas whose texts train its tokenizer.")] = ...,  # type: ignore[assignment]
+    atlas: Annotated[str, takes("ATLAS", "Atlas whose texts train its tokenizer.")] = ...,  # type: ignore[assignment]
     family: Annotated[
-        str, typer.Option(metavar="NAME", help="Family of models, such as gemma4; docs/models.md lists them.")
+        str, takes("NAME", "Family of models, such as gemma4; docs/models.md lists them.")
     ] = "qwen2.5-omni",
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the weights.")] = 0,
+    seed: Annotated[int, takes("N", "Seed of the weights.")] = 0,
     json: JsonFlag = False,
 ) -> None:
     """Make a tiny backbone to try training on a laptop.
@@ -90,7 +88,7 @@ def tiny_command(
 
 
 def doctor_command(
-    online: Annotated[bool, typer.Option("--online", help="Also try to reach the Hugging Face hub.")] = False,
+    online: Annotated[bool, flag("--online", "Also try to reach the Hugging Face hub.")] = False,
     json: JsonFlag = False,
 ) -> None:
     """Say what this machine can run and what is missing.
@@ -106,34 +104,19 @@ def doctor_command(
 
 
 def explore_command(
-    atlas: Annotated[Path | None, typer.Option(metavar="ATLAS", help=ATLAS_HELP, show_default="runs alone")] = None,
-    runs: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder in which to look for run folders.")] = Path(
-        "runs"
-    ),
+    atlas: Annotated[Path | None, takes("ATLAS", ATLAS_HELP, default="runs alone")] = None,
+    runs: Annotated[Path, takes("FOLDER", "Folder in which to look for run folders.")] = Path("runs"),
     host: Host = "127.0.0.1",
     port: Port = 8377,
     cache: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Where the index is kept.", show_default="$HBA_CACHE or ~/.cache/hba"),
+        Path | None, takes("FOLDER", "Where the index is kept.", default="$HBA_CACHE or ~/.cache/hba")
     ] = None,
     browser: Annotated[
         bool | None, typer.Option(help="Open the page in a browser.", show_default="if there is a screen")
     ] = None,
-    models: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODELS", help="Models to try on your own clips, such as runs/sft,runs/qa.", rich_help_panel=TRY
-        ),
-    ] = None,
-    keep: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER", help="Keep the clips and your labels in this folder, as an atlas.", rich_help_panel=TRY
-        ),
-    ] = None,
-    no_token: Annotated[
-        bool, typer.Option("--no-token", help="Answer every user of this machine, without a token.")
-    ] = False,
+    models: Annotated[str | None, takes("MODELS", "Models to try on your own clips, such as runs/sft,runs/qa.")] = None,
+    keep: Annotated[Path | None, takes("FOLDER", "Keep the clips and your labels in this folder, as an atlas.")] = None,
+    no_token: Annotated[bool, flag("--no-token", "Answer every user of this machine, without a token.")] = False,
     json: JsonFlag = False,
 ) -> None:
     """See and hear data, predictions and mistakes in your browser.

@@ -27,8 +27,11 @@ from hba.cli.options import (
     configured,
     counted,
     finish,
+    flag,
     is_first,
+    number,
     served,
+    takes,
     tallied,
 )
 from hba.environment import require_extra
@@ -51,17 +54,12 @@ FIT_EXAMPLE = "Example: hba fit Qwen/Qwen2.5-Omni-7B --gpu 24 --config sft"
 TRANSFER_EXAMPLE = "Example: hba transfer --config sft_tiny --run runs/transfer atlas=runs/mini model.name=runs/tiny"
 FITTED = "gpu.json"  # of a run folder: what --gpu chose
 Fitted: TypeAlias = dict[str, Any] | None
-RunOption = typer.Option(metavar="FOLDER", help="Run folder to write, or to resume.")
+RunOption = takes("FOLDER", "Run folder to write, or to resume.")
 
 OnGpu = Annotated[
-    str | None,
-    typer.Option(
-        "--gpu", metavar="GPU", help="Choose settings that fit on this GPU, such as h100, or on these GB: 24."
-    ),
+    str | None, takes("GPU", "Choose settings that fit on this GPU, such as h100, or on these GB: 24.", "--gpu")
 ]
-From = Annotated[
-    str | None, typer.Option("--from", metavar="RUN", help="Run folder or checkpoint of the stage before.")
-]
+From = Annotated[str | None, takes("RUN", "Run folder or checkpoint of the stage before.", "--from")]
 
 
 class Stages(Commands):
@@ -71,6 +69,7 @@ class Stages(Commands):
         "OmniSapiens, in three stages": ("sft", "qa", "bam"),
         "A model that answers in words": ("lm", "rl"),
     }
+    OPTIONS: ClassVar[dict[str, dict[str, tuple[str, ...]]]] = {"rl": {"The model": ("base_url",)}}
 
 
 train_app = typer.Typer(cls=Stages, no_args_is_help=True, help="Train OmniSapiens or another chat model.")
@@ -206,18 +205,14 @@ def rl_command(
     config: ConfigOption = None,
     algorithm: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME",
-            help="grpo, harpo, dr_grpo, rloo, reinforce_pp, gpg, ema_grpo, dapo or gspo.",
-            show_default="the recipe's",
-        ),
+        takes("NAME", "grpo, harpo, dr_grpo, rloo, reinforce_pp, gpg, ema_grpo, dapo or gspo.", default="the recipe's"),
     ] = None,
     base_url: BaseUrl = None,
     run: Annotated[Path, RunOption] = Path("runs/rl"),
     engine: Annotated[
         Literal["local", "verl"], typer.Option(help="local: this machine. verl: a cluster, by Ray.")
     ] = "local",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the config for verl; start nothing.")] = False,
+    dry_run: Annotated[bool, flag("--dry-run", "Print the config for verl; start nothing.")] = False,
     gpu: OnGpu = None,
     allow_quarantined: AllowQuarantined = 0,
     json: JsonFlag = False,
@@ -292,14 +287,10 @@ def bam_command(
     overrides: Overrides = None,
     config: ConfigOption = None,
     base: From = None,
-    dataset: Annotated[
-        list[str] | None, typer.Option(metavar="DATASET", help="Train adapters for this dataset. Repeat for more.")
-    ] = None,
-    every: Annotated[
-        bool, typer.Option("--all", help="Train adapters for every dataset that has descriptors.")
-    ] = False,
+    dataset: Annotated[list[str] | None, takes("DATASET", "Train adapters for this dataset. Repeat for more.")] = None,
+    every: Annotated[bool, flag("--all", "Train adapters for every dataset that has descriptors.")] = False,
     allow_missing: Annotated[
-        bool, typer.Option("--allow-missing", help="Accept rows without descriptors; they get no adapter.")
+        bool, flag("--allow-missing", "Accept rows without descriptors; they get no adapter.")
     ] = False,
     run: Annotated[Path, RunOption] = Path("runs/bam"),
     allow_quarantined: AllowQuarantined = 0,
@@ -333,14 +324,9 @@ def _key(name: str, value: object) -> list[str]:
 def transfer_command(
     overrides: Overrides = None,
     config: ConfigOption = None,
-    run: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of all its runs, to write or to resume.")] = Path(
-        "runs/transfer"
-    ),
+    run: Annotated[Path, takes("FOLDER", "Folder of all its runs, to write or to resume.")] = Path("runs/transfer"),
     heldout: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="DATASET", help="Dataset to hold out. Repeat for more.", show_default="those of the paper"
-        ),
+        list[str] | None, takes("DATASET", "Dataset to hold out. Repeat for more.", default="those of the paper")
     ] = None,
     allow_quarantined: AllowQuarantined = 0,
     json: JsonFlag = False,
@@ -376,23 +362,17 @@ FitStage = Literal["sft", "lm", "qa", "bam", "rl", "predict"]
 def fit_command(
     model: Annotated[str, typer.Argument(help="Backbone: a folder, or org/name on the hub. No weights are read.")],
     overrides: Overrides = None,
-    gpu: Annotated[
-        str, typer.Option(metavar="GPU", help="GPU, such as h100 or rtx4090, or its memory in GB: 24.")
-    ] = ...,  # type: ignore[assignment]
-    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 1,
+    gpu: Annotated[str, takes("GPU", "GPU, such as h100 or rtx4090, or its memory in GB: 24.")] = ...,  # type: ignore[assignment]
+    gpus: Annotated[int, number("Number of GPUs.", least=1)] = 1,
     config: ConfigOption = None,
     stage: Annotated[
         FitStage | None,
-        typer.Option(
-            metavar="STAGE",
-            help="What is to run: sft, lm, qa, bam, rl or predict.",
-            show_default="as --config is named, or sft",
-        ),
+        takes("STAGE", "What is to run: sft, lm, qa, bam, rl or predict.", default="as --config is named, or sft"),
     ] = None,
     atlas: Annotated[
-        str | None, typer.Option(metavar="ATLAS", help="Take lengths from this atlas, and tell the hours of an epoch.")
+        str | None, takes("ATLAS", "Take lengths from this atlas, and tell the hours of an epoch.")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Without --atlas: tokens of a row, media included.")] = 1024,
+    tokens: Annotated[int, number("Without --atlas: tokens of a row, media included.", least=1)] = 1024,
     json: JsonFlag = False,
 ) -> None:
     """Tell whether a run fits on a GPU, and how long an epoch takes.
