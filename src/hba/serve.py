@@ -33,6 +33,7 @@ from pathlib import Path
 from tempfile import SpooledTemporaryFile
 from typing import Any, TypeVar
 
+import h11
 import msgspec
 import uvicorn
 from starlette.concurrency import run_in_threadpool
@@ -83,25 +84,36 @@ class Limits:
 
 class _Refused(Exception):  # noqa: N818 - an answer to a request, in the shape of OpenAI's errors
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry: bool = False
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry: bool = False,
+        allow: str = "",
     ) -> None:
         super().__init__(message)
         message = message[:MOST_SAID]
-        self.status, self.retry = status, retry
+        self.status = status
+        told = {"retry-after": str(RETRY_SECONDS) if retry else "", "allow": allow}
+        self.headers = {name: value for name, value in told.items() if value}
         kind = "invalid_request_error" if status < 500 else "server_error"
         self.error = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
     def response(self) -> Response:
-        headers = {"retry-after": str(RETRY_SECONDS)} if self.retry else {}
-        if self.status == 401:
-            headers["www-authenticate"] = "Bearer"
-        return _as_json(self.error, self.status, headers)
+        who = {"www-authenticate": "Bearer"} if self.status == 401 else {}
+        return _as_json(self.error, self.status, self.headers | who)
 
 
 def _as_refusal(error: BaseException) -> _Refused:
     """What went wrong, without paths of this machine."""
     if isinstance(error, _Refused):
         return error
+    if isinstance(error, HTTPException):  # the framework's own
+        allow = ", ".join(sorted((error.headers or {}).get("Allow", "").split(", ")))
+        what = f"this address takes {allow} alone" if allow else error.detail
+        return _Refused(error.status_code, what, code="method_not_allowed" if allow else "invalid_request", allow=allow)
     error = machine_fault(error, "") or error  # such as a full disk, for which the model can nothing
     if isinstance(error, MediaError):
         return _Refused(400, f"a file cannot be read: {error.what}", code="invalid_media")
@@ -167,6 +179,7 @@ class _Gate:
             await send(message)
 
         self.under_way += 1
+        scope["app"] = self  # so that the framework raises what it refuses, in place of answering in words of its own
         try:
             self._admit(Request(scope))
             await self._app(scope, counted, noted)
@@ -175,7 +188,7 @@ class _Gate:
         except Exception as error:
             if begun_answer:
                 raise
-            if not isinstance(error, _Refused | HbaError):  # the words of these may be the client's
+            if not isinstance(error, _Refused | HbaError | HTTPException):  # the words of these may be the client's
                 _log.exception("a request failed")
             self.bytes_held -= held  # before it is read on: what is refused leaves its room to the others
             held = 0
@@ -338,8 +351,8 @@ class Server:
                 about["object"] = "chat.completion.chunk"
                 options = asked.get("stream_options")
                 usage = isinstance(options, dict) and bool(options.get("include_usage"))
-                events = self._events(about, first, pieces, whole, inquiries[0], usage=usage)
-                return StreamingResponse(events, media_type="text/event-stream")
+                events = self._events(about, first, pieces, whole, usage=usage)
+                return _Listened(inquiries[0], events)
             found = await self._answers(request, answers)
         except BaseException:
             for inquiry, answer in zip(inquiries, answers, strict=True):
@@ -369,7 +382,6 @@ class Server:
         piece: str | None,
         pieces: asyncio.Queue[str | None],
         whole: asyncio.Future[Prediction],
-        inquiry: Inquiry,
         *,
         usage: bool,
     ) -> AsyncIterator[str]:
@@ -391,8 +403,6 @@ class Server:
             late = isinstance(error, TimeoutError)
             yield f"data: {json.dumps((self._late() if late else _as_refusal(error)).error)}\n\n"
             return
-        finally:
-            inquiry.gone = True  # where nobody listens any more the model does not go on
         yield event({}, prediction.finish or "stop")
         if usage:
             yield f"data: {json.dumps({**chunk, 'choices': [], 'usage': _usage([prediction])})}\n\n"
@@ -569,6 +579,21 @@ class Server:
             gone.cancel()
             waiting.cancel()
             await asyncio.gather(gone, waiting, return_exceptions=True)
+
+
+class _Listened(StreamingResponse):
+    """An answer while it is said. Once it has ended nobody listens any more, and the model does not go on: also where
+    the client has left before the first event, and `events` never begin."""
+
+    def __init__(self, inquiry: Inquiry, events: AsyncIterator[str]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._inquiry = inquiry
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._inquiry.gone = True
 
 
 async def _until_gone(request: Request) -> None:
@@ -748,6 +773,18 @@ class _Protocol(H11Protocol):
         if self._watch is not None:
             self._watch.cancel()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP is refused as everything else is."""
+        response = _Refused(400, msg, code="invalid_http").response()
+        headers = [*response.raw_headers, (b"connection", b"close")]
+        for event in (
+            h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+            h11.Data(data=bytes(response.body)),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def _look(self) -> None:
         busy = self.cycle is not None and not self.cycle.response_complete

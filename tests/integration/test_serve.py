@@ -1,10 +1,13 @@
 """`hba serve`: what `hba ask` says of a file comes over HTTP, also to OpenAI's own client; what is not offered is
 refused in OpenAI's words."""
 
+import asyncio
 import base64
 import errno
+import json
 import math
 import os
+import socket
 import threading
 import time
 import weakref
@@ -17,6 +20,7 @@ import openai
 import pytest
 import soundfile
 import torch
+from holding import until
 from serving import PATIENCE, data_url, serving, write_adapted
 
 import hba as package
@@ -203,6 +207,37 @@ def test_the_model_does_not_go_on_for_nobody(client, served, answering):
         while served.desk.waiting:
             assert time.monotonic() < deadline
             time.sleep(0.01)
+    assert steps[0] <= LONGEST // 2
+
+
+def test_a_stream_that_is_left_before_its_first_event_is_not_said_to_its_end(served, answering):
+    """The client goes while the head of the answer is on its way to it."""
+    body = {"model": str(answering), "messages": [{"role": "user", "content": "Well?"}], "stream": True}
+    content, gone = json.dumps(body).encode(), threading.Event()
+    headers = [(b"host", b"127.0.0.1"), (b"authorization", b"Bearer secret")]
+    scope = {"type": "http", "asgi": {"spec_version": "2.3"}, "http_version": "1.1", "scheme": "http", "method": "POST",
+             "path": "/v1/chat/completions", "query_string": b"", "headers": headers, "server": None}  # fmt: skip
+
+    async def leave():
+        left, coming = asyncio.Event(), [{"type": "http.request", "body": content, "more_body": False}]
+
+        async def receive():
+            if coming:
+                return coming.pop()
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            assert message == {"type": "http.response.start", "status": 200, "headers": message["headers"]}
+            left.set()
+            await asyncio.Event().wait()  # nobody reads
+
+        await served.gate(scope, receive, send)
+        gone.set()
+        await asyncio.to_thread(until, lambda: not served.desk.waiting)
+
+    with holding(served, LONGEST // 2, gone) as steps:
+        asyncio.run(leave())
     assert steps[0] <= LONGEST // 2
 
 
@@ -465,8 +500,20 @@ def test_health_and_metrics_and_who_may_ask(served):
     counted = served.client.get("/metrics").text
     assert 'hba_requests_total{path="/metrics",status="401"} 1' in counted
     assert "# TYPE hba_rows_total counter" in counted and "hba_rows_waiting 0" in counted
-    assert served.client.get("/v1/nothing").status_code == 404
-    assert served.client.get("/v1/classify").status_code == 405
+    for method, path, status, allow in (
+        ("GET", "/v1/nothing", 404, None),
+        ("GET", "/v1/classify", 405, "POST"),
+        ("DELETE", "/v1/models", 405, "GET, HEAD"),
+        ("PUT", "/v1/chat/completions", 405, "POST"),
+    ):
+        refused = served.client.request(method, path)
+        assert (refused.status_code, refused.headers.get("allow")) == (status, allow)
+        assert refused.json()["error"]["type"] == "invalid_request_error"
+    address = httpx.URL(served.url)
+    with socket.create_connection((address.host, address.port), timeout=PATIENCE) as link, link.makefile("rb") as heard:
+        link.sendall(b"this is no HTTP\r\n\r\n")
+        head, _, said = heard.read().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ") and json.loads(said)["error"]["code"] == "invalid_http"
     other = {"origin": "https://example.org"}
     assert served.client.post("/v1/classify", headers=other, json={}).status_code == 403
     assert served.client.get("/health", headers={"host": "example.org"}).status_code == 421

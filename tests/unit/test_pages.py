@@ -76,11 +76,11 @@ class Reader:
     """Reads a file and counts the bytes."""
 
     def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY)
-        self.bytes = 0
+        self.path, self.bytes = path, 0
 
     def __call__(self, start: int, size: int) -> bytes:
-        data = os.pread(self.descriptor, size, start)
+        with self.path.open("rb", buffering=0) as file:
+            data = os.pread(file.fileno(), size, start)
         self.bytes += len(data)
         return data
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pickle
@@ -512,3 +513,25 @@ def test_ids_and_what_rows_say_cost_no_medium(tmp_path: Path, monkeypatch: pytes
     assert sum(sample.audios for sample in atlas) == 40  # the footer says that each row has one
     assert read < 300_000 < shard.stat().st_size / 50  # its end, by which a shard is known, and its footer
     assert atlas[7].source.medium(7, "audios", 0, where="w") == columns["audios"][7][0]
+
+
+def test_of_many_shards_without_an_index_few_are_open_and_each_gives_its_own_media(tmp_path: Path) -> None:
+    """Pages are kept when their shard is closed: the next must not be served them in the place of its own."""
+    row = {"problem": "Q?", "answer": "anger", "dataset": "cremad", "task": "emotion_cls", "class_label": "anger"}
+    media = [b"medium %03d" % number * 20 for number in range(3 * parquet._OPEN_SHARDS)]
+    for number, medium in enumerate(media):
+        columns = {name: [value] for name, value in (row | {"modality_signature": "text_audio"}).items()}
+        table = pa.table(columns | {"audios": pa.array([[medium]], pa.list_(pa.binary()))})
+        pq.write_table(table, tmp_path / f"train-{number:05}-of-{len(media):05}.parquet")
+    store: Any = open_atlas(tmp_path, "train")[0].source
+    gc.collect()
+    gc.disable()  # nothing is closed but by those who have opened it
+    try:
+        before = sum(1 for _ in Path("/proc/self/fd").iterdir())
+        for number in np.random.default_rng(0).integers(0, len(media), 300):
+            found = store.medium(int(number), "audios", 0, where="here")
+            assert (found if isinstance(found, bytes) else read_bytes(found)) == media[number]
+            now = sum(1 for _ in Path("/proc/self/fd").iterdir())
+            assert now - before <= 2 * parquet._OPEN_SHARDS + 2
+    finally:
+        gc.enable()

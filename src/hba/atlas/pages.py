@@ -142,6 +142,7 @@ class ShardPages:
     ) -> None:
         """Raises DamagedPageError when its footer is damaged."""
         self._file, self._read, self._kept, self._announce = file, read, kept, announce
+        self._own = object()  # in the keys of its pages, which outlive it: another shard may get its `id`
         self._columns: dict[str, MediaColumn | None] = {}
         self._chunks: dict[tuple[int, str], _Chunk] = {}
         self._groups = _groups(read, size)
@@ -161,7 +162,7 @@ class ShardPages:
             return None, row - group.first
         chunk = self._chunks.get((number, name))
         if chunk is None:
-            keep = partial(self._kept.get, (id(self), number, name))
+            keep = partial(self._kept.get, (self._own, number, name))
             try:
                 chunk = _Chunk(column, group.columns[column.number], group.rows, self._read, keep, self._announce)
             except (IndexError, KeyError, TypeError) as error:

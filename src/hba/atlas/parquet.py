@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import threading
+import weakref
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -374,19 +375,23 @@ class ShardMedia:
 
     def __init__(self, shard: Path, kept: KeptPages, remote: Remote | None = None) -> None:
         """Raises InputError when it is not a whole parquet file."""
-        self._shard, self._remote = shard, remote
-        self._raw = patiently(lambda: shard.open("rb", buffering=0), str(shard))
+        self._shard = shard
+        raw = patiently(lambda: shard.open("rb", buffering=0), str(shard))
+        # Whoever drops it closes its file at once: what follows knows nothing of `self`, and is in no circle with it.
+        weakref.finalize(self, raw.close)
+
+        def fetch(start: int, size: int) -> None:
+            if remote is not None:
+                remote.fetch(start, start + size)
+
+        def read(start: int, size: int) -> bytes:
+            fetch(start, size)
+            return patiently(partial(os.pread, raw.fileno(), size, start), str(shard))
+
+        self._fetch = fetch
         file, size = open_shard(shard, remote), patiently(shard.stat, str(shard)).st_size
         with _damage_named(str(shard)):
-            self._pages = ShardPages(file, self._read, size, kept, None if remote is None else self._fetch)
-
-    def _fetch(self, start: int, size: int) -> None:
-        if self._remote is not None:
-            self._remote.fetch(start, start + size)
-
-    def _read(self, start: int, size: int) -> bytes:
-        self._fetch(start, size)
-        return patiently(partial(os.pread, self._raw.fileno(), size, start), str(self._shard))
+            self._pages = ShardPages(file, read, size, kept, None if remote is None else fetch)
 
     def count(self, row: int, name: Field, *, where: str) -> int:
         """How many media a row (of the shard) has in a field. Raises MediaError naming `where` for a damaged shard."""
