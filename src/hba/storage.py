@@ -18,8 +18,11 @@ import mmap
 import os
 import re
 import shutil
+import signal
 import socket
 import sys
+import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -288,6 +291,34 @@ def remove_abandoned(folder: Path) -> None:
     for path in folder.glob(".*.tmp"):
         if is_abandoned(path):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+@contextmanager
+def unwinding() -> Iterator[None]:
+    """Within, SIGTERM and SIGHUP end the main thread as Ctrl-C does: what is open is closed, temporary folders go.
+
+    One that somebody handles, or that is ignored (nohup), stays as it is; other threads change nothing.
+    """
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    ours = [signal.SIGTERM, signal.SIGHUP] if threading.current_thread() is threading.main_thread() else []
+    ours = [each for each in ours if signal.getsignal(each) is signal.SIG_DFL]
+    try:
+        for each in ours:
+            signal.signal(each, end)
+        yield
+    finally:
+        for each in ours:
+            signal.signal(each, signal.SIG_DFL)
+
+
+@contextmanager
+def temporary_folder(what: str) -> Iterator[Path]:
+    """A private folder `hba-{what}-...` among the temporary ones, gone afterwards, also where a signal ends it."""
+    with unwinding(), tempfile.TemporaryDirectory(prefix=f"hba-{what}-") as place:
+        yield Path(place).resolve()
 
 
 def _started(process_id: int) -> int:

@@ -180,3 +180,11 @@ def test_the_installed_harness_gives_hbas_scores_and_runs_a_tiny_model(
         assert found[f"hba_{task.lower()}"][metrics[task]] == pytest.approx(value)
     said = run(harness, script, exported / folder, str(backbone), ["hba_anx"], tmp_path)
     assert 0 <= said["hba_anx"]["weighted_f1"] <= 1 and 0 <= said["hba_anx"]["invalid"] <= 1
+
+
+def test_words_that_hold_other_ends_of_lines_are_exported(tmp_path: Path) -> None:
+    """A line of JSONL ends with a newline alone: not with U+2028 and the like, which stand in words as they are."""
+    row = {"problem": "Is it\u2028a joke?\x85", "answer": "true", "dataset": "mmsd", "task": "sarcasm_cls"}
+    row |= {"class_label": "sarcasm", "modality_signature": "text"}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    assert export_inspect(str(tmp_path), "test", tmp_path / "out") == {"SAR": 1}

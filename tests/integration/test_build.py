@@ -370,3 +370,21 @@ def test_killed_it_leaves_nothing_and_the_same_command_makes_it(hba, tmp_path, t
     assert hba("atlas", "build", tmp_path / "in", tmp_path / "out")[0] == 0
     assert sum(map(len, rows(tmp_path / "out").values())) == 300
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "number"),
+    [
+        ("labels.csv", ["", "file,label,note", "", '0.wav,a,"one', '', 'two"', ",,", "1.wav,,"], 8),
+        ("labels.tsv", ["file\tlabel", "0.wav\ta", "", "1.wav\t"], 4),
+        ("labels.jsonl", ["", '{"file": "0.wav", "label": "a\u2028"}', "  ", '{"file": "1.wav", "label": ""}'], 4),
+        ("labels.jsonl", ['{"file": "0.wav", "label": "a"}', "", "{"], 3),
+        ("labels.csv", ["file,label", "", "0.wav,a", f'1.wav,"{"x" * 140_000}"'], 4),
+    ],
+)  # fmt: skip
+def test_a_line_of_a_table_has_the_number_that_an_editor_shows(hba, tmp_path, name, lines, number):
+    for each in range(2):
+        sound(tmp_path / "in" / f"{each}.wav", each)
+    (tmp_path / "in" / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    code, out, err = hba("atlas", "build", tmp_path / "in", tmp_path / "out")
+    assert (code, out) == (2, "") and f"{name}:{number}: " in err and err.count("error:") == 1, err

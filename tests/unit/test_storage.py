@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -32,6 +33,7 @@ from hba.storage import (
     read_json,
     read_jsonl,
     room,
+    temporary_folder,
     write_json,
 )
 
@@ -391,3 +393,21 @@ def test_what_a_device_has_no_room_for_is_named_with_what_to_change():
         raise FileNotFoundError("model.safetensors")
     with pytest.raises(RuntimeError, match="shapes"), room(batch):
         raise RuntimeError("shapes do not match")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_temporary_folder_goes_also_where_a_signal_ends_the_command(number: signal.Signals) -> None:
+    places = []
+    with pytest.raises(SystemExit) as stopped, temporary_folder("test") as place:
+        places.append(place)
+        (place / "clip.mp4").touch()
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+    assert stopped.value.code == 128 + number and not places[0].exists()
+    assert signal.getsignal(number) is signal.SIG_DFL
+    before = signal.signal(number, signal.SIG_IGN)  # as nohup has it
+    try:
+        with temporary_folder("test"):
+            assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hba.errors import InputError, MediaError, nearest
-from hba.storage import atomic_folder, atomic_write, file_sha256, json_line, plural, remove_abandoned
+from hba.storage import Line, atomic_folder, atomic_write, file_sha256, json_line, plural, read_jsonl, remove_abandoned
 from hba.taxonomy import BUILTIN, QA, Taxonomy, save_beside, visible
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -286,7 +286,7 @@ def of_table(
 ) -> Iterator[Entry]:
     """A row of the table a file, which it names relative to the folder. Raises InputError naming the line."""
     records = read_table(table)
-    known = list(records[0])
+    known = list(records[0].record)
     needed = ("file",) if unlabelled else ("file", "label")
     chosen = {part: _column(part, (columns or {}).get(part), known, table, needed) for part in COLUMNS}
     inside = {path.relative_to(folder).as_posix(): path for path in media_below(folder) if path != table}
@@ -297,7 +297,7 @@ def of_table(
     named: set[Path] = set()
     missing: list[str] = []
     entries = []
-    for number, record in enumerate(records, start=2 if table.suffix.lower() != ".jsonl" else 1):
+    for number, record in records:
         value = {part: "" if column is None else _text(record.get(column)) for part, column in chosen.items()}
         name = value["file"] if value["file"] in inside else value["file"].replace("\\", "/")  # written on Windows
         paths = [inside[name]] if name in inside else by_name.get(Path(name).name, [])
@@ -331,8 +331,9 @@ def of_table(
     return iter(entries)
 
 
-def read_table(table: Path) -> list[dict[str, Any]]:
-    """The lines of a CSV, TSV or JSONL file by their columns. Raises InputError for another encoding, or no line."""
+def read_table(table: Path) -> list[Line]:
+    """The lines of a CSV, TSV or JSONL file by their columns, each with the number that an editor shows for it; empty
+    ones are passed over. Raises InputError for another encoding, for a line that cannot be read, or no line."""
     if not table.is_file():
         raise InputError("no such table", where=str(table), fix="Check the path.")
     try:
@@ -340,19 +341,30 @@ def read_table(table: Path) -> list[dict[str, Any]]:
     except UnicodeDecodeError as error:
         what = f"is not UTF-8 (byte {error.start:,})"
         raise InputError(what, where=str(table), fix="Save it as CSV UTF-8 in the program that wrote it.") from None
-    records: list[dict[str, Any]]
-    if table.suffix.lower() == ".jsonl":
-        try:
-            records = [json.loads(line) for line in text.splitlines() if line.strip()]
-        except json.JSONDecodeError as error:
-            raise InputError(f"no JSON in a line ({error})", where=str(table), fix="Write one object a line.") from None
-    else:
-        first = text.partition("\n")[0]
-        separator = max(",;\t", key=first.count)
-        records = list(csv.DictReader(io.StringIO(text), delimiter=separator))
-    if not records or not all(isinstance(record, dict) for record in records):
+    records = list(read_jsonl(table) if table.suffix.lower() == ".jsonl" else _csv_lines(text, table))
+    if not records:
         raise InputError("the table has no lines", where=str(table), fix="Write a line a file below the names.")
     return records
+
+
+def _csv_lines(text: str, table: Path) -> Iterator[Line]:
+    """The lines below the names of the columns. A cell may hold ends of lines: the first line of a record is named."""
+    separator = max(",;\t", key=text.lstrip().partition("\n")[0].count)
+    lines, names = csv.reader(io.StringIO(text), delimiter=separator), list[str]()
+    while True:
+        number = lines.line_num + 1
+        try:
+            cells = next(lines, None)
+        except csv.Error as error:
+            fix = "Check its quotes, or save the table as CSV UTF-8."
+            raise InputError(f"cannot be read ({error})", where=f"{table}:{number}", fix=fix) from None
+        if cells is None:
+            return
+        if not any(cell.strip() for cell in cells):
+            continue
+        if names:
+            yield Line(number, dict.fromkeys(names) | dict(zip(names, cells, strict=False)))
+        names = names or cells
 
 
 def _column(
@@ -558,7 +570,7 @@ def meld(folder: Path) -> Iterator[Entry]:
     for table in sorted(folder.rglob("*_sent_emo.csv")):
         split = SPLITS[table.name.partition("_")[0]]
         clips = {path.stem: path for path in table.parent.rglob("dia*_utt*.mp4") if _split_of(path, folder) == split}
-        for record in read_table(table):
+        for _, record in read_table(table):
             dialogue = record["Dialogue_ID"]
             path = clips.get(f"dia{dialogue}_utt{record['Utterance_ID']}")
             if path is not None:  # some clips of the release are missing
@@ -602,7 +614,7 @@ def mosei(folder: Path) -> Iterator[Entry]:
         raise InputError("no label.csv here", where=str(folder), fix="Give the folder with label.csv and Raw.")
     names = ("highly negative", "negative", "weakly negative", "neutral", "weakly positive", "positive")
     clips = {(path.parent.name, path.stem): path for path in folder.rglob("*.mp4")}
-    for number, record in enumerate(read_table(table), start=2):
+    for number, record in read_table(table):
         path = clips.get((str(record.get("video_id")), str(record.get("clip_id"))))
         if path is None:  # some clips of the release are missing
             continue

@@ -42,7 +42,7 @@ def serve_command(
     bound = bind(host, port, with_token=not no_token)
     from hba.evaluate.desk import Desk
     from hba.serve import MEGABYTE, Limits, create_app, run
-    from hba.storage import cache_folder
+    from hba.storage import cache_folder, unwinding
 
     limits = Limits(body_bytes=max_body * MEGABYTE, waiting=max_waiting, seconds=timeout)
     own = None if no_token else os.environ.get("HBA_SERVE_TOKEN")
@@ -50,7 +50,7 @@ def serve_command(
     how: dict[str, Any] = {"folder": cache_folder() / "serve", "backend": backend, "config": settings}
     how |= {"most_waiting": 4 * max_waiting, "window_seconds": window / 1000}
     how |= {"decode_seconds": min(settings.loader.decode_timeout_seconds, timeout / 4)}
-    with bound.socket, closing(Desk(model, **how)) as desk:
+    with unwinding(), bound.socket, closing(Desk(model, **how)) as desk:
         app = create_app(desk, limits=limits, token=token, only_loopback=is_loopback(host))
         url = bound.url.partition("?")[0] + "v1"
         said = {"url": url, "model": model} | ({} if own or token is None else {"token": token})

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,7 +14,7 @@ import typer
 from hba.cli.options import ATLAS_HELP, Host, JsonFlag, Overrides, Port, answer, bold, finish, flag, takes
 from hba.environment import require_extra
 from hba.errors import InputError
-from hba.storage import cache_folder
+from hba.storage import cache_folder, unwinding
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -129,7 +128,8 @@ def explore_command(
     if keep is not None and not names:
         raise InputError("--keep is for the Try page", where="hba explore", fix="Name --models, too.")
     bound = bind(host, port, with_token=not no_token)
-    with TemporaryDirectory(prefix="hba-explore-") as private, ExitStack() as opened:
+    with unwinding(), ExitStack() as opened:
+        opened.enter_context(bound.socket)
         app = create_app(
             atlas=atlas,
             runs=runs,
@@ -139,10 +139,11 @@ def explore_command(
             models=_desks(names, opened),
             keep=keep,
         )
+        opened.callback(app.state.explorer.close)
         answer({"url": bound.url}, f"Open [bold]{bound.url}[/bold] (Ctrl-C ends it).", as_json=json)
         sys.stdout.flush()
         if browser if browser is not None else (not json and has_screen()):
-            open_browser(bound, Path(private))
+            open_browser(bound, app.state.explorer.folder)
         serve(bound, app)
 
 

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -38,7 +37,7 @@ from hba.evaluate.backends.interface import (
 from hba.evaluate.config import PredictConfig
 from hba.evaluate.predict import EVERYTHING, encoding_of, open_rows
 from hba.evaluate.predictions import Prediction
-from hba.storage import atomic_write, json_line, read_json
+from hba.storage import atomic_write, json_line, read_json, temporary_folder
 from hba.taxonomy import BUILTIN, FILE, Taxonomy, of_folder, save_beside
 
 if TYPE_CHECKING:
@@ -133,8 +132,7 @@ def ask(
     heard_in_clips = encoding_of(str(model), name, config).sound_of_clips != "off"
     named = tasks is not None or datasets is not None
     keys = datasets_of(taxonomy, tasks, datasets, question)
-    with TemporaryDirectory(prefix="hba-ask-") as place:
-        folder = Path(place).resolve()
+    with temporary_folder("ask") as folder:
         with _recogniser(transcribe, transcribe_url, transcribe_key_env, config.remote) as hear:
             pieces, broken = _pieces(paths, folder / "windows", every, transcript, hear)
         if heard_in_clips:
@@ -377,8 +375,7 @@ def atlas_of(
     rows: Sequence[tuple[Medium, str]], taxonomy: Taxonomy, question: str | None, transcript: str | None
 ) -> Iterator[Path]:
     """A folder with an atlas of whole files, each asked with a dataset's labels. Gone afterwards."""
-    with TemporaryDirectory(prefix="hba-ask-") as place:
-        folder = Path(place).resolve()
+    with temporary_folder("ask") as folder:
         pieces = [(Piece(m, dict.fromkeys(m.kinds, m.path), transcript=transcript), key) for m, key in rows]
         _write_atlas(folder, pieces, taxonomy, question)
         yield folder

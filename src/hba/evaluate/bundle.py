@@ -22,7 +22,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from hba.batch.prompt import AnswerFormat
@@ -41,7 +40,7 @@ from hba.evaluate.predictions import (
 from hba.evaluate.results import FILE as METRICS
 from hba.evaluate.runs import ASKED, QUARANTINE, Run, open_run
 from hba.evaluate.score import PREDICTED, left_out_of, score_run
-from hba.storage import atomic_write, json_line, plural, read_json, read_jsonl
+from hba.storage import atomic_write, json_line, plural, read_json, read_jsonl, temporary_folder
 from hba.taxonomy import FILE as TAXONOMY
 from hba.taxonomy import of_folder
 
@@ -195,8 +194,7 @@ def unpacked(bundle: Path) -> Iterator[Path]:
 
     Raises InputError for what is no bundle, or not as its manifest says.
     """
-    with TemporaryDirectory(prefix="hba-bundle-") as name:
-        folder = Path(name).resolve()
+    with temporary_folder("bundle") as folder:
         try:
             with zipfile.ZipFile(bundle) as packed:
                 for entry in _entries(packed, bundle):

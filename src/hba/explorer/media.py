@@ -10,8 +10,9 @@ from __future__ import annotations
 import io
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, TimeoutError
+from concurrent.futures import ProcessPoolExecutor, TimeoutError, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from multiprocessing import get_context
@@ -106,10 +107,12 @@ def _blocks(source: Source, span: Span, where: str) -> Iterator[bytes]:
 #
 # All decoding happens in processes beside the server, which may crash, hang or be killed: the picture that was asked
 # for fails with a sentence, the next one gets a new process. So the server itself never loads torch or a codec. What
-# takes seconds (`found_landmarks`, `windows`, `playable`) has a process of its own, so that nothing short waits for it.
+# takes seconds (`found_landmarks`, `windows`, `playable`) has a decoder of its own, so that nothing short waits for it.
 
 
 PATIENCE_SECONDS = 60.0
+TURN_SECONDS = 10.0
+MOST_ASIDE = 3
 WAVE_POINTS = 800
 SPECTROGRAM_PIXELS = (800, 128)  # columns, rows
 MAX_POSE_FRAMES = 1500
@@ -120,11 +123,15 @@ T = TypeVar("T")
 
 
 class Decoder:
-    """The process that decodes, one medium at a time; made when it is first needed, and again after it has died."""
+    """The process that decodes, one medium at a time; made when it is first needed, and again after it has died.
+
+    A medium that takes longer than TURN_SECONDS goes on aside, and a new process takes the next: of those that hang
+    each holds the others up for that long, and not for PATIENCE_SECONDS, as long as MOST_ASIDE at most are aside."""
 
     def __init__(self) -> None:
-        self._pool: ProcessPoolExecutor | None = None
-        self._turn = threading.Lock()
+        self._turn, self._changing = threading.Lock(), threading.Lock()
+        self._idle: ProcessPoolExecutor | None = None
+        self._busy: set[ProcessPoolExecutor] = set()
 
     def call(self, function: Callable[..., T], source: Source, where: str) -> T:
         """`function(source, where)` in the other process. Raises MediaError, also when that process dies or hangs.
@@ -132,23 +139,50 @@ class Decoder:
         Its time begins with its turn: a medium that crashes or hangs costs those that wait behind it nothing but the
         wait."""
         with self._turn:
-            pool = self._pool = self._pool or ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-            try:
-                return pool.submit(function, source, where).result(PATIENCE_SECONDS)
-            except BrokenProcessPool:
-                what = "crashes its decoder"
-            except TimeoutError:
-                what = f"is not decoded within {PATIENCE_SECONDS:.0f} seconds"
-            self.close()
-            raise MediaError(what, where=where, fix=RESTORE)
+            with self._changing:
+                pool, self._idle = self._idle or ProcessPoolExecutor(1, mp_context=get_context("spawn")), None
+                self._busy.add(pool)
+            coming, end = pool.submit(function, source, where), time.monotonic() + PATIENCE_SECONDS
+            wait([coming], min(TURN_SECONDS, PATIENCE_SECONDS))
+            while not coming.done() and len(self._busy) > MOST_ASIDE and time.monotonic() < end:
+                wait([coming], 1)
+        try:
+            found = coming.result(max(0.0, end - time.monotonic()))
+        except BrokenProcessPool:
+            what = "crashes its decoder"
+        except TimeoutError:
+            what = f"is not decoded within {PATIENCE_SECONDS:.0f} seconds"
+        except Exception:
+            self._give_back(pool)
+            raise
+        else:
+            self._give_back(pool)
+            return found
+        with self._changing:
+            self._busy.discard(pool)
+        _end(pool)
+        raise MediaError(what, where=where, fix=RESTORE)
+
+    def _give_back(self, pool: ProcessPoolExecutor) -> None:
+        with self._changing:
+            self._busy.discard(pool)
+            spare, self._idle = self._idle, pool
+        if spare is not None:
+            _end(spare)
 
     def close(self) -> None:
-        """End the process."""
-        pool, self._pool = self._pool, None
-        if pool is not None:
-            for process in list((pool._processes or {}).values()):
-                process.kill()
-            pool.shutdown(wait=False, cancel_futures=True)
+        """End the processes."""
+        with self._changing:
+            pools = {*self._busy, *filter(None, [self._idle])}
+            self._busy, self._idle = set(), None
+        for pool in pools:
+            _end(pool)
+
+
+def _end(pool: ProcessPoolExecutor) -> None:
+    for process in list((pool._processes or {}).values()):
+        process.kill()
+    pool.shutdown(wait=False, cancel_futures=True)
 
 
 def playable(source: Source, where: str) -> tuple[str, bytes]:

@@ -127,7 +127,15 @@ class Explorer:
     database: Database
     decoder: Decoder
     long_decoder: Decoder
+    folder: Path
+    """private, for what lives as long as the explorer"""
     tries: Tries | None = None
+
+    def close(self) -> None:
+        """End the decoders, remove the folder. A second time does nothing."""
+        self.decoder.close()
+        self.long_decoder.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def atlas(self) -> AtlasIndex:
         """The atlas. Raises InputError when none was given."""

@@ -8,9 +8,9 @@ import ipaddress
 import os
 import re
 import secrets
+import shutil
 import socket
 import sys
-import tempfile
 import webbrowser
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -33,6 +33,7 @@ from hba.explorer import pages
 from hba.explorer.index import AtlasIndex, Database, Runs, index_name, located
 from hba.explorer.media import Decoder
 from hba.explorer.pages import HERE, Answering, Asked, Explorer, Tries, sheet
+from hba.storage import begun, named_os_errors, remove_abandoned
 
 # What the server refuses before a page is asked: other hosts' names, other sites' requests, strangers without a token.
 #
@@ -220,27 +221,34 @@ def create_app(
     With `models` there is the Try page, which keeps rows in the folder `keep`.
 
     Without a `token` everybody who reaches the server may read everything. `only_loopback` answers to the names of this
-    machine alone.
+    machine alone. What lives as long as the app lies in a private folder below `cache_folder`, which goes with
+    `app.state.explorer.close()`, at the end of the lifespan at the latest. That of a process that was killed goes now.
     Raises InputError for a folder that holds no atlas, and for a dataset on the hub that cannot be had.
     """
     root = located(atlas) if atlas else None
-    scratch = tempfile.TemporaryDirectory(prefix="hba-explore-")
-    rows = cache_folder / "explorer" / index_name(root) if root else Path(scratch.name) / "rows.sqlite"
-    database = Database(rows, Path(scratch.name) / "runs.sqlite")
-    index = AtlasIndex(root, database, cache_folder) if root else None
-    clips = Path(scratch.name) / "clips"
-    clips.mkdir()
+    kept = cache_folder / "explorer"
+    with named_os_errors(kept):
+        remove_abandoned(kept)
+        folder = begun(kept / f"open-{secrets.token_hex(4)}")
+        folder.mkdir(parents=True, mode=0o700)
+    try:
+        rows = kept / index_name(root) if root else folder / "rows.sqlite"
+        database = Database(rows, folder / "runs.sqlite")
+        index = AtlasIndex(root, database, cache_folder) if root else None
+        clips = folder / "clips"
+        clips.mkdir()
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
     tries = Tries(models, clips, keep) if models else None
-    explorer = Explorer(index, Runs(runs, database), database, Decoder(), Decoder(), tries)
+    explorer = Explorer(index, Runs(runs, database), database, Decoder(), Decoder(), folder, tries)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         if index is not None:
             index.start()
         yield
-        explorer.decoder.close()
-        explorer.long_decoder.close()
-        scratch.cleanup()
+        explorer.close()
 
     guard = Middleware(Guard, token=token, only_loopback=only_loopback)
     app = Starlette(routes=_routes(), middleware=[guard], lifespan=lifespan, exception_handlers={HbaError: _error_page})

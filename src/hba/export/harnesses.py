@@ -24,7 +24,7 @@ from hba.errors import InputError
 from hba.evaluate.answers import read, same_answer
 from hba.evaluate.metrics import mean_of, score
 from hba.evaluate.predictions import was_cut
-from hba.storage import atomic_write
+from hba.storage import atomic_write, read_jsonl
 from hba.taxonomy import Taxonomy, of_folder, save_beside
 
 FIELD_OF: dict[Modality, Field] = {"image": "images", "video": "videos", "audio": "audios"}
@@ -163,8 +163,8 @@ def export_inspect(place: str, split: str, out: Path) -> dict[str, int]:
     counts = write_documents(place, split, out)
     taxonomy = taxonomy_of(str(out.resolve()))
     for key in counts:
-        for line in (out / "rows" / f"{key}.jsonl").read_text(encoding="utf-8").splitlines():
-            _check_formats(json.loads(line))
+        for line in read_jsonl(out / "rows" / f"{key}.jsonl"):
+            _check_formats(line.record)
     with atomic_write(out / "hba_tasks.py") as handle:
         handle.write(_HEAD)
         for key in counts:
@@ -186,8 +186,7 @@ def build_task(folder: Path, key: str) -> Any:
     from inspect_ai.dataset import MemoryDataset, Sample
     from inspect_ai.model import ChatMessageUser
 
-    lines = (folder / "rows" / f"{key}.jsonl").read_text(encoding="utf-8").splitlines()
-    documents = [json.loads(line) for line in lines]
+    documents = [line.record for line in read_jsonl(folder / "rows" / f"{key}.jsonl")]
     samples = [
         Sample(
             id=document["id"],

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +26,7 @@ from hba.model import checkpoint
 from hba.model.merge import merge_checkpoint, require_free
 from hba.remote.request import proxies_checked, shown
 from hba.report import words
-from hba.storage import atomic_folder, write_json
+from hba.storage import atomic_folder, temporary_folder, write_json
 from hba.taxonomy import CARE, save_beside
 
 ATLAS = "Human Behavior Atlas"
@@ -137,8 +136,7 @@ def push_run(run: Path, repo: str, *, license_id: str, merge: bool = False, priv
         with atomic_folder(out) as new:
             gather(run, new, place=out.name, license_id=license_id, merge=merge)
             return Pushed(str(out), sum(file.is_file() for file in new.rglob("*")))
-    with tempfile.TemporaryDirectory(prefix="hba-push-") as temporary:
-        folder = Path(temporary)
+    with temporary_folder("push") as folder:
         gather(run, folder, place=repo, license_id=license_id, merge=merge)
         return _commit(folder, repo, private=private)
 

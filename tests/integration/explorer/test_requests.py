@@ -246,7 +246,24 @@ def test_the_command_prints_a_token_opens_it_unseen_and_logs_it_nowhere(served, 
         assert page.stat().st_mode & 0o077 == 0 and page.parent.stat().st_mode & 0o077 == 0
         process.send_signal(signal.SIGINT)
         process.wait(600)
-    assert not page.exists() and said.read_text().count(token) == 1
+    assert not page.exists() and not list((tmp_path / "cache" / "explorer").glob(".open-*"))
+    assert said.read_text().count(token) == 1
+
+
+def test_what_a_killed_explorer_leaves_goes_with_the_next_and_a_signal_leaves_nothing(served, tmp_path):
+    (tmp_path / "tmp").mkdir()
+    env, cache = os.environ | {"TMPDIR": str(tmp_path / "tmp")}, tmp_path / "cache"
+
+    def folders():
+        return list((cache / "explorer").glob(".open-*"))
+
+    with explore(served.atlas, cache, env=env):
+        (left,) = folders()  # it is killed
+    with explore(served.atlas, cache, env=env) as (process, *_):
+        assert left not in folders() and len(folders()) == 1
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(600) == 128 + signal.SIGTERM
+    assert folders() == [] and list((tmp_path / "tmp").iterdir()) == []
 
 
 def test_no_token_is_for_loopback_alone(served, tmp_path):
@@ -337,6 +354,23 @@ def test_what_waits_for_its_turn_outlives_a_crash_before_it(tmp_path, monkeypatc
             free.touch()
         assert [each.result() for each in waiting] == [1, 2]
         assert "crashes its decoder" in str(crashing.exception())
+
+
+def test_media_that_hang_hold_up_nobody(tmp_path, monkeypatch):
+    """Each goes on aside once its turn is over, and the next is decoded."""
+    monkeypatch.setattr(media, "PATIENCE_SECONDS", PATIENCE)
+    monkeypatch.setattr(media, "TURN_SECONDS", 0.1)
+    decoder, clips = Decoder(), [tmp_path / name for name in "ab"]
+    with closing(decoder), ThreadPoolExecutor(2) as pool:
+        try:
+            hanging = [pool.submit(decoder.call, begins_and_ends, clip, "here") for clip in clips]
+            until(lambda: all(Path(f"{clip}.begun").exists() for clip in clips))
+            assert decoder.call(size_of, b"xyz", "there") == 3 and not any(each.done() for each in hanging)
+        finally:
+            for clip in clips:
+                Path(f"{clip}.free").touch()
+        assert all("crashes its decoder" in str(each.exception()) for each in hanging)
+        assert decoder.call(size_of, b"xy", "there") == 2
 
 
 def end_the_process(source, where):

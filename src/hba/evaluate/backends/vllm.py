@@ -13,7 +13,6 @@ engine come from `vllm.*`. Under a launcher each process has an engine of its ow
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -52,7 +51,7 @@ from hba.model import checkpoint
 from hba.model.bam import FOLDER
 from hba.model.generate import BANNED_BIAS, media_token_ids
 from hba.model.merge import name_as_released
-from hba.storage import machine_fault, read_json
+from hba.storage import machine_fault, read_json, temporary_folder
 from hba.taxonomy import Taxonomy
 
 if TYPE_CHECKING:
@@ -396,10 +395,10 @@ def _not_launched() -> Iterator[None]:
 
 def _loaded(engine: Any, folder: Path, name: str, request: Any) -> Any:
     """The LoRA request of the adapter of a checkpoint, which the engine has loaded. Raises InputError if it did not."""
-    with tempfile.TemporaryDirectory() as temporary:
+    with temporary_folder("adapter") as temporary:
         place = folder
         if checkpoint.is_thinker(checkpoint.read_config(checkpoint.base_of(folder))):
-            place = Path(temporary)
+            place = temporary
             name_as_released(folder, place)
         adapter = request("adapter", 1, str(place))
         try:
