@@ -210,11 +210,11 @@ def test_a_run_killed_on_some_processes_goes_on_with_others(one, launch, tmp_pat
 
 
 def test_lora_adapters_and_heads_are_sharded_beside_a_frozen_backbone(launch, tmp_path, mini_atlas, backbone):
-    """Killed and resumed on the way, on as many processes."""
-    alone, run = tmp_path / "alone", tmp_path / "run"
-    train(launch, alone, mini_atlas, backbone, *LORA)
-    train(launch, run, mini_atlas, backbone, *LORA, SHARDED, ranks=2, dies=AFTER_A_SAVE)
-    train(launch, run, mini_atlas, backbone, *LORA, SHARDED, ranks=2)
+    """Killed and resumed on the way, on as many processes; with DoRA, whose lengths of rows are split, too."""
+    alone, run, dora = tmp_path / "alone", tmp_path / "run", [*LORA, "model.lora_dora=true"]
+    train(launch, alone, mini_atlas, backbone, *dora)
+    train(launch, run, mini_atlas, backbone, *dora, SHARDED, ranks=2, dies=AFTER_A_SAVE)
+    train(launch, run, mini_atlas, backbone, *dora, SHARDED, ranks=2)
     assert_same_training(run, alone)
     ours, theirs = (weights(r, "adapter_model.safetensors") for r in (run, alone))
     assert ours.keys() == theirs.keys()
@@ -223,8 +223,12 @@ def test_lora_adapters_and_heads_are_sharded_beside_a_frozen_backbone(launch, tm
 
 @pytest.mark.parametrize(
     ("command", "strategy"),
-    [("sft", ["model.strategy=full", "answer_weight=1"]), ("lm", LORA)],
-    ids=["heads and words, everything", "words, LoRA"],
+    [
+        ("sft", ["model.strategy=full", "answer_weight=1"]),
+        ("lm", LORA),
+        ("lm", [*LORA, "model.lora_dora=true"]),
+    ],
+    ids=["heads and words, everything", "words, LoRA", "words, DoRA"],
 )
 def test_sharded_ranks_in_bfloat16_compute_what_whole_ones_do(
     launch, tmp_path, mini_atlas, backbone, command, strategy

@@ -141,7 +141,6 @@ def test_a_run_of_another_precision_is_refused_before_anything_is_loaded(runs, m
     if not torch.cuda.is_available():
         refused("there is no GPU", [plain, "train.optimizer=paged_adamw8bit"])
     refused("cannot be split over the processes", [plain, "train.optimizer=adamw8bit", "train.sharding=full"])
-    refused("rows that DoRA trains would be rounded", [plain, "model.lora_dora=true", "train.sharding=full"])
     refused("nf4", [plain, "model.quantization=nf3"])
     stage = [f"base={runs['nf4']}", "dtype=float32", "datasets=[daicwoz]", "stage=full", "train.sharding=full"]
     refused("cannot be split over the processes", stage, BamConfig, train_bam)

@@ -722,13 +722,21 @@ def apply_strategy(model: OmniSapiens, config: ModelConfig) -> OmniSapiens:
 
 
 def _measure_rows(transformer: Any) -> None:
-    """Begin DoRA at the lengths that the rows of the weights have: PEFT has seen placeholders in their place."""
+    """Begin DoRA at the lengths that the rows of the weights have: PEFT has seen placeholders in their place.
+
+    Of weights that are still as their files have them, the lengths in the precision that they will have.
+    """
+    dtype = vars(transformer).get("precision_to_come")
     for layer in transformer.modules():
         for name, rows in getattr(layer, "lora_magnitude_vector", {}).items():
             lora_A, lora_B = layer.lora_A[name].weight.float(), layer.lora_B[name].weight.float()
             how: dict[str, Any] = {"lora_A": lora_A, "lora_B": lora_B, "scaling": layer.scaling[name]}
+            base = layer.get_base_layer()
+            if dtype is not None and base.weight.dtype != dtype:
+                stored, base = base.weight, nn.Linear(1, 1, bias=False, device="meta")
+                base.weight = nn.Parameter(stored.detach().to(dtype), requires_grad=False)
             with torch.no_grad():
-                rows.update_layer(base_layer=layer.get_base_layer(), **how)
+                rows.update_layer(base_layer=base, **how)
 
 
 def _precise_lengths(transformer: Any) -> None:

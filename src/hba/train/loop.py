@@ -39,7 +39,7 @@ from hba.model.config import ModelConfig, Quantization, require_bitsandbytes, re
 from hba.model.omni import OmniSapiens, apply_strategy, require_lora_layers
 from hba.model.process import prepare_process, start_accelerator
 from hba.run import RunFolder
-from hba.storage import read_json, room
+from hba.storage import room
 from hba.train.config import BamConfig, TrainConfig, refuse_idle_rates
 from hba.train.display import TrainingDisplay
 from hba.train.ranks import Ranks, gathered, prepare_model
@@ -201,8 +201,8 @@ def load_model(config: ModelConfig, resume: Path | None, *, mapped: bool, **opti
 
 
 def require_installed(config: Any) -> None:
-    """Raise ConfigError where a config asks for weights or an optimizer that cannot be had here, for a precision that
-    the LoRA layers it starts with were not trained on, or for one that DoRA cannot have. Nothing is loaded."""
+    """Raise ConfigError where a config asks for weights or an optimizer that cannot be had here, or for a precision
+    that the LoRA layers it starts with were not trained on. Nothing is loaded."""
     optimizer = config.train.optimizer
     require_bitsandbytes(optimizer, of_it=optimizer != "adamw", where="train.optimizer")
     if optimizer == "paged_adamw8bit" and not torch.cuda.is_available():
@@ -222,8 +222,6 @@ def require_installed(config: Any) -> None:
     require_bitsandbytes(model.quantization, of_it=model.quantization != "none", where="model.quantization")
     folder = checkpoint.resolve(model.name)
     card = None if folder is None else checkpoint.read_card(folder)
-    if model.strategy == "lora" and model.lora_dora:
-        _require_lengths(config.train, where="model.lora_dora")
     if model.strategy == "lora" and (model.lora_targets or model.lora_rank_pattern):
         base = model.name if folder is None else checkpoint.base_of(folder)
         require_lora_layers(checkpoint.bare_backbone(base), model)
@@ -255,8 +253,6 @@ def _require_base(config: BamConfig) -> None:
     has = checkpoint.quantization_of(card)
     kind = has if config.quantization == "auto" else config.quantization
     _require_same_weights(card, kind, key="quantization", where=config.base)
-    if read_json(folder / "adapter_config.json").get("use_dora"):
-        _require_lengths(config.train, where=config.base)
 
 
 def _require_same_weights(card: Mapping[str, Any], asked: Quantization, *, key: str, where: str) -> None:
@@ -265,13 +261,6 @@ def _require_same_weights(card: Mapping[str, Any], asked: Quantization, *, key: 
         kept = "unquantised weights" if has == "none" else has
         what = f"its LoRA layers were trained on {kept}, {key} is {asked}"
         raise ConfigError(what, where=where, fix=f"Use {key}={has}, or fold them in first (hba merge).")
-
-
-def _require_lengths(train: TrainConfig, *, where: str) -> None:
-    """Raise ConfigError where the lengths of rows that DoRA trains would be rounded."""
-    if train.sharding == "full":
-        what = "the lengths of rows that DoRA trains would be rounded where a model is split over the processes"
-        raise ConfigError(what, where=where, fix="Use train.sharding=none, or LoRA without DoRA.")
 
 
 def rows_of(atlas: Atlas, datasets: Iterable[str] | None, *, free_form: bool) -> Atlas:
