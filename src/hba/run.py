@@ -23,7 +23,7 @@ from hba.atlas.rows import Quarantined
 from hba.config import defaults, flat, inline_yaml, keys_without_effect, read_yaml, renamed, to_dict, to_yaml
 from hba.environment import environment, now
 from hba.errors import ConfigError, HbaError, InputError
-from hba.storage import AppendLog, Lock, StorageError, alone, atomic_write, read_json, read_jsonl, write_json
+from hba.storage import AppendLog, Lock, StorageError, alone, read_json, read_jsonl, write_data, write_json, write_jsonl
 
 # quarantine.jsonl: the samples that a run left out, each once, with the place and the reason.
 #
@@ -172,8 +172,7 @@ class RunFolder:
             lines = [line.record for line in read_jsonl(path)]
             kept = [record for record in lines if record.get("step", step) <= step]
             if len(kept) < len(lines):
-                with atomic_write(path) as handle:
-                    handle.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+                write_jsonl(path, kept)
 
     def record_data(self, data: Mapping[str, Any]) -> None:
         """Write the data's record (path, fingerprint, synthetic) into environment.json; nothing on other ranks.
@@ -219,8 +218,7 @@ class RunFolder:
             before = read_json(self.environment) if self.environment.is_file() else None
             write_json(self.environment, here if before is None else {**here, "resumed": _as_resumed(before, here)})
         if not self.config.is_file():
-            with atomic_write(self.config) as handle:
-                handle.write(to_yaml(config))
+            write_data(self.config, to_yaml(config))
         for log in (self._log_path, self.rollouts, self.quarantine.path):
             if log.is_file():
                 AppendLog(log).close()  # cuts off a line that a kill left torn, before anyone reads it

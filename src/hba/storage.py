@@ -498,6 +498,18 @@ def _mode_of_new_files(folder: Path) -> int:
     return mode
 
 
+def write_data(path: str | Path, data: str | bytes) -> None:
+    """Write a text or bytes, atomically."""
+    with atomic_write(path, "w" if isinstance(data, str) else "wb") as handle:
+        handle.write(data)
+
+
+def write_jsonl(path: str | Path, records: Iterable[dict[str, Any]]) -> None:
+    """Write one record a line, atomically. NaN and infinity are refused (ValueError)."""
+    with atomic_write(path) as handle:
+        handle.writelines(map(json_line, records))
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically. NaN and infinity are refused (ValueError)."""
     with atomic_write(path) as handle:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hba.errors import InputError, MediaError, nearest
-from hba.storage import Line, atomic_folder, atomic_write, file_sha256, json_line, plural, read_jsonl, remove_abandoned
+from hba.storage import Line, atomic_folder, file_sha256, plural, read_jsonl, remove_abandoned, write_jsonl
 from hba.taxonomy import BUILTIN, QA, Taxonomy, save_beside, visible
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -221,8 +221,7 @@ def build_atlas(
             if not rows[split]:
                 what = f"no readable file is left for the split {split}"
                 raise InputError(what, where=str(folder), fix="Give more files (at least three groups), or splits.")
-            with atomic_write(making / f"{split}.jsonl") as handle:
-                handle.writelines(json_line(row) for row in rows[split])
+            write_jsonl(making / f"{split}.jsonl", rows[split])
         save_beside(taxonomy, making)
     kept = [row for split in rows.values() for row in split]
     return Built(

@@ -40,7 +40,7 @@ from hba.descriptors.landmarks import Holistic, python_of_environment
 from hba.descriptors.sound import Opensmile, Transcriber
 from hba.errors import HbaError, InputError, MachineError, MediaError, nearest
 from hba.parallel import Died, Done, each, outcome
-from hba.storage import atomic_write, confined_path, file_sha256
+from hba.storage import atomic_write, confined_path, file_sha256, write_data
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -185,8 +185,7 @@ def link_rows(rows: RowFile, done: set[str], keep_in: Path) -> int:
         lines[number - 1] = linked or lines[number - 1]
     if gained:
         _keep(rows.path, keep_in)
-        with atomic_write(rows.path, "wb") as handle:
-            handle.writelines(lines)
+        write_data(rows.path, b"".join(lines))
     return gained
 
 
@@ -248,8 +247,7 @@ class Extract:
         facts = probe(source, field, where=item.where, quick=True, hashed=True, limits=self.limits)
         made = self._measure(item, source)
         data = made.encode() + b"\n" if isinstance(made, str) else _packed(made, self.settings.out_format)
-        with atomic_write(Path(item.root, item.output), "wb") as handle:
-            handle.write(data)
+        write_data(Path(item.root, item.output), data)
         return Extracted(
             medium_bytes=status.st_size,
             medium_mtime_ns=status.st_mtime_ns,

@@ -22,7 +22,7 @@ from hba.atlas.rows import Row
 from hba.descriptors import landmarks, sound
 from hba.environment import now
 from hba.errors import HbaError, InputError, nearest
-from hba.storage import AppendLog, alone, atomic_write, check_relative, file_sha256, is_abandoned, read_jsonl
+from hba.storage import AppendLog, alone, check_relative, file_sha256, is_abandoned, read_jsonl, write_data
 
 Kind = Literal["audio", "video", "transcript"]
 RowField = Literal["ext_audio_feats", "ext_video_feats", "texts"]
@@ -271,8 +271,7 @@ class Ledger:
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self._failed.values())
         if text != self.failures_path.read_text(encoding="utf-8"):
             self._failures.close()
-            with atomic_write(self.failures_path) as handle:
-                handle.write(text)
+            write_data(self.failures_path, text)
             self._failures = AppendLog(self.failures_path)
 
     def close(self) -> None:

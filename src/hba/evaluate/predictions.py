@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 
 from hba.errors import InputError, TaxonomyError
-from hba.storage import AppendLog, atomic_write, json_line, json_sha256, plural
+from hba.storage import AppendLog, json_sha256, plural, write_jsonl
 from hba.taxonomy import BUILTIN, Taxonomy
 
 if TYPE_CHECKING:
@@ -250,9 +250,7 @@ def _canonical(
 
 def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
     """Replace the file by these predictions, whole or not at all. Raises StorageError on a full disk."""
-    with atomic_write(path) as handle:
-        for prediction in predictions:
-            handle.write(json_line(prediction.record()))
+    write_jsonl(path, (prediction.record() for prediction in predictions))
 
 
 class PredictionLog:

@@ -24,7 +24,7 @@ from hba.errors import InputError
 from hba.evaluate.answers import read, same_answer
 from hba.evaluate.metrics import mean_of, score
 from hba.evaluate.predictions import was_cut
-from hba.storage import atomic_write, read_jsonl
+from hba.storage import atomic_write, read_jsonl, write_data, write_jsonl
 from hba.taxonomy import Taxonomy, of_folder, save_beside
 
 FIELD_OF: dict[Modality, Field] = {"image": "images", "video": "videos", "audio": "audios"}
@@ -44,8 +44,7 @@ def write_documents(place: str, split: str, out: Path) -> dict[str, int]:
     save_beside(atlas.taxonomy, out)
     found = {key: by_task[key] for key in atlas.taxonomy.tasks if key in by_task}
     for key, documents in found.items():
-        with atomic_write(out / "rows" / f"{key}.jsonl") as handle:
-            handle.writelines(json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
+        write_jsonl(out / "rows" / f"{key}.jsonl", documents)
     return {key: len(documents) for key, documents in found.items()}
 
 
@@ -165,10 +164,8 @@ def export_inspect(place: str, split: str, out: Path) -> dict[str, int]:
     for key in counts:
         for line in read_jsonl(out / "rows" / f"{key}.jsonl"):
             _check_formats(line.record)
-    with atomic_write(out / "hba_tasks.py") as handle:
-        handle.write(_HEAD)
-        for key in counts:
-            handle.write(_TASK.format(lower=key.lower(), key=key, name=taxonomy.tasks[key].name or key))
+    tasks = (_TASK.format(lower=key.lower(), key=key, name=taxonomy.tasks[key].name or key) for key in counts)
+    write_data(out / "hba_tasks.py", "".join([_HEAD, *tasks]))
     return counts
 
 
@@ -280,8 +277,7 @@ def export_lmms_eval(place: str, split: str, out: Path, *, max_new_tokens: int =
         config = _task(key, task_metric(taxonomy, key), out.resolve() / "rows" / f"{key}.jsonl", max_new_tokens)
         _write(out / f"{_name(key)}.yaml", config)
     _write(out / f"{GROUP}.yaml", {"group": GROUP, "task": [_name(key) for key in counts]})
-    with atomic_write(out / "utils.py") as handle:
-        handle.write(_UTILS)
+    write_data(out / "utils.py", _UTILS)
     return counts
 
 

@@ -21,7 +21,7 @@ from hba.report import charts, words
 from hba.report.charts import Chart, stacked
 from hba.report.tables import Cell, Row, Table
 from hba.report.words import count, plural, size, span
-from hba.storage import atomic_write
+from hba.storage import write_data
 from hba.taxonomy import CARE
 
 if TYPE_CHECKING:
@@ -40,8 +40,7 @@ STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
 
 def write_validation(result: Validation, path: Path) -> None:
     """Write the page of a validation to `path`. Raises StorageError when the disk refuses."""
-    with atomic_write(path) as handle:
-        handle.write(render_validation(result))
+    write_data(path, render_validation(result))
 
 
 def render_validation(result: Validation) -> str:
@@ -129,8 +128,7 @@ def show_validation(result: Validation) -> Iterator[RenderableType]:
 
 def write_info(info: AtlasInfo, path: Path) -> None:
     """Write the page of what an atlas holds to `path`. Raises StorageError when the disk refuses."""
-    with atomic_write(path) as handle:
-        handle.write(render_info(info))
+    write_data(path, render_info(info))
 
 
 def render_info(info: AtlasInfo) -> str:

@@ -22,7 +22,7 @@ from hba.evaluate.statistics import EXACT_MATCH, holm
 from hba.report import words
 from hba.report.tables import DAGGER, Cell, Row, Table, to_latex, to_markdown, writer_of
 from hba.report.words import DASH, count, figure, interval, metric_name, scant
-from hba.storage import atomic_folder, atomic_write, plural, read_json, to_csv, write_json
+from hba.storage import atomic_folder, plural, read_json, to_csv, write_data, write_json
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -427,9 +427,7 @@ def _blocks(board: Leaderboard, width: int) -> Iterator[Table]:
 
 def write_leaderboard(board: Leaderboard, path: Path) -> None:
     """Write the table to `path`; its suffix says how: .html, .md, .tex or .csv. Raises InputError for another."""
-    writer = writer_of(path, WRITERS)
-    with atomic_write(path) as handle:
-        handle.write(writer(board))
+    write_data(path, writer_of(path, WRITERS)(board))
 
 
 def write_site(shown: Shown, site: Path, render: Callable[..., str], *, max_quarantined: float) -> Leaderboard:
@@ -462,11 +460,9 @@ def write_site(shown: Shown, site: Path, render: Callable[..., str], *, max_quar
         site.rmdir()
     with atomic_folder(site) as making:
         for name, page in pages.items():
-            with atomic_write(making / f"{name}.html") as handle:
-                handle.write(page)
+            write_data(making / f"{name}.html", page)
             shutil.copyfile(shown.bundles[name], making / f"{name}.zip")
-        with atomic_write(making / "index.html") as handle:
-            handle.write(_html(board, {name: (f"{name}.html", f"{name}.zip") for name in shown.runs}))
+        write_data(making / "index.html", _html(board, {name: (f"{name}.html", f"{name}.zip") for name in shown.runs}))
     return board
 
 

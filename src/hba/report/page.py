@@ -35,7 +35,7 @@ from hba.evaluate.results import Metrics
 from hba.evaluate.runs import PREDICTIONS, Run, open_run
 from hba.report import words
 from hba.report.charts import Reference, bar, curves, matrices, over_time, reliability
-from hba.storage import atomic_write
+from hba.storage import write_data
 from hba.taxonomy import BUILTIN, CARE, Taxonomy, published_table
 
 if TYPE_CHECKING:
@@ -75,8 +75,7 @@ def write_report(run: Path, atlas_root: Path | None = None, out: Path | None = N
     else:
         html = render(opened, atlas_root, rl=part)
     path = out if out is not None else run / "report.html"
-    with atomic_write(path) as handle:
-        handle.write(html)
+    write_data(path, html)
     return path
 
 
@@ -91,9 +90,7 @@ def write_asked(replies: Sequence[Reply], path: Path, *, model: str) -> None:
     above = os.path.commonpath([place.parent for place in places.values()]) if places else ""
     said = [(places[file].relative_to(above).as_posix(), list(parts.items())) for file, parts in files.items()]
     timed = any(each.start is not None for each in replies)
-    html = words.page("asked.html.jinja", files=said, timed=timed, **about)
-    with atomic_write(path) as handle:
-        handle.write(html)
+    write_data(path, words.page("asked.html.jinja", files=said, timed=timed, **about))
 
 
 def render(

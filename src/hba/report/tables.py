@@ -17,7 +17,7 @@ from hba.errors import InputError, nearest
 from hba.evaluate.results import Metrics
 from hba.report import words
 from hba.report.words import DASH, answered, count, figure, interval, not_scored
-from hba.storage import atomic_write
+from hba.storage import write_data
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -128,9 +128,7 @@ def writer_of(path: Path, writers: Mapping[str, W]) -> W:
 
 def write_table(table: Table, path: Path) -> None:
     """Write it to `path`, .md or .tex. Raises InputError for another suffix."""
-    writer = writer_of(path, WRITERS)
-    with atomic_write(path) as handle:
-        handle.write(writer(table))
+    write_data(path, writer_of(path, WRITERS)(table))
 
 
 def to_markdown(table: Table) -> str:

@@ -5,7 +5,6 @@ Reading needs neither torch nor the model, so that a report and the explorer can
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from hba.storage import atomic_write, read_jsonl
+from hba.storage import read_jsonl, write_jsonl
 
 FOLDER = "evaluations"
 WAYS = ("sampled", "greedy")
@@ -74,8 +73,7 @@ def collapsed_tasks(records: Sequence[dict[str, Any]]) -> list[str]:
 
 def write_evaluation(run: Path, step: int, records: Sequence[dict[str, Any]]) -> None:
     """Keep the records of an evaluation at `step`."""
-    with atomic_write(run / FOLDER / f"step_{step}.jsonl") as handle:
-        handle.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    write_jsonl(run / FOLDER / f"step_{step}.jsonl", records)
 
 
 def read_evaluations(run: Path) -> dict[int, list[dict[str, Any]]]:

@@ -36,7 +36,7 @@ from hba.rl.telemetry import in_words
 from hba.rl.verl.config import Place, modules, nested, translate
 from hba.rl.verl.dataset import run_config, step_rows
 from hba.run import RunFolder, wandb_run
-from hba.storage import atomic_folder, atomic_write, read_json, write_json
+from hba.storage import atomic_folder, read_json, write_data, write_json
 
 CONFIG = "hba"
 FAILURE = "failure.json"
@@ -90,8 +90,7 @@ def train_on_verl(
         at = "ray_kwargs.ray_init.runtime_env.env_vars"
         keys[at] |= {"WANDB_RUN_ID": wandb_run(run.path)["id"], "WANDB_RESUME": "allow"}
     settings = {"defaults": ["ppo_trainer", "_self_"], **nested(keys)}
-    with atomic_write(place.folder / f"{CONFIG}.yaml") as file:
-        file.write(dump_yaml(settings))
+    write_data(place.folder / f"{CONFIG}.yaml", dump_yaml(settings))
     run.truncate_log(latest_step(place.folder))
     _run(config, place, told, said)
     return latest_step(place.folder)
