@@ -31,8 +31,8 @@ import pyarrow.parquet as pq
 from hba.atlas import Atlas, open_atlas
 from hba.atlas.jsonl import size_of
 from hba.atlas.names import CARD, present_splits
-from hba.atlas.parquet import EXTRA, IS_NULL, MEDIA_PATHS, UNNAMED, ParquetStore, index_path, read_index, write_index
-from hba.atlas.rows import MEDIA_FIELDS, Columns, Field, Quarantined, Row, Sample
+from hba.atlas.parquet import EXTRA, IS_NULL, MEDIA_PATHS, ParquetStore, index_path, read_index, write_index
+from hba.atlas.rows import MEDIA_FIELDS, UNNAMED, Columns, Field, Quarantined, Row, Sample
 from hba.atlas.source import DEFAULT_LIMITS, PLACES, RESTORE, Slice, Source, check_source, read_bytes
 from hba.environment import die_with_parent, now
 from hba.errors import HbaError, InputError, MediaError
@@ -46,6 +46,7 @@ from hba.storage import (
     named_os_errors,
     read_json,
     remove_abandoned,
+    write_data,
     write_json,
     writer_name,
 )
@@ -321,8 +322,7 @@ def _write_lines(part: Part, records: Iterable[Record], tally: _Tally) -> Summar
                     _place(part.out, path, medium, where=record.sample.place(name))
         lines.append(_line(record, implied=f"{part.split}/{line}"))
     os.sync()  # once a part: a sync of each file takes longer than all the rest
-    with atomic_write(part.path, "wb") as handle:
-        handle.writelines(lines)
+    write_data(part.path, b"".join(lines))
     return tally.write_summary(part.path)
 
 
@@ -445,8 +445,7 @@ def convert_atlas(
             _refuse_others(atlas, out, to, plan)
         for name in BESIDE:  # what an atlas says of itself
             if (opened[0].root / name).is_file():
-                with atomic_write(out / name, "wb") as handle:
-                    handle.write((opened[0].root / name).read_bytes())
+                write_data(out / name, (opened[0].root / name).read_bytes())
         total, before, converted = sum(map(len, plans)), 0, []
         for atlas, plan in zip(opened, plans, strict=True):
             tell = None if progress is None else partial(_tell, progress, before, total)

@@ -31,8 +31,10 @@ import pyarrow.parquet as pq
 
 from hba.atlas.pages import DamagedPageError, KeptPages, Read, ShardPages, Value, is_list
 from hba.atlas.rows import (
+    KINDS,
     MEDIA_FIELDS,
     NAME_FIELDS,
+    UNNAMED,
     Columns,
     Field,
     Quarantined,
@@ -63,7 +65,6 @@ TEXT = ("problem", "dataset", "task", "modality_signature")
 OPTIONAL = ("answer", "class_label", "id")
 MEDIA_PATHS = "media_paths"
 """what embedded media were called as files: a struct of field to list of paths"""
-_KINDS = {"images": "image", "videos": "video", "audios": "audio"}
 _SUSPECT = r"^/|^$|\.\.|[:\\\x00\n]"
 FIX_SCHEMA = "Write the published schema; see the schema of a row in docs."
 
@@ -135,14 +136,12 @@ def check_tables(tables: list[pa.Table], store: ParquetStore) -> Columns:
     """Check the rows of the tables of a store, in order. Raises InputError naming the row and the field."""
     place = lambda line: store.place(line - 1)  # noqa: E731 -- one word of its own
     checker = RowChecker(store.taxonomy, split=store.split, place=place)
-    table = pa.concat_tables(
-        [each.select([*TEXT, *OPTIONAL, *(f"{name}_sizes" for name in _KINDS)]) for each in tables]
-    )
+    table = pa.concat_tables([each.select([*TEXT, *OPTIONAL, *(f"{name}_sizes" for name in KINDS)]) for each in tables])
     for name in TEXT:
         if table[name].null_count:
             where = store.place(pc.index(pc.is_null(table[name]), True).as_py())
             raise InputError(f"field {name!r}: is missing", where=where, fix=FIX_SCHEMA)
-    counts_KN = [numbers_of(pc.list_value_length(table[f"{name}_sizes"]), null=-1) for name in _KINDS]
+    counts_KN = [numbers_of(pc.list_value_length(table[f"{name}_sizes"]), null=-1) for name in KINDS]
     datasets, dataset_codes_N = _encoded(table["dataset"])
     known = [store.taxonomy.datasets.get(name) for name in datasets]
     free_N = np.array([dataset is not None and dataset.free_form for dataset in known])[dataset_codes_N]
@@ -164,7 +163,7 @@ def check_tables(tables: list[pa.Table], store: ParquetStore) -> Columns:
     said = [found[number] for number in examples.tolist()]
     signature_codes_N = np.array([signatures.index(signature) for signature, _ in said])[codes_N]
     label_codes_N = np.array([label for _, label in said])[codes_N]
-    for kind, counts_N in zip(_KINDS.values(), counts_KN, strict=True):
+    for kind, counts_N in zip(KINDS.values(), counts_KN, strict=True):
         there = np.array([kind in signature_kinds(signature) for signature in signatures], np.int64)
         np.copyto(counts_N, there[signature_codes_N], where=counts_N < 0)
     _check_ids(table["id"], checker)
@@ -424,8 +423,6 @@ def _damage_named(where: str) -> Iterator[None]:
 
 
 EXTRA = "extra_json"
-UNNAMED = "-"
-"""stands for the path of a medium whose shard does not tell it"""
 _PLACES = tuple(f"{name}_{what}" for name in MEDIA_FIELDS for what in PLACES)
 _NOT_SIZES = frozenset(name for name in _PLACES if not name.endswith("_sizes"))
 _KNOWN = frozenset((*Row.__struct_fields__, *_PLACES, EXTRA, MEDIA_PATHS))

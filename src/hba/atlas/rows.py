@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
-from itertools import product
+from itertools import compress, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
@@ -45,7 +45,9 @@ _SHOWN = 3  # samples that a warning names
 
 
 Field = Literal["images", "videos", "audios", "ext_video_feats", "ext_audio_feats"]
-_KIND_OF = {"images": "image", "videos": "video", "audios": "audio"}
+KINDS = {"images": "image", "videos": "video", "audios": "audio"}
+UNNAMED = "-"
+"""stands for the path of an embedded medium whose shard does not tell it"""
 MEDIA_FIELDS: tuple[Field, ...] = ("images", "videos", "audios", "ext_video_feats", "ext_audio_feats")
 
 
@@ -166,7 +168,7 @@ class Sample:
 
     def _sources(self, name: Field) -> list[Source]:
         count: int = getattr(self, name)
-        kind = _KIND_OF.get(name)
+        kind = KINDS.get(name)
         if kind is not None and (kind in self.modality_signature.split("_")) != (count > 0):
             # Elsewhere a row is refused for it when the atlas is opened; of a shard without an index nobody knew.
             what = f"the row has {count} of them, but its modality_signature is {self.modality_signature!r}"
@@ -305,7 +307,6 @@ class SilentClips:
 Codes = npt.NDArray[np.int16]
 Counts = npt.NDArray[np.int32]
 
-NO_TASK = ""
 UNLABELLED = -2
 """the label code of a row whose answer nobody knows: it can be predicted, and is neither trained on nor scored"""
 
@@ -363,7 +364,7 @@ def make_columns(
     """Columns of N rows from [8, N]: codes of `datasets` and `signatures`, label codes, characters of problem and
     answer, counts of images, videos, audios."""
     dataset_codes, signature_codes, label_codes = values_KN[:3].astype(np.int16)
-    task_of = [taxonomy.dataset(key).task or NO_TASK for key in datasets]
+    task_of = [taxonomy.dataset(key).task or "" for key in datasets]
     tasks = tuple(dict.fromkeys(task_of))
     return Columns(
         datasets=datasets,
@@ -385,13 +386,11 @@ def make_columns(
 
 
 _FIX_JSON = "Repair the line; if it is the last one, the file was cut off."
-_KINDS = ("image", "video", "audio")
 # Every order of the same modalities is one signature; the published order is the one that is kept.
 SIGNATURES: dict[frozenset[str], str] = {
-    frozenset(kind for kind, there in zip(_KINDS, mask, strict=True) if there): "_".join(
-        ["text", *(kind for kind, there in zip(_KINDS, mask, strict=True) if there)]
-    )
+    frozenset(kinds): "_".join(["text", *kinds])
     for mask in product((False, True), repeat=3)
+    for kinds in [tuple(compress(KINDS.values(), mask))]
 }
 PATH_FIELDS = (*MEDIA_FIELDS, "texts")
 NAME_FIELDS = ("dataset", "task", "modality_signature")

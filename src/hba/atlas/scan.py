@@ -21,7 +21,7 @@ import msgspec
 
 from hba.atlas.jsonl import read_lines
 from hba.atlas.names import SplitFiles, find_files, parse_split, present_splits
-from hba.atlas.rows import MEDIA_FIELDS, Columns, Field, Row, RowChecker, check_fields, decode_row
+from hba.atlas.rows import MEDIA_FIELDS, UNNAMED, Columns, Field, Row, RowChecker, check_fields, decode_row
 from hba.atlas.source import PLACES, Slice, Source
 from hba.errors import InputError, MediaError
 from hba.storage import check_relative, machine_fault, plural
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from hba.atlas.parquet import ShardMedia
 
 _BATCH_ROWS = 1024
-EMBEDDED = "-"  # stands for the path of an embedded medium
 
 
 class Embedded(NamedTuple):
@@ -78,7 +77,7 @@ def _shard_rows(shard: Path) -> Iterator[RawRow]:
         for row, values in enumerate(table.slice(start, _BATCH_ROWS).to_pylist(), start):
             places = {name: _places(values, name, shard, row) for name in MEDIA_FIELDS}
             said = {name: values[name] for name in Row.__struct_fields__ if values.get(name) is not None}
-            said |= {name: [EMBEDDED] * len(media) for name, media in places.items()}
+            said |= {name: [UNNAMED] * len(media) for name, media in places.items()}
             yield RawRow(row + 1, msgspec.json.encode(said, enc_hook=repr), places)
 
 

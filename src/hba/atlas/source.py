@@ -384,6 +384,11 @@ def check_whole(source: Source, size: int, *, where: str) -> None:
                     raise _cut(part.end, size, where)
 
 
+def _bytes(file: BinaryIO, at: int, count: int = -1) -> bytes:
+    file.seek(at)
+    return file.read(count)
+
+
 def _joined(where: str) -> MediaError:
     return MediaError("holds several files joined together", where=where, fix="Cut it into its parts.")
 
@@ -399,8 +404,7 @@ def _chunks(
     """The chunks of a RIFF-like file from byte `at` on: a name, a size (which may count the header), the content."""
     header_bytes = name_bytes + struct.calcsize(form)
     while at + header_bytes <= size:
-        file.seek(at)
-        header = file.read(header_bytes)
+        header = _bytes(file, at, header_bytes)
         (length,) = struct.unpack_from(form, header, name_bytes)
         start = at + header_bytes
         end = max(at + length, start) if inclusive else start + length
@@ -428,8 +432,7 @@ def _check_wave(file: BinaryIO, start: bytes, size: int, where: str) -> None:
     data = 0
     for part in _chunks(file, size, 12, 4, f"{order}I", align=2):
         if part.name == b"ds64":
-            file.seek(part.start)
-            riff_size, data_size = struct.unpack("<QQ", file.read(16))
+            riff_size, data_size = struct.unpack("<QQ", _bytes(file, part.start, 16))
             if 0 < data_size < _UNKNOWN_SIZE:
                 _check_content([_Part(b"data", size, size + max(0, 8 + riff_size - size))], b"data", 0, size, where)
             return
@@ -443,8 +446,8 @@ def _check_wave(file: BinaryIO, start: bytes, size: int, where: str) -> None:
     if data > 1:
         raise MediaError("holds its sound in several parts", where=where, fix=CONVERT)
     if riff_end < size - 12:
-        file.seek(riff_end + riff_end % 2)
-        if file.read(4) == start[:4] and file.read(8)[4:] == b"WAVE":
+        behind = _bytes(file, riff_end + riff_end % 2, 12)
+        if behind[:4] == start[:4] and behind[8:] == b"WAVE":
             raise _joined(where)
 
 
@@ -459,8 +462,7 @@ def _check_boxes(file: BinaryIO, size: int, where: str) -> None:
     """mp4 and mov: the boxes of the file."""
     at, names = 0, []
     while at + 8 <= size:
-        file.seek(at)
-        header = file.read(16)
+        header = _bytes(file, at, 16)
         length, name = struct.unpack_from(">I4s", header)
         if name not in _BOXES:
             return  # something behind the file: the decoder judges
@@ -489,12 +491,10 @@ def _check_matroska(file: BinaryIO, size: int, where: str) -> None:
     end = size if unknown else position + length
     if end > size:
         raise _cut(end, size, where)
-    file.seek(end)
-    if file.read(4) == _EBML:
+    if _bytes(file, end, 4) == _EBML:
         raise _joined(where)
     while position < end:  # clusters and other parts, a few seconds of media each
-        file.seek(position)
-        part = file.read(12)
+        part = _bytes(file, position, 12)
         width, _ = _vint(part, 0)
         body, length = _vint(part, width)
         if length == (1 << (7 * (body - width))) - 1:
@@ -521,8 +521,7 @@ def _check_pages(file: BinaryIO, size: int, where: str, *, checked: bool = False
     at, begins, before = 0, [0], True
     numbers: dict[bytes, int] = {}
     while True:
-        file.seek(at)
-        page = file.read(27)
+        page = _bytes(file, at, 27)
         if len(page) < 27 or page[:4] != b"OggS":
             break  # the end, or something behind the file
         sizes = file.read(page[26])
@@ -583,19 +582,16 @@ def _check_asf(file: BinaryIO, size: int, where: str) -> None:
             at = start.find(_ASF_PROPERTIES)
             (packet_bytes,) = struct.unpack_from("<I", start, at + 92) if 0 <= at <= len(start) - 96 else (0,)
             rest = (size - part.start - 26) % packet_bytes if packet_bytes else 0
-            file.seek(max(part.start, size - (1 << 16)))
-            indexed = _ASF_INDEX in file.read()
+            indexed = _ASF_INDEX in _bytes(file, max(part.start, size - (1 << 16)))
             if part.end <= part.start + 26 and rest and not indexed:  # written to a pipe
                 raise _cut(size + packet_bytes - rest, size, where)
             return
 
 
 def _flv_tags(file: BinaryIO, size: int) -> Iterator[_Part]:
-    file.seek(5)
-    at = int.from_bytes(file.read(4), "big") + 4
+    at = int.from_bytes(_bytes(file, 5, 4), "big") + 4
     while at < size:
-        file.seek(at)
-        header = file.read(11)
+        header = _bytes(file, at, 11)
         if header[0] & 0x1F not in (8, 9, 18):
             if header[:4] == b"FLV\1":
                 yield _Part(_JOINED, at, at)
@@ -609,8 +605,7 @@ def _program_packets(file: BinaryIO, size: int) -> Iterator[_Part]:
     """MPEG program streams (mpg, vob)."""
     at = 0
     while at < size:
-        file.seek(at)
-        header = file.read(14)
+        header = _bytes(file, at, 14)
         if header[:3] != b"\0\0\1"[: len(header)] or header[3:4] == b"\xb9":
             return  # the end, or something that only a decoder finds its way through
         if header[3:4] == b"\xba":
@@ -626,11 +621,9 @@ def _program_packets(file: BinaryIO, size: int) -> Iterator[_Part]:
 
 
 def _ivf_frames(file: BinaryIO, size: int) -> Iterator[_Part]:
-    file.seek(6)
-    at = int.from_bytes(file.read(2), "little")
+    at = int.from_bytes(_bytes(file, 6, 2), "little")
     while at < size:
-        file.seek(at)
-        end = at + 12 + int.from_bytes(file.read(4), "little")
+        end = at + 12 + int.from_bytes(_bytes(file, at, 4), "little")
         yield _Part(b"", at, end)
         at = end
 
@@ -638,8 +631,7 @@ def _ivf_frames(file: BinaryIO, size: int) -> Iterator[_Part]:
 def _png_chunks(file: BinaryIO, size: int) -> Iterator[_Part]:
     at = 8
     while at < size:
-        file.seek(at)
-        header = file.read(8)
+        header = _bytes(file, at, 8)
         end = at + 12 + int.from_bytes(header[:4], "big")
         yield _Part(header[4:], at, end)
         if header[4:] == b"IEND":
@@ -649,12 +641,10 @@ def _png_chunks(file: BinaryIO, size: int) -> Iterator[_Part]:
 
 
 def _gif_blocks(file: BinaryIO, size: int) -> Iterator[_Part]:
-    file.seek(10)
-    flags = file.read(1)[0]
+    flags = _bytes(file, 10, 1)[0]
     at = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
     while at < size:
-        file.seek(at)
-        header = file.read(10)
+        header = _bytes(file, at, 10)
         if header[:1] == b"\x2c" and len(header) == 10:  # an image: colours, code size, data
             at += 11 + (3 << (header[9] & 7) + 1 if header[9] & 0x80 else 0)
         elif header[:1] == b"\x21":
@@ -662,8 +652,7 @@ def _gif_blocks(file: BinaryIO, size: int) -> Iterator[_Part]:
         else:
             return  # the trailer, or something behind the file
         while at < size:  # sub-blocks, up to an empty one
-            file.seek(at)
-            length = file.read(1)[0]
+            length = _bytes(file, at, 1)[0]
             at += 1 + length
             if length == 0:
                 break
@@ -673,11 +662,9 @@ def _gif_blocks(file: BinaryIO, size: int) -> Iterator[_Part]:
 
 
 def _voc_blocks(file: BinaryIO, size: int) -> Iterator[_Part]:
-    file.seek(20)
-    at = int.from_bytes(file.read(2), "little")
+    at = int.from_bytes(_bytes(file, 20, 2), "little")
     while at < size:
-        file.seek(at)
-        header = file.read(4)
+        header = _bytes(file, at, 4)
         if header[:1] == b"\0":
             return
         end = at + 4 + int.from_bytes(header[1:4], "little")
@@ -689,8 +676,7 @@ def _mxf_parts(file: BinaryIO, size: int) -> Iterator[_Part]:
     """Key, length, value; the length in the form of ASN.1."""
     at = 0
     while at < size:
-        file.seek(at)
-        header = file.read(25)
+        header = _bytes(file, at, 25)
         if header[:4] != _MXF[: len(header)]:
             return
         length, width = (header[16], 0) if len(header) > 16 else (0, 0)
@@ -705,8 +691,7 @@ def _mxf_parts(file: BinaryIO, size: int) -> Iterator[_Part]:
 def _transport_packets(file: BinaryIO, size: int) -> Iterator[_Part]:
     """MPEG transport streams are made of packets of one size, DV of frames of one: the last of them."""
     for packet_bytes, sync in _TS_PACKETS:
-        file.seek(0)
-        block = file.read(3 * packet_bytes)
+        block = _bytes(file, 0, 3 * packet_bytes)
         if len(block) == 3 * packet_bytes and block[sync::packet_bytes] == b"GGG":
             yield _Part(b"", size - size % packet_bytes, size + -size % packet_bytes)
             return

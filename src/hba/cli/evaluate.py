@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -77,58 +78,48 @@ def eval_command(
     """
     from hba.evaluate.config import Setting, Suite, read_suite
 
-    chosen = None
-    if Path(model).suffix in (".yaml", ".yml"):
+    several = Path(model).suffix in (".yaml", ".yml")
+    if several:
         if backend or base_url or split != "test":
             fix = "Leave it out here, and write it into the suite, below the settings that need it."
             raise InputError("--backend, --base-url and --split are for one model", where="hba eval", fix=fix)
-        chosen = read_suite(Path(model))
-        atlas, judge, judge_url = atlas or chosen.atlas, judge or chosen.judge, judge_url or chosen.judge_url
-        split, per_dataset = chosen.split, per_dataset or chosen.per_dataset
-        folder = run or Path(chosen.run or Path("runs/eval") / Path(model).stem)
-        settings = chosen.settings
+        suite = read_suite(Path(model))
+        typed: dict[str, Any] = {"atlas": atlas, "judge": judge, "judge_url": judge_url, "per_dataset": per_dataset}
+        suite = replace(suite, **{key: value for key, value in typed.items() if value})
+        folder = run or Path(suite.run or Path("runs/eval") / Path(model).stem)
     else:
-        folder = run or Path("runs/eval") / re.sub(r"[^\w.-]+", "-", model).strip("-.")
+        if atlas is None:
+            raise InputError("no atlas is named", where="hba eval", fix="Add --atlas FOLDER, or --atlas org/name.")
         settings = (Setting(name=model, model=model, backend=backend, overrides=tuple(served(base_url))),)
-    if atlas is None:
-        raise InputError("no atlas is named", where="hba eval", fix="Add --atlas FOLDER, or --atlas org/name.")
-    suite = Suite(
-        atlas=atlas,
-        split=split,
-        per_dataset=per_dataset,
-        judge=judge,
-        judge_url=judge_url,
-        baseline=settings[0].name if chosen is None else chosen.baseline,
-        settings=settings,
-    )
-    parts = [_opened(suite, each, folder / each.name if chosen else folder, overrides or []) for each in settings]
+        about: dict[str, Any] = {"split": split, "per_dataset": per_dataset, "judge": judge, "judge_url": judge_url}
+        suite = Suite(atlas=atlas, baseline=model, settings=settings, **about)
+        folder = run or Path("runs/eval") / re.sub(r"[^\w.-]+", "-", model).strip("-.")
+    folders = {each: folder / each.name if several else folder for each in suite.settings}
+    parts = [_opened(suite, setting, place, overrides or []) for setting, place in folders.items()]
     ahead = _ahead(suite, parts)
     if dry_run:
         return answer({"run": str(folder), "ahead": ahead}, lambda: [_ahead_table(ahead)], as_json=json)
-    if chosen is None:
+    if not several:
         beside(f"{_in_words(ahead[0], parts[0])}; everything goes into {folder}")
     elif not json:
         beside("\n".join([*map(_in_words, ahead, parts), f"Everything goes into {folder}."]))
     with tallied("eval") as show:
         progress = _Progress(sum(each["rows"] + each["judged"] for each in ahead), show)
         summaries = [_predicted(suite, part, each, progress) for part, each in zip(parts, ahead, strict=True)]
-        judged = [
-            None if judge is None else _judged(part, each, judge, judge_url, progress)
-            for part, each in zip(parts, ahead, strict=True)
-        ]
+        judged = [_judged(suite, part, each, progress) for part, each in zip(parts, ahead, strict=True)]
     from hba.evaluate.leaderboard import DEFAULT_TABLES, build_leaderboard
     from hba.evaluate.score import score_run
     from hba.report.comparison import LeaderboardTables, write_leaderboard
     from hba.report.page import write_report
 
-    metrics, pages = [], []
+    metrics, pages, root = [], [], Path(suite.atlas)
     for part in parts:
         metrics.append(score_run(part.folder))
-        pages.append(write_report(part.folder, atlas_root=Path(atlas) if Path(atlas).is_dir() else None))
+        pages.append(write_report(part.folder, atlas_root=root if root.is_dir() else None))
     names = {part.folder: part.setting.name for part in parts}
-    board = build_leaderboard(list(names), tables=DEFAULT_TABLES, names=names, allow_other_data=chosen is not None)
+    board = build_leaderboard(list(names), tables=DEFAULT_TABLES, names=names, allow_other_data=several)
     write_leaderboard(board, folder / "leaderboard.html")
-    differences = _differences(suite, parts, folder, metrics) if chosen else None
+    differences = _differences(suite, parts, folder, metrics) if several else None
 
     def show_all() -> Iterator[RenderableType]:
         from hba.report.tables import metrics_table
@@ -138,9 +129,9 @@ def eval_command(
             yield LeaderboardTables(board)
         else:
             yield differences[1]
-        yield from written(*([] if chosen is None else [folder / "suite.md"]), *pages, folder / "leaderboard.html")
+        yield from written(*([folder / "suite.md"] if several else []), *pages, folder / "leaderboard.html")
         unjudged = any(task.note and "judge" in task.note for each in metrics for task in each.tasks.values())
-        if judge is None and unjudged:
+        if suite.judge is None and unjudged:
             yield f"Free-form answers have no score yet: add {bold('--judge MODEL')}."
 
     values: dict[str, Any] = {"run": str(folder), "leaderboard": board.record(), "ahead": ahead}
@@ -354,16 +345,16 @@ def _differences(
     return records, SuiteTables(table, suite.baseline)
 
 
-def _judged(
-    part: _Part, ahead: dict[str, Any], model: str, base_url: str | None, progress: _Progress
-) -> dict[str, int]:
-    """Counts of verdicts on the free-form answers of a run."""
+def _judged(suite: Suite, part: _Part, ahead: dict[str, Any], progress: _Progress) -> dict[str, int] | None:
+    """Counts of verdicts on the free-form answers of a run; None where nobody judges."""
+    if suite.judge is None:
+        return None
     from hba.evaluate.judge.run import JudgeConfig, judge_run
     from hba.storage import cache_folder
 
-    settings = configured(JudgeConfig, None, [*served(base_url), f"remote.cache={cache_folder() / 'responses'}"])
+    given = [*served(suite.judge_url), f"remote.cache={cache_folder() / 'responses'}"]
     tell = progress.part(f"judge {part.setting.name}", expected=ahead["judged"])
-    judged = judge_run(part.folder, model=model, config=settings, progress=tell)
+    judged = judge_run(part.folder, model=suite.judge, config=configured(JudgeConfig, None, given), progress=tell)
     for text in judged.warnings:
         warn(text)
     if judged.unjudged:

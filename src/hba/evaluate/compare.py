@@ -79,47 +79,13 @@ class Recorded:
 # ---------------------------------------------------------------------------------------------------- rows of runs
 
 
-class Matched(NamedTuple):
-    """The same rows of every run in one order, and how many rows of each run no other has."""
-
-    predictions: list[list[Prediction]]
-    left_out: list[int]
-
-
-def match(runs: Sequence[Run], *, allow_other_data: bool = False) -> Matched:
-    """The rows that all runs answered, in the order of the first run.
-
-    Raises InputError when fingerprints differ and that was not allowed, when an id has another dataset or target in
-    another run, and when no row is common.
-    """
-    known = {run.fingerprint for run in runs if run.fingerprint is not None}
-    if len(known) > 1 and not allow_other_data:
-        found = ", ".join(f"{run.name}: {(run.fingerprint or 'not recorded')[:12]}" for run in runs)
-        fix = "Predict on the same data, or compare the rows that they share with --allow-other-data."
-        raise InputError(f"the runs are on different data (fingerprints {found})", fix=fix)
-    tables = [{p.id: p for p in run.predictions} for run in runs]
-    common = [key for key in tables[0] if all(key in table for table in tables[1:])]
-    for key in common:
-        rows = {(table[key].dataset, table[key].target) for table in tables}
-        if len(rows) > 1:
-            what = f"sample {key!r} is not the same row in all runs: {sorted(rows)}"
-            raise InputError(what, where=runs[0].name, fix="Compare runs on the same split of the same data.")
-    if not common:
-        names = ", ".join(run.name for run in runs)
-        raise InputError("no sample was answered by all runs", where=names, fix="Compare runs on the same split.")
-    return Matched([[table[key] for key in common] for table in tables], [len(t) - len(common) for t in tables])
-
-
-def matched_rows(runs: Sequence[Run], matched: Matched) -> list[Rows]:
+def _rows_of(runs: Sequence[Run], predictions: Sequence[Sequence[Prediction]]) -> list[Rows]:
     """The cells of every run; free-form datasets by verdict where one judge has graded all runs to the last answer."""
-    rows = [rows_of(mine, run.taxonomy) for run, mine in zip(runs, matched.predictions, strict=True)]
+    rows = [rows_of(mine, run.taxonomy) for run, mine in zip(runs, predictions, strict=True)]
     judges = [None if run.judge is None else {k: v for k, v in run.judge.items() if k != PLACE} for run in runs]
     if any(judge is None or judge != judges[0] for judge in judges):
         return rows
-    verdicts = [
-        judged_rows(cells, predictions, run.verdicts)
-        for cells, predictions, run in zip(rows, matched.predictions, runs, strict=True)
-    ]
+    verdicts = [judged_rows(c, mine, run.verdicts) for c, mine, run in zip(rows, predictions, runs, strict=True)]
     common = frozenset.intersection(*(cells.judged for cells in verdicts))
     return verdicts if all(cells.judged == common for cells in verdicts) else rows
 
@@ -153,7 +119,7 @@ def failed_tasks(predictions: Sequence[Sequence[Prediction]], taxonomy: Taxonomy
 
 
 class _Runs(NamedTuple):
-    """Runs over the same rows. `failed` are the tasks that are not compared, with the reason."""
+    """The same rows of several runs in one order. `failed` are the tasks that are not compared, with the reason."""
 
     runs: list[Run]
     predictions: list[list[Prediction]]
@@ -174,26 +140,40 @@ class _Runs(NamedTuple):
 
 
 def _matched(folders: Sequence[Path], allow_other_data: bool, *, by_id: bool) -> _Runs:
-    """The run folders over the rows that all have, in the order of the first run or of their ids.
+    """The run folders over the rows that all answered, in the order of the first run or of their ids.
 
-    All are read with the tasks and labels of the first: one that it does not know is refused.
+    All are read with the tasks and labels of the first: one that it does not know is refused. Raises InputError for
+    what else is refused.
     """
     first = open_run(folders[0])
     runs = [first, *(open_run(folder, first.taxonomy) for folder in folders[1:])]
-    matched = match(runs, allow_other_data=allow_other_data)
+    if len({run.fingerprint for run in runs if run.fingerprint is not None}) > 1 and not allow_other_data:
+        found = ", ".join(f"{run.name}: {(run.fingerprint or 'not recorded')[:12]}" for run in runs)
+        fix = "Predict on the same data, or compare the rows that they share with --allow-other-data."
+        raise InputError(f"the runs are on different data (fingerprints {found})", fix=fix)
+    tables = [{p.id: p for p in run.predictions} for run in runs]
+    common = [key for key in tables[0] if all(key in table for table in tables[1:])]
+    for key in common:
+        rows = {(table[key].dataset, table[key].target) for table in tables}
+        if len(rows) > 1:
+            what = f"sample {key!r} is not the same row in all runs: {sorted(rows)}"
+            raise InputError(what, where=first.name, fix="Compare runs on the same split of the same data.")
+    if not common:
+        names = ", ".join(run.name for run in runs)
+        raise InputError("no sample was answered by all runs", where=names, fix="Compare runs on the same split.")
     if by_id:  # so that the draws do not depend on which run is named first
-        order = sorted(range(len(matched.predictions[0])), key=lambda i: matched.predictions[0][i].id)
-        matched = matched._replace(predictions=[[mine[i] for i in order] for mine in matched.predictions])
+        common.sort()
+    predictions = [[table[key] for key in common] for table in tables]
     asked = [run.num_asked for run in runs]
     about = {
-        "failed": failed_rows(matched.predictions, first.taxonomy),
-        "num_rows": len(matched.predictions[0]),
+        "failed": failed_rows(predictions, first.taxonomy),
+        "num_rows": len(common),
         # The most, where they were asked for different ones.
         "num_asked": None if None in asked else max(number for number in asked if number is not None),
-        "left_out": matched.left_out,
+        "left_out": [len(table) - len(common) for table in tables],
     }
-    failed = failed_tasks(matched.predictions, first.taxonomy)
-    return _Runs(runs, matched.predictions, _same_rows(matched_rows(runs, matched)), failed, about)
+    failed = failed_tasks(predictions, first.taxonomy)
+    return _Runs(runs, predictions, _same_rows(_rows_of(runs, predictions)), failed, about)
 
 
 class _Dataset(NamedTuple):
@@ -403,7 +383,7 @@ def compare_runs(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Comparison:
-    """Compare two run folders; see `match` for what is refused."""
+    """Compare two run folders. Raises InputError for what is refused (see the module)."""
     pair = _matched([a, b], allow_other_data, by_id=False)
     known = [run.fingerprint for run in pair.runs]
     how: dict[str, Any] = {"resamples": resamples, "seed": seed}
@@ -626,14 +606,14 @@ class SeedDifference:
     scores_b: list[float | None]
     a: float | None
     b: float | None
-    difference: float | None
-    ci95: Interval | None
-    p_value: float | None
-    sd_a: float | None
-    sd_b: float | None
-    se: float | None
-    se_rows: float | None
-    freedom: float | None
+    difference: float | None = None
+    ci95: Interval | None = None
+    p_value: float | None = None
+    sd_a: float | None = None
+    sd_b: float | None = None
+    se: float | None = None
+    se_rows: float | None = None
+    freedom: float | None = None
     n: int
     n_independent: float
     p_holm: float | None = None
@@ -665,7 +645,7 @@ def compare_seeds(
     that over runs (s^2 / K of each side). What seeds and rows do only together is in both; it is estimated from how
     much less the mean of K runs varies over rows than one run, and taken off once. Interval and p-value are those of
     Student's t with Satterthwaite's degrees of freedom. With rows that matter little it is Welch's test of the runs'
-    scores. Raises InputError for a side of one run, and as `match` does.
+    scores. Raises InputError for a side of one run, and for what is refused (see the module).
     """
     if min(len(a), len(b)) < 2:
         fix = "Give two or more runs on either side of `vs`, or compare one run with one: hba compare A B."
@@ -692,6 +672,18 @@ def _of_sides(found: Sequence[_Dataset], rows: Rows, num_a: int) -> SeedDifferen
     known = _defined(found)
     scores_K = _scores(known, rows)
     side_a, side_b = scores_K[:num_a], scores_K[num_a:]
+    mean_a, mean_b = value(side_a.mean(keepdims=True)), value(side_b.mean(keepdims=True))
+    line = SeedDifference(
+        metric=found[0].first.metric,
+        scores_a=[value(score[None]) for score in side_a],
+        scores_b=[value(score[None]) for score in side_b],
+        a=mean_a,
+        b=mean_b,
+        n=sum(len(each.first.members_M) for each in found),
+        n_independent=min(each.units for each in found),
+    )
+    if mean_a is None or mean_b is None:
+        return line
     runs_KR = [
         line_of(rows.layout, {e.first.key: Drawn(e.scores_K[k : k + 1], e.drawn_KR[k], e.units) for e in known})[0]
         for k in range(len(scores_K))
@@ -704,25 +696,17 @@ def _of_sides(found: Sequence[_Dataset], rows: Rows, num_a: int) -> SeedDifferen
     twice = sum(_together(np.stack(runs)) for runs in (runs_KR[:num_a], runs_KR[num_a:]))
     error = math.sqrt(max(of_rows, of_runs, of_rows + of_runs - twice))
     freedom = min(satterthwaite([*over_rows, *over_runs]), 1e9)
-    mean_a, mean_b = value(side_a.mean(keepdims=True)), value(side_b.mean(keepdims=True))
-    difference = mean_b - mean_a if mean_a is not None and mean_b is not None else None
-    defined = difference is not None
-    return SeedDifference(
-        metric=found[0].first.metric,
-        scores_a=[value(score[None]) for score in side_a],
-        scores_b=[value(score[None]) for score in side_b],
-        a=mean_a,
-        b=mean_b,
+    difference = mean_b - mean_a
+    return replace(
+        line,
         difference=difference,
-        ci95=student_of(difference, error, freedom) if difference is not None and error > 0 else None,
-        p_value=student_p(difference / error, freedom) if difference is not None and error > 0 else None,
-        sd_a=float(side_a.std(ddof=1)) if defined else None,
-        sd_b=float(side_b.std(ddof=1)) if defined else None,
-        se=error if defined else None,
-        se_rows=math.sqrt(of_rows) if defined else None,
-        freedom=freedom if defined else None,
-        n=sum(len(each.first.members_M) for each in found),
-        n_independent=min(each.units for each in found),
+        ci95=student_of(difference, error, freedom) if error > 0 else None,
+        p_value=student_p(difference / error, freedom) if error > 0 else None,
+        sd_a=float(side_a.std(ddof=1)),
+        sd_b=float(side_b.std(ddof=1)),
+        se=error,
+        se_rows=math.sqrt(of_rows),
+        freedom=freedom,
     )
 
 

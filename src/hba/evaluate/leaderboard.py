@@ -159,20 +159,17 @@ def not_comparable(metrics: Metrics, tasks: Collection[str]) -> list[str]:
     if said.synthetic is not False:
         found.append("synthetic data" if said.synthetic else "does not say whether its data are synthetic")
     chosen = {key: value for key, value in (said.selection or {}).items() if key != "channels" and value is not None}
-    split = said.asked_split or said.split
-    if split != TEST or chosen:
+    if (said.asked_split or said.split) != TEST or chosen:
         found.append(f"rows: {said.scope}")
-    elif said.data_rows is None:
-        found.append(f"does not say how many rows it was asked for (published: {PUBLISHED_ROWS:,})")
     elif said.data_rows != PUBLISHED_ROWS:
-        found.append(f"{plural(said.data_rows, 'row', 'was|were')} asked for (published: {PUBLISHED_ROWS:,})")
-    if total.other_rows:
-        found.append("answered other rows than it was asked for")
-    if total.n_missing:
-        found.append(f"only {total.rows} were answered")
-    mine = {
-        key: task for key, task in metrics.tasks.items() if key in tasks and key in TASKS and task.score is not None
-    }
+        asked = "does not say how many rows it was asked for"
+        if said.data_rows is not None:
+            asked = f"{plural(said.data_rows, 'row', 'was|were')} asked for"
+        found.append(f"{asked} (published: {PUBLISHED_ROWS:,})")
+    found += ["answered other rows than it was asked for"] if total.other_rows else []
+    found += [f"only {total.rows} were answered"] if total.n_missing else []
+    known = {key: task for key, task in metrics.tasks.items() if key in tasks and key in TASKS}
+    mine = {key: task for key, task in known.items() if task.score is not None}
     other = [key for key, task in mine.items() if set(task.datasets) != set(TASKS[key].datasets)]
     found += [f"other datasets in {', '.join(other)}"] if other else []
     judged = [key for key in mine if TASKS[key].judged]
@@ -239,33 +236,24 @@ def _entry(run: _Measured, max_quarantined: float) -> Entry:
     metrics, said, counts = run.metrics, run.metrics.provenance, run.metrics.aggregate
     left_out = counts.n_quarantined or 0
     share = left_out / (counts.n + left_out) if counts.n + left_out else 0.0
-    unfair, notes = [], []
-    if run.stale:
-        unfair.append("its predictions have changed since it was scored: not ranked (hba score)")
-    if counts.n_missing:
-        unfair.append(f"{counts.rows}: not ranked")
-    if counts.other_rows:
-        unfair.append("other rows than it was asked for: not ranked")
-    if counts.failed_share > MAX_FAILED:
-        unfair.append(f"{counts.failed_share:.1%} of the rows failed: not ranked")
-    elif counts.n_failed:
-        notes.append(f"{counts.n_failed:,} failed rows")
-    if share > max_quarantined:
-        unfair.append(f"{share:.1%} of the samples quarantined: not ranked")
-    elif left_out:
-        notes.append(f"{plural(left_out, 'sample')} quarantined")
-    if _judge(metrics):
-        notes.append(f"judge: {_judge(metrics)}")
-    if said.unusual:
-        notes.append(said.unusual)
-    if said.data_fingerprint is None:
-        notes.append("data not recorded")
-    if said.synthetic:
-        notes.append("synthetic data")
-    if metrics.scant:
-        notes.append(
-            f"fewer than {SCANT} independent rows in {', '.join(metrics.scant[:3])}{', ...' * (len(metrics.scant) > 3)}"
-        )
+    scant = f"{', '.join(metrics.scant[:3])}{', ...' * (len(metrics.scant) > 3)}"
+    reasons = {
+        "its predictions have changed since it was scored: not ranked (hba score)": run.stale,
+        f"{counts.rows}: not ranked": counts.n_missing,
+        "other rows than it was asked for: not ranked": counts.other_rows,
+        f"{counts.failed_share:.1%} of the rows failed: not ranked": counts.failed_share > MAX_FAILED,
+        f"{share:.1%} of the samples quarantined: not ranked": share > max_quarantined,
+    }
+    remarks = {
+        f"{counts.n_failed or 0:,} failed rows": counts.n_failed and counts.failed_share <= MAX_FAILED,
+        f"{plural(left_out, 'sample')} quarantined": left_out and share <= max_quarantined,
+        f"judge: {_judge(metrics)}": _judge(metrics),
+        said.unusual: said.unusual,
+        "data not recorded": said.data_fingerprint is None,
+        "synthetic data": said.synthetic,
+        f"fewer than {SCANT} independent rows in {scant}": metrics.scant,
+    }
+    unfair, notes = ([text for text, holds in told.items() if holds] for told in (reasons, remarks))
     scored = {key: metrics.tasks[key] for key in _scored(run)}
     return Entry(
         name=run.name,

@@ -31,7 +31,7 @@ import msgspec
 import numpy as np
 
 from hba.atlas import Atlas, data_record, open_atlas
-from hba.atlas.rows import Quarantined
+from hba.atlas.rows import UNNAMED, Quarantined
 from hba.batch.config import WINDOWS_ARE_FOR_HEADS, EncodeConfig
 from hba.batch.prompt import Modality
 from hba.batch.sampler import Indices, subsample
@@ -65,7 +65,7 @@ from hba.evaluate.predictions import (
 )
 from hba.remote import ServiceError
 from hba.run import FolderInUseError, QuarantineLog, locked_folder, record_predicting
-from hba.storage import AppendLog, atomic_write, read_json, to_csv, whole, write_json
+from hba.storage import AppendLog, read_json, to_csv, whole, write_data, write_json
 from hba.taxonomy import Taxonomy, save_beside
 
 T = TypeVar("T")
@@ -144,7 +144,6 @@ GROUP_FIELDS = (
     *("speaker_id", "speaker", "participant_id", "participant", "subject_id", "subject"),
     *("dialogue_id", "video_id"),
 )
-UNNAMED = "-"  # what a shard gives for the path of a medium that it does not tell
 
 
 def sample_groups(atlas: Atlas) -> dict[str, str]:
@@ -520,8 +519,7 @@ def write_answers(folder: Path, atlas: Atlas) -> list[Prediction]:
     head = ["file", "dataset", "answer", "probability", "text", "error", "id"]
     found = [p for p in found if p.id in files]
     lines = [[files[p.id], p.dataset, *said_of(p), whole(p.output or ""), p.error, p.id] for p in found]
-    with atomic_write(folder / ANSWERS) as handle:
-        handle.write(to_csv(head, lines))
+    write_data(folder / ANSWERS, to_csv(head, lines))
     return found
 
 

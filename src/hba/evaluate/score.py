@@ -15,7 +15,7 @@ or not at all. Invariant: the same predictions in any order and the same seed gi
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -46,6 +46,7 @@ from hba.evaluate.results import (
     Reading,
     Score,
     Scoring,
+    Slice,
     TaskScore,
     Unmapped,
     convert,
@@ -68,77 +69,58 @@ UNKNOWN = "(not given)"
 
 
 def breakdown(
-    rows: Rows,
-    values: Sequence[str | None],
-    *,
-    failed: Sequence[bool] | None = None,
-    clusters: Clusters | None = None,
-    resamples: int = 2000,
-    seed: int = 0,
-    published: bool = False,
-) -> dict[str, Any]:
-    """{"slices": {value: {n, n_invalid, n_failed, accuracy, mean, tasks: {key: {score, ci95, n}}}}, "gaps": {task: x}}.
+    rows: Rows, values: Sequence[str | None], *, failed: Sequence[bool], clusters: Clusters | None, **how: Any
+) -> Breakdown:
+    """The slices of the rows, each scored alone with `how` of `bootstrap`.
 
     `values` [N] gives each row's slice; None is a slice of its own. `failed` [N] says which rows ended in an error:
-    they are wrong, and not among the invalid answers. Scores lie in [0, 1]; accuracy is the share of right rows
-    whatever their task. `mean` is over the tasks of the slice that count in the run's own mean.
+    they are wrong, and not among the invalid answers. The mean of a slice is over its tasks that count in the run's.
     """
-    found = {}
     named_N = np.array([UNKNOWN if value is None else value for value in values], dtype=object)
-    failed_N = np.zeros(len(rows.cells), dtype=bool) if failed is None else np.array(failed, dtype=bool)
+    failed_N = np.array(failed, dtype=bool)
+    found, scores = {}, defaultdict[str, list[float]](list)
     for name in sorted(set(named_N.tolist())):
         members_M = np.flatnonzero(named_N == name)
-        part = replace(rows, cells=rows.cells[members_M])
         groups = None if clusters is None else [clusters[i] for i in members_M.tolist()]
-        how: dict[str, Any] = {"clusters": groups, "resamples": resamples, "seed": seed, "published": published}
-        found[name] = _slice(part, failed_N[members_M], **how)
-    return {"slices": found, "gaps": _gaps(found)}
+        part = replace(rows, cells=rows.cells[members_M])
+        found[name] = _slice(part, failed_N[members_M], clusters=groups, **how)
+        for key, task in found[name].tasks.items():
+            if task.score is not None and task.n >= MIN_ROWS:
+                scores[key].append(task.score)
+    gaps = {key: max(several) - min(several) for key, several in scores.items() if len(several) > 1}
+    return Breakdown(slices=found, gaps=gaps)
 
 
-def _slice(rows: Rows, failed_N: np.ndarray[Any, np.dtype[np.bool_]], *, published: bool, **how: Any) -> dict[str, Any]:
-    scored = score_rows(rows, published)
-    intervals = bootstrap(rows, published=published, **how)
-    taxonomy, tasks, counted = rows.layout.taxonomy, {}, []
+def _slice(rows: Rows, failed_N: np.ndarray[Any, np.dtype[np.bool_]], *, published: bool, **how: Any) -> Slice:
+    scored, intervals = score_rows(rows, published), bootstrap(rows, published=published, **how)
     # The datasets of which too many rows failed.
     over = {part.key for part in parts(rows, published) if failed_N[part.members_M].mean() > MAX_FAILED}
-    for task in taxonomy.tasks.values():
+    tasks: dict[str, TaskScore] = {}
+    counted = []
+    for task in rows.layout.taxonomy.tasks.values():
         keys = [key for key in task.datasets if scored["datasets"].get(key, {}).get("n")]
         if not keys:
             continue
-        n = sum(scored["datasets"][key]["n"] for key in keys)
-        metric = task.metric
-        if task.key in scored["tasks"]:
-            score, ci95, counts = scored["tasks"][task.key]["score"], intervals.tasks.get(task.key), True
-        else:
-            # The cells of a judged dataset hold verdicts, and their share of right ones is what `score_rows` counts.
-            counts = all(key in rows.judged for key in keys)
-            metric = metric if counts else EXACT_MATCH
-            score = mean_of([scored["datasets"][key][EXACT_MATCH] for key in keys])
-            alone = intervals.datasets.get(keys[0]) if len(keys) == 1 else None
-            ci95 = intervals.tasks.get(task.key) if counts else alone
+        of_task = scored["tasks"].get(task.key)
+        # The cells of a judged dataset hold verdicts, and their share of right ones is what `score_rows` counts.
+        counts = of_task is not None or all(key in rows.judged for key in keys)
+        score = of_task["score"] if of_task else mean_of([scored["datasets"][key][EXACT_MATCH] for key in keys])
+        alone = intervals.datasets.get(keys[0]) if len(keys) == 1 else None
+        ci95 = intervals.tasks.get(task.key) if counts else alone
         if any(key in over for key in keys):
             score = ci95 = None
-        tasks[task.key] = {"score": score, "ci95": ci95 and list(ci95), "n": n, "metric": metric}
+        n, metric = sum(scored["datasets"][key]["n"] for key in keys), task.metric if counts else EXACT_MATCH
+        tasks[task.key] = TaskScore(score=score, ci95=ci95, n=n, metric=metric)
         counted += [score] if counts else []
-    invalid = scored["aggregate"]["n_invalid"] - int(failed_N.sum())
-    few = failed_N.mean() <= MAX_FAILED
-    return {
-        "n": len(rows.cells),
-        "n_invalid": invalid,
-        "n_failed": int(failed_N.sum()),
-        "accuracy": float(rows.right().mean()) if few else None,
-        "mean": mean_of(counted) if few else None,
-        "tasks": tasks,
-    }
-
-
-def _gaps(found: dict[str, Any]) -> dict[str, float]:
-    scores: dict[str, list[float]] = {}
-    for entry in found.values():
-        for key, task in entry["tasks"].items():
-            if task["score"] is not None and task["n"] >= MIN_ROWS:
-                scores.setdefault(key, []).append(task["score"])
-    return {key: max(values) - min(values) for key, values in scores.items() if len(values) > 1}
+    n_failed, few = int(failed_N.sum()), failed_N.mean() <= MAX_FAILED
+    return Slice(
+        n=len(rows.cells),
+        n_invalid=scored["aggregate"]["n_invalid"] - n_failed,
+        n_failed=n_failed,
+        accuracy=float(rows.right().mean()) if few else None,
+        mean=mean_of(counted) if few else None,
+        tasks=tasks,
+    )
 
 
 # What could not be mapped: answers to labelled rows that mean no label, by dataset, with the most frequent of them.
@@ -385,7 +367,7 @@ def _scored(
     tasks = _tasks(taxonomy, found["tasks"], datasets)
     scored = {key: task for key, task in tasks.items() if task.score is not None}
     intervals = bootstrap(rows, clusters=clusters, tasks=scored.keys(), **how)
-    parts = {
+    slices = {
         name: breakdown(rows, values, clusters=clusters, failed=[p.failed for p in predictions], **how)
         for name, values in _slices(predictions, by, taxonomy, read).items()
     }
@@ -405,7 +387,7 @@ def _scored(
         n_quarantined=(total.n_quarantined or 0) + unanswered.quarantined[""],
         n_quarantined_unassigned=unanswered.quarantined[""],
         mean=mean,
-        breakdowns=convert(parts, dict[str, Breakdown], "breakdowns"),
+        breakdowns=slices,
         calibration=convert(calibration(predictions), Calibration | None, "calibration"),  # type: ignore[arg-type]
         unmapped=convert(unmapped(predictions, taxonomy), dict[str, Unmapped], "unmapped"),
         free_form=generation_metrics(*said) if free_form else None,

@@ -25,7 +25,7 @@ from typing import Any, TypeAlias
 from urllib.parse import urlencode
 
 from hba.atlas import Atlas, Sample, open_atlas
-from hba.atlas.info import row_seconds, splits_at
+from hba.atlas.info import NO_TASK, row_seconds, splits_at
 from hba.atlas.names import find_files, hub_id_of, no_split, present_splits
 from hba.errors import HbaError, InputError, nearest
 from hba.evaluate.judge.items import FILE as JUDGEMENTS
@@ -291,7 +291,6 @@ def find_answers(database: Database, form: Form, run: str) -> Found:
 
 
 CHUNK = 5000
-NO_TASK = "no task"
 
 
 @dataclass(frozen=True)
@@ -445,6 +444,7 @@ def _record(split: str, sample: Sample, taxonomy: Taxonomy) -> tuple[Any, ...]:
     words = (sample.label, sample.modality_signature, sample.problem, target)
     return (split, sample.number, sample.id, sample.dataset, task, *words, *media)
 
+
 # Run folders behind the pages: found below one folder, named by their path in it, read again when a file has changed.
 #
 # Predictions and verdicts are laid into the database, so that runs can be joined and filtered; everything else is small
@@ -554,7 +554,7 @@ def _predictions(run: RunEntry) -> Iterator[tuple[Any, ...]]:
         correct = None if free_form or unlabelled else int(label is not None and label == truth)
         invalid = int(not free_form and label is None and not record.get("error"))
         yield (
-            run.name, str(record.get("id")), str(record.get("split")), dataset, (known and known.task) or "no task",
+            run.name, str(record.get("id")), str(record.get("split")), dataset, (known and known.task) or NO_TASK,
             truth or target, record.get("output"), record.get("answer"), label, record.get("error"),
             None if probs is None else json.dumps(probs), record.get("tokens_out"), correct, invalid,
         )  # fmt: skip

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
@@ -66,7 +66,7 @@ from hba.explorer.media import Decoder, media_response, source_of
 from hba.report import words
 from hba.report.charts import Curves, Matrix, bar, bundle, curves, matrices, over_time, reliability, share_bar, waveform
 from hba.report.rl import rl_part
-from hba.storage import alone, atomic_write
+from hba.storage import alone, atomic_write, write_jsonl
 from hba.taxonomy import Taxonomy, save_beside
 
 HERE = Path(__file__).parent
@@ -204,7 +204,7 @@ KEPT = "kept.jsonl"
 MOST_CLIP_BYTES = 200 << 20
 PATIENCE_SECONDS = 300.0
 _KEEPING = threading.Lock()
-Said = dict[str, dict[str, Any]]
+Posted = Mapping[str, list[str]]
 
 
 def tried(asked: Asked) -> Response:
@@ -291,13 +291,23 @@ def clip_landmarks(asked: Asked) -> Response:
         return asked.page("refused.html.jinja", "No landmarks", said=said)
 
 
-async def ask_over_time(request: Request) -> Response:
+def posted(page: Callable[[Asked, Posted], Response]) -> Callable[[Request], Awaitable[Response]]:
+    """A page of a form in the body of its request. Raises InputError for a long one."""
+
+    async def answered(request: Request) -> Response:
+        body = b""
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_BODY_BYTES:
+                raise InputError("the request is too long", fix="Ask in fewer words.")
+        return await run_in_threadpool(page, Asked(request), parse_qs(body.decode("utf-8", "replace")))
+
+    return answered
+
+
+@posted
+def ask_over_time(asked: Asked, form: Posted) -> Response:
     """What the chosen models answer of the windows of a clip: the form of `ask_models`, and `every` in seconds."""
-    form = parse_qs((await _short(request)).decode("utf-8", "replace"))
-    return await run_in_threadpool(_ask_over_time, Asked(request), form)
-
-
-def _ask_over_time(asked: Asked, form: Mapping[str, list[str]]) -> Response:
     tries = _tries(asked.explorer)
     path, seconds = tries.clip(_one(form, "clip")), _one(form, "every")
     every = float(seconds) if re.fullmatch(r"\d{1,4}(\.\d{1,3})?", seconds) else 0.0
@@ -310,7 +320,9 @@ def _ask_over_time(asked: Asked, form: Mapping[str, list[str]]) -> Response:
         parts = asked.explorer.long_decoder.call(cut, path, path.name)
         if not parts:
             raise InputError("a picture has no time", fix="Ask a clip or a sound over time.")
-        waiting = [(chosen, [_asked_of(tries, form, chosen, part.path) for part in parts]) for chosen in _chosen(form)]
+        waiting = [
+            (chosen, [_asked_of(tries, form, chosen, part.path) for part in parts]) for chosen in form.get("models", ())
+        ]
         for chosen, answers in waiting:
             replies = [_reply_of(path.name, part, answer) for part, answer in zip(parts, answers, strict=True)]
             said.append((chosen, replies, over_time(replies)))
@@ -321,11 +333,7 @@ def _reply_of(file: str, part: media.Part, answer: Future[Prediction] | HbaError
     return reply_of(_answer_of(answer), file=file, task="", dataset="", start=part.start, end=part.end)
 
 
-def _chosen(form: Mapping[str, list[str]]) -> list[str]:
-    return form.get("models", [])
-
-
-def _what_is_asked(tries: Tries, form: Mapping[str, list[str]]) -> tuple[str, str]:
+def _what_is_asked(tries: Tries, form: Posted) -> tuple[str, str]:
     """The dataset whose rows ask it, and its words for a reader. Raises InputError where nothing, or an unknown task,
     is asked."""
     if question := _one(form, "question"):
@@ -336,7 +344,7 @@ def _what_is_asked(tries: Tries, form: Mapping[str, list[str]]) -> tuple[str, st
     return _of_task(tries.taxonomy, task), _named(tries.taxonomy, task)
 
 
-def _asked_of(tries: Tries, form: Mapping[str, list[str]], chosen: str, path: Path) -> Future[Prediction] | HbaError:
+def _asked_of(tries: Tries, form: Posted, chosen: str, path: Path) -> Future[Prediction] | HbaError:
     """What a model answers of a file, or why it is not asked. Raises InputError for a model that is not open."""
     if chosen not in tries.models:
         raise InputError(f"no model {chosen!r} is open", fix=nearest(chosen, tries.models))
@@ -349,27 +357,14 @@ def _asked_of(tries: Tries, form: Mapping[str, list[str]], chosen: str, path: Pa
     return answer
 
 
-async def ask_models(request: Request) -> Response:
+@posted
+def ask_models(asked: Asked, form: Posted) -> Response:
     """What the chosen models answer of a clip: `clip`, `task`, `question`, `models` of a form."""
-    form = parse_qs((await _short(request)).decode("utf-8", "replace"))
-    return await run_in_threadpool(_ask_models, Asked(request), form)
-
-
-async def _short(request: Request) -> bytes:
-    body = b""
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise InputError("the request is too long", fix="Ask in fewer words.")
-    return body
-
-
-def _ask_models(asked: Asked, form: Mapping[str, list[str]]) -> Response:
     tries = _tries(asked.explorer)
     name, task = _one(form, "clip"), _one(form, "task")
     path = tries.clip(name)
     dataset, about = _what_is_asked(tries, form)
-    waiting = {chosen: _asked_of(tries, form, chosen, path) for chosen in _chosen(form)}
+    waiting = {chosen: _asked_of(tries, form, chosen, path) for chosen in form.get("models", ())}
     shown: list[dict[str, Any]] = []
     for chosen, answer in waiting.items():
         told = _answer_of(answer)
@@ -403,17 +398,13 @@ def _answer_of(answer: Future[Prediction] | HbaError) -> Prediction | str:
     return failed.what if isinstance(failed, HbaError) else f"the model failed ({type(failed).__name__})"
 
 
-def _one(form: Mapping[str, list[str]], name: str) -> str:
+def _one(form: Posted, name: str) -> str:
     return form.get(name, [""])[0].strip()
 
 
-async def keep(request: Request) -> Response:
+@posted
+def keep(asked: Asked, form: Posted) -> Response:
     """Keep a clip as a row with a person's label: `clip`, `task`, `label`, `annotator` of a form."""
-    form = parse_qs((await _short(request)).decode("utf-8", "replace"))
-    return await run_in_threadpool(_keep, Asked(request), form)
-
-
-def _keep(asked: Asked, form: Mapping[str, list[str]]) -> Response:
     tries = _tries(asked.explorer)
     if tries.keep is None:
         raise InputError("nothing is kept here", fix="Start with `hba explore --models runs/sft --keep FOLDER`.")
@@ -438,8 +429,7 @@ def _keep(asked: Asked, form: Mapping[str, list[str]]) -> Response:
         about = {"answer": agreed, "class_label": agreed, "labels": labels, "id": f"{name}-{dataset}"}
         said = tries.said.get((name, dataset)) or before.get("said", {})
         rows[f"{name}-{dataset}"] = {k: v for k, v in (row | about | {"said": said}).items() if v is not None}
-        with atomic_write(tries.keep / KEPT) as lines:
-            lines.writelines(json.dumps(each, ensure_ascii=False) + "\n" for each in rows.values())
+        write_jsonl(tries.keep / KEPT, rows.values())
     shown = {"kept": _kept(tries), "just": f"{annotator}: {label}"}
     return asked.page("try_kept.html.jinja", "Kept", **shown, **_agreement(tries))
 
@@ -629,8 +619,7 @@ def _save(asked: Asked, form: dict[str, str]) -> Response:
     with _DECIDING:
         path = run.path / DECISIONS
         kept = [record for record in whole_lines(path) if record.get("id") != decision["id"]]
-        with atomic_write(path) as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in [*kept, decision])
+        write_jsonl(path, [*kept, decision])
     if asked.request.headers.get("hx-request"):
         return asked.page("decided.html.jinja", "Saved", decision=values["decision"])
     query = urlencode({"run": run.name, "page": values["page"] or 1})

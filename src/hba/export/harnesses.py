@@ -9,7 +9,6 @@ answers and metrics are those of hba. A task that needs a judge is scored by exa
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
