@@ -11,8 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -145,6 +144,8 @@ def problem(
 # label; the rows of a split are shuffled together; a clip belongs to one split only.
 
 
+T = TypeVar("T")
+Say = Callable[[int, np.random.Generator], str]
 SPLITS = ("train", "validation", "test")
 LENGTHS = ((18, 8), (20, 9), (23, 10))  # (blocks of 505 samples, frames): 1.14 s, 1.26 s, 1.45 s
 MOST_DRAWS = 1000  # of one prompt without media, until it is new
@@ -184,92 +185,69 @@ class Plan:
 
 
 class Studio:
-    """Hands out clips of one source and split: their names, their lengths and their random numbers."""
+    """Makes the clips and rows of one source and split: names, lengths and random numbers are its own."""
 
-    def __init__(self, seed: int, source: str, split: str, rng: np.random.Generator, written: set[str]) -> None:
-        """`written` holds the prompts without media of all splits; it grows as rows are made."""
-        self.seed, self.source, self.split, self.rng = seed, source, split, rng
+    def __init__(
+        self, seed: int, source: str, split: str, count: int, rng: np.random.Generator, written: set[str]
+    ) -> None:
+        """`count` scenes are wanted. `written` holds the prompts without media of all splits; it grows."""
+        self.seed, self.source, self.split, self.count, self.rng = seed, source, split, count, rng
         self.clips: list[Clip] = []
         self._written = written
 
-    def clip(
-        self,
-        voice: str | None,
-        motion: str | None,
-        *,
-        laughter: bool | None = None,
-        described: bool = True,
-        length: int | None = None,
-    ) -> Clip:
+    def balanced(self, options: Sequence[T]) -> list[T]:
+        """`count` options in random order, each as often as the others (the remainder drawn without repetition)."""
+        drawn = [option for option in options for _ in range(self.count // len(options))]
+        drawn += [options[i] for i in self.rng.permutation(len(options))[: self.count % len(options)]]
+        return [drawn[i] for i in self.rng.permutation(len(drawn))]
+
+    def clip(self, voice: str | None, motion: str | None, *, length: int | None = None, **about: bool) -> Clip:
         """A new clip of a length drawn now, or of that `length` (an index into LENGTHS)."""
         number = len(self.clips)
         name = hashlib.sha256(f"{self.seed}/{self.source}/{self.split}/{number}".encode()).hexdigest()
         drawn = int(self.rng.integers(len(LENGTHS))) if length is None else length
-        made = Clip(
-            stem=(self.source, name[:16]),
-            key=(self.seed, int(name[16:24], 16), int(name[24:32], 16)),
-            length=drawn,
-            voice=voice,
-            motion=motion,
-            laughter=laughter,
-            described=described,
-        )
-        self.clips.append(made)
-        return made
+        stem, key = (self.source, name[:16]), (self.seed, int(name[16:24], 16), int(name[24:32], 16))
+        self.clips.append(Clip(stem=stem, key=key, length=drawn, voice=voice, motion=motion, **about))
+        return self.clips[-1]
 
-    def fresh(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """A row without media from `make`, drawn again while its prompt stands in the atlas already."""
+    def row(
+        self, dataset: str, question: str, answer: str, *clips: Clip, said: str = "", noun: str = ""
+    ) -> dict[str, Any]:
+        """A row of the published schema about what is seen and heard in the clips, with what is `said` in words.
+
+        `answer` is a canonical label, or free text for a dataset of the kind 'qa'.
+        """
+        about = BUILTIN.dataset(dataset)
+        videos, audios = [c for c in clips if c.motion is not None], [c for c in clips if c.voice is not None]
+        kinds = [kind for kind, found in (("video", videos), ("audio", audios)) if found]
+        made: dict[str, Any] = {
+            "problem": problem(question, said, about.labels, [f"<{kind}>" for kind in kinds], self.rng, noun),
+            "answer": _ANSWERS.get(answer, answer) if about.domain else answer,
+            "images": [],
+            "videos": [clip.path("videos") for clip in videos],
+            "audios": [clip.path("audios") for clip in audios],
+            "texts": [],
+            "dataset": dataset,
+            "task": f"{question.split()[0]}_{'cls' if about.domain else 'qa'}",
+            "modality_signature": "_".join(["text", *kinds]),
+            "ext_video_feats": [clip.path("pose") for clip in videos if clip.described],
+            "ext_audio_feats": [clip.path("opensmile") for clip in audios if clip.described],
+        }
+        return made | ({"class_label": answer} if about.domain else {})
+
+    def written(self, dataset: str, question: str, answer: str, say: Say, level: int) -> dict[str, Any]:
+        """A row without media, drawn again while its prompt stands in the atlas already: two splits with one written
+        sentence would be a leak, since no medium tells the rows apart."""
         for _ in range(MOST_DRAWS):
-            made = make()
+            made = self.row(dataset, question, answer, said=say(level, self.rng))
             if made["problem"] not in self._written:
                 self._written.add(made["problem"])
                 return made
         raise HbaError(f"no new prompt in {MOST_DRAWS} draws", where=self.source, fix="Make fewer rows.")
 
 
-def balanced(options: Sequence[Any], count: int, rng: np.random.Generator) -> list[Any]:
-    """`count` options in random order, each as often as the others (the remainder drawn without repetition)."""
-    drawn = [options[i] for i in range(len(options)) for _ in range(count // len(options))]
-    drawn += [options[i] for i in rng.permutation(len(options))[: count % len(options)]]
-    return [drawn[i] for i in rng.permutation(len(drawn))]
-
-
-def row(
-    dataset: str,
-    question: str,
-    answer: str,
-    *,
-    rng: np.random.Generator,
-    transcript: str = "",
-    noun: str = "",
-    video: Clip | None = None,
-    audio: Clip | None = None,
-) -> dict[str, Any]:
-    """A row of the published schema; `answer` is a canonical label, or free text for a dataset of the kind 'qa'."""
-    about = BUILTIN.dataset(dataset)
-    tags = [tag for tag, clip in (("<video>", video), ("<audio>", audio)) if clip is not None]
-    name = question.split()[0]
-    made: dict[str, Any] = {
-        "problem": problem(question, transcript, about.labels, tags, rng, noun),
-        "answer": _ANSWERS.get(answer, answer) if about.domain else answer,
-        "images": [],
-        "videos": [video.path("videos")] if video else [],
-        "audios": [audio.path("audios")] if audio else [],
-        "texts": [],
-        "dataset": dataset,
-        "task": f"{name}_{'cls' if about.domain else 'qa'}",
-        "modality_signature": "_".join(["text", *(["video"] if video else []), *(["audio"] if audio else [])]),
-        "ext_video_feats": [video.path("pose")] if video and video.described else [],
-        "ext_audio_feats": [audio.path("opensmile")] if audio and audio.described else [],
-    }
-    if about.domain:
-        made["class_label"] = answer
-    return made
-
-
 def make_plan(size: str, seed: int) -> Plan:
     """The clips and rows of the mini-atlas of that size (a key of SIZES) and seed; equal arguments, equal plan."""
-
     clips: list[Clip] = []
     rows: dict[str, list[dict[str, Any]]] = {}
     written: set[str] = set()
@@ -277,8 +255,8 @@ def make_plan(size: str, seed: int) -> Plan:
         gathered: list[dict[str, Any]] = []
         for source, counts in sorted(SIZES[size].items()):
             number = int(hashlib.sha256(source.encode()).hexdigest()[:8], 16)
-            studio = Studio(seed, source, split, np.random.default_rng([seed, number, s]), written)
-            gathered.extend(SOURCES[source](studio, counts[s]))
+            studio = Studio(seed, source, split, counts[s], np.random.default_rng([seed, number, s]), written)
+            gathered.extend(SOURCES[source](studio))
             clips.extend(studio.clips)
         order = np.random.default_rng([seed, 7, s]).permutation(len(gathered))
         rows[split] = [gathered[i] for i in order]
@@ -289,6 +267,7 @@ def make_plan(size: str, seed: int) -> Plan:
 
 
 Rows = Iterator[dict[str, Any]]
+Scene = Callable[[Studio], Rows]
 
 # Clips in train, validation and test.
 SIZES: dict[str, dict[str, tuple[int, int, int]]] = {
@@ -353,134 +332,112 @@ _MIMES = {
 }
 
 
-def _acted_emotions(studio: Studio, count: int) -> Rows:
-    rng = studio.rng
-    for emotion in balanced(BUILTIN.dataset("cremad").labels, count, rng):
+def _labels(dataset: str) -> tuple[str, ...]:
+    return BUILTIN.dataset(dataset).labels
+
+
+def _acted_emotions(studio: Studio) -> Rows:
+    for emotion in studio.balanced(_labels("cremad")):
         clip = studio.clip(emotion, emotion)
-        yield row("cremad", "emotion", emotion, rng=rng, transcript=small_talk(rng), video=clip, audio=clip)
+        yield studio.row("cremad", "emotion", emotion, clip, said=small_talk(studio.rng))
 
 
-def _spoken_emotions(studio: Studio, count: int) -> Rows:
-    rng = studio.rng
-    for emotion in balanced(BUILTIN.dataset("tess").labels, count, rng):
+def _spoken_emotions(studio: Studio) -> Rows:
+    for emotion in studio.balanced(_labels("tess")):
         clip = studio.clip(emotion, None)
-        yield row("tess", "emotion", emotion, rng=rng, transcript=small_talk(rng), audio=clip)
+        yield studio.row("tess", "emotion", emotion, clip, said=small_talk(studio.rng))
 
 
-def _opinions(emotion_set: str, sentiment_set: str) -> Callable[[Studio, int], Rows]:
-    def scene(studio: Studio, count: int) -> Rows:
-        rng = studio.rng
-        emotions = balanced(BUILTIN.dataset(emotion_set).labels, count, rng)
-        sentiments = balanced(BUILTIN.dataset(sentiment_set).labels, count, rng)
+def _opinions(emotion_set: str, sentiment_set: str) -> Scene:
+    def scene(studio: Studio) -> Rows:
+        emotions, sentiments = studio.balanced(_labels(emotion_set)), studio.balanced(_labels(sentiment_set))
         for emotion, sentiment in zip(emotions, sentiments, strict=True):
             clip = studio.clip(emotion, emotion)
-            said = opinion(_SENTIMENT_LEVELS[sentiment], rng)
-            yield row(emotion_set, "emotion", emotion, rng=rng, transcript=said, video=clip, audio=clip)
-            yield row(sentiment_set, "sentiment", sentiment, rng=rng, transcript=said, video=clip, audio=clip)
+            said = opinion(_SENTIMENT_LEVELS[sentiment], studio.rng)
+            yield studio.row(emotion_set, "emotion", emotion, clip, said=said)
+            yield studio.row(sentiment_set, "sentiment", sentiment, clip, said=said)
 
     return scene
 
 
-def _written_opinions(studio: Studio, count: int) -> Rows:
-    rng = studio.rng
-    for sentiment in balanced(BUILTIN.dataset("mosei_senti").labels, count, rng):
-        level = _SENTIMENT_LEVELS[sentiment]
-        # Two splits with one written sentence would be a leak: there is no medium to tell the rows apart.
-        yield studio.fresh(partial(_written_opinion, sentiment, level, rng))
+def _written_opinions(studio: Studio) -> Rows:
+    for sentiment in studio.balanced(_labels("mosei_senti")):
+        yield studio.written("mosei_senti", "sentiment", sentiment, opinion, _SENTIMENT_LEVELS[sentiment])
 
 
-def _chinese_opinions(studio: Studio, count: int) -> Rows:
-    rng = studio.rng
-    levels = dict(zip(BUILTIN.dataset("chsimsv2").labels, (-2, -1, 0, 1, 2), strict=True))
-    for sentiment in balanced(list(levels), count, rng):
-        manner = pick(_MANNERS, rng)
-        clip = studio.clip(manner, "talk", described=False) if rng.random() < 0.25 else None
-        make = partial(_chinese_opinion, sentiment, levels[sentiment], rng, clip)
-        yield make() if clip else studio.fresh(make)
+def _chinese_opinions(studio: Studio) -> Rows:
+    levels = dict(zip(_labels("chsimsv2"), (-2, -1, 0, 1, 2), strict=True))
+    for sentiment in studio.balanced(list(levels)):
+        about, level = ("chsimsv2", "sentiment zh", sentiment), levels[sentiment]
+        manner = pick(_MANNERS, studio.rng)
+        if studio.rng.random() < 0.25:
+            clip = studio.clip(manner, "talk", described=False)
+            yield studio.row(*about, clip, said=opinion_zh(level, studio.rng))
+        else:
+            yield studio.written(*about, opinion_zh, level)
 
 
-def _written_opinion(sentiment: str, level: int, rng: np.random.Generator) -> dict[str, Any]:
-    return row("mosei_senti", "sentiment", sentiment, rng=rng, transcript=opinion(level, rng))
-
-
-def _chinese_opinion(sentiment: str, level: int, rng: np.random.Generator, clip: Clip | None) -> dict[str, Any]:
-    said = opinion_zh(level, rng)
-    return row("chsimsv2", "sentiment zh", sentiment, rng=rng, transcript=said, video=clip, audio=clip)
-
-
-def _phone_calls(studio: Studio, count: int) -> Rows:
-    rng = studio.rng
+def _phone_calls(studio: Studio) -> Rows:
     voices = {(0, 0): "steady", (1, 0): "depressed", (0, 1): "anxious", (1, 1): "depressed anxious"}
-    for depressed, anxious in balanced(list(voices), count, rng):
-        clip, said = studio.clip(voices[depressed, anxious], None), small_talk(rng)
+    for depressed, anxious in studio.balanced(list(voices)):
+        clip, said = studio.clip(voices[depressed, anxious], None), small_talk(studio.rng)
         low, high = ("no depression", "depression")[depressed], ("no anxiety", "anxiety")[anxious]
-        yield row("mmpsy_depression", "depression", low, rng=rng, transcript=said, audio=clip)
-        yield row("mmpsy_anxiety", "anxiety", high, rng=rng, transcript=said, audio=clip)
+        yield studio.row("mmpsy_depression", "depression", low, clip, said=said)
+        yield studio.row("mmpsy_anxiety", "anxiety", high, clip, said=said)
 
 
-def _interviews(dataset: str, question: str, shown: tuple[str, str], subdued: str) -> Callable[[Studio, int], Rows]:
+def _interviews(dataset: str, question: str, shown: tuple[str, str], subdued: str) -> Scene:
     """Half of those affected show it in voice and movement, half in their fingers, which landmarks alone show."""
 
-    def scene(studio: Studio, count: int) -> Rows:
-        rng = studio.rng
-        absent, present = BUILTIN.dataset(dataset).labels
+    def scene(studio: Studio) -> Rows:
+        absent, present = _labels(dataset)
         manners = [(absent, "steady", "sit")] * 2 + [(present, *shown), (present, "steady", subdued)]
-        for label, voice, motion in balanced(manners, count, rng):
+        for label, voice, motion in studio.balanced(manners):
             clip = studio.clip(voice, motion)
-            yield row(dataset, question, label, rng=rng, transcript=small_talk(rng), video=clip, audio=clip)
+            yield studio.row(dataset, question, label, clip, said=small_talk(studio.rng))
 
     return scene
 
 
-def _stories(studio: Studio, count: int) -> Rows:
-    rng = studio.rng
-    for funny in balanced((False, True), count, rng):
-        seen = rng.random() < 0.5
-        clip = studio.clip(pick(_PRESENTERS, rng), "talk" if seen else None, laughter=funny)
-        label = BUILTIN.dataset("urfunny").labels[funny]
+def _stories(studio: Studio) -> Rows:
+    for funny in studio.balanced((False, True)):
+        seen = studio.rng.random() < 0.5
+        clip = studio.clip(pick(_PRESENTERS, studio.rng), "talk" if seen else None, laughter=funny)
         for _ in range(2 if studio.split == "train" else 1):
-            said = story(funny, rng)
-            yield row("urfunny", "humour", label, rng=rng, transcript=said, video=clip if seen else None, audio=clip)
+            yield studio.row("urfunny", "humour", _labels("urfunny")[funny], clip, said=story(funny, studio.rng))
 
 
-def _remarks(studio: Studio, count: int) -> Rows:
-    rng = studio.rng
-    for bright, first in balanced([(b, f) for b in (False, True) for f in (False, True)], count, rng):
-        seen = rng.random() < 0.33
+def _remarks(studio: Studio) -> Rows:
+    for bright, first in studio.balanced([(b, f) for b in (False, True) for f in (False, True)]):
+        seen = studio.rng.random() < 0.33
         clip = studio.clip("warm" if bright else "drawl", "talk" if seen else None)
         for good in (first, not first) if studio.split == "train" else (first,):
-            level = int(rng.integers(2, 4)) * (1 if good else -1)
-            label = BUILTIN.dataset("mmsd").labels[good != bright]
-            said = opinion(level, rng)
-            yield row("mmsd", "sarcasm", label, rng=rng, transcript=said, video=clip if seen else None, audio=clip)
+            said = opinion(int(studio.rng.integers(2, 4)) * (1 if good else -1), studio.rng)
+            yield studio.row("mmsd", "sarcasm", _labels("mmsd")[good != bright], clip, said=said)
 
 
-def _feelings(studio: Studio, count: int) -> Rows:
-    rng = studio.rng
-    for emotion in balanced(list(_FEELINGS), count, rng):
-        clip, noun = studio.clip(emotion, emotion), pick(NOUNS, rng)
+def _feelings(studio: Studio) -> Rows:
+    for emotion in studio.balanced(list(_FEELINGS)):
+        clip, noun = studio.clip(emotion, emotion), pick(NOUNS, studio.rng)
         answer = f"the person is {_FEELINGS[emotion]} about the {noun}"
-        yield row("siq2", "social", answer, rng=rng, noun=noun, video=clip, audio=clip)
+        yield studio.row("siq2", "social", answer, clip, noun=noun)
 
 
-def _silent_actions(dataset: str, question: str, answers: dict[str, str]) -> Callable[[Studio, int], Rows]:
-    def scene(studio: Studio, count: int) -> Rows:
-        rng = studio.rng
+def _silent_actions(dataset: str, question: str, answers: dict[str, str]) -> Scene:
+    def scene(studio: Studio) -> Rows:
         rooms: dict[tuple[int, int], Clip] = {}
-        for motion in balanced(list(answers), count, rng):
+        for motion in studio.balanced(list(answers)):
             clip = studio.clip(None, motion, described=False)
-            place = (
-                clip.length,
-                int(rng.integers(3)),
-            )  # three rooms of each length, so that picture and sound last alike
+            # Three rooms of each length, so that picture and sound last alike.
+            place = (clip.length, int(studio.rng.integers(3)))
             if place not in rooms:
                 rooms[place] = studio.clip("ambience", None, described=False, length=clip.length)
-            yield row(dataset, question, answers[motion], rng=rng, video=clip, audio=rooms[place])
+            yield studio.row(dataset, question, answers[motion], clip, rooms[place])
 
     return scene
 
 
-SOURCES: dict[str, Callable[[Studio, int], Rows]] = {
+SOURCES: dict[str, Scene] = {
     "cremad": _acted_emotions,
     "tess": _spoken_emotions,
     "meld": _opinions("meld_emotion", "meld_senti"),
