@@ -538,3 +538,15 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(tmp_path, trained, mini_
     assert [path.name for path in kept.iterdir() if path.is_dir()] == ["step_2"]
     whole, old = (load_file(Path(folder) / "model.safetensors") for folder in (kept / "step_2", step))
     assert all(torch.equal(whole[name], old[name]) for name in old)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("ask", "random", "words.txt"), ("atlas", "validate", "gone"), ("atlas", "build", "gone", "out")]
+    + [("predict", "random", "--atlas", "gone", "--run", "run"), ("atlas", "info", "gone", "--durations")],
+)  # fmt: skip
+def test_a_command_that_is_refused_leaves_no_bar(hba, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "words.txt").write_text("Well.")
+    code, out, err = hba(*command)
+    assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1, err

@@ -161,6 +161,31 @@ def test_a_decoder_that_crashes_or_hangs_costs_its_request_alone(answering, tmp_
             assert answer.read().endswith(b'{"status":"ok"}')
 
 
+def test_what_waits_behind_a_file_that_hangs_is_decoded_before_it_is_tried_again(answering, tmp_path, monkeypatch):
+    look, looked, both = desk.look_at, tmp_path / "looked", tmp_path / "both"
+
+    def looks(path):
+        text = path.read_text()
+        with looked.open("a") as file:
+            file.write(f"{text}\n")
+        if text == "hang":
+            until(both.exists)
+            CLOCK._cells[0] -= 2 * PATIENCE  # it has been at it for so long
+            signal.pause()
+        return look(path)
+
+    monkeypatch.setattr(desk, "look_at", looks)
+    how = {"config": settings(), "decode_seconds": PATIENCE}
+    with serving(answering, tmp_path / "desk", **how) as served, ThreadPoolExecutor(2) as pool:
+        hanging = pool.submit(served.client.post, "/v1/classify", json=body("hang"))
+        until(looked.exists)
+        fine = pool.submit(served.client.post, "/v1/classify", json=body("fine"))
+        until(lambda: len(served.desk._decoding) == 2)
+        both.touch()
+        assert (fine.result().status_code, hanging.result().status_code) == (200, 400)
+    assert looked.read_text().split() == ["hang", "fine", "hang"]
+
+
 def workers(served):
     return [worker.process for worker in served.desk._pool._workers]
 

@@ -10,11 +10,11 @@ where a person reads none (`misread`).
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from growth import grows_linearly
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -113,12 +113,13 @@ def test_a_balanced_box_at_the_end_is_given_back(inside: str, before: str) -> No
     + ["answer: ", "the emotion is ", '"', "没有", "表现出", "therefore ", "sad or happy ", "`", "~~", "\n", " "],
 )
 def test_long_broken_output_takes_linear_time(piece: str) -> None:
-    text = piece * (400_000 // len(piece))
-    start = time.process_time()
-    extract(text)
-    to_label("cremad", text)
-    to_label("daicwoz", text + "depression")
-    assert time.process_time() - start < 6
+    def read_out(letters: int) -> None:
+        text = piece * (letters // len(piece))
+        extract(text)
+        to_label("cremad", text)
+        to_label("daicwoz", text + "depression")
+
+    assert grows_linearly(read_out, 25_000)
 
 
 @pytest.mark.parametrize(

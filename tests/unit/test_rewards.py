@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from growth import grows_linearly
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -161,10 +161,12 @@ def test_a_task_of_neither_kind_is_an_error():
 @pytest.mark.parametrize("piece", ["<think>", "</think>", "\\boxed{", " ", "<", "{", "a ", "生", "🙂", "}"])
 @pytest.mark.parametrize("published", [False, True])
 def test_a_long_response_has_a_score_in_linear_time(piece, published, embedder):
-    text = "<think>" + piece * (100_000 // len(piece)) + "</think>"
-    started = time.process_time()
-    parts = harpo_reward([text], ["anger"], ["emotion_cls"], [30_000], published, embedder=embedder)
-    assert parts[0]["score"] <= 0 and time.process_time() - started < 2
+    def rewarded(letters):
+        text = "<think>" + piece * (letters // len(piece)) + "</think>"
+        parts = harpo_reward([text], ["anger"], ["emotion_cls"], [30_000], published, embedder=embedder)
+        assert parts[0]["score"] <= 0
+
+    assert grows_linearly(rewarded, 12_500)
 
 
 @settings(max_examples=60, deadline=None)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import random
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -184,15 +185,25 @@ def test_blind_answers_do_not_beat_chance() -> None:
         assert level is not None and low < level, task
 
 
-def test_2_000_resamples_of_100_000_rows_take_seconds() -> None:
-    data = rows(100_000, 0.7)
+def test_2_000_resamples_of_100_000_rows_cost_less_than_to_draw_1_000_row_by_row() -> None:
+    data, drawing = rows(100_000, 0.7), np.random.default_rng(0)
     groups = [str(i // 4) for i in range(100_000)]
-    start = time.process_time()
-    bootstrap(data, resamples=2000)
-    single = time.process_time() - start
-    bootstrap(data, clusters=groups, resamples=2000)
-    assert single < 2
-    assert time.process_time() - start < 10
+
+    def draw() -> None:
+        for _ in range(200):
+            drawing.integers(0, len(groups), len(groups))
+
+    works = [draw, partial(bootstrap, data, resamples=2000), partial(bootstrap, data, clusters=groups, resamples=2000)]
+    least = [math.inf] * len(works)
+    for _ in range(3):  # of which the least disturbed counts
+        for number, work in enumerate(works):
+            start = time.process_time()
+            work()
+            least[number] = min(least[number], time.process_time() - start)
+        if least[1] < 5 * least[0] and least[2] < 40 * least[0]:
+            break
+    else:
+        pytest.fail(f"seconds to draw 200 resamples, and of the bootstraps: {least}")
 
 
 def test_every_task_of_the_taxonomy_gets_an_interval() -> None:

@@ -167,8 +167,8 @@ def receive(connection: socket.socket, data: Bytes) -> bool:
 # A worker gets row numbers and answers each, in order, with what became of the row; so when it dies, the row that it
 # was at is known. That row is tried once more in a fresh process, since a crash may have another cause; when it ends
 # the second one, too, or twice takes longer than the time limit, it is quarantined with the reason. Time that a worker
-# waits for storage or for the reader of its answers does not count. The rows behind it go to the fresh process: every
-# row that was asked for gets exactly one outcome.
+# waits for storage or for the reader of its answers does not count. The rows behind it go to the fresh process, and are
+# first there: every row that was asked for gets exactly one outcome.
 #
 # What the machine lacks is never the fault of a row. A worker that is killed (SIGKILL: memory was short), or cannot be
 # started, is done without, and a warning says so; the last one is started again, and when it is killed time after time
@@ -393,8 +393,8 @@ class WorkerPool:
         else:
             self._start()
         heir = min(self._workers, key=lambda other: len(other.rows))
-        for row in worker.rows:
-            heir.send(row)
+        for each in sorted(worker.rows, key=lambda other: other == row):  # those that waited behind it come first
+            heir.send(each)
 
     def _stop(self, worker: _Worker, what: str) -> None:
         where = self._atlas[worker.rows[0]].where if worker.rows else ""

@@ -19,6 +19,7 @@ from hba.storage import plural
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.progress import Progress, ProgressColumn
 
     from hba.evaluate.predictions import Tally
     from hba.remote.cost import Meter
@@ -217,13 +218,29 @@ def finish(quarantined: Sequence[dict[str, Any]], allowed: int, *, once: bool = 
 
 
 @contextmanager
+def _bar(columns: Sequence[ProgressColumn], *, shown: bool) -> Iterator[Progress]:
+    """A display of bars. A bar that has counted nothing goes at the end: a refused command shows its reason alone."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not shown) as bar:
+        try:
+            yield bar
+        finally:
+            for task in bar.tasks:
+                if task.total is None:
+                    bar.remove_task(task.id)
+            console.quiet = not bar.tasks and not console.is_terminal  # in a file it would end with an empty line
+
+
+@contextmanager
 def counted(description: str) -> Iterator[OnProgress]:
     """A bar; call the yielded function with (done, total)."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not is_first()) as bar:
+    with _bar(columns, shown=is_first()) as bar:
         task = bar.add_task(description, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -233,7 +250,6 @@ def tallied(description: str, *, shown: bool = True) -> Iterator[Callable[..., N
     """A bar of predictions with their failures, cost, speed and time left; call the yielded function with a tally, and
     where what is done has a name of its own, with that."""
     from rich import progress
-    from rich.console import Console
     from rich.text import Text
 
     started = monotonic()
@@ -252,7 +268,7 @@ def tallied(description: str, *, shown: bool = True) -> Iterator[Callable[..., N
         Facts(),
         progress.TimeRemainingColumn(),
     )
-    with progress.Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
+    with _bar(columns, shown=shown) as bar:
         task = None
 
         def show(tally: Tally, named: str = description) -> None:

@@ -197,8 +197,9 @@ class Desk:
         measured = {key: how for key, how in self._descriptors.items() if isinstance(how, Settings)}
         self._reader = _Reader(self.folder, answering.encoder, measured)
         loader = self.config.loader
-        spare = loader.resolved_workers()  # of one core none is; what strangers send is decoded beside the model, still
-        self._workers = max(1, spare) if loader.workers < 0 and kernel_ends_children() else spare
+        # What strangers send is decoded beside the model, and by two at least: what hangs one leaves the others theirs.
+        spare = loader.resolved_workers()
+        self._workers = max(2, spare) if loader.workers < 0 and kernel_ends_children() else spare
         self._decode_seconds = decode_seconds or loader.decode_timeout_seconds
         self._most_bytes = loader.prefetch_megabytes << 20
         self._numbers = itertools.count(1)

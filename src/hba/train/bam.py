@@ -109,11 +109,14 @@ def train_bam(config: BamConfig, run: RunFolder, progress: Progressed = lambda d
         reached = {columns.datasets[code] for code in groups_N[planned_rows(train.atlas, config, groups_N)]}
     domains = after_bam(base.card, reached, taxonomy, base.folder, heads=heads)
     bam = build_bam(config, keys, train, base, resume)
+    speaks = any(is_free_form(train.atlas, key) for key in keys)
+    if speaks and config.stage != "full":
+        base.stored_lm_head()  # before features are made
     train, validation = (rows._replace(descriptors=fitting(*rows, bam.dims)) for rows in (train, validation))
     give, give_validation = (batch_source(config, base, bam, rows, progress, ranks) for rows in (train, validation))
     if config.features.cache:
         base.release()
-    model = build_model(config, bam, base, resume, speaks=any(is_free_form(train.atlas, key) for key in keys))
+    model = build_model(config, bam, base, resume, speaks=speaks)
     held_out_plan = validation.plan(config.features.batch_size)[ranks.rank :: ranks.world]
     stage: Stage[Any] = Stage(
         model=model,

@@ -323,16 +323,21 @@ class FrozenBase:
 
     def lm_head(self) -> LanguageHead:
         """The layer that says what a last hidden state is as tokens, frozen; nothing else of the model is read."""
+        shape, read = self.stored_lm_head()
+        lm_head = LanguageHead(shape[1], shape[0], bias=False, device="meta")
+        lm_head.config = self.config
+        lm_head.weight = nn.Parameter(read().to(checkpoint.resolve_dtype(self.dtype)), requires_grad=False)
+        return lm_head
+
+    def stored_lm_head(self) -> tuple[tuple[int, ...], Callable[[], Tensor]]:
+        """The shape [V, H] of lm_head's weight, and what reads it. Costs little.
+
+        Raises InputError where no file holds one that fits: for a stage to ask before it makes features."""
         base = checkpoint.base_of(self.folder)
         name, shape = checkpoint.language_head(base)
         if (self.folder / checkpoint.LM_HEAD).is_file():
-            weight_VH = checkpoint.load_lm_head(self.folder, shape)
-        else:
-            weight_VH = checkpoint.fit_backbone(base).read(name)
-        lm_head = LanguageHead(shape[1], shape[0], bias=False, device="meta")
-        lm_head.config = self.config
-        lm_head.weight = nn.Parameter(weight_VH.to(checkpoint.resolve_dtype(self.dtype)), requires_grad=False)
-        return lm_head
+            return shape, partial(checkpoint.stored_lm_head(self.folder, shape).read, "weight")
+        return shape, partial(checkpoint.fit_backbone(base).read, name)
 
     @cached_property
     def processor(self) -> Any:

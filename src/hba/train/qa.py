@@ -43,6 +43,9 @@ def train_qa(config: QaConfig, run: RunFolder, progress: Progressed = lambda don
     ranks, train, validation, resume = begin(config, run, config.dtype, free_form)
     how: dict[str, Any] = {"dtype": config.dtype, "attention": config.attention, "quantization": config.quantization}
     base = FrozenBase(config.base, taxonomy=train.taxonomy, **how)
+    shape, _ = base.stored_lm_head()  # before features are made
+    if resume is not None:
+        checkpoint.stored_lm_head(resume, shape)
     give, give_validation = (batch_source(base, rows, config.features, progress, ranks) for rows in (train, validation))
     if config.features.cache:
         base.release()
