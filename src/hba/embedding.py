@@ -45,10 +45,10 @@ class Embedder:
 
         path = _resolve(model)
         try:
-            encoder = MODEL_MAPPING[type(AutoConfig.from_pretrained(path))]
+            encoder = MODEL_MAPPING[type(AutoConfig.from_pretrained(path, trust_remote_code=False))]
             # Published encoders may have a head for their pretraining, and need no pooler: the mean is ours.
             require_whole(path, encoder, leftovers=ANY, unused=POOLER)
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(path)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             with without_load_reports():
                 loaded = encoder.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
             self._model: Any = loaded.eval().to(device)

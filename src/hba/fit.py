@@ -507,7 +507,7 @@ class _Need:
         rows, speed = self.work.samples, gpu.tflops * 1e12 * UTILISATION
         new = self.work.cached - self.work.tokens
         weight = QUANTIZED_BYTES.get(self.work.model.quantization, self.dtype.itemsize)
-        held = self.bare.cache_bytes(self.dtype) * rows * (self.work.tokens + new / 2)
+        held = self.bare.cache_bytes(self.dtype, self.work.tokens + new / 2) * rows
         reading = (self.bare.language_parameters * weight + held) / (gpu.bandwidth * 1e9 * READ)
         each = max(STEP_SECONDS, reading, 2 * self.bare.language_parameters * rows / speed)
         return float(self.flops(rows) / speed + new * each) / rows
@@ -532,8 +532,8 @@ class _Need:
             moving = {"activations": activations, "activations of media towers": towers}
         else:
             moving = {"activations": max(activations, towers)}
-        grown = self.bare.cache_bytes(self.dtype) * max(0, self.work.cached - self.work.tokens)
-        cache = grown + self.bare.cache_bytes(self.dtype) * self.work.tokens if self.work.cached else 0
+        most = max(self.work.cached, self.work.tokens)
+        cache = self.bare.cache_bytes(self.dtype, most) if self.work.cached else 0
         return self.fixed | moving | {"keys and values": cache * samples}
 
     def total(self, samples: int) -> float:
@@ -575,6 +575,7 @@ class _Bare:
         whole = skeleton(self.model_class, self.config)
         whole.tie_weights()
         language_layers(whole)  # a model without any is told of at once
+        self._whole = whole
         language = {id(p) for p in _decoder(whole).parameters()} | {id(whole.get_output_embeddings().weight)}
         self.tower_parameters = sum(p.numel() for p in whole.parameters() if id(p) not in language)
         self.vocabulary, width = whole.get_output_embeddings().weight.shape
@@ -630,15 +631,18 @@ class _Bare:
             return sum(sizes["rest"])
         return sum(max(found) for found in (sizes["rest"], [*sizes["layer"], *sizes["words"]]))
 
-    def _prepared(self, work: Work, layers: int | None) -> Any:
-        """The model as the stage trains it, still without numbers, with the first `layers` of the language model."""
+    def _prepared(self, work: Work, layers: Sequence[int] | None) -> Any:
+        """The model as the stage trains it, still without numbers; its language model has these `layers` alone."""
         config = deepcopy(self.config)
         if layers is not None:
-            text = self.text_of(config)
-            text.num_hidden_layers = layers
-            if getattr(text, "layer_types", None):
-                text.layer_types = text.layer_types[:layers]
-        config._attn_implementation = "sdpa" if work.model.attention == "flash_attention_2" else work.model.attention
+            text, total = self.text_of(config), self.text_of(config).num_hidden_layers
+            for name, each in _by_layer(text).items():
+                setattr(text, name, [each[layer] for layer in layers])
+            if getattr(text, "num_kv_shared_layers", 0):
+                text.num_kv_shared_layers = sum(layer >= total - text.num_kv_shared_layers for layer in layers)
+            text.num_hidden_layers = len(layers)
+        attention = "sdpa" if work.model.attention == "flash_attention_2" else work.model.attention
+        config._attn_implementation = checkpoint.attention_of_parts(self._whole, attention)
         model = skeleton(self.model_class, config)
         model.tie_weights()
         with torch.device("meta"):
@@ -654,21 +658,29 @@ class _Bare:
 
     def count(self, work: Work, dtype: torch.dtype, samples: int) -> Counted:
         """What a micro-batch of so many samples takes, all layers of the language model together."""
-        total = self.text_of(self.config).num_hidden_layers
+        text = self.text_of(self.config)
+        total: int = text.num_hidden_layers
         if work.train is not None and not work.answers:
             total -= 1  # heads alone read the state before the last layer, which then does not run
-        period = _period(getattr(self.text_of(self.config), "layer_types", None) or ["same"])
-        few = max(2, period)  # the first layer takes less than another: below it nothing may want a gradient
-        more = few + period
-        if total <= more:
-            return self._count(work, dtype, samples, total)
-        a, b = self._count(work, dtype, samples, few), self._count(work, dtype, samples, more)
-        return a.to(b, (total - few) / period)
+        stretches = _stretches(text, total)
+        # The first layer takes less than another: below it nothing may want a gradient.
+        few = max(2, stretches[0].period)
+        if total <= few + stretches[-1].period:
+            return self._count(work, dtype, samples, range(total))
+        base = found = self._count(work, dtype, samples, range(few))
+        for stretch in stretches:
+            start = max(few, stretch.start)
+            more = range(start, min(stretch.end, start + stretch.period))
+            if more:
+                with_more = self._count(work, dtype, samples, [*range(few), *more])
+                grown = base.to(with_more, (stretch.end - start) / len(more))
+                found = Counted(*(a + b - c for a, b, c in zip(found, grown, base, strict=True)))
+        return found
 
-    def _count(self, work: Work, dtype: torch.dtype, samples: int, layers: int) -> Counted:
+    def _count(self, work: Work, dtype: torch.dtype, samples: int, layers: Sequence[int]) -> Counted:
         recompute = work.train is not None and work.train.activation_checkpointing
         trains, shared = work.train is not None, work.state is not None and work.state.sharding == "full"
-        asked = (work.tokens, work.answers, work.pieces, work.frozen_towers, samples, layers)
+        asked = (work.tokens, work.answers, work.pieces, work.frozen_towers, samples, tuple(layers))
         key = (str(work.model), dtype, recompute, trains, shared, *asked)
         if key not in self._counted:
             model = self._prepared(work, layers)
@@ -683,12 +695,20 @@ class _Bare:
                 self._counted[key] = _computed(model, work, dtype, samples)
         return self._counted[key]
 
-    def cache_bytes(self, dtype: torch.dtype) -> float:
-        """Keys and values of one token of one sample, in all layers."""
+    def cache_bytes(self, dtype: torch.dtype, tokens: float) -> float:
+        """Keys and values of the `tokens` of a sample, of the layers that keep some: those of convolutions or linear
+        attention keep a state of one size, those that share keep none, and sliding ones the last of them."""
         text = self.text_of(self.config)
+        own = text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", None) or 0)
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        return float(2 * text.num_hidden_layers * heads * width * dtype.itemsize)
+        whole = heads * width  # a layer that sees all may have heads of its own (Gemma 4)
+        if "sliding_attention" in (kinds := list(getattr(text, "layer_types", None) or ["full_attention"] * own)[:own]):
+            seen_by_all = getattr(text, "num_global_key_value_heads", None) or heads
+            whole = seen_by_all * (getattr(text, "global_head_dim", None) or width)
+        window = getattr(text, "sliding_window", None) or tokens
+        kept = {"sliding_attention": heads * width * min(tokens, window), "linear_attention": 0, "conv": 0}
+        return float(2 * dtype.itemsize * sum(kept.get(kind, whole * tokens) for kind in kinds))
 
     def tower_bytes(self, work: Work, dtype: torch.dtype, trained: bool) -> float:
         """What media towers hold at once for a sample whose prompt is media alone, the larger tower of a model."""
@@ -748,6 +768,31 @@ def _gathered_together(model: Any, work: Work, dtype: torch.dtype) -> Iterator[t
         own = [p for p in unit.module.parameters() if id(p) not in seen]
         seen |= {id(p) for p in own}
         yield unit, own
+
+
+def _by_layer(text: Any) -> dict[str, list[Any]]:
+    """What the config of a language model says layer by layer: its kind, in Gemma 3n its width and how sparse it is."""
+    named = ((name, getattr(text, name, None)) for name in text.to_dict())
+    return {name: each for name, each in named if isinstance(each, list) and len(each) == text.num_hidden_layers}
+
+
+class _Stretch(NamedTuple):
+    """Layers `start` to `end` of a language model, which are alike but for kinds that repeat after `period` layers."""
+
+    start: int
+    end: int
+    period: int
+
+
+def _stretches(text: Any, total: int) -> list[_Stretch]:
+    """Those of the first `total` layers: layers that share keys and values are others than those with their own."""
+    lists = _by_layer(text)
+    kinds = lists.pop("layer_types", ["same"] * total)
+    own = text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", None) or 0)
+    alike = [(layer < own, *(each[layer] for each in lists.values())) for layer in range(total)]
+    starts = [layer for layer in range(total) if not layer or alike[layer] != alike[layer - 1]]
+    ends = [*starts[1:], total]
+    return [_Stretch(a, b, _period(kinds[a:b])) for a, b in zip(starts, ends, strict=True)]
 
 
 def _period(kinds: Sequence[str]) -> int:

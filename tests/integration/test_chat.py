@@ -311,6 +311,21 @@ def test_a_template_that_knows_texts_alone_and_drops_lists_keeps_the_question(fo
     assert shown == f"{processor.image_token}How does she feel?"
 
 
+def test_a_template_that_takes_the_system_prompt_as_one_text_gets_it_so(folders):
+    processor = AutoProcessor.from_pretrained(folders["qwen2.5-vl"])
+    own, of_system = processor.chat_template, "messages | {}attr('role', 'equalto', 'system') | list"
+    first = f"{{% for turn in {of_system.format('select')} %}}{{{{ turn.content }}}}{{% endfor %}}"
+    others = f"{{% set messages = {of_system.format('reject')} %}}"
+    processor.chat_template = f"{first}{others}{own}"
+    give_template(processor)
+    said = [{"type": "text", "text": "You watch people."}]
+    asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How does she feel?"}]}
+    turns = [{"role": "system", "content": said}, asked]
+    shown = processor.apply_chat_template(turns, tokenize=False)
+    processor.chat_template = own
+    assert shown == f"You watch people.{processor.apply_chat_template([asked], tokenize=False)}"
+
+
 def test_a_folder_without_a_chat_template_is_refused(tmp_path, folders):
     import shutil
 

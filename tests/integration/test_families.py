@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
+from transformers import AutoTokenizer
 
 import hba as package
 from hba import open_atlas
@@ -23,6 +24,7 @@ from hba.batch.config import EncodeConfig
 from hba.batch.encode import IGNORED, Encoder, collate, perceived
 from hba.config import load_config
 from hba.errors import ConfigError, InputError
+from hba.evaluate.answers import opened_thinking
 from hba.evaluate.config import PredictConfig
 from hba.evaluate.predict import predict_run
 from hba.evaluate.predictions import read_predictions
@@ -31,8 +33,8 @@ from hba.model.config import ModelConfig
 from hba.model.generate import choice_logps
 from hba.model.merge import merge_checkpoint
 from hba.model.omni import apply_strategy, compile_layers, recompute_layers
-from hba.model.tiny import FAMILIES, TEXT_TEMPLATE
-from hba.model.weights import language_layers, skeleton
+from hba.model.tiny import FAMILIES, TEXT_TEMPLATE, TinySizes
+from hba.model.weights import language_layers, linear_names, skeleton
 from hba.rl.config import RlConfig
 from hba.rl.local import train_rl
 from hba.run import RunFolder
@@ -40,6 +42,7 @@ from hba.storage import read_jsonl
 from hba.train.bam import train_bam
 from hba.train.config import BamConfig, LmConfig, QaConfig, SftConfig
 from hba.train.lm import train_lm
+from hba.train.loop import answer_at_once
 from hba.train.qa import train_qa
 from hba.train.sft import sft_loss, train_sft
 
@@ -65,9 +68,9 @@ STAGES = {
 SHORTER = ("gemma3n", "phi4")
 NEEDED = {"gemma3n": "timm", "smolvlm": "num2words"}  # a tower; numbers of frames in words
 LACKING = [family for family, package in NEEDED.items() if not find_spec(package)]
-# These go through the smallest set of stages, and batches of pictures, clips and both.
-BRIEFLY = ("qwen3.5", "internvl", "llava-onevision", "smolvlm", "glm4v", "lfm2-vl", "music-flamingo")
-PRESENT = [family for family in FAMILIES if family not in (*LACKING, *BRIEFLY)]
+PRESENT = [family for family in FAMILIES if family not in LACKING]
+# These also see batches of pictures, clips and both.
+MIXED = ("qwen3.5", "internvl", "llava-onevision", "smolvlm", "glm4v", "lfm2-vl", "music-flamingo")
 BITS = {"nf4": torch.uint8, "int8": torch.int8}
 REWARD = "def length(responses, **_):\n    return [float(len(text)) for text in responses]\n"
 
@@ -240,6 +243,16 @@ def test_layers_are_computed_twice_only_where_something_below_trains(runs, atlas
     assert {runs_of[name] for name in set(once) - towers} == {2}
 
 
+def test_what_deals_tokens_out_to_experts_stays_as_it_is(backbone):
+    made = FAMILIES["gemma4"].make(AutoTokenizer.from_pretrained(backbone), TinySizes())
+    more = {"enable_moe_block": True, "num_experts": 16, "top_k_experts": 2, "moe_intermediate_size": 32}
+    for name, value in more.items():
+        setattr(made.config.text_config, name, value)
+    model = skeleton(made.model_class, made.config)
+    assert any("router.proj" in name for name, _ in model.named_modules())
+    assert linear_names(model) and not [name for name in linear_names(model) if "router" in name]
+
+
 def test_lora_keeps_no_copy_of_its_inputs_in_float32_under_autocast(runs, atlas, monkeypatch):
     """The same loss and gradients, to the bit, with fewer numbers kept in float32."""
     found = []
@@ -272,6 +285,20 @@ def test_lm(runs, family):
     run = runs.of(family, "lm")
     assert any(bool(tensor.any()) for name, tensor in weights(run, checkpoint.ADAPTER).items() if "lora_B" in name)
     assert checkpoint.read_card(checkpoint.resolve(run))["columns"] is None
+
+
+def test_an_answer_is_learned_behind_thinking_that_is_over(runs):
+    question = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+
+    def prompt(processor):
+        return processor.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
+
+    folders = runs.model("qwen3.5"), checkpoint.resolve(runs.of("qwen3.5", "lm"))
+    before, after = map(checkpoint.load_processor, folders)
+    assert opened_thinking(prompt(before)) == "<think>\n" and prompt(after) == f"{prompt(before)}\n</think>\n\n"
+    before.chat_template = before.chat_template.replace("enable_thinking", "other")  # a template without the switch
+    answer_at_once(before)
+    assert prompt(before) == prompt(after)
 
 
 @pytest.mark.parametrize("family", PRESENT)
@@ -337,12 +364,9 @@ def pictured(atlas, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("family", [family for family in BRIEFLY if family not in LACKING])
-def test_a_family_that_is_tested_briefly_trains_predicts_and_is_merged(runs, atlas, pictured, tmp_path, family):
+@pytest.mark.parametrize("family", [family for family in MIXED if family not in LACKING])
+def test_beside_rows_of_other_media_a_row_is_what_it_is_alone(runs, atlas, pictured, tmp_path, family):
     run = runs.of(family, "sft")
-    trained = weights(run, checkpoint.ADAPTER)
-    assert any(bool(tensor.any()) for name, tensor in trained.items() if "lora_B" in name)
-    assert not re.search("visual|vision|audio", " ".join(trained))
     config = load_config(PredictConfig, None, ["loader.workers=0", "generation.max_tokens=2", "dtype=float32"])
     how = {"atlas": str(atlas), "split": "test", "backend": "heads", "config": config, "progress": lambda _: None}
     predict_run(str(runs.of(family, "bam")), tmp_path / "told", **how)
@@ -454,7 +478,7 @@ def test_a_tower_of_its_own_way_of_attending_leaves_the_other_parts_theirs(runs)
     assert ways == {"text_config": "sdpa", "vision_config": "eager", "audio_config": "sdpa"}
     # FlashAttention itself needs a GPU: what the parts of a model without weights are asked for.
     bare = skeleton(type(model.transformer), type(config).from_pretrained(runs.model("gemma3n")))
-    bare.config._attn_implementation = checkpoint._attention_of_parts(bare, "flash_attention_2")
+    bare.config._attn_implementation = checkpoint.attention_of_parts(bare, "flash_attention_2")
     ways = {name: getattr(bare.config, name)._attn_implementation for name in config.sub_configs}
     assert ways == {"text_config": "flash_attention_2", "vision_config": "eager", "audio_config": "flash_attention_2"}
 
@@ -492,10 +516,15 @@ def _config_says(folder, **more):
     file.write_text(json.dumps(json.loads(file.read_text()) | more))
 
 
-def _brings_code(folder, config):
+def _brings_code(folder, config, kind="own"):
     config.save_pretrained(folder)
-    _config_says(folder, model_type="own", auto_map={"AutoConfig": "own.Own"})
+    _config_says(folder, model_type=kind, auto_map={"AutoConfig": "own.Own"})
     (folder / "own.py").write_text("raise SystemExit('code of a model was run')")
+
+
+def _of_another_kind(folder, config):
+    config.save_pretrained(folder)
+    _config_says(folder, model_type="llava_llama")
 
 
 def _gguf(folder, _):
@@ -526,6 +555,8 @@ UNFIT = {
     "tekken": ("LlamaConfig", SIZES, TEXT_TEMPLATE, "tekken.json, which is read for Voxtral alone"),
     "package": ("GraniteSpeechConfig", {}, _hears_by_torchaudio, "needs a package .* requires the torchaudio library"),
     "code": ("LlamaConfig", SIZES, _brings_code, "brings its own code, which is not run"),
+    "older code": ("LlamaConfig", SIZES, partial(_brings_code, kind="internvl_chat"), "whose name ends in -hf"),
+    "other kind": ("LlamaConfig", SIZES, _of_another_kind, "transformers does not know.*whose name ends in -hf"),
     "gguf": ("LlamaConfig", SIZES, _gguf, r"weights for llama.cpp \(GGUF\), which are not read"),
 }
 
@@ -562,6 +593,7 @@ def test_what_is_no_chat_model_is_refused_in_one_sentence_before_weights_are_rea
             file.unlink()
     monkeypatch.setattr("hba.batch.encode.load_media", lambda *_, **__: pytest.fail("a medium was read"))
     monkeypatch.setattr("hba.model.weights._fill", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers would ask whether to run code of a model
     given = [
         f"atlas={atlas}",
         f"model.name={folder}",

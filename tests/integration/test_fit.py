@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from transformers import AutoTokenizer
 
 from hba import open_atlas
 from hba.batch.config import EncodeConfig
@@ -19,6 +20,7 @@ from hba.errors import InputError
 from hba.fit import GATHERED, LM_HEAD, _Bare, _Ledger, _Need, find_gpu, fit_run, recipe_for, work_of
 from hba.model.checkpoint import load_backbone, load_processor
 from hba.model.omni import OmniSapiens, as_they_come, recompute_layers
+from hba.model.tiny import FAMILIES, TinySizes
 from hba.rl.config import RlConfig
 from hba.train.config import LmConfig, QaConfig, SftConfig
 
@@ -80,8 +82,27 @@ def test_a_deep_model_is_counted_by_few_of_its_layers(backbone, strategy):
     text = bare.text_of(bare.config)
     text.num_hidden_layers, text.layer_types = 9, ["full_attention"] * 9
     work = work_of(config(LmConfig, backbone, *more), 100, str(backbone))[0]
-    whole = bare._count(work, torch.bfloat16, 3, 9)
+    whole = bare._count(work, torch.bfloat16, 3, range(9))
     assert bare.count(work, torch.bfloat16, 3) == pytest.approx(whole, rel=0.02)
+
+
+@pytest.mark.parametrize("family", ["gemma4", "gemma3n"])
+def test_layers_that_share_keys_and_values_are_counted_apart(backbone, tmp_path, family):
+    if family == "gemma3n":
+        pytest.importorskip("timm")
+    made = FAMILIES[family].make(AutoTokenizer.from_pretrained(backbone), TinySizes())
+    text = made.config.text_config
+    if family == "gemma3n":
+        text.intermediate_size, text.activation_sparsity_pattern = [128] * 12, [0.5] * 2 + [0.0] * 10
+    text.num_hidden_layers, text.num_kv_shared_layers = 12, 6
+    text.layer_types = ["sliding_attention", "full_attention"] * 6
+    made.config.save_pretrained(tmp_path)
+    bare = _Bare(str(tmp_path))
+    work = work_of(config(LmConfig, tmp_path, "model.strategy=lora", "model.dtype=bfloat16"), 100, str(tmp_path))[0]
+    whole = bare._count(work, torch.bfloat16, 1, range(12))
+    assert bare.count(work, torch.bfloat16, 1) == pytest.approx(whole, rel=0.05)
+    # Of the layers with keys and values of their own three keep the last 64 tokens, two heads of 16 numbers each.
+    assert bare.cache_bytes(torch.bfloat16, 100) == 2 * 2 * 2 * 16 * (3 * 64 + 3 * 100)
 
 
 def test_heads_are_counted_without_the_layer_that_they_do_not_read(backbone):

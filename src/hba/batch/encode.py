@@ -502,33 +502,46 @@ def encoder_for(
 _AS_ONE_TEXT = """\
 {%- set flat = namespace(turns=[]) -%}
 {%- for turn in messages -%}
-{%- set said = namespace(text=turn.content if turn.content is string else '') -%}
-{%- for part in ([] if turn.content is string else turn.content) -%}
+{%- if turn.content is string or turn.role not in ROLES -%}
+{%- set flat.turns = flat.turns + [turn] -%}
+{%- else -%}
+{%- set said = namespace(text='') -%}
+{%- for part in turn.content -%}
 {%- set said.text = said.text ~ (part.text if part.type == 'text' else MEDIA[part.type]) -%}
 {%- endfor -%}
 {%- set flat.turns = flat.turns + [{'role': turn.role, 'content': said.text}] -%}
+{%- endif -%}
 {%- endfor -%}
 {%- set messages = flat.turns -%}
 """
 
 
 def give_template(processor: Any) -> None:
-    """Give a processor without a chat template that of its tokenizer; where that takes a turn as one text, media stand
-    in the text as the tokens that the processor looks for."""
+    """Give a processor without a chat template that of its tokenizer; where that takes a turn as one text, or those of
+    a role (GLM-4.1V's system prompt), media stand in the text as the tokens that the processor looks for."""
     template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
     if not isinstance(template, str):
         return
     processor.chat_template = template
-    turn = {"role": "user", "content": [{"type": "text", "text": _MARK}]}
-    try:
-        shown = processor.apply_chat_template([turn], tokenize=False)
-        if _MARK in shown and "'type'" not in shown:
-            return
-    except (TypeError, TemplateError):
-        pass  # it adds texts; others show the list as Python has it, or nothing
-    tokens = {kind: getattr(processor, f"{kind}_token", None) for kind in MODALITIES}
-    named = json.dumps({kind: token for kind, token in tokens.items() if isinstance(token, str)})
-    processor.chat_template = _AS_ONE_TEXT.replace("MEDIA", named) + template
+    texts = [{"role": role, "content": [{"type": "text", "text": _MARK}]} for role in ("system", "user", "assistant")]
+    system, asked, answer = texts
+
+    def shows(turns: list[Message]) -> bool:
+        try:
+            shown = processor.apply_chat_template(turns, tokenize=False)
+        except (TypeError, TemplateError):
+            return False  # it adds texts; others show the list as Python has it, or nothing
+        return shown.count(_MARK) >= len(turns) and "'type'" not in shown
+
+    roles = ["system", "user", "assistant"]
+    if shows([asked]):
+        shown_so = {"system": shows([system, asked]), "assistant": shows([asked, answer])}
+        roles = [role for role, whole in shown_so.items() if not whole]
+    if roles:
+        tokens = {kind: getattr(processor, f"{kind}_token", None) for kind in MODALITIES}
+        named = json.dumps({kind: token for kind, token in tokens.items() if isinstance(token, str)})
+        flat = _AS_ONE_TEXT.replace("MEDIA", named).replace("ROLES", json.dumps(roles))
+        processor.chat_template = flat + template
 
 
 class TextProcessor:

@@ -137,11 +137,12 @@ class Transcriber:
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.float16 if device == "cuda" else torch.float32
+        how: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": False}
         try:
-            written = (AutoConfig.from_pretrained(model).architectures or [""])[0]
+            written = (AutoConfig.from_pretrained(model, trust_remote_code=False).architectures or [""])[0]
             require_whole(model, getattr(transformers, written))
             with without_load_reports():
-                self._pipeline: Any = pipeline("automatic-speech-recognition", model=model, device=device, dtype=dtype)
+                self._pipeline: Any = pipeline("automatic-speech-recognition", model=model, **how)
         except (OSError, ValueError, KeyError, ImportError, AttributeError, InputError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             fix = "Name a folder or a hub id of a speech recognition model, such as openai/whisper-large-v3."

@@ -405,15 +405,42 @@ def read_config(name: str | Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        if "custom code" in str(error):
-            what = "brings its own code, which is not run: transformers does not know it"
-            raise InputError(what, where=str(name), fix="Use a model that transformers knows.") from error
+        said = str(error)
+        if "custom code" in said or "does not recognize this architecture" in said:
+            what = "is of a kind that transformers does not know"
+            if "custom code" in said:
+                what = "brings its own code, which is not run: transformers does not know it"
+            raise InputError(what, where=str(name), fix=_instead_of(name)) from error
         fix = "Check the name; a hub model needs a network or a filled cache."
-        raise InputError(f"cannot load backbone ({str(error).splitlines()[0]})", where=str(name), fix=fix) from error
+        raise InputError(f"cannot load backbone ({said.splitlines()[0]})", where=str(name), fix=fix) from error
     except ImportError as error:
         raise lacks_package(str(name), error) from error
+
+
+# Published models whose config names code of their own, and what to give in their place.
+_HF = "Give its repository for transformers, whose name ends in -hf."
+_HEARING = "Use a model that hears and is in the table of docs/models.md, such as Voxtral or Qwen2-Audio."
+_PHI4 = "Download its revision refs/pr/70 into a folder and give that: transformers knows it."
+INSTEAD = {
+    "internvl_chat": _HF,
+    "llava_llama": _HF,  # Audio Flamingo 3 and Music Flamingo as NVIDIA's own code has them
+    "llava_qwen": _HF,
+    "videollama3_qwen2": _HF,
+    "phi4mm": _PHI4,
+    "minicpmo": "Use MiniCPM-V 4.6, or Qwen2.5-Omni where sound is heard.",
+    "minicpmv": "Use MiniCPM-V 4.6.",
+    "kimi_audio": _HEARING,
+    "ultravox": _HEARING,
+}
+
+
+def _instead_of(name: str | Path) -> str:
+    from transformers import PretrainedConfig
+
+    kind = PretrainedConfig.get_config_dict(name)[0].get("model_type")
+    return INSTEAD.get(str(kind), "Use a model that transformers knows.")
 
 
 def backbone_class(name: str | Path) -> Any:
@@ -510,7 +537,7 @@ def load_backbone(
             bare = skeleton(model_class, config)
             if heads:
                 language_layers(bare)
-            kinds = _attention_of_parts(bare, attention)
+            kinds = attention_of_parts(bare, attention)
             stored = _fit_named(name, bare).weights
             if adapter is not None:
                 load_adapter(bare, adapter)
@@ -551,7 +578,7 @@ def load_backbone(
     return model
 
 
-def _attention_of_parts(bare: Any, attention: str) -> str | dict[str, str]:
+def attention_of_parts(bare: Any, attention: str) -> str | dict[str, str]:
     """How each part of a model attends: a tower that has no such implementation (timm's have none) in its own way.
 
     A language model that has none is refused when it is loaded.
@@ -624,7 +651,7 @@ def load_processor(name: str | Path) -> Any:
     from transformers import AutoProcessor, PreTrainedTokenizerBase
 
     try:
-        processor = _voxtral(name) or AutoProcessor.from_pretrained(name)
+        processor = _voxtral(name) or AutoProcessor.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
         if (Path(name) / "tekken.json").is_file() and find_spec("mistral_common") is None:
             what = "its tokenizer is tekken.json, which is read for Voxtral alone, and mistral-common is not installed"
@@ -646,19 +673,19 @@ def load_processor(name: str | Path) -> Any:
 
 def _voxtral(name: str | Path) -> VoxtralProcessor | None:
     """The processor of a Voxtral, as it is published or was saved by hba; None of all others."""
-    from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer
+    from transformers import AutoFeatureExtractor, AutoTokenizer
     from transformers.utils import cached_file
 
     saved = Path(name) / "tokenizer_config.json"
     if saved.is_file():
         if read_json(saved).get("processor_class") != VoxtralProcessor.__name__:
             return None
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    elif (Path(name) / CARD).is_file() or AutoConfig.from_pretrained(name).model_type != "voxtral":
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    elif (Path(name) / CARD).is_file() or read_config(name).model_type != "voxtral":
         return None
     else:
         tokenizer = tekken_tokenizer(Path(cached_file(name, "tekken.json")))
-    return VoxtralProcessor(AutoFeatureExtractor.from_pretrained(name), tokenizer)
+    return VoxtralProcessor(AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False), tokenizer)
 
 
 def require_perceived(path: str | Path, encode: EncodeConfig, atlas: Atlas) -> None:

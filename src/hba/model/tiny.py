@@ -753,10 +753,16 @@ def _lfm2_vl(tokenizer: Any, sizes: TinySizes) -> Made:
 
 
 def _qwen3_5(tokenizer: Any, sizes: TinySizes) -> Made:
-    """Layers of linear attention; the processor of Qwen3-VL."""
+    """Layers of linear attention; the processor of Qwen3-VL; a template that opens thinking."""
     from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
     processor = _qwen3_vl(tokenizer, sizes).processor
+    begins = "<|im_start|>assistant\n"
+    processor.chat_template = CHAT_TEMPLATE.replace(
+        f"{begins}{{% endif -%}}",
+        f"{begins}{{% if enable_thinking | default(true) %}}{{{{ '<think>\\n' }}}}"
+        "{% else %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif -%}",
+    )
     kinds = ["linear_attention"] * (sizes.layers - 1) + ["full_attention"]
     linear = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2}
     linear |= {"linear_num_value_heads": 4, "head_dim": sizes.hidden // sizes.heads}

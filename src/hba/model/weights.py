@@ -376,10 +376,12 @@ def language_layers(transformer: Any) -> LanguageLayers:
 
 def linear_names(transformer: Any) -> list[str]:
     """The linear layers of the language model, which LoRA and quantisation change: all but a few coefficients, such as
-    those that mix the states of a token in Gemma 3n, whose training clamps them. Raises InputError where it has none.
+    those that mix the states of a token in Gemma 3n, whose training clamps them, and what deals tokens out to experts.
+    Raises InputError where it has none.
     """
     start = f"{language_layers(transformer).prefix}layers."
     linear = ((n, m) for n, m in transformer.named_modules() if n.startswith(start) and isinstance(m, nn.Linear))
+    linear = ((n, m) for n, m in linear if "router" not in n.split("."))
     found = [n for n, m in linear if ".lora_" in n or min(m.in_features, m.out_features) >= _COEFFICIENTS]
     if not found:
         what = f"no linear layers below {start}"

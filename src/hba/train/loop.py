@@ -32,6 +32,7 @@ from torch.distributed.tensor import DTensor
 from hba.atlas import Atlas, data_record, open_atlas
 from hba.atlas.rows import Columns, MediaSource, Quarantined, Sample
 from hba.batch.config import EncodeConfig
+from hba.batch.encode import TextProcessor
 from hba.batch.sampler import Indices, MixConfig, epoch_rows, input_tokens, plan_batches
 from hba.errors import ConfigError, HbaError, InputError
 from hba.model import checkpoint
@@ -198,6 +199,25 @@ def load_model(config: ModelConfig, resume: Path | None, *, mapped: bool, **opti
     options["dtype"] = "float32" if config.strategy == "full" else config.dtype
     options |= {"attention": config.attention, "quantization": config.quantization, "mapped": mapped}
     return apply_strategy(OmniSapiens.from_pretrained(resume or config.name, **options), config)
+
+
+def answer_at_once(processor: Any) -> None:
+    """Let a chat template that opens thinking for the model (Qwen3.5's) close it: an answer that is learned behind the
+    open tag would be a thought. It is saved so, and the model asked as it was trained."""
+    owner = processor.tokenizer if isinstance(processor, TextProcessor) else processor
+    template, turn = owner.chat_template, {"role": "user", "content": [{"type": "text", "text": "."}]}
+    tag = ""
+    for way in (template, f"{{% set enable_thinking = false %}}{template}"):  # Qwen's have a switch
+        owner.chat_template = way
+        prompt = processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False).rstrip()
+        if not prompt.endswith((">", "]", "▷")):
+            return
+        from hba.evaluate.answers import opened_thinking  # where no prompt ends with a tag, no rule is compiled
+
+        if not (tag := opened_thinking(prompt)):
+            return
+    closed = f"\n{tag[0]}/{tag[1:]}\n\n"
+    owner.chat_template = f"{template}{{% if add_generation_prompt %}}{{{{ {closed!r} }}}}{{% endif %}}"
 
 
 def require_installed(config: Any) -> None:

@@ -26,7 +26,7 @@ class OmniModelConfig(HFModelConfig):  # type: ignore[misc]
         # By this name verl finds the class with which it writes Hugging Face checkpoints.
         self.hf_config.architectures = ["Qwen2_5OmniForConditionalGeneration"]
         if self.load_tokenizer:
-            real = AutoProcessor.from_pretrained(self.local_tokenizer_path)
+            real = AutoProcessor.from_pretrained(self.local_tokenizer_path, trust_remote_code=False)
             self.processor = OmniProcessor(real, self.hf_config)
             self.hf_config.hba_media_token_ids = self.processor.media_token_ids
             if self.custom_chat_template is not None:
