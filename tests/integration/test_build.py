@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 import wave
 
 import numpy as np
@@ -95,6 +96,28 @@ def test_a_folder_as_windows_leaves_it(hba, tmp_path):
     code, out, err = hba("atlas", "build", tmp_path / "in", tmp_path / "out", "--json")
     assert code == 0, err
     assert json.loads(out)["labels"] == {"müde": 6, "wach": 6} and json.loads(out)["unreadable"] == {}
+
+
+def test_a_table_of_excel_for_files_as_macos_names_them(hba, tmp_path):
+    lines = ["file;label;note"]
+    for number in range(12):
+        sound(tmp_path / "in" / unicodedata.normalize("NFD", f"Übung {number}.WAV"), number)  # ü is u and dots
+        lines.append(f"Übung {number}.{('WAV', 'wav')[number % 2]};{('Müde', 'Wach')[number % 2]};")
+    (tmp_path / "table.csv").write_text("\n".join([*lines, ";;", ";;"]), encoding="utf-8")
+    (tmp_path / "in" / "notes.docx").write_bytes(b"PK\3\4")
+    arguments = ["atlas", "build", tmp_path / "in", tmp_path / "out", "--labels", tmp_path / "table.csv"]
+    code, _, err = hba(*arguments)
+    assert code == 2 and "1 file has no label: notes.docx" in err and "out of the folder" in " ".join(err.split()), err
+    code, out, err = hba(*arguments, "--allow-unlabelled", "--json")  # the one file without a label is no recording
+    assert code == 2 and json.loads(out)["labels"] == {"müde": 6, "wach": 6}, err
+    assert json.loads(out)["unlabelled"] == 0 and list(json.loads(out)["unreadable"]) == ["notes.docx"]
+
+
+def test_a_dataset_is_named_by_a_folder_with_umlauts(hba, tmp_path):
+    for number in range(6):
+        sound(tmp_path / "Gespräche Müller" / "ab"[number % 2] / f"{number}.wav", number)
+    code, out, err = hba("atlas", "build", tmp_path / "Gespräche Müller", tmp_path / "out", "--json")
+    assert code == 0 and json.loads(out)["dataset"] == "gesprache_muller", err
 
 
 def test_the_commands_that_follow_can_be_typed_for_a_folder_with_a_space(hba, tmp_path):

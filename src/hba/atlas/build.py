@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -218,9 +219,14 @@ def build_atlas(
                 row |= dict.fromkeys(("answer", "class_label"), canonical[entry.label])
             rows[split].append(row | ({} if entry.group is None else {"speaker": entry.group}))
         for split in dict.fromkeys([*(SHARES if any(entry.label for entry in entries) else ()), *splits]):
+            if not rows[split] and split == UNLABELLED and any(rows.values()):
+                continue  # all of them are named below; rows with labels stand without them
             if not rows[split]:
-                what = f"no readable file is left for the split {split}"
-                raise InputError(what, where=str(folder), fix="Give more files (at least three groups), or splits.")
+                first = next(iter(unreadable.items()), None)
+                what = f"no readable file is left for the split {split}" + (": {} {}".format(*first) if first else "")
+                mend = "Give files that can be read" if first else "Give more files"
+                fix = f"{mend}." if split == UNLABELLED else f"{mend} (at least three groups), or splits."
+                raise InputError(what, where=str(folder), fix=fix)
             write_jsonl(making / f"{split}.jsonl", rows[split])
         save_beside(taxonomy, making)
     kept = [row for split in rows.values() for row in split]
@@ -238,7 +244,8 @@ def build_atlas(
 
 
 def _key(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or "mine"
+    plain = "".join(sign for sign in unicodedata.normalize("NFKD", name) if not unicodedata.combining(sign))
+    return re.sub(r"[^a-z0-9]+", "_", plain.lower()).strip("_") or "mine"
 
 
 # --- what is known of the files ---------------------------------------------------------------------------------------
@@ -290,16 +297,19 @@ def of_table(
     chosen = {part: _column(part, (columns or {}).get(part), known, table, needed) for part in COLUMNS}
     inside = {path.relative_to(folder).as_posix(): path for path in media_below(folder) if path != table}
     by_name: dict[str, list[Path]] = defaultdict(list)
+    alike: dict[str, list[Path]] = defaultdict(list)
     for name, path in inside.items():
-        by_name[Path(name).name].append(path)
-        by_name[Path(name).stem].append(path)
+        for known_as in (Path(name).name, Path(name).stem):
+            by_name[known_as].append(path)
+            alike[_alike(known_as)].append(path)
     named: set[Path] = set()
     missing: list[str] = []
     entries = []
     for number, record in records:
         value = {part: "" if column is None else _text(record.get(column)) for part, column in chosen.items()}
         name = value["file"] if value["file"] in inside else value["file"].replace("\\", "/")  # written on Windows
-        paths = [inside[name]] if name in inside else by_name.get(Path(name).name, [])
+        last = Path(name).name
+        paths = [inside[name]] if name in inside else by_name.get(last) or alike.get(_alike(last), [])
         if not value["file"] or not (value["label"] or unlabelled):
             part = "file" if not value["file"] else "label"
             what = f"the column {chosen[part]!r} is empty"
@@ -326,7 +336,8 @@ def of_table(
         unnamed = []
     if unnamed:
         what = f"{plural(len(unnamed), 'file', 'has|have')} no label: {_some(unnamed)}"
-        raise InputError(what, where=str(table), fix="Add a line for each, or --allow-unlabelled.")
+        fix = "Add a line for each, take what is no recording out of the folder, or --allow-unlabelled."
+        raise InputError(what, where=str(table), fix=fix)
     return iter(entries)
 
 
@@ -379,6 +390,11 @@ def _column(
         fix = f"Name it with --{part}-column; there are {', '.join(map(repr, known))}."
         raise InputError(f"no column is known as the {part}", where=str(table), fix=fix)
     return found
+
+
+def _alike(name: str) -> str:
+    """What names share that a person reads as one: macOS splits ü into u and dots, Windows does not tell cases apart."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _text(value: object) -> str:
