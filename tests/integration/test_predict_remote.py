@@ -168,8 +168,14 @@ def test_another_prompt_is_another_run(mini_atlas, chat_server, tmp_path):
     with pytest.raises(InputError, match="another temperature, top_p, seed"):
         run(tmp_path, mini_atlas, server, "encode.modalities=[]", "generation.temperature=0.7")
     moved = chat_server()  # a restarted server has another port: the same model, nothing left to ask
-    assert run(tmp_path, mini_atlas, moved, "encode.modalities=[]").predicted
+    found = run(tmp_path, mini_atlas, moved, "encode.modalities=[]")
+    assert found.predicted and found.addresses == 1
     assert moved.stats()["requests"] == 0
+    lines = (tmp_path / "predictions.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "predictions.jsonl").write_text("".join(lines[:-2]))  # as after a kill: two are asked at the other
+    found = run(tmp_path, mini_atlas, moved, "encode.modalities=[]")
+    assert found.predicted == len(lines) and found.addresses == 2
+    assert moved.url not in (tmp_path / "predict.json").read_text()
 
 
 def test_a_blocked_prompt_is_an_answer_that_counts_as_wrong():

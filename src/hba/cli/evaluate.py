@@ -192,6 +192,7 @@ def _ahead(suite: Suite, parts: Sequence[_Part]) -> list[dict[str, Any]]:
         expected = estimate(part.opening, part.folder)
         about: dict[str, Any] = {"setting": part.setting.name, "rows": expected.rows, "left": expected.left}
         about |= {"tokens_in": expected.tokens_in, "tokens_out_at_most": expected.tokens_out_at_most}
+        about |= {"measured": expected.measured}
         about |= {"cost_usd_at_most": expected.cost_usd_at_most, "seconds": expected.seconds, "judged": 0}
         if suite.judge is not None:
             from hba.evaluate.judge.run import JudgeConfig, estimate_judging, items_ahead
@@ -204,6 +205,7 @@ def _ahead(suite: Suite, parts: Sequence[_Part]) -> list[dict[str, Any]]:
                 about["cost_usd_at_most"] = None if None in costs else sum(cost or 0.0 for cost in costs)
                 about |= {"judged": verdicts.left, "tokens_in": expected.tokens_in + verdicts.tokens_in}
                 about["tokens_out_at_most"] += verdicts.tokens_out_at_most
+                about["measured"] &= verdicts.measured
         found.append(about)
     return found
 
@@ -216,7 +218,8 @@ def _in_words(ahead: dict[str, Any], part: _Part) -> str:
         time = ", time unknown until its first rows are answered"
     verdicts = f", {plural(judged, 'answer')} to judge" if judged else ""
     said = (ahead["tokens_in"], ahead["tokens_out_at_most"])
-    tokens = f", {said[0]:,} tokens in and {said[1]:,} out at most" if ahead["left"] or judged else ""
+    bound = ", as the first rows took" if ahead["measured"] else " at most"
+    tokens = f", {said[0]:,} tokens in and {said[1]:,} out{bound}" if ahead["left"] or judged else ""
     left = f"{ahead['left']:,} of {plural(ahead['rows'], 'row', 'is|are')} left to ask"
     return f"{ahead['setting']}: {left}{verdicts}{tokens}{price}{time}"
 

@@ -116,6 +116,9 @@ def warn_of(summary: PredictSummary, model: str, *, first: bool = True) -> None:
         warn(f"{model} does not say which heads were trained: all are used, and an untrained one answers at random")
     if summary.note and first:
         warn(f"{summary.note}. Choose another with generation.format=NAME")
+    if summary.addresses > 1 and first:
+        where = f"rows of this run were asked at {summary.addresses} addresses"
+        warn(f"{where}, under one name: nothing tells whether the same model answered at all of them")
     for text in summary.tally.meter.warnings() if summary.tally.meter else ():
         warn(text)
 

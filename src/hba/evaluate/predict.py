@@ -14,6 +14,7 @@ since a launcher then ends the others: whoever merges speaks for the run, its ex
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -275,7 +276,8 @@ class PredictSummary(NamedTuple):
     `skipped` rows have no trained head; `merged` is False while other shards of the run have rows left, and where
     another process has put all together. `unnamed_heads` says that the rows were answered by heads of which nobody
     knows whether they were trained. `note` is what the user should know of the format in which the model was asked.
-    `unlabelled` are the predictions of rows without an answer, which are in answers.csv, too.
+    `unlabelled` are the predictions of rows without an answer, which are in answers.csv, too. `addresses` counts the
+    servers at which rows of the run were asked.
     """
 
     tally: Tally
@@ -286,6 +288,7 @@ class PredictSummary(NamedTuple):
     unnamed_heads: bool
     note: str | None = None
     unlabelled: Sequence[Prediction] = ()
+    addresses: int = 0
 
 
 def predict_run(
@@ -340,20 +343,36 @@ def predict_run(
             how: dict[str, Any] = {"seed": settings["identity"].get("seed"), "data": settings["data"]}
             with nullcontext() if shard is None else locked_folder(folder, PATIENCE_SECONDS):
                 record_predicting(folder, command="predict", began=began, shared=shard is not None, **how)
+                record_address(folder, opening)
 
         summary = _append_predictions(own, opening.atlas, share, answering, done, progress, record)
         if shard is not None:
             with locked_folder(folder, PATIENCE_SECONDS):
                 leave_nothing(folder, shard)
+    about = {"note": opening.note, "addresses": len(read_json(folder / "predict.json").get("addresses", ()))}
     if shard is None:
-        return summary._replace(note=opening.note, unlabelled=write_answers(folder, opening.atlas))
+        return summary._replace(**about, unlabelled=write_answers(folder, opening.atlas))
     merged = merge_when_done(folder, wanted, taxonomy, retry_failed=retry_failed)
     if not merged and (shard.device is None or shard.number == 1) and not came_late:  # all was there when it came
         merged = not (folder / "shards").is_dir() and wanted <= done_elsewhere(folder, failed=not retry_failed)
     if merged:
         summary = _whole_run(folder, len(rows), opening.atlas, answering)
         summary = summary._replace(unlabelled=write_answers(folder, opening.atlas))
-    return summary._replace(merged=merged, note=opening.note)
+    return summary._replace(**about, merged=merged)
+
+
+def record_address(folder: Path, opening: Opening) -> None:
+    """Keep a hash of the address at which a remote model is asked: another one may serve another model by this name.
+
+    The address itself is nobody else's business. The caller holds the lock of the folder.
+    """
+    from hba.remote.providers import PROVIDERS
+
+    if opening.backend in PROVIDERS:
+        address = (opening.config.remote.base_url or PROVIDERS[opening.backend].base_url).rstrip("/")
+        known, settings = hashlib.sha256(address.encode()).hexdigest()[:12], read_json(folder / "predict.json")
+        if known not in (asked_at := settings.get("addresses", [])):
+            write_json(folder / "predict.json", {**settings, "addresses": [*asked_at, known]})
 
 
 def _prepare(opening: Opening, shard: Shard | None) -> None:
@@ -725,12 +744,16 @@ def start_predictions(folder: Path, settings: dict[str, Any], atlas: Atlas) -> N
         taxonomy, files = atlas.taxonomy, _written(folder)
         if differing == ["data"]:
             known = {line.id for name in FILES for file in folder.rglob(name) for line in _whole_lines(file)}
-            if grown(read_json(path), atlas, settings["selection"], known):
-                write_json(path, settings)
+            earlier = read_json(path)
+            if grown(earlier, atlas, settings["selection"], known):
+                write_json(path, settings | {key: earlier[key] for key in ("addresses",) if key in earlier})
                 return
         if any(not p.failed for file in files for p in _mended(file, taxonomy)):
             fix = "Choose another --run, or remove predictions.jsonl and predict.json."
-            raise InputError(f"holds predictions with another {', '.join(differing)}", where=str(folder), fix=fix)
+            rows = (read_json(path).get("data") or {}).get("rows")
+            counts = f" ({rows:,} rows; now {len(atlas):,} are asked for)" if "data" in differing and rows else ""
+            what = f"holds predictions with another {', '.join(differing)}{counts}"
+            raise InputError(what, where=str(folder), fix=fix)
         for file in files:
             file.unlink(missing_ok=True)
     write_json(path, settings)
