@@ -14,16 +14,40 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from time import monotonic
+from typing import TYPE_CHECKING, Any
 
 from hba.atlas.rows import Quarantined
 from hba.config import defaults, flat, inline_yaml, keys_without_effect, read_yaml, renamed, to_dict, to_yaml
 from hba.environment import environment, now
 from hba.errors import ConfigError, HbaError, InputError
 from hba.storage import AppendLog, Lock, StorageError, alone, read_json, read_jsonl, write_data, write_json, write_jsonl
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+class Pulse:
+    """Lines that say how far a long command is, where no bar can move: in the log of a batch job, or in a pipe.
+
+    The first comes after FIRST seconds, each next one after twice as long, up to LONGEST. A terminal gets none.
+    """
+
+    FIRST, LONGEST = 60.0, 600.0
+
+    def __init__(self, console: Console, clock: Callable[[], float] = monotonic) -> None:
+        self._console, self._clock, self._wait = console, clock, self.FIRST
+        self._silent = console.is_terminal or console.is_jupyter
+        self._last = clock()
+
+    def beat(self, said: Callable[[], str]) -> None:
+        """Print what `said` says, if it is time."""
+        if not self._silent and (at := self._clock()) - self._last >= self._wait:
+            self._last, self._wait = at, min(2 * self._wait, self.LONGEST)
+            self._console.print(said(), markup=False, highlight=False, soft_wrap=True)
+
 
 # quarantine.jsonl: the samples that a run left out, each once, with the place and the reason.
 #

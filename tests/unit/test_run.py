@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -12,12 +13,13 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from rich.console import Console
 
 from hba.atlas.rows import Quarantined
 from hba.config import load_config, option
 from hba.environment import environment
 from hba.errors import ConfigError, HbaError, InputError
-from hba.run import QuarantineLog, RunFolder
+from hba.run import Pulse, QuarantineLog, RunFolder
 from hba.train.config import SftConfig
 from hba.train.state import training_run
 
@@ -397,3 +399,16 @@ def test_a_run_of_an_older_version_goes_on_under_new_names_of_its_keys(tmp_path:
     file.write_text("inner:\n  other: 1\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"old.yaml:1.*'inner.other' has another name now. Fix: Write newer.other"):
         load_config(Renamed, file)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_log_of_a_job_says_now_and_then_how_far_it_is(terminal):
+    out, clock = io.StringIO(), iter(range(0, 3601, 10))
+    pulse = Pulse(Console(file=out, force_terminal=terminal, force_jupyter=False, width=20), lambda: next(clock))
+    for number in range(1, 361):
+        pulse.beat(lambda: "training: step, and more words than are in a line")
+        if terminal or number * 10 not in (60, 180, 420, 900, 1500, 2100, 2700, 3300):
+            assert not out.getvalue()
+        else:
+            assert out.getvalue() == "training: step, and more words than are in a line\n"
+        out.truncate(out.seek(0))

@@ -393,7 +393,7 @@ def _column(
 
 
 def _alike(name: str) -> str:
-    """What names share that a person reads as one: macOS splits ü into u and dots, Windows does not tell cases apart."""
+    """What names share that a person reads as one: macOS splits ü in two, Windows does not tell cases apart."""
     return unicodedata.normalize("NFC", name).casefold()
 
 

@@ -239,10 +239,18 @@ def counted(description: str) -> Iterator[OnProgress]:
     """A bar; call the yielded function with (done, total)."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
+    from hba.run import Pulse
+
     columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with _bar(columns, shown=is_first()) as bar:
-        task = bar.add_task(description, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        task, pulse = bar.add_task(description, total=None), Pulse(bar.console)
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+            if not bar.disable:
+                pulse.beat(lambda: f"{description}: {done:,} of {total:,}")
+
+        yield show
 
 
 @contextmanager
@@ -251,6 +259,8 @@ def tallied(description: str, *, shown: bool = True) -> Iterator[Callable[..., N
     where what is done has a name of its own, with that."""
     from rich import progress
     from rich.text import Text
+
+    from hba.run import Pulse
 
     started = monotonic()
 
@@ -269,13 +279,16 @@ def tallied(description: str, *, shown: bool = True) -> Iterator[Callable[..., N
         progress.TimeRemainingColumn(),
     )
     with _bar(columns, shown=shown) as bar:
-        task = None
+        task, pulse = None, Pulse(bar.console)
 
         def show(tally: Tally, named: str = description) -> None:
             nonlocal task
             if task is None:  # what an earlier session did is no part of this one's speed
                 task = bar.add_task(description, total=tally.total, completed=tally.done - tally.fresh, tally=tally)
             bar.update(task, completed=tally.done, total=tally.total, description=named)
+            if shown:
+                far = f"{named}: {tally.done:,} of {tally.total:,}"
+                pulse.beat(lambda: " · ".join(filter(None, (far, tally_facts(tally, monotonic() - started)))))
 
         yield show
 

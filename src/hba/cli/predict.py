@@ -114,6 +114,9 @@ def warn_of(summary: PredictSummary, model: str, *, first: bool = True) -> None:
     """What a user should know of how the rows were answered; what holds for all processes the `first` one says."""
     if summary.unnamed_heads and first:
         warn(f"{model} does not say which heads were trained: all are used, and an untrained one answers at random")
+    if not summary.predicted and summary.skipped and first:
+        what = f"{model} answered no row: it was trained for other labels than these rows have"
+        warn(f"{what}. Train on rows like them (hba train), or ask a model that answers in words (--backend hf)")
     if summary.note and first:
         warn(f"{summary.note}. Choose another with generation.format=NAME")
     if summary.addresses > 1 and first:

@@ -349,16 +349,16 @@ def predict_run(
         if shard is not None:
             with locked_folder(folder, PATIENCE_SECONDS):
                 leave_nothing(folder, shard)
-    about = {"note": opening.note, "addresses": len(read_json(folder / "predict.json").get("addresses", ()))}
+    asked_at = len(read_json(folder / "predict.json").get("addresses", ()))
     if shard is None:
-        return summary._replace(**about, unlabelled=write_answers(folder, opening.atlas))
+        return summary._replace(note=opening.note, addresses=asked_at, unlabelled=write_answers(folder, opening.atlas))
     merged = merge_when_done(folder, wanted, taxonomy, retry_failed=retry_failed)
     if not merged and (shard.device is None or shard.number == 1) and not came_late:  # all was there when it came
         merged = not (folder / "shards").is_dir() and wanted <= done_elsewhere(folder, failed=not retry_failed)
     if merged:
         summary = _whole_run(folder, len(rows), opening.atlas, answering)
         summary = summary._replace(unlabelled=write_answers(folder, opening.atlas))
-    return summary._replace(**about, merged=merged)
+    return summary._replace(merged=merged, note=opening.note, addresses=asked_at)
 
 
 def record_address(folder: Path, opening: Opening) -> None:

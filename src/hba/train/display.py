@@ -17,7 +17,7 @@ from rich.progress import Progress as Bar
 
 from hba.config import read_yaml
 from hba.errors import ConfigError
-from hba.run import RunFolder, wandb_run
+from hba.run import Pulse, RunFolder, wandb_run
 from hba.storage import plural
 from hba.train.state import Progress
 
@@ -46,6 +46,7 @@ class TrainingDisplay:
             disable=not enabled,
         )
         self._task = self._bar.add_task("training", total=total_steps, completed=start.step, figures="")
+        self._pulse = Pulse(self._bar.console)
         self._board: Any = None
         self._wandb: Any = None
 
@@ -84,7 +85,7 @@ class TrainingDisplay:
             self.record({"step": progress.step, "kind": "skipped", "why": "every sample is quarantined"}, {})
         periods = (self._config.log_every, self._config.validate_every, self._total)
         if all(progress.step % period for period in periods) or not progress.loss_samples:
-            self._bar.update(self._task, completed=progress.step)
+            self.advance(progress.step)
             return progress
         speed = self._samples / max(self._seconds, 1e-9)
         mean = progress.loss_sum / progress.loss_samples
@@ -100,13 +101,16 @@ class TrainingDisplay:
         drawn = ("loss", "learning_rate", "grad_norm", "samples_per_second")
         self.record(record, {k: record[k] for k in drawn if record[k] is not None})
         figures = f"loss {mean:.3f}  {speed:.1f} samples/s  {progress.samples_seen} seen"
-        self._bar.update(self._task, completed=progress.step, figures=figures)
+        self.advance(progress.step, figures)
         self._seconds, self._samples = 0.0, 0
         return replace(progress, loss_sum=0.0, loss_samples=0)
 
-    def advance(self, step: int, figures: str) -> None:
-        """Move the bar to `step`, with a few words on how it goes."""
-        self._bar.update(self._task, completed=step, figures=figures)
+    def advance(self, step: int, figures: str | None = None) -> None:
+        """Move the bar to `step`, with a few words on how it goes; without them the last ones stay."""
+        said = self._bar.tasks[self._task].fields["figures"] if figures is None else figures
+        self._bar.update(self._task, completed=step, figures=said)
+        if self._enabled:
+            self._pulse.beat(lambda: f"training: step {step:,} of {self._total:,}  {said}".rstrip())
 
     def say(self, text: str) -> None:
         """A line above the bar."""
