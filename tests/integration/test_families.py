@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PhiConfig, PhiForCausalLM
 
 import hba as package
 from hba import open_atlas
@@ -610,3 +610,30 @@ def test_verl_says_which_family_it_takes(runs, atlas, tmp_path, hba):
     given = [f"atlas={atlas}", f"model.name={runs.model('qwen2.5-vl')}", "model.strategy=full"]
     code, _, err = hba("train", "rl", "--engine", "verl", "--run", tmp_path / "run", *given)
     assert code == 2 and "verl's engine takes Qwen2.5-Omni alone, and this is a model of type qwen2_5_vl" in err
+
+
+def test_an_lm_head_that_is_not_trained_alone_is_refused_before_features_are_made(runs, tmp_path):
+    """Phi's has a bias; that costs nothing to know, and features of many rows cost hours."""
+    model = shutil.copytree(runs.model("llama"), tmp_path / "phi")
+    known = json.loads((model / "config.json").read_text())
+    for file in (*model.glob("*.safetensors"), model / "generation_config.json"):
+        file.unlink(missing_ok=True)
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    PhiForCausalLM(PhiConfig(**{name: known[name] for name in (*sizes, *ids)})).save_pretrained(model)
+    kind, work, own = STAGES["sft"]
+    given = [f"atlas={runs.atlas}", *own, f"model.name={model}", "model.strategy=heads", "encode.modalities=[]"]
+    config = load_config(kind, None, given)
+    with RunFolder.open(tmp_path / "sft", config=config, command="train sft", seed=0) as opened:
+        work(config, opened)
+    for stage in ("qa", "bam"):
+        kind, work, own = STAGES[stage]
+        made = tmp_path / f"features of {stage}"
+        given = [f"atlas={runs.atlas}", *own, f"base={tmp_path / 'sft'}", f"features.folder={made}"]
+        config = load_config(kind, None, given)
+        with (
+            pytest.raises(InputError, match="a language head with a bias is not trained alone"),
+            RunFolder.open(tmp_path / stage, config=config, command=f"train {stage}", seed=0) as opened,
+        ):
+            work(config, opened)
+        assert not list(made.rglob("*.safetensors"))
