@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from hba.batch.encode import end_token_id, known_ids
 
@@ -103,32 +103,36 @@ def generate_tokens(
     """
     tokenizer = processor.tokenizer
     ends = end_token_ids(model, processor)
-    sampling: dict[str, Any] = {"do_sample": temperature > 0, "top_k": None, "top_p": None, "temperature": None}
-    processors = LogitsProcessorList([_Choices(choices, inputs["input_ids"].shape[1])] if choices else [])
+    sampling: dict[str, Any] = {}
     decided: _Decided | None = None
     prompt_length = inputs["input_ids"].shape[1]
+    processors = LogitsProcessorList([_Unsaid(media_token_ids(model.config, processor))])
+    if choices:
+        processors.append(_Choices(choices, prompt_length))
     ending = _Ending(over, prompt_length) if over is not None else None
     if alternatives is not None or (temperature > 0 and uniforms_BL is not None):
         if temperature > 0 and uniforms_BL is None:
             raise ValueError("log-probabilities of a sample want its random numbers")
         drawn_BL = None if uniforms_BL is None else uniforms_BL.to(inputs["input_ids"].device, torch.float64)
         decided = _Decided(drawn_BL if temperature > 0 else None, temperature, top_p, alternatives)
-        sampling["do_sample"] = False
         processors.append(decided)
     elif temperature > 0:
-        sampling |= {"temperature": temperature, "top_k": 0, "top_p": top_p}
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": top_p}
+    # As a whole: given key by key, each call builds the model's configuration anew, to compare it with its defaults.
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        pad_token_id=ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        eos_token_id=ends,
+        repetition_penalty=1.0,
+        **{"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0} | sampling,
+    )
     with _evaluating(model), _last_positions(model, 1):
         tokens_BT = model.generate(
             **inputs,
-            max_new_tokens=max_new_tokens,
-            suppress_tokens=media_token_ids(model.config, processor),
-            pad_token_id=ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-            eos_token_id=ends,
-            repetition_penalty=1.0,
+            generation_config=settings,
             synced_gpus=False,  # ranks generate as often as each has prompts; a sharded model is gathered meanwhile
             logits_processor=processors,
             stopping_criteria=StoppingCriteriaList([] if ending is None else [ending]),
-            **sampling,
         )
     answers_BL = tokens_BT[:, prompt_length:]
     ended_BL = torch.isin(answers_BL, torch.tensor(ends, device=answers_BL.device))
@@ -138,6 +142,20 @@ def generate_tokens(
     logps = [] if decided is None else decided.logps
     ranked_L = () if decided is None else decided.ranked
     return SaidTokens(answers_BL, lengths, torch.stack(logps, 1) if logps else None, ranked_L)
+
+
+class _Unsaid(LogitsProcessor):  # type: ignore[misc]
+    """Leaves these tokens no probability. transformers' `suppress_tokens` looks each word of the vocabulary up."""
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self._ids = ids
+        self._known: Tensor | None = None  # those that the model has logits for
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self._known is None:
+            known = [i for i in self._ids if i < scores.shape[-1]]
+            self._known = torch.tensor(known, dtype=torch.long, device=scores.device)
+        return scores.index_fill(-1, self._known, -torch.inf)
 
 
 class _Decided(LogitsProcessor):  # type: ignore[misc]
