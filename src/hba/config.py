@@ -94,7 +94,7 @@ def read_yaml(path: Path, places: dict[str, str] | None = None) -> dict[str, Any
         data: dict[str, Any] = loader.construct_document(node)
     except OSError as error:
         raise ConfigError(f"cannot read ({error.strerror})", where=str(path), fix="Check the path.") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark is not None else str(path)
         what = getattr(error, "problem", None) or str(error)

@@ -394,6 +394,17 @@ class Taxonomy:
         return Taxonomy(raw, added=entries)
 
 
+class _Plain(yaml.SafeLoader):
+    """A file of a stranger says what it says itself: ten lines of `<<: [*a, *a]` would be billions of keys. The loader
+    in C is none for it: brackets without end are the end of its process."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Refuse what this method is there to put in."""
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, "write out what << would merge", key.start_mark)
+
+
 def of_folder(folder: str | Path) -> Taxonomy:
     """The published taxonomy, extended by `taxonomy.yaml` of an atlas or run folder if there is one.
 
@@ -403,9 +414,10 @@ def of_folder(folder: str | Path) -> Taxonomy:
     if not path.is_file():
         return BUILTIN
     try:
-        entries = msgspec.yaml.decode(path.read_bytes(), type=_Entries)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise TaxonomyError(f"not a taxonomy ({error})", where=str(path), fix="See docs/extend.md.") from None
+        entries = msgspec.convert(yaml.load(path.read_bytes(), Loader=_Plain), type=_Entries)  # noqa: S506
+    except (msgspec.ValidationError, yaml.YAMLError, ValueError, RecursionError) as error:
+        what = f"not a taxonomy ({' '.join(str(error).split())})"
+        raise TaxonomyError(what, where=str(path), fix="See docs/extend.md.") from None
     try:
         return BUILTIN.extended(msgspec.to_builtins(entries))
     except TaxonomyError as error:

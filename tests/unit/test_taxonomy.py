@@ -152,6 +152,22 @@ def test_a_file_beside_the_rows_extends_the_published_taxonomy(tmp_path: Path) -
         of_folder(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a0: &a0 {k: v}\n" + "".join(f"a{n + 1}: &a{n + 1} {{<<: [{f'*a{n}, ' * 10}]}}\n" for n in range(12)),
+        "licence: 2024-13-45",
+        "datasets: " + "[" * 3_000_000,
+        "domains: &d {x: *d}",
+    ],
+    ids=["merges", "no date", "deep", "itself"],
+)
+def test_a_file_of_a_stranger_neither_grows_nor_ends_in_a_traceback(tmp_path: Path, text: str) -> None:
+    (tmp_path / "taxonomy.yaml").write_text(text)
+    with pytest.raises(TaxonomyError, match="not a taxonomy"):
+        of_folder(tmp_path)
+
+
 def test_tasks_and_datasets_can_be_sent_to_workers() -> None:
     for value in (DATASETS["cremad"], TASKS["EMO"], DOMAINS["emotion"]):
         assert pickle.loads(pickle.dumps(value)) == value
