@@ -277,6 +277,11 @@ def test_workflows_call_the_makefile_on_every_supported_python() -> None:
     calls = {step["run"].split()[1] for job in jobs.values() for step in job["steps"] if "make " in step.get("run", "")}
     assert calls == {"check", "docs", "test"}
     assert all(re.search(rf"(?m)^{call}:", (ROOT / "Makefile").read_text(encoding="utf-8")) for call in calls)
+    build = read_yaml(".github/workflows/release.yml")["jobs"]["build"]
+    taken = [step for job in (*jobs.values(), build) for step in job["steps"] if "checkout" in step.get("uses", "")]
+    assert len(taken) == 4 and all(
+        step["with"] == {"fetch-depth": "0", "persist-credentials": "false"} for step in taken
+    )
     release = read_yaml(".github/workflows/release.yml")["jobs"]["publish"]
     assert release["permissions"] == {"id-token": "write"} and "secrets." not in json.dumps(release)
 
@@ -294,6 +299,14 @@ def test_an_image_copies_what_is_there_and_not_ignored(name: str) -> None:
     assert copied == allowed and all((ROOT / each).exists() for each in copied)
     version = re.search(r"ARG VERSION=(\S+)", (ROOT / name).read_text())
     assert version is not None and f'fallback_version = "{version[1]}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_an_image_takes_from_another_index_what_it_names_and_nothing_that_is_pinned_beside_it() -> None:
+    """PyTorch's index has few versions of torch's own needs: with their pins no answer there would fit."""
+    other = re.findall(r"pip install .*--index-url.*", (ROOT / "Dockerfile").read_text())
+    assert other and all("--no-deps" in each for each in other)
+    pinned = (ROOT / "constraints-cpu.txt").read_text()
+    assert all(f"\n{name}==" in pinned for name in ("torch", "torchvision"))
 
 
 def test_ci_runs_the_checks_and_the_tests_and_nothing_else() -> None:
