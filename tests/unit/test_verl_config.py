@@ -1,6 +1,8 @@
 """A run as verl's config: pure, without verl."""
 
+import ast
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -144,3 +146,33 @@ def test_a_dry_run_is_verls(hba):
     code, _, err = hba("train", "rl", "--dry-run", "atlas=nowhere")
     assert code == 2
     assert "--engine verl" in err
+
+
+def imported(module, seen):
+    """The modules that `module` imports as it is read, and those of hba.rl.verl among them in turn. Nothing is run."""
+    tree = ast.parse(Path(find_spec(module).origin).read_text())
+    for node in tree.body:
+        named = [node.module] if isinstance(node, ast.ImportFrom) else []
+        named += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module == "hba.rl.verl":
+            named += [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in set(named) - seen:
+            seen.add(name)
+            if name.startswith("hba.rl.verl."):
+                imported(name, seen)
+    return tree, seen
+
+
+def test_what_verl_loads_by_name_is_there_and_wants_no_vllm():
+    """verl's module of vLLM cannot be imported without it: who samples with another engine would end there."""
+    found = keys()
+    places = {
+        found["actor_rollout_ref.model._target_"],
+        f"{found['data.custom_cls.path']}.{found['data.custom_cls.name']}",
+        f"{found['reward.reward_manager.module.path']}.{found['reward.reward_manager.name']}",
+    }
+    for place in places:
+        module, _, name = place.removeprefix("pkg://").rpartition(".")
+        tree, read = imported(module, set())
+        assert name in {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+        assert not [each for each in read if "vllm" in each]

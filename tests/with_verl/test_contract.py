@@ -92,6 +92,7 @@ def test_what_is_registered_by_name():
 def test_what_is_loaded_by_path(translated):
     from verl.trainer.ppo.reward import resolve_reward_manager_cls
     from verl.utils.dataset.rl_dataset import get_dataset_class
+    from verl.workers.config import HFModelConfig
 
     from hba.rl.verl.dataset import AtlasDataset
     from hba.rl.verl.reward import ScorerRewardManager
@@ -99,6 +100,8 @@ def test_what_is_loaded_by_path(translated):
     config = OmegaConf.create(nested(translated))
     assert get_dataset_class(config.data).__name__ == AtlasDataset.__name__
     assert resolve_reward_manager_cls(config).__name__ == ScorerRewardManager.__name__
+    # No vLLM is here: one who samples with another engine need not have it.
+    assert issubclass(hydra.utils.get_class(config.actor_rollout_ref.model._target_), HFModelConfig)
 
 
 @pytest.mark.parametrize(

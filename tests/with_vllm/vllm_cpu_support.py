@@ -7,7 +7,7 @@ from hba.rl.verl import plugin
 
 
 def _replica():
-    from hba.rl.verl.model import OmniVllmReplica, OmniVllmServer
+    from hba.rl.verl.vllm_replica import OmniVllmReplica, OmniVllmServer
 
     OmniVllmServer._get_worker_extension_cls = lambda self: "vllm_cpu_worker.CpuWorker"
     return OmniVllmReplica

@@ -158,7 +158,7 @@ def _model(config: RlConfig, place: Place) -> dict[str, Any]:
     at = "actor_rollout_ref.model"
     own = {"attn_implementation": config.model.attention, "hba_language_layers_alone": config.freeze_towers}
     return {
-        f"{at}._target_": "hba.rl.verl.model.OmniModelConfig",
+        f"{at}._target_": f"{PLUGIN}.OmniModelConfig",
         f"{at}.path": place.model,
         f"{at}.override_config": own,
         f"{at}.use_remove_padding": config.model.attention == "flash_attention_2",

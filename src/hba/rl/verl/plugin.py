@@ -1,4 +1,5 @@
-"""What every process of verl imports first (VERL_USE_EXTERNAL_MODULES): all that verl knows by name, its agent too.
+"""What every process of verl imports first (VERL_USE_EXTERNAL_MODULES): all that verl knows by name, the model config
+and the agent among it.
 
 verl is not changed: these are its registries. `tests/with_verl/test_contract.py` pins each of them.
 """
@@ -6,13 +7,15 @@ verl is not changed: these are its registries. `tests/with_verl/test_contract.py
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from transformers import AutoProcessor
 from verl.experimental.agent_loop.agent_loop import register
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
+from verl.workers.config import HFModelConfig
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 
-import hba.rl.verl.plugin
 import hba.rl.verl.trainer  # noqa: F401  # registers itself, as the agent does
 from hba.evaluate.backends.wire import frame_rate
 from hba.model.generate import BANNED_BIAS
@@ -21,13 +24,33 @@ from hba.rl.verl.config import AGENT
 
 
 def _vllm_replica() -> Any:
-    from hba.rl.verl.model import OmniVllmReplica
+    from hba.rl.verl.vllm_replica import OmniVllmReplica
 
     return OmniVllmReplica
 
 
 thinker.register()
 RolloutReplicaRegistry.register("vllm", _vllm_replica)
+
+
+@dataclass
+class OmniModelConfig(HFModelConfig):  # type: ignore[misc]
+    """verl's `actor_rollout_ref.model._target_`, for a folder or hub id of the whole Qwen2.5-Omni: its model config
+    with the processor that verl has not for it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        text = self.hf_config.thinker_config.text_config
+        self.hf_config.tie_word_embeddings = bool(getattr(text, "tie_word_embeddings", False))
+        self.hf_config.max_position_embeddings = text.max_position_embeddings
+        # By this name verl finds the class with which it writes Hugging Face checkpoints.
+        self.hf_config.architectures = ["Qwen2_5OmniForConditionalGeneration"]
+        if self.load_tokenizer:
+            real = AutoProcessor.from_pretrained(self.local_tokenizer_path, trust_remote_code=False)
+            self.processor = thinker.OmniProcessor(real, self.hf_config)
+            self.hf_config.hba_media_token_ids = self.processor.media_token_ids
+            if self.custom_chat_template is not None:
+                self.processor.chat_template = self.custom_chat_template
 
 
 # verl's agent loop for one answer to a prompt with media: placeholders collapsed, media tokens banned, times kept.
