@@ -27,7 +27,7 @@ from hba.model.omni import OmniOutput, OmniSapiens
 from hba.run import RunFolder
 from hba.storage import halved, room
 from hba.train.config import LmConfig
-from hba.train.loop import KEPT, Stage, Validation, answer_at_once, begin, load_model, train_stage
+from hba.train.loop import KEPT, Stage, Validation, begin, load_model, train_stage
 from hba.train.ranks import Ranks
 from hba.train.state import Progress
 
@@ -38,7 +38,6 @@ def train_lm(config: LmConfig, run: RunFolder) -> Progress:
     ranks, train, validation, resume = begin(config, run, config.model.dtype, of_datasets)
     checkpoint.require_perceived(config.model.name, config.encode, train)
     model = build_model(config, resume)
-    answer_at_once(model.processor)
     wording = FormatMix(config.formats, reasoning=config.reasoning, seed=config.train.seed)
     encoder = encoder_for(model.processor, config.encode, train.taxonomy, answers=True, wording=wording)
     stage = Stage(

@@ -198,12 +198,15 @@ def load_model(config: ModelConfig, resume: Path | None, *, mapped: bool, **opti
     # Weights that train keep float32 masters; the configured dtype is for those that do not.
     options["dtype"] = "float32" if config.strategy == "full" else config.dtype
     options |= {"attention": config.attention, "quantization": config.quantization, "mapped": mapped}
-    return apply_strategy(OmniSapiens.from_pretrained(resume or config.name, **options), config)
+    model = OmniSapiens.from_pretrained(resume or config.name, **options)
+    answer_at_once(model.processor)
+    return apply_strategy(model, config)
 
 
 def answer_at_once(processor: Any) -> None:
     """Let a chat template that opens thinking for the model (Qwen3.5's) close it: an answer that is learned behind the
-    open tag would be a thought. It is saved so, and the model asked as it was trained."""
+    open tag would be a thought, and a response to be rewarded would lack it. It is saved so, and the model asked as it
+    was trained."""
     owner = processor.tokenizer if isinstance(processor, TextProcessor) else processor
     template, turn = owner.chat_template, {"role": "user", "content": [{"type": "text", "text": "."}]}
     tag = ""

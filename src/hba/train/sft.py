@@ -32,17 +32,7 @@ from hba.model.omni import OmniOutput, OmniSapiens
 from hba.run import RunFolder
 from hba.taxonomy import Taxonomy
 from hba.train.config import SftConfig
-from hba.train.loop import (
-    Stage,
-    Validation,
-    answer_at_once,
-    begin,
-    load_model,
-    mean_over_tasks,
-    planned_rows,
-    rows_of,
-    train_stage,
-)
+from hba.train.loop import Stage, Validation, begin, load_model, mean_over_tasks, planned_rows, rows_of, train_stage
 from hba.train.ranks import Ranks
 from hba.train.state import Progress
 
@@ -55,7 +45,6 @@ def train_sft(config: SftConfig, run: RunFolder) -> Progress:
     require_trained(validation, domains)
     checkpoint.require_perceived(config.model.name, config.encode, train)
     model = build_model(config, resume, taxonomy)
-    answer_at_once(model.processor)
     encoder = Encoder(model.processor, config.encode, taxonomy)
     options: dict[str, Any] = {"batch_size": config.validation_batch_size, "loader": config.loader}
     backend = HeadsBackend(model, encoder, domains=domains, size_key="validation_batch_size", **options)
