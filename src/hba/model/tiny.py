@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers as hf
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from hba.atlas import Atlas
@@ -147,8 +148,6 @@ def _empty_or_same(out: Path, made: Path) -> bool:
 
 
 def _tokenizer(texts: list[str], vocabulary: int) -> Any:
-    from transformers import Qwen2Tokenizer
-
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -165,7 +164,7 @@ def _tokenizer(texts: list[str], vocabulary: int) -> Any:
     vocab = dict(trained["vocab"])
     for token in special:
         vocab[token] = len(vocab)
-    return Qwen2Tokenizer(
+    return hf.Qwen2Tokenizer(
         vocab=vocab,
         merges=[tuple(pair) for pair in trained["merges"]],
         eos_token="<|im_end|>",  # noqa: S106
@@ -220,7 +219,13 @@ def _rope(sizes: TinySizes, **more: Any) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections, **more}
 
 
-def _ids(tokenizer: Any, **tokens: str) -> dict[str, int]:
+SEEN = {"image_token_id": "image_token", "video_token_id": "video_token"}
+BORDERS = {"vision_start_token_id": "vision_bos_token", "vision_end_token_id": "vision_eos_token"}
+HEARD = {"audio_start_token_id": "audio_bos_token", "audio_end_token_id": "audio_eos_token"}
+
+
+def _ids(tokenizer: Any, tokens: Mapping[str, str]) -> dict[str, int]:
+    """Ids of tokens of media, by the names that a config has for them."""
     return {name: tokenizer.convert_tokens_to_ids(MEDIA_TOKENS[token]) for name, token in tokens.items()}
 
 
@@ -267,21 +272,14 @@ def _whisper(sizes: TinySizes, mel_bins: int) -> dict[str, Any]:
 
 
 def _qwen2_5_omni(tokenizer: Any, sizes: TinySizes) -> Made:
-    from transformers import (
-        Qwen2_5OmniProcessor,
-        Qwen2_5OmniThinkerForConditionalGeneration,
-        Qwen2VLImageProcessor,
-        Qwen2VLVideoProcessor,
-        WhisperFeatureExtractor,
-    )
     from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniThinkerConfig
 
-    extractor = WhisperFeatureExtractor(
+    extractor = hf.WhisperFeatureExtractor(
         feature_size=128, sampling_rate=16000, hop_length=160, chunk_length=300, n_fft=400, return_attention_mask=True
     )
-    processor = Qwen2_5OmniProcessor(
-        image_processor=Qwen2VLImageProcessor(**_patches(14)),
-        video_processor=Qwen2VLVideoProcessor(**_patches(14)),
+    processor = hf.Qwen2_5OmniProcessor(
+        image_processor=hf.Qwen2VLImageProcessor(**_patches(14)),
+        video_processor=hf.Qwen2VLVideoProcessor(**_patches(14)),
         feature_extractor=extractor,
         tokenizer=tokenizer,
         chat_template=CHAT_TEMPLATE,
@@ -289,35 +287,26 @@ def _qwen2_5_omni(tokenizer: Any, sizes: TinySizes) -> Made:
     scale = {"initializer_range": sizes.initializer_range}
     sound = {"max_source_positions": 1500, "n_window": 100, "output_dim": sizes.hidden}
     ids = {"audio_token_index": "audio_token", "image_token_index": "image_token", "video_token_index": "video_token"}
-    ids |= {"audio_start_token_id": "audio_bos_token", "audio_end_token_id": "audio_eos_token"}
-    # Not fields of the config class, but its rope index reads the first for video.
-    ids |= {"vision_start_token_id": "vision_bos_token", "vision_end_token_id": "vision_eos_token"}
+    ids |= HEARD | BORDERS  # those of pictures are no fields of the config class, but its rope index reads the first
     config = Qwen2_5OmniThinkerConfig(
         text_config=_text(tokenizer, sizes, rope_parameters=_rope(sizes)),
         audio_config=_whisper(sizes, 128) | sound | scale,
         vision_config=_windowed_vision(sizes),
-        **_ids(tokenizer, **ids),
+        **_ids(tokenizer, ids),
         user_token_id=tokenizer.convert_tokens_to_ids("user"),
         tie_word_embeddings=True,
         **scale,
     )
-    return Made(Qwen2_5OmniThinkerForConditionalGeneration, config, processor)
+    return Made(hf.Qwen2_5OmniThinkerForConditionalGeneration, config, processor)
 
 
 def _qwen3_omni(tokenizer: Any, sizes: TinySizes) -> Made:
-    from transformers import (
-        Qwen2VLImageProcessor,
-        Qwen2VLVideoProcessor,
-        Qwen3OmniMoeProcessor,
-        Qwen3OmniMoeThinkerForConditionalGeneration,
-        WhisperFeatureExtractor,
-    )
     from transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe import Qwen3OmniMoeThinkerConfig
 
-    processor = Qwen3OmniMoeProcessor(
-        image_processor=Qwen2VLImageProcessor(**_patches(16)),
-        video_processor=Qwen2VLVideoProcessor(**_patches(16)),
-        feature_extractor=WhisperFeatureExtractor(feature_size=128, return_attention_mask=True),
+    processor = hf.Qwen3OmniMoeProcessor(
+        image_processor=hf.Qwen2VLImageProcessor(**_patches(16)),
+        video_processor=hf.Qwen2VLVideoProcessor(**_patches(16)),
+        feature_extractor=hf.WhisperFeatureExtractor(feature_size=128, return_attention_mask=True),
         tokenizer=tokenizer,
         chat_template=CHAT_TEMPLATE,
     )
@@ -325,103 +314,69 @@ def _qwen3_omni(tokenizer: Any, sizes: TinySizes) -> Made:
     scale = {"initializer_range": sizes.initializer_range}
     sound = {"max_source_positions": 1500, "n_window": 50, "n_window_infer": 400, "output_dim": sizes.hidden}
     sound |= {"conv_chunksize": 500, "downsample_hidden_size": 16}
-    ids = {"audio_token_id": "audio_token", "image_token_id": "image_token", "video_token_id": "video_token"}
-    ids |= {"audio_start_token_id": "audio_bos_token", "audio_end_token_id": "audio_eos_token"}
-    ids |= {"vision_start_token_id": "vision_bos_token", "vision_end_token_id": "vision_eos_token"}
+    ids = {"audio_token_id": "audio_token"} | SEEN | HEARD | BORDERS
     head = {"head_dim": sizes.hidden // sizes.heads, **experts}
     config = Qwen3OmniMoeThinkerConfig(
         text_config=_text(tokenizer, sizes, rope_parameters=_rope(sizes, mrope_interleaved=True), **head),
         audio_config=_whisper(sizes, 128) | sound | scale,
         vision_config=_deepstack_vision(sizes),
-        **_ids(tokenizer, **ids),
+        **_ids(tokenizer, ids),
         user_token_id=tokenizer.convert_tokens_to_ids("user"),
         tie_word_embeddings=True,
         **scale,
     )
-    return Made(Qwen3OmniMoeThinkerForConditionalGeneration, config, processor)
+    return Made(hf.Qwen3OmniMoeThinkerForConditionalGeneration, config, processor)
 
 
 def _qwen2_5_vl(tokenizer: Any, sizes: TinySizes) -> Made:
-    from transformers import (
-        Qwen2_5_VLConfig,
-        Qwen2_5_VLForConditionalGeneration,
-        Qwen2_5_VLProcessor,
-        Qwen2VLImageProcessor,
-        Qwen2VLVideoProcessor,
-    )
-
-    image, video = Qwen2VLImageProcessor(**_patches(14)), Qwen2VLVideoProcessor(**_patches(14))
-    processor = Qwen2_5_VLProcessor(image, tokenizer, video, chat_template=CHAT_TEMPLATE)
-    ids = {"image_token_id": "image_token", "video_token_id": "video_token"}
-    ids |= {"vision_start_token_id": "vision_bos_token", "vision_end_token_id": "vision_eos_token"}
-    config = Qwen2_5_VLConfig(
+    image, video = hf.Qwen2VLImageProcessor(**_patches(14)), hf.Qwen2VLVideoProcessor(**_patches(14))
+    processor = hf.Qwen2_5_VLProcessor(image, tokenizer, video, chat_template=CHAT_TEMPLATE)
+    config = hf.Qwen2_5_VLConfig(
         text_config=_text(tokenizer, sizes, rope_parameters=_rope(sizes)),
         vision_config=_windowed_vision(sizes),
-        **_ids(tokenizer, **ids),
+        **_ids(tokenizer, SEEN | BORDERS),
         tie_word_embeddings=True,
     )
-    return Made(Qwen2_5_VLForConditionalGeneration, config, processor)
+    return Made(hf.Qwen2_5_VLForConditionalGeneration, config, processor)
 
 
 def _qwen3_vl(tokenizer: Any, sizes: TinySizes) -> Made:
-    from transformers import (
-        Qwen2VLImageProcessor,
-        Qwen3VLConfig,
-        Qwen3VLForConditionalGeneration,
-        Qwen3VLProcessor,
-        Qwen3VLVideoProcessor,
-    )
-
     tokenizer._set_model_specific_special_tokens(
         {"vision_start_token": MEDIA_TOKENS["vision_bos_token"], "vision_end_token": MEDIA_TOKENS["vision_eos_token"]}
     )
-    image, video = Qwen2VLImageProcessor(**_patches(16)), Qwen3VLVideoProcessor(**_patches(16))
-    processor = Qwen3VLProcessor(image, tokenizer, video, chat_template=CHAT_TEMPLATE)
-    ids = {"image_token_id": "image_token", "video_token_id": "video_token"}
-    ids |= {"vision_start_token_id": "vision_bos_token", "vision_end_token_id": "vision_eos_token"}
+    image, video = hf.Qwen2VLImageProcessor(**_patches(16)), hf.Qwen3VLVideoProcessor(**_patches(16))
+    processor = hf.Qwen3VLProcessor(image, tokenizer, video, chat_template=CHAT_TEMPLATE)
     rope, head = _rope(sizes, mrope_interleaved=True), {"head_dim": sizes.hidden // sizes.heads}
-    config = Qwen3VLConfig(
+    config = hf.Qwen3VLConfig(
         text_config=_text(tokenizer, sizes, rope_parameters=rope, **head),
         vision_config=_deepstack_vision(sizes),
-        **_ids(tokenizer, **ids),
+        **_ids(tokenizer, SEEN | BORDERS),
         tie_word_embeddings=True,
     )
-    return Made(Qwen3VLForConditionalGeneration, config, processor)
+    return Made(hf.Qwen3VLForConditionalGeneration, config, processor)
 
 
 def _qwen2_audio(tokenizer: Any, sizes: TinySizes) -> Made:
     """Every sound padded to the window of its processor."""
-    from transformers import (
-        Qwen2AudioConfig,
-        Qwen2AudioForConditionalGeneration,
-        Qwen2AudioProcessor,
-        WhisperFeatureExtractor,
-    )
 
     names = {name: MEDIA_TOKENS[name] for name in ("audio_token", "audio_bos_token", "audio_eos_token")}
-    extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=4)
-    processor = Qwen2AudioProcessor(extractor, tokenizer, chat_template=CHAT_TEMPLATE, **names)
-    config = Qwen2AudioConfig(
+    extractor = hf.WhisperFeatureExtractor(feature_size=80, chunk_length=4)
+    processor = hf.Qwen2AudioProcessor(extractor, tokenizer, chat_template=CHAT_TEMPLATE, **names)
+    config = hf.Qwen2AudioConfig(
         audio_config=_whisper(sizes, 80) | {"max_source_positions": 200, "init_std": sizes.initializer_range},
         text_config=_text(tokenizer, sizes, model_type="qwen2"),
-        **_ids(tokenizer, **{"audio_token_index": "audio_token"}),
+        **_ids(tokenizer, {"audio_token_index": "audio_token"}),
     )
-    return Made(Qwen2AudioForConditionalGeneration, config, processor)
+    return Made(hf.Qwen2AudioForConditionalGeneration, config, processor)
 
 
 def _audio_flamingo(tokenizer: Any, sizes: TinySizes) -> Made:
     """Sounds in windows of four seconds, one behind the other."""
-    from transformers import (
-        AudioFlamingo3Config,
-        AudioFlamingo3ForConditionalGeneration,
-        AudioFlamingo3Processor,
-        WhisperFeatureExtractor,
-    )
 
-    extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=4, return_attention_mask=True)
+    extractor = hf.WhisperFeatureExtractor(feature_size=80, chunk_length=4, return_attention_mask=True)
     token = MEDIA_TOKENS["audio_token"]
-    processor = AudioFlamingo3Processor(extractor, tokenizer, chat_template=CHAT_TEMPLATE, audio_token=token)
-    config = AudioFlamingo3Config(
+    processor = hf.AudioFlamingo3Processor(extractor, tokenizer, chat_template=CHAT_TEMPLATE, audio_token=token)
+    config = hf.AudioFlamingo3Config(
         audio_config={
             "num_mel_bins": 80,
             "num_hidden_layers": sizes.audio_layers,
@@ -432,9 +387,9 @@ def _audio_flamingo(tokenizer: Any, sizes: TinySizes) -> Made:
             "initializer_range": sizes.initializer_range,
         },
         text_config=_text(tokenizer, sizes, model_type="qwen2"),
-        **_ids(tokenizer, **{"audio_token_id": "audio_token"}),
+        **_ids(tokenizer, {"audio_token_id": "audio_token"}),
     )
-    return Made(AudioFlamingo3ForConditionalGeneration, config, processor)
+    return Made(hf.AudioFlamingo3ForConditionalGeneration, config, processor)
 
 
 # The first ids of Mistral's tokenizers; Voxtral reads 24 as a sound.
@@ -459,7 +414,6 @@ class _Tekken(NamedTuple):
 
 def _voxtral(tokenizer: Any, sizes: TinySizes) -> Made:
     """Sounds in windows of four seconds, one behind the other; a tokenizer in Mistral's format."""
-    from transformers import VoxtralConfig, VoxtralForConditionalGeneration, WhisperFeatureExtractor
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     byte_of, named = {char: byte for byte, char in bytes_to_unicode().items()}, set(tokenizer.added_tokens_decoder)
@@ -476,7 +430,7 @@ def _voxtral(tokenizer: Any, sizes: TinySizes) -> Made:
     spectrum = {"num_mel_bins": 80, "hop_length": 160, "window_size": 400}
     sound = {"sampling_rate": 16000, "frame_rate": 12.5, "audio_encoding_config": spectrum, "chunk_length_s": 4.0}
     read = {"config": {"pattern": SPLIT, "version": "v11", **counts}, "vocab": vocab, "special_tokens": special}
-    config = VoxtralConfig(
+    config = hf.VoxtralConfig(
         audio_config={
             "num_mel_bins": 80,
             "num_hidden_layers": sizes.audio_layers,
@@ -491,39 +445,25 @@ def _voxtral(tokenizer: Any, sizes: TinySizes) -> Made:
         audio_token_id=24,
         tie_word_embeddings=True,
     )
-    extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=4)
-    return Made(VoxtralForConditionalGeneration, config, _Tekken(extractor, read | {"audio": sound}))
+    extractor = hf.WhisperFeatureExtractor(feature_size=80, chunk_length=4)
+    return Made(hf.VoxtralForConditionalGeneration, config, _Tekken(extractor, read | {"audio": sound}))
 
 
 def _video_llama3(tokenizer: Any, sizes: TinySizes) -> Made:
     """Clips whose frames carry their times, and of which tokens that change little from frame to frame are left out."""
-    from transformers import (
-        VideoLlama3Config,
-        VideoLlama3ForConditionalGeneration,
-        VideoLlama3ImageProcessor,
-        VideoLlama3Processor,
-        VideoLlama3VideoProcessor,
-    )
 
-    image, video = VideoLlama3ImageProcessor(merge_size=1), VideoLlama3VideoProcessor(merge_size=2)
-    processor = VideoLlama3Processor(image, tokenizer, video, chat_template=CHAT_TEMPLATE)
-    config = VideoLlama3Config(
+    image, video = hf.VideoLlama3ImageProcessor(merge_size=1), hf.VideoLlama3VideoProcessor(merge_size=2)
+    processor = hf.VideoLlama3Processor(image, tokenizer, video, chat_template=CHAT_TEMPLATE)
+    config = hf.VideoLlama3Config(
         text_config=_text(tokenizer, sizes, model_type="qwen2"),
         vision_config=_siglip(sizes) | {"patch_size": 14},
-        **_ids(tokenizer, **{"image_token_id": "image_token", "video_token_id": "video_token"}),
+        **_ids(tokenizer, SEEN),
     )
-    return Made(VideoLlama3ForConditionalGeneration, config, processor)
+    return Made(hf.VideoLlama3ForConditionalGeneration, config, processor)
 
 
 def _minicpmv(tokenizer: Any, sizes: TinySizes) -> Made:
     """Pictures in slices; layers of linear attention."""
-    from transformers import (
-        MiniCPMV4_6Config,
-        MiniCPMV4_6ForConditionalGeneration,
-        MiniCPMV4_6ImageProcessor,
-        MiniCPMV4_6Processor,
-        MiniCPMV4_6VideoProcessor,
-    )
 
     borders = {
         f"{kind}_{end}_token": f"<|{kind}_{end}|>"
@@ -533,8 +473,11 @@ def _minicpmv(tokenizer: Any, sizes: TinySizes) -> Made:
     tokenizer.add_special_tokens({"additional_special_tokens": list(borders.values())})
     tokenizer._set_model_specific_special_tokens(borders)
     small = {"scale_resolution": 56, "max_slice_nums": 2}
-    processor = MiniCPMV4_6Processor(
-        MiniCPMV4_6ImageProcessor(**small), MiniCPMV4_6VideoProcessor(**small), tokenizer, chat_template=CHAT_TEMPLATE
+    processor = hf.MiniCPMV4_6Processor(
+        hf.MiniCPMV4_6ImageProcessor(**small),
+        hf.MiniCPMV4_6VideoProcessor(**small),
+        tokenizer,
+        chat_template=CHAT_TEMPLATE,
     )
     kinds = ["linear_attention"] * (sizes.layers - 1) + ["full_attention"]
     linear = {
@@ -544,31 +487,26 @@ def _minicpmv(tokenizer: Any, sizes: TinySizes) -> Made:
         "linear_num_value_heads": 4,
     }
     head = {"head_dim": sizes.hidden // sizes.heads, "layer_types": kinds, **linear}
-    config = MiniCPMV4_6Config(
+    config = hf.MiniCPMV4_6Config(
         text_config=_text(tokenizer, sizes, model_type="qwen3_5_text", **head),
         vision_config=_siglip(sizes) | {"image_size": 56, "patch_size": 14},
         insert_layer_id=0,
         image_size=56,
-        **_ids(tokenizer, **{"image_token_id": "image_token", "video_token_id": "video_token"}),
+        **_ids(tokenizer, SEEN),
         tie_word_embeddings=True,
     )
-    return Made(MiniCPMV4_6ForConditionalGeneration, config, processor)
+    return Made(hf.MiniCPMV4_6ForConditionalGeneration, config, processor)
 
 
 def _phi4(tokenizer: Any, sizes: TinySizes) -> Made:
     """Pictures in crops and sound; the language model has the towers below its embeddings."""
-    from transformers import (
-        Phi4MultimodalConfig,
-        Phi4MultimodalFeatureExtractor,
-        Phi4MultimodalForCausalLM,
-        Phi4MultimodalImageProcessor,
-        Phi4MultimodalProcessor,
-    )
 
     tokenizer.chat_template = TEXT_TEMPLATE
-    processor = Phi4MultimodalProcessor(Phi4MultimodalImageProcessor(), Phi4MultimodalFeatureExtractor(), tokenizer)
-    ids = _ids(tokenizer, **{"image_token_id": "image_token", "audio_token_id": "audio_token"})
-    config = Phi4MultimodalConfig(
+    processor = hf.Phi4MultimodalProcessor(
+        hf.Phi4MultimodalImageProcessor(), hf.Phi4MultimodalFeatureExtractor(), tokenizer
+    )
+    ids = _ids(tokenizer, {"image_token_id": "image_token", "audio_token_id": "audio_token"})
+    config = hf.Phi4MultimodalConfig(
         **_text(tokenizer, sizes),
         bos_token_id=None,
         vision_config=_siglip(sizes) | {"image_token_id": ids["image_token_id"]},
@@ -583,73 +521,52 @@ def _phi4(tokenizer: Any, sizes: TinySizes) -> Made:
             "audio_token_id": ids["audio_token_id"],
         },
     )
-    return Made(Phi4MultimodalForCausalLM, config, processor)
+    return Made(hf.Phi4MultimodalForCausalLM, config, processor)
 
 
 def _internvl(tokenizer: Any, sizes: TinySizes) -> Made:
     """Pictures in crops of one size; the frames of a clip stand among words, each as one crop."""
-    from transformers import (
-        GotOcr2ImageProcessor,
-        InternVLConfig,
-        InternVLForConditionalGeneration,
-        InternVLProcessor,
-        InternVLVideoProcessor,
-    )
 
     names = {"start_image_token": "vision_bos_token", "end_image_token": "vision_eos_token"}
     names |= {"context_image_token": "image_token", "video_token": "video_token"}
     tokenizer._set_model_specific_special_tokens({name: MEDIA_TOKENS[token] for name, token in names.items()})
     size = {"height": 56, "width": 56}
-    image, video = GotOcr2ImageProcessor(size=size, max_patches=2), InternVLVideoProcessor(size=size)
-    processor = InternVLProcessor(image, tokenizer, video, image_seq_length=4, chat_template=CHAT_TEMPLATE)
-    config = InternVLConfig(
+    image, video = hf.GotOcr2ImageProcessor(size=size, max_patches=2), hf.InternVLVideoProcessor(size=size)
+    processor = hf.InternVLProcessor(image, tokenizer, video, image_seq_length=4, chat_template=CHAT_TEMPLATE)
+    config = hf.InternVLConfig(
         text_config=_text(tokenizer, sizes, model_type="qwen2"),
         vision_config=_siglip(sizes)
         | {"image_size": 56, "patch_size": 14, "initializer_range": sizes.initializer_range},
         image_seq_length=4,
-        **_ids(tokenizer, **{"image_token_id": "image_token"}),
+        **_ids(tokenizer, {"image_token_id": "image_token"}),
     )
-    return Made(InternVLForConditionalGeneration, config, processor)
+    return Made(hf.InternVLForConditionalGeneration, config, processor)
 
 
 def _llava_onevision(tokenizer: Any, sizes: TinySizes) -> Made:
     """Pictures in crops by their shape, a token at the end of each line of patches."""
-    from transformers import (
-        LlavaOnevisionConfig,
-        LlavaOnevisionForConditionalGeneration,
-        LlavaOnevisionImageProcessor,
-        LlavaOnevisionProcessor,
-        LlavaOnevisionVideoProcessor,
-    )
 
     size, grid = {"height": 56, "width": 56}, [[56, 56], [56, 112], [112, 56]]
-    processor = LlavaOnevisionProcessor(
-        LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=grid),
+    processor = hf.LlavaOnevisionProcessor(
+        hf.LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=grid),
         tokenizer,
-        LlavaOnevisionVideoProcessor(size=size),
+        hf.LlavaOnevisionVideoProcessor(size=size),
         num_image_tokens=16,
         vision_feature_select_strategy="full",
         chat_template=CHAT_TEMPLATE,
     )
-    config = LlavaOnevisionConfig(
+    config = hf.LlavaOnevisionConfig(
         text_config=_text(tokenizer, sizes, model_type="qwen2"),
         vision_config=_siglip(sizes) | {"image_size": 56, "patch_size": 14, "vision_use_head": False},
         image_grid_pinpoints=grid,
-        **_ids(tokenizer, **{"image_token_index": "image_token", "video_token_index": "video_token"}),
+        **_ids(tokenizer, {"image_token_index": "image_token", "video_token_index": "video_token"}),
         tie_word_embeddings=True,
     )
-    return Made(LlavaOnevisionForConditionalGeneration, config, processor)
+    return Made(hf.LlavaOnevisionForConditionalGeneration, config, processor)
 
 
 def _smolvlm(tokenizer: Any, sizes: TinySizes) -> Made:
     """Pictures in crops, clips as frames with their times; how many it says in words."""
-    from transformers import (
-        SmolVLMConfig,
-        SmolVLMForConditionalGeneration,
-        SmolVLMImageProcessor,
-        SmolVLMProcessor,
-        SmolVLMVideoProcessor,
-    )
     from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE  # clips have it in any case
 
     if find_spec("num2words") is None:
@@ -660,14 +577,14 @@ def _smolvlm(tokenizer: Any, sizes: TinySizes) -> Made:
     tokenizer._set_model_specific_special_tokens({"image_token": "<image>", "video_token": "<video>"})
     small = {"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 56}}
     sampled = {"video_sampling": {"max_frames": 8, "fps": 1, "video_size": {"longest_edge": 56}}}
-    processor = SmolVLMProcessor(
-        SmolVLMImageProcessor(**small),
+    processor = hf.SmolVLMProcessor(
+        hf.SmolVLMImageProcessor(**small),
         tokenizer,
-        SmolVLMVideoProcessor(**small, **sampled),
+        hf.SmolVLMVideoProcessor(**small, **sampled),
         image_seq_len=4,
         chat_template=DEFAULT_CHAT_TEMPLATE,
     )
-    config = SmolVLMConfig(
+    config = hf.SmolVLMConfig(
         text_config=_text(tokenizer, sizes, model_type="llama"),
         vision_config=_siglip(sizes)
         | {"image_size": 56, "patch_size": 14, "initializer_range": sizes.initializer_range},
@@ -676,18 +593,11 @@ def _smolvlm(tokenizer: Any, sizes: TinySizes) -> Made:
         image_token_id=processor.image_token_id,
         tie_word_embeddings=True,
     )
-    return Made(SmolVLMForConditionalGeneration, config, processor)
+    return Made(hf.SmolVLMForConditionalGeneration, config, processor)
 
 
 def _glm4v(tokenizer: Any, sizes: TinySizes) -> Made:
     """Clips whose frames carry their times and stand as pictures between tokens of their own."""
-    from transformers import (
-        Glm4vConfig,
-        Glm4vForConditionalGeneration,
-        Glm4vImageProcessor,
-        Glm4vProcessor,
-        Glm4vVideoProcessor,
-    )
 
     borders = {
         f"{kind}_{end}": f"<|{begins}_of_{kind}|>"
@@ -696,15 +606,15 @@ def _glm4v(tokenizer: Any, sizes: TinySizes) -> Made:
     }
     tokenizer.add_special_tokens({"additional_special_tokens": list(borders.values())})
     small = {"size": {"shortest_edge": 56 * 56, "longest_edge": 56 * 56}}
-    processor = Glm4vProcessor(
-        Glm4vImageProcessor(**small),
+    processor = hf.Glm4vProcessor(
+        hf.Glm4vImageProcessor(**small),
         tokenizer,
-        Glm4vVideoProcessor(size={"shortest_edge": 2 * 56 * 56, "longest_edge": 4 * 56 * 56}),
+        hf.Glm4vVideoProcessor(size={"shortest_edge": 2 * 56 * 56, "longest_edge": 4 * 56 * 56}),
         chat_template=CHAT_TEMPLATE.replace(
             "<|vision_bos|><|VIDEO|><|vision_eos|>", "<|begin_of_video|><|VIDEO|><|end_of_video|>"
         ).replace("<|vision_bos|><|IMAGE|><|vision_eos|>", "<|begin_of_image|><|IMAGE|><|end_of_image|>"),
     )
-    config = Glm4vConfig(
+    config = hf.Glm4vConfig(
         text_config=_text(tokenizer, sizes, rope_parameters=_rope(sizes) | {"partial_rotary_factor": 1.0}),
         vision_config={
             "depth": sizes.vision_layers,
@@ -717,22 +627,21 @@ def _glm4v(tokenizer: Any, sizes: TinySizes) -> Made:
             "initializer_range": sizes.initializer_range,
         },
         **{f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in borders.items()},
-        **_ids(tokenizer, **{"image_token_id": "image_token", "video_token_id": "video_token"}),
+        **_ids(tokenizer, SEEN),
         tie_word_embeddings=True,
     )
-    return Made(Glm4vForConditionalGeneration, config, processor)
+    return Made(hf.Glm4vForConditionalGeneration, config, processor)
 
 
 def _lfm2_vl(tokenizer: Any, sizes: TinySizes) -> Made:
     """Pictures in tiles; layers of short convolutions between those of attention."""
-    from transformers import Lfm2VlConfig, Lfm2VlForConditionalGeneration, Lfm2VlImageProcessor, Lfm2VlProcessor
 
     tiles = [f"<|img_row_{row}_col_{column}|>" for row, column in ((1, 1), (1, 2), (2, 1))]
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|img_thumbnail|>", *tiles]})
     around = [MEDIA_TOKENS[name] for name in ("image_token", "vision_bos_token", "vision_eos_token")]
     names = dict(zip(("image_token", "image_start_token", "image_end_token"), around, strict=True))
     tokenizer._set_model_specific_special_tokens(names)
-    image = Lfm2VlImageProcessor(
+    image = hf.Lfm2VlImageProcessor(
         max_tiles=2,
         min_image_tokens=4,
         max_image_tokens=16,
@@ -741,20 +650,19 @@ def _lfm2_vl(tokenizer: Any, sizes: TinySizes) -> Made:
         size={"height": 64, "width": 64},
     )
     template = CHAT_TEMPLATE.replace("<|vision_bos|><|IMAGE|><|vision_eos|>", "<|IMAGE|>")
-    processor = Lfm2VlProcessor(image, tokenizer, chat_template=template)
+    processor = hf.Lfm2VlProcessor(image, tokenizer, chat_template=template)
     kinds = ["conv"] * (sizes.layers - 1) + ["full_attention"]
-    config = Lfm2VlConfig(
+    config = hf.Lfm2VlConfig(
         text_config=_text(tokenizer, sizes, model_type="lfm2", layer_types=kinds, block_multiple_of=16),
         vision_config=_siglip(sizes) | {"patch_size": 8, "num_patches": 64, "vision_use_head": False},
         projector_hidden_size=sizes.hidden,
-        **_ids(tokenizer, **{"image_token_id": "image_token"}),
+        **_ids(tokenizer, {"image_token_id": "image_token"}),
     )
-    return Made(Lfm2VlForConditionalGeneration, config, processor)
+    return Made(hf.Lfm2VlForConditionalGeneration, config, processor)
 
 
 def _qwen3_5(tokenizer: Any, sizes: TinySizes) -> Made:
     """Layers of linear attention; the processor of Qwen3-VL; a template that opens thinking."""
-    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
     processor = _qwen3_vl(tokenizer, sizes).processor
     begins = "<|im_start|>assistant\n"
@@ -768,38 +676,28 @@ def _qwen3_5(tokenizer: Any, sizes: TinySizes) -> Made:
     linear |= {"linear_num_value_heads": 4, "head_dim": sizes.hidden // sizes.heads}
     rope = _rope(sizes, mrope_interleaved=True, partial_rotary_factor=1.0)
     vision = {name: value for name, value in _deepstack_vision(sizes).items() if name != "deepstack_visual_indexes"}
-    ids = {"image_token_id": "image_token", "video_token_id": "video_token"}
-    ids |= {"vision_start_token_id": "vision_bos_token", "vision_end_token_id": "vision_eos_token"}
-    config = Qwen3_5Config(
+    config = hf.Qwen3_5Config(
         text_config=_text(tokenizer, sizes, rope_parameters=rope, layer_types=kinds, **linear),
         vision_config=vision,
-        **_ids(tokenizer, **ids),
+        **_ids(tokenizer, SEEN | BORDERS),
         tie_word_embeddings=True,
     )
-    return Made(Qwen3_5ForConditionalGeneration, config, processor)
+    return Made(hf.Qwen3_5ForConditionalGeneration, config, processor)
 
 
 def _music_flamingo(tokenizer: Any, sizes: TinySizes) -> Made:
     """Audio Flamingo 3 with the times of a sound's steps."""
-    from transformers import MusicFlamingoConfig, MusicFlamingoForConditionalGeneration, MusicFlamingoProcessor
 
     _, heard, other = _audio_flamingo(tokenizer, sizes)
     names = {name: MEDIA_TOKENS[name] for name in ("audio_token", "audio_bos_token", "audio_eos_token")}
     template = CHAT_TEMPLATE.replace("<|audio_bos|><|AUDIO|><|audio_eos|>", "<|AUDIO|>")
-    processor = MusicFlamingoProcessor(other.feature_extractor, tokenizer, chat_template=template, **names)
-    config = MusicFlamingoConfig(
+    processor = hf.MusicFlamingoProcessor(other.feature_extractor, tokenizer, chat_template=template, **names)
+    config = hf.MusicFlamingoConfig(
         audio_config=heard.audio_config.to_dict(),
         text_config=heard.text_config.to_dict(),
-        **_ids(
-            tokenizer,
-            **{
-                "audio_token_id": "audio_token",
-                "audio_bos_token_id": "audio_bos_token",
-                "audio_eos_token_id": "audio_eos_token",
-            },
-        ),
+        **_ids(tokenizer, {f"{name}_id": name for name in names}),
     )
-    return Made(MusicFlamingoForConditionalGeneration, config, processor)
+    return Made(hf.MusicFlamingoForConditionalGeneration, config, processor)
 
 
 def _siglip(sizes: TinySizes) -> dict[str, Any]:
@@ -813,22 +711,14 @@ def _siglip(sizes: TinySizes) -> dict[str, Any]:
 
 def _gemma3(tokenizer: Any, sizes: TinySizes) -> Made:
     """Images of one size, two-way attention inside them, a token of its own at the end of a turn."""
-    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3ImageProcessor, Gemma3Processor
 
     ids = _gemma_tokens(tokenizer, GEMMA3_TOKENS)
-    image = Gemma3ImageProcessor(size={"height": 56, "width": 56})
-    processor = Gemma3Processor(image, tokenizer, chat_template=_gemma_template(), image_seq_length=4)
+    image = hf.Gemma3ImageProcessor(size={"height": 56, "width": 56})
+    processor = hf.Gemma3Processor(image, tokenizer, chat_template=_gemma_template(), image_seq_length=4)
     head = {"head_dim": sizes.hidden // sizes.heads, "query_pre_attn_scalar": 16, "sliding_window": 64}
-    config = Gemma3Config(
+    config = hf.Gemma3Config(
         text_config=_text(tokenizer, sizes, **head),
-        vision_config={
-            "hidden_size": sizes.vision_width,
-            "intermediate_size": 2 * sizes.vision_width,
-            "num_hidden_layers": sizes.vision_layers,
-            "num_attention_heads": 4,
-            "image_size": 56,
-            "patch_size": 14,
-        },
+        vision_config=_siglip(sizes) | {"image_size": 56, "patch_size": 14},
         mm_tokens_per_image=4,
         image_token_index=ids["image_token"],
         boi_token_index=ids["boi_token"],
@@ -836,27 +726,19 @@ def _gemma3(tokenizer: Any, sizes: TinySizes) -> Made:
         tie_word_embeddings=True,
         initializer_range=sizes.initializer_range,
     )
-    return Made(Gemma3ForConditionalGeneration, config, processor)
+    return Made(hf.Gemma3ForConditionalGeneration, config, processor)
 
 
 def _gemma4(tokenizer: Any, sizes: TinySizes) -> Made:
     """Sound, images and clips, whose frames carry their times; caps its logits."""
-    from transformers import (
-        Gemma4AudioFeatureExtractor,
-        Gemma4Config,
-        Gemma4ForConditionalGeneration,
-        Gemma4ImageProcessor,
-        Gemma4Processor,
-        Gemma4VideoProcessor,
-    )
 
     ids = _gemma_tokens(tokenizer, GEMMA4_TOKENS)
     small: dict[str, Any] = {"patch_size": 8, "max_soft_tokens": 70, "pooling_kernel_size": 2}
-    processor = Gemma4Processor(
-        Gemma4AudioFeatureExtractor(),
-        Gemma4ImageProcessor(**small),
+    processor = hf.Gemma4Processor(
+        hf.Gemma4AudioFeatureExtractor(),
+        hf.Gemma4ImageProcessor(**small),
         tokenizer,
-        Gemma4VideoProcessor(**small),
+        hf.Gemma4VideoProcessor(**small),
         chat_template=_gemma_template("<|video|>"),
         image_seq_length=70,
     )
@@ -864,7 +746,7 @@ def _gemma4(tokenizer: Any, sizes: TinySizes) -> Made:
     kinds = ["sliding_attention"] * (sizes.layers - 1) + ["full_attention"]
     own = {"sliding_window": 64, "layer_types": kinds, "final_logit_softcapping": 30.0}
     own |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": len(tokenizer)}
-    config = Gemma4Config(
+    config = hf.Gemma4Config(
         text_config=_text(tokenizer, sizes, **head, **own),
         vision_config={
             "hidden_size": sizes.vision_width,
@@ -896,27 +778,20 @@ def _gemma4(tokenizer: Any, sizes: TinySizes) -> Made:
         tie_word_embeddings=True,
         initializer_range=sizes.initializer_range,
     )
-    return Made(Gemma4ForConditionalGeneration, config, processor)
+    return Made(hf.Gemma4ForConditionalGeneration, config, processor)
 
 
 def _gemma3n(tokenizer: Any, sizes: TinySizes) -> Made:
     """Four states a token, sound of one length, and images by a tower of convolutions, which timm has."""
-    from transformers import (
-        Gemma3nAudioFeatureExtractor,
-        Gemma3nConfig,
-        Gemma3nForConditionalGeneration,
-        Gemma3nProcessor,
-        SiglipImageProcessor,
-    )
 
     if find_spec("timm") is None:
         fix = "pip install timm, or use another family."
         raise InputError("sees by a tower of timm, which is not installed", where="gemma3n", fix=fix)
     ids = _gemma_tokens(tokenizer, GEMMA3_TOKENS | GEMMA3N_TOKENS)
     template = GEMMA_TEMPLATE.replace("IMAGE", "<image_soft_token>").replace("AUDIO", "<audio_soft_token>")
-    processor = Gemma3nProcessor(
-        Gemma3nAudioFeatureExtractor(),
-        SiglipImageProcessor(size={"height": 64, "width": 64}, do_normalize=False),
+    processor = hf.Gemma3nProcessor(
+        hf.Gemma3nAudioFeatureExtractor(),
+        hf.SiglipImageProcessor(size={"height": 64, "width": 64}, do_normalize=False),
         tokenizer,
         chat_template=template.replace("VIDEO", ""),
         image_seq_length=4,
@@ -928,7 +803,7 @@ def _gemma3n(tokenizer: Any, sizes: TinySizes) -> Made:
     own |= {"activation_sparsity_pattern": [0.5] + [0.0] * (sizes.layers - 1)}
     own |= {"pad_token_id": None}  # else its row of the embeddings is zero, whose size has no gradient
     own |= {"vocab_size": len(tokenizer) + 4}  # behind the tokens of text two of images and two of sound
-    config = Gemma3nConfig(
+    config = hf.Gemma3nConfig(
         text_config=_text(tokenizer, sizes, **own),
         vision_config={  # an architecture of timm's own tests in place of mobilenetv5_300m_enc
             "architecture": "test_convnext",
@@ -956,7 +831,7 @@ def _gemma3n(tokenizer: Any, sizes: TinySizes) -> Made:
         tie_word_embeddings=True,
         initializer_range=sizes.initializer_range,
     )
-    return Made(Gemma3nForConditionalGeneration, config, processor)
+    return Made(hf.Gemma3nForConditionalGeneration, config, processor)
 
 
 def _gemma_tokens(tokenizer: Any, media: Mapping[str, str]) -> dict[str, int]:
@@ -974,11 +849,10 @@ def _gemma_template(video: str = "") -> str:
 
 def _llama(tokenizer: Any, sizes: TinySizes) -> Made:
     """Text alone, so that its processor is its tokenizer, whose template takes a turn as one text."""
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer.chat_template = TEXT_TEMPLATE
     tokenizer._processor_class = tokenizer.init_kwargs["processor_class"] = None  # it may come from another family
-    return Made(LlamaForCausalLM, LlamaConfig(**_text(tokenizer, sizes)), tokenizer)
+    return Made(hf.LlamaForCausalLM, hf.LlamaConfig(**_text(tokenizer, sizes)), tokenizer)
 
 
 FAMILIES = {
