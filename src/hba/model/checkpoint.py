@@ -420,7 +420,7 @@ def read_config(name: str | Path) -> Any:
 
 
 # Published models whose config names code of their own, and what to give in their place.
-_HF = "Give its repository for transformers, whose name ends in -hf."
+_HF = "Give its repository for transformers, whose name ends in -hf, where there is one."
 _HEARING = "Use a model that hears and is in the table of docs/models.md, such as Voxtral or Qwen2-Audio."
 _PHI4 = "Download its revision refs/pr/70 into a folder and give that: transformers knows it."
 INSTEAD = {
