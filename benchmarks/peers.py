@@ -92,10 +92,13 @@ def compare(what: str, unit: str, hba: Side, peer: Side, few: int, many: int, ro
     rows: list[list[float]] = []
     peaks: list[tuple[int, int]] = []
     for number in range(rounds):
+        sides = {"hba": hba, "peer": peer}  # runs of one size are neighbours: both see the same machine
+        costs = {(name, count): side(count, work / f"{number}-{name}-{count}")
+                  for count in (few, many) for name, side in sides.items()}  # fmt: skip
         each: list[float] = []
         peak: list[int] = []
-        for name, side in (("hba", hba), ("peer", peer)):
-            less, more = (side(count, work / f"{number}-{name}-{count}") for count in (few, many))
+        for name in sides:
+            less, more = costs[name, few], costs[name, many]
             each += [(more.cpu - less.cpu) / (many - few), (more.wall - less.wall) / (many - few), less.cpu]
             peak.append(max(less.peak, more.peak))
         rows.append(each)
