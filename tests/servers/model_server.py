@@ -26,19 +26,18 @@ import soundfile
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    Qwen2_5OmniProcessor,
-    Qwen2_5OmniThinkerForConditionalGeneration,
-)
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from hba.atlas.media import load_video
 from hba.model.generate import media_token_ids
+from hba.model.weights import silence_transformers
 
 
 class Model:
     def __init__(self, options):
+        silence_transformers()  # before it knows the class: whoever started the server reads its port alone
+        from transformers import Qwen2_5OmniProcessor, Qwen2_5OmniThinkerForConditionalGeneration
+
         self.options, self.faults = options, {}
         self.processor = Qwen2_5OmniProcessor.from_pretrained(options.model)
         loaded = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(options.model, dtype=torch.float32)

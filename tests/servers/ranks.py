@@ -126,10 +126,11 @@ def serve() -> None:
     """The life of the waiting process: orders in, how the ranks ended out."""
     import importlib
 
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
     for module in PRELOADED:
         importlib.import_module(module)
     sys.modules["torch"].set_num_threads(1)  # as the tests' own process
-    answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         answers.write(json.dumps(_run(json.loads(line))) + "\n")
         answers.flush()

@@ -65,8 +65,11 @@ def test_a_python_without_wheels_uses_an_older_one_or_says_which_to_install(
     monkeypatch.setattr(sys, "version_info", (3, 14, 0, "final", 0))
     monkeypatch.setenv("PATH", str(tmp_path))
     if there:
-        (tmp_path / there).write_text("#!/bin/sh\necho called $* >&2; exit 1\n")
+        (tmp_path / there).write_text("#!/bin/sh\necho called $* >&2; [ $1 = -c ]\n")
         (tmp_path / there).chmod(0o755)
+    if there == "python3.11":  # beside what a manager of versions lays there for one that is not chosen
+        (tmp_path / "python3.12").write_text("#!/bin/sh\nexit 127\n")
+        (tmp_path / "python3.12").chmod(0o755)
     said = r"called -m venv" if there else r"wheels for Python 3\.11 and 3\.12"
     with pytest.raises(HbaError, match=said) as raised:
         set_up()

@@ -51,11 +51,15 @@ _MARK = "hba.json"
 
 
 def _interpreter() -> tuple[str, str]:
-    """(version, executable) of the Python that has MediaPipe's wheels: this one, or else an older one of the PATH."""
-    own = "{}.{}".format(*sys.version_info)
-    others = ((version, shutil.which(f"python{version}")) for version in ("3.12", "3.11"))
-    found = next(((version, path) for version, path in others if path), ("3.12", ""))
-    return (own, sys.executable) if sys.version_info < (3, 13) else found
+    """(version, executable) of the Python that has MediaPipe's wheels: this one, or else an older one of the PATH that
+    runs: what pyenv lays there for a version that is not chosen does not."""
+    if sys.version_info < (3, 13):
+        return "{}.{}".format(*sys.version_info), sys.executable
+    for version in ("3.12", "3.11"):
+        path = shutil.which(f"python{version}")
+        if path and subprocess.run([path, "-c", ""], capture_output=True, check=False).returncode == 0:  # noqa: S603
+            return version, path
+    return "3.12", ""
 
 
 def environment_folder() -> Path:

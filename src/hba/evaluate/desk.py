@@ -17,6 +17,7 @@ import logging
 import shutil
 import threading
 import time
+import traceback
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -493,7 +494,12 @@ class Desk:
                 _log.warning("%s", error)
             elif not isinstance(error, HbaError):
                 _log.exception("the model failed on a batch of %s", plural(len(inquiries), "row"))
-            # The frames of a traceback, and of that of what it came of, would keep the batch's tensors.
+            # The frames of a traceback, and of that of what it came of, would keep the batch's tensors: some frames of
+            # torch hold themselves, so that it is not enough to let go of the traceback.
+            raised: BaseException | None = error
+            while raised is not None:
+                traceback.clear_frames(raised.__traceback__)
+                raised = raised.__cause__ or raised.__context__
             error.__traceback__ = error.__context__ = error.__cause__ = None
             if len(inquiries) == 1:
                 return [(inquiries[0], error)]

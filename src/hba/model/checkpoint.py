@@ -46,6 +46,7 @@ from hba.model.weights import (
     open_tensors,
     quantize,
     read_tensors,
+    silence_transformers,
     skeleton,
     some,
     without_load_reports,
@@ -445,6 +446,7 @@ def _instead_of(name: str | Path) -> str:
 
 def backbone_class(name: str | Path) -> Any:
     """transformers' class for the model in a folder or on the hub. Raises InputError when there is none."""
+    silence_transformers()
     import transformers
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,

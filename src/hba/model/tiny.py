@@ -21,6 +21,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from hba.atlas import Atlas
 from hba.batch.prompt import FORMATS, AnswerFormat, Modality
 from hba.errors import InputError, nearest
+from hba.model.weights import silence_transformers
 from hba.storage import atomic_folder, file_sha256
 
 # The pre-tokenizer and the special tokens of Qwen2.5-Omni.
@@ -122,6 +123,7 @@ def build_tiny(
 
 def build_family(out: str | Path, tokenizer: Any, family: str, *, seed: int, sizes: TinySizes | None = None) -> Path:
     """`build_tiny` with a tokenizer that is there, which may get the tokens of the family."""
+    silence_transformers()
     made = FAMILIES[family].make(tokenizer, sizes or TinySizes())
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -14,6 +14,7 @@ import logging
 import math
 import re
 import struct
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -52,6 +53,17 @@ _SHOWN = 5
 _DOWNLOAD = "Download or copy the model again."
 # PEFT imports bitsandbytes where it is installed, which warns of a kernel of the hub that it does without.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def silence_transformers() -> None:
+    """To be called before classes of models are imported: nothing is to stand before what a command says in JSON.
+
+    Python 3.13 strips the indentation of docstrings. transformers then misses what some of its classes tell of
+    arguments, and prints that to stdout.
+    """
+    from transformers.utils import auto_docstring
+
+    vars(sys.modules[auto_docstring.__module__])["print"] = lambda *_: None
 
 
 class Stored(NamedTuple):
