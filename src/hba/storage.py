@@ -517,6 +517,10 @@ def write_json(path: str | Path, value: Any) -> None:
         handle.write("\n")
 
 
+UNREADABLE = (ValueError, RecursionError)
+"""what `json.loads` raises of bytes: no JSON, no UTF-8, a number of thousands of digits, brackets without end"""
+
+
 def read_json(path: str | Path) -> Any:
     """Read a JSON file. Raises InputError with file and line when it is missing or malformed."""
     path = Path(path)
@@ -524,7 +528,7 @@ def read_json(path: str | Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError("no such file", where=str(path), fix="Check the path.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         what, fix = f"not valid JSON ({error})", "Repair or rewrite the file."
         raise InputError(what, where=f"{path}{line}", fix=fix) from None
@@ -548,7 +552,7 @@ def read_jsonl(path: str | Path, *, growing: bool = False) -> Iterator[Line]:
                 continue
             try:
                 record = json.loads(raw)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            except UNREADABLE as error:
                 fix = "Repair the line; if it is the last one, the file was cut off."
                 raise InputError(f"not valid JSON ({error})", where=f"{path}:{number}", fix=fix) from None
             if not isinstance(record, dict):

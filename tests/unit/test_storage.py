@@ -213,6 +213,15 @@ def test_log_goes_on_behind_its_last_whole_line(tmp_path: Path) -> None:
     assert [line.record for line in read_jsonl(path)] == [{"a": "ü"}, {"a": 2}]
 
 
+@pytest.mark.parametrize("text", ['{"a": ' + "[" * 100_000, '{"a": ' + "1" * 5000 + "}"], ids=["deep", "a long number"])
+def test_json_of_a_stranger_ends_in_one_sentence(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(InputError, match="not valid JSON"):
+        read_json(tmp_path / "a.json")
+    with pytest.raises(InputError, match="not valid JSON"):
+        list(read_jsonl(tmp_path / "a.json"))
+
+
 @pytest.mark.parametrize("size", [0, 1, 65_535, 65_536, 65_537, 200_000])
 def test_a_torn_line_of_any_length_is_cut(tmp_path: Path, size: int) -> None:
     for whole in (b"", b'{"a": 1}\n', b'{"a": "' + b"x" * 70_000 + b'"}\n'):
