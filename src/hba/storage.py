@@ -602,7 +602,7 @@ def whole(text: str) -> str:
 def _is_object(raw: bytes) -> bool:
     try:
         return isinstance(json.loads(raw), dict)
-    except ValueError:
+    except UNREADABLE:
         return False
 
 

@@ -407,7 +407,7 @@ def read_config(name: str | Path) -> Any:
 
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RecursionError) as error:
         said = str(error)
         if "custom code" in said or "does not recognize this architecture" in said:
             what = "is of a kind that transformers does not know"

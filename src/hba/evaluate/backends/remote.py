@@ -228,7 +228,7 @@ def _require_bound(offered: Mapping[str, str], reply: Reply, form: str) -> None:
     if form == "json_schema" and not cut:
         try:
             said = json.loads(said)["answer"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             said = ""
     fits = said.startswith("{") if form == "json_schema" else any(text.startswith(said) for text in texts)
     if said not in texts and not (cut and fits):
