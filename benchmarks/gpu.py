@@ -737,7 +737,7 @@ def look_at_probabilities(way: str) -> dict[str, Any]:
     if way == "whole":
         rollout.CHUNK_VALUES = tokens * VOCABULARY
     options = {"banned": [7], "temperature": 1.0, "vocabulary": VOCABULARY}
-    found_N2 = rollout._of_tokens(states_NH, head, ids_N=ids_N, **options)
+    found_N2 = rollout.of_tokens(states_NH, head, ids_N=ids_N, **options)
     found_N2[:, 0].sum().backward()
     return {"tokens": tokens, "sum": round(float(found_N2.detach().double().sum()), 1)}
 

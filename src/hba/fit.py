@@ -4,7 +4,8 @@ One micro-batch is computed as training computes it, by the classes and the auto
 numbers (PyTorch's FakeTensorMode). Counted are the bytes that live at once and the operations of its matrix products;
 so a family of models needs no formula of its own. Only the language model is computed, with two numbers of layers and
 of samples; what a layer and a sample cost is the difference. Three parts are reckoned and not computed: media towers
-(their shapes depend on the values of their input), the cache of keys and values, and what a driver keeps for itself.
+(their shapes depend on the values of their input), the last token of an answer with all keys and values, and what a
+driver keeps for itself.
 
 What it cannot know is how fast a GPU is: it assumes `UTILISATION` of the figure that its maker states.
 """
@@ -13,9 +14,10 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -24,7 +26,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from torch.utils.flop_counter import flop_registry
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -32,11 +33,14 @@ from hba.errors import ConfigError, InputError, nearest
 from hba.evaluate.config import PredictConfig
 from hba.model import checkpoint
 from hba.model.checkpoint import backbone_class, read_config, resolve_dtype
-from hba.model.config import ModelConfig, Quantization
+from hba.model.config import ModelConfig
 from hba.model.heads import CHUNK_VALUES
-from hba.model.omni import OmniSapiens, apply_strategy, as_they_come, recompute_layers
+from hba.model.omni import OmniSapiens, apply_strategy, as_they_come, behind_head, recompute_layers
 from hba.model.weights import language_layers, linear_names, skeleton
 from hba.rl.config import RlConfig
+from hba.rl.rollout import of_tokens
+from hba.storage import read_json
+from hba.taxonomy import BUILTIN
 from hba.train.config import BamConfig, LmConfig, QaConfig, SftConfig, TrainConfig
 from hba.train.ranks import ROUNDED, Unit, units
 
@@ -61,6 +65,10 @@ REFERENCE = "policy of the start"
 LM_HEAD = "lm_head in float32 and its moments"
 VALIDATION = "validation_batch_size"
 LOGITS_BYTES = 20  # of a token's logit while its loss and gradient are made: five are alive
+SAID_BYTES = 16  # of a logit from which the most probable token is taken: four are alive
+DRAWN_BYTES = 40  # of one from which a token is drawn: shares of probability are added up in 64 bits
+KEYS = "keys and values"
+MOST = 1 << 30  # samples, of a model that takes nothing for them
 TOWER_POSITIONS = 3  # of a media tower for a token of the prompt: 4 patches or 2 frames of sound make one
 
 
@@ -161,6 +169,7 @@ class Work(NamedTuple):
     cached: int = 0  # tokens of keys and values that a sample has when its answer is complete
     frozen_towers: bool = True
     copies: int = 1  # of a sample of the plan: responses to a prompt
+    step: int = 0  # samples of an optimizer step, on all GPUs: of one micro-batch no gradients are there before
     counted: int = 0  # what the plan counts for a sample of the plan by `train.device_tokens`
     beside: TrainConfig | None = None  # of a pass between steps: the training whose weights and moments are there
     reference: bool = False  # whether the policy of the start is there, too
@@ -193,21 +202,26 @@ class Counted(NamedTuple):
         return Counted(*(a + (b - a) * steps for a, b in zip(self, other, strict=True)))
 
 
+def _training(config: Settings) -> TrainConfig | None:
+    """The training that runs the model; None where a frozen one is asked, of which other things may learn."""
+    if isinstance(config, PredictConfig | QaConfig) or (isinstance(config, BamConfig) and config.stage != "full"):
+        return None
+    return config.train
+
+
 def _budgeted(config: Settings) -> TrainConfig | None:
     """The training of which a GPU takes so many tokens at once: where that is set, and where nothing is."""
-    if isinstance(config, PredictConfig | QaConfig | BamConfig):
-        return None
-    train = config.train
-    return train if train.device_tokens is not None or train.device_batch_size is None else None
+    train = _training(config)
+    return train if train and (train.device_tokens is not None or train.device_batch_size is None) else None
 
 
 def work_of(config: Settings, tokens: int, model: str) -> list[Work]:
-    """What `config` makes a GPU do; of RL the sampling and the update. `tokens` are those of the longest prompt."""
+    """What `config` makes a GPU do; of RL the update and the sampling. `tokens` are those of the longest prompt."""
     if isinstance(config, PredictConfig):
-        plain = _frozen(config, model)
+        plain = _of_run(config, model)
         return [Work(plain, None, config.batch_size, tokens, cached=tokens + config.generation.max_tokens)]
-    if isinstance(config, QaConfig | BamConfig):
-        plain, learning = _frozen(config, model), config.train if isinstance(config, QaConfig) else None
+    if isinstance(config, QaConfig) or (isinstance(config, BamConfig) and config.stage != "full"):
+        plain, learning = _of_run(config, model), config.train if isinstance(config, QaConfig) else None
         if not config.features.cache:
             return [Work(plain, None, _at_once(config.train, tokens), tokens, lm_head=learning)]
         works = [Work(plain, None, config.features.batch_size, tokens)]
@@ -215,18 +229,29 @@ def work_of(config: Settings, tokens: int, model: str) -> list[Work]:
             works.append(Work(plain, None, _at_once(learning, tokens), ANSWER_TOKENS, lm_head=learning, alone=True))
         return works
     if not isinstance(config, RlConfig):
-        speaks = not isinstance(config, SftConfig) or config.answer_weight > 0
-        answers, samples = ANSWER_TOKENS if speaks else 0, _at_once(config.train, tokens)
-        work = Work(config.model, config.train, samples, tokens + answers, answers, frozen_towers=False)
-        return [work._replace(counted=tokens)]
+        answers = ANSWER_TOKENS if _speaks(config) else 0
+        learned = _of_run(config, model) if isinstance(config, BamConfig) else config.model
+        samples = _at_once(config.train, tokens)
+        work = Work(learned, config.train, samples, tokens + answers, answers, frozen_towers=False)
+        return [work._replace(counted=tokens, step=config.train.batch_size * config.train.accumulation)]
     new, copies = config.rollout.max_new_tokens, config.rollout.per_prompt
     counted = (tokens + new) * copies
     samples = _at_once(config.train, counted) * copies
-    update = Work(config.model, config.train, samples, tokens + new, new, True, frozen_towers=config.freeze_towers)
+    plain = replace(config.model, lora_dropout=0.0)  # the update drops nothing: it must see what the sampling saw
+    update = Work(plain, config.train, samples, tokens + new, new, True, frozen_towers=config.freeze_towers)
     apart = config.model.strategy == "full" and config.loss.kl_weight > 0  # LoRA is switched off instead
-    update = update._replace(copies=copies, counted=counted, reference=apart)
+    step = config.train.batch_size * config.train.accumulation * copies // config.loss.updates
+    update = update._replace(copies=copies, counted=counted, reference=apart, step=step)
     sampling = update._replace(train=None, beside=config.train, tokens=tokens, cached=tokens + new)
     return [update, sampling] if config.rollout.sampler == "generate" else [update]
+
+
+def _speaks(config: SftConfig | LmConfig | BamConfig) -> bool:
+    """Whether training has answers in words, as far as its config tells."""
+    if isinstance(config, SftConfig):
+        return config.answer_weight > 0
+    keys = config.datasets if isinstance(config, BamConfig) else None
+    return keys is None or any(key not in BUILTIN.datasets or BUILTIN.datasets[key].domain is None for key in keys)
 
 
 def _at_once(train: TrainConfig, counted: int) -> int:
@@ -235,10 +260,28 @@ def _at_once(train: TrainConfig, counted: int) -> int:
     return most if train.device_tokens is None else max(1, min(most, train.device_tokens // counted))
 
 
-def _frozen(config: PredictConfig | QaConfig | BamConfig, model: str) -> ModelConfig:
-    kind: Quantization = "none" if config.quantization == "auto" else config.quantization
+def _checkpoint(model: str) -> Path | None:
+    """That of a run on this machine; nothing is downloaded to count."""
+    return checkpoint.resolve(model) if Path(model).is_dir() else None
+
+
+def _of_run(config: PredictConfig | QaConfig | BamConfig, model: str) -> ModelConfig:
+    """The model of a stage behind the first as the run `model` has it, frozen but where BAM trains all.
+
+    A plain backbone has no LoRA; where all trains it stands for a run by `hba train sft`, by its defaults.
+    """
+    folder, trains = _checkpoint(model), _training(config) is not None
+    card = None if folder is None else checkpoint.read_card(folder)
+    kind = checkpoint.quantization_of(card) if config.quantization == "auto" else config.quantization
     how: dict[str, Any] = {"dtype": config.dtype, "attention": config.attention, "quantization": kind}
-    return ModelConfig(name=model, strategy="heads", **how)
+    if card is None or folder is None:
+        return ModelConfig(name=model, strategy="lora" if trains else "heads", **how)
+    if card["strategy"] == "lora":
+        adapter = read_json(folder / "adapter_config.json")
+        how |= {"lora_r": adapter["r"], "lora_alpha": adapter["lora_alpha"], "lora_dora": adapter["use_dora"]}
+        how["lora_rank_pattern"] = adapter["rank_pattern"] or None
+    frozen = card["strategy"] == "full" and not trains
+    return ModelConfig(name=model, strategy="heads" if frozen else card["strategy"], **how)
 
 
 def fit_run(
@@ -270,7 +313,7 @@ def fit_run(
     changes = [] if roomy else _changes(bare, config, model, usable, gpus, lengths)
     validation, asked = _validated(bare, config, model, usable, gpus, longest)
     if roomy and 0 < validation < asked:
-        changes = [f"validation_batch_size={validation}"]
+        changes = [f"{_validation_key(config)}={validation}"]
     return Fit(
         model=model,
         stage=stage,
@@ -302,7 +345,7 @@ def _key(config: Settings) -> str:
     """The key that says how much a GPU takes at once."""
     if isinstance(config, PredictConfig):
         return "batch_size"
-    if isinstance(config, QaConfig | BamConfig) and config.features.cache:
+    if isinstance(config, QaConfig | BamConfig) and _training(config) is None and config.features.cache:
         return "features.batch_size"
     return "train.device_tokens" if _budgeted(config) else "train.device_batch_size"
 
@@ -328,12 +371,17 @@ def _validated(bare: _Bare, config: Settings, model: str, usable: float, gpus: i
 
     A split model is whole while it is validated.
     """
-    if isinstance(config, PredictConfig | QaConfig | BamConfig):
+    if isinstance(config, PredictConfig | QaConfig) or _training(config) is None:
         return 0, 0
     work = work_of(config, tokens, model)[0]
     cached = tokens + config.rollout.max_new_tokens if isinstance(config, RlConfig) else 0
     passing = work._replace(train=None, beside=work.train, tokens=tokens, answers=0, cached=cached)
-    return _Need(bare, passing, gpus).largest(usable * GIB), config.validation_batch_size
+    asked = config.features.batch_size if isinstance(config, BamConfig) else config.validation_batch_size
+    return _Need(bare, passing, gpus).largest(usable * GIB), asked
+
+
+def _validation_key(config: Settings) -> str:
+    return "features.batch_size" if isinstance(config, BamConfig) else VALIDATION
 
 
 def _changes(bare: _Bare, config: Settings, model: str, usable: float, gpus: int, lengths: Sequence[int]) -> list[str]:
@@ -351,22 +399,24 @@ def _changes(bare: _Bare, config: Settings, model: str, usable: float, gpus: int
             return False
         if len(found) < 3:
             small = f"{_key(config)}={most}" if most < asked else ""
-            fewer = f"{VALIDATION}={validation}" if validation < wished else ""
+            fewer = f"{_validation_key(config)}={validation}" if validation < wished else ""
             found.append(" ".join(each for each in (words.strip(), small, fewer) if each))
         return True
 
     offer("", config)
-    if isinstance(config, PredictConfig | QaConfig | BamConfig):
+    if isinstance(config, PredictConfig | QaConfig) or _training(config) is None:
         return found
-    saving = replace(config, train=replace(config.train, activation_checkpointing=True))
+    saving: Settings = replace(config, train=replace(config.train, activation_checkpointing=True))
     if not config.train.activation_checkpointing:
         offer("train.activation_checkpointing=true ", saving)
-    light = _changed(saving, {"model.strategy": "lora"})
-    if config.model.strategy == "full" and light is not None:
-        offer("model.strategy=lora train.activation_checkpointing=true ", light)
-    bits = _changed(saving, {"model.quantization": "nf4"})
-    if config.model.quantization == "none" and bits is not None:
-        offer("model.quantization=nf4 train.activation_checkpointing=true ", bits)
+    lighter: list[dict[str, Any]] = []
+    if not isinstance(config, BamConfig):  # of which the run that it stands on decides
+        lighter += [{"model.strategy": "lora"}] if config.model.strategy == "full" else []
+        lighter += [{"model.quantization": "nf4"}] if config.model.quantization == "none" else []
+    for keys in lighter:
+        if (light := _changed(saving, keys)) is not None:
+            ((key, value),) = keys.items()
+            offer(f"{key}={value} train.activation_checkpointing=true ", light)
     shared = _changed(saving, {"train.sharding": "full"})
     if shared is None:
         return found
@@ -448,9 +498,8 @@ def _value(config: Settings, key: str) -> Any:
 
 def _changed(config: Settings, keys: dict[str, Any]) -> Settings | None:
     """With other values, or None where a run like this cannot have them."""
-    rounds = keys.get("train.sharding") == "full" or "model.quantization" in keys
-    if rounds and isinstance(config, SftConfig | LmConfig | RlConfig) and config.model.lora_dora:
-        return None  # lengths of DoRA's rows
+    if "model.quantization" in keys and isinstance(config, SftConfig | LmConfig | RlConfig) and config.model.lora_dora:
+        return None  # DoRA measures whole rows, which are made of the 4 bits in float32 each time
     try:
         for key, value in keys.items():
             section, _, name = key.partition(".")
@@ -491,6 +540,8 @@ class _Need:
             step = work.lm_head.batch_size * work.lm_head.accumulation
         # From the second micro-batch of a step on, what those before it have added up is there, too.
         self.gradient_before = self.head_gradient if work.samples * gpus < step else 0.0
+        # What is gathered from other GPUs gives its gradients to them, a layer after the other.
+        self.share = 0 if work.train is None or split else -(-work.step // gpus)
         nothing = Counted(0, 0, 0)
         counted = (nothing if work.alone else bare.count(work, self.dtype, samples) for samples in (1, 2))
         self.of_one, self.of_two = counted
@@ -520,7 +571,11 @@ class _Need:
     def parts(self, samples: int) -> dict[str, float]:
         """Bytes by part. What lives one after the other counts once: the towers' own peak, the language model's, the
         gradient of an lm_head with its logits."""
-        activations = self.of_one.to(self.of_two, samples - 1).bytes
+        counted = self.of_one.to(self.of_two, samples - 1)
+        activations = counted.bytes
+        if self.share and samples >= self.share:
+            one, two = (self.bare.count(self.work, self.dtype, few, fresh=True) for few in (1, 2))
+            activations = max(0.0, one.to(two, samples - 1).bytes - self.fixed["gradients"])
         towers = self.bare.tower_bytes(self.work, self.dtype, self._trains_towers) * samples
         if self.work.lm_head is not None:
             logits = samples * ANSWER_TOKENS * self.bare.vocabulary
@@ -528,22 +583,42 @@ class _Need:
             learning = self.gradient_before + self.head_gradient + part + LOGITS_BYTES * min(CHUNK_VALUES, logits)
             activations = learning if self.work.alone else max(self.gradient_before + activations, learning)
             towers = 0.0 if self.work.alone else towers
-        if self._trains_towers:
+        if self.work.cached:
+            read = {"activations": max(activations, towers), KEYS: self._keys(self.work.tokens) * samples}
+            said = {"activations": self._last_token(samples), KEYS: self._keys(self.work.cached) * samples}
+            moving = max(read, said, key=lambda each: sum(each.values()))
+        elif self._trains_towers:
             moving = {"activations": activations, "activations of media towers": towers}
         else:
             moving = {"activations": max(activations, towers)}
-        most = max(self.work.cached, self.work.tokens)
-        cache = self.bare.cache_bytes(self.dtype, most) if self.work.cached else 0
-        return self.fixed | moving | {"keys and values": cache * samples}
+        return self.fixed | moving
+
+    def _keys(self, tokens: int) -> float:
+        return self.bare.cache_bytes(self.dtype, tokens)
+
+    def _last_token(self, samples: int) -> float:
+        """Bytes that the last token of an answer takes beside all keys and values: those of a layer, one for each head
+        that asks, the distribution that is said or drawn from, and the head where autocast rounds it each time."""
+        text = self.bare.text_of(self.bare.config)
+        repeated = text.num_attention_heads / (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+        layer = self._keys(self.work.cached) / text.num_hidden_layers * repeated
+        logits = self.bare.vocabulary * (SAID_BYTES if self.work.beside is None else DRAWN_BYTES)
+        rounds = self.work.model.strategy == "full" and self.dtype is torch.bfloat16
+        return float(samples * (layer + logits) + (self.bare.head_parameters * 2 if rounds else 0))
 
     def total(self, samples: int) -> float:
         """Bytes of all parts."""
         return sum(self.parts(samples).values())
 
     def largest(self, usable: float) -> int:
-        """The most samples that fit, 0 for none."""
-        one, two = self.total(1), self.total(2)
-        return 0 if one > usable else 1 + int((usable - one) / max(two - one, 1.0))
+        """The most samples that fit, 0 for none. Which of two peaks is the greater changes with their number."""
+        fit, most = 0, 1
+        while self.total(most) <= usable and most < MOST:
+            fit, most = most, 2 * most
+        while most - fit > 1:
+            middle = (fit + most) // 2
+            fit, most = (middle, most) if self.total(middle) <= usable else (fit, middle)
+        return max(fit, self.share) if self.share and self.total(self.share) <= usable else fit
 
 
 def _moment_bytes(train: TrainConfig | None) -> float:
@@ -564,8 +639,9 @@ class _Bare:
     """A model without weights, and what it computes."""
 
     def __init__(self, name: str, gpu: Gpu | None = None) -> None:
-        self.name = name
         self.auto: Literal["bfloat16", "float32"] = "bfloat16" if gpu is None or gpu.bfloat16 else "float32"
+        folder = _checkpoint(name)
+        name = name if folder is None else checkpoint.base_of(folder)
         self.model_class = backbone_class(name)
         config = read_config(name)
         wanted = self.model_class.config_class
@@ -656,8 +732,10 @@ class _Bare:
                 parameter.requires_grad = id(parameter) in inside
         return model
 
-    def count(self, work: Work, dtype: torch.dtype, samples: int) -> Counted:
-        """What a micro-batch of so many samples takes, all layers of the language model together."""
+    def count(self, work: Work, dtype: torch.dtype, samples: int, *, fresh: bool = False) -> Counted:
+        """What a micro-batch of so many samples takes, all layers of the language model together; with `fresh` its
+        gradients as they come, else beside those that are there.
+        """
         text = self.text_of(self.config)
         total: int = text.num_hidden_layers
         if work.train is not None and not work.answers:
@@ -666,21 +744,23 @@ class _Bare:
         # The first layer takes less than another: below it nothing may want a gradient.
         few = max(2, stretches[0].period)
         if total <= few + stretches[-1].period:
-            return self._count(work, dtype, samples, range(total))
-        base = found = self._count(work, dtype, samples, range(few))
+            return self._count(work, dtype, samples, range(total), fresh=fresh)
+        base = found = self._count(work, dtype, samples, range(few), fresh=fresh)
         for stretch in stretches:
             start = max(few, stretch.start)
             more = range(start, min(stretch.end, start + stretch.period))
             if more:
-                with_more = self._count(work, dtype, samples, [*range(few), *more])
+                with_more = self._count(work, dtype, samples, [*range(few), *more], fresh=fresh)
                 grown = base.to(with_more, (stretch.end - start) / len(more))
                 found = Counted(*(a + b - c for a, b, c in zip(found, grown, base, strict=True)))
         return found
 
-    def _count(self, work: Work, dtype: torch.dtype, samples: int, layers: Sequence[int]) -> Counted:
+    def _count(
+        self, work: Work, dtype: torch.dtype, samples: int, layers: Sequence[int], *, fresh: bool = False
+    ) -> Counted:
         recompute = work.train is not None and work.train.activation_checkpointing
         trains, shared = work.train is not None, work.state is not None and work.state.sharding == "full"
-        asked = (work.tokens, work.answers, work.pieces, work.frozen_towers, samples, tuple(layers))
+        asked = (work.tokens, work.answers, work.pieces, work.frozen_towers, samples, tuple(layers), fresh)
         key = (str(work.model), dtype, recompute, trains, shared, *asked)
         if key not in self._counted:
             model = self._prepared(work, layers)
@@ -692,7 +772,7 @@ class _Bare:
                 model.train(trains)
                 if recompute:
                     recompute_layers(model)
-                self._counted[key] = _computed(model, work, dtype, samples)
+                self._counted[key] = _computed(model, work, dtype, samples, fresh)
         return self._counted[key]
 
     def cache_bytes(self, dtype: torch.dtype, tokens: float) -> float:
@@ -856,33 +936,43 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
 
-def _computed(model: Any, work: Work, dtype: torch.dtype, samples: int) -> Counted:
-    """One micro-batch of the language model: forward, and where it trains backward, onto gradients that are there."""
+def _computed(model: Any, work: Work, dtype: torch.dtype, samples: int, fresh: bool) -> Counted:
+    """One micro-batch of the language model: forward, and where it trains backward, onto gradients that are there or
+    `fresh` ones."""
     ledger = _Ledger()
     for tensor in (*model.parameters(), *model.buffers()):
         ledger.see(tensor)
     for parameter in model.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and not fresh:
             parameter.grad = torch.empty_like(parameter)
             ledger.see(parameter.grad)
     before = ledger.peak = ledger.now
-    head, vocabulary = model.get_output_embeddings(), len(model.get_output_embeddings().weight)
-    tokens = work.tokens
+    tokens, decoder = work.tokens, _decoder(model)
+
+    def head(states: Tensor) -> Tensor:
+        logits: Tensor = model.get_output_embeddings()(states)
+        return behind_head(logits, model.config)
+
     mask = torch.ones(samples, 1, tokens, tokens, dtype=torch.bool)
     ids = torch.zeros(samples, tokens, dtype=torch.long)
-    mixed = torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16)
-    with ledger, mixed, torch.set_grad_enabled(work.train is not None):
+    learns = work.train is not None  # else autocast keeps no rounded copies, as it does not in inference mode
+    mixed = torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16, cache_enabled=learns)
+    with ledger, mixed, torch.set_grad_enabled(learns), as_they_come(model):
         ledger.see(ids)
         ledger.see(mask)
-        with as_they_come(model):
-            states = _decoder(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        states = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         if work.train is None:
             head(states[:, -1]).float()
             return Counted(ledger.peak - before, 0, ledger.flops)
         if work.answers:
             said = states[:, -work.answers :].flatten(0, 1)
-            size = max(1, CHUNK_VALUES // vocabulary) if work.pieces else len(said)
-            loss = _summed(lambda part: functional.cross_entropy(head(part).float(), _targets(part)), said, size)
+            targets = torch.zeros(len(said), dtype=torch.long)
+            if work.pieces:
+                vocabulary = len(model.get_output_embeddings().weight)
+                how: dict[str, Any] = {"ids_N": targets, "banned": [0], "temperature": 1.0, "vocabulary": vocabulary}
+                loss = of_tokens(said, head, **how)[:, 0].sum()
+            else:
+                loss = functional.cross_entropy(head(said).float(), targets)
         else:
             loss = states.float().mean()
     forward, ledger.peak = ledger.peak - before, ledger.now
@@ -890,14 +980,3 @@ def _computed(model: Any, work: Work, dtype: torch.dtype, samples: int) -> Count
         with ledger:
             loss.backward()  # type: ignore[no-untyped-call]
     return Counted(forward, ledger.peak - before, ledger.flops)
-
-
-def _targets(states: Tensor) -> Tensor:
-    return torch.zeros(len(states), dtype=torch.long)
-
-
-def _summed(loss: Callable[[Tensor], Tensor], states: Tensor, size: int) -> Tensor:
-    parts = torch.split(states, size)
-    if len(parts) == 1:
-        return loss(states)
-    return torch.stack([torch_checkpoint(loss, part, use_reentrant=False) for part in parts]).sum()

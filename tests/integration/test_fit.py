@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from hba import open_atlas
 from hba.batch.config import EncodeConfig
-from hba.batch.encode import Encoder
+from hba.batch.encode import Batch, Encoder
 from hba.batch.loader import encode_row
 from hba.batch.sampler import input_tokens
 from hba.cli.train import _fitted
@@ -19,10 +19,14 @@ from hba.config import load_config, to_dict
 from hba.errors import InputError
 from hba.fit import GATHERED, LM_HEAD, _Bare, _Ledger, _Need, find_gpu, fit_run, recipe_for, work_of
 from hba.model.checkpoint import load_backbone, load_processor
+from hba.model.config import ModelConfig
 from hba.model.omni import OmniSapiens, as_they_come, recompute_layers
 from hba.model.tiny import FAMILIES, TinySizes
 from hba.rl.config import RlConfig
-from hba.train.config import LmConfig, QaConfig, SftConfig
+from hba.rl.local import build_policy
+from hba.rl.rollout import probabilities, with_responses
+from hba.run import RunFolder
+from hba.train.config import BamConfig, LmConfig, QaConfig, SftConfig
 
 HOW = {"dtype": "float32", "attention": "sdpa"}
 SMALL = ["atlas=x", "train.device_batch_size=3"]
@@ -204,6 +208,48 @@ def test_all_responses_to_a_prompt_are_in_one_update(backbone):
     assert (update.samples, update.tokens, sampling.samples) == (20, 100, 20)
 
 
+@pytest.mark.parametrize("more", [("lora", "float32"), ("full", "bfloat16")], ids=" in ".join)
+def test_rl_counts_what_drawing_and_looking_at_the_responses_hold(backbone, more):
+    """The policy's own `say` with its cache, and its `probabilities` with their gradient, by the same ledger."""
+    given = [f"model.name={backbone}", "atlas=x", "rollout.max_new_tokens=30", "rollout.per_prompt=3"]
+    given += ["train.device_batch_size=1", f"model.strategy={more[0]}", f"model.dtype={more[1]}"]
+    settings, bare = load_config(RlConfig, None, given), _Bare(str(backbone))
+    needs = [_Need(bare, work, 1) for work in work_of(settings, 200, str(backbone))]
+    update, sampling = (need.of_one.to(need.of_two, 2).bytes for need in needs)
+    sampling += 3 * bare.cache_bytes(needs[1].dtype, 200)
+    policy = build_policy(settings.model, None, freeze_towers=True).train()
+    for parameter in policy.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    ids = torch.randint(20, 50, (3, 200))
+    there = torch.ones_like(ids)
+    there[0, :5] = 0
+    inputs = {"input_ids": ids, "attention_mask": there}
+    batch = Batch(samples=(), inputs=inputs, class_index_B=torch.zeros(3), domain_names=(None,) * 3)
+    mixed = torch.autocast("cpu", torch.bfloat16, enabled=more[1] == "bfloat16")
+
+    def held(work):
+        ledger = _Ledger()
+        parameters = list(policy.parameters())
+        for tensor in (*parameters, *policy.buffers(), *(p.grad for p in parameters if p.grad is not None)):
+            ledger.see(tensor)
+        before = ledger.peak = ledger.now
+        with ledger:
+            work()
+        return ledger.peak - before
+
+    def draw():
+        with mixed:
+            said = policy.say(batch, max_new_tokens=30, temperature=1.0, uniforms_BL=torch.full((3, 30), 0.5))
+        assert [len(one.ids) for one in said] == [30, 30, 30]
+
+    def look():
+        with mixed:
+            probabilities(policy, policy, with_responses(batch, [ids[0, :30]] * 3, 0), 1.0).logps_BL.sum().backward()
+
+    assert sampling == pytest.approx(held(draw), rel=0.15)
+    assert update == pytest.approx(held(look), rel=0.15)
+
+
 def test_rl_counts_its_draws_and_what_is_there_meanwhile(backbone, model):
     numbers = sum(p.numel() for p in model.transformer.parameters())
 
@@ -226,6 +272,63 @@ def test_rl_counts_its_draws_and_what_is_there_meanwhile(backbone, model):
     update, sampling = (_Need(_Bare(str(backbone)), work, 8).fixed for work in works)
     assert sampling["optimizer"] == update["optimizer"] > 0 == sampling["gradients"] < update["gradients"]
     assert sampling["weights"] == update["weights"] and 2 * numbers < sampling[GATHERED] < 4 * numbers
+
+
+def test_bam_that_trains_all_is_counted_as_the_training_it_is(backbone):
+    """Of a run by what it trained, of a backbone as `hba train sft` would; the frozen stages as features alone."""
+
+    def need(*more):
+        given = [f"base={backbone}", "atlas=x", "train.batch_size=3", "dtype=float32", *more]
+        (work,) = work_of(load_config(BamConfig, None, given), 80, str(backbone))
+        return _Need(_Bare(str(backbone)), work, 1)
+
+    frozen, labels, words = need(), need("stage=full", "datasets=[daicwoz]"), need("stage=full")
+    lora = config(SftConfig, backbone, "model.dtype=float32", "train.batch_size=3")
+    assert labels.parts(3) == _Need(_Bare(str(backbone)), work_of(lora, 80, str(backbone))[0], 1).parts(3)
+    assert frozen.fixed["gradients"] == 0 < labels.fixed["gradients"] == words.fixed["gradients"]
+    assert frozen.parts(3)["activations"] < labels.parts(3)["activations"] < words.parts(3)["activations"]
+    settings = load_config(BamConfig, None, [f"base={backbone}", "atlas=x", "stage=full", "features.batch_size=4000"])
+    found = fit_run(str(backbone), "bam", settings, find_gpu("1.2"), tokens=[1000])
+    assert found.setting.startswith("train.device_tokens=") and found.validation < found.validation_asked == 4000
+    assert found.changes == [f"features.batch_size={found.validation}"]
+
+
+def test_a_step_of_bam_that_trains_all_of_a_run_holds_what_is_counted(backbone, mini_atlas, tmp_path, monkeypatch):
+    """The second step of `train_bam` itself on a run with LoRA, by the same ledger."""
+    from hba.train import bam, loop
+
+    base, shapes, peaks = tmp_path / "base", [], []
+    start = loop.load_model(ModelConfig(name=str(backbone), dtype="float32", lora_r=5), None, mapped=False)
+    known = {"backbone": str(backbone), "strategy": "lora", "encode": EncodeConfig(modalities=())}
+    start.save_pretrained(base, **known)
+    given = [f"base={base}", f"atlas={mini_atlas}", "datasets=[daicwoz]", "stage=full", "dtype=float32", "hidden=2"]
+    given += ["train.batch_size=3", "train.max_steps=2", "features.loader.workers=0"]
+    settings = load_config(BamConfig, None, given)
+
+    def noted(model, batch, loss=bam.bam_loss):
+        shapes.append(batch.inputs["input_ids"].shape)
+        return loss(model, batch)
+
+    def stepped(stage, model, optimizer, *more, step=loop._step):
+        ledger, states = _Ledger(), optimizer.state.values()
+        for tensor in (*model.parameters(), *model.buffers(), *(each for state in states for each in state.values())):
+            ledger.see(tensor)
+        before = ledger.peak = ledger.now
+        with ledger:
+            done = step(stage, model, optimizer, *more)
+        peaks.append(ledger.peak - before)
+        return done
+
+    monkeypatch.setattr(bam, "bam_loss", noted)
+    monkeypatch.setattr(loop, "_step", stepped)
+    with RunFolder.open(tmp_path / "run", config=settings, command="train", seed=0) as run:
+        bam.train_bam(settings, run)
+    rows, tokens = shapes[1]
+    (work,) = work_of(settings, tokens, str(base))
+    assert work.model.lora_r == 5 and work.samples == 3
+    need = _Need(_Bare(str(base)), work, 1)
+    counted = need.of_one.to(need.of_two, rows - 1).bytes + need.fixed["gradients"]
+    assert counted == pytest.approx(peaks[1], rel=0.15)
 
 
 def test_an_lm_head_that_trains_is_counted_beside_the_frozen_model_or_behind_it(backbone, model):
@@ -379,7 +482,6 @@ def test_a_validation_batch_has_room_too(hba, backbone):
     [
         ("model.strategy=full", "train.optimizer=adamw8bit"),
         ("model.strategy=lora", "encode.long_audio=windows"),
-        ("model.strategy=lora", "model.lora_dora=true"),
         ("model.strategy=lora", "model.quantization=nf4"),
         ("model.strategy=heads",),
     ],
@@ -387,10 +489,14 @@ def test_a_validation_batch_has_room_too(hba, backbone):
 def test_savings_that_a_run_cannot_have_are_not_tried(hba, backbone, more):
     typed = [key.partition("=")[0] for key in more]
     assert "train.sharding" not in fitting(backbone, "0.66", *more, gpus=8, tokens=100, typed=typed).keys
-    if "model.lora_dora=true" in more:
-        assert "quantization" not in hba("fit", str(backbone), "--gpu", "0.7", "--tokens", "3000", *more)[1]
     code, out, err = hba("fit", str(backbone), "--gpu", "0.7", "--tokens", "3000", "train.batch_size=512", *more)
     assert code == 1 and "It does not fit." in out and "sharding" not in out, err
+
+
+def test_dora_is_proposed_split_and_not_in_four_bits(hba, backbone):
+    args = ["fit", str(backbone), "--gpu", "0.7", "--tokens", "3000", "train.batch_size=512", "model.lora_dora=true"]
+    code, out, err = hba(*args)
+    assert code == 1 and "train.sharding=full" in out and "quantization" not in out, err
 
 
 def test_a_gpu_without_bfloat16_is_counted_in_float32(backbone):

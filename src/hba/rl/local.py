@@ -120,7 +120,7 @@ def update(setup: Setup, pieces: Pieces, everyone: Sequence[Outcome], rate: floa
     `everyone` are the outcomes of all ranks that take part, in one order; this rank's learn what the update says of
     them. `rate` scales the learning rates. Raises HbaError naming the samples when loss or gradient are not finite.
     """
-    config, device = setup.config.loss, setup.accelerator.device
+    config = setup.config.loss
     updates = min(config.updates, len(pieces))
     of_update: dict[int, list[Outcome]] = defaultdict(list)
     for outcome in everyone:
@@ -132,7 +132,7 @@ def update(setup: Setup, pieces: Pieces, everyone: Sequence[Outcome], rate: floa
         _Part.for_another_rank,
         lambda part: () if part.batch is None else part.batch.inputs,
     )
-    turns = [Turn(turn.batch.to(device), turn.weight) for turn in given]
+    turns = list(given)  # each on the device at its turn alone
     if setup.reference is not None or len(of_update) > 1:
         turns = [Turn(_looked_ahead(setup, turn.batch, old=len(of_update) > 1), turn.weight) for turn in turns]
     done = [
@@ -176,12 +176,12 @@ def _parts(setup: Setup, pieces: Pieces, of_update: Mapping[int, Sequence[Outcom
 @torch.no_grad()
 def _looked_ahead(setup: Setup, part: _Part, *, old: bool) -> _Part:
     """The part with the probabilities of the reference and, with `old`, those before the step."""
-    assert part.batch is not None
-    temperature = setup.config.rollout.temperature
-    with _room(setup, part.batch):
+    moved, temperature = part.to(setup.accelerator.device), setup.config.rollout.temperature
+    assert moved.batch is not None
+    with _room(setup, moved.batch):
         if setup.reference is not None:
-            part = replace(part, reference_logps_BL=setup.reference(part.batch, temperature))
-        return replace(part, old_logps_BL=_probabilities(setup, part).logps_BL) if old else part
+            part = replace(part, reference_logps_BL=setup.reference(moved.batch, temperature))
+        return replace(part, old_logps_BL=_probabilities(setup, moved).logps_BL) if old else part
 
 
 def _one_update(setup: Setup, turns: Sequence[Turn[_Part]], outcomes: Sequence[Outcome], rate: float) -> Updated:
@@ -190,12 +190,13 @@ def _one_update(setup: Setup, turns: Sequence[Turn[_Part]], outcomes: Sequence[O
     losses: list[Tensor] = []
     learned: list[_Learned] = []
     for turn in turns:
+        part = turn.batch.to(accelerator.device)
         # Sharded ranks go through their layers together, backwards too.
-        signal = setup.reference is not None or any(row and row.advantage for row in turn.batch.outcomes)
+        signal = setup.reference is not None or any(row and row.advantage for row in part.outcomes)
         silent = not signal and not is_sharded(policy)
-        with _room(setup, turn.batch.batch):
+        with _room(setup, part.batch):
             with torch.no_grad() if silent else nullcontext():
-                loss, about = _loss(setup, turn.batch)
+                loss, about = _loss(setup, part)
                 loss = loss * turn.weight
             if not silent:
                 ranks.backward(loss, policy)
@@ -496,8 +497,8 @@ def _answered(
     setup: Setup, pieces: Sequence[Sequence[Prompts]], draws: Draws, before: list[list[Rollouts | None]]
 ) -> list[Outcome]:
     """A response to each row of this rank's micro-batches, rewarded; the rollouts are put behind `before`."""
-    device, outcomes = setup.ranks.device, []
-    full = [Prompts(p.batch.to(device), p.places) for piece in pieces for p in piece if len(p)]
+    outcomes: list[Outcome] = []
+    full = [prompts for piece in pieces for prompts in piece if len(prompts)]
     sampled = iter(roll_out(setup.sampler, setup.policy, full, draws))
     for piece in pieces:
         rollouts = [next(sampled) if len(prompts) else None for prompts in piece]

@@ -134,8 +134,9 @@ class PolicySampler:
         uniforms_BRL = torch.from_numpy(_uniforms(prompts.places, draws))
         fewer = [f"a lower {draws.size_key}"] if len(set(prompts.places)) > 1 else []
         with room(prompts.batch, lambda: [*fewer, "a lower rollout.max_new_tokens"]), self._autocast():
+            batch = prompts.batch.to(self._policy.device)  # one at a time: a step has many, each with its media
             rounds = [
-                self._policy.say(prompts.batch, **options, uniforms_BL=uniforms_BRL[:, number])
+                self._policy.say(batch, **options, uniforms_BL=uniforms_BRL[:, number])
                 for number in range(draws.per_row)
             ]
         said = [one for row in zip(*rounds, strict=True) for one in row]
@@ -229,7 +230,7 @@ def probabilities(model: nn.Module, policy: OmniSapiens, batch: Batch, temperatu
     assert labels_BT is not None  # with_responses gives them
     marked_BT = labels_BT != IGNORED
     read = partial(
-        _of_tokens,
+        of_tokens,
         ids_N=labels_BT[marked_BT],
         banned=media_token_ids(policy.transformer.config, policy.processor),
         temperature=temperature,
@@ -243,7 +244,7 @@ def probabilities(model: nn.Module, policy: OmniSapiens, batch: Batch, temperatu
     return Probabilities(logps_BL, zeros_BL.masked_scatter(mask_BL, entropy_N), mask_BL.to(chosen_N.dtype))
 
 
-def _of_tokens(
+def of_tokens(
     states_NH: Tensor, head: Head, *, ids_N: Tensor, banned: Sequence[int], temperature: float, vocabulary: int
 ) -> Tensor:
     """Log-probability of each token and entropy of its distribution [N, 2]; the entropy has no gradient."""
