@@ -953,13 +953,16 @@ def _computed(model: Any, work: Work, dtype: torch.dtype, samples: int, fresh: b
         logits: Tensor = model.get_output_embeddings()(states)
         return behind_head(logits, model.config)
 
-    mask = torch.ones(samples, 1, tokens, tokens, dtype=torch.bool)
+    mask: Tensor | None = torch.ones(samples, 1, tokens, tokens, dtype=torch.bool)
+    if "linear_attention" in (getattr(_Bare.text_of(model.config), "layer_types", None) or ()):
+        mask = None  # its layers look whether anything is masked, which numbers without values do not tell
     ids = torch.zeros(samples, tokens, dtype=torch.long)
     learns = work.train is not None  # else autocast keeps no rounded copies, as it does not in inference mode
     mixed = torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16, cache_enabled=learns)
     with ledger, mixed, torch.set_grad_enabled(learns), as_they_come(model):
         ledger.see(ids)
-        ledger.see(mask)
+        if mask is not None:
+            ledger.see(mask)
         states = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         if work.train is None:
             head(states[:, -1]).float()

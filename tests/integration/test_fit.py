@@ -109,6 +109,15 @@ def test_layers_that_share_keys_and_values_are_counted_apart(backbone, tmp_path,
     assert bare.cache_bytes(torch.bfloat16, 100) == 2 * 2 * 2 * 16 * (3 * 64 + 3 * 100)
 
 
+def test_layers_of_linear_attention_are_counted(backbone, tmp_path):
+    made = FAMILIES["qwen3.5"].make(AutoTokenizer.from_pretrained(backbone), TinySizes())
+    made.config.save_pretrained(tmp_path)
+    bare, dtype = _Bare(str(tmp_path)), torch.bfloat16
+    work = work_of(config(LmConfig, tmp_path, "model.strategy=lora", "model.dtype=bfloat16"), 100, str(tmp_path))[0]
+    assert bare.count(work, dtype, 2).bytes > bare.count(work, dtype, 1).bytes > 0
+    assert bare.cache_bytes(dtype, 100) == 2 * 2 * 2 * 16 * 100  # of one layer in three
+
+
 def test_heads_are_counted_without_the_layer_that_they_do_not_read(backbone):
     settings = config(SftConfig, backbone, "model.strategy=lora", "model.dtype=float32")
     work = work_of(settings, 200, str(backbone))[0]
