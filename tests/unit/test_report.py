@@ -18,6 +18,7 @@ from hba.evaluate.ask import Reply
 from hba.evaluate.predictions import Prediction
 from hba.evaluate.results import TaskScore, parse_metrics
 from hba.evaluate.runs import Event, open_run
+from hba.report import words
 from hba.report.charts import NO_LABEL, Reference, bar, curves, matrices, nice_axis, smooth, thin
 from hba.report.page import choose, write_asked, write_report
 from hba.report.tables import breakdown_tables, metrics_table
@@ -312,3 +313,8 @@ def test_a_report_without_probabilities_or_slices_has_no_such_section(tmp_path: 
     _run(tmp_path, METRICS | {"provenance": {**METRICS["provenance"], "hba_version": "0"}})
     html = write_report(tmp_path).read_text(encoding="utf-8")
     assert 'id="calibration"' not in html and 'id="slices"' not in html
+
+
+def test_a_minus_does_not_stand_beside_a_dash():
+    assert words.interval((-0.448, -0.028)) == "-0.448 to -0.028"
+    assert words.interval((0.28, 0.448), 2) == "0.28–0.45"

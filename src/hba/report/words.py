@@ -43,8 +43,11 @@ def figure(value: float | None, decimals: int = 3) -> str:
 
 
 def interval(ci95: tuple[float, float] | None, decimals: int = 3) -> str:
-    """An interval as 'low–high'."""
-    return DASH if ci95 is None else f"{ci95[0]:.{decimals}f}–{ci95[1]:.{decimals}f}"
+    """An interval as 'low–high', or 'low to high' where a minus would stand beside the dash."""
+    if ci95 is None:
+        return DASH
+    between = DASH if min(ci95) >= 0 else " to "
+    return between.join(f"{bound:.{decimals}f}" for bound in ci95)
 
 
 def count(value: int | None) -> str:
