@@ -316,5 +316,5 @@ def test_a_report_without_probabilities_or_slices_has_no_such_section(tmp_path: 
 
 
 def test_a_minus_does_not_stand_beside_a_dash():
-    assert words.interval((-0.448, -0.028)) == "-0.448 to -0.028"
+    assert words.interval((-0.448, -0.028)) == "-0.448…-0.028"
     assert words.interval((0.28, 0.448), 2) == "0.28–0.45"

@@ -43,10 +43,10 @@ def figure(value: float | None, decimals: int = 3) -> str:
 
 
 def interval(ci95: tuple[float, float] | None, decimals: int = 3) -> str:
-    """An interval as 'low–high', or 'low to high' where a minus would stand beside the dash."""
+    """An interval as 'low–high', or 'low…high' where a minus would stand beside the dash."""
     if ci95 is None:
         return DASH
-    between = DASH if min(ci95) >= 0 else " to "
+    between = DASH if min(ci95) >= 0 else "…"
     return between.join(f"{bound:.{decimals}f}" for bound in ci95)
 
 
