@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoProcessor
+from transformers import AutoProcessor, GenerationConfig
 
 from hba import open_atlas
 from hba.batch.config import EncodeConfig
@@ -209,14 +209,27 @@ def test_media_tokens_are_never_said(models, train, family):
     }[family]  # fmt: skip
     assert len(names) == expected if isinstance(expected, int) else names >= expected
     batch = batch_of(encoder(models, family), some(train, 1))
-    torch.manual_seed(0)
-    with torch.no_grad():
-        # A temperature at which every token is as likely as any other.
-        tokens = model.transformer.generate(
-            **batch.inputs, max_new_tokens=40, do_sample=True, temperature=1e6, top_k=0,
-            suppress_tokens=never, eos_token_id=None, pad_token_id=0,
-        )  # fmt: skip
-    assert not set(tokens[:, batch.inputs["input_ids"].shape[1] :].flatten().tolist()) & set(never)
+    head, ids = model.transformer.get_output_embeddings(), torch.tensor(never, dtype=torch.long)
+    likeliest = head.register_forward_hook(lambda _, __, logits: logits.index_fill(-1, ids, 1e4))
+    try:
+        said = [model.say(batch, max_new_tokens=3, temperature=temperature) for temperature in (0.0, 1.0)]
+    finally:
+        likeliest.remove()
+    assert not {token for way in said for one in way for token in one.ids} & set(never)
+
+
+def test_of_a_models_own_generation_config_its_end_tokens_alone_decide(models, train, monkeypatch):
+    model = models["llama"]
+    batch = batch_of(encoder(models, "llama"), some(train, 1)[:2])
+    plain = model.say(batch, max_new_tokens=8)
+    first, last = plain[0].ids[0], plain[0].ids[-1]
+    ways = {"suppress_tokens": [first], "no_repeat_ngram_size": 1, "num_beams": 3, "forced_eos_token_id": first}
+    for name, value in ways.items():
+        monkeypatch.setattr(model.transformer, "generation_config", GenerationConfig(**{name: value}))
+        assert model.say(batch, max_new_tokens=8) == plain, name
+    monkeypatch.setattr(model.transformer, "generation_config", own := GenerationConfig(eos_token_id=last))
+    assert model.say(batch, max_new_tokens=8)[0].ids == plain[0].ids[: plain[0].ids.index(last) + 1]
+    assert model.transformer.generation_config is own
 
 
 def test_a_model_without_video_sees_the_frames_in_the_place_of_the_video(models, train):

@@ -126,7 +126,7 @@ def generate_tokens(
         repetition_penalty=1.0,
         **{"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0} | sampling,
     )
-    with _evaluating(model), _last_positions(model, 1):
+    with _evaluating(model), _last_positions(model, 1), _by(settings, model):
         tokens_BT = model.generate(
             **inputs,
             generation_config=settings,
@@ -291,6 +291,16 @@ def _last_positions(model: Any, count: int) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def _by(settings: GenerationConfig, model: Any) -> Iterator[None]:
+    """Within, these are the model's own, too: transformers fills what is not set (bans, beams) from there."""
+    own, model.generation_config = model.generation_config, settings
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 @contextmanager
