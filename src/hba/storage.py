@@ -26,7 +26,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple, TypeVar
@@ -287,10 +287,14 @@ def is_abandoned(path: Path) -> bool:
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Remove files and folders that a process of this machine which no longer lives had begun to write there."""
+    """Remove files and folders that a process of this machine which no longer lives had begun to write there.
+
+    What another user has left stays, and what another process removes at the same time is left to it.
+    """
     for path in folder.glob(".*.tmp"):
-        if is_abandoned(path):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError, PermissionError):
+            if is_abandoned(path):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextmanager

@@ -415,7 +415,7 @@ def of_folder(folder: str | Path) -> Taxonomy:
         return BUILTIN
     try:
         entries = msgspec.convert(yaml.load(path.read_bytes(), Loader=_Plain), type=_Entries)  # noqa: S506
-    except (msgspec.ValidationError, yaml.YAMLError, ValueError, RecursionError) as error:
+    except (msgspec.ValidationError, yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         what = f"not a taxonomy ({' '.join(str(error).split())})"
         raise TaxonomyError(what, where=str(path), fix="See docs/extend.md.") from None
     try:

@@ -350,6 +350,21 @@ def test_only_what_a_dead_process_of_this_machine_had_begun_is_removed(tmp_path)
     assert set(tmp_path.iterdir()) == {living, elsewhere, restarted, named_by_id_alone, untold}
 
 
+def test_what_another_user_has_left_ends_nobody(tmp_path):
+    """As in a cache that several share: an explorer would not start beside what was left of another's."""
+    shared = tmp_path / "shared"
+    dead = shared / begun(shared / "a").name.replace(f"-{os.getpid()}-", "-4194304-")
+    (dead / "clips").mkdir(parents=True)
+    shared.chmod(0o755), dead.chmod(0o500)
+    another = "os.geteuid() or os.setuid(65534)"  # for root no folder is closed
+    code = f"import os; from pathlib import Path; from hba.storage import *; {another}; remove_abandoned(Path())"
+    try:
+        subprocess.run([sys.executable, "-c", code], cwd=shared, check=True, timeout=600)
+        assert is_abandoned(dead) and dead.is_dir()
+    finally:
+        dead.chmod(0o700)
+
+
 # --- machines other than Linux ---------------------------------------------------------------------------------------
 
 ELSEWHERE = """

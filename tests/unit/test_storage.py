@@ -407,15 +407,16 @@ def test_what_a_device_has_no_room_for_is_named_with_what_to_change():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_temporary_folder_goes_also_where_a_signal_ends_the_command(number: signal.Signals) -> None:
     places = []
-    with pytest.raises(SystemExit) as stopped, temporary_folder("test") as place:
-        places.append(place)
-        (place / "clip.mp4").touch()
-        os.kill(os.getpid(), number)
-        time.sleep(60)
-    assert stopped.value.code == 128 + number and not places[0].exists()
-    assert signal.getsignal(number) is signal.SIG_DFL
-    before = signal.signal(number, signal.SIG_IGN)  # as nohup has it
+    before = signal.signal(number, signal.SIG_DFL)  # whatever the tests were started with
     try:
+        with pytest.raises(SystemExit) as stopped, temporary_folder("test") as place:
+            places.append(place)
+            (place / "clip.mp4").touch()
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+        assert stopped.value.code == 128 + number and not places[0].exists()
+        assert signal.getsignal(number) is signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN)  # as nohup has it
         with temporary_folder("test"):
             assert signal.getsignal(number) is signal.SIG_IGN
     finally:

@@ -159,8 +159,10 @@ def test_a_file_beside_the_rows_extends_the_published_taxonomy(tmp_path: Path) -
         "licence: 2024-13-45",
         "datasets: " + "[" * 3_000_000,
         "domains: &d {x: *d}",
+        "licence: !!timestamp now",
+        "licence: !!bool maybe",
     ],
-    ids=["merges", "no date", "deep", "itself"],
+    ids=["merges", "no date", "deep", "itself", "no time", "neither"],
 )
 def test_a_file_of_a_stranger_neither_grows_nor_ends_in_a_traceback(tmp_path: Path, text: str) -> None:
     (tmp_path / "taxonomy.yaml").write_text(text)

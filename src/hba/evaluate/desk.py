@@ -497,8 +497,10 @@ class Desk:
             # The frames of a traceback, and of that of what it came of, would keep the batch's tensors: some frames of
             # torch hold themselves, so that it is not enough to let go of the traceback.
             raised: BaseException | None = error
-            while raised is not None:
+            cleared: list[BaseException] = []  # two may have come of each other
+            while raised is not None and raised not in cleared:
                 traceback.clear_frames(raised.__traceback__)
+                cleared.append(raised)
                 raised = raised.__cause__ or raised.__context__
             error.__traceback__ = error.__context__ = error.__cause__ = None
             if len(inquiries) == 1:

@@ -12,7 +12,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, TimeoutError, wait
+from concurrent.futures import Future, ProcessPoolExecutor, TimeoutError, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from multiprocessing import get_context
@@ -139,10 +139,11 @@ class Decoder:
         Its time begins with its turn: a medium that crashes or hangs costs those that wait behind it nothing but the
         wait."""
         with self._turn:
-            with self._changing:
-                pool, self._idle = self._idle or ProcessPoolExecutor(1, mp_context=get_context("spawn")), None
-                self._busy.add(pool)
-            coming, end = pool.submit(function, source, where), time.monotonic() + PATIENCE_SECONDS
+            end = time.monotonic() + PATIENCE_SECONDS
+            try:
+                pool, coming = self._submitted(function, source, where)
+            except BrokenProcessPool:  # its process was ended while it had nothing to do
+                pool, coming = self._submitted(function, source, where)
             wait([coming], min(TURN_SECONDS, PATIENCE_SECONDS))
             while not coming.done() and len(self._busy) > MOST_ASIDE and time.monotonic() < end:
                 wait([coming], 1)
@@ -162,6 +163,16 @@ class Decoder:
             self._busy.discard(pool)
         _end(pool)
         raise MediaError(what, where=where, fix=RESTORE)
+
+    def _submitted(
+        self, function: Callable[..., T], source: Source, where: str
+    ) -> tuple[ProcessPoolExecutor, Future[T]]:
+        """The process that has nothing to do, or a new one, and what comes of it."""
+        with self._changing:
+            pool, self._idle = self._idle or ProcessPoolExecutor(1, mp_context=get_context("spawn")), None
+            coming = pool.submit(function, source, where)
+            self._busy.add(pool)
+        return pool, coming
 
     def _give_back(self, pool: ProcessPoolExecutor) -> None:
         with self._changing:

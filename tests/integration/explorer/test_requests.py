@@ -340,6 +340,17 @@ def test_a_crashing_decoder_costs_one_picture(monkeypatch):
         decoder.close()
 
 
+def test_a_decoder_that_ends_while_it_is_idle_costs_nothing(monkeypatch):
+    """As where the memory of the machine is short."""
+    monkeypatch.setattr(media, "PATIENCE_SECONDS", PATIENCE)
+    with closing(Decoder()) as decoder:
+        assert decoder.call(size_of, b"x", "here") == 1
+        (process,) = decoder._idle._processes.values()
+        process.kill()
+        until(lambda: decoder._idle._broken)
+        assert decoder.call(size_of, b"xy", "there") == 2
+
+
 def test_what_waits_for_its_turn_outlives_a_crash_before_it(tmp_path, monkeypatch):
     """It was blamed itself, as one that crashes its decoder."""
     monkeypatch.setattr(media, "PATIENCE_SECONDS", PATIENCE)
