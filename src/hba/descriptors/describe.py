@@ -40,7 +40,7 @@ from hba.descriptors.landmarks import Holistic, python_of_environment
 from hba.descriptors.sound import Opensmile, Transcriber
 from hba.errors import HbaError, InputError, MachineError, MediaError, nearest
 from hba.parallel import Died, Done, each, outcome
-from hba.storage import atomic_write, confined_path, file_sha256, write_data
+from hba.storage import atomic_write, confined_path, file_sha256, remove_abandoned, write_data
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -346,6 +346,9 @@ def describe(
     with open_ledger(root.resolve()) as ledger:
         plan = make_plan(root, wanted, settings, ledger.outputs())
         run = _Run(plan, ledger, settings)
+        # A worker that outlived a killed run may have died over an item that a later run finished.
+        for folder in {Path(plan.root, output).parent for output in plan.items}:
+            remove_abandoned(folder)
         run.work(Extract(settings, limits), executor=executor, workers=workers, progress=progress)
         linked = {rows.split: link_rows(rows, run.done, plan.root / FOLDER) for rows in plan.files}
         ledger.settle(run.done)

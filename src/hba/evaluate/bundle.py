@@ -334,8 +334,11 @@ def _verified(bundle: Path, atlas: str | None) -> Verified:
                 return done(f"{name} is not the file that was packed (another hash)")
         checked.append("hashes")
         try:
-            predictions = read_predictions(folder / PREDICTIONS, of_folder(folder))
             said = read_json(folder / METRICS)
+        except InputError as error:
+            raise _refused(bundle, f"{METRICS} is {error.what}") from None
+        try:
+            predictions = read_predictions(folder / PREDICTIONS, of_folder(folder))
             found = _asked_differs(folder, notes) or _ran_differs(folder, checked, notes)
             found = found or _label_differs(folder, predictions, checked, notes)
             if found is None and atlas is not None:
