@@ -497,11 +497,12 @@ class Desk:
             # The frames of a traceback, and of that of what it came of, would keep the batch's tensors: some frames of
             # torch hold themselves, so that it is not enough to let go of the traceback.
             raised: BaseException | None = error
-            cleared: list[BaseException] = []  # two may have come of each other
-            while raised is not None and raised not in cleared:
+            seen: set[int] = set()  # two may have come of each other; not themselves, which would hold the tensors
+            while raised is not None and id(raised) not in seen:
                 traceback.clear_frames(raised.__traceback__)
-                cleared.append(raised)
+                seen.add(id(raised))
                 raised = raised.__cause__ or raised.__context__
+            raised = None
             error.__traceback__ = error.__context__ = error.__cause__ = None
             if len(inquiries) == 1:
                 return [(inquiries[0], error)]
