@@ -112,9 +112,10 @@ class Commands(TyperGroup):
             for name in names:
                 self.commands[name].rich_help_panel = panel  # type: ignore[attr-defined]
         for command, panels in self.OPTIONS.items():
-            of = {name: panel for panel, names in panels.items() for name in names}
-            for param in self.commands[command].params:
-                param.rich_help_panel = of.get(str(param.name))  # type: ignore[attr-defined]
+            params = {param.name: param for param in self.commands[command].params}
+            for panel, names in panels.items():
+                for name in names:
+                    params[name].rich_help_panel = panel  # type: ignore[attr-defined]
 
     def list_commands(self, ctx: Any) -> list[str]:
         """The names in the order of the panels."""
